@@ -1,0 +1,5 @@
+"""``python -m starmerge``."""
+
+from starmerge.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Reading bases, adapters and fine-tunes; writing merged models."""

@@ -1,0 +1,77 @@
+"""The base model: its tensors, its config, the files that stand beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from starmerge.checkpoints.source import Source, read_json
+from starmerge.checkpoints.tensors import Checkpoint, open_checkpoint
+from starmerge.errors import StarmergeError, UsageError
+
+_SIDE_FILES = (
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""Tokenizer, chat template, generation config, licence."""
+
+_OWN_FILES = ("config.json", "*.index.json", "merge_report.json", "adapter_config.json")
+"""Files among them that a merged model gets anew or must not have."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that the fine-tunes were made from."""
+
+    source: Source
+    checkpoint: Checkpoint
+    config: dict[str, Any]
+    """``config.json``."""
+
+    @property
+    def side_files(self) -> list[Path]:
+        """The files to copy beside merged weights."""
+        found = {path for pattern in _SIDE_FILES for path in self.source.path.glob(pattern)}
+        return sorted(
+            path
+            for path in found
+            if path.is_file() and not any(path.match(pattern) for pattern in _OWN_FILES)
+        )
+
+    def is_embedding(self, name: str) -> bool:
+        """Tell whether each row of a tensor stands for a token or a position.
+
+        Such are the matrices with as many rows as the vocabulary, and those with "embed" or the
+        GPT-2 names wte and wpe in their name.
+        """
+        shape = self.checkpoint[name].shape
+        parts = name.lower().split(".")
+        named = any("embed" in part or part in ("wte", "wpe") for part in parts)
+        text = self.config.get("text_config", self.config)
+        return len(shape) == 2 and (named or shape[0] == text.get("vocab_size"))
+
+
+def open_base(source: Source) -> Base:
+    """Open a base model; reads its config and the headers of its weights.
+
+    Raises:
+        UsageError: The folder is an adapter, or a quantised model.
+        StarmergeError: A file is missing or broken.
+    """
+    if (source.path / "adapter_config.json").is_file():
+        raise UsageError(f"{source} is an adapter. The first model must be the base itself.")
+    if not (source.path / "config.json").is_file():
+        raise StarmergeError(f"{source} has no config.json, so it is not a model's folder.")
+    config = read_json(source.path / "config.json")
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise UsageError(
+            f"{source} is quantised ({method}, 'quantization_config' in config.json): deltas "
+            "cannot be added to its codes. Give the unquantised model as the base."
+        )
+    return Base(source, open_checkpoint(source.path), config)

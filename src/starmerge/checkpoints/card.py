@@ -1,0 +1,47 @@
+"""The model card of a merged model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from starmerge.checkpoints.base import Base
+from starmerge.checkpoints.models import FineTune
+
+
+def write_card(
+    path: Path, title: str, base: Base, models: Sequence[FineTune], recipe: str, summary: str
+) -> None:
+    """Write ``README.md`` with the metadata the Hub reads and the recipe that repeats the merge.
+
+    Args:
+        path: The file to write.
+        title: Name of the merged model.
+        base: The base.
+        models: What was merged.
+        recipe: The recipe in YAML.
+        summary: What came out, in a sentence or two.
+    """
+    from huggingface_hub import ModelCard, ModelCardData  # noqa: PLC0415  (slow to import)
+
+    hub_ids = [source.name for source in (base.source, *(m.source for m in models)) if source.name]
+    data = ModelCardData(
+        base_model=hub_ids or None,
+        base_model_relation="merge" if hub_ids else None,
+        library_name="transformers",
+        tags=["merge", "starmerge"],
+    )
+    rows = "\n".join(f"| {model.name} | {model.kind} | `{model.source}` |" for model in models)
+    text = "\n\n".join(
+        [
+            f"---\n{data.to_yaml()}\n---",
+            f"# {title}",
+            f"A merge of {len(models)} fine-tunes of `{base.source.name or base.source}`, made "
+            "by starmerge without data and without training.",
+            summary,
+            f"| model | kind | from |\n|---|---|---|\n{rows}",
+            f"Recipe (`starmerge merge recipe.yaml -o OUT` repeats it):\n\n```yaml\n{recipe}```",
+            "`merge_report.json` says what happened to each tensor.",
+        ]
+    )
+    ModelCard(text + "\n").save(path)

@@ -1,0 +1,64 @@
+"""Opening a model to merge, whatever it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from starmerge.checkpoints.adapter import open_adapter
+from starmerge.checkpoints.base import Base
+from starmerge.checkpoints.finetuned import open_finetuned
+from starmerge.checkpoints.source import Source
+from starmerge.deltas import Delta
+from starmerge.errors import UsageError
+
+
+class FineTune(Protocol):
+    """A model to merge: it knows which of the base's tensors it changes, and by what."""
+
+    @property
+    def kind(self) -> str:
+        """What it is, for people."""
+
+    @property
+    def name(self) -> str:
+        """Its name in tables and reports."""
+
+    @property
+    def source(self) -> Source:
+        """Where it lies."""
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """Names of the base's tensors that it changes."""
+
+    @property
+    def files(self) -> list[Path]:
+        """The files its deltas are read from."""
+
+    def nbytes(self, tensor: str) -> int:
+        """Return the bytes to read for a tensor's delta."""
+
+    def rank(self, tensor: str) -> int | None:
+        """Return an upper bound of the rank of a tensor's delta, None if it may be full."""
+
+    def delta(self, tensor: str, base: Tensor) -> Delta:
+        """Return a tensor's delta, given the base's tensor."""
+
+
+def open_model(name: str, source: Source, base: Base, *, any_base: bool = False) -> FineTune:
+    """Open an adapter or a full fine-tune; which of them it is, is found out by looking.
+
+    Raises:
+        UsageError: It is neither, or of a kind that cannot be merged.
+        StarmergeError: It does not fit the base, or a file is broken.
+    """
+    if (source.path / "adapter_config.json").is_file():
+        return open_adapter(name, source, base, any_base=any_base)
+    if (source.path / "config.json").is_file():
+        return open_finetuned(name, source, base)
+    raise UsageError(
+        f"{source} is neither an adapter (no adapter_config.json) nor a model (no config.json)."
+    )

@@ -1,0 +1,253 @@
+"""A checkpoint's tensors: what is in the files, and reading one at a time.
+
+The headers are read when a checkpoint is opened, the tensors when they are asked for. The format
+of safetensors files is that of github.com/huggingface/safetensors: eight bytes with the length of a
+JSON header, the header, the tensors one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from starmerge.checkpoints.source import read_json
+from starmerge.errors import StarmergeError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The dtypes of safetensors files."""
+
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+MERGEABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes of tensors that a merge may change."""
+
+_CHUNK = 16 * 2**20
+"""Bytes moved at once when a tensor is copied between files."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in its file."""
+        return self.size * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Stored(TensorInfo):
+    """A tensor of a safetensors file."""
+
+    offset: int
+    """Position of its first byte in the file."""
+
+
+@dataclass(frozen=True)
+class _Unpickled(TensorInfo):
+    """A tensor of a ``.bin`` file, which torch has memory-mapped."""
+
+    tensor: Tensor
+
+
+class Checkpoint:
+    """The tensors of a folder, single-file or sharded, by name and in the order of the files.
+
+    Args:
+        tensors: What the headers say.
+    """
+
+    def __init__(self, tensors: Iterable[_Stored | _Unpickled]) -> None:
+        self._tensors = {tensor.name: tensor for tensor in tensors}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return list(dict.fromkeys(tensor.file for tensor in self._tensors.values()))
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor into memory, in the dtype it is stored in.
+
+        Raises:
+            StarmergeError: The file ends early.
+        """
+        info = self._tensors[name]
+        if isinstance(info, _Unpickled):
+            return info.tensor.clone()
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(info.offset)
+            view = memoryview(raw_bytes(tensor))
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise StarmergeError(f"{info.file} ends within tensor {name}. Fetch it again.")
+                view = view[count:]
+        return tensor
+
+    def copy(self, name: str, target: BinaryIO) -> None:
+        """Copy the bytes of one tensor to the end of an open file, without decoding them."""
+        info = self._tensors[name]
+        if isinstance(info, _Unpickled):
+            target.write(raw_bytes(info.tensor.contiguous()))
+            return
+        with info.file.open("rb") as file:
+            file.seek(info.offset)
+            left = info.nbytes
+            while left:
+                chunk = file.read(min(left, _CHUNK))
+                if not chunk:
+                    raise StarmergeError(f"{info.file} ends within tensor {name}. Fetch it again.")
+                target.write(chunk)
+                left -= len(chunk)
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous CPU tensor as bytes, sharing it."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read the headers of a folder's weights.
+
+    Looked for, in this order: ``model.safetensors``, ``model.safetensors.index.json``,
+    ``pytorch_model.bin``, ``pytorch_model.bin.index.json``. A ``.bin`` file is read by
+    ``torch.load(weights_only=True)``, which runs no code from it.
+
+    Raises:
+        StarmergeError: There are no weights; a file is truncated, broken, missing, or asks for code
+            to be run; an index and its files disagree.
+    """
+    for stem, suffix, read in (
+        ("model", "safetensors", _read_safetensors),
+        ("pytorch_model", "bin", _read_pickle),
+    ):
+        single = folder / f"{stem}.{suffix}"
+        index = folder / f"{stem}.{suffix}.index.json"
+        if single.is_file():
+            return Checkpoint(read(single))
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise StarmergeError(f"{index} has no 'weight_map'. Fetch it again.")
+            shards = sorted(set(map(str, weight_map.values())))
+            tensors = [tensor for shard in shards for tensor in read(folder / shard)]
+            stored = {tensor.name: tensor.file.name for tensor in tensors}
+            for name, shard in weight_map.items():
+                if stored.get(name) != shard:
+                    raise StarmergeError(
+                        f"{index} puts tensor {name} into {shard}, which lacks it."
+                    )
+            return Checkpoint(tensors)
+    raise StarmergeError(
+        f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index "
+        "of shards."
+    )
+
+
+def open_safetensors(file: Path) -> Checkpoint:
+    """Read the header of one safetensors file.
+
+    Raises:
+        StarmergeError: The file is missing, truncated or broken.
+    """
+    return Checkpoint(_read_safetensors(file))
+
+
+def _read_safetensors(file: Path) -> list[_Stored]:
+    broken = f"{file} is not a complete safetensors file"
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if 8 + length > size:
+                raise StarmergeError(f"{broken}: its header is cut off. Fetch it again.")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        tensors = []
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            dtype = DTYPES.get(entry["dtype"])
+            if dtype is None:
+                raise StarmergeError(
+                    f"{file}: tensor {name} has the dtype {entry['dtype']}, which cannot be merged "
+                    "or copied. Use an unquantised checkpoint."
+                )
+            stored = _Stored(name, dtype, tuple(entry["shape"]), file, 8 + length + start)
+            if stored.nbytes != end - start:
+                raise StarmergeError(f"{broken}: tensor {name} has the wrong size in the header.")
+            if stored.offset + stored.nbytes > size:
+                raise StarmergeError(
+                    f"{broken}: tensor {name} lies beyond the end of the file "
+                    f"({stored.offset + stored.nbytes} of {size} bytes). Fetch it again."
+                )
+            tensors.append(stored)
+    except FileNotFoundError as error:
+        raise StarmergeError(f"{file} is missing.") from error
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StarmergeError(f"{broken}: {error}. Fetch it again.") from error
+    return sorted(tensors, key=lambda tensor: tensor.offset)
+
+
+def _read_pickle(file: Path) -> list[_Unpickled]:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError as error:
+        raise StarmergeError(f"{file} is missing.") from error
+    except pickle.UnpicklingError as error:
+        raise StarmergeError(
+            f"{file} would run code when it is loaded, so it is not loaded. Ask its author for "
+            f"safetensors, or convert it where you trust it. ({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, OSError, EOFError) as error:
+        raise StarmergeError(f"{file} is not a complete PyTorch file: {error}") from error
+    if not isinstance(content, dict) or not all(torch.is_tensor(t) for t in content.values()):
+        raise StarmergeError(f"{file} is not a dictionary of tensors.")
+    return [
+        _Unpickled(name, tensor.dtype, tuple(tensor.shape), file, tensor)
+        for name, tensor in content.items()
+    ]

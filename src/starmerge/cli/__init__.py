@@ -1,0 +1,58 @@
+"""The command line: one file a command; what a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from starmerge import __version__
+from starmerge.cli import demo, evaluate, finetune, merge, methods, tasks
+from starmerge.errors import StarmergeError, UsageError
+
+app = typer.Typer(
+    help="Merge fine-tuned models of one base into one multi-task model, without data and "
+    "without training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(merge.merge)
+app.command()(evaluate.evaluate)
+app.command()(finetune.finetune)
+app.command()(methods.methods)
+app.command()(tasks.tasks)
+app.add_typer(demo.app, name="demo")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    debug: bool = typer.Option(False, "--debug", help="Show tracebacks of errors."),
+    version: bool = typer.Option(
+        False, "--version", help="Print the version.", is_eager=True, callback=_print_version
+    ),
+) -> None:
+    context.obj = debug
+
+
+def main() -> None:
+    """Run the command line; exit with 2 for wrong usage and 1 for a failure."""
+    # Idle BLAS threads otherwise spin and starve the others on a shared machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app()
+    except StarmergeError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)

@@ -1,0 +1,144 @@
+"""``starmerge merge``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from starmerge.errors import UsageError
+
+if TYPE_CHECKING:
+    from starmerge.merging.plan import Plan
+    from starmerge.recipe import Recipe
+
+
+def merge(
+    base: Annotated[
+        str,
+        typer.Argument(
+            metavar="BASE|RECIPE.yaml",
+            help="The base, a folder or a Hub id org/name or org/name@revision; or a recipe.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")],
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]...",
+            help="LoRA adapters and full fine-tunes: a folder or Hub id, or NAME=PATH to name it.",
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", "-m", help="See [b]starmerge methods[/b].", show_default="star"),
+    ] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--parameter", "-p", metavar="KEY=VALUE", help="A parameter of the method, repeatable."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Dtype of the output: keep, float32, bfloat16 or float16.", show_default="keep"
+        ),
+    ] = None,
+    any_base: Annotated[
+        bool, typer.Option("--any-base", help="Accept adapters that name another base.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output folder.")
+    ] = False,
+) -> None:
+    """Merge fine-tunes of one base into a model that transformers loads.
+
+    Everything is checked before the first tensor is read. The folder appears when it is complete,
+    with a model card and merge_report.json in it.
+
+    Example: starmerge merge BASE adapters/a adapters/b -o merged -m star -p eta=40
+
+    Example: starmerge merge recipe.yaml -o merged
+    """
+    from starmerge.checkpoints.writer import leftovers
+    from starmerge.merging.engine import run
+    from starmerge.merging.plan import make_plan
+    from starmerge.recipe import load_recipe
+
+    if Path(base).suffix in (".yaml", ".yml") and not Path(base).is_dir():
+        if models or method or parameter or dtype or any_base:
+            raise UsageError(
+                "A recipe says everything itself: give it without models and without "
+                "--method, --parameter, --dtype and --any-base."
+            )
+        recipe = load_recipe(Path(base))
+    else:
+        recipe = _recipe(base, models or [], method, parameter or [], dtype, any_base=any_base)
+    plan = make_plan(recipe, output, overwrite=overwrite)
+    if dry_run:
+        _print_plan(plan)
+        return
+    for folder in leftovers(output):
+        print(f"Note: {folder} was left by a run that was killed; it can be deleted.")
+    started = time.monotonic()
+    result = run(plan, progress=True)
+    print(f"{plan.recipe.method}: {result.report.summary()}")
+    print(f"Model: {result.path} ({time.monotonic() - started:.1f} s)")
+
+
+def _recipe(
+    base: str,
+    models: list[str],
+    method: str | None,
+    parameters: list[str],
+    dtype: str | None,
+    *,
+    any_base: bool,
+) -> Recipe:
+    import yaml
+
+    from starmerge.recipe import make_recipe, parse_models
+
+    if not models:
+        raise UsageError("There is no model to merge. Give adapters or fine-tunes after the base.")
+    values: dict[str, Any] = {}
+    for text in parameters:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"-p {text}: a parameter is given as KEY=VALUE, as in -p eta=40.")
+        values[key] = yaml.safe_load(value)
+    content: dict[str, Any] = {"base": base, "models": parse_models(models), "parameters": values}
+    content |= {"any_base": any_base}
+    content |= {key: v for key, v in (("method", method), ("dtype", dtype)) if v is not None}
+    return make_recipe(content, where="The command line")
+
+
+def _print_plan(plan: Plan) -> None:
+    """Print what a merge would do."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table("model", "kind", "tensors", "rank", "read", title=f"Plan: {plan.recipe.method}")
+    for model in plan.models:
+        ranks = {model.rank(tensor) for tensor in model.tensors}
+        read = sum(model.nbytes(tensor) for tensor in model.tensors)
+        bounds = sorted(rank for rank in ranks if rank is not None)
+        shown = "full" if not bounds else "–".join(map(str, dict.fromkeys((bounds[0], bounds[-1]))))
+        table.add_row(model.name, model.kind, str(len(model.tensors)), shown, _size(read))
+    console.print(table)
+    merged = len(plan.merged)
+    console.print(f"Tensors: {merged} merged, {len(plan.tensors) - merged} left as they are")
+    console.print(f"Read: {_size(plan.bytes_to_read)}; write: {_size(plan.bytes_to_write)}")
+    console.print(f"Memory for tensors, at most: about {_size(plan.memory)}")
+    console.print(f"Output: {plan.output} (nothing written)")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

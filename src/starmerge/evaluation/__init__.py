@@ -1,0 +1,1 @@
+"""Asking models what they can do."""

@@ -1,0 +1,1 @@
+"""Planning a merge and carrying it out."""

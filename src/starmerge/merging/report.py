@@ -1,0 +1,127 @@
+"""The report of a merge, ``merge_report.json``: what went in, what happened to each tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from starmerge.merging.fold import Folded
+from starmerge.merging.plan import Plan, PlannedTensor
+from starmerge.methods.method import Merged
+
+_PACKAGES = ("starmerge", "torch", "safetensors", "numpy")
+_CHUNK = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did; the content of ``merge_report.json``."""
+
+    content: dict[str, Any]
+
+    @property
+    def tensors(self) -> list[dict[str, Any]]:
+        """A record for each merged tensor; ``tasks`` holds a record for each model."""
+        records: list[dict[str, Any]] = self.content["tensors"]
+        return records
+
+    @property
+    def mean_rank(self) -> float | None:
+        """Mean rank kept over all tensors and tasks; None for methods that keep everything."""
+        ranks = [task["rank"] for record in self.tensors for task in record["tasks"]]
+        return sum(ranks) / len(ranks) if ranks else None
+
+    @property
+    def survived(self) -> float:
+        """Share of the merged update that survives the rounding, mean over tensors."""
+        return float(sum(record["survived"] for record in self.tensors) / len(self.tensors))
+
+    def summary(self) -> str:
+        """Return the report in a sentence."""
+        copied = self.content["tensors_copied"]
+        text = f"{len(self.tensors)} tensors merged, {copied} left as they are"
+        if self.mean_rank is not None:
+            text += f"; mean rank kept {self.mean_rank:.1f}"
+        return text + f"; {self.survived:.1%} of the update survives the rounding of the output."
+
+
+def tensor_record(tensor: PlannedTensor, merged: Merged, folded: Folded) -> dict[str, Any]:
+    """Return what the report says of one merged tensor."""
+    tasks = [
+        {"model": model.name, **asdict(truncation)}
+        for model, truncation in zip(tensor.models, merged.truncations, strict=False)
+        if truncation is not None
+    ]
+    return {
+        "name": tensor.source.name,
+        "shape": list(tensor.source.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "update_norm": folded.update_norm,
+        "survived": folded.survived,
+        "tasks": tasks,
+    }
+
+
+class InputHashes:
+    """SHA-256 of every input file, computed by a pool while the merge runs."""
+
+    def __init__(self, plan: Plan, pool: Executor) -> None:
+        self._hashes: dict[str, dict[str, Future[str]]] = {
+            key: {file.name: pool.submit(_sha256, file) for file in files}
+            for key, files in _input_files(plan).items()
+        }
+
+    def result(self) -> Mapping[str, Mapping[str, str]]:
+        """Wait for the hashes: by model (the base is "base") and file name."""
+        return {
+            key: {name: future.result() for name, future in files.items()}
+            for key, files in self._hashes.items()
+        }
+
+
+def make_report(
+    plan: Plan, tensors: Sequence[dict[str, Any]], hashes: Mapping[str, Mapping[str, str]]
+) -> MergeReport:
+    """Put the report of a finished merge together."""
+    sources = [("base", "base", plan.base.source)]
+    sources += [(model.name, model.kind, model.source) for model in plan.models]
+    return MergeReport(
+        {
+            "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
+            | {"python": platform.python_version()},
+            "recipe": plan.recipe.model_dump(),
+            "seed": None,
+            "inputs": [
+                {
+                    "name": name,
+                    "kind": kind,
+                    "reference": str(source),
+                    "hub_id": source.name,
+                    "revision": source.revision,
+                    "sha256": dict(hashes[key]),
+                }
+                for key, (name, kind, source) in zip(hashes, sources, strict=True)
+            ],
+            "tensors_copied": len(plan.tensors) - len(plan.merged),
+            "tensors": list(tensors),
+        }
+    )
+
+
+def _input_files(plan: Plan) -> dict[str, list[Path]]:
+    files = {"base": plan.base.checkpoint.files}
+    return files | {f"model {model.name}": model.files for model in plan.models}
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

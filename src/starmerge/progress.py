@@ -1,0 +1,42 @@
+"""The progress bar of everything that takes more than a few seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def progress_bar(
+    description: str, total: int, *, show: bool, in_bytes: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """Show a bar on standard error; yield the function that moves it on by so many units.
+
+    Args:
+        description: What is being done.
+        total: Units in all.
+        show: Whether to show it; without, the function yielded does nothing.
+        in_bytes: Whether the units are bytes.
+    """
+    if not show:
+        yield lambda _: None
+        return
+    from rich.console import Console  # noqa: PLC0415  (only where a bar is drawn)
+    from rich.progress import (  # noqa: PLC0415
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True) if in_bytes else MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda units: bar.advance(task, units)

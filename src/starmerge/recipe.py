@@ -1,0 +1,153 @@
+"""The recipe: what to merge, how, and in which dtype. From YAML or from arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from starmerge.errors import UsageError, nearest
+from starmerge.methods.method import Method, explain, make_method
+
+Dtype = Literal["keep", "float32", "bfloat16", "float16"]
+
+
+class ModelEntry(BaseModel):
+    """One model of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str = Field(description="a folder, or a Hub id org/name[@revision]")
+    name: str = Field(description="its name in tables and reports")
+
+
+class Recipe(BaseModel):
+    """A merge, fully specified and validated.
+
+    In YAML::
+
+        base: HuggingFaceTB/SmolLM2-135M-Instruct
+        models:
+          - adapters/digits
+          - {path: adapters/language, name: language}
+        method: star
+        parameters: {eta: 40}
+        dtype: keep
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base: str = Field(description="the base model: a folder or a Hub id")
+    models: list[ModelEntry] = Field(min_length=1, description="the fine-tunes to merge")
+    method: str = Field(default="star", description="a method of `starmerge methods`")
+    parameters: dict[str, Any] = Field(default={}, description="the method's parameters")
+    dtype: Dtype = Field(default="keep", description="dtype of the merged floating-point tensors")
+    any_base: bool = Field(
+        default=False, description="accept adapters whose config names another base"
+    )
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _name_models(cls, models: Any) -> Any:
+        """Let a model be a bare path, and name each after the last part of its path."""
+        if not isinstance(models, list | tuple):
+            return models
+        return [
+            {"name": _last_part(entry["path"]), **entry}
+            if isinstance(entry, dict) and isinstance(entry.get("path"), str)
+            else entry
+            for entry in ({"path": m} if isinstance(m, str) else m for m in models)
+        ]
+
+    @field_validator("models")
+    @classmethod
+    def _names_differ(cls, models: list[ModelEntry]) -> list[ModelEntry]:
+        names = [entry.name for entry in models]
+        for entry in models:
+            if names.count(entry.name) > 1:
+                raise ValueError(
+                    f"two models are called {entry.name!r}. Give each a name of its own "
+                    "(NAME=PATH, or name: in YAML); a model counts once"
+                )
+        return models
+
+    def make_method(self) -> Method:
+        """Return the method with its parameters.
+
+        Raises:
+            UsageError: An unknown method or parameter, or a value out of its range.
+        """
+        return make_method(self.method, self.parameters)
+
+    def to_yaml(self) -> str:
+        """Return the recipe in YAML, such that :func:`load_recipe` reads it back."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe from a YAML file.
+
+    Paths that exist relative to the recipe's own folder are meant so.
+
+    Raises:
+        UsageError: The file is missing or not YAML; an unknown key, a missing one, a wrong value.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} does not exist.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds no recipe: it needs the keys 'base' and 'models'.")
+    recipe = make_recipe(content, where=str(path))
+
+    def beside(reference: str) -> str:
+        local = path.parent / reference
+        return str(local) if local.exists() else reference
+
+    models = [entry.model_copy(update={"path": beside(entry.path)}) for entry in recipe.models]
+    return recipe.model_copy(update={"base": beside(recipe.base), "models": models})
+
+
+def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Recipe:
+    """Validate a recipe, its method and its parameters.
+
+    Args:
+        content: The keys of :class:`Recipe`.
+        where: How error messages call it.
+
+    Raises:
+        UsageError: As for :func:`load_recipe`.
+    """
+    for key in content:
+        if key not in Recipe.model_fields:
+            raise UsageError(f"{where} has the unknown key {key!r}.{nearest(key, _KEYS)}")
+    try:
+        recipe = Recipe.model_validate(dict(content))
+    except ValidationError as error:
+        raise UsageError(f"{where}: {explain(error)}") from error
+    # With its defaults filled in, a recipe means the same under every later version.
+    return recipe.model_copy(update={"parameters": recipe.make_method().parameters()})
+
+
+def parse_models(arguments: Sequence[str]) -> list[dict[str, str]]:
+    """Read models as the command line gives them: ``PATH`` or ``NAME=PATH``."""
+    entries = []
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
+        if equals and not Path(argument).exists():
+            entries.append({"name": name, "path": path})
+        else:
+            entries.append({"name": _last_part(argument), "path": argument})
+    return entries
+
+
+_KEYS = list(Recipe.model_fields)
+
+
+def _last_part(reference: str) -> str:
+    return reference.rstrip("/").rpartition("/")[2].partition("@")[0] or reference

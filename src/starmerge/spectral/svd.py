@@ -1,0 +1,30 @@
+"""The result of every SVD kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from starmerge.deltas import LowRank
+
+
+@dataclass(frozen=True, eq=False)
+class SVD:
+    """A thin singular value decomposition δ = U diag(S) Vᵀ, float64 throughout."""
+
+    U: Tensor
+    """(m, k), orthonormal columns."""
+    S: Tensor
+    """(k,), descending, not negative. May end in zeros; empty for a zero low-rank delta."""
+    V: Tensor
+    """(n, k), orthonormal columns."""
+
+    def compose(self, values: Tensor) -> LowRank:
+        """Return U_r diag(values) V_rᵀ as float32 factors.
+
+        Args:
+            values: (r,) new values for the first r triplets.
+        """
+        rank = len(values)
+        return LowRank((self.U[:, :rank] * values).float(), self.V[:, :rank].T.float())

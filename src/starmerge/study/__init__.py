@@ -1,0 +1,1 @@
+"""Looking at many merges and evaluations."""
