@@ -94,7 +94,8 @@ class LowRank:
 
     def singular_values(self) -> Tensor:
         """Return the nonzero singular values (k,), float64, descending; k ≤ rank."""
-        return torch.linalg.svdvals(self.core().matrix)
+        values: Tensor = torch.linalg.svdvals(self.core().matrix)
+        return values
 
     def core(self) -> Core:
         """Return the delta in orthonormal bases of its column and row space.
@@ -172,7 +173,8 @@ class Dense:
 
     def singular_values(self) -> Tensor:
         """Return the singular values (min(m, n),), float64, descending."""
-        return torch.linalg.svdvals(self.matrix.double())
+        values: Tensor = torch.linalg.svdvals(self.matrix.double())
+        return values
 
 
 Delta: TypeAlias = LowRank | Dense

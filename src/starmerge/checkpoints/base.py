@@ -6,22 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from starmerge.checkpoints.source import Source, read_json
+from starmerge.checkpoints.source import SIDE_FILES, Source, read_json
 from starmerge.checkpoints.tensors import Checkpoint, open_checkpoint
 from starmerge.errors import StarmergeError, UsageError
 
-_SIDE_FILES = (
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "LICENSE*",
-    "NOTICE*",
-)
-"""Tokenizer, chat template, generation config, licence."""
-
 _OWN_FILES = ("config.json", "*.index.json", "merge_report.json", "adapter_config.json")
-"""Files among them that a merged model gets anew or must not have."""
+"""Files beside the weights that a merged model gets anew or must not have."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +26,7 @@ class Base:
     @property
     def side_files(self) -> list[Path]:
         """The files to copy beside merged weights."""
-        found = {path for pattern in _SIDE_FILES for path in self.source.path.glob(pattern)}
+        found = {path for pattern in SIDE_FILES for path in self.source.path.glob(pattern)}
         return sorted(
             path
             for path in found

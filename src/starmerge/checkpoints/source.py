@@ -12,8 +12,8 @@ from starmerge.errors import StarmergeError, UsageError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
-_PATTERNS = ["*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
-"""What is taken from a Hub repository: weights, configs and tokenizers of PyTorch models."""
+SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "NOTICE*")
+"""What stands beside the weights: configs, tokenizer, chat template, code of the model, licence."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Source:
 def resolve(reference: str | Path) -> Source:
     """Find a model by a local folder or by a Hub id ``org/name`` or ``org/name@revision``.
 
-    A Hub repository is downloaded into the Hub's own cache, or found there.
+    A Hub repository is downloaded into the Hub's own cache, or found there: what stands at its top,
+    with the weights in safetensors if it has them so.
 
     Raises:
         UsageError: There is no such folder, and it is no Hub id.
@@ -84,8 +85,19 @@ def _download(name: str, revision: str | None) -> tuple[Path, str, str]:
     from huggingface_hub import snapshot_download  # noqa: PLC0415  (slow to import, rarely needed)
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
 
+    def fetch(weights: str) -> Path:
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=[weights, *SIDE_FILES],
+            ignore_patterns=["*/*"],
+        )
+        return Path(folder)
+
     try:
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS))
+        path = fetch("*.safetensors")
+        if not any(path.glob("*.safetensors")):
+            path = fetch("*.bin")
     except LocalEntryNotFoundError as error:
         raise StarmergeError(
             f"{name} is neither a folder here nor in the Hub's cache, and the Hub cannot be "

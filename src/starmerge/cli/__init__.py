@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 import typer
 
@@ -36,23 +37,36 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    context: typer.Context,
-    debug: bool = typer.Option(False, "--debug", help="Show tracebacks of errors."),
+    debug: bool = typer.Option(  # main() looks for it
+        False, "--debug", help="Show tracebacks of errors."
+    ),
     version: bool = typer.Option(
         False, "--version", help="Print the version.", is_eager=True, callback=_print_version
     ),
 ) -> None:
-    context.obj = debug
+    pass
 
 
 def main() -> None:
     """Run the command line; exit with 2 for wrong usage and 1 for a failure."""
     # Idle BLAS threads otherwise spin and starve the others on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # What libraries deprecate among themselves is no news to who runs a command.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     try:
         app()
-    except StarmergeError as error:
+    except Exception as error:
         if "--debug" in sys.argv:
             raise
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {_said(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def _said(error: Exception) -> str:
+    """Return what to tell the user of an error."""
+    if isinstance(error, StarmergeError | OSError):
+        return str(error)
+    return (
+        f"{type(error).__name__}: {error}. This should not happen: run it again as "
+        "`starmerge --debug …` and report the traceback."
+    )

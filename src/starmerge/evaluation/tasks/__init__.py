@@ -13,7 +13,7 @@ from starmerge.errors import UsageError, nearest
 from starmerge.evaluation.task import Task, load_path
 from starmerge.evaluation.tasks.registry import TASKS
 
-for _module in ("code", "numbers", "places", "words"):
+for _module in ("numbers", "places", "words"):
     importlib.import_module(f"{__name__}.{_module}")
 
 

@@ -1,0 +1,380 @@
+"""What STAR costs on the adapters of SmolLM2-135M that come with the package.
+
+Part A, the kernel. STAR of every adapted tensor in factor space, the result added to the base's
+weight, against the plain way: form each delta s·B·A in float32, decompose it with
+torch.linalg.svd, truncate and rescale, take the mean, add it. Both get factors and weights in
+memory and give weights in the base's dtype; their results are compared.
+
+Part B, the whole merge. From files to files, called in this process and run as
+``python -m starmerge merge``, against ``cp -r`` of the base and an fsync of every file copied,
+since a merge also ends with its files on the disk. The files are in the page cache for all. What
+``import torch`` alone takes is shown beside, as it is most of a short process.
+
+Within a part the contestants take turns, so that a change of the machine's load meets all of them;
+a ratio is taken between neighbours in time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from shutil import rmtree
+from statistics import median
+from typing import TypeAlias, TypeVar
+
+# Must stand before torch is loaded: idle threads would spin, and take time from their neighbours.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+import torch
+from torch import Tensor
+
+import starmerge
+from starmerge.checkpoints.base import open_base
+from starmerge.checkpoints.models import open_model
+from starmerge.checkpoints.source import resolve
+from starmerge.deltas import LowRank
+from starmerge.merging.fold import fold
+from starmerge.methods.method import TensorContext
+
+TOLERANCE = 1e-3
+"""Largest difference of two merged deltas, relative to their norm, that counts as rounding."""
+
+LAUNCHER = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+"""Runs a command and prints its peak memory. On Linux a child's peak starts at that of the process
+it was forked from, so it is started by this small one instead of by the benchmark."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One tensor of the base and what the adapters change in it."""
+
+    context: TensorContext
+    weight: Tensor
+    deltas: list[LowRank]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a kernel made of a case."""
+
+    delta: Tensor | LowRank
+    weight: Tensor
+    ranks: list[int]
+
+
+Kernel: TypeAlias = Callable[[Case, starmerge.Star], Outcome]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds that something took; CPU time is that of all threads and child processes."""
+
+    wall: float
+    cpu: float
+
+
+# ---------------------------------------------------------------------------- Part A: the kernel
+
+
+def in_factor_space(case: Case, star: starmerge.Star) -> Outcome:
+    """Merge one tensor with starmerge."""
+    merged = star.merge(case.deltas, case.context)
+    assert isinstance(merged.delta, LowRank)
+    weight = fold(case.weight, merged.delta, case.weight.dtype).weight
+    return Outcome(merged.delta, weight, [done.rank if done else 0 for done in merged.truncations])
+
+
+def densified(case: Case, star: starmerge.Star) -> Outcome:
+    """Merge one tensor the plain way: every delta a matrix, every SVD by torch.linalg.svd."""
+    mean = torch.zeros(case.weight.shape)
+    ranks = []
+    for delta in case.deltas:
+        dense = delta.scale * (delta.B.float() @ delta.A.float())
+        U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
+        cumulative = S.cumsum(0)
+        r = int(torch.searchsorted(cumulative, cumulative[-1] * star.eta / 100)) + 1
+        values = S[:r] * (cumulative[-1] / cumulative[r - 1])
+        mean += (U[:, :r] * values) @ Vh[:r]
+        ranks.append(r)
+    mean /= case.context.tasks
+    return Outcome(mean, (case.weight.float() + mean).to(case.weight.dtype), ranks)
+
+
+def load_cases(base_folder: Path, adapters: Sequence[Path], layers: int | None) -> list[Case]:
+    """Read the base's adapted tensors and all factors into memory."""
+    base = open_base(resolve(base_folder))
+    models = [open_model(path.name, resolve(path), base) for path in adapters]
+    names = [name for name in base.checkpoint if any(name in model.tensors for model in models)]
+    cases = []
+    for name in sorted(names, key=layer_of):
+        if layers is not None and layer_of(name) >= layers:
+            continue
+        weight = base.checkpoint.read(name)
+        found = [model.delta(name, weight) for model in models if name in model.tensors]
+        deltas = [delta for delta in found if isinstance(delta, LowRank)]
+        context = TensorContext(name, tuple(weight.shape), base.is_embedding(name), len(models))
+        cases.append(Case(context, weight, deltas))
+    return cases
+
+
+def layer_of(name: str) -> int:
+    """Return the number of a tensor's layer: the first number in its name."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), 0)
+
+
+def run_all(kernel: Kernel, cases: Sequence[Case]) -> list[Outcome]:
+    """Merge all tensors with one kernel."""
+    star = starmerge.Star()
+    return [kernel(case, star) for case in cases]
+
+
+def bench_kernel(cases: Sequence[Case], repeat: int) -> bool:
+    """Time both kernels, print the table, compare the results; tell whether they agree."""
+    kernels = {"STAR in factor space": in_factor_space, "densify + torch.linalg.svd": densified}
+    for kernel in kernels.values():
+        run_all(kernel, cases[:1])
+    costs: dict[str, list[Cost]] = {label: [] for label in kernels}
+    outcomes: dict[str, list[Outcome]] = {}
+    for _ in range(repeat):
+        for label, kernel in kernels.items():
+            outcomes[label], cost = timed(partial(run_all, kernel, cases))
+            costs[label].append(cost)
+    agree = compare(*outcomes.values())
+    print(table(costs, reference="STAR in factor space"))
+    return agree
+
+
+def compare(ours: Sequence[Outcome], plain: Sequence[Outcome]) -> bool:
+    """Print how far the kernels' results lie apart; tell whether that is rounding."""
+    differences, ranks, entries, changed = [], 0, 0, 0
+    for mine, other in zip(ours, plain, strict=True):
+        assert isinstance(mine.delta, LowRank) and isinstance(other.delta, Tensor)
+        distance = torch.linalg.vector_norm(mine.delta.to_dense() - other.delta)
+        differing = sum(a != b for a, b in zip(mine.ranks, other.ranks, strict=True))
+        ranks += differing
+        if not differing:
+            differences.append(float(distance / torch.linalg.vector_norm(other.delta)))
+        entries += mine.weight.numel()
+        changed += int((mine.weight != other.weight).sum())
+    kept = [rank for outcome in ours for rank in outcome.ranks]
+    print(f"Ranks kept: mean {sum(kept) / len(kept):.2f}, differing: {ranks} of {len(kept)}")
+    print(f"Merged deltas: max relative difference {max(differences):.1e} (Frobenius norm)")
+    print(f"Merged weights: {changed / entries:.4%} of {entries} entries rounded differently\n")
+    return max(differences) < TOLERANCE
+
+
+# ----------------------------------------------------------------------- Part B: the whole merge
+
+
+def bench_merge(
+    base: Path, adapters: Sequence[Path], repeat: int, scratch: Path, threads: int
+) -> None:
+    """Time the whole merge and the copy, print the table and the peak memory."""
+    target = scratch / "output"
+    models = {path.name: path for path in adapters}
+    command = [sys.executable, "-m", "starmerge", "merge", str(base), *map(str, adapters)]
+    command += ["-o", str(target)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+
+    def in_process() -> object:
+        return starmerge.merge(base, models, starmerge.Star(), output=target)
+
+    def whole_process() -> object:
+        return subprocess.run(command, check=True, capture_output=True, env=environment)
+
+    def import_torch() -> object:
+        return subprocess.run([sys.executable, "-c", "import torch"], check=True, env=environment)
+
+    contestants: dict[str, Callable[[], object]] = {
+        "`cp -r` of the base + fsync": lambda: copy_durably(base, target),
+        "`starmerge.merge(...)`": in_process,
+        "`python -m starmerge merge`": whole_process,
+        "`python -c 'import torch'`": import_torch,
+    }
+    costs: dict[str, list[Cost]] = {label: [] for label in contestants}
+    for turn in range(-1, repeat):  # the first turn fills the page cache and loads libraries
+        for label, run in contestants.items():
+            cost = timed(run)[1]
+            rmtree(target, ignore_errors=True)
+            if turn >= 0:
+                costs[label].append(cost)
+    print(table(costs, reference="`cp -r` of the base + fsync"))
+    peak = peak_memory(command, environment)
+    rmtree(target)
+    floor = peak_memory([*command, "--dry-run"], environment)
+    print(f"\nPeak memory (RSS) of `python -m starmerge merge`: {peak / 2**20:.0f} MiB;")
+    print(f"with --dry-run, which reads headers but no tensor: {floor / 2**20:.0f} MiB")
+
+
+def copy_durably(source: Path, target: Path) -> None:
+    """Copy a folder with ``cp -r`` and have every copied file, and the folder, on the disk."""
+    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    for path in (*target.rglob("*"), target):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def peak_memory(command: Sequence[str], environment: dict[str, str]) -> int:
+    """Run a command and return its peak resident memory in bytes."""
+    finished = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, *command],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return int(finished.stdout) * unit
+
+
+# ------------------------------------------------------------------------- Measuring and printing
+
+
+def timed(run: Callable[[], T]) -> tuple[T, Cost]:
+    """Call a function; return its result and its cost."""
+    cpu, wall = cpu_seconds(), time.perf_counter()
+    result = run()
+    return result, Cost(time.perf_counter() - wall, cpu_seconds() - cpu)
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of this process and of its finished children, user and system."""
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def table(costs: dict[str, list[Cost]], *, reference: str) -> str:
+    """Return a Markdown table of medians, and of each contestant's ratios to the reference."""
+    lines = [
+        "| | wall, s | CPU, s | wall, ratio (min – max) | CPU, ratio (min – max) |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for label, mine in costs.items():
+        cells = [f"{median(getattr(cost, kind) for cost in mine):.3f}" for kind in ("wall", "cpu")]
+        for kind in ("wall", "cpu"):
+            pairs = zip(mine, costs[reference], strict=True)
+            ratios = [getattr(cost, kind) / getattr(other, kind) for cost, other in pairs]
+            span = f"{median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})"
+            cells.append("1" if label == reference else span)
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def print_setting(base: Path, adapters: Sequence[Path], options: argparse.Namespace) -> None:
+    """Print what the numbers depend on."""
+    sizes = [sum(file.stat().st_size for file in path.iterdir()) for path in (base, *adapters)]
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    print(f"Machine: {cpu_model()}, {os.cpu_count()} cores; load before the run: {load}")
+    print(
+        f"Versions: Python {platform.python_version()}, torch {torch.__version__}, "
+        f"starmerge {starmerge.__version__}; {platform.system()} {platform.release()}"
+    )
+    print(f"Threads: {options.threads}; repetitions: {options.repeat}, of which medians")
+    print(
+        f"Base: {base.name}, {sizes[0] / 1e6:.1f} MB; {len(adapters)} adapters, "
+        f"{sum(sizes[1:]) / 1e6:.1f} MB: {', '.join(path.name for path in adapters)}"
+    )
+
+
+def cpu_model() -> str:
+    """Return the name of the CPU."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").replace("``", "`"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--base", type=Path, help="folder of the base (default: that of `starmerge demo prepare`)"
+    )
+    parser.add_argument(
+        "--adapters",
+        type=Path,
+        help="folder with a sub-folder for each adapter (default: those in the package)",
+    )
+    parser.add_argument(
+        "--layers",
+        type=int,
+        metavar="L",
+        help="Part A: only the first L layers (default: all; about two minutes on one core)",
+    )
+    parser.add_argument("--repeat", type=int, default=5, metavar="N", help="turns (default: 5)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
+    parser.add_argument("--part", choices=("A", "B"), help="only this part (default: both)")
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        help="folder to write to in Part B; choose the disk (default: the system's for temporary "
+        "files)",
+    )
+    options = parser.parse_args()
+    if options.repeat < 1 or options.threads < 1 or (options.layers or 1) < 1:
+        parser.error("--repeat, --threads and --layers must be at least 1")
+    return options
+
+
+def main() -> int:
+    """Run the benchmark; return 1 if the kernels' results differ."""
+    options = parse_options()
+    if options.base is None:
+        from starmerge.demo.base_model import prepared_base  # noqa: PLC0415  (needs the demo extra)
+
+        options.base = prepared_base()
+    if options.adapters is None:
+        from starmerge.demo.run import ADAPTERS  # noqa: PLC0415  (needs the demo extra)
+
+        options.adapters = ADAPTERS
+    found = options.adapters.glob("*/adapter_config.json")
+    adapters = sorted(path.parent for path in found)
+    if not adapters:
+        print(f"There are no adapters in {options.adapters}.", file=sys.stderr)
+        return 2
+    torch.set_num_threads(options.threads)
+    print_setting(options.base, adapters, options)
+
+    agree = True
+    if options.part != "B":
+        cases = load_cases(options.base, adapters, options.layers)
+        shapes = sorted({case.context.shape for case in cases}, reverse=True)
+        print(
+            f"\nPart A: {len(cases)} tensors of "
+            + " and ".join("×".join(map(str, shape)) for shape in shapes)
+            + f", {sum(len(case.deltas) for case in cases)} deltas of rank "
+            + "/".join(map(str, sorted({delta.rank for case in cases for delta in case.deltas})))
+            + f", η = {starmerge.Star().eta:g} %"
+        )
+        agree = bench_kernel(cases, options.repeat)
+    if options.part != "A":
+        print("\nPart B: from files to files")
+        with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+            bench_merge(options.base, adapters, options.repeat, Path(scratch), options.threads)
+    if not agree:
+        print("\nFAILED: the kernels' results differ by more than rounding.", file=sys.stderr)
+    return 0 if agree else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

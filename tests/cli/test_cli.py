@@ -1,0 +1,161 @@
+"""The command line as its users meet it: a process, its output, its exit code."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import MakeAdapter, MakeFinetune
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_merges_from_arguments_and_from_the_same_recipe(
+    starmerge: Run, tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    one, two = make_adapter("one", seed=1), make_adapter("two", seed=2)
+    out, again = tmp_path / "out", tmp_path / "again"
+    finished = starmerge("merge", tiny_base, one, f"x={two}", "-o", out, "-p", "eta=55")
+    assert finished.returncode == 0, finished.stderr
+    assert "star: 4 tensors merged, 17 left as they are; mean rank kept" in finished.stdout
+    assert AutoModelForCausalLM.from_pretrained(out)
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"base: {tiny_base}\nmodels:\n  - one\n  - {{path: two, name: x}}\n"
+        "method: star\nparameters: {eta: 55}\n"
+    )
+    finished = starmerge("merge", recipe, "-o", again)
+    assert finished.returncode == 0, finished.stderr
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (out, again)]
+    assert weights[0] == weights[1]
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(
+    starmerge: Run,
+    tiny_base: Path,
+    make_adapter: MakeAdapter,
+    make_finetune: MakeFinetune,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    finished = starmerge(
+        "merge", tiny_base, make_adapter("a"), make_finetune("b"), "-o", out, "--dry-run"
+    )
+    assert finished.returncode == 0, finished.stderr
+    for words in ("LoRA adapter", "full fine-tune", "21 merged", "Read:", "write:", "Memory"):
+        assert words in finished.stdout
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["merge", "{base}", "{adapter}", "-o", "{out}", "-m", "starr"], 2, "Did you mean 'star'"),
+        (["merge", "{base}", "{adapter}", "-o", "{out}", "-p", "eat=3"], 2, "Did you mean 'eta'"),
+        (["merge", "{base}", "{adapter}", "-o", "{out}", "-p", "eta=0"], 2, "greater than 0"),
+        (["merge", "{base}", "{adapter}", "-o", "{out}", "-p", "eta"], 2, "KEY=VALUE"),
+        (["merge", "{base}", "{adapter}", "-o", "{out}", "--dtype", "int4"], 2, "dtype"),
+        (["merge", "{base}", "{adapter}", "{adapter}", "-o", "{out}"], 2, "two models are called"),
+        (["merge", "{base}", "-o", "{out}"], 2, "no model to merge"),
+        (["merge", "{base}", "gone", "-o", "{out}"], 2, "gone does not exist"),
+        (["merge", "{base}", "{adapter}", "-o", "{base}"], 2, "--overwrite"),
+        (["merge", "{base}", "{broken}", "-o", "{out}"], 1, "is not a complete safetensors file"),
+        (["merge", "recipe.yaml", "x", "-o", "{out}"], 2, "recipe says everything itself"),
+        (["merge", "recipe.yaml", "-o", "{out}"], 2, "recipe.yaml does not exist"),
+        (["methods", "starr"], 2, "Did you mean 'star'"),
+        (["evaluate", "{base}", "--tasks", "digit"], 2, "Did you mean 'digits'"),
+        (["evaluate", "{base}", "--tasks", "digits", "--scorer", "x"], 2, "generate, rank"),
+        (["finetune", "{base}", "--task", "digits", "-o", "{base}"], 2, "exists"),
+        (["demo", "run", "--scorer", "x"], 2, "generate, rank"),
+        (["nonsense"], 2, "No such command"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_refusals_are_one_line_with_the_right_code(
+    starmerge: Run,
+    tiny_base: Path,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    adapter = make_adapter("adapter")
+    broken = shutil.copytree(adapter, tmp_path / "broken")
+    file = broken / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    places = {"base": tiny_base, "adapter": adapter, "broken": broken, "out": tmp_path / "out"}
+    finished = starmerge(*(text.format(**places) for text in arguments), cwd=tmp_path)
+    assert finished.returncode == code
+    assert message in finished.stderr.replace("\n", " ")
+    assert "Traceback" not in finished.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_where_an_error_comes_from(starmerge: Run, tmp_path: Path) -> None:
+    finished = starmerge("--debug", "merge", "gone", "gone", "-o", tmp_path / "out")
+    assert "Traceback" in finished.stderr
+    assert "UsageError: gone does not exist" in finished.stderr
+
+
+def test_lists_methods_for_people_and_programs(starmerge: Run) -> None:
+    assert "task_arithmetic" in starmerge("methods").stdout
+    assert "arXiv 2502.10339" in starmerge("methods", "star").stdout
+    described = json.loads(starmerge("methods", "--json").stdout)
+    assert {method["name"] for method in described} >= {"star", "average", "task_arithmetic"}
+    (star,) = (method for method in described if method["name"] == "star")
+    assert star["parameters"][0]["name"] == "eta"
+    assert star["parameters"][0]["default"] == 40
+
+
+def test_every_command_explains_itself(starmerge: Run) -> None:
+    top = starmerge("--help")
+    assert top.returncode == 0
+    for command in ("merge", "evaluate", "finetune", "methods", "tasks", "demo"):
+        assert command in top.stdout
+        assert starmerge(command, "--help").returncode == 0
+
+
+def test_help_imports_nothing_heavy(starmerge: Run) -> None:
+    finished = starmerge("--help", env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"})
+    imported = {line.rpartition("|")[2].strip() for line in finished.stderr.splitlines()}
+    assert "typer" in imported
+    assert not imported & {"torch", "transformers", "numpy", "pydantic", "huggingface_hub", "yaml"}
+
+
+def test_takes_models_from_the_hub_cache_by_name_and_revision(
+    starmerge: Run, tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    """The Hub's own client, offline, on a cache laid out as it lays it out."""
+    adapter = make_adapter("adapter")
+    cache = tmp_path / "hub"
+    for name, folder, revision in (
+        ("tests/tiny", tiny_base, "main"),
+        ("someone/adapter", adapter, "v2"),
+    ):
+        repository = cache / f"models--{name.replace('/', '--')}"
+        shutil.copytree(folder, repository / "snapshots" / "abc123")
+        (repository / "refs").mkdir()
+        (repository / "refs" / revision).write_text("abc123")
+    env = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    out = tmp_path / "out"
+    finished = starmerge("merge", "tests/tiny", "someone/adapter@v2", "-o", out, env=env)
+    assert finished.returncode == 0, finished.stderr
+    report = json.loads((out / "merge_report.json").read_text())
+    assert [entry["hub_id"] for entry in report["inputs"]] == ["tests/tiny", "someone/adapter"]
+    assert {entry["revision"] for entry in report["inputs"]} == {"abc123"}
+    card = (out / "README.md").read_text()
+    assert "base_model:\n- tests/tiny\n- someone/adapter" in card
+
+    finished = starmerge("merge", "tests/tiny", "someone/adapter@v9", "-o", tmp_path / "x", env=env)
+    assert finished.returncode == 1
+    assert "someone/adapter" in finished.stderr
+    finished = starmerge("merge", "someone/gone", "tests/tiny", "-o", tmp_path / "x", env=env)
+    assert finished.returncode == 1
+    assert "neither a folder here nor in the Hub's cache" in finished.stderr

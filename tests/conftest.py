@@ -1,0 +1,106 @@
+"""Models that the tests merge: tiny ones made on the spot, and the demo's real one."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from starmerge.demo.base_model import prepared_base
+
+# How long an example takes depends on the machine, not on the code.
+settings.register_profile("starmerge", deadline=None)
+settings.load_profile("starmerge")
+
+MakeAdapter = Callable[..., Path]
+MakeFinetune = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a random Llama of two layers, in float32."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_adapter(tiny_base: Path, tmp_path: Path) -> MakeAdapter:
+    """Return a function that makes a random adapter of the tiny model with PEFT."""
+
+    def make(name: str, *, seed: int = 0, base: Path = tiny_base, **options: Any) -> Path:
+        torch.manual_seed(seed)
+        settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]} | options
+        settings.setdefault("init_lora_weights", False)
+        model = AutoModelForCausalLM.from_pretrained(base)
+        model.name_or_path = "tests/tiny"
+        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+        adapted.save_pretrained(tmp_path / name, save_embedding_layers=False)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def make_finetune(tiny_base: Path, tmp_path: Path) -> MakeFinetune:
+    """Return a function that makes a full fine-tune of the tiny model: the base plus noise."""
+
+    def make(name: str, *, seed: int = 0, scale: float = 0.01) -> Path:
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {
+            key: tensor + scale * torch.randn(tensor.shape, generator=generator)
+            for key, tensor in load_file(tiny_base / "model.safetensors").items()
+        }
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text((tiny_base / "config.json").read_text())
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Return the folder of the demo's base; ``starmerge demo prepare`` puts it there."""
+    return prepared_base()
+
+
+@pytest.fixture
+def starmerge() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Return a function that runs the command line as a process of its own."""
+
+    def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "starmerge", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+    return run
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    """Set keys of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

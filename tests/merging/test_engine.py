@@ -1,0 +1,319 @@
+"""Merges from files to files: values against the oracles, reports, failures that leave nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import starmerge as sm
+from starmerge.recipe import load_recipe
+from tests.conftest import MakeAdapter, MakeFinetune, edit_json
+from tests.oracles import star as oracle
+
+_RUN = "import sys, starmerge as sm; sm.merge(sys.argv[1], sys.argv[2:-1], output=sys.argv[-1])"
+
+
+def _weights(folder: Path) -> dict[str, np.ndarray]:
+    tensors = load_file(folder / "model.safetensors")
+    return {name: tensor.double().numpy() for name, tensor in tensors.items()}
+
+
+def _updates(adapter: Path, scale: float) -> dict[str, np.ndarray]:
+    factors = load_file(adapter / "adapter_model.safetensors")
+    return {
+        key.removeprefix("base_model.model.").replace(".lora_A", ""): scale
+        * factors[key.replace("lora_A", "lora_B")].double().numpy()
+        @ tensor.double().numpy()
+        for key, tensor in factors.items()
+        if ".lora_A." in key
+    }
+
+
+def test_star_on_adapters_agrees_with_the_oracle(
+    tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    paths = [make_adapter(f"a{seed}", seed=seed, lora_alpha=3 + seed) for seed in range(3)]
+    result = sm.merge(tiny_base, paths, sm.Star(eta=60), output=tmp_path / "out")
+    base, merged = _weights(tiny_base), _weights(result.path)
+    updates = [_updates(path, (3 + seed) / 4) for seed, path in enumerate(paths)]
+    for name, weight in base.items():
+        expected = weight
+        if name in updates[0]:
+            expected = weight + oracle.star([update[name] for update in updates], eta=60)
+        assert np.allclose(merged[name], expected, rtol=0, atol=3e-6 * np.abs(weight).max()), name
+
+
+def test_star_on_mixed_models_truncates_matrices_and_averages_vectors_and_embeddings(
+    tiny_base: Path, make_adapter: MakeAdapter, make_finetune: MakeFinetune, tmp_path: Path
+) -> None:
+    adapter, tuned = make_adapter("adapter"), make_finetune("tuned")
+    result = sm.merge(tiny_base, [adapter, tuned], "star", output=tmp_path / "out")
+    base, full, merged = _weights(tiny_base), _weights(tuned), _weights(result.path)
+    updates = _updates(adapter, 2.0)
+    for name, weight in base.items():
+        delta = (full[name].astype(np.float32) - weight.astype(np.float32)).astype(np.float64)
+        if delta.ndim == 1 or name in ("model.embed_tokens.weight", "lm_head.weight"):
+            expected = delta / 2
+        elif name in updates:
+            expected = oracle.star([updates[name], delta], eta=40)
+        else:
+            expected = oracle.star([delta], eta=40) / 2
+        assert np.allclose(merged[name] - weight, expected, rtol=0, atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("method", "factor"), [(sm.Average(), 1 / 2), (sm.TaskArithmetic(alpha=0.7), 0.7)]
+)
+def test_sums_of_full_fine_tunes(
+    tiny_base: Path,
+    make_finetune: MakeFinetune,
+    tmp_path: Path,
+    method: sm.Method,
+    factor: float,
+) -> None:
+    paths = [make_finetune("a", seed=1), make_finetune("b", seed=2)]
+    result = sm.merge(tiny_base, paths, method, output=tmp_path / "out")
+    base, merged = _weights(tiny_base), _weights(result.path)
+    tuned = [_weights(path) for path in paths]
+    for name, weight in base.items():
+        expected = weight + factor * sum(full[name] - weight for full in tuned)
+        assert np.allclose(merged[name], expected, rtol=1e-6, atol=1e-7), name
+
+
+def test_what_no_model_changes_keeps_its_bytes_and_the_files_beside_it(
+    tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    result = sm.merge(tiny_base, [make_adapter("adapter")], output=tmp_path / "out")
+    before = load_file(tiny_base / "model.safetensors")
+    after = load_file(result.path / "model.safetensors")
+    assert list(after) == list(before)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {record["name"] for record in result.report.tensors}
+    name = "generation_config.json"
+    assert (result.path / name).read_bytes() == (tiny_base / name).read_bytes()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_chosen_dtype_is_written_and_declared(
+    tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    result = sm.merge(
+        tiny_base, [make_adapter("adapter")], output=tmp_path / "out", dtype="bfloat16"
+    )
+    exact = sm.merge(tiny_base, [tmp_path / "adapter"], output=tmp_path / "exact")
+    rounded = load_file(result.path / "model.safetensors")
+    for name, tensor in load_file(exact.path / "model.safetensors").items():
+        assert torch.equal(rounded[name], tensor.bfloat16()), name
+    model = AutoModelForCausalLM.from_pretrained(result.path, dtype="auto")
+    assert model.dtype == torch.bfloat16
+
+
+def test_base_in_shards_or_in_bin_files_gives_the_same_merge(
+    tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter("adapter")
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert (tmp_path / "sharded" / "model.safetensors.index.json").is_file()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "config.json").write_text((tiny_base / "config.json").read_text())
+    torch.save(model.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    expected = load_file(
+        sm.merge(tiny_base, [adapter], output=tmp_path / "0").path / "model.safetensors"
+    )
+    for kind in ("sharded", "bin"):
+        result = sm.merge(tmp_path / kind, [adapter], output=tmp_path / f"{kind}-out")
+        merged = load_file(result.path / "model.safetensors")
+        assert merged.keys() == expected.keys()
+        assert all(torch.equal(merged[name], expected[name]) for name in merged)
+        assert not list(result.path.glob("*.index.json"))
+
+
+def test_report_says_what_happened(
+    tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    paths = {"x": make_adapter("a", seed=1), "y": make_adapter("b", seed=2)}
+    result = sm.merge(tiny_base, paths, sm.Star(eta=50), output=tmp_path / "out")
+    report = json.loads((result.path / "merge_report.json").read_text())
+    assert report == result.report.content
+    assert report["recipe"]["parameters"]["eta"] == 50
+    assert [entry["name"] for entry in report["inputs"]] == ["base", "x", "y"]
+    digest = subprocess.run(
+        ["sha256sum", paths["y"] / "adapter_model.safetensors"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()[0]
+    assert report["inputs"][2]["sha256"]["adapter_model.safetensors"] == digest
+    assert len(report["tensors"]) == 4
+    updates = _updates(paths["x"], 2.0)
+    for record in report["tensors"]:
+        assert 0.999 < record["survived"] <= 1
+        task = record["tasks"][0]
+        sigma = np.linalg.svd(updates[record["name"]], compute_uv=False)
+        assert task["model"] == "x"
+        assert task["rank"] == oracle.kept_rank(sigma, 50)
+        assert task["nuclear_before"] == pytest.approx(sigma.sum(), rel=1e-6)
+        assert task["nuclear_after"] == pytest.approx(sigma.sum(), rel=1e-6)
+        assert task["factor"] == pytest.approx(sigma.sum() / sigma[: task["rank"]].sum(), rel=1e-6)
+
+
+def test_card_has_the_recipe_that_repeats_the_merge(
+    tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    result = sm.merge(
+        tiny_base, [make_adapter("adapter")], sm.Star(rank=2), output=tmp_path / "out"
+    )
+    card = ModelCard.load(result.path / "README.md")
+    assert card.data.tags == ["merge", "starmerge"]
+    text = card.text.split("```yaml\n")[1].split("```")[0]
+    assert yaml.safe_load(text)["parameters"]["rank"] == 2
+    (tmp_path / "recipe.yaml").write_text(text)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    again = sm.merge(
+        recipe.base,
+        {entry.name: entry.path for entry in recipe.models},
+        recipe.make_method(),
+        output=tmp_path / "again",
+    )
+    first, second = (path / "model.safetensors" for path in (result.path, again.path))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_name_of_the_base_does_not_stick_to_the_merge(
+    tiny_base: Path, make_adapter: MakeAdapter, make_finetune: MakeFinetune, tmp_path: Path
+) -> None:
+    base = make_finetune("named", scale=0.0)
+    edit_json(base / "config.json", _name_or_path="tests/tiny")
+    result = sm.merge(base, [make_adapter("adapter")], output=tmp_path / "out")
+    assert "_name_or_path" not in json.loads((result.path / "config.json").read_text())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_names_the_tensor_with_a_nan_and_leaves_nothing(
+    tiny_base: Path,
+    make_adapter: MakeAdapter,
+    make_finetune: MakeFinetune,
+    tmp_path: Path,
+    value: float,
+) -> None:
+    def damage(file: Path, name: str) -> None:
+        tensors = load_file(file)
+        tensors[name].view(-1)[3] = value
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    name = "model.layers.1.self_attn.v_proj"
+    adapter, tuned, base = make_adapter("adapter"), make_finetune("tuned"), make_finetune("base")
+    healthy = make_adapter("healthy")
+    damage(adapter / "adapter_model.safetensors", f"base_model.model.{name}.lora_B.weight")
+    damage(tuned / "model.safetensors", "model.norm.weight")
+    damage(base / "model.safetensors", f"{name}.weight")
+    for where, models, words in [
+        (tiny_base, [adapter], [str(adapter), f"{name}.weight"]),
+        (tiny_base, [tuned], [str(tuned), "model.norm.weight"]),
+        (base, [healthy], [str(base), f"{name}.weight"]),
+    ]:
+        with pytest.raises(sm.StarmergeError, match="NaN or an infinity") as error:
+            sm.merge(where, models, output=tmp_path / "out")
+        assert all(word in str(error.value) for word in words)
+        assert not any("out" in path.name for path in tmp_path.iterdir())
+
+
+def test_overflow_of_the_output_dtype_is_an_error(
+    tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter("adapter", lora_alpha=10_000_000)
+    with pytest.raises(sm.StarmergeError, match=r"overflows torch\.float16.*--dtype"):
+        sm.merge(tiny_base, [adapter], output=tmp_path / "out", dtype="float16")
+
+
+def _big_base(folder: Path, tiny_base: Path, *, tensors: int, megabytes: int) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text((tiny_base / "config.json").read_text())
+    rows = megabytes * 2**20 // 4 // 1024
+    weights = {f"layers.{n}.weight": torch.full((rows, 1024), n / 8) for n in range(tensors)}
+    save_file(weights, folder / "model.safetensors")
+
+
+def _big_adapter(folder: Path, *, tensors: int, megabytes: int) -> None:
+    folder.mkdir()
+    rows = megabytes * 2**20 // 4 // 1024
+    generator = torch.Generator().manual_seed(0)
+    factors = {}
+    for n in range(tensors):
+        prefix = f"base_model.model.layers.{n}.lora"
+        factors[f"{prefix}_A.weight"] = torch.randn(4, 1024, generator=generator)
+        factors[f"{prefix}_B.weight"] = torch.randn(rows, 4, generator=generator)
+    save_file(factors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["0"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def test_memory_is_bounded_by_the_largest_tensor_not_by_the_model(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    """A model of 320 MB in tensors of 8 MB, merged in a process whose peak memory is read."""
+    _big_base(tmp_path / "base", tiny_base, tensors=40, megabytes=8)
+    _big_adapter(tmp_path / "adapter", tensors=40, megabytes=8)
+    script = (
+        "import resource, starmerge as sm, starmerge.merging.engine\n"
+        "from huggingface_hub import ModelCard\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "sm.merge('base', ['adapter'], output='warm')\n"
+        "before = peak()\n"
+        "sm.merge('big', ['big-adapter'], output='out')\n"
+        "print(peak() - before)\n"
+    )
+    # A first merge of one tensor loads the libraries and sizes the thread pools' buffers.
+    (tmp_path / "base").rename(tmp_path / "big")
+    (tmp_path / "adapter").rename(tmp_path / "big-adapter")
+    _big_base(tmp_path / "base", tiny_base, tensors=1, megabytes=8)
+    _big_adapter(tmp_path / "adapter", tensors=1, megabytes=8)
+    finished = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert int(finished.stdout) < 32 * 1024, "grew by more than four tensors"
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_merge_leaves_no_output_folder(
+    tiny_base: Path, tmp_path: Path, how: signal.Signals
+) -> None:
+    _big_base(tmp_path / "base", tiny_base, tensors=40, megabytes=8)
+    _big_adapter(tmp_path / "adapter", tensors=40, megabytes=8)
+    with subprocess.Popen(
+        [sys.executable, "-c", _RUN, "base", "adapter", "out"],
+        cwd=tmp_path,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+
+        def is_writing() -> bool:
+            files = list(tmp_path.glob(".out.partial-*/model.safetensors"))
+            return bool(files) and files[0].stat().st_size > 20 * 2**20
+
+        _wait_for(is_writing)
+        os.kill(process.pid, how)
+    assert process.returncode != 0
+    assert not (tmp_path / "out").exists()
+    # Only a process that may still act cleans up after itself.
+    assert bool(list(tmp_path.glob(".out.partial-*"))) == (how != signal.SIGINT)

@@ -1,0 +1,135 @@
+"""Merging deltas in memory, tensor by tensor."""
+
+import numpy as np
+import pytest
+import starmerge
+import torch
+from starmerge import Average, Dense, LowRank, Star, TaskArithmetic, merge_state
+from starmerge.merging.fold import fold
+from tests.oracles import bounds, linear, samples, star
+from tests.oracles import deltas as oracle
+
+METHODS = {
+    "average": (Average(), linear.average),
+    "task_arithmetic": (TaskArithmetic(alpha=0.3), lambda d: linear.task_arithmetic(d, 0.3)),
+    "star": (Star(eta=40), lambda d: star.star(d, eta=40)),
+    "star by rank": (Star(rank=2), lambda d: star.star(d, rank=2)),
+}
+
+
+def assert_close(found, expected, deltas):
+    """Within float32 rounding of the deltas' sizes, over all products that are summed."""
+    products = sum(min(*delta.shape, delta.rank) for delta in deltas) + 20
+    sizes = sum(oracle.nuclear(bounds.magnitude(delta)) for delta in deltas)
+    difference = oracle.frobenius(samples.values(found) - expected)
+    assert difference <= bounds.gamma(products, bounds.U32) * sizes
+
+
+@pytest.mark.parametrize("dtype", samples.DTYPES)
+@pytest.mark.parametrize("kind", samples.KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_kind_and_dtype(method, kind, dtype):
+    first = samples.task_deltas(kind, dtype=dtype)
+    second = samples.task_deltas(kind, 5, 12, dtype=dtype, seed=100)
+    states = [{"first": a, "second": b} for a, b in zip(first, second, strict=True)]
+    merge, reference = METHODS[method]
+    merged = merge_state(states, merge)
+    assert list(merged) == ["first", "second"]
+    for name, deltas in (("first", first), ("second", second)):
+        expected = reference([samples.exact(delta) for delta in deltas])
+        assert_close(merged[name], expected, deltas)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_tensor_that_some_models_leave_alone(method):
+    a, b, c = samples.task_deltas("mixed")[:3]
+    zero = np.zeros(a.shape)
+    states = [{"x": a}, {"y": b, "x": c}, {}]
+    merge, reference = METHODS[method]
+    merged = merge_state(states, merge)
+    assert list(merged) == ["x", "y"]
+    expected = reference([samples.exact(a), samples.exact(c), zero])
+    assert_close(merged["x"], expected, [a, c])
+    assert_close(merged["y"], reference([zero, samples.exact(b), zero]), [b])
+
+
+def test_one_model_averaged_is_that_model():
+    delta = samples.low_rank(6, 5, 2)
+    merged = merge_state([{"x": delta}], Average())
+    np.testing.assert_array_equal(samples.values(merged["x"]), samples.values(delta))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("states", [[], [{}], [{}, {}]])
+def test_nothing_to_merge(states, method):
+    assert merge_state(states, METHODS[method][0]) == {}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(), (5,), (6, 3, 2, 2), (0, 5), (3, 0), (1, 7), (7, 1)])
+def test_full_finetunes_of_every_shape(shape, method):
+    deltas = [samples.dense(*shape, seed=seed) for seed in range(3)]
+    merge, reference = METHODS[method]
+    merged = merge_state([{"x": delta} for delta in deltas], merge)["x"]
+    assert merged.shape == deltas[0].shape
+    assert torch.isfinite(merged.to_dense()).all()
+    if deltas[0].tensor.numel():
+        assert_close(merged, reference([samples.exact(delta) for delta in deltas]), deltas)
+    base = samples.normal(*shape, seed=9, dtype=torch.bfloat16)
+    assert fold(base, merged, torch.bfloat16).weight.shape == shape
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_zero_deltas_stay_zero(method):
+    zeros = [LowRank(torch.zeros(4, 2), torch.ones(2, 3)), Dense(torch.zeros(4, 3))]
+    merged = merge_state([{"x": zero} for zero in zeros], METHODS[method][0])
+    assert not merged["x"].to_dense().any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "deltas",
+    [
+        (samples.dense(4, 5), samples.dense(5, 4)),
+        (samples.low_rank(4, 5, 2), samples.low_rank(5, 4, 2)),
+        (samples.dense(4, 5), samples.low_rank(4, 6, 2)),
+    ],
+)
+def test_models_that_disagree_on_a_shape_are_refused(deltas, method):
+    with pytest.raises(ValueError, match="shapes"):
+        merge_state([{"x": delta} for delta in deltas], METHODS[method][0])
+
+
+def test_vectors_are_averaged_by_star():
+    deltas = [samples.dense(5, seed=seed) for seed in range(3)]
+    by_star = merge_state([{"x": delta} for delta in deltas], Star(rank=1))["x"]
+    averaged = merge_state([{"x": delta} for delta in deltas], Average())["x"]
+    np.testing.assert_array_equal(samples.values(by_star), samples.values(averaged))
+
+
+def test_the_inputs_are_left_alone():
+    for merge, _ in METHODS.values():
+        states = [{"x": delta} for delta in samples.task_deltas("mixed")]
+        before = [samples.exact(state["x"]).copy() for state in states]
+        merge_state(states, merge)
+        for state, values in zip(states, before, strict=True):
+            assert list(state) == ["x"]
+            np.testing.assert_array_equal(samples.exact(state["x"]), values)
+
+
+@pytest.mark.parametrize("kind", samples.KINDS)
+def test_a_merged_delta_folds_into_the_base(kind):
+    deltas = samples.task_deltas(kind, 300, 7)
+    base = samples.normal(300, 7, seed=1)
+    merged = merge_state([{"x": delta} for delta in deltas], Star())["x"]
+    expected = star.star([samples.exact(delta) for delta in deltas], eta=40)
+    assert_close(merged, expected, deltas)
+    weight = oracle.exact(fold(base, merged, torch.float32).weight)
+    exact = oracle.exact(base) + samples.exact(merged)
+    error = bounds.weighted_sum([merged]) + bounds.U32 * np.abs(exact)
+    assert np.all(np.abs(weight - exact) <= 1.001 * error)
+
+
+def test_the_public_names():
+    assert starmerge.merge_state is merge_state
+    assert {"Average", "Dense", "LowRank", "Star", "TaskArithmetic"} <= set(dir(starmerge))

@@ -1,0 +1,91 @@
+"""Plans: everything that can be refused is refused before a tensor is read."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from starmerge.checkpoints.tensors import Checkpoint
+from starmerge.errors import StarmergeError, UsageError
+from starmerge.merging.plan import Plan, make_plan
+from starmerge.recipe import make_recipe
+from tests.conftest import MakeAdapter, MakeFinetune
+
+
+def _plan(base: Path, models: list[Path], output: Path, **options: Any) -> Plan:
+    content = {"base": str(base), "models": [str(model) for model in models]} | options
+    return make_plan(make_recipe(content), output)
+
+
+def test_counts_what_will_be_read_and_written(
+    tiny_base: Path, make_adapter: MakeAdapter, make_finetune: MakeFinetune, tmp_path: Path
+) -> None:
+    adapter, tuned = make_adapter("adapter"), make_finetune("tuned")
+    weights = sum(t.nbytes for t in load_file(tiny_base / "model.safetensors").values())
+    factors = sum(t.nbytes for t in load_file(adapter / "adapter_model.safetensors").values())
+    beside = (tiny_base / "generation_config.json").stat().st_size
+
+    plan = _plan(tiny_base, [adapter], tmp_path / "out")
+    assert (len(plan.tensors), len(plan.merged)) == (21, 4)
+    assert plan.bytes_to_read == weights + factors
+    assert plan.bytes_to_write == weights + beside
+
+    plan = _plan(tiny_base, [adapter, tuned], tmp_path / "out", dtype="bfloat16")
+    assert len(plan.merged) == 21
+    assert plan.bytes_to_read == 2 * weights + factors
+    assert plan.bytes_to_write == weights // 2 + beside
+
+
+def test_reads_no_tensor(
+    tiny_base: Path,
+    make_adapter: MakeAdapter,
+    make_finetune: MakeFinetune,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models = [make_adapter("adapter"), make_finetune("tuned")]
+
+    def forbidden(*_: object) -> None:
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(Checkpoint, "read", forbidden)
+    monkeypatch.setattr(Checkpoint, "copy", forbidden)
+    assert _plan(tiny_base, models, tmp_path / "out").memory > 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_refuses_to_write_over_an_input(
+    tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter("adapter")
+    recipe = make_recipe({"base": str(tiny_base), "models": [str(adapter)]})
+    with pytest.raises(UsageError, match="is the base"):
+        make_plan(recipe, tiny_base, overwrite=True)
+    with pytest.raises(UsageError, match="is one of the models"):
+        make_plan(recipe, adapter, overwrite=True)
+    with pytest.raises(UsageError, match="not empty.*--overwrite"):
+        make_plan(recipe, adapter)
+
+
+def test_refuses_places_that_do_not_exist(tiny_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no such|does not exist"):
+        _plan(tiny_base, [tmp_path / "gone"], tmp_path / "out")
+    with pytest.raises(UsageError, match="is a file"):
+        _plan(tiny_base, [tiny_base / "config.json"], tmp_path / "out")
+
+
+def test_refuses_a_weight_that_cannot_be_merged(
+    tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter("adapter")
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text((tiny_base / "config.json").read_text())
+    tensors = load_file(tiny_base / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(StarmergeError, match=r"q_proj\.weight is stored in torch\.float8_e4m3fn"):
+        _plan(base, [adapter], tmp_path / "out")

@@ -1,0 +1,82 @@
+"""The real model, merged, in the hands of transformers and PEFT."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import starmerge as sm
+from starmerge.demo.run import ADAPTERS
+
+_TEXT = "Write the past tense of this verb.\nswim"
+
+
+def _logits(model: torch.nn.Module, tokenizer: object) -> torch.Tensor:
+    ids = tokenizer.apply_chat_template(  # type: ignore[attr-defined]
+        [{"role": "user", "content": _TEXT}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
+    with torch.inference_mode():
+        logits: torch.Tensor = model(input_ids=ids).logits.double()
+    return logits
+
+
+def _relative(first: torch.Tensor, second: torch.Tensor) -> float:
+    return float((first - second).norm() / second.norm())
+
+
+def test_adapter_through_peft_gives_the_logits_of_our_delta_folded_in(
+    smollm2: Path, tmp_path: Path
+) -> None:
+    merged = sm.merge(
+        smollm2, [ADAPTERS / "past"], "average", output=tmp_path / "merged", dtype="float32"
+    )
+    ours = AutoModelForCausalLM.from_pretrained(merged.path, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(merged.path)
+    base = _logits(plain, tokenizer)
+    peft = _logits(PeftModel.from_pretrained(plain, ADAPTERS / "past").eval(), tokenizer)
+    assert _relative(_logits(ours, tokenizer), peft) < 1e-5
+    assert _relative(base, peft) > 0.05
+
+
+@pytest.mark.parametrize("method", [sm.Average(), sm.Star(), sm.TaskArithmetic(alpha=0.3)])
+def test_merged_folder_gives_the_logits_of_the_deltas_added_by_hand(
+    smollm2: Path, tmp_path: Path, method: sm.Method
+) -> None:
+    names = ("past", "digits", "language")
+    merged = sm.merge(smollm2, [ADAPTERS / name for name in names], method, output=tmp_path / "out")
+    by_hand = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
+    weights = dict(by_hand.named_parameters())
+    factors = [load_file(ADAPTERS / name / "adapter_model.safetensors") for name in names]
+    for key in factors[0]:
+        if ".lora_A." not in key:
+            continue
+        deltas = [
+            2.0 * part[key.replace("lora_A", "lora_B")].double() @ part[key].double()
+            for part in factors
+        ]
+        if isinstance(method, sm.Star):
+            deltas = [_star(delta) for delta in deltas]
+        scale = 0.3 if isinstance(method, sm.TaskArithmetic) else 1 / 3
+        weight = weights[key.removeprefix("base_model.model.").replace(".lora_A", "")]
+        weight.data = (weight.data.double() + scale * sum(deltas)).to(weight.dtype)
+    ours = AutoModelForCausalLM.from_pretrained(merged.path, dtype="auto")
+    assert ours.dtype == torch.bfloat16
+    tokenizer = AutoTokenizer.from_pretrained(merged.path)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(smollm2).chat_template
+    # Both round once to bfloat16: they differ where float32 and float64 round apart.
+    differing = sum(
+        int((parameter != weights[name]).sum()) for name, parameter in ours.named_parameters()
+    )
+    assert differing < 60 * 576 * 576 * 1e-4
+    assert _relative(_logits(ours.float(), tokenizer), _logits(by_hand.float(), tokenizer)) < 1e-3
+
+
+def _star(delta: torch.Tensor) -> torch.Tensor:
+    U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+    r = int((S.cumsum(0) < 0.4 * S.sum()).sum()) + 1
+    kept: torch.Tensor = U[:, :r] * (S[:r] * S.sum() / S[:r].sum()) @ Vh[:r]
+    return kept

@@ -1,0 +1,89 @@
+"""Recipes: what is understood, and what is refused by name."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from starmerge.errors import UsageError
+from starmerge.recipe import load_recipe, make_recipe, parse_models
+
+_EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
+
+_GOOD: dict[str, Any] = {"base": "org/base", "models": ["org/a", "org/b@v2"]}
+
+
+def test_names_models_after_their_paths_and_fills_in_defaults() -> None:
+    recipe = make_recipe(_GOOD)
+    assert [(entry.name, entry.path) for entry in recipe.models] == [
+        ("a", "org/a"),
+        ("b", "org/b@v2"),
+    ]
+    assert recipe.method == "star"
+    assert recipe.parameters["eta"] == 40
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modles": []}, "unknown key 'modles'. Did you mean 'models'?"),
+        ({"models": []}, "models: List should have at least 1 item"),
+        ({"models": ["x/a", "y/a"]}, "two models are called 'a'"),
+        ({"models": [{"path": "a", "nmae": "b"}]}, "nmae"),
+        ({"models": "org/a"}, "models"),
+        ({"method": "starr"}, "No method is called 'starr'. Did you mean 'star'?"),
+        ({"parameters": {"etaa": 3}}, "no parameter 'etaa'. Did you mean 'eta'?"),
+        ({"parameters": {"eta": 0}}, "eta: Input should be greater than 0 (got 0)"),
+        ({"parameters": {"eta": 101}}, "less than or equal to 100"),
+        ({"parameters": {"eta": float("nan")}}, "eta"),
+        ({"parameters": {"rank": 0}}, "rank"),
+        ({"method": "average", "parameters": {"eta": 3}}, "It has none."),
+        ({"dtype": "int8"}, "dtype"),
+    ],
+)
+def test_refuses_a_wrong_recipe_and_says_what_is_wrong(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError) as error:
+        make_recipe(_GOOD | changes)
+    assert message in str(error.value)
+
+
+def test_reads_back_what_it_writes(tmp_path: Path) -> None:
+    recipe = make_recipe(_GOOD | {"parameters": {"eta": 55.5}, "dtype": "float16"})
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+def test_paths_beside_a_recipe_are_meant_so(tmp_path: Path) -> None:
+    (tmp_path / "adapters" / "a").mkdir(parents=True)
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump({"base": "org/base", "models": ["adapters/a", "org/b"]})
+    )
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.base == "org/base"
+    assert [entry.path for entry in recipe.models] == [str(tmp_path / "adapters" / "a"), "org/b"]
+
+
+@pytest.mark.parametrize("content", ["a: [", "- list", "just text", ""])
+def test_refuses_files_that_are_no_recipes(tmp_path: Path, content: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(content)
+    with pytest.raises(UsageError, match=r"recipe\.yaml"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_models_can_be_named_on_the_command_line(tmp_path: Path) -> None:
+    odd = tmp_path / "a=b"
+    odd.mkdir()
+    assert parse_models(["x=org/a@v1", "org/c@main", str(odd)]) == [
+        {"name": "x", "path": "org/a@v1"},
+        {"name": "c", "path": "org/c@main"},
+        {"name": "a=b", "path": str(odd)},
+    ]
+
+
+@pytest.mark.parametrize("path", _EXAMPLES, ids=lambda path: path.name)
+def test_examples_are_valid_and_name_models_that_are_there(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert all(Path(entry.path).is_dir() for entry in recipe.models)

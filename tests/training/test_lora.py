@@ -1,0 +1,71 @@
+"""Fine-tuning: it learns, repeats itself, and leaves an adapter that can be merged."""
+
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+import starmerge as sm
+from starmerge.evaluation.task import Example, Task
+from starmerge.training.lora import LoraRecipe, finetune
+
+_COLOURS = ("red", "green", "blue", "black")
+
+
+def _task() -> Task:
+    """Return a task that a rank-4 adapter learns in a few steps: the first word is the answer."""
+    words = ("door", "car", "shoe", "bird", "lamp", "boat", "hat", "cup", "tree", "fish")
+    rows = [
+        Example(f"{colour} {first} {second}", colour, _COLOURS)
+        for colour in _COLOURS
+        for first in words
+        for second in words
+    ]
+    return Task("first", "Repeat the colour.", lambda _: iter(rows), _COLOURS, "tests")
+
+
+_RECIPE = LoraRecipe(
+    rank=4, alpha=16, learning_rate=5e-3, rows=96, test_rows=16, batch_size=8, dtype="bfloat16"
+)
+
+
+def test_learns_repeats_itself_and_can_be_merged(smollm2: Path, tmp_path: Path) -> None:
+    results = [
+        finetune(
+            smollm2,
+            _task(),
+            tmp_path / name,
+            _RECIPE,
+            base_name="HuggingFaceTB/SmolLM2-135M-Instruct",
+            command="starmerge finetune BASE",
+        )
+        for name in ("first", "again")
+    ]
+    assert len(results[0].losses) == 12
+    assert results[0].losses[-1] < results[0].losses[0] / 2
+    assert results[0].score.n == 16
+    assert results[0].score.value >= 0.75
+    assert results[0].losses == results[1].losses
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("first", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+    assert {tensor.dtype for tensor in load_file(files[0]).values()} == {torch.bfloat16}
+    config = json.loads((tmp_path / "first" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    card = ModelCard.load(tmp_path / "first" / "README.md")
+    assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert "starmerge finetune BASE" in card.text
+    merged = sm.merge(smollm2, [tmp_path / "first"], output=tmp_path / "merged")
+    assert len(merged.report.tensors) == 60
+
+
+def test_another_seed_gives_another_adapter(smollm2: Path, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        recipe = LoraRecipe(rank=2, rows=8, test_rows=1, seed=seed)
+        finetune(smollm2, _task(), tmp_path / str(seed), recipe)
+    first, second = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("1", "2")
+    )
+    assert all(not torch.equal(first[key], second[key]) for key in first if "lora_A" in key)
