@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from starmerge.deltas import Dense, LowRank, matrix_shape, total
 from tests.oracles import bounds, samples
 from tests.oracles import deltas as oracle

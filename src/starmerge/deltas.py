@@ -100,8 +100,9 @@ class LowRank:
     def core(self) -> Core:
         """Return the delta in orthonormal bases of its column and row space.
 
-        From the float64 Gram matrices BᵀB and AAᵀ (r, r); O((m + n)r²). Directions of a factor
-        below 1e-7 of its largest are rounding and are left out.
+        From the float64 Gram matrices BᵀB and AAᵀ (r, r); O((m + n)r²). What rounding may have
+        made of a direction that is not there, in a factor of m rows √(r·√m·eps) of the largest or
+        5e-7 for 4096 × 16, is left out.
         """
         B, A = self.B.double(), self.A.double()
         # Balance the factors first, so that a column of B is never small only because its row of
@@ -110,8 +111,9 @@ class LowRank:
         alive = (b > 0) & (a > 0)
         balance = torch.where(alive, (a / b).sqrt(), 0.0)
         inverse = torch.where(alive, (b / a).sqrt(), 0.0)
-        root_b, left = _orthonormal((B.T @ B) * balance * balance[:, None])
-        root_a, right = _orthonormal((A @ A.T) * inverse * inverse[:, None])
+        rows, columns = self.shape
+        root_b, left = _orthonormal((B.T @ B) * balance * balance[:, None], rows)
+        root_a, right = _orthonormal((A @ A.T) * inverse * inverse[:, None], columns)
         return Core(
             matrix=self.scale * root_b.T @ root_a,
             left=balance[:, None] * left,
@@ -223,14 +225,15 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def _orthonormal(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Factor G = XᵀX of some X (m, r) as G = root @ rootᵀ with X @ inverse orthonormal.
+def _orthonormal(gram: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Factor G = XᵀX of some X (length, r) as G = root @ rootᵀ with X @ inverse orthonormal.
 
     Returns:
         root (r, p) and inverse (r, p), such that X = (X @ inverse) @ rootᵀ; p is the rank.
     """
     values, vectors = torch.linalg.eigh(gram)
-    floor = values.max() * len(values) * torch.finfo(gram.dtype).eps if len(values) else 0.0
-    kept = values > floor
+    # Each entry of G is a sum of `length` products, whose rounding errors add up like a walk.
+    noise = len(values) * math.sqrt(length) * torch.finfo(gram.dtype).eps
+    kept = values > noise * values.max() if len(values) else values > 0
     sigma = values[kept].sqrt()
     return vectors[:, kept] * sigma, vectors[:, kept] / sigma

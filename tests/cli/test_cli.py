@@ -2,8 +2,10 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -159,3 +161,22 @@ def test_takes_models_from_the_hub_cache_by_name_and_revision(
     finished = starmerge("merge", "someone/gone", "tests/tiny", "-o", tmp_path / "x", env=env)
     assert finished.returncode == 1
     assert "neither a folder here nor in the Hub's cache" in finished.stderr
+
+
+def test_a_disk_that_fails_in_the_middle_loses_nothing(
+    tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    """The shell lets no file grow over 50 KB; the merged weights have 75 KB."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("kept")
+    command = [sys.executable, "-m", "starmerge", "merge", tiny_base, make_adapter("adapter")]
+    script = f"ulimit -f 50; {shlex.join([*map(str, command), '-o', str(out), '--overwrite'])}"
+    finished = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert finished.returncode == 1
+    assert f"{out} was not made: [Errno 27]" in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert (out / "precious").read_text() == "kept"
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "adapter"}

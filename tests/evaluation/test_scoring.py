@@ -14,6 +14,7 @@ from starmerge.evaluation.prompts import MAX_PROMPT_TOKENS, Prompter
 from starmerge.evaluation.scoring import _log_likelihoods, generate, rank
 from starmerge.evaluation.task import Example, Task
 from starmerge.evaluation.tasks import TASKS
+from tests.conftest import MakeAdapter
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +101,9 @@ def test_prompts_have_one_beginning_and_keep_the_instruction(loaded: tuple[Any, 
 def test_a_folder_that_is_no_language_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not a causal language model"):
         load_model(tmp_path)
+
+
+def test_an_adapter_of_another_model_is_refused(smollm2: Path, make_adapter: MakeAdapter) -> None:
+    model, _ = load_model(smollm2)
+    with pytest.raises(UsageError, match=r"PEFT cannot apply .*wrong to the base"):
+        AdapterSwitch(model, {"a": make_adapter("wrong")})

@@ -99,13 +99,14 @@ def test_a_folder_is_a_task_with_instruction_and_given_split(tmp_path: Path) -> 
         ("{", "line 1: not JSON"),
         ('{"input": "x"}', "line 1: a row is an object with 'input' and 'label'"),
         ("", "has no rows"),
+        ('{"input": "row 0", "label": "a"}', "too few rows: none are for testing"),
         ('{"input": "x", "label": "a", "choices": ["b"]}', "must list its label 'a'"),
     ],
 )
-def test_says_which_line_of_a_file_is_wrong(tmp_path: Path, line: str, message: str) -> None:
+def test_says_what_is_wrong_with_a_file(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "bad.jsonl").write_text(line)
     with pytest.raises(UsageError, match=message):
-        find_task(str(tmp_path / "bad.jsonl"))
+        find_task(str(tmp_path / "bad.jsonl")).examples("test")
 
 
 def test_names_the_nearest_task() -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from starmerge.deltas import Dense, LowRank
 from starmerge.merging.fold import fold
 from tests.oracles import bounds, rounding, samples

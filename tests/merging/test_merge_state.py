@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-import starmerge
 import torch
+
+import starmerge
 from starmerge import Average, Dense, LowRank, Star, TaskArithmetic, merge_state
 from starmerge.merging.fold import fold
 from tests.oracles import bounds, linear, samples, star

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+
 from starmerge.deltas import Dense, LowRank
 from starmerge.methods import Average, TensorContext
 from tests.oracles import bounds, linear, samples

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 from pydantic import ValidationError
+
 from starmerge.errors import UsageError
 from starmerge.methods import METHODS, Average, Method, Star, TaskArithmetic, make_method
 

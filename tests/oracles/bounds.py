@@ -5,6 +5,7 @@ change a value by at most gamma(k) of its magnitude.
 """
 
 import numpy as np
+
 from starmerge.deltas import LowRank
 from tests.oracles import deltas as oracle
 
@@ -103,6 +104,11 @@ def gap(sigma, r):
     return float((sigma[r - 1] - sigma[r]) / sigma[0])
 
 
+def is_rounding(delta, sigma):
+    """Whether the terms of a delta cancel, so that rounding is all that may be left of them."""
+    return spectrum(delta) > 0.0 and float(np.sum(sigma)) <= 2 * len(sigma) * spectrum(delta)
+
+
 def truncation(delta, sigma, r):
     """Frobenius error of a delta truncated to r triplets and stored as float32 factors.
 
@@ -110,7 +116,9 @@ def truncation(delta, sigma, r):
     by 2 E / gap; the rescale factor moves by E for each singular value. Then float32: two factor
     roundings, and r products and sums when it is multiplied out, of sum(sigma') in all.
     """
-    if r == 0 or sigma[0] == 0.0:
+    if is_rounding(delta, sigma):
+        return 4 * len(sigma) * spectrum(delta)
+    if r == 0:
         return 0.0
     k, nuclear = len(sigma), float(np.sum(sigma))
     factor = nuclear / float(np.sum(sigma[:r]))

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
+
 from starmerge.deltas import Dense, LowRank
 from tests.oracles import deltas as oracle
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+
 from starmerge.deltas import Dense
 from starmerge.spectral import svd, svd_dense
 from tests.oracles import bounds, samples

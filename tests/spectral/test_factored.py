@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+
 from starmerge.deltas import Dense, LowRank, total
 from starmerge.spectral import svd, svd_dense, svd_factored
 from tests.oracles import bounds, samples

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+
 from starmerge.deltas import Dense, LowRank
 from starmerge.spectral import kept_rank, svd, truncate_and_rescale
 from starmerge.spectral.svd import SVD
@@ -53,6 +54,8 @@ def with_spectrum(*values):
         ((1e-300, 1e-300), 100, 2),
         ((1e-300, 1e-300), 50, 1),
         ((1e300, 1e-300), 100, 1),
+        ((5e-324,), 40, 1),
+        ((5e-324,), 100, 1),
     ],
 )
 def test_kept_rank(values, eta, expected):
@@ -95,6 +98,9 @@ def assert_is_truncation(delta, *, eta=40.0, rank=None):
     assert kept.rank == r
     assert kept.B.dtype == kept.A.dtype == torch.float32
     assert torch.isfinite(kept.to_dense()).all()
+    if bounds.is_rounding(delta, sigma):
+        assert oracle.frobenius(samples.values(kept)) <= bounds.truncation(delta, sigma, r)
+        return
     if nuclear == 0.0:
         assert (r, report.factor) == (0, 1.0)
         assert not kept.to_dense().any()
@@ -133,8 +139,8 @@ def test_truncation_by_rank(delta, rank):
 def test_the_kept_rank_suffices_and_one_less_does_not(delta, eta):
     _, report = truncate_and_rescale(svd(delta), eta=eta)
     sigma = oracle.singular_values(samples.exact(delta))
-    if not report.rank:
-        assert not sigma.any()
+    if bounds.is_rounding(delta, sigma) or not sigma.any():
+        assert report.nuclear_after <= 4 * len(sigma) * bounds.spectrum(delta)
         return
     share = 100 * np.cumsum(sigma) / np.sum(sigma)
     slack = 200 * len(sigma) * bounds.spectrum(delta) / np.sum(sigma) + 1e-9

@@ -73,6 +73,9 @@ def output_folder(path: Path) -> Iterator[Path]:
 
     If the block raises, the folder is deleted; if the process is killed, it stays behind under its
     hidden name, ``.NAME.partial-…``. What stood under ``path`` is replaced only at the end.
+
+    Raises:
+        StarmergeError: The disk is full, or fails otherwise.
     """
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +95,11 @@ def output_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(replaced)
         else:
             partial.rename(path)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise StarmergeError(
+            f"{path} was not made: {error}. Nothing was left there; what stood there is kept."
+        ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

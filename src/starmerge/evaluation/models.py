@@ -46,6 +46,13 @@ class AdapterSwitch:
     """A base model with several adapters, one or none of them active at a time.
 
     PEFT puts the adapters beside the base's weights, which stay as they are and are shared.
+
+    Args:
+        model: The base, loaded.
+        adapters: Adapter folders by name.
+
+    Raises:
+        UsageError: An adapter does not fit the base.
     """
 
     def __init__(self, model: Any, adapters: Mapping[str, Path]) -> None:
@@ -54,10 +61,15 @@ class AdapterSwitch:
         self._slots = {name: f"adapter{number}" for number, name in enumerate(adapters)}
         self._model = model
         for name, path in adapters.items():
-            if isinstance(self._model, PeftModel):
-                self._model.load_adapter(path, adapter_name=self._slots[name])
-            else:
-                self._model = PeftModel.from_pretrained(model, path, adapter_name=self._slots[name])
+            slot = self._slots[name]
+            try:
+                if isinstance(self._model, PeftModel):
+                    self._model.load_adapter(path, adapter_name=slot)
+                else:
+                    self._model = PeftModel.from_pretrained(model, path, adapter_name=slot)
+            except (RuntimeError, ValueError, TypeError, OSError) as error:
+                reason = " ".join(str(error).split("\n\t")[:2])
+                raise UsageError(f"PEFT cannot apply {path} to the base: {reason}") from error
         self._model.eval()
 
     @contextmanager

