@@ -78,6 +78,16 @@ def test_inner_product(data, m, n):
 
 
 @pytest.mark.parametrize("kind", samples.KINDS)
+def test_inner_products_of_different_deltas(kind):
+    deltas = samples.task_deltas(kind)
+    for left in deltas:
+        for right in deltas:
+            expected = oracle.inner(samples.exact(left), samples.exact(right))
+            bound = bounds.inner(left, right)
+            assert left.inner(right) == pytest.approx(expected, rel=0, abs=bound)
+
+
+@pytest.mark.parametrize("kind", samples.KINDS)
 def test_inner_product_of_a_delta_with_itself_is_its_squared_norm(kind):
     for delta in samples.task_deltas(kind):
         assert delta.inner(delta) == pytest.approx(delta.frobenius() ** 2, rel=1e-12)
@@ -303,3 +313,23 @@ def test_the_order_of_the_tasks_does_not_matter(dtype):
     bound = 2 * bounds.weighted_sum(deltas)
     difference = samples.values(total(deltas)) - samples.values(total(deltas[::-1]))
     assert np.all(np.abs(difference) <= bound)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (Dense(torch.ones(3)), Dense(torch.ones(3, 4))),
+        (Dense(torch.ones(1, 4)), LowRank(torch.ones(3, 1), torch.ones(1, 4))),
+        (LowRank(torch.ones(1, 1), torch.ones(1, 4)), LowRank(torch.ones(3, 1), torch.ones(1, 4))),
+    ],
+)
+def test_inner_product_of_different_shapes_is_refused(first, second):
+    with pytest.raises(ValueError, match="different shapes"):
+        first.inner(second)
+    with pytest.raises(ValueError, match="different shapes"):
+        second.inner(first)
+
+
+def test_scaling_a_dense_delta_leaves_the_range_of_its_dtype():
+    scaled = Dense(torch.ones(2, 2, dtype=torch.float16)).scaled(1e6)
+    assert scaled.tensor.tolist() == [[1e6, 1e6], [1e6, 1e6]]

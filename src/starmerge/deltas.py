@@ -77,9 +77,14 @@ class LowRank:
         return total([self, other])
 
     def inner(self, other: Delta) -> float:
-        """Return the Frobenius inner product ⟨δ, other⟩ = tr(δᵀ other)."""
+        """Return the Frobenius inner product ⟨δ, other⟩ = tr(δᵀ other).
+
+        Raises:
+            ValueError: Their shapes differ.
+        """
         if isinstance(other, Dense):
             return other.inner(self)
+        _check_same_shape(self, other)
         left = self.B.double().T @ other.B.double()
         right = self.A.double() @ other.A.double().T
         return self.scale * other.scale * float((left * right).sum())
@@ -100,9 +105,9 @@ class LowRank:
     def core(self) -> Core:
         """Return the delta in orthonormal bases of its column and row space.
 
-        From the float64 Gram matrices BᵀB and AAᵀ (r, r); O((m + n)r²). What rounding may have
-        made of a direction that is not there, in a factor of m rows √(r·√m·eps) of the largest or
-        5e-7 for 4096 × 16, is left out.
+        From the float64 Gram matrices BᵀB and AAᵀ (r, r); O((m + n)r²). Directions of a factor
+        that rounding may have made are left out: those below √(√m·eps) of the largest, with m its
+        longer side, which is 1.2e-7 for m = 4096. Factors that nearly cancel lose as many digits.
         """
         B, A = self.B.double(), self.A.double()
         # Balance the factors first, so that a column of B is never small only because its row of
@@ -147,8 +152,8 @@ class Dense:
         return self.tensor.reshape(self.shape)
 
     def scaled(self, factor: float) -> Dense:
-        """Return ``factor · δ``."""
-        return Dense(self.tensor * factor)
+        """Return ``factor · δ``, in float32 or wider."""
+        return Dense(self.tensor.to(wide(self.tensor.dtype)) * factor)
 
     def to_dense(self) -> Tensor:
         """Return the matrix (m, n) in float32."""
@@ -159,7 +164,12 @@ class Dense:
         return total([self, other])
 
     def inner(self, other: Delta) -> float:
-        """Return the Frobenius inner product ⟨δ, other⟩."""
+        """Return the Frobenius inner product ⟨δ, other⟩.
+
+        Raises:
+            ValueError: Their shapes differ.
+        """
+        _check_same_shape(self, other)
         if isinstance(other, LowRank):
             product = (self.matrix.double() @ other.A.double().T) * other.B.double()
             return other.scale * float(product.sum())
@@ -185,8 +195,9 @@ Delta: TypeAlias = LowRank | Dense
 def total(deltas: Iterable[Delta]) -> Delta:
     """Return the sum of one tensor's deltas, taking them one at a time.
 
-    Low-rank deltas are summed by putting their factors side by side: exact, rank Σr. As soon as
-    one delta is dense, the sum is a dense float32 matrix, and only one more is held beside it.
+    Low-rank deltas are summed by putting their factors side by side, in float32, at rank Σr. As
+    soon as one delta is dense, the sum is a dense float32 matrix, and only one more dense delta is
+    held beside it.
 
     Raises:
         ValueError: There is no delta, or their shapes differ.
@@ -195,8 +206,8 @@ def total(deltas: Iterable[Delta]) -> Delta:
     dense: Tensor | None = None
     shape: tuple[int, int] | None = None
     for delta in deltas:
-        if delta.shape != (shape or delta.shape):
-            raise ValueError(f"Cannot add deltas of shapes {shape} and {delta.shape}.")
+        if shape is not None and delta.shape != shape:
+            raise ValueError(f"The deltas have different shapes: {shape} and {delta.shape}.")
         shape = delta.shape
         if isinstance(delta, LowRank):
             low.append(delta)
@@ -204,6 +215,7 @@ def total(deltas: Iterable[Delta]) -> Delta:
             dense = delta.matrix.float().clone()
         else:
             dense += delta.matrix
+        del delta  # or it would stand beside the next one
     if shape is None:
         raise ValueError("There is no delta to add.")
     if dense is not None:
@@ -218,11 +230,21 @@ def total(deltas: Iterable[Delta]) -> Delta:
     )
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype to compute in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """Return (m, n) of a tensor's shape as a matrix: (first dimension, product of the others)."""
     if not shape:
         return 1, 1
     return shape[0], math.prod(shape[1:])
+
+
+def _check_same_shape(first: Delta, second: Delta) -> None:
+    if first.shape != second.shape:
+        raise ValueError(f"The deltas have different shapes: {first.shape} and {second.shape}.")
 
 
 def _orthonormal(gram: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -232,8 +254,9 @@ def _orthonormal(gram: Tensor, length: int) -> tuple[Tensor, Tensor]:
         root (r, p) and inverse (r, p), such that X = (X @ inverse) @ rootᵀ; p is the rank.
     """
     values, vectors = torch.linalg.eigh(gram)
-    # Each entry of G is a sum of `length` products, whose rounding errors add up like a walk.
-    noise = len(values) * math.sqrt(length) * torch.finfo(gram.dtype).eps
+    # Rounding errors of a sum of `length` products add up like a walk; measured eigenvalues of
+    # directions that are not there reach 0.14·√length·eps, whatever r, and 1·eps in small ones.
+    noise = max(16.0, math.sqrt(length)) * torch.finfo(gram.dtype).eps
     kept = values > noise * values.max() if len(values) else values > 0
     sigma = values[kept].sqrt()
     return vectors[:, kept] * sigma, vectors[:, kept] / sigma

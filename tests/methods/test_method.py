@@ -1,12 +1,23 @@
 """The registry of methods and the validation of their parameters."""
 
 import dataclasses
+import weakref
 
 import pytest
+import torch
 from pydantic import ValidationError
 
+from starmerge.deltas import Dense
 from starmerge.errors import UsageError
-from starmerge.methods import METHODS, Average, Method, Star, TaskArithmetic, make_method
+from starmerge.methods import (
+    METHODS,
+    Average,
+    Method,
+    Star,
+    TaskArithmetic,
+    TensorContext,
+    make_method,
+)
 
 nan, inf = float("nan"), float("inf")
 
@@ -141,3 +152,19 @@ def test_only_star_decomposes_full_finetunes():
     assert Star.svd_of_dense
     assert not Average.svd_of_dense
     assert not TaskArithmetic.svd_of_dense
+
+
+@pytest.mark.parametrize("chosen", [Star(), Average(), TaskArithmetic()])
+def test_dense_deltas_are_let_go_of_one_by_one(chosen):
+    seen = []
+
+    def deltas():
+        for seed in range(4):
+            assert not any(alive() is not None for alive in seen)
+            tensor = torch.randn(6, 5, generator=torch.Generator().manual_seed(seed))
+            seen.append(weakref.ref(tensor))
+            yield Dense(tensor)
+            del tensor
+
+    chosen.merge(deltas(), TensorContext("w", (6, 5), is_embedding=False, tasks=4))
+    assert len(seen) == 4

@@ -63,8 +63,8 @@ def spectrum(delta):
 
     Low-rank, from the Gram matrices of the balanced factors X and Y, both of Frobenius norm
     sqrt(beta): a Gram matrix is known to E = c u beta; its square root to E / sigma_min of the
-    factor, over the directions that are not zero, and to sqrt(E) whatever the factor. The root's
-    error meets the other factor's norm.
+    factor, over the directions that are not zero, and to sqrt(E) whatever the factor, so if one
+    of the directions may be taken for rounding. The root's error meets the other factor's norm.
     """
     m, n = delta.shape
     if not isinstance(delta, LowRank):
@@ -76,8 +76,10 @@ def spectrum(delta):
     units = 2 * (m + n + 4 * delta.rank) * U64
     x, y = oracle.singular_values(X), oracle.singular_values(Y)
     x_least, y_least = x[x > 1e-12 * x[0]][-1], y[y > 1e-12 * y[0]][-1]
-    conditioned = units * (1.0 + y[0] / x_least + x[0] / y_least)
-    return abs(delta.scale) * beta * min(conditioned, 2.0 * np.sqrt(units))
+    error = 2.0 * np.sqrt(units)
+    if min(x_least / x[0], y_least / y[0]) > 2e-6:
+        error = min(error, units * (1.0 + y[0] / x_least + x[0] / y_least))
+    return abs(delta.scale) * beta * error
 
 
 def condition(delta):

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from starmerge.checkpoints.base import Base, open_base
 from starmerge.checkpoints.source import Source
 from starmerge.checkpoints.tensors import MERGEABLE, Checkpoint
-from starmerge.deltas import Dense
+from starmerge.deltas import Dense, wide
 from starmerge.errors import StarmergeError
 
 
@@ -40,13 +41,16 @@ class FinetunedModel:
         return None
 
     def delta(self, tensor: str, base: Tensor) -> Dense:
-        """Return W_finetuned − W_base in float32.
+        """Return W_finetuned − W_base in float32, or in float64 if either is so.
 
         Args:
             tensor: Its name.
             base: The base's tensor, any floating dtype.
         """
-        return Dense(self.checkpoint.read(tensor).float() - base.float())
+        tuned = self.checkpoint.read(tensor)
+        dtype = wide(torch.promote_types(tuned.dtype, base.dtype))
+        # In place, so that one wide copy of the fine-tune is all there is.
+        return Dense(tuned.to(dtype).sub_(base))
 
 
 def open_finetuned(name: str, source: Source, base: Base) -> FinetunedModel:

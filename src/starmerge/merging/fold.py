@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from starmerge.deltas import Delta, LowRank
+from starmerge.deltas import Delta, LowRank, wide
 from starmerge.merging.plan import PANEL_ROWS
 
 
@@ -37,16 +37,16 @@ def fold(base: Tensor, delta: Delta, dtype: torch.dtype) -> Folded:
         dtype: Dtype of the result.
     """
     weight = base.reshape(delta.shape)
-    wide = torch.promote_types(base.dtype, torch.float32)
+    working = wide(base.dtype)
     merged = torch.empty(delta.shape, dtype=dtype)
     update_energy = error_energy = 0.0
     for start in range(0, len(weight), PANEL_ROWS):
         rows = slice(start, start + PANEL_ROWS)
-        exact = weight[rows].to(wide)
+        exact = weight[rows].to(working)
         update = _rows(delta, rows)
         merged[rows] = (exact + update).to(dtype)
         # What the output's dtype makes of the base is no part of the update.
-        arrived = merged[rows].to(wide) - exact.to(dtype).to(wide)
+        arrived = merged[rows].to(working) - exact.to(dtype).to(working)
         update_energy += float(torch.linalg.vector_norm(update, dtype=torch.float64)) ** 2
         error_energy += float(torch.linalg.vector_norm(arrived - update, dtype=torch.float64)) ** 2
     survived = 1.0 - error_energy / update_energy if update_energy else 1.0

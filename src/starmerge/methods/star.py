@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from starmerge.deltas import Delta, Dense, total
+from starmerge.deltas import Delta, Dense, LowRank, total
 from starmerge.methods.method import Merged, Method, TensorContext, method
 from starmerge.spectral import Truncation, svd, truncate_and_rescale
 
@@ -50,18 +50,20 @@ class Star(Method):
 
         def truncated() -> Iterator[Delta]:
             for delta in deltas:
-                if isinstance(delta, Dense) and self._is_averaged(context):
-                    truncations.append(None)
-                    yield delta
-                else:
-                    kept, truncation = truncate_and_rescale(
-                        svd(delta), eta=self.eta, rank=self.rank
-                    )
-                    truncations.append(truncation)
-                    yield kept
+                kept, truncation = self._truncate(delta, context)
+                truncations.append(truncation)
+                del delta  # or it would stand beside the next one
+                yield kept
+                del kept
 
         mean = total(truncated()).scaled(1 / context.tasks)
         return Merged(mean, tuple(truncations))
 
-    def _is_averaged(self, context: TensorContext) -> bool:
-        return len(context.shape) < 2 or (context.is_embedding and self.embeddings == "average")
+    def _truncate(self, delta: Delta, context: TensorContext) -> tuple[Delta, Truncation | None]:
+        if isinstance(delta, Dense) and (
+            len(context.shape) < 2 or (context.is_embedding and self.embeddings == "average")
+        ):
+            return delta, None
+        kept, truncation = truncate_and_rescale(svd(delta), eta=self.eta, rank=self.rank)
+        # What is kept of a full matrix may have more factor entries than the matrix itself.
+        return kept if isinstance(delta, LowRank) else Dense(kept.to_dense()), truncation
