@@ -22,7 +22,12 @@ from starmerge.recipe import load_recipe
 from tests.conftest import MakeAdapter, MakeFinetune, edit_json
 from tests.oracles import star as oracle
 
-_RUN = "import sys, starmerge as sm; sm.merge(sys.argv[1], sys.argv[2:-1], output=sys.argv[-1])"
+# A process started in the background of a shell ignores SIGINT unless told otherwise.
+_RUN = (
+    "import signal, sys, starmerge as sm\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "sm.merge(sys.argv[1], sys.argv[2:-1], output=sys.argv[-1])\n"
+)
 
 
 def _weights(folder: Path) -> dict[str, np.ndarray]:
