@@ -33,11 +33,13 @@ def _folded_by_peft(path: Path, base: Path) -> dict[str, torch.Tensor]:
         {"use_rslora": True},
         {"use_rslora": True, "rank_pattern": {"q_proj": 2}},
         {"alpha_pattern": {"v_proj": 5}, "rank_pattern": {"layers.0.self_attn.q_proj": 7}},
+        {"alpha_pattern": {"proj": 3, "q_proj": 5, "self_attn.q_proj": 7, ".*v_proj": 9}},
         {"target_modules": ["q_proj", "gate_proj", "down_proj", "lm_head"]},
         {"layers_to_transform": [1]},
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match")
 def test_gives_the_update_that_peft_folds_in(
     make_adapter: MakeAdapter, tiny_base: Path, options: dict[str, Any]
 ) -> None:
@@ -81,6 +83,8 @@ def test_transposes_the_update_of_layers_stored_input_first(
         ({"layer_replication": [[0, 1]]}, ["layer_replication"]),
         ({"alora_invocation_tokens": [1]}, ["alora_invocation_tokens"]),
         ({"init_lora_weights": "pissa"}, ["init_lora_weights", "pissa"]),
+        ({"init_lora_weights": "olora"}, ["init_lora_weights", "olora"]),
+        ({"lora_bias": True}, ["lora_bias"]),
         ({"brand_new_key": 3}, ["brand_new_key", "unknown"]),
         ({"lora_alpha": None}, ["lora_alpha"]),
     ],
@@ -118,6 +122,10 @@ _Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
         ({"base_model.model.lm_head.weight": torch.ones(2, 2)}, r"lm_head\.weight is no LoRA"),
         ({f"{_Q0}.lora_B.weight": torch.ones(30, 4)}, r"q_proj\.weight has the shape \[30, 32\]"),
         ({f"{_Q0}.lora_B.weight": torch.ones(32, 3)}, "do not fit together"),
+        (
+            {f"{_Q0}.lora_B.weight": torch.ones(32, 4).char()},
+            r"lora_B\.weight is stored in torch\.int8",
+        ),
         (
             {
                 "base_model.model.model.layers.7.x.lora_A.weight": torch.ones(4, 32),

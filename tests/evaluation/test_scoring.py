@@ -101,6 +101,8 @@ def test_prompts_have_one_beginning_and_keep_the_instruction(loaded: tuple[Any, 
 def test_a_folder_that_is_no_language_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not a causal language model"):
         load_model(tmp_path)
+    with pytest.raises(UsageError, match="is an adapter. The base must be a whole model"):
+        load_model(ADAPTERS / "past")
 
 
 def test_an_adapter_of_another_model_is_refused(smollm2: Path, make_adapter: MakeAdapter) -> None:

@@ -25,6 +25,7 @@ def _closed(*labels: str) -> Task:
         (("a", "b"), "banana", None),
         (("positive", "negative"), "negative, not positive", "negative"),
         (("0", "1"), "10", None),
+        (("North", "North America"), "North America", "North America"),
         (("North America", "Asia"), "north america!", "north america"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -103,7 +104,7 @@ def test_what_no_model_changes_keeps_its_bytes_and_the_files_beside_it(
     result = sm.merge(tiny_base, [make_adapter("adapter")], output=tmp_path / "out")
     before = load_file(tiny_base / "model.safetensors")
     after = load_file(result.path / "model.safetensors")
-    assert list(after) == list(before)
+    assert after.keys() == before.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {record["name"] for record in result.report.tensors}
     name = "generation_config.json"
@@ -123,6 +124,27 @@ def test_chosen_dtype_is_written_and_declared(
         assert torch.equal(rounded[name], tensor.bfloat16()), name
     model = AutoModelForCausalLM.from_pretrained(result.path, dtype="auto")
     assert model.dtype == torch.bfloat16
+
+
+def test_every_tensor_is_aligned_in_its_file(
+    tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text((tiny_base / "config.json").read_text())
+    tensors = load_file(tiny_base / "model.safetensors")
+    tensors |= {"a.bytes": torch.ones(3).byte(), "b.odd": torch.ones(5), "z.ids": torch.arange(3)}
+    save_file(tensors, base / "model.safetensors")
+    result = sm.merge(base, [make_adapter("a")], output=tmp_path / "out", dtype="bfloat16")
+    file = result.path / "model.safetensors"
+    length = struct.unpack("<Q", file.read_bytes()[:8])[0]
+    header = json.loads(file.read_bytes()[8 : 8 + length])
+    merged = load_file(file)
+    for name, tensor in merged.items():
+        assert (8 + length + header[name]["data_offsets"][0]) % tensor.element_size() == 0, name
+    assert torch.equal(merged["z.ids"], tensors["z.ids"])
+    assert torch.equal(merged["a.bytes"], tensors["a.bytes"])
+    assert merged["b.odd"].dtype == torch.bfloat16
 
 
 def test_base_in_shards_or_in_bin_files_gives_the_same_merge(

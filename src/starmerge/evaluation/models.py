@@ -30,11 +30,14 @@ def load_model(path: Path, **options: Any) -> tuple[Any, Any]:
             "Evaluating and training need transformers and PEFT: pip install 'starmerge[eval]'"
         ) from error
     logging.disable_progress_bar()
+    if (path / "adapter_config.json").is_file():
+        raise UsageError(f"{path} is an adapter. The base must be a whole model.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", **options)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is not a causal language model: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"{path} is not a causal language model: {reason}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -132,15 +132,9 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
         models.append(open_model(entry.name, source, base, any_base=recipe.any_base))
     if base.source.path.resolve() == output.resolve():
         raise UsageError(f"{output} is the base. Choose another output folder.")
-    plan = Plan(
-        recipe,
-        method,
-        base,
-        tuple(models),
-        tuple(_planned(recipe, base, models)),
-        output,
-        overwrite,
-    )
+    # Widest dtypes first, as safetensors writes them: so that every tensor is aligned in its file.
+    tensors = sorted(_planned(recipe, base, models), key=lambda t: -t.dtype.itemsize)
+    plan = Plan(recipe, method, base, tuple(models), tuple(tensors), output, overwrite)
     if not plan.merged:
         raise StarmergeError("None of the models changes any tensor of the base.")
     check_space(output, plan.bytes_to_write)
