@@ -333,3 +333,16 @@ def test_inner_product_of_different_shapes_is_refused(first, second):
 def test_scaling_a_dense_delta_leaves_the_range_of_its_dtype():
     scaled = Dense(torch.ones(2, 2, dtype=torch.float16)).scaled(1e6)
     assert scaled.tensor.tolist() == [[1e6, 1e6], [1e6, 1e6]]
+
+
+@pytest.mark.parametrize("rank", [1, 2, 8, 32])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_nan_in_a_factor_is_refused(rank, value):
+    B = torch.ones(40, rank)
+    B[3, 0] = value
+    for delta in (
+        LowRank(B, torch.ones(rank, 7)),
+        LowRank(torch.ones(40, rank), torch.ones(rank, 7), value),
+    ):
+        with pytest.raises(ValueError, match="NaN or an infinity"):
+            delta.nuclear()

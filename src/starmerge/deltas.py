@@ -108,8 +108,13 @@ class LowRank:
         From the float64 Gram matrices BᵀB and AAᵀ (r, r); O((m + n)r²). Directions of a factor
         that rounding may have made are left out: those below √(√m·eps) of the largest, with m its
         longer side, which is 1.2e-7 for m = 4096. Factors that nearly cancel lose as many digits.
+
+        Raises:
+            ValueError: A factor or the scale has a NaN or an infinity.
         """
         B, A = self.B.double(), self.A.double()
+        if not (B.isfinite().all() and A.isfinite().all() and math.isfinite(self.scale)):
+            raise ValueError("A factor or the scale of the delta has a NaN or an infinity.")
         # Balance the factors first, so that a column of B is never small only because its row of
         # A is large: deltas of very different scales may stand side by side in one sum.
         b, a = torch.linalg.vector_norm(B, dim=0), torch.linalg.vector_norm(A, dim=1)

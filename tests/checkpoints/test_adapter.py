@@ -67,8 +67,28 @@ def test_transposes_the_update_of_layers_stored_input_first(
     opened = open_base(resolve(base))
     adapter = _open(path, base)
     (name,) = adapter.tensors
+    edit_json(path / "adapter_config.json", fan_in_fan_out=False)
+    assert _open(path, base).factors == adapter.factors, "the shape of c_attn tells"
     before = opened.checkpoint.read(name)
     assert torch.allclose(before + adapter.delta(name, before).to_dense(), expected, atol=1e-6)
+
+
+def test_square_weights_need_a_flag_that_agrees_with_the_base(
+    make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    """PEFT keeps one flag for all layers, so a linear head makes it wrong for GPT-2's others."""
+    base = tmp_path / "gpt2"
+    config = GPT2Config(vocab_size=64, n_embd=24, n_layer=1, n_head=2, n_positions=16)
+    GPT2LMHeadModel(config).save_pretrained(base)
+    path = make_adapter("adapter", base=base, target_modules=["attn.c_proj"], fan_in_fan_out=True)
+    expected = _folded_by_peft(path, base)["transformer.h.0.attn.c_proj.weight"]
+    adapter = _open(path, base)
+    (name,) = adapter.tensors
+    before = open_base(resolve(base)).checkpoint.read(name)
+    assert torch.allclose(before + adapter.delta(name, before).to_dense(), expected, atol=1e-6)
+    edit_json(path / "adapter_config.json", fan_in_fan_out=False)
+    with pytest.raises(UsageError, match=r"the square transformer\.h\.0\.attn\.c_proj\.weight"):
+        _open(path, base)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +107,11 @@ def test_transposes_the_update_of_layers_stored_input_first(
         ({"lora_bias": True}, ["lora_bias"]),
         ({"brand_new_key": 3}, ["brand_new_key", "unknown"]),
         ({"lora_alpha": None}, ["lora_alpha"]),
+        ({"lora_alpha": float("inf")}, ["lora_alpha"]),
+        ({"alpha_pattern": {"q_proj": "x"}}, ["alpha_pattern", "q_proj", "'x'"]),
+        ({"alpha_pattern": {"(": 3}}, ["alpha_pattern"]),
+        ({"alpha_pattern": [3]}, ["alpha_pattern"]),
+        ({"fan_in_fan_out": True}, ["fan_in_fan_out", "q_proj.weight"]),
     ],
 )
 def test_refuses_what_it_does_not_merge_and_names_the_key(
@@ -96,7 +121,7 @@ def test_refuses_what_it_does_not_merge_and_names_the_key(
     edit_json(path / "adapter_config.json", **changes)
     with pytest.raises(StarmergeError) as error:
         _open(path, tiny_base)
-    for word in ["adapter_config.json", *words]:
+    for word in [str(path), *words]:
         assert word in str(error.value)
 
 
@@ -122,6 +147,11 @@ _Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
         ({"base_model.model.lm_head.weight": torch.ones(2, 2)}, r"lm_head\.weight is no LoRA"),
         ({f"{_Q0}.lora_B.weight": torch.ones(30, 4)}, r"q_proj\.weight has the shape \[30, 32\]"),
         ({f"{_Q0}.lora_B.weight": torch.ones(32, 3)}, "do not fit together"),
+        (
+            {f"{_Q0}.lora_B.weight": torch.ones(32, 2), f"{_Q0}.lora_A.weight": torch.ones(2, 32)},
+            "the rank of .*q_proj is 4 here and 2 in the tensors",
+        ),
+        ({f"{_Q0[17:]}.lora_B.weight": torch.ones(32, 4)}, "but no lora_A"),
         (
             {f"{_Q0}.lora_B.weight": torch.ones(32, 4).char()},
             r"lora_B\.weight is stored in torch\.int8",

@@ -49,6 +49,26 @@ def test_names_the_shard_that_an_index_wrongly_points_to(tmp_path: Path) -> None
         open_checkpoint(tmp_path)
 
 
+def test_an_index_lists_all_tensors_and_stays_in_its_folder(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(3), "b": torch.ones(1)}, tmp_path / "one.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
+    with pytest.raises(StarmergeError, match="lacks tensor b"):
+        open_checkpoint(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"a": "../one.safetensors"}}))
+    with pytest.raises(StarmergeError, match="points out of its folder"):
+        open_checkpoint(tmp_path)
+
+
+def test_reads_bin_files_of_old_and_refuses_what_safetensors_cannot_hold(tmp_path: Path) -> None:
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.ones(2)}, file, _use_new_zipfile_serialization=False)
+    assert open_checkpoint(tmp_path).read("a").tolist() == [1, 1]
+    torch.save({"a": torch.ones(2, dtype=torch.complex64)}, file)
+    with pytest.raises(StarmergeError, match=r"tensor a \(torch\.complex64"):
+        open_checkpoint(tmp_path)
+
+
 def test_names_a_missing_shard(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "gone.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -72,6 +92,15 @@ def test_refuses_a_truncated_file_when_it_is_opened(tmp_path: Path, keep: int) -
         (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', "tensor a has the wrong size"),
         (b'{"a":{"dtype":"F4","shape":[2],"data_offsets":[0,8]}}', "tensor a has the dtype F4"),
         (b'{"a":{"shape":[2]}}', "data_offsets"),
+        (b'{"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}}', "tensor a has a strange"),
+        (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[-8,0]}}', "tensor a has a strange"),
+        (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}', "a hole or an overlap"),
+        (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', "8 bytes follow"),
+        (
+            b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},'
+            b'"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
+            "a name occurs twice",
+        ),
         (b"[]", "not a complete"),
     ],
 )

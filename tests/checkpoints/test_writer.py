@@ -94,11 +94,21 @@ def test_a_failure_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> No
 def test_overwriting_replaces_the_whole_folder(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
-    (target / "old").write_text("gone")
-    with output_folder(target) as folder:
+    (target / "merge_report.json").write_text("gone")
+    with output_folder(target, overwrite=True) as folder:
         (folder / "new").write_text("x")
     assert [path.name for path in target.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_appears_during_a_merge_is_not_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(UsageError, match="not empty"), output_folder(target) as folder:
+        (folder / "new").write_text("x")
+        target.mkdir()
+        (target / "other").write_text("kept")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (target / "other").read_text() == "kept"
 
 
 def test_an_output_that_is_taken_is_refused(tmp_path: Path) -> None:
@@ -107,6 +117,12 @@ def test_an_output_that_is_taken_is_refused(tmp_path: Path) -> None:
         check_output(tmp_path / "file", overwrite=True)
     with pytest.raises(UsageError, match="--overwrite"):
         check_output(tmp_path, overwrite=False)
+    with pytest.raises(UsageError, match="no merged model and is not overwritten"):
+        check_output(tmp_path, overwrite=True)
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(UsageError, match="symbolic link"):
+        check_output(tmp_path / "link", overwrite=True)
+    (tmp_path / "merge_report.json").write_text("{}")
     check_output(tmp_path, overwrite=True)
     (tmp_path / "empty").mkdir()
     check_output(tmp_path / "empty", overwrite=False)

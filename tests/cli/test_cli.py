@@ -169,7 +169,7 @@ def test_a_disk_that_fails_in_the_middle_loses_nothing(
     """The shell lets no file grow over 50 KB; the merged weights have 75 KB."""
     out = tmp_path / "out"
     out.mkdir()
-    (out / "precious").write_text("kept")
+    (out / "merge_report.json").write_text("kept")
     command = [sys.executable, "-m", "starmerge", "merge", tiny_base, make_adapter("adapter")]
     script = f"ulimit -f 50; {shlex.join([*map(str, command), '-o', str(out), '--overwrite'])}"
     finished = subprocess.run(
@@ -178,5 +178,5 @@ def test_a_disk_that_fails_in_the_middle_loses_nothing(
     assert finished.returncode == 1
     assert f"{out} was not made: [Errno 27]" in finished.stderr
     assert "Traceback" not in finished.stderr
-    assert (out / "precious").read_text() == "kept"
+    assert (out / "merge_report.json").read_text() == "kept"
     assert {path.name for path in tmp_path.iterdir()} == {"out", "adapter"}

@@ -53,6 +53,13 @@ def test_normalised_average_needs_every_fine_tune_and_a_nonzero_one() -> None:
     assert normalised_average({}, {}) is None
 
 
+def test_resamples_without_a_right_answer_of_the_fine_tune_are_left_out() -> None:
+    tuned = {"a": _score([True] + [False] * 19)}
+    average = normalised_average(tuned, tuned)
+    assert average is not None
+    assert (average.low, average.value, average.high) == (1, 1, 1)
+
+
 def test_bootstrap_interval_agrees_with_the_delta_method() -> None:
     rng = np.random.default_rng(1)
     n = 2000

@@ -1,5 +1,6 @@
 """Scorers on the real model: against the plain, unbatched way of doing the same."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,21 @@ def test_generation_does_not_depend_on_the_batch(loaded: tuple[Any, Any]) -> Non
     alone = [generate(model, tokenizer, task, [row], _ignore)[0] for row in rows]
     assert together == alone
     assert sum(answer.right for answer in together) >= 11
+
+
+def test_greedy_is_greedy_whatever_the_model_asks_for(smollm2: Path, tmp_path: Path) -> None:
+    for file in smollm2.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "generation_config.json").unlink()
+    config = json.loads((smollm2 / "generation_config.json").read_text())
+    config |= {"repetition_penalty": 1.8, "num_beams": 3}
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    rows = TASKS["past"].examples("test", 8)
+    answers = [
+        generate(*load_model(folder), TASKS["past"], rows, _ignore)
+        for folder in (smollm2, tmp_path)
+    ]
+    assert answers[0] == answers[1]
 
 
 def test_likelihoods_are_those_of_the_whole_text(loaded: tuple[Any, Any]) -> None:

@@ -251,6 +251,7 @@ def test_names_the_tensor_with_a_nan_and_leaves_nothing(
         (tiny_base, [adapter], [str(adapter), f"{name}.weight"]),
         (tiny_base, [tuned], [str(tuned), "model.norm.weight"]),
         (base, [healthy], [str(base), f"{name}.weight"]),
+        (base, [make_finetune("healthy-too")], [str(base), f"{name}.weight"]),
     ]:
         with pytest.raises(sm.StarmergeError, match="NaN or an infinity") as error:
             sm.merge(where, models, output=tmp_path / "out")
@@ -264,6 +265,17 @@ def test_overflow_of_the_output_dtype_is_an_error(
     adapter = make_adapter("adapter", lora_alpha=10_000_000)
     with pytest.raises(sm.StarmergeError, match=r"overflows torch\.float16.*--dtype"):
         sm.merge(tiny_base, [adapter], output=tmp_path / "out", dtype="float16")
+
+
+def test_overflow_of_what_no_model_changes_is_an_error(
+    tiny_base: Path, make_adapter: MakeAdapter, make_finetune: MakeFinetune, tmp_path: Path
+) -> None:
+    base = make_finetune("base", scale=0.0)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][0] = 1e5
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(sm.StarmergeError, match=r"model\.norm\.weight overflows torch\.float16"):
+        sm.merge(base, [make_adapter("a")], output=tmp_path / "out", dtype="float16")
 
 
 def _big_base(folder: Path, tiny_base: Path, *, tensors: int, megabytes: int) -> None:

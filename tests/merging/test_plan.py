@@ -11,7 +11,7 @@ from starmerge.checkpoints.tensors import Checkpoint
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.plan import Plan, make_plan
 from starmerge.recipe import make_recipe
-from tests.conftest import MakeAdapter, MakeFinetune
+from tests.conftest import MakeAdapter, MakeFinetune, edit_json
 
 
 def _plan(base: Path, models: list[Path], output: Path, **options: Any) -> Plan:
@@ -61,12 +61,25 @@ def test_refuses_to_write_over_an_input(
 ) -> None:
     adapter = make_adapter("adapter")
     recipe = make_recipe({"base": str(tiny_base), "models": [str(adapter)]})
-    with pytest.raises(UsageError, match="is the base"):
-        make_plan(recipe, tiny_base, overwrite=True)
-    with pytest.raises(UsageError, match="is one of the models"):
-        make_plan(recipe, adapter, overwrite=True)
+    for place in (tiny_base, adapter, tmp_path):
+        with pytest.raises(UsageError, match="is no merged model and is not overwritten"):
+            make_plan(recipe, place, overwrite=True)
+    (tmp_path / "merge_report.json").write_text("{}")
+    with pytest.raises(UsageError, match="is or holds the input"):
+        make_plan(recipe, tmp_path, overwrite=True)
     with pytest.raises(UsageError, match="not empty.*--overwrite"):
         make_plan(recipe, adapter)
+
+
+def test_refuses_to_change_one_of_two_tied_tensors(
+    tiny_base: Path, make_adapter: MakeAdapter, make_finetune: MakeFinetune, tmp_path: Path
+) -> None:
+    adapter = make_adapter("adapter", target_modules=["lm_head"])
+    base, tuned = make_finetune("base", scale=0.0), make_finetune("tuned")
+    edit_json(base / "config.json", tie_word_embeddings=True)
+    with pytest.raises(StarmergeError, match=r"changes lm_head\.weight alone.*tie_word_embeddings"):
+        _plan(base, [adapter], tmp_path / "out")
+    assert len(_plan(base, [tuned], tmp_path / "out").merged) == 21
 
 
 def test_refuses_places_that_do_not_exist(tiny_base: Path, tmp_path: Path) -> None:

@@ -18,7 +18,12 @@ from torch import Tensor
 
 from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.source import Source, read_json
-from starmerge.checkpoints.tensors import MERGEABLE, Checkpoint, open_safetensors
+from starmerge.checkpoints.tensors import (
+    MERGEABLE,
+    Checkpoint,
+    TensorInfo,
+    open_safetensors,
+)
 from starmerge.deltas import LowRank
 from starmerge.errors import StarmergeError, UsageError
 
@@ -29,6 +34,7 @@ _READ = {
     "lora_alpha",
     "use_rslora",
     "alpha_pattern",
+    "rank_pattern",
     "fan_in_fan_out",
     "init_lora_weights",
 }
@@ -47,13 +53,12 @@ _HARMLESS = {
     "megatron_core",
     "peft_version",
     "qalora_group_size",
-    "rank_pattern",
     "revision",
     "runtime_config",
     "target_modules",
     "task_type",
 }
-"""Keys of training, of bookkeeping, or whose effect is in the tensors' shapes (rank_pattern)."""
+"""Keys of training and of bookkeeping."""
 
 _REFUSED = {
     "alora_invocation_tokens": "an activated LoRA works only while it runs",
@@ -154,18 +159,20 @@ def open_adapter(name: str, source: Source, base: Base, *, any_base: bool = Fals
     if not any_base:
         _check_base_name(config_file, config, base)
     checkpoint = _open_factors(source.path)
-    factors = {}
+    factors: dict[str, _Factors] = {}
     for module, a, b in _pairs(source, checkpoint):
         tensor = f"{module}.weight"
+        if tensor in factors:
+            raise StarmergeError(f"{source} holds the factors of {module} twice: {a} is one.")
         if tensor not in base.checkpoint:
             raise StarmergeError(
                 f"{source} adapts {module}, but the base {base.source} has no tensor {tensor}. "
                 "The adapter was trained on another model, or on a weight that this one ties to "
                 "another."
             )
-        transposed = bool(config.get("fan_in_fan_out"))
-        _check_shapes(source, base, tensor, checkpoint[a], checkpoint[b], transposed)
-        scale = _scale(config, module, checkpoint[a].shape[0])
+        _check_factors(source, base, tensor, checkpoint[a], checkpoint[b])
+        transposed = _is_transposed(source, config, base, tensor, checkpoint[a], checkpoint[b])
+        scale = _scale(config_file, config, module, checkpoint[a].shape[0])
         factors[tensor] = _Factors(b, a, scale, transposed)
     return Adapter(name, source, checkpoint, factors)
 
@@ -193,8 +200,8 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
             "adapter computes. Fold it with PEFT's merge_and_unload and give the full model."
         )
     for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float):
-            raise StarmergeError(f"{file}: {key} is missing or is not a number.")
+        if not _is_number(config.get(key)):
+            raise StarmergeError(f"{file}: {key} is missing or is not a finite number.")
 
 
 def _check_base_name(file: Path, config: dict[str, Any], base: Base) -> None:
@@ -239,24 +246,13 @@ def _pairs(source: Source, checkpoint: Checkpoint) -> Iterator[tuple[str, str, s
         yield module.removeprefix(_PREFIX), keys["A"], keys["B"]
 
 
-def _check_shapes(
-    source: Source, base: Base, tensor: str, a: Any, b: Any, transposed: bool
-) -> None:
-    target = base.checkpoint[tensor]
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+def _check_factors(source: Source, base: Base, tensor: str, a: TensorInfo, b: TensorInfo) -> None:
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
         raise StarmergeError(
             f"{source}: the factors of {tensor} do not fit together: B {list(b.shape)}, "
             f"A {list(a.shape)}."
         )
-    shape = (b.shape[0], a.shape[1])
-    if transposed:
-        shape = shape[::-1]
-    if shape != target.shape:
-        raise StarmergeError(
-            f"{source}: the update of {tensor} has the shape {list(shape)}, in the base "
-            f"{base.source} it is {list(target.shape)}. The adapter was trained on another model."
-        )
-    for info in (a, b, target):
+    for info in (a, b, base.checkpoint[tensor]):
         if info.dtype not in MERGEABLE:
             raise StarmergeError(
                 f"{info.file}: tensor {info.name} is stored in {info.dtype}, which cannot be "
@@ -264,11 +260,61 @@ def _check_shapes(
             )
 
 
-def _scale(config: dict[str, Any], module: str, rank: int) -> float:
-    """Return s: alpha/r, or alpha/√r with rsLoRA; alpha may depend on the module."""
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
+def _is_transposed(
+    source: Source, config: dict[str, Any], base: Base, tensor: str, a: TensorInfo, b: TensorInfo
+) -> bool:
+    """Tell whether the base holds a weight as (in, out), so that its update is (B·A)ᵀ.
+
+    The shape tells. For a square weight the config's ``fan_in_fan_out`` does, which PEFT keeps for
+    the whole adapter though layers may differ: it must agree with what the base looks like.
+    """
+    target = base.checkpoint[tensor].shape
+    shape = (b.shape[0], a.shape[1])
+    if target not in (shape, shape[::-1]):
+        raise StarmergeError(
+            f"{source}: the update of {tensor} has the shape {list(shape)}, in the base "
+            f"{base.source} it is {list(target)}. The adapter was trained on another model."
+        )
+    if shape[0] != shape[1]:
+        return target != shape
+    transposed = bool(config.get("fan_in_fan_out"))
+    if transposed != base.stores_input_first:
+        raise UsageError(
+            f"{source}: fan_in_fan_out is {transposed}, but layers of the base "
+            f"{base.source} say otherwise, and the square {tensor} does not tell. Fold the adapter "
+            "with PEFT's merge_and_unload and give the full model."
+        )
+    return transposed
+
+
+def _scale(file: Path, config: dict[str, Any], module: str, rank: int) -> float:
+    """Return s: alpha/r, or alpha/√r with rsLoRA; alpha and r may depend on the module."""
+    declared = _of_module(file, config, "rank_pattern", module, config["r"])
+    if declared != rank:
+        raise StarmergeError(
+            f"{file}: the rank of {module} is {declared} here and {rank} in the tensors, so the "
+            "scale of its update is unknown. Is the config that of another adapter?"
+        )
+    alpha = _of_module(file, config, "alpha_pattern", module, config["lora_alpha"])
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _of_module(file: Path, config: dict[str, Any], key: str, module: str, default: float) -> float:
+    """Return what the first matching pattern under ``key`` says of a module, or the default."""
+    patterns = config.get(key) or {}
+    try:
+        matching = (
+            value
+            for pattern, value in patterns.items()
+            if re.match(rf"(.*\.)?({pattern})$", module)
+        )
+        value = next(matching, default)
+        if _is_number(value):
+            return value
+    except (re.error, AttributeError) as error:
+        raise StarmergeError(f"{file}: {key} is no mapping of patterns: {error}.") from error
+    raise StarmergeError(f"{file}: {key} gives {module} the value {value!r}, which is no number.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -8,9 +8,10 @@ from typing import Any
 
 from starmerge.checkpoints.source import SIDE_FILES, Source, read_json
 from starmerge.checkpoints.tensors import Checkpoint, open_checkpoint
+from starmerge.checkpoints.writer import REPORT
 from starmerge.errors import StarmergeError, UsageError
 
-_OWN_FILES = ("config.json", "*.index.json", "merge_report.json", "adapter_config.json")
+_OWN_FILES = ("config.json", "*.index.json", REPORT, "adapter_config.json")
 """Files beside the weights that a merged model gets anew or must not have."""
 
 
@@ -42,8 +43,34 @@ class Base:
         shape = self.checkpoint[name].shape
         parts = name.lower().split(".")
         named = any("embed" in part or part in ("wte", "wpe") for part in parts)
-        text = self.config.get("text_config", self.config)
-        return len(shape) == 2 and (named or shape[0] == text.get("vocab_size"))
+        return len(shape) == 2 and (named or self._has_vocabulary_rows(name))
+
+    @property
+    def tied(self) -> list[str]:
+        """Names of the tensors that the config ties to each other, where the files hold several."""
+        if not self.config.get("tie_word_embeddings"):
+            return []
+        found = [name for name in self.checkpoint if self._has_vocabulary_rows(name)]
+        return found if len(found) > 1 else []
+
+    @property
+    def stores_input_first(self) -> bool:
+        """Whether some layers hold their weight as (in, out), as GPT-2's Conv1D does.
+
+        Such a weight is as wide, not as high, as its bias is long.
+        """
+        for name in self.checkpoint:
+            bias = f"{name.removesuffix('.weight')}.bias"
+            if name.endswith(".weight") and bias in self.checkpoint:
+                shape, length = self.checkpoint[name].shape, self.checkpoint[bias].shape
+                if len(shape) == 2 and shape[0] != shape[1] and length == shape[1:]:
+                    return True
+        return False
+
+    def _has_vocabulary_rows(self, name: str) -> bool:
+        text = self.config.get("text_config") or self.config
+        shape = self.checkpoint[name].shape
+        return len(shape) == 2 and shape[0] == text.get("vocab_size")
 
 
 def open_base(source: Source) -> Base:
@@ -58,7 +85,7 @@ def open_base(source: Source) -> Base:
     if not (source.path / "config.json").is_file():
         raise StarmergeError(f"{source} has no config.json, so it is not a model's folder.")
     config = read_json(source.path / "config.json")
-    if "quantization_config" in config:
+    if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise UsageError(
             f"{source} is quantised ({method}, 'quantization_config' in config.json): deltas "

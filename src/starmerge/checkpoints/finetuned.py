@@ -74,6 +74,11 @@ def open_finetuned(name: str, source: Source, base: Base) -> FinetunedModel:
                 f"{base.source} it is {list(ours)}. Fine-tunes of another base, or with another "
                 "vocabulary, cannot be merged."
             )
+        if base.checkpoint[tensor].dtype in MERGEABLE and checkpoint[tensor].dtype not in MERGEABLE:
+            raise StarmergeError(
+                f"{source}: tensor {tensor} is stored in {checkpoint[tensor].dtype}, which cannot "
+                "be merged. Use an unquantised checkpoint."
+            )
     for tensor in checkpoint:
         if tensor not in base.checkpoint:
             raise StarmergeError(

@@ -11,10 +11,11 @@ import json
 import math
 import pickle
 import struct
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -42,6 +43,9 @@ DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 MERGEABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Dtypes of tensors that a merge may change."""
+
+_LONGEST_HEADER = 100 * 10**6
+"""Bytes; the limit of safetensors itself."""
 
 _CHUNK = 16 * 2**20
 """Bytes moved at once when a tensor is copied between files."""
@@ -175,6 +179,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             if not isinstance(weight_map, dict):
                 raise StarmergeError(f"{index} has no 'weight_map'. Fetch it again.")
             shards = sorted(set(map(str, weight_map.values())))
+            for shard in shards:
+                if Path(shard).name != shard:
+                    raise StarmergeError(f"{index} points out of its folder, to {shard}.")
             tensors = [tensor for shard in shards for tensor in read(folder / shard)]
             stored = {tensor.name: tensor.file.name for tensor in tensors}
             for name, shard in weight_map.items():
@@ -182,6 +189,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                     raise StarmergeError(
                         f"{index} puts tensor {name} into {shard}, which lacks it."
                     )
+            for name, shard in stored.items():
+                if name not in weight_map:
+                    raise StarmergeError(f"{index} lacks tensor {name}, which is in {shard}.")
             return Checkpoint(tensors)
     raise StarmergeError(
         f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index "
@@ -204,13 +214,15 @@ def _read_safetensors(file: Path) -> list[_Stored]:
         size = file.stat().st_size
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            if 8 + length > size:
+            if 8 + length > size or length > _LONGEST_HEADER:
                 raise StarmergeError(f"{broken}: its header is cut off. Fetch it again.")
-            header = json.loads(stream.read(length))
+            header = json.loads(stream.read(length), object_pairs_hook=_without_duplicates)
         header.pop("__metadata__", None)
         tensors = []
         for name, entry in header.items():
             start, end = entry["data_offsets"]
+            if not all(type(n) is int and n >= 0 for n in (start, end, *entry["shape"])):
+                raise StarmergeError(f"{broken}: tensor {name} has a strange shape or place.")
             dtype = DTYPES.get(entry["dtype"])
             if dtype is None:
                 raise StarmergeError(
@@ -228,14 +240,34 @@ def _read_safetensors(file: Path) -> list[_Stored]:
             tensors.append(stored)
     except FileNotFoundError as error:
         raise StarmergeError(f"{file} is missing.") from error
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise StarmergeError(f"{broken}: {error}. Fetch it again.") from error
-    return sorted(tensors, key=lambda tensor: tensor.offset)
+    except RecursionError as error:
+        raise StarmergeError(f"{broken}: its header is too deep.") from error
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    end = 8 + length
+    for stored in tensors:
+        if stored.offset != end:
+            raise StarmergeError(
+                f"{broken}: there is a hole or an overlap at tensor {stored.name}."
+            )
+        end += stored.nbytes
+    if end != size:
+        raise StarmergeError(f"{broken}: {size - end} bytes follow the last tensor.")
+    return tensors
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = dict(pairs)
+    if len(names) < len(pairs):
+        raise ValueError("a name occurs twice in the header")
+    return names
 
 
 def _read_pickle(file: Path) -> list[_Unpickled]:
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        zipped = zipfile.is_zipfile(file)  # as torch writes since 1.6; only those can be mapped
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except FileNotFoundError as error:
         raise StarmergeError(f"{file} is missing.") from error
     except pickle.UnpicklingError as error:
@@ -247,6 +279,12 @@ def _read_pickle(file: Path) -> list[_Unpickled]:
         raise StarmergeError(f"{file} is not a complete PyTorch file: {error}") from error
     if not isinstance(content, dict) or not all(torch.is_tensor(t) for t in content.values()):
         raise StarmergeError(f"{file} is not a dictionary of tensors.")
+    for name, tensor in content.items():
+        if tensor.dtype not in DTYPE_CODES or tensor.layout != torch.strided or tensor.is_meta:
+            raise StarmergeError(
+                f"{file}: tensor {name} ({tensor.dtype}, {tensor.layout}) cannot be stored in "
+                "safetensors, nor merged."
+            )
     return [
         _Unpickled(name, tensor.dtype, tuple(tensor.shape), file, tensor)
         for name, tensor in content.items()

@@ -21,6 +21,9 @@ from torch import Tensor
 from starmerge.checkpoints.tensors import DTYPE_CODES, Checkpoint, raw_bytes
 from starmerge.errors import StarmergeError, UsageError
 
+REPORT = "merge_report.json"
+"""The report in a merged model's folder; a folder that has it was written by a merge."""
+
 SHARD_BYTES = 5 * 10**9
 """Largest shard, as transformers writes them; a larger tensor gets a shard of its own."""
 
@@ -39,15 +42,24 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     """Make sure that a folder may appear under ``path``.
 
     Raises:
-        UsageError: Something stands there already, or the parent cannot be written to.
+        UsageError: Something stands there already that may not be replaced, or the parent cannot
+            be written to. Only what a merge has written, with its report, is ever replaced.
     """
+    if path.is_symlink():
+        raise UsageError(f"{path} is a symbolic link. Give the folder itself.")
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file. Choose another output folder.")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise UsageError(
-            f"{path} exists and is not empty. Choose another folder, or replace it with "
-            "--overwrite."
-        )
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise UsageError(
+                f"{path} exists and is not empty. Choose another folder, or replace it with "
+                "--overwrite."
+            )
+        if not (path / REPORT).is_file():
+            raise UsageError(
+                f"{path} holds no {REPORT}, so it is no merged model and is not overwritten. "
+                "Choose another folder, or delete it yourself."
+            )
     parent = _nearest_parent(path)
     if not os.access(parent, os.W_OK):
         raise UsageError(f"{path} cannot be created: {parent} is not writable.")
@@ -68,13 +80,14 @@ def check_space(path: Path, wanted: int) -> None:
 
 
 @contextmanager
-def output_folder(path: Path) -> Iterator[Path]:
+def output_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a hidden folder beside ``path`` that takes its place when the block ends well.
 
     If the block raises, the folder is deleted; if the process is killed, it stays behind under its
     hidden name, ``.NAME.partial-…``. What stood under ``path`` is replaced only at the end.
 
     Raises:
+        UsageError: Something that may not be replaced has appeared under ``path`` meanwhile.
         StarmergeError: The disk is full, or fails otherwise.
     """
     path = path.absolute()
@@ -84,17 +97,18 @@ def output_folder(path: Path) -> Iterator[Path]:
     try:
         yield partial
         _sync(partial)
+        check_output(path, overwrite=overwrite)
+        replaced = partial.with_name(partial.name.replace(".partial-", ".replaced-", 1))
         if path.exists():
-            replaced = partial.with_name(partial.name + "-replaced")
             path.rename(replaced)
-            try:
-                partial.rename(path)
-            except OSError:
-                replaced.rename(path)
-                raise
-            shutil.rmtree(replaced)
-        else:
+        try:
             partial.rename(path)
+        except BaseException:
+            if replaced.exists():
+                replaced.rename(path)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+        _sync(path.parent, files=False)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise StarmergeError(
@@ -247,9 +261,10 @@ def _umask() -> int:
     return mask
 
 
-def _sync(folder: Path) -> None:
-    """Make a folder's files and names survive a power cut, where the system can."""
-    for path in [*(file for file in folder.iterdir() if file.is_file()), folder]:
+def _sync(folder: Path, *, files: bool = True) -> None:
+    """Make a folder's names, and its files, survive a power cut, where the system can."""
+    members = [file for file in folder.iterdir() if file.is_file()] if files else []
+    for path in [*members, folder]:
         with contextlib.suppress(OSError):
             descriptor = os.open(path, os.O_RDONLY)
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -85,7 +86,7 @@ def merge(
         _print_plan(plan)
         return
     for folder in leftovers(output):
-        print(f"Note: {folder} was left by a run that was killed; it can be deleted.")
+        print(f"Note: {folder} is of a merge that still runs, or was killed: then delete it.")
     started = time.monotonic()
     result = run(plan, progress=True)
     print(f"{plan.recipe.method}: {result.report.summary()}")
@@ -101,8 +102,6 @@ def _recipe(
     *,
     any_base: bool,
 ) -> Recipe:
-    import yaml
-
     from starmerge.recipe import make_recipe, parse_models
 
     if not models:
@@ -112,7 +111,10 @@ def _recipe(
         key, equals, value = text.partition("=")
         if not equals:
             raise UsageError(f"-p {text}: a parameter is given as KEY=VALUE, as in -p eta=40.")
-        values[key] = yaml.safe_load(value)
+        try:
+            values[key] = json.loads(value)
+        except json.JSONDecodeError:
+            values[key] = value
     content: dict[str, Any] = {"base": base, "models": parse_models(models), "parameters": values}
     content |= {"any_base": any_base}
     content |= {key: v for key, v in (("method", method), ("dtype", dtype)) if v is not None}

@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from starmerge.checkpoints.writer import check_output
 from starmerge.demo.base_model import prepared_base
 from starmerge.evaluation.runner import Evaluation, evaluate
 from starmerge.evaluation.table import LEGEND, differences, markdown
@@ -52,7 +51,6 @@ def run_demo(
         UsageError: The base has not been prepared, or ``output`` is taken.
     """
     base = prepared_base()
-    check_output(output, overwrite=overwrite)
     adapters = {path.name: path for path in sorted(ADAPTERS.iterdir()) if path.is_dir()}
     merges = {
         method: merge(

@@ -67,7 +67,7 @@ def normalised_average(merged: Mapping[str, Score], tuned: Mapping[str, Score]) 
         return None
     value = float(np.mean([merged[task].value / tuned[task].value for task in merged]))
     samples = _resampled_ratios([merged], tuned)[0]
-    low, high = np.quantile(samples, [0.025, 0.975])
+    low, high = np.nanquantile(samples, [0.025, 0.975])
     return Interval(value, float(low), float(high))
 
 
@@ -83,7 +83,7 @@ def difference(
     if averages[0] is None or averages[1] is None or first.keys() != second.keys():
         return None
     a, b = _resampled_ratios([first, second], tuned)
-    low, high = np.quantile(a - b, [0.025, 0.975])
+    low, high = np.nanquantile(a - b, [0.025, 0.975])
     return Interval(averages[0].value - averages[1].value, float(low), float(high))
 
 
@@ -96,7 +96,8 @@ def _resampled_ratios(
     for task in models[0]:
         n = tuned[task].n
         counts = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-        ceiling = np.maximum(counts @ np.asarray(tuned[task].right), 1)
+        ceiling = (counts @ np.asarray(tuned[task].right)).astype(np.float64)
+        ceiling[ceiling == 0] = np.nan  # there is no ratio in such a resample: it is left out
         for number, scores in enumerate(models):
             totals[number] += counts @ np.asarray(scores[task].right) / ceiling
     return [total / len(models[0]) for total in totals]

@@ -23,7 +23,11 @@ def load_model(path: Path, **options: Any) -> tuple[Any, Any]:
         UsageError: transformers is not installed, or the folder is not a causal language model.
     """
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+        from transformers import (  # noqa: PLC0415
+            AutoModelForCausalLM,
+            AutoTokenizer,
+            GenerationConfig,
+        )
         from transformers.utils import logging  # noqa: PLC0415
     except ImportError as error:
         raise UsageError(
@@ -41,6 +45,8 @@ def load_model(path: Path, **options: Any) -> tuple[Any, Any]:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    # Greedy means greedy: no beams, penalties or samples that the model's own config asks for.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     model.get_output_embeddings().register_forward_pre_hook(_contiguous_input)
     return model, tokenizer
 

@@ -98,12 +98,12 @@ class Task:
 
         With a closed set of labels the answer read must be the label. With open answers the label
         must stand in the response as a whole word (the rule of arXiv 2502.10339, with whole words
-        in place of substrings).
+        in place of substrings); 12 does not stand in 12.5, and 12,345 is 12345.
         """
         if self.labels is not None:
             answer = self.read(response)
-            return answer is not None and answer.casefold() == example.label.casefold()
-        return _whole_words((example.label,)).search(response) is not None
+            return answer is not None and _same(answer, example.label)
+        return _whole_words((example.label,)).search(_without_separators(response)) is not None
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
@@ -178,7 +178,17 @@ def _held_out(text: str) -> bool:
     return int.from_bytes(digest[:8], "big") < TEST_SHARE * 2**64
 
 
+def _same(first: str, second: str) -> bool:
+    return first.casefold().split() == second.casefold().split()
+
+
+def _without_separators(text: str) -> str:
+    """Take the commas out of numbers written like 12,345."""
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+
+
 def _whole_words(words: tuple[str, ...]) -> re.Pattern[str]:
+    """Return a pattern that finds the words, or numbers, as wholes, the longest first."""
     longest_first = sorted(words, key=len, reverse=True)
-    alternatives = "|".join(re.escape(word) for word in longest_first)
-    return re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)", re.IGNORECASE)
+    alternatives = "|".join(r"\s+".join(map(re.escape, word.split())) for word in longest_first)
+    return re.compile(rf"(?<!\w)(?<!\d[.,])(?:{alternatives})(?!\w)(?![.,]\d)", re.IGNORECASE)

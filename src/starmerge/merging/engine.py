@@ -14,7 +14,7 @@ from torch import Tensor
 
 from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.card import write_card
-from starmerge.checkpoints.writer import ShardWriter, output_folder, write_json
+from starmerge.checkpoints.writer import REPORT, ShardWriter, output_folder, write_json
 from starmerge.deltas import Delta, Dense, LowRank
 from starmerge.errors import StarmergeError
 from starmerge.merging.fold import fold
@@ -93,7 +93,7 @@ def run(plan: Plan, *, progress: bool = False) -> MergeResult:
     """
     records = []
     with (
-        output_folder(plan.output) as folder,
+        output_folder(plan.output, overwrite=plan.overwrite) as folder,
         ThreadPoolExecutor(1, "sha256") as pool,
         progress_bar("merging", plan.bytes_to_write, show=progress, in_bytes=True) as advance,
     ):
@@ -105,7 +105,8 @@ def run(plan: Plan, *, progress: bool = False) -> MergeResult:
                     if tensor.is_copied:
                         writer.copy(name, plan.base.checkpoint)
                     elif not tensor.models:
-                        writer.write(name, plan.base.checkpoint.read(name).to(tensor.dtype))
+                        base = plan.base.checkpoint.read(name)
+                        writer.write(name, _finite(base.to(tensor.dtype), base, tensor))
                     else:
                         merged, record = _merge_tensor(plan, tensor)
                         writer.write(name, merged)
@@ -122,6 +123,8 @@ def run(plan: Plan, *, progress: bool = False) -> MergeResult:
 def merge_state(deltas: Sequence[Mapping[str, Delta]], method: Method) -> dict[str, Delta]:
     """Merge deltas that are in memory.
 
+    Names mean nothing here: no tensor counts as an embedding.
+
     Args:
         deltas: For each model, the delta of each tensor it changes, by name.
         method: The method.
@@ -131,7 +134,7 @@ def merge_state(deltas: Sequence[Mapping[str, Delta]], method: Method) -> dict[s
         matrices (m, n); see :func:`starmerge.deltas.matrix_shape`.
 
     Raises:
-        ValueError: Two models disagree on the shape of a tensor.
+        ValueError: Two models disagree on the shape of a tensor, or one has a NaN or an infinity.
     """
     merged = {}
     for name in dict.fromkeys(name for model in deltas for name in model):
@@ -151,28 +154,36 @@ def _merge_tensor(plan: Plan, tensor: PlannedTensor) -> tuple[Tensor, dict[str, 
     def deltas() -> Iterator[Delta]:
         for model in tensor.models:
             delta = model.delta(name, base)
-            _check_finite(delta, name, model.source.reference)
+            if not _is_finite(delta):
+                _finite(base, base, tensor)
+                raise StarmergeError(
+                    f"{model.source}: the update of tensor {name} has a NaN or an infinity. The "
+                    "fine-tune diverged, or its file is damaged."
+                )
             yield delta
+            del delta  # or it would stand beside the next one
 
     merged = plan.method.merge(deltas(), plan.context(tensor))
     folded = fold(base, merged.delta, tensor.dtype)
-    if not torch.isfinite(folded.weight).all():
+    return _finite(folded.weight, base, tensor), tensor_record(tensor, merged, folded)
+
+
+def _finite(weight: Tensor, base: Tensor, tensor: PlannedTensor) -> Tensor:
+    """Return a tensor of the output, made from the base's, unless it has a NaN or an infinity."""
+    if not torch.isfinite(weight).all():
+        name = tensor.source.name
         if not torch.isfinite(base).all():
             raise StarmergeError(f"{tensor.source.file}: tensor {name} has a NaN or an infinity.")
         raise StarmergeError(
             f"The merged tensor {name} overflows {tensor.dtype}. Choose --dtype float32 or "
             "bfloat16."
         )
-    return folded.weight, tensor_record(tensor, merged, folded)
+    return weight
 
 
-def _check_finite(delta: Delta, name: str, reference: str) -> None:
+def _is_finite(delta: Delta) -> bool:
     parts = (delta.B, delta.A) if isinstance(delta, LowRank) else (delta.tensor,)
-    if not all(torch.isfinite(part).all() for part in parts):
-        raise StarmergeError(
-            f"{reference}: the update of tensor {name} has a NaN or an infinity. The fine-tune "
-            "diverged, or its file is damaged."
-        )
+    return all(bool(torch.isfinite(part).all()) for part in parts)
 
 
 def _write_side_files(plan: Plan, folder: Path, report: MergeReport) -> None:
@@ -180,7 +191,7 @@ def _write_side_files(plan: Plan, folder: Path, report: MergeReport) -> None:
     for file in plan.base.side_files:
         shutil.copyfile(file, folder / file.name)
     write_json(folder / "config.json", _config(plan.base, plan.recipe))
-    write_json(folder / "merge_report.json", report.content)
+    write_json(folder / REPORT, report.content)
     write_card(
         folder / "README.md",
         plan.output.name,

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from starmerge.deltas import Delta, LowRank, wide
-from starmerge.merging.plan import PANEL_ROWS
+
+PANEL_ROWS = 256
+"""Rows of a weight that are merged at once."""
 
 
 @dataclass(frozen=True)

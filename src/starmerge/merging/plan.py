@@ -10,15 +10,13 @@ import torch
 
 from starmerge.checkpoints.base import Base, open_base
 from starmerge.checkpoints.models import FineTune, open_model
-from starmerge.checkpoints.source import resolve
+from starmerge.checkpoints.source import Source, resolve
 from starmerge.checkpoints.tensors import MERGEABLE, TensorInfo
 from starmerge.checkpoints.writer import OutputTensor, check_output, check_space
 from starmerge.errors import StarmergeError, UsageError
+from starmerge.merging.fold import PANEL_ROWS
 from starmerge.methods.method import Method, TensorContext
 from starmerge.recipe import Recipe
-
-PANEL_ROWS = 256
-"""Rows of a weight that are merged at once."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +125,9 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
     models = []
     for entry in recipe.models:
         source = resolve(entry.path)
-        if source.path.resolve() == output.resolve():
-            raise UsageError(f"{output} is one of the models. Choose another output folder.")
+        _check_apart(output, source)
         models.append(open_model(entry.name, source, base, any_base=recipe.any_base))
-    if base.source.path.resolve() == output.resolve():
-        raise UsageError(f"{output} is the base. Choose another output folder.")
+    _check_apart(output, base.source)
     # Widest dtypes first, as safetensors writes them: so that every tensor is aligned in its file.
     tensors = sorted(_planned(recipe, base, models), key=lambda t: -t.dtype.itemsize)
     plan = Plan(recipe, method, base, tuple(models), tuple(tensors), output, overwrite)
@@ -141,10 +137,22 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
     return plan
 
 
+def _check_apart(output: Path, source: Source) -> None:
+    path = source.path.resolve()
+    if output.resolve() in (path, *path.parents):
+        raise UsageError(f"{output} is or holds the input {source}. Choose another output folder.")
+
+
 def _planned(recipe: Recipe, base: Base, models: list[FineTune]) -> Iterator[PlannedTensor]:
     for name in base.checkpoint:
         source = base.checkpoint[name]
         changing = tuple(model for model in models if name in model.tensors)
+        for model in changing:
+            if name in base.tied and not model.tensors.issuperset(base.tied):
+                raise StarmergeError(
+                    f"{model.source} changes {name} alone, which the base ties to other tensors "
+                    "(tie_word_embeddings in config.json). Untie the base first, or adapt neither."
+                )
         if changing and source.dtype not in MERGEABLE:
             raise StarmergeError(
                 f"{source.file}: tensor {name} is stored in {source.dtype}, which cannot be "

@@ -15,7 +15,7 @@ from starmerge.merging.fold import Folded
 from starmerge.merging.plan import Plan, PlannedTensor
 from starmerge.methods.method import Merged
 
-_PACKAGES = ("starmerge", "torch", "safetensors", "numpy")
+_PACKAGES = ("starmerge", "torch", "numpy")
 _CHUNK = 16 * 2**20
 
 
@@ -39,8 +39,10 @@ class MergeReport:
 
     @property
     def survived(self) -> float:
-        """Share of the merged update that survives the rounding, mean over tensors."""
-        return float(sum(record["survived"] for record in self.tensors) / len(self.tensors))
+        """Share of the merged update that survives the rounding, over all tensors."""
+        energies = [record["update_norm"] ** 2 for record in self.tensors]
+        kept = sum(r["survived"] * e for r, e in zip(self.tensors, energies, strict=True))
+        return float(kept / sum(energies)) if any(energies) else 1.0
 
     def summary(self) -> str:
         """Return the report in a sentence."""

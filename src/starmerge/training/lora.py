@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from starmerge.checkpoints.writer import output_folder
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation.metrics import Score, accuracy
 from starmerge.evaluation.models import load_model
@@ -111,9 +112,10 @@ def finetune(
     with progress_bar(f"scoring {task.name}", len(examples), show=progress) as advance:
         score = accuracy(generate(adapted.eval(), tokenizer, task, examples, advance))
     # Only the adapter: "auto" would ask the Hub for the base's vocabulary.
-    adapted.save_pretrained(output, save_embedding_layers=False)
     result = Finetuned(tuple(losses), score)
-    _write_card(output, task, recipe, result, model.name_or_path, command)
+    with output_folder(output) as folder:
+        adapted.save_pretrained(folder, save_embedding_layers=False)
+        _write_card(folder, task, recipe, result, model.name_or_path, command)
     return result
 
 
