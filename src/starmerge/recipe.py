@@ -20,8 +20,8 @@ class ModelEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: str = Field(description="a folder, or a Hub id org/name[@revision]")
-    name: str = Field(description="its name in tables and reports")
+    path: str = Field(min_length=1, description="a folder, or a Hub id org/name[@revision]")
+    name: str = Field(min_length=1, description="its name in tables and reports")
 
 
 class Recipe(BaseModel):

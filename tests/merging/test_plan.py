@@ -65,7 +65,7 @@ def test_refuses_to_write_over_an_input(
         with pytest.raises(UsageError, match="is no merged model and is not overwritten"):
             make_plan(recipe, place, overwrite=True)
     (tmp_path / "merge_report.json").write_text("{}")
-    with pytest.raises(UsageError, match="is or holds the input"):
+    with pytest.raises(UsageError, match="is, holds or lies in the input"):
         make_plan(recipe, tmp_path, overwrite=True)
     with pytest.raises(UsageError, match="not empty.*--overwrite"):
         make_plan(recipe, adapter)

@@ -43,6 +43,8 @@ def resolve(reference: str | Path) -> Source:
         StarmergeError: The Hub has no such repository or revision, or cannot be reached.
     """
     text = str(reference)
+    if not text:
+        raise UsageError("A model's path is empty. Give a folder or a Hub id.")
     path = Path(reference).expanduser()
     if path.is_dir():
         return Source(text, path, _recorded_name(path), None)

@@ -45,6 +45,8 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         UsageError: Something stands there already that may not be replaced, or the parent cannot
             be written to. Only what a merge has written, with its report, is ever replaced.
     """
+    if not path.resolve().name:
+        raise UsageError(f"{path} is the root of the file system. Choose another output folder.")
     if path.is_symlink():
         raise UsageError(f"{path} is a symbolic link. Give the folder itself.")
     if path.exists() and not path.is_dir():
@@ -90,12 +92,15 @@ def output_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         UsageError: Something that may not be replaced has appeared under ``path`` meanwhile.
         StarmergeError: The disk is full, or fails otherwise.
     """
-    path = path.absolute()
+    check_output(path, overwrite=overwrite)
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
     partial.chmod(0o777 & ~_umask())
     try:
         yield partial
+        for file in partial.iterdir():
+            file.chmod(0o666 & ~_umask())  # some libraries write files for the owner alone
         _sync(partial)
         check_output(path, overwrite=overwrite)
         replaced = partial.with_name(partial.name.replace(".partial-", ".replaced-", 1))
@@ -121,7 +126,7 @@ def output_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 def leftovers(path: Path) -> list[Path]:
     """List the hidden folders that killed runs left beside ``path``."""
-    path = path.absolute()
+    path = path.resolve()
     return sorted(path.parent.glob(f".{path.name}.partial-*"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -53,19 +54,27 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # What libraries deprecate among themselves is no news to who runs a command.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # σ and η on a terminal that knows only ASCII
     try:
         app()
     except Exception as error:
         if "--debug" in sys.argv:
             raise
         print(f"Error: {_said(error)}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        sys.exit(2 if isinstance(error, UsageError | ModuleNotFoundError) else 1)
 
 
 def _said(error: Exception) -> str:
     """Return what to tell the user of an error."""
     if isinstance(error, StarmergeError | OSError):
         return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"This needs the package {error.name}, which is not installed. Install starmerge with "
+            "the extra it belongs to: eval, train, study or demo."
+        )
     return (
         f"{type(error).__name__}: {error}. This should not happen: run it again as "
         "`starmerge --debug …` and report the traceback."

@@ -61,8 +61,8 @@ def evaluate(
     named = {entry["name"]: entry["path"] for entry in entries}
     if len(named) < len(entries):
         raise UsageError("Two models have the same name. Give each its own with NAME=PATH.")
-    if json is not None and not json.absolute().parent.is_dir():
-        raise UsageError(f"--json {json}: there is no folder {json.parent}.")
+    if json is not None and (json.is_dir() or not json.absolute().parent.is_dir()):
+        raise UsageError(f"--json {json}: give a file in a folder that exists.")
     result = run(base, named, chosen, scorer=scorer, rows=rows, progress=True)
     print("\n\n".join([markdown(result), LEGEND, *differences(result)]))
     if json is not None:

@@ -47,6 +47,7 @@ def finetune(
     Example: starmerge finetune HuggingFaceTB/SmolLM2-135M-Instruct -t digits -o adapters/digits
     """
     from starmerge.checkpoints.source import resolve
+    from starmerge.checkpoints.writer import check_output
     from starmerge.errors import UsageError
     from starmerge.evaluation.tasks import find_task
     from starmerge.training.lora import AdapterDtype, LoraRecipe
@@ -55,8 +56,7 @@ def finetune(
     known = AdapterDtype.__args__  # type: ignore[attr-defined]
     if dtype not in known:
         raise UsageError(f"--dtype {dtype} is not one of {', '.join(known)}.")
-    if output.exists():
-        raise UsageError(f"{output} exists. Give --output a folder that does not exist yet.")
+    check_output(output, overwrite=False)
     chosen = find_task(task)
     source = resolve(base)
     recipe = LoraRecipe(

@@ -124,6 +124,7 @@ def _recipe(
 def _print_plan(plan: Plan) -> None:
     """Print what a merge would do."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -133,7 +134,7 @@ def _print_plan(plan: Plan) -> None:
         read = sum(model.nbytes(tensor) for tensor in model.tensors)
         bounds = sorted(rank for rank in ranks if rank is not None)
         shown = "full" if not bounds else "–".join(map(str, dict.fromkeys((bounds[0], bounds[-1]))))
-        table.add_row(model.name, model.kind, str(len(model.tensors)), shown, _size(read))
+        table.add_row(escape(model.name), model.kind, str(len(model.tensors)), shown, _size(read))
     console.print(table)
     merged = len(plan.merged)
     console.print(f"Tensors: {merged} merged, {len(plan.tensors) - merged} left as they are")

@@ -31,7 +31,8 @@ def load_model(path: Path, **options: Any) -> tuple[Any, Any]:
         from transformers.utils import logging  # noqa: PLC0415
     except ImportError as error:
         raise UsageError(
-            "Evaluating and training need transformers and PEFT: pip install 'starmerge[eval]'"
+            "Evaluating and training need transformers and PEFT: install starmerge with its extra "
+            "'eval'."
         ) from error
     logging.disable_progress_bar()
     if (path / "adapter_config.json").is_file():
@@ -76,7 +77,7 @@ class AdapterSwitch:
                     self._model.load_adapter(path, adapter_name=slot)
                 else:
                     self._model = PeftModel.from_pretrained(model, path, adapter_name=slot)
-            except (RuntimeError, ValueError, TypeError, OSError) as error:
+            except Exception as error:  # whatever PEFT, transformers and safetensors raise
                 reason = " ".join(str(error).split("\n\t")[:2])
                 raise UsageError(f"PEFT cannot apply {path} to the base: {reason}") from error
         self._model.eval()

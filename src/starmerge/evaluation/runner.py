@@ -115,10 +115,17 @@ def evaluate(
         progress: Whether to show a progress bar.
 
     Raises:
-        UsageError: A model that cannot be found or loaded, a model called "base".
+        UsageError: A model that cannot be found or loaded, a model called "base", two tasks of one
+            name.
     """
     if BASE in models:
         raise UsageError(f"A model is called {BASE!r}, which is the base's name. Use NAME=PATH.")
+    names = [task.name for task in tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(
+                f"Two tasks are called {name!r}. Rename one of their files or folders."
+            )
     paths = {name: resolve(path).path for name, path in models.items()}
     adapters = {n: p for n, p in paths.items() if (p / "adapter_config.json").is_file()}
     wholes = {name: path for name, path in paths.items() if name not in adapters}

@@ -36,7 +36,7 @@ class MergeResult:
 
 def merge(
     base: str | Path,
-    models: Sequence[str | Path] | Mapping[str, str | Path],
+    models: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
     method: Method | str = "star",
     *,
     output: str | Path,
@@ -67,6 +67,8 @@ def merge(
     Example:
         ``starmerge.merge("base", ["a", "b"], starmerge.Star(eta=40), output="merged")``
     """
+    if isinstance(models, str | Path):
+        models = [models]
     if isinstance(models, Mapping):
         entries = [{"name": name, "path": str(path)} for name, path in models.items()]
     else:
@@ -175,8 +177,8 @@ def _finite(weight: Tensor, base: Tensor, tensor: PlannedTensor) -> Tensor:
         if not torch.isfinite(base).all():
             raise StarmergeError(f"{tensor.source.file}: tensor {name} has a NaN or an infinity.")
         raise StarmergeError(
-            f"The merged tensor {name} overflows {tensor.dtype}. Choose --dtype float32 or "
-            "bfloat16."
+            f"The merged tensor {name} overflows {tensor.dtype}. Choose a wider --dtype; if that is "
+            "not enough, look at the scale of the updates (lora_alpha)."
         )
     return weight
 

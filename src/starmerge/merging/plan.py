@@ -138,9 +138,11 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
 
 
 def _check_apart(output: Path, source: Source) -> None:
-    path = source.path.resolve()
-    if output.resolve() in (path, *path.parents):
-        raise UsageError(f"{output} is or holds the input {source}. Choose another output folder.")
+    path, place = source.path.resolve(), output.resolve()
+    if place in (path, *path.parents) or path in place.parents:
+        raise UsageError(
+            f"{output} is, holds or lies in the input {source}. Choose another output folder."
+        )
 
 
 def _planned(recipe: Recipe, base: Base, models: list[FineTune]) -> Iterator[PlannedTensor]:

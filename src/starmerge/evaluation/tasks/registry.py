@@ -44,5 +44,5 @@ def package(name: str) -> ModuleType:
     except ImportError as error:
         raise UsageError(
             f"This task is made of the package {name.partition('.')[0]!r}, which is not installed. "
-            "Install it with: pip install 'starmerge[demo]'"
+            "Install starmerge with its extra 'demo'."
         ) from error
