@@ -83,12 +83,12 @@ def test_a_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
 def test_a_failure_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
-    (target / "old").write_text("kept")
-    with pytest.raises(ZeroDivisionError), output_folder(target) as folder:
+    (target / "merge_report.json").write_text("kept")
+    with pytest.raises(ZeroDivisionError), output_folder(target, overwrite=True) as folder:
         (folder / "new").write_text("x")
         raise ZeroDivisionError
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (target / "old").read_text() == "kept"
+    assert (target / "merge_report.json").read_text() == "kept"
 
 
 def test_overwriting_replaces_the_whole_folder(tmp_path: Path) -> None:

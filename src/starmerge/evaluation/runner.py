@@ -121,11 +121,9 @@ def evaluate(
     if BASE in models:
         raise UsageError(f"A model is called {BASE!r}, which is the base's name. Use NAME=PATH.")
     names = [task.name for task in tasks]
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(
-                f"Two tasks are called {name!r}. Rename one of their files or folders."
-            )
+    twice = [task for task in names if names.count(task) > 1]
+    if twice:
+        raise UsageError(f"Two tasks are called {twice[0]!r}. Rename one of their files.")
     paths = {name: resolve(path).path for name, path in models.items()}
     adapters = {n: p for n, p in paths.items() if (p / "adapter_config.json").is_file()}
     wholes = {name: path for name, path in paths.items() if name not in adapters}

@@ -177,8 +177,8 @@ def _finite(weight: Tensor, base: Tensor, tensor: PlannedTensor) -> Tensor:
         if not torch.isfinite(base).all():
             raise StarmergeError(f"{tensor.source.file}: tensor {name} has a NaN or an infinity.")
         raise StarmergeError(
-            f"The merged tensor {name} overflows {tensor.dtype}. Choose a wider --dtype; if that is "
-            "not enough, look at the scale of the updates (lora_alpha)."
+            f"The merged tensor {name} overflows {tensor.dtype}. Choose a wider --dtype; if that "
+            "is not enough, look at the scale of the updates (lora_alpha)."
         )
     return weight
 
