@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class Base:
         named = any("embed" in part or part in ("wte", "wpe") for part in parts)
         return len(shape) == 2 and (named or self._has_vocabulary_rows(name))
 
-    @property
+    @cached_property
     def tied(self) -> list[str]:
         """Names of the tensors that the config ties to each other, where the files hold several."""
         if not self.config.get("tie_word_embeddings"):
@@ -53,7 +54,7 @@ class Base:
         found = [name for name in self.checkpoint if self._has_vocabulary_rows(name)]
         return found if len(found) > 1 else []
 
-    @property
+    @cached_property
     def stores_input_first(self) -> bool:
         """Whether some layers hold their weight as (in, out), as GPT-2's Conv1D does.
 

@@ -99,7 +99,7 @@ def output_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     partial.chmod(0o777 & ~_umask())
     try:
         yield partial
-        for file in partial.iterdir():
+        for file in filter(Path.is_file, partial.iterdir()):
             file.chmod(0o666 & ~_umask())  # some libraries write files for the owner alone
         _sync(partial)
         check_output(path, overwrite=overwrite)
