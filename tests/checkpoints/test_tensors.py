@@ -97,6 +97,11 @@ def test_refuses_a_truncated_file_when_it_is_opened(tmp_path: Path, keep: int) -
         (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}', "a hole or an overlap"),
         (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', "8 bytes follow"),
         (
+            b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+            b'"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+            "a hole or an overlap at tensor b",
+        ),
+        (
             b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},'
             b'"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
             "a name occurs twice",
