@@ -72,6 +72,14 @@ class LowRank:
         """Return the matrix (m, n) in float32."""
         return torch.mm(self.B.float() * self.scale, self.A.float())
 
+    def entries(self, rows: slice = slice(None)) -> Tensor:
+        """Return rows of the matrix, (rows, n) float32: the float64 product, rounded once.
+
+        Other rows, other threads, another machine: but for the rarest ties of the second rounding
+        an entry is the same, so that thresholds and signs decide alike wherever they are looked at.
+        """
+        return (self.B[rows].double() @ self.A.double() * self.scale).float()
+
     def add(self, other: Delta) -> Delta:
         """Return δ + other: low-rank if both are, else dense."""
         return total([self, other])
@@ -137,9 +145,12 @@ class Dense:
 
     Args:
         tensor: Any shape, any floating dtype.
+        stored: The dtype that the fine-tune was stored in, if the delta is as it came from there:
+            what tells how much of it is rounding. None for what was computed.
     """
 
     tensor: Tensor
+    stored: torch.dtype | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -163,6 +174,10 @@ class Dense:
     def to_dense(self) -> Tensor:
         """Return the matrix (m, n) in float32."""
         return self.matrix.to(torch.float32)
+
+    def entries(self, rows: slice = slice(None)) -> Tensor:
+        """Return rows of the matrix, (rows, n) float32."""
+        return self.matrix[rows].float()
 
     def add(self, other: Delta) -> Delta:
         """Return δ + other, dense."""

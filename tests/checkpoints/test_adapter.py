@@ -3,17 +3,22 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from starmerge.checkpoints.adapter import Adapter, open_adapter
 from starmerge.checkpoints.base import open_base
 from starmerge.checkpoints.source import resolve
+from starmerge.deltas import LowRank
 from starmerge.errors import StarmergeError, UsageError
 from tests.conftest import MakeAdapter, edit_json
+from tests.oracles import adapters as oracle
+from tests.oracles.bounds import U32, gamma
+from tests.oracles.deltas import exact
 
 
 def _open(path: Path, base: Path, **options: Any) -> Adapter:
@@ -94,16 +99,31 @@ def test_square_weights_need_a_flag_that_agrees_with_the_base(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"peft_type": "IA3"}, ["peft_type", "IA3"]),
-        ({"use_dora": True}, ["use_dora", "merge_and_unload"]),
-        ({"bias": "all"}, ["bias", "none"]),
-        ({"modules_to_save": ["lm_head"]}, ["modules_to_save"]),
-        ({"target_parameters": ["x"]}, ["target_parameters"]),
-        ({"trainable_token_indices": [1]}, ["trainable_token_indices"]),
-        ({"layer_replication": [[0, 1]]}, ["layer_replication"]),
-        ({"alora_invocation_tokens": [1]}, ["alora_invocation_tokens"]),
-        ({"init_lora_weights": "pissa"}, ["init_lora_weights", "pissa"]),
-        ({"init_lora_weights": "olora"}, ["init_lora_weights", "olora"]),
+        ({"peft_type": "IA3"}, ["peft_type", "IA3", "merge_and_unload"]),
+        ({"peft_type": None}, ["peft_type"]),
+        ({"use_dora": True}, ["use_dora", "no lora_magnitude_vector"]),
+        ({"bias": "all"}, ["bias", "none", "merge_and_unload"]),
+        ({"bias": "lora_only"}, ["bias", "lora_only"]),
+        ({"modules_to_save": ["lm_head"]}, ["modules_to_save", "holds no tensor"]),
+        ({"modules_to_save": "lm_head"}, ["modules_to_save", "no list"]),
+        ({"target_parameters": ["x"]}, ["target_parameters", "merge_and_unload"]),
+        ({"trainable_token_indices": [1]}, ["trainable_token_indices", "merge_and_unload"]),
+        ({"trainable_token_indices": {"x": [1]}}, ["trainable_token_indices"]),
+        ({"layer_replication": [[0, 1]]}, ["layer_replication", "as the base"]),
+        ({"alora_invocation_tokens": [1]}, ["alora_invocation_tokens", "Train a plain LoRA"]),
+        ({"use_qalora": True}, ["use_qalora", "merge_and_unload"]),
+        ({"use_bdlora": {"nblocks": 2}}, ["use_bdlora", "merge_and_unload"]),
+        ({"monteclora_config": {"num_samples": 2}}, ["monteclora_config", "merge_and_unload"]),
+        ({"kasa_config": {"beta": 0.1}}, ["kasa_config", "merge_and_unload"]),
+        ({"velora_config": {"num_groups": 2}}, ["velora_config", "merge_and_unload"]),
+        ({"arrow_config": {"top_k": 2}}, ["arrow_config", "routes"]),
+        ({"init_lora_weights": "pissa"}, ["init_lora_weights", "pissa", "conversion"]),
+        ({"init_lora_weights": "pissa_niter_4"}, ["init_lora_weights", "pissa_niter_4"]),
+        ({"init_lora_weights": "olora"}, ["init_lora_weights", "olora", "conversion"]),
+        ({"init_lora_weights": "corda"}, ["init_lora_weights", "corda", "conversion"]),
+        ({"init_lora_weights": "lora_ga"}, ["init_lora_weights", "lora_ga", "conversion"]),
+        ({"init_lora_weights": "loftq"}, ["init_lora_weights", "loftq", "that LoftQ made"]),
+        ({"init_lora_weights": "of_the_future"}, ["init_lora_weights", "of_the_future"]),
         ({"lora_bias": True}, ["lora_bias"]),
         ({"brand_new_key": 3}, ["brand_new_key", "unknown"]),
         ({"lora_alpha": None}, ["lora_alpha"]),
@@ -125,10 +145,61 @@ def test_refuses_what_it_does_not_merge_and_names_the_key(
         assert word in str(error.value)
 
 
-def test_accepts_unset_keys_of_a_newer_peft(make_adapter: MakeAdapter, tiny_base: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"key_of_the_future": None, "another": False},
+        {"ensure_weight_tying": True},
+        {"init_lora_weights": True, "corda_config": {"x": 1}, "lora_ga_config": {"x": 1}},
+        {"init_lora_weights": "mica"},
+    ],
+    ids=str,
+)
+def test_accepts_keys_that_change_nothing(
+    make_adapter: MakeAdapter, tiny_base: Path, changes: dict[str, Any]
+) -> None:
     path = make_adapter("adapter")
-    edit_json(path / "adapter_config.json", key_of_the_future=None, another=False)
-    assert _open(path, tiny_base).tensors
+    expected = _open(path, tiny_base).factors
+    edit_json(path / "adapter_config.json", **changes)
+    assert _open(path, tiny_base).factors == expected
+
+
+@pytest.mark.filterwarnings("ignore:.* changes the base weights of the model")
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_initialisation_that_changed_the_base_is_merged_once_converted(
+    tiny_base: Path, tmp_path: Path, start: str
+) -> None:
+    """PEFT's conversion saves the difference to the first state, at twice the rank."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    config = LoraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights=start)
+    adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].init_lora_weights = True
+    adapted.save_pretrained(tmp_path / "start")
+    adapted.peft_config["default"].init_lora_weights = start
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    adapted.save_pretrained(tmp_path / "raw")
+    with pytest.raises(UsageError, match=f"init_lora_weights is '{start}'"):
+        _open(tmp_path / "raw", tiny_base)
+    adapted.save_pretrained(
+        tmp_path / "converted",
+        path_initial_model_for_weight_conversion=str(tmp_path / "start"),
+    )
+    adapter = _open(tmp_path / "converted", tiny_base)
+    base = open_base(resolve(tiny_base)).checkpoint
+    folded = adapted.merge_and_unload().state_dict()
+    assert len(adapter.tensors) == 4
+    for name in adapter.tensors:
+        before = base.read(name)
+        assert adapter.rank(name) == 6
+        update = adapter.delta(name, before)
+        assert isinstance(update, LowRank)
+        expected, bound = oracle.plain(before, update.B, update.A, update.scale, transposed=False)
+        size = oracle.product(abs(update.B), abs(update.A), update.scale) + abs(exact(before))
+        # PEFT's base is W - s·B·A of the start, rounded; then it adds the trained product.
+        assert np.all(abs(exact(folded[name]) - expected) <= bound + gamma(9, U32) * size), name
 
 
 def _change_tensors(path: Path, **changes: torch.Tensor | None) -> None:
@@ -151,7 +222,7 @@ _Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
             {f"{_Q0}.lora_B.weight": torch.ones(32, 2), f"{_Q0}.lora_A.weight": torch.ones(2, 32)},
             "the rank of .*q_proj is 4 here and 2 in the tensors",
         ),
-        ({f"{_Q0[17:]}.lora_B.weight": torch.ones(32, 4)}, "but no lora_A"),
+        ({f"{_Q0[17:]}.lora_B.weight": torch.ones(32, 4)}, "holds lora_B of .*q_proj twice"),
         (
             {f"{_Q0}.lora_B.weight": torch.ones(32, 4).char()},
             r"lora_B\.weight is stored in torch\.int8",
@@ -171,6 +242,16 @@ def test_refuses_tensors_that_do_not_fit_and_names_them(
     path = make_adapter("adapter")
     _change_tensors(path, **changes)
     with pytest.raises(StarmergeError, match=message):
+        _open(path, tiny_base)
+
+
+def test_refuses_an_empty_file(make_adapter: MakeAdapter, tiny_base: Path) -> None:
+    path = make_adapter("adapter")
+    save_file({}, path / "adapter_model.safetensors")
+    with pytest.raises(StarmergeError, match="holds no tensors"):
+        _open(path, tiny_base)
+    (path / "adapter_model.safetensors").unlink()
+    with pytest.raises(StarmergeError, match=r"adapter_model\.safetensors is missing"):
         _open(path, tiny_base)
 
 

@@ -1,6 +1,8 @@
 """Bases and full fine-tunes: what is taken for which, and what is refused."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,3 +68,33 @@ def test_finds_out_what_a_model_is(
     (tmp_path / "nothing").mkdir()
     with pytest.raises(UsageError, match="neither an adapter"):
         open_model("c", resolve(tmp_path / "nothing"), base)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tied"),
+    [
+        ({"tie_word_embeddings": True}, True),
+        ({"tie_word_embeddings": False}, False),
+        ({}, True),
+        ({"text_config": {"vocab_size": 96}}, True),
+        ({"text_config": {"vocab_size": 96, "tie_word_embeddings": False}}, False),
+        ({"tie_word_embeddings": False, "text_config": {"vocab_size": 96}}, False),
+        (
+            {
+                "tie_word_embeddings": False,
+                "text_config": {"vocab_size": 96, "tie_word_embeddings": True},
+            },
+            True,
+        ),
+    ],
+    ids=str,
+)
+def test_weights_are_tied_unless_the_config_says_no(
+    make_finetune: MakeFinetune, changes: dict[str, Any], tied: bool
+) -> None:
+    path = make_finetune("base", scale=0.0)
+    config = json.loads((path / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (path / "config.json").write_text(json.dumps(config | changes))
+    ends = ["lm_head.weight", "model.embed_tokens.weight"]
+    assert sorted(open_base(resolve(path)).tied) == (ends if tied else [])

@@ -1,104 +1,51 @@
 """LoRA adapters in PEFT's layout.
 
-The config is read strictly: a key that changes what the adapter computes is either applied or
-refused, and a tensor that no rule consumes is an error. Source of the layout and of the scales:
-github.com/huggingface/peft, ``tuners/lora/config.py`` and ``tuners/lora/layer.py``.
+What the config says is read in :mod:`~starmerge.checkpoints.adapter_config`, what the tensors are
+in :mod:`~starmerge.checkpoints.adapter_keys`, and which of the base's they mean in
+:mod:`~starmerge.checkpoints.names`; here the shapes are checked and the deltas are made. Source of
+the layout: github.com/huggingface/peft, ``tuners/lora/layer.py``.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import Tensor
 
+from starmerge.checkpoints.adapter_config import AdapterConfig, read_adapter_config
+from starmerge.checkpoints.adapter_keys import AdapterKeys, ModuleKeys, sort_keys
 from starmerge.checkpoints.base import Base
-from starmerge.checkpoints.source import Source, read_json
+from starmerge.checkpoints.dora import dora_delta
+from starmerge.checkpoints.finetuned import difference
+from starmerge.checkpoints.names import match_names
+from starmerge.checkpoints.source import Source
 from starmerge.checkpoints.tensors import (
     MERGEABLE,
     Checkpoint,
     TensorInfo,
+    open_pickle,
     open_safetensors,
 )
-from starmerge.deltas import LowRank
+from starmerge.deltas import Delta, LowRank
 from starmerge.errors import StarmergeError, UsageError
-
-_READ = {
-    "peft_type",
-    "base_model_name_or_path",
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "alpha_pattern",
-    "rank_pattern",
-    "fan_in_fan_out",
-    "init_lora_weights",
-}
-"""Keys that are looked at below."""
-
-_HARMLESS = {
-    "auto_mapping",
-    "eva_config",
-    "exclude_modules",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",
-    "lora_dropout",
-    "megatron_config",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "task_type",
-}
-"""Keys of training and of bookkeeping."""
-
-_REFUSED = {
-    "alora_invocation_tokens": "an activated LoRA works only while it runs",
-    "arrow_config": "a router of adapters cannot be folded into weights",
-    "bias": "trained biases are not merged yet; train with bias='none'",
-    "layer_replication": "the adapter replicates layers that the base does not have",
-    "lora_bias": "trained biases are not merged yet; train with lora_bias=False",
-    "modules_to_save": "whole modules saved beside the factors are not merged yet",
-    "monteclora_config": "this variant of LoRA is not s·B·A",
-    "target_parameters": "parameters adapted outside of modules are not merged yet",
-    "trainable_token_indices": "trained token rows are not merged yet",
-    "use_bdlora": "this variant of LoRA is not s·B·A",
-    "use_dora": "DoRA's update is not s·B·A. Fold it with PEFT's merge_and_unload and give the "
-    "full model",
-    "use_qalora": "this variant of LoRA is not s·B·A",
-}
-"""Keys that must be unset (None, False, empty, 'none'), and why."""
-
-_NEUTRAL: tuple[object, ...] = (None, False, "none", (), [], {})
-
-_PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
-"""Initialisations that leave the base's weights as they are."""
-
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
 class _Factors:
-    """Where the factors of one tensor's delta lie, and how to read them."""
+    """Where the parts of one tensor's delta lie, and how to read them."""
 
-    b: str
-    a: str
+    keys: ModuleKeys
     scale: float
     transposed: bool
+    """Whether the base holds the weight as (in, out), so that its update is (B·A)ᵀ."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter; its deltas are low-rank and stay so."""
+    """A LoRA adapter; its deltas are low-rank and stay so, but for DoRA and for whole modules."""
 
     kind = "LoRA adapter"
 
@@ -106,11 +53,18 @@ class Adapter:
     source: Source
     checkpoint: Checkpoint
     factors: dict[str, _Factors]
+    replacements: dict[str, str]
+    """Keys of the tensors that stand for the base's, by the base's names."""
 
     @property
     def tensors(self) -> frozenset[str]:
         """Names of the base's tensors that it changes."""
-        return frozenset(self.factors)
+        return frozenset((*self.factors, *self.replacements))
+
+    @property
+    def saved(self) -> frozenset[str]:
+        """Names of the base's tensors that it replaces, being those of ``modules_to_save``."""
+        return frozenset(self.replacements)
 
     @property
     def files(self) -> list[Path]:
@@ -119,29 +73,62 @@ class Adapter:
 
     def nbytes(self, tensor: str) -> int:
         """Return the bytes to read for a tensor's delta."""
-        factors = self.factors[tensor]
-        return self.checkpoint[factors.a].nbytes + self.checkpoint[factors.b].nbytes
+        return sum(self.checkpoint[key].nbytes for key in self._keys(tensor))
 
-    def rank(self, tensor: str) -> int:
-        """Return the rank r of a tensor's factors."""
-        return self.checkpoint[self.factors[tensor].a].shape[0]
+    def rank(self, tensor: str) -> int | None:
+        """Return the rank r of a tensor's factors, None where the delta is dense."""
+        if tensor in self.replacements or self.factors[tensor].keys.magnitude:
+            return None
+        return self.checkpoint[self.factors[tensor].keys.a].shape[0]
 
-    def delta(self, tensor: str, base: Tensor) -> LowRank:
-        """Return s·B·A in factors, in the dtype they are stored in.
+    def delta(self, tensor: str, base: Tensor) -> Delta:
+        """Return s·B·A in factors, in the dtypes they are stored in.
+
+        For a convolution that is the matrix (out, in·k), for an embedding and for layers stored
+        input-first it is (B·A)ᵀ. DoRA's update and that of a whole module are dense.
 
         Args:
             tensor: Its name.
-            base: The base's tensor; only full fine-tunes need it.
+            base: The base's tensor, any floating dtype.
+
+        Raises:
+            StarmergeError: The adapter comes with a copy of the base's weight, which is another.
         """
+        if tensor in self.replacements:
+            return difference(self.checkpoint.read(self.replacements[tensor]), base)
         factors = self.factors[tensor]
-        A, B = self.checkpoint.read(factors.a), self.checkpoint.read(factors.b)
+        self._check_copy(factors.keys.copy, base)
+        A, B = self.checkpoint.read(factors.keys.a), self.checkpoint.read(factors.keys.b)
+        update = LowRank(B.flatten(1), A.flatten(1), factors.scale)
+        if factors.keys.magnitude:
+            magnitude = self.checkpoint.read(factors.keys.magnitude)
+            return dora_delta(base, update, magnitude, transposed=factors.transposed)
         if factors.transposed:
-            A, B = B.T, A.T
-        return LowRank(B, A, factors.scale)
+            return LowRank(update.A.T, update.B.T, update.scale)
+        return update
+
+    def _keys(self, tensor: str) -> list[str]:
+        if tensor in self.replacements:
+            return [self.replacements[tensor]]
+        keys = self.factors[tensor].keys
+        return [key for key in (keys.a, keys.b, keys.magnitude, keys.copy) if key]
+
+    def _check_copy(self, key: str | None, base: Tensor) -> None:
+        if key is None:
+            return
+        copy = self.checkpoint.read(key)
+        # The base may have been rounded when it was loaded for training, and saved wider.
+        roundings = (copy.dtype, torch.bfloat16, torch.float16)
+        if not any(torch.equal(copy, base.to(dtype).to(copy.dtype)) for dtype in roundings):
+            raise StarmergeError(
+                f"{self.source}: {key} is not the base's weight. The adapter was trained on "
+                "another base, or together with that weight; then fold it with PEFT's "
+                "merge_and_unload and give the full model."
+            )
 
 
 def open_adapter(name: str, source: Source, base: Base, *, any_base: bool = False) -> Adapter:
-    """Open a LoRA adapter: read its config and header, and match every factor to the base.
+    """Open a LoRA adapter: read its config and header, and match every tensor to the base.
 
     Args:
         name: The model's name in tables and reports.
@@ -153,106 +140,72 @@ def open_adapter(name: str, source: Source, base: Base, *, any_base: bool = Fals
         UsageError: The adapter names another base, or is of a kind that is not merged.
         StarmergeError: A tensor is missing, unknown or of the wrong shape; a file is broken.
     """
-    config_file = source.path / "adapter_config.json"
-    config = read_json(config_file)
-    _check_config(config_file, config)
+    config = read_adapter_config(source.path / "adapter_config.json")
     if not any_base:
-        _check_base_name(config_file, config, base)
-    checkpoint = _open_factors(source.path)
+        config.check_base_name(base)
+    checkpoint = _open_weights(source.path)
+    keys = sort_keys(source, config, checkpoint)
+    found = match_names(source, base, keys.names)
+    _check_all_found(source, base, checkpoint, keys, found)
     factors: dict[str, _Factors] = {}
-    for module, a, b in _pairs(source, checkpoint):
-        tensor = f"{module}.weight"
-        if tensor in factors:
-            raise StarmergeError(f"{source} holds the factors of {module} twice: {a} is one.")
-        if tensor not in base.checkpoint:
-            raise StarmergeError(
-                f"{source} adapts {module}, but the base {base.source} has no tensor {tensor}. "
-                "The adapter was trained on another model, or on a weight that this one ties to "
-                "another."
-            )
-        _check_factors(source, base, tensor, checkpoint[a], checkpoint[b])
-        transposed = _is_transposed(source, config, base, tensor, checkpoint[a], checkpoint[b])
-        scale = _scale(config_file, config, module, checkpoint[a].shape[0])
-        factors[tensor] = _Factors(b, a, scale, transposed)
-    return Adapter(name, source, checkpoint, factors)
+    for module in keys.modules:
+        tensor = found[module.weight]
+        _check_dtypes(base, tensor, checkpoint, module)
+        _check_shapes(source, base, tensor, checkpoint, module)
+        transposed = _is_transposed(source, config, base, tensor, checkpoint, module)
+        scale = config.scale(module.module, checkpoint[module.a].shape[0])
+        factors[tensor] = _Factors(module, scale, transposed)
+    replacements = {
+        found[saved]: key
+        for saved, key in keys.saved.items()
+        if _is_replacement(source, base, found[saved], checkpoint[key])
+    }
+    adapter = Adapter(name, source, checkpoint, factors, replacements)
+    if not config.is_headless:
+        _check_ties(adapter, base)
+    return adapter
 
 
-def _check_config(file: Path, config: dict[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise UsageError(f"{file}: peft_type is {kind!r}; only LORA adapters can be merged.")
-    for key, reason in _REFUSED.items():
-        if config.get(key) not in _NEUTRAL:
-            raise UsageError(f"{file}: {key} is {config[key]!r}, and {reason}.")
-    start = config.get("init_lora_weights", True)
-    if start not in _PLAIN_INITIALISATIONS:
-        raise UsageError(
-            f"{file}: init_lora_weights is {start!r}, which changes the base's weights. Convert "
-            "the adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
-        )
-    # A newer PEFT writes keys that this list lacks; unset ones change nothing.
-    unknown = {key for key in config if config[key] not in _NEUTRAL}
-    unknown -= _READ | _HARMLESS | _REFUSED.keys()
-    if unknown:
-        key = min(unknown)
-        raise UsageError(
-            f"{file}: the key {key!r} ({config[key]!r}) is unknown, and may change what the "
-            "adapter computes. Fold it with PEFT's merge_and_unload and give the full model."
-        )
-    for key in ("r", "lora_alpha"):
-        if not _is_number(config.get(key)):
-            raise StarmergeError(f"{file}: {key} is missing or is not a finite number.")
-
-
-def _check_base_name(file: Path, config: dict[str, Any], base: Base) -> None:
-    trained_on = str(config.get("base_model_name_or_path") or "")
-    known = base.source.name
-    # A path says nothing of what lies there; two Hub ids do.
-    is_hub_id = trained_on.count("/") == 1 and not trained_on.startswith((".", "/", "~"))
-    if known and is_hub_id and trained_on.lower() != known.lower():
-        raise UsageError(
-            f"{file}: base_model_name_or_path is {trained_on}, but the base is {known}. If both "
-            "are the same weights, say so with --any-base."
-        )
-
-
-def _open_factors(folder: Path) -> Checkpoint:
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file() and (folder / "adapter_model.bin").is_file():
-        raise StarmergeError(
-            f"{folder} has its factors in adapter_model.bin. Save it again with "
-            "save_pretrained(safe_serialization=True)."
-        )
+def _open_weights(folder: Path) -> Checkpoint:
+    file, pickle = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    if pickle.is_file() and not file.is_file():
+        return open_pickle(pickle)
     return open_safetensors(file)
 
 
-def _pairs(source: Source, checkpoint: Checkpoint) -> Iterator[tuple[str, str, str]]:
-    """Yield module, key of A and key of B for every pair of factors."""
-    modules: dict[str, dict[str, str]] = {}
-    for key in checkpoint:
-        match = _FACTOR.fullmatch(key)
-        if match is None:
-            raise StarmergeError(
-                f"{source}: the tensor {key} is no LoRA factor of a linear layer, so the adapter "
-                "is more than s·B·A. Fold it with PEFT's merge_and_unload and give the full model."
-            )
-        modules.setdefault(match["module"], {})[match["factor"]] = key
-    if not modules:
-        raise StarmergeError(f"{source} holds no tensors.")
-    for module, keys in modules.items():
-        if len(keys) < 2:
-            present, missing = ("A", "B") if "A" in keys else ("B", "A")
-            raise StarmergeError(f"{source}: {module} has lora_{present} but no lora_{missing}.")
-        yield module.removeprefix(_PREFIX), keys["A"], keys["B"]
-
-
-def _check_factors(source: Source, base: Base, tensor: str, a: TensorInfo, b: TensorInfo) -> None:
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
+def _check_all_found(
+    source: Source, base: Base, checkpoint: Checkpoint, keys: AdapterKeys, found: dict[str, str]
+) -> None:
+    lacks = f"but the base {base.source} has no tensor"
+    for module in keys.modules:
+        if module.weight in found:
+            continue
+        shape = (checkpoint[module.b].shape[0], *checkpoint[module.a].shape[1:])
+        for tied in base.tied:
+            if base.checkpoint[tied].shape in (shape, shape[::-1]):
+                raise StarmergeError(
+                    f"{source} adapts {module.module}, {lacks} {module.weight}: it is tied to "
+                    f"another, probably {tied} (tie_word_embeddings in config.json). Untie the "
+                    "base first, so that its files hold both, or do not adapt it."
+                )
         raise StarmergeError(
-            f"{source}: the factors of {tensor} do not fit together: B {list(b.shape)}, "
-            f"A {list(a.shape)}."
+            f"{source} adapts {module.module}, {lacks} {module.weight}. The adapter was trained on "
+            "another model, or on a weight that this one ties to another. If transformers renames "
+            "the base's tensors when it loads them, install transformers 5 or later, which knows "
+            "the names, or fold the adapter with PEFT's merge_and_unload and give the full model."
         )
-    for info in (a, b, base.checkpoint[tensor]):
+    for name, key in keys.saved.items():
+        if name not in found:
+            raise StarmergeError(
+                f"{source} holds {key}, of modules_to_save in adapter_config.json, {lacks} {name}. "
+                "Give a base that has the module, such as the model the training began with, "
+                "saved with its new head."
+            )
+
+
+def _check_dtypes(base: Base, tensor: str, checkpoint: Checkpoint, module: ModuleKeys) -> None:
+    parts = [checkpoint[key] for key in (module.a, module.b, module.magnitude) if key]
+    for info in (*parts, base.checkpoint[tensor]):
         if info.dtype not in MERGEABLE:
             raise StarmergeError(
                 f"{info.file}: tensor {info.name} is stored in {info.dtype}, which cannot be "
@@ -260,61 +213,105 @@ def _check_factors(source: Source, base: Base, tensor: str, a: TensorInfo, b: Te
             )
 
 
-def _is_transposed(
-    source: Source, config: dict[str, Any], base: Base, tensor: str, a: TensorInfo, b: TensorInfo
-) -> bool:
-    """Tell whether the base holds a weight as (in, out), so that its update is (B·A)ᵀ.
-
-    The shape tells. For a square weight the config's ``fan_in_fan_out`` does, which PEFT keeps for
-    the whole adapter though layers may differ: it must agree with what the base looks like.
-    """
+def _check_shapes(
+    source: Source, base: Base, tensor: str, checkpoint: Checkpoint, module: ModuleKeys
+) -> None:
+    a, b = checkpoint[module.a].shape, checkpoint[module.b].shape
     target = base.checkpoint[tensor].shape
-    shape = (b.shape[0], a.shape[1])
-    if target not in (shape, shape[::-1]):
+    if _is_grouped(a, b, target):
+        raise UsageError(
+            f"{source} adapts {module.module}, a convolution in groups. Its factors mix the "
+            "groups, which the base's weight cannot. Train without it in target_modules."
+        )
+    fits = len(a) == len(b) > 1 and 0 < a[0] == b[1] and math.prod(b[2:]) == 1
+    if not fits or (module.is_embedding and len(a) != 2):
+        raise StarmergeError(
+            f"{source}: the factors of {tensor} do not fit together: B {list(b)}, A {list(a)}."
+        )
+    shape = (b[0], *a[1:])
+    allowed = {shape} if len(shape) > 2 else {shape, shape[::-1]}
+    if module.is_embedding:
+        shape = shape[::-1]
+        allowed = {shape}
+    if target not in allowed:
         raise StarmergeError(
             f"{source}: the update of {tensor} has the shape {list(shape)}, in the base "
             f"{base.source} it is {list(target)}. The adapter was trained on another model."
         )
-    if shape[0] != shape[1]:
+    if module.copy and checkpoint[module.copy].shape != target:
+        raise StarmergeError(
+            f"{source}: {module.copy} has the shape {list(checkpoint[module.copy].shape)}, in the "
+            f"base {base.source} it is {list(target)}. The adapter was trained on another base, "
+            "or with another vocabulary."
+        )
+    if module.magnitude and checkpoint[module.magnitude].size != b[0]:
+        raise StarmergeError(
+            f"{source}: {module.magnitude} has {checkpoint[module.magnitude].size} entries, and "
+            f"{tensor} has {b[0]} outputs."
+        )
+
+
+def _is_transposed(
+    source: Source,
+    config: AdapterConfig,
+    base: Base,
+    tensor: str,
+    checkpoint: Checkpoint,
+    module: ModuleKeys,
+) -> bool:
+    """Tell whether the base holds a weight as (in, out), given shapes that fit.
+
+    An embedding's table always is so. For linear layers the shape tells. For a square weight the
+    config's ``fan_in_fan_out`` does, which PEFT keeps for the whole adapter though layers may
+    differ: it must agree with what the base looks like.
+    """
+    if module.is_embedding:
+        return True
+    target = base.checkpoint[tensor].shape
+    shape = (checkpoint[module.b].shape[0], *checkpoint[module.a].shape[1:])
+    if len(shape) > 2 or shape[0] != shape[1]:
         return target != shape
-    transposed = bool(config.get("fan_in_fan_out"))
-    if transposed != base.stores_input_first:
+    if config.fan_in_fan_out != base.stores_input_first:
         raise UsageError(
-            f"{source}: fan_in_fan_out is {transposed}, but layers of the base "
+            f"{source}: fan_in_fan_out is {config.fan_in_fan_out}, but layers of the base "
             f"{base.source} say otherwise, and the square {tensor} does not tell. Fold the adapter "
             "with PEFT's merge_and_unload and give the full model."
         )
-    return transposed
+    return config.fan_in_fan_out
 
 
-def _scale(file: Path, config: dict[str, Any], module: str, rank: int) -> float:
-    """Return s: alpha/r, or alpha/√r with rsLoRA; alpha and r may depend on the module."""
-    declared = _of_module(file, config, "rank_pattern", module, config["r"])
-    if declared != rank:
+def _is_grouped(a: tuple[int, ...], b: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Tell a convolution in g groups: A reads all inputs, the base's weight a g-th of them."""
+    if not 2 < len(a) == len(b) == len(target) or 0 in (b[1], target[1]):
+        return False
+    groups = a[1] // target[1]
+    return groups > 1 and a[1] == groups * target[1] and a[0] == groups * b[1]
+
+
+def _is_replacement(source: Source, base: Base, tensor: str, saved: TensorInfo) -> bool:
+    """Check a tensor of a whole module; tell whether it is weights, and no counter of steps."""
+    stored = base.checkpoint[tensor]
+    if saved.shape != stored.shape:
         raise StarmergeError(
-            f"{file}: the rank of {module} is {declared} here and {rank} in the tensors, so the "
-            "scale of its update is unknown. Is the config that of another adapter?"
+            f"{source}: {saved.name}, of modules_to_save in adapter_config.json, has the shape "
+            f"{list(saved.shape)}, in the base {base.source} it is {list(stored.shape)}. The "
+            "module was resized, or the adapter was trained on another model."
         )
-    alpha = _of_module(file, config, "alpha_pattern", module, config["lora_alpha"])
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _of_module(file: Path, config: dict[str, Any], key: str, module: str, default: float) -> float:
-    """Return what the first matching pattern under ``key`` says of a module, or the default."""
-    patterns = config.get(key) or {}
-    try:
-        matching = (
-            value
-            for pattern, value in patterns.items()
-            if re.match(rf"(.*\.)?({pattern})$", module)
+    if (saved.dtype in MERGEABLE) != (stored.dtype in MERGEABLE):
+        raise StarmergeError(
+            f"{source}: {saved.name} is stored in {saved.dtype}, in the base {base.source} in "
+            f"{stored.dtype}; they cannot be subtracted. Use unquantised checkpoints."
         )
-        value = next(matching, default)
-        if _is_number(value):
-            return value
-    except (re.error, AttributeError) as error:
-        raise StarmergeError(f"{file}: {key} is no mapping of patterns: {error}.") from error
-    raise StarmergeError(f"{file}: {key} gives {module} the value {value!r}, which is no number.")
+    return saved.dtype in MERGEABLE
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _check_ties(adapter: Adapter, base: Base) -> None:
+    """Refuse a delta for one end of tied weights: folding it would change the other end too."""
+    for tensor in base.tied:
+        if tensor in adapter.tensors:
+            raise StarmergeError(
+                f"{adapter.source} changes {tensor} alone, which the base ties to other tensors "
+                "(tie_word_embeddings in config.json): both ends of the model would change. Untie "
+                "the base first, so that its files hold both; or set the key to false, if the "
+                "model puts out no tokens and ties nothing."
+            )

@@ -48,11 +48,16 @@ class Base:
 
     @cached_property
     def tied(self) -> list[str]:
-        """Names of the tensors that the config ties to each other, where the files hold several."""
-        if not self.config.get("tie_word_embeddings"):
+        """Names of the tensors that the config ties to each other; the files may hold only one.
+
+        They are tied unless ``tie_word_embeddings`` is false wherever it stands: a config that was
+        saved by transformers 4 leaves it out where it is true.
+        """
+        key = "tie_word_embeddings"
+        configs = (self.config, self.config.get("text_config") or {})
+        if any(key in config for config in configs) and not any(c.get(key) for c in configs):
             return []
-        found = [name for name in self.checkpoint if self._has_vocabulary_rows(name)]
-        return found if len(found) > 1 else []
+        return [name for name in self.checkpoint if self._has_vocabulary_rows(name)]
 
     @cached_property
     def stores_input_first(self) -> bool:

@@ -47,10 +47,22 @@ class FinetunedModel:
             tensor: Its name.
             base: The base's tensor, any floating dtype.
         """
-        tuned = self.checkpoint.read(tensor)
-        dtype = wide(torch.promote_types(tuned.dtype, base.dtype))
-        # In place, so that one wide copy of the fine-tune is all there is.
-        return Dense(tuned.to(dtype).sub_(base))
+        return difference(self.checkpoint.read(tensor), base)
+
+
+def difference(tuned: Tensor, base: Tensor) -> Dense:
+    """Return W_finetuned − W_base in float32, or in float64 if either is so.
+
+    Args:
+        tuned: The fine-tuned tensor; may be overwritten.
+        base: The base's tensor, of the same shape.
+    """
+    stored, dtype = tuned.dtype, wide(torch.promote_types(tuned.dtype, base.dtype))
+    if stored != base.dtype and torch.equal(tuned, base.to(stored)):
+        # Nothing was changed but the dtype.
+        return Dense(torch.zeros_like(tuned, dtype=dtype), stored)
+    # In place, so that one wide copy of the fine-tune is all there is.
+    return Dense(tuned.to(dtype).sub_(base), stored)
 
 
 def open_finetuned(name: str, source: Source, base: Base) -> FinetunedModel:

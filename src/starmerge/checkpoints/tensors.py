@@ -208,6 +208,15 @@ def open_safetensors(file: Path) -> Checkpoint:
     return Checkpoint(_read_safetensors(file))
 
 
+def open_pickle(file: Path) -> Checkpoint:
+    """Read the tensors' places of one ``.bin`` file, by ``torch.load(weights_only=True)``.
+
+    Raises:
+        StarmergeError: The file is missing, broken, or asks for code to be run.
+    """
+    return Checkpoint(_read_pickle(file))
+
+
 def _read_safetensors(file: Path) -> list[_Stored]:
     broken = f"{file} is not a complete safetensors file"
     try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from starmerge.deltas import Delta, LowRank
-from starmerge.spectral.dense import svd_dense
+from starmerge.spectral.core_space import CoreSpace, core_space
+from starmerge.spectral.dense import polar, svd_dense, svd_matrix
 from starmerge.spectral.factored import svd_factored
+from starmerge.spectral.noise import Floor, Rounding, noise_floor, rounding_noise
 from starmerge.spectral.svd import SVD
 from starmerge.spectral.truncation import Truncation, kept_rank, truncate_and_rescale
 
@@ -16,10 +18,18 @@ def svd(delta: Delta) -> SVD:
 
 __all__ = [
     "SVD",
+    "CoreSpace",
+    "Floor",
+    "Rounding",
     "Truncation",
+    "core_space",
     "kept_rank",
+    "noise_floor",
+    "polar",
+    "rounding_noise",
     "svd",
     "svd_dense",
     "svd_factored",
+    "svd_matrix",
     "truncate_and_rescale",
 ]

@@ -20,6 +20,10 @@ class SVD:
     V: Tensor
     """(n, k), orthonormal columns."""
 
+    def first(self, k: int) -> SVD:
+        """Return the first k triplets, or all if there are fewer."""
+        return SVD(self.U[:, :k], self.S[:k], self.V[:, :k])
+
     def compose(self, values: Tensor) -> LowRank:
         """Return U_r diag(values) V_rᵀ as float32 factors.
 

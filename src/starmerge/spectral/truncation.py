@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from starmerge.deltas import LowRank
+from starmerge.spectral.noise import Floor
 from starmerge.spectral.svd import SVD
 
 ROUNDING = 1e-12
@@ -26,6 +27,8 @@ class Truncation:
     """Σσ' of what was kept, after the rescale."""
     factor: float
     """The rescale factor Σσ / Σ_{k≤r}σ; 1 for a zero delta."""
+    noise: Floor | None = None
+    """The noise floor, where one was looked for; if it applies, Σσ is of what stands above it."""
 
 
 def kept_rank(S: Tensor, eta: float) -> int:
@@ -46,7 +49,7 @@ def kept_rank(S: Tensor, eta: float) -> int:
 
 
 def truncate_and_rescale(
-    svd: SVD, *, eta: float, rank: int | None = None
+    svd: SVD, *, eta: float, rank: int | None = None, rescale: bool = True
 ) -> tuple[LowRank, Truncation]:
     """Keep the leading triplets of a delta and rescale them to its nuclear norm.
 
@@ -56,12 +59,13 @@ def truncate_and_rescale(
         svd: The delta's SVD.
         eta: Share of the nuclear norm to keep, in percent, in (0, 100].
         rank: Keep this many triplets instead (fewer where the delta has fewer).
+        rescale: Whether to restore the nuclear norm; without, the factor is 1.
 
     Returns:
         The truncated delta with float32 factors of rank r, and what was done.
     """
     r = kept_rank(svd.S, eta) if rank is None else min(rank, kept_rank(svd.S, 100))
     before, kept = float(svd.S.sum()), float(svd.S[:r].sum())
-    factor = before / kept if r else 1.0
+    factor = before / kept if r and rescale else 1.0
     values = svd.S[:r] * factor
     return svd.compose(values), Truncation(r, before, float(values.sum()), factor)

@@ -1,0 +1,227 @@
+"""``adapter_config.json``, read strictly.
+
+A key that changes what an adapter computes is either applied or refused, and so is one that nobody
+knows. Source of the keys and of the scales: github.com/huggingface/peft, ``tuners/lora/config.py``
+and ``tuners/lora/layer.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from starmerge.checkpoints.base import Base
+from starmerge.checkpoints.source import read_json
+from starmerge.errors import StarmergeError, UsageError
+
+_READ = {
+    "peft_type",
+    "base_model_name_or_path",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "alpha_pattern",
+    "rank_pattern",
+    "fan_in_fan_out",
+    "init_lora_weights",
+    "modules_to_save",
+    "task_type",
+}
+"""Keys that are looked at below."""
+
+_HARMLESS = {
+    "auto_mapping",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "target_modules",
+}
+"""Keys of training and of bookkeeping. Those of initialisations count only together with
+``init_lora_weights``, those of ties only for tied weights, which no adapter may change."""
+
+_FOLD = "Fold the adapter with PEFT's merge_and_unload and give the full model."
+_NO_PRODUCT = f"this offspring of LoRA is not s·B·A. {_FOLD}"
+
+_REFUSED = {
+    "alora_invocation_tokens": "an activated LoRA works only on the tokens after its invocation, "
+    "which no merged weight does. Train a plain LoRA",
+    "arrow_config": "a router of adapters cannot be folded into weights. Give the adapters that "
+    "it routes to",
+    "bias": "trained biases are not merged. Train with bias='none', or fold the adapter with "
+    "PEFT's merge_and_unload and give the full model",
+    "kasa_config": _NO_PRODUCT,
+    "layer_replication": "the adapter replicates layers that the base does not have. Save the "
+    "replicated model without the adapter, and give it as the base",
+    "lora_bias": "trained biases are not merged. Train with lora_bias=False, or fold the adapter "
+    "with PEFT's merge_and_unload and give the full model",
+    "monteclora_config": _NO_PRODUCT,
+    "target_parameters": "parameters adapted outside of modules, such as fused experts, are not "
+    f"merged. {_FOLD}",
+    "trainable_token_indices": f"single trained token rows are not merged. {_FOLD}",
+    "use_bdlora": _NO_PRODUCT,
+    "use_qalora": _NO_PRODUCT,
+    "velora_config": f"the file holds more than the factors. {_FOLD}",
+}
+"""Keys that must be unset (None, False, empty, 'none'), why, and what to do instead."""
+
+_NEUTRAL: tuple[object, ...] = (None, False, "none", (), [], {})
+
+_PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "mica", "orthogonal")
+"""Initialisations that leave the base's weights as they are."""
+
+_HEADLESS_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+"""PEFT's types of tasks whose models put out no tokens, so that nothing is tied to their input."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What ``adapter_config.json`` says, once it has been checked."""
+
+    file: Path
+    content: dict[str, Any]
+
+    @property
+    def use_dora(self) -> bool:
+        """Whether the update is DoRA's."""
+        return bool(self.content.get("use_dora"))
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the adapted layers hold their weights as (in, out)."""
+        return bool(self.content.get("fan_in_fan_out"))
+
+    @property
+    def modules_to_save(self) -> list[str]:
+        """Ends of the names of modules that were trained whole."""
+        return list(self.content.get("modules_to_save") or [])
+
+    @property
+    def is_headless(self) -> bool:
+        """Whether the adapter was trained on a model without an output over the vocabulary."""
+        return self.content.get("task_type") in _HEADLESS_TASKS
+
+    def check_base_name(self, base: Base) -> None:
+        """Make sure that the adapter was trained on this base, as far as both have Hub ids.
+
+        Raises:
+            UsageError: The config names another base.
+        """
+        trained_on = str(self.content.get("base_model_name_or_path") or "")
+        known = base.source.name
+        # A path says nothing of what lies there; two Hub ids do.
+        is_hub_id = trained_on.count("/") == 1 and not trained_on.startswith((".", "/", "~"))
+        if known and is_hub_id and trained_on.lower() != known.lower():
+            raise UsageError(
+                f"{self.file}: base_model_name_or_path is {trained_on}, but the base is {known}. "
+                "If both are the same weights, say so with --any-base."
+            )
+
+    def scale(self, module: str, rank: int) -> float:
+        """Return s: alpha/r, or alpha/√r with rsLoRA; alpha and r may depend on the module.
+
+        Args:
+            module: The module's name as PEFT knows it.
+            rank: The rank of its factors.
+
+        Raises:
+            StarmergeError: The config gives the module another rank; a pattern is broken.
+        """
+        declared = self._of_module("rank_pattern", module, self.content["r"])
+        if declared != rank:
+            raise StarmergeError(
+                f"{self.file}: the rank of {module} is {declared} here and {rank} in the tensors, "
+                "so the scale of its update is unknown. Is the config that of another adapter?"
+            )
+        alpha = self._of_module("alpha_pattern", module, self.content["lora_alpha"])
+        return float(alpha) / (math.sqrt(rank) if self.content.get("use_rslora") else rank)
+
+    def _of_module(self, key: str, module: str, default: float) -> float:
+        """Return what the first matching pattern under ``key`` says of a module, or the default."""
+        patterns = self.content.get(key) or {}
+        try:
+            matching = (
+                value
+                for pattern, value in patterns.items()
+                if re.match(rf"(.*\.)?({pattern})$", module)
+            )
+            value = next(matching, default)
+        except (re.error, AttributeError) as error:
+            raise StarmergeError(
+                f"{self.file}: {key} is no mapping of patterns: {error}."
+            ) from error
+        if not _is_number(value):
+            raise StarmergeError(
+                f"{self.file}: {key} gives {module} the value {value!r}, which is no number."
+            )
+        return value
+
+
+def read_adapter_config(file: Path) -> AdapterConfig:
+    """Read ``adapter_config.json`` and refuse what is not merged, by the name of the key.
+
+    Raises:
+        UsageError: The adapter is of a kind that is not merged, or a key that is set is unknown.
+        StarmergeError: The file is missing or broken.
+    """
+    content = read_json(file)
+    kind = content.get("peft_type")
+    if kind != "LORA":
+        raise UsageError(
+            f"{file}: peft_type is {kind!r}; only LORA adapters can be merged. Fold the adapter "
+            "with PEFT's merge_and_unload, where it has one, and give the full model."
+        )
+    for key, reason in _REFUSED.items():
+        if content.get(key) not in _NEUTRAL:
+            raise UsageError(f"{file}: {key} is {content[key]!r}, and {reason.rstrip('.')}.")
+    _check_initialisation(file, content.get("init_lora_weights", True))
+    # A newer PEFT writes keys that this list lacks; unset ones change nothing.
+    unknown = {key for key in content if content[key] not in _NEUTRAL}
+    unknown -= _READ | _HARMLESS | _REFUSED.keys()
+    if unknown:
+        key = min(unknown)
+        raise UsageError(
+            f"{file}: the key {key!r} ({content[key]!r}) is unknown, and may change what the "
+            f"adapter computes. {_FOLD}"
+        )
+    for key in ("r", "lora_alpha"):
+        if not _is_number(content.get(key)):
+            raise StarmergeError(f"{file}: {key} is missing or is not a finite number.")
+    saved = content.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(name and isinstance(name, str) for name in saved):
+        raise StarmergeError(f"{file}: modules_to_save is {saved!r}, which is no list of names.")
+    return AdapterConfig(file, content)
+
+
+def _check_initialisation(file: Path, start: object) -> None:
+    if start in _PLAIN_INITIALISATIONS:
+        return
+    remedy = (
+        "Convert the adapter with PEFT's "
+        "save_pretrained(path_initial_model_for_weight_conversion=...)."
+    )
+    if start == "loftq":
+        remedy = "Give the base that LoftQ made, and set init_lora_weights to true."
+    raise UsageError(
+        f"{file}: init_lora_weights is {start!r}, which changes the base's weights. {remedy}"
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

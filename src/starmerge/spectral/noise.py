@@ -1,0 +1,275 @@
+"""The rounding noise in a dense delta, and the singular values that it hides.
+
+A fine-tune stored in bfloat16 gives δ = W_finetuned − W_base with an error of up to half an ulp in
+every entry: a full-rank matrix on top of an update that may have few directions. This module
+predicts the error's singular values and counts those of the delta that stand above them.
+
+**Variance of an entry** (:func:`rounding_noise`). Where the base's entry does not lie on the grid
+of the dtype that the fine-tune is stored in, the error is uniform, of variance ulp²/12, however
+small the update. Where it does, as when base and fine-tune have the same dtype, the stored δ is
+the update rounded to a whole number of ulps, q. An update of at least an ulp again gives ulp²/12; a
+smaller one is mostly lost, and its error is no longer independent of it. With q = aδ + e and e
+uncorrelated with δ (Bussgang's decomposition) only e is noise, and for δ ~ N(0, s²), x = s/ulp:
+
+    E[q²]/ulp² = Σ_{k≥1} (2k − 1) erfc((k − ½)/(x√2))       → x² + 1/12 for x ≥ 1
+    a = E[qδ]/s² = (2/x) Σ_{k≥1} φ((k − ½)/x)                → 1
+    E[e²] = E[q²] − a²s²                                     → ulp²/12
+
+from 0.083 ulp² at x = ½ down to 0.056 at 0.3 and 0.011 at 0.2. The s of a row is that with which
+the row's E[q²] is its observed energy.
+
+**Edge** (:func:`noise_edge`). The variances differ with the binades of the weights, so the
+Marchenko–Pastur edge √v̄(√m + √n) does not hold: on real weights the noise reached three times
+that. √(max_i Σ_j v_ij) + √(max_j Σ_i v_ij) (Bandeira and van Handel, arXiv 1408.6185) holds, but is
+loose. Taken is the limit for v_ij = r_i c_j / Σr, which lies between the two and is equal to them
+if all variances are the same. For the 210 matrices of SmolLM2-135M in bfloat16 the first was 0.26
+to 1.0 of it and the second 1.12 to 1.52; the largest singular value of sampled noise was 0.88 to
+1.0 of it in the mean, and passed the floor in none of 450 samples.
+
+**Floor** (:func:`noise_floor`). A direction just above the edge is mostly noise. The floor is the
+edge times the factor of Gavish and Donoho (arXiv 1305.5870; 1.15 for a square matrix): below it,
+keeping a direction of a low-rank update adds more error than leaving it out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+PANEL_ROWS = 64
+"""Rows of a weight that are looked at at once; about ten float64 copies of them are made."""
+
+_INTEGERS = {
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+"""For each dtype the integer of its width."""
+
+_HALVINGS = 24
+_TERMS = 6
+
+
+@dataclass(frozen=True, eq=False)
+class Rounding:
+    """The variances v_ij of the rounding noise in a delta, summed."""
+
+    rows: Tensor
+    """(m,) float64, Σ_j v_ij."""
+    columns: Tensor
+    """(n,) float64, Σ_i v_ij."""
+
+    def scaled(self, factor: float) -> Rounding:
+        """Return the noise in ``factor · δ``."""
+        return Rounding(self.rows * factor**2, self.columns * factor**2)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The noise floor of one delta."""
+
+    value: float
+    """Singular values up to this one may be noise."""
+    above: int
+    """Number of singular values above it."""
+    share: float
+    """Energy Σσ² of the others, over what rounding gives them; 0 if there is nothing to compare."""
+    applies: bool = field(init=False)
+    """Whether what lies below the floor is to be dropped.
+
+    Not if nothing stands above it. An update of less than an ulp, scattered over the matrix, looks
+    like noise to an SVD, but every entry of it that is not zero was trained: rounded to the base's
+    grid, an update never lies farther from the true one than no update does. It must not vanish.
+    And not if rounding explains less than half of the energy below the floor: then more of that is
+    update than noise.
+    """
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "applies", self.above > 0 and self.share <= 2.0)
+
+
+def rounding_noise(base: Tensor, delta: Tensor, dtype: torch.dtype) -> Rounding:
+    """Return the variances of the noise that storing a fine-tune in a dtype left in its delta.
+
+    Works through panels of :data:`PANEL_ROWS` rows. The delta must be as it was
+    stored, not scaled or trimmed. Cost: for each row the work of some thousand entries, and O(mn).
+
+    Args:
+        base: (m, n) the base, as it is stored, any floating dtype.
+        delta: (m, n) the stored fine-tune minus the base, float32 or float64.
+        dtype: Floating dtype of the stored fine-tune.
+    """
+    rows = torch.zeros(delta.shape[0], dtype=torch.float64)
+    columns = torch.zeros(delta.shape[1], dtype=torch.float64)
+    for start in range(0, len(delta) if delta.numel() else 0, PANEL_ROWS):
+        panel = slice(start, start + PANEL_ROWS)
+        variances = _variances(base[panel], delta[panel].double(), dtype)
+        rows[panel] = variances.sum(1)
+        columns += variances.sum(0)
+    return Rounding(rows, columns)
+
+
+def noise_edge(rows: Tensor, columns: Tensor) -> float:
+    """Return the largest singular value of a large random matrix with given sums of variances.
+
+    For independent entries of mean 0 and variances v_ij = r_i c_j / Σr, in the limit of many rows
+    and columns. By Lehner's formula for the norm of a matrix of free semicircular elements (Amer.
+    J. Math. 121, 1999) it is
+
+        inf over p, q > 0 of max over i, j of (1/p_i + Σ_j v_ij q_j, 1/q_j + Σ_i v_ij p_i).
+
+    All these terms equal some λ for p_i = 1/(λ − r_i X), q_j = 1/(λ − c_j Y). With x = X r_max/λ
+    and y = Y c_max/λ one parameter t is left to minimise over:
+
+        edge² = min over t > 0 of t r_max c_max / (x y Σr),
+        Σ_i ρ_i x/(1 − ρ_i x) = Σ_j γ_j y/(1 − γ_j y) = t,  ρ = r/r_max, γ = c/c_max.
+
+    Equal variances give √v(√m + √n), the edge of Marchenko and Pastur. Cost: O(m + n) for each of
+    some hundred steps.
+
+    Args:
+        rows: (m,) float64, r_i = Σ_j v_ij.
+        columns: (n,) float64, c_j = Σ_i v_ij; of the same total.
+    """
+    total = float(rows.sum())
+    if total == 0:
+        return 0.0
+    top_row, top_column = float(rows.max()), float(columns.max())
+    rho, gamma = rows / top_row, columns / top_column
+
+    def log_square(log_t: float) -> float:
+        t = math.exp(log_t)
+        return log_t - math.log(_solve(rho, t)) - math.log(_solve(gamma, t))
+
+    lowest = _minimum(log_square, math.log(1e-3), math.log(len(rows) * len(columns)) + 1)
+    return math.sqrt(math.exp(lowest) * top_row * (top_column / total))
+
+
+def noise_floor(S: Tensor, rounding: Rounding) -> Floor:
+    """Return the noise floor of a delta, and how many of its singular values stand above it.
+
+    Args:
+        S: (min(m, n),) all singular values of the delta, descending.
+        rounding: The noise in it.
+    """
+    S = S.double()
+    edge = noise_edge(rounding.rows, rounding.columns)
+    if edge == 0:
+        return Floor(0.0, int(S.gt(0).sum()), 0.0)
+    m, n = len(rounding.rows), len(rounding.columns)
+    value = edge * _threshold(min(m, n) / max(m, n))
+    above = int(S.gt(value).sum())
+    # The directions above the floor take their rows' and columns' worth of the noise with them.
+    expected = float(rounding.rows.sum()) * (1 - above / m) * (1 - above / n)
+    return Floor(value, above, float(S[above:].square().sum()) / expected if expected else 0.0)
+
+
+def _variances(base: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return v_ij (m, n) of some rows, float64."""
+    limits = torch.finfo(dtype)
+    code = _exponents(base.double() + delta, dtype)
+    codes = int(code.max()) + 1
+    steps = torch.arange(codes).double() - 1
+    ulps = limits.smallest_normal * limits.eps * steps.clamp(min=0).exp2()
+    uniform = ulps.square()[code] / 12
+    on_grid = base == base.to(dtype)
+    uniform_energy = uniform.masked_fill(on_grid, 0.0).sum(1)
+
+    # How many entries of each row lie on the grid in each binade.
+    place = code + codes * torch.arange(len(code))[:, None]
+    counts = torch.bincount(place[on_grid], minlength=codes * len(code)).view(-1, codes).double()
+    used = counts.any(0).nonzero().flatten()
+    counts, ulp = counts[:, used], ulps[used]
+
+    # Halve in log₂ s. As |q| ≤ 2|δ|, an energy needs an s of half its root mean square at least;
+    # and two of that or four of the largest ulp are enough.
+    energy = delta.square().sum(1)
+    outside = (~on_grid).sum(1)
+    mean_square = (energy - uniform_energy).clamp(min=0) / delta.shape[1]
+    high = torch.maximum(2 * mean_square.sqrt(), 4 * ulps[-1]).log2()
+    low = torch.maximum((mean_square.sqrt() / 2).log2(), high - 60)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        s = middle.exp2()
+        expected = (counts * ulp.square() * _second_moment(s[:, None] / ulp)).sum(1)
+        above = expected + outside * s.square() + uniform_energy > energy
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+
+    x = high.exp2()[:, None] / ulp
+    noise = torch.zeros(len(code), codes, dtype=torch.float64)
+    residual = _second_moment(x) - (_gain(x) * x).square()
+    noise[:, used] = residual.clamp(min=0) * ulp.square()
+    return torch.where(on_grid, noise.gather(1, code), uniform)
+
+
+def _second_moment(x: Tensor) -> Tensor:
+    """Return E[q²] for q = δ rounded to an integer, δ ~ N(0, x²).
+
+    For x ≥ 1 it differs from x² + 1/12 by less than 1e-6.
+    """
+    small = x.clamp(1e-30, 1.0) * math.sqrt(2)
+    series = torch.zeros_like(x)
+    for k in range(1, _TERMS + 1):
+        series += (2 * k - 1) * torch.special.erfc((k - 0.5) / small)
+    return torch.where(x >= 1, x.square() + 1 / 12, series)
+
+
+def _gain(x: Tensor) -> Tensor:
+    """Return a = E[qδ]/E[δ²] for the same; for x ≥ 1 it differs from 1 by less than 1e-6."""
+    small = x.clamp(1e-30, 1.0)
+    series = torch.zeros_like(x)
+    for k in range(1, _TERMS + 1):
+        series += torch.exp(-((k - 0.5) / small).square() / 2)
+    return torch.where(x >= 1, 1.0, series * 2 / (small * math.sqrt(2 * math.pi)))
+
+
+def _exponents(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the biased exponents of values stored in a dtype, int64; 0 for subnormal ones."""
+    limits = torch.finfo(dtype)
+    mantissa = round(-math.log2(limits.eps))
+    bits = values.to(dtype).contiguous().view(_INTEGERS[dtype]).long() >> mantissa
+    exponents: Tensor = bits & (2 ** (limits.bits - 1 - mantissa) - 1)
+    return exponents
+
+
+def _solve(weights: Tensor, t: float) -> float:
+    """Return the x in (0, 1) with Σ w x/(1 − w x) = t, for weights of which the largest is 1.
+
+    The sum is increasing and convex in x, so Newton's steps from above never pass the solution.
+    """
+    x = t / (1 + t)
+    while True:
+        part = weights * x
+        excess = float((part / (1 - part)).sum()) - t
+        step = excess / float((weights / (1 - part).square()).sum())
+        if step <= 1e-12 * x:
+            return x
+        x -= step
+
+
+def _minimum(function: Callable[[float], float], low: float, high: float) -> float:
+    """Return the least value of a function with one minimum, by golden sections."""
+    ratio = (math.sqrt(5) - 1) / 2
+    left, right = high - ratio * (high - low), low + ratio * (high - low)
+    at_left, at_right = function(left), function(right)
+    while high - low > 1e-4:
+        if at_left < at_right:
+            high, right, at_right = right, left, at_left
+            left = high - ratio * (high - low)
+            at_left = function(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + ratio * (high - low)
+            at_right = function(right)
+    return min(at_left, at_right)
+
+
+def _threshold(aspect: float) -> float:
+    """Return λ*(β)/(1 + √β): the best hard threshold over the edge, for an aspect ratio β ≤ 1."""
+    root = math.sqrt(aspect**2 + 14 * aspect + 1)
+    return math.sqrt(2 * (aspect + 1) + 8 * aspect / (aspect + 1 + root)) / (1 + math.sqrt(aspect))
