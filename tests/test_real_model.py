@@ -80,3 +80,44 @@ def _star(delta: torch.Tensor) -> torch.Tensor:
     r = int((S.cumsum(0) < 0.4 * S.sum()).sum()) + 1
     kept: torch.Tensor = U[:, :r] * (S[:r] * S.sum() / S[:r].sum()) @ Vh[:r]
     return kept
+
+
+def test_an_adapter_folded_into_a_stored_model_is_truncated_as_it_was(
+    smollm2: Path, tmp_path: Path
+) -> None:
+    adapter = ADAPTERS / "digits"
+    full = sm.merge(smollm2, [adapter], "average", output=tmp_path / "full").path
+    ranks: dict[str, list[int]] = {}
+    nuclear: dict[str, list[float]] = {}
+    sources = {"truth": (adapter, sm.Star()), "auto": (full, sm.Star())}
+    sources["off"] = (full, sm.Star(noise_floor="off"))
+    merged = {}
+    for name, (path, method) in sources.items():
+        result = sm.merge(smollm2, [path], method, output=tmp_path / name)
+        tasks = [
+            record["tasks"][0]
+            for record in result.report.tensors
+            if record["tasks"] and record["tasks"][0]["nuclear_before"]
+        ]
+        ranks[name] = [task["rank"] for task in tasks]
+        nuclear[name] = [task["nuclear_before"] for task in tasks]
+        merged[name] = load_file(result.path / "model.safetensors")
+        assert all((task["noise"] is not None) == (name == "auto") for task in tasks)
+    base = load_file(smollm2 / "model.safetensors")
+    assert len(ranks["truth"]) == len(ranks["auto"]) == len(ranks["off"]) == 60
+    same = sum(a == b for a, b in zip(ranks["auto"], ranks["truth"], strict=True))
+    assert same >= 57
+    assert sum(ranks["off"]) > 3 * sum(ranks["truth"])
+    assert sum(nuclear["auto"]) == pytest.approx(sum(nuclear["truth"]), rel=0.03)
+    assert sum(nuclear["off"]) > 1.5 * sum(nuclear["truth"])
+
+    def error(name: str) -> float:
+        """Return how far the update lies from that of the adapter, relative to it."""
+        apart = wanted = 0.0
+        for key, weight in merged["truth"].items():
+            apart += float((merged[name][key].double() - weight.double()).square().sum())
+            wanted += float((weight.double() - base[key].double()).square().sum())
+        return (apart / wanted) ** 0.5
+
+    assert error("auto") < 0.1
+    assert error("off") > 0.3

@@ -12,45 +12,98 @@ if TYPE_CHECKING:
     from starmerge.deltas import Delta, Dense, LowRank
     from starmerge.errors import StarmergeError, UsageError
     from starmerge.merging.engine import MergeResult, merge, merge_state
-    from starmerge.methods import Average, Method, Star, TaskArithmetic
+    from starmerge.methods import (
+        Ace,
+        Average,
+        Breadcrumbs,
+        Cart,
+        Covariance,
+        Dare,
+        Della,
+        Emr,
+        IsoC,
+        IsoCts,
+        Karcher,
+        Knots,
+        Linear,
+        MetaGpt,
+        Method,
+        ModelStock,
+        NuSlerp,
+        OwnResponse,
+        Pipeline,
+        Scale,
+        Sce,
+        Slerp,
+        Star,
+        Svc,
+        TallMasks,
+        TaskArithmetic,
+        Ties,
+        Trim,
+        TsvM,
+    )
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "Average": "methods",
-    "Delta": "deltas",
-    "Dense": "deltas",
-    "LowRank": "deltas",
-    "MergeResult": "merging.engine",
-    "Method": "methods",
-    "Star": "methods",
-    "StarmergeError": "errors",
-    "TaskArithmetic": "methods",
-    "UsageError": "errors",
-    "merge": "merging.engine",
-    "merge_state": "merging.engine",
-}
-
 __all__ = [
+    "Ace",
     "Average",
+    "Breadcrumbs",
+    "Cart",
+    "Covariance",
+    "Dare",
+    "Della",
     "Delta",
     "Dense",
+    "Emr",
+    "IsoC",
+    "IsoCts",
+    "Karcher",
+    "Knots",
+    "Linear",
     "LowRank",
     "MergeResult",
+    "MetaGpt",
     "Method",
+    "ModelStock",
+    "NuSlerp",
+    "OwnResponse",
+    "Pipeline",
+    "Scale",
+    "Sce",
+    "Slerp",
     "Star",
     "StarmergeError",
+    "Svc",
+    "TallMasks",
     "TaskArithmetic",
+    "Ties",
+    "Trim",
+    "TsvM",
     "UsageError",
     "merge",
     "merge_state",
 ]
 
+_HOMES = {
+    "Delta": "deltas",
+    "Dense": "deltas",
+    "LowRank": "deltas",
+    "MergeResult": "merging.engine",
+    "StarmergeError": "errors",
+    "UsageError": "errors",
+    "merge": "merging.engine",
+    "merge_state": "merging.engine",
+}
+"""Where the names live that are not methods."""
+
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    home = _HOMES.get(name, "methods")
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
 
 
 def __dir__() -> list[str]:

@@ -10,7 +10,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from starmerge.errors import UsageError, nearest
-from starmerge.methods.method import Method, explain, make_method
+from starmerge.mergekit_recipe import is_mergekit_recipe, translate
+from starmerge.methods.method import explain
+from starmerge.methods.pipeline import Pipeline, make_pipeline
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
 
@@ -22,6 +24,9 @@ class ModelEntry(BaseModel):
 
     path: str = Field(min_length=1, description="a folder, or a Hub id org/name[@revision]")
     name: str = Field(min_length=1, description="its name in tables and reports")
+    weight: float = Field(
+        default=1.0, allow_inf_nan=False, description="factor of its task vector, w_t"
+    )
 
 
 class Recipe(BaseModel):
@@ -32,7 +37,7 @@ class Recipe(BaseModel):
         base: HuggingFaceTB/SmolLM2-135M-Instruct
         models:
           - adapters/digits
-          - {path: adapters/language, name: language}
+          - {path: adapters/language, name: language, weight: 2}
         method: star
         parameters: {eta: 40}
         dtype: keep
@@ -42,8 +47,12 @@ class Recipe(BaseModel):
 
     base: str = Field(description="the base model: a folder or a Hub id")
     models: list[ModelEntry] = Field(min_length=1, description="the fine-tunes to merge")
-    method: str = Field(default="star", description="a method of `starmerge methods`")
-    parameters: dict[str, Any] = Field(default={}, description="the method's parameters")
+    method: str = Field(
+        default="star", description="a method of `starmerge methods`, or a chain: star+ties"
+    )
+    parameters: dict[str, Any] = Field(
+        default={}, description="the method's parameters: eta, or star.eta where several have it"
+    )
     dtype: Dtype = Field(default="keep", description="dtype of the merged floating-point tensors")
     any_base: bool = Field(
         default=False, description="accept adapters whose config names another base"
@@ -74,13 +83,13 @@ class Recipe(BaseModel):
                 )
         return models
 
-    def make_method(self) -> Method:
-        """Return the method with its parameters.
+    def make_pipeline(self) -> Pipeline:
+        """Return the methods with their parameters.
 
         Raises:
             UsageError: An unknown method or parameter, or a value out of its range.
         """
-        return make_method(self.method, self.parameters)
+        return make_pipeline(self.method, self.parameters)
 
     def to_yaml(self) -> str:
         """Return the recipe in YAML, such that :func:`load_recipe` reads it back."""
@@ -88,7 +97,7 @@ class Recipe(BaseModel):
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a recipe from a YAML file.
+    """Read a recipe from a YAML file: one of ours, or one of mergekit's, which is translated.
 
     Paths that exist relative to the recipe's own folder are meant so.
 
@@ -96,13 +105,21 @@ def load_recipe(path: Path) -> Recipe:
         UsageError: The file is missing or not YAML; an unknown key, a missing one, a wrong value.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8"))) or [None]
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not YAML: {error}") from error
+    if len(documents) > 1:
+        raise UsageError(
+            f"{path} holds {len(documents)} documents, as mergekit-multi reads them. Put each into "
+            "a file of its own, and run them one after the other."
+        )
+    (content,) = documents
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds no recipe: it needs the keys 'base' and 'models'.")
+    if is_mergekit_recipe(content):
+        content = translate(content, where=str(path))
     recipe = make_recipe(content, where=str(path))
 
     def beside(reference: str) -> str:
@@ -131,7 +148,7 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
     except ValidationError as error:
         raise UsageError(f"{where}: {explain(error)}") from error
     # With its defaults filled in, a recipe means the same under every later version.
-    return recipe.model_copy(update={"parameters": recipe.make_method().parameters()})
+    return recipe.model_copy(update={"parameters": recipe.make_pipeline().parameters()})
 
 
 def parse_models(arguments: Sequence[str]) -> list[dict[str, str]]:

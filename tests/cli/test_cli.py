@@ -38,6 +38,56 @@ def test_merges_from_arguments_and_from_the_same_recipe(
     assert weights[0] == weights[1]
 
 
+def test_chains_and_weights_from_the_command_line(
+    starmerge: Run, tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    one, two = make_adapter("one", seed=1), make_adapter("two", seed=2)
+    out, again = tmp_path / "out", tmp_path / "again"
+    options = ["-m", "star+ties", "-p", "eta=[55, 80]", "-p", "ties.k=30", "-w", "two=0.5"]
+    finished = starmerge("merge", tiny_base, one, two, "-o", out, *options)
+    assert finished.returncode == 0, finished.stderr
+    assert "star+ties: 4 tensors merged" in finished.stdout
+    recipe = json.loads((out / "merge_report.json").read_text())["recipe"]
+    assert [model["weight"] for model in recipe["models"]] == [1.0, 0.5]
+    assert recipe["parameters"]["star.eta"] == [55, 80]
+    assert recipe["parameters"]["ties.k"] == 30
+
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    finished = starmerge("merge", tmp_path / "recipe.yaml", "-o", again)
+    assert finished.returncode == 0, finished.stderr
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (out, again)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-w", "three=1"], "no model is called 'three'"),
+        (["-w", "one=heavy"], "'heavy' is not a number"),
+        (["-w", "one=1", "-w", "one=2"], "--weight one is given twice"),
+        (["-w", "one=1", "-w", "two=-1"], "The weights sum to zero, and average divides"),
+        (["-w", "one=inf"], "weight: Input should be a finite number"),
+        (["-p", "eta=40", "-p", "eta=50"], "-p eta is given twice"),
+        (["-p", "eta=[40]"], "eta has 1 numbers for 2 models"),
+        (["-m", "ties+star"], "the order is transforms, one merge, post-steps"),
+        (["-m", "trim+ties", "-p", "k=10"], "Say trim.k or ties.k"),
+    ],
+)
+def test_chains_and_weights_that_do_not_fit_are_refused(
+    options: list[str],
+    message: str,
+    starmerge: Run,
+    tiny_base: Path,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+) -> None:
+    one, two = make_adapter("one", seed=1), make_adapter("two", seed=2)
+    finished = starmerge("merge", tiny_base, one, two, "-o", tmp_path / "out", *options)
+    assert finished.returncode == 2
+    assert message in " ".join(finished.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(
     starmerge: Run,
     tiny_base: Path,

@@ -212,7 +212,7 @@ def test_card_has_the_recipe_that_repeats_the_merge(
     again = sm.merge(
         recipe.base,
         {entry.name: entry.path for entry in recipe.models},
-        recipe.make_method(),
+        recipe.make_pipeline(),
         output=tmp_path / "again",
     )
     first, second = (path / "model.safetensors" for path in (result.path, again.path))

@@ -102,3 +102,15 @@ def test_refuses_a_weight_that_cannot_be_merged(
     save_file(tensors, base / "model.safetensors")
     with pytest.raises(StarmergeError, match=r"q_proj\.weight is stored in torch\.float8_e4m3fn"):
         _plan(base, [adapter], tmp_path / "out")
+
+
+def test_refuses_two_adapters_that_save_whole_modules(
+    tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    saving = [make_adapter(f"a{seed}", seed=seed, modules_to_save=["lm_head"]) for seed in range(2)]
+    plain = make_adapter("plain", seed=3)
+    recipe = make_recipe({"base": str(tiny_base), "models": [str(path) for path in saving]})
+    with pytest.raises(UsageError, match=r"modules_to_save.*lm_head\.weight.*at most one"):
+        make_plan(recipe, tmp_path / "out")
+    one = make_recipe({"base": str(tiny_base), "models": [str(saving[0]), str(plain)]})
+    assert "lm_head.weight" in {t.source.name for t in make_plan(one, tmp_path / "out").merged}

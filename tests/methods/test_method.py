@@ -2,6 +2,7 @@
 
 import dataclasses
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -12,10 +13,14 @@ from starmerge.errors import UsageError
 from starmerge.methods import (
     METHODS,
     Average,
+    Dare,
+    Deltas,
     Method,
     Star,
     TaskArithmetic,
     TensorContext,
+    Trim,
+    as_pipeline,
     make_method,
 )
 
@@ -39,15 +44,28 @@ def test_every_method_has_defaults(name):
 
 
 def test_parameters_are_taken_and_given_back():
-    star = make_method("star", {"eta": 25.0, "rank": 3, "embeddings": "truncate"})
-    assert star == Star(eta=25.0, rank=3, embeddings="truncate")
-    assert star.parameters() == {"eta": 25.0, "rank": 3, "embeddings": "truncate"}
+    given = {
+        "eta": 25.0,
+        "rank": 3,
+        "rescale": False,
+        "noise_floor": "off",
+        "embeddings": "merge",
+    }
+    star = make_method("star", given)
+    assert star == Star(**given)
+    assert star.parameters() == given
     assert make_method("task_arithmetic", {"alpha": -1}).alpha == -1.0
     assert make_method("average", {}).parameters() == {}
 
 
 def test_defaults():
-    assert Star().parameters() == {"eta": 40.0, "rank": None, "embeddings": "average"}
+    assert Star().parameters() == {
+        "eta": 40.0,
+        "rank": None,
+        "rescale": True,
+        "noise_floor": "auto",
+        "embeddings": "average",
+    }
     assert TaskArithmetic().parameters() == {"alpha": 0.4}
 
 
@@ -93,7 +111,7 @@ def test_a_parameter_of_another_method_is_refused():
 
 @pytest.mark.parametrize("eta", [0, -1, -1e-9, 100.0001, 1000, nan, inf, -inf, "much", None])
 def test_eta_is_a_percentage_above_0(eta):
-    with pytest.raises(UsageError, match="'star': eta: "):
+    with pytest.raises(UsageError, match="'star': eta.number: "):
         make_method("star", {"eta": eta})
     with pytest.raises(ValidationError):
         Star(eta=eta)
@@ -118,18 +136,18 @@ def test_alpha_is_a_finite_number(alpha):
         make_method("task_arithmetic", {"alpha": alpha})
 
 
-def test_embeddings_are_averaged_or_truncated():
-    with pytest.raises(UsageError, match=r"embeddings: .*'average' or 'truncate'.*'copy'"):
+def test_embeddings_are_averaged_or_merged():
+    with pytest.raises(UsageError, match=r"embeddings: .*'average' or 'merge'.*'copy'"):
         make_method("star", {"embeddings": "copy"})
 
 
 def test_a_message_says_what_was_given():
-    with pytest.raises(UsageError, match=r"eta: .*less than or equal to 100.*\(got 140\)"):
+    with pytest.raises(UsageError, match=r"eta.number: .*less than or equal to 100.*\(got 140\)"):
         make_method("star", {"eta": 140})
 
 
 def test_every_wrong_parameter_is_reported_at_once():
-    with pytest.raises(UsageError, match=r"eta: .*; rank: "):
+    with pytest.raises(UsageError, match=r"eta.number: .*; rank: "):
         make_method("star", {"eta": -1, "rank": 0})
 
 
@@ -149,22 +167,24 @@ def test_the_constructor_takes_names_only():
 
 
 def test_only_star_decomposes_full_finetunes():
-    assert Star.svd_of_dense
-    assert not Average.svd_of_dense
-    assert not TaskArithmetic.svd_of_dense
+    assert as_pipeline("star").decomposes
+    assert not as_pipeline("average").decomposes
+    assert not as_pipeline("dare+task_arithmetic").decomposes
 
 
-@pytest.mark.parametrize("chosen", [Star(), Average(), TaskArithmetic()])
+@pytest.mark.parametrize(
+    "chosen", [Star(), Average(), TaskArithmetic(), Dare(), Trim(scope="local")]
+)
 def test_dense_deltas_are_let_go_of_one_by_one(chosen):
     seen = []
 
-    def deltas():
-        for seed in range(4):
-            assert not any(alive() is not None for alive in seen)
-            tensor = torch.randn(6, 5, generator=torch.Generator().manual_seed(seed))
-            seen.append(weakref.ref(tensor))
-            yield Dense(tensor)
-            del tensor
+    def load(seed):
+        assert not any(alive() is not None for alive in seen)
+        tensor = torch.randn(6, 5, generator=torch.Generator().manual_seed(seed))
+        seen.append(weakref.ref(tensor))
+        return Dense(tensor)
 
-    chosen.merge(deltas(), TensorContext("w", (6, 5), is_embedding=False, tasks=4))
+    deltas = Deltas({t: partial(load, t) for t in range(4)})
+    tensor = TensorContext("w", (6, 5), False, tasks=tuple("abcd"), weights=(1.0,) * 4)
+    as_pipeline(chosen).prepare(lambda look: iter([])).merge(deltas, tensor)
     assert len(seen) == 4

@@ -6,17 +6,13 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from starmerge import merge_state
 from starmerge.deltas import Dense, LowRank
-from starmerge.methods import Average, Star, TensorContext
+from starmerge.errors import UsageError
+from starmerge.methods import Average, Star
+from tests.merge_one import merge_one as merge
 from tests.oracles import bounds, linear, samples, star
 from tests.oracles import deltas as oracle
-
-
-def merge(method, deltas, *, tasks=None, shape=None, is_embedding=False):
-    deltas = list(deltas)
-    shape = deltas[0].shape if shape is None else shape
-    context = TensorContext("weight", shape, is_embedding, tasks or len(deltas))
-    return method.merge(iter(deltas), context)
 
 
 def bound(deltas, ranks, tasks=None):
@@ -254,7 +250,7 @@ def test_a_zero_row_stays_zero(kind):
 
 
 @pytest.mark.parametrize("shape", [(5,), ()])
-@pytest.mark.parametrize("parameters", [{"eta": 40}, {"rank": 1}, {"embeddings": "truncate"}])
+@pytest.mark.parametrize("parameters", [{"eta": 40}, {"rank": 1}, {"embeddings": "merge"}])
 def test_vectors_and_scalars_are_averaged(shape, parameters):
     deltas = [samples.dense(*shape, seed=seed) for seed in range(3)]
     merged = merge(Star(**parameters), deltas, shape=shape)
@@ -291,7 +287,7 @@ def test_embeddings_of_full_finetunes_are_averaged():
 @pytest.mark.parametrize("kind", samples.KINDS)
 def test_embeddings_are_truncated_on_request(kind):
     deltas = samples.task_deltas(kind)
-    merged = merge(Star(embeddings="truncate"), deltas, is_embedding=True)
+    merged = merge(Star(embeddings="merge"), deltas, is_embedding=True)
     assert_is_star(merged, deltas, eta=40)
 
 
@@ -347,3 +343,91 @@ def test_star_differs_from_the_average():
     averaged = samples.values(merge(Average(), deltas).delta)
     difference = oracle.frobenius(samples.values(merge(Star(), deltas).delta) - averaged)
     assert difference > 0.1 * oracle.frobenius(averaged)
+
+
+@pytest.mark.parametrize("kind", samples.KINDS)
+def test_eta_of_each_task(kind):
+    deltas = samples.task_deltas(kind)
+    etas = [20, 95, 50, 100]
+    merged = merge(Star(eta=etas), deltas)
+    sigmas = [oracle.singular_values(samples.exact(delta)) for delta in deltas]
+    ranks = [star.kept_rank(sigma, eta) for sigma, eta in zip(sigmas, etas, strict=True)]
+    assert [truncation.rank for truncation in merged.truncations] == ranks
+    expected = sum(map(star.truncated, map(samples.exact, deltas), ranks)) / 4
+    assert oracle.frobenius(samples.values(merged.delta) - expected) <= bound(deltas, ranks)
+
+
+def test_eta_by_patterns_of_names():
+    deltas = samples.task_deltas("mixed")
+    states = [{"a.mlp.w": delta, "a.attn.w": delta, "b.w": delta} for delta in deltas]
+    eta = {"*.mlp.*": 10, "a.*": 90, "*": 50}
+    merged = merge_state(states, Star(eta=eta))
+    for name, value in (("a.mlp.w", 10), ("a.attn.w", 90), ("b.w", 50)):
+        alone = merge(Star(eta=value), deltas).delta
+        np.testing.assert_array_equal(samples.values(merged[name]), samples.values(alone))
+
+
+@pytest.mark.parametrize(
+    ("eta", "message"),
+    [
+        ([40, 50], "eta has 2 numbers for 1 models"),
+        ({"*.mlp.*": 10, "*": 40}, r"no merged tensor matches the pattern '\*\.mlp\.\*' of eta"),
+        ({"w*": 10, "x": 40}, "no merged tensor matches the pattern 'x'"),
+        ({"?eight": 10, "w": 40}, "no merged tensor matches the pattern 'w'"),
+        ({}, "no pattern of eta matches the tensor weight"),
+    ],
+)
+def test_etas_that_do_not_fit_are_refused(eta, message):
+    with pytest.raises(UsageError, match=message):
+        merge(Star(eta=eta), samples.task_deltas("dense")[:1])
+
+
+@pytest.mark.parametrize("parameters", [{"eta": 40}, {"rank": 2}])
+@pytest.mark.parametrize("kind", samples.KINDS)
+def test_without_rescale_the_kept_singular_values_are_left_alone(kind, parameters):
+    deltas = samples.task_deltas(kind)
+    merged = merge(Star(rescale=False, **parameters), deltas)
+    expected, ranks = 0.0, []
+    for delta, truncation in zip(deltas, merged.truncations, strict=True):
+        U, sigma, Vt = np.linalg.svd(samples.exact(delta), full_matrices=False)
+        r = truncation.rank
+        expected = expected + (U[:, :r] * sigma[:r]) @ Vt[:r] / 4
+        ranks.append(r)
+        assert truncation.factor == 1.0
+        assert truncation.nuclear_after == pytest.approx(float(np.sum(sigma[:r])), rel=1e-9)
+    rescaled = merge(Star(**parameters), deltas)
+    assert ranks == [truncation.rank for truncation in rescaled.truncations]
+    assert oracle.frobenius(samples.values(merged.delta) - expected) <= bound(deltas, ranks)
+
+
+def _stored(seed=0):
+    """A base, an update of rank 4, and its delta out of a fine-tune stored in bfloat16."""
+    base = samples.normal(96, 64, seed=seed)
+    update = 0.02 * samples.low_rank(96, 64, 4, seed=seed + 1).to_dense()
+    return base, update, Dense((base + update).bfloat16().float() - base, torch.bfloat16)
+
+
+def test_the_noise_of_a_stored_fine_tune_is_dropped_before_eta():
+    base, update, delta = _stored()
+    sigma = oracle.singular_values(oracle.exact(update))
+    (auto,) = merge(Star(eta=99), [delta], base=base).truncations
+    assert auto.rank == star.kept_rank(sigma, 99) == 4
+    assert auto.nuclear_before == pytest.approx(np.sum(sigma), rel=0.01)
+    assert auto.noise.applies
+    assert auto.noise.above == 4
+    (off,) = merge(Star(eta=99, noise_floor="off"), [delta], base=base).truncations
+    assert off.noise is None
+    assert off.rank > 40
+
+
+def test_the_floor_is_looked_for_only_in_what_came_from_a_stored_fine_tune():
+    base, update, delta = _stored()
+    adapter = samples.low_rank(96, 64, 4)
+    for other in (
+        adapter,
+        Dense(delta.tensor),
+        delta.scaled(2.0),
+        Dense(update * 0, torch.bfloat16),
+    ):
+        assert merge(Star(), [other], base=base).truncations[0].noise is None
+    assert merge(Star(), [delta]).truncations[0].noise is None

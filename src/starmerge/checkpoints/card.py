@@ -10,7 +10,14 @@ from starmerge.checkpoints.models import FineTune
 
 
 def write_card(
-    path: Path, title: str, base: Base, models: Sequence[FineTune], recipe: str, summary: str
+    path: Path,
+    title: str,
+    base: Base,
+    models: Sequence[FineTune],
+    recipe: str,
+    summary: str,
+    *,
+    library: str = "transformers",
 ) -> None:
     """Write ``README.md`` with the metadata the Hub reads and the recipe that repeats the merge.
 
@@ -21,6 +28,7 @@ def write_card(
         models: What was merged.
         recipe: The recipe in YAML.
         summary: What came out, in a sentence or two.
+        library: What loads the folder.
     """
     from huggingface_hub import ModelCard, ModelCardData  # noqa: PLC0415  (slow to import)
 
@@ -28,7 +36,7 @@ def write_card(
     data = ModelCardData(
         base_model=hub_ids or None,
         base_model_relation="merge" if hub_ids else None,
-        library_name="transformers",
+        library_name=library,
         tags=["merge", "starmerge"],
     )
     rows = "\n".join(f"| {model.name} | {model.kind} | `{model.source}` |" for model in models)

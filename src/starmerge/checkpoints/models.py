@@ -9,6 +9,7 @@ from torch import Tensor
 
 from starmerge.checkpoints.adapter import open_adapter
 from starmerge.checkpoints.base import Base
+from starmerge.checkpoints.emr_task import TASK_FILE, open_emr_task
 from starmerge.checkpoints.finetuned import open_finetuned
 from starmerge.checkpoints.source import Source
 from starmerge.deltas import Delta
@@ -49,16 +50,19 @@ class FineTune(Protocol):
 
 
 def open_model(name: str, source: Source, base: Base, *, any_base: bool = False) -> FineTune:
-    """Open an adapter or a full fine-tune; which of them it is, is found out by looking.
+    """Open an adapter, a full fine-tune or a task of an EMR merge; which, is found out by looking.
 
     Raises:
-        UsageError: It is neither, or of a kind that cannot be merged.
+        UsageError: It is none of them, or of a kind that cannot be merged.
         StarmergeError: It does not fit the base, or a file is broken.
     """
     if (source.path / "adapter_config.json").is_file():
         return open_adapter(name, source, base, any_base=any_base)
+    if (source.path / TASK_FILE).is_file():
+        return open_emr_task(name, source, base, any_base=any_base)
     if (source.path / "config.json").is_file():
         return open_finetuned(name, source, base)
     raise UsageError(
-        f"{source} is neither an adapter (no adapter_config.json) nor a model (no config.json)."
+        f"{source} is neither an adapter (no adapter_config.json) nor a model (no config.json) nor "
+        f"a task of an EMR merge (no {TASK_FILE})."
     )

@@ -99,8 +99,11 @@ def output_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     partial.chmod(0o777 & ~_umask())
     try:
         yield partial
-        for file in filter(Path.is_file, partial.iterdir()):
-            file.chmod(0o666 & ~_umask())  # some libraries write files for the owner alone
+        for member in partial.rglob("*"):
+            if member.is_dir():
+                _sync(member)
+            else:
+                member.chmod(0o666 & ~_umask())  # some libraries write files for the owner alone
         _sync(partial)
         check_output(path, overwrite=overwrite)
         replaced = partial.with_name(partial.name.replace(".partial-", ".replaced-", 1))
@@ -140,12 +143,19 @@ class ShardWriter:
         folder: Where the shards go.
         tensors: What will be written, in this order.
         shard_bytes: Largest shard; a larger tensor gets one of its own.
+        stem: What the files' names begin with.
     """
 
     def __init__(
-        self, folder: Path, tensors: Sequence[OutputTensor], *, shard_bytes: int = SHARD_BYTES
+        self,
+        folder: Path,
+        tensors: Sequence[OutputTensor],
+        *,
+        shard_bytes: int = SHARD_BYTES,
+        stem: str = "model",
     ) -> None:
         self._folder = folder
+        self._stem = stem
         self._shards = list(_split(tensors, shard_bytes))
         self._queue = iter(
             [(shard, tensor) for shard, members in enumerate(self._shards) for tensor in members]
@@ -206,8 +216,8 @@ class ShardWriter:
     def _name(self, shard: int) -> str:
         count = len(self._shards)
         if count == 1:
-            return "model.safetensors"
-        return f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
+            return f"{self._stem}.safetensors"
+        return f"{self._stem}-{shard + 1:05d}-of-{count:05d}.safetensors"
 
     def _write_index(self) -> None:
         if len(self._shards) == 1:
@@ -221,7 +231,7 @@ class ShardWriter:
                 for tensor in shard
             },
         }
-        write_json(self._folder / "model.safetensors.index.json", index)
+        write_json(self._folder / f"{self._stem}.safetensors.index.json", index)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from starmerge.errors import UsageError
+from starmerge.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from starmerge.merging.plan import Plan
-    from starmerge.recipe import Recipe
 
 
 def merge(
@@ -21,7 +20,8 @@ def merge(
         str,
         typer.Argument(
             metavar="BASE|RECIPE.yaml",
-            help="The base, a folder or a Hub id org/name or org/name@revision; or a recipe.",
+            help="The base, a folder or a Hub id org/name or org/name@revision; or a recipe, "
+            "ours or mergekit's.",
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")],
@@ -34,12 +34,26 @@ def merge(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option("--method", "-m", help="See [b]starmerge methods[/b].", show_default="star"),
+        typer.Option(
+            "--method",
+            "-m",
+            help="One of [b]starmerge methods[/b], or a chain of them: star+ties.",
+            show_default="star",
+        ),
     ] = None,
     parameter: Annotated[
         list[str] | None,
         typer.Option(
-            "--parameter", "-p", metavar="KEY=VALUE", help="A parameter of the method, repeatable."
+            "--parameter",
+            "-p",
+            metavar="KEY=VALUE",
+            help="A parameter of the method, repeatable; METHOD.KEY=VALUE where several have it.",
+        ),
+    ] = None,
+    weight: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--weight", "-w", metavar="NAME=NUMBER", help="A model's weight, repeatable; else 1."
         ),
     ] = None,
     dtype: Annotated[
@@ -70,17 +84,21 @@ def merge(
     from starmerge.checkpoints.writer import leftovers
     from starmerge.merging.engine import run
     from starmerge.merging.plan import make_plan
-    from starmerge.recipe import load_recipe
+    from starmerge.recipe import load_recipe, make_recipe, parse_models
 
     if Path(base).suffix in (".yaml", ".yml") and not Path(base).is_dir():
-        if models or method or parameter or dtype or any_base:
+        if models or method or parameter or weight or dtype or any_base:
             raise UsageError(
                 "A recipe says everything itself: give it without models and without "
-                "--method, --parameter, --dtype and --any-base."
+                "--method, --parameter, --weight, --dtype and --any-base."
             )
         recipe = load_recipe(Path(base))
     else:
-        recipe = _recipe(base, models or [], method, parameter or [], dtype, any_base=any_base)
+        content: dict[str, Any] = {"base": base, "any_base": any_base}
+        content |= {key: v for key, v in (("method", method), ("dtype", dtype)) if v is not None}
+        content["models"] = _weighted(parse_models(models or []), weight or [])
+        content["parameters"] = _parameters(parameter or [])
+        recipe = make_recipe(content, where="The command line")
     plan = make_plan(recipe, output, overwrite=overwrite)
     if dry_run:
         _print_plan(plan)
@@ -93,32 +111,39 @@ def merge(
     print(f"Model: {result.path} ({time.monotonic() - started:.1f} s)")
 
 
-def _recipe(
-    base: str,
-    models: list[str],
-    method: str | None,
-    parameters: list[str],
-    dtype: str | None,
-    *,
-    any_base: bool,
-) -> Recipe:
-    from starmerge.recipe import make_recipe, parse_models
-
-    if not models:
-        raise UsageError("There is no model to merge. Give adapters or fine-tunes after the base.")
+def _parameters(arguments: list[str]) -> dict[str, Any]:
+    """Read KEY=VALUE, the value as JSON where it is some."""
     values: dict[str, Any] = {}
-    for text in parameters:
+    for text in arguments:
         key, equals, value = text.partition("=")
         if not equals:
             raise UsageError(f"-p {text}: a parameter is given as KEY=VALUE, as in -p eta=40.")
+        if key in values:
+            raise UsageError(f"-p {key} is given twice. Leave one out.")
         try:
             values[key] = json.loads(value)
         except json.JSONDecodeError:
             values[key] = value
-    content: dict[str, Any] = {"base": base, "models": parse_models(models), "parameters": values}
-    content |= {"any_base": any_base}
-    content |= {key: v for key, v in (("method", method), ("dtype", dtype)) if v is not None}
-    return make_recipe(content, where="The command line")
+    return values
+
+
+def _weighted(models: list[dict[str, str]], arguments: list[str]) -> list[dict[str, Any]]:
+    """Give the models their weights, given as NAME=NUMBER."""
+    if not models:
+        raise UsageError("There is no model to merge. Give adapters or fine-tunes after the base.")
+    weights: dict[str, float] = {}
+    for text in arguments:
+        name, _, number = text.rpartition("=")
+        names = [model["name"] for model in models]
+        if name not in names:
+            raise UsageError(f"--weight {text}: no model is called {name!r}.{nearest(name, names)}")
+        if name in weights:
+            raise UsageError(f"--weight {name} is given twice. Leave one out.")
+        try:
+            weights[name] = float(number)
+        except ValueError as error:
+            raise UsageError(f"--weight {text}: {number!r} is not a number.") from error
+    return [{**model, "weight": weights.get(model["name"], 1.0)} for model in models]
 
 
 def _print_plan(plan: Plan) -> None:

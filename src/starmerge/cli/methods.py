@@ -17,18 +17,19 @@ def methods(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the merging methods, or explain one: definition, source, cost, parameters."""
-    from starmerge.errors import UsageError, nearest
     from starmerge.methods import METHODS
+    from starmerge.methods.method import find_method
 
-    if name is not None and name not in METHODS:
-        raise UsageError(f"No method is called {name!r}.{nearest(name, METHODS)}")
-    chosen = [METHODS[name]] if name else list(METHODS.values())
+    chosen = [find_method(name)] if name else [METHODS[key] for key in sorted(METHODS)]
     if json:
         print(jsonlib.dumps([_described(method) for method in chosen], indent=2))
     elif name is None:
-        for method in chosen:
-            summary = inspect.cleandoc(method.__doc__ or "").splitlines()[0]
-            print(f"{method.name:<18}{summary}")
+        print("A merge is a chain: transforms, one merge, post-steps, as in star+ties+svc.")
+        for kind in ("transform", "merge", "post-step"):
+            print(f"\n{kind}")
+            for method in (method for method in chosen if method.kind == kind):
+                summary = inspect.cleandoc(method.__doc__ or "").splitlines()[0]
+                print(f"  {method.name:<18}{summary}")
     else:
         described = _described(chosen[0])
         print(f"{name}\n\n{described['description']}\n")
@@ -42,9 +43,10 @@ def _described(method: type[Method]) -> dict[str, Any]:
     schema = TypeAdapter(method).json_schema()
     return {
         "name": method.name,
+        "kind": method.kind,
         "description": inspect.cleandoc(method.__doc__ or ""),
         "parameters": [
-            {"name": key, **{k: v for k, v in entry.items() if k != "title"}}
+            {"name": key.rstrip("_"), **{k: v for k, v in entry.items() if k != "title"}}
             for key, entry in schema.get("properties", {}).items()
         ],
     }

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.card import write_card
+from starmerge.checkpoints.models import FineTune
 from starmerge.checkpoints.writer import REPORT, ShardWriter, output_folder, write_json
 from starmerge.deltas import Delta, Dense, LowRank
-from starmerge.errors import StarmergeError
+from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.fold import fold
 from starmerge.merging.plan import Plan, PlannedTensor, make_plan
 from starmerge.merging.report import InputHashes, MergeReport, make_report, tensor_record
-from starmerge.methods.method import Method, TensorContext
+from starmerge.merging.unified import usage, write_unified
+from starmerge.methods.method import Deltas, Method, TensorContext
+from starmerge.methods.pipeline import Pipeline, Prepared, as_pipeline
 from starmerge.progress import progress_bar
 from starmerge.recipe import Dtype, Recipe, make_recipe, parse_models
+
+_Seen = TypeVar("_Seen")
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,10 @@ class MergeResult:
 def merge(
     base: str | Path,
     models: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
-    method: Method | str = "star",
+    method: Method | Pipeline | str = "star",
     *,
     output: str | Path,
+    weights: Sequence[float] | None = None,
     dtype: Dtype = "keep",
     any_base: bool = False,
     overwrite: bool = False,
@@ -53,8 +60,9 @@ def merge(
         base: The base model: a folder, or a Hub id ``org/name`` or ``org/name@revision``.
         models: LoRA adapters in PEFT's layout and full fine-tunes, as folders or Hub ids; a mapping
             gives them names.
-        method: A method such as ``Star(eta=40)``, or its name.
+        method: A method such as ``Star(eta=40)``, a chain of some, or a name such as "star+ties".
         output: The folder to create.
+        weights: Factors of the task vectors, one for each model; by default all are 1.
         dtype: Dtype of the floating-point tensors; "keep" keeps each as it is.
         any_base: Accept adapters whose config names another base.
         overwrite: Replace what stands at ``output``.
@@ -73,12 +81,16 @@ def merge(
         entries = [{"name": name, "path": str(path)} for name, path in models.items()]
     else:
         entries = parse_models([str(model) for model in models])
+    pipeline = as_pipeline(method)
+    factors = _weights(weights, len(entries))
     recipe = make_recipe(
         {
             "base": str(base),
-            "models": entries,
-            "method": method if isinstance(method, str) else method.name,
-            "parameters": {} if isinstance(method, str) else method.parameters(),
+            "models": [
+                {**entry, "weight": weight} for entry, weight in zip(entries, factors, strict=True)
+            ],
+            "method": pipeline.name,
+            "parameters": pipeline.parameters(),
             "dtype": dtype,
             "any_base": any_base,
         }
@@ -93,7 +105,8 @@ def run(plan: Plan, *, progress: bool = False) -> MergeResult:
         StarmergeError: A NaN or an infinity, in an input or by overflow of the output's dtype; a
             file that ends early. Nothing is left at the plan's output.
     """
-    records = []
+    prepared = plan.pipeline.prepare(partial(_walk, plan, progress))
+    findings = prepared.findings
     with (
         output_folder(plan.output, overwrite=plan.overwrite) as folder,
         ThreadPoolExecutor(1, "sha256") as pool,
@@ -101,73 +114,139 @@ def run(plan: Plan, *, progress: bool = False) -> MergeResult:
     ):
         hashes = InputHashes(plan, pool)
         try:
-            with ShardWriter(folder, [tensor.output for tensor in plan.tensors]) as writer:
-                for tensor in plan.tensors:
-                    name = tensor.source.name
-                    if tensor.is_copied:
-                        writer.copy(name, plan.base.checkpoint)
-                    elif not tensor.models:
-                        base = plan.base.checkpoint.read(name)
-                        writer.write(name, _finite(base.to(tensor.dtype), base, tensor))
-                    else:
-                        merged, record = _merge_tensor(plan, tensor)
-                        writer.write(name, merged)
-                        records.append(record)
-                    advance(tensor.output.nbytes)
+            if plan.pipeline.merge.is_static:
+                records = _write_weights(plan, prepared, folder, advance)
+            else:
+                walk = partial(_walk, plan, False)
+                records, found = write_unified(plan, prepared, walk, folder, advance)
+                findings |= found
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-        report = make_report(plan, records, hashes.result())
+        report = make_report(plan, findings, records, hashes.result())
         _write_side_files(plan, folder, report)
     return MergeResult(plan.output, report)
 
 
-def merge_state(deltas: Sequence[Mapping[str, Delta]], method: Method) -> dict[str, Delta]:
+def merge_state(
+    deltas: Sequence[Mapping[str, Delta]],
+    method: Method | Pipeline | str = "star",
+    *,
+    weights: Sequence[float] | None = None,
+) -> dict[str, Delta]:
     """Merge deltas that are in memory.
 
     Names mean nothing here: no tensor counts as an embedding.
 
     Args:
         deltas: For each model, the delta of each tensor it changes, by name.
-        method: The method.
+        method: A method, a chain of some, or a name such as "star+ties".
+        weights: Factors of the task vectors, one for each model; by default all are 1.
 
     Returns:
         For each tensor that some model changes, what to add to the base. Dense results are
         matrices (m, n); see :func:`starmerge.deltas.matrix_shape`.
 
     Raises:
+        UsageError: The method needs what deltas in memory do not have, or its parameters and the
+            weights do not fit them.
         ValueError: Two models disagree on the shape of a tensor, or one has a NaN or an infinity.
     """
-    merged = {}
-    for name in dict.fromkeys(name for model in deltas for name in model):
-        first = next(model[name] for model in deltas if name in model)
+    pipeline = as_pipeline(method)
+    if not pipeline.merge.is_static:
+        raise UsageError(
+            f"{pipeline.merge.name} makes a model for each task, not one update for all: merge "
+            f"files with it, or see starmerge.methods.{pipeline.merge.name}."
+        )
+    if pipeline.merge.needs_base:
+        raise UsageError(f"{pipeline.merge.name} needs the base's weights: merge files with it.")
+    names = list(dict.fromkeys(name for model in deltas for name in model))
+    if not names:
+        return {}
+    tasks = tuple(str(number) for number in range(len(deltas)))
+    factors = _weights(weights, len(deltas))
+    pipeline.check(tasks, factors, names)
+
+    def inputs(name: str) -> tuple[Deltas, TensorContext]:
+        members = {t: model[name] for t, model in enumerate(deltas) if name in model}
+        first = next(iter(members.values()))
         shape = tuple(first.tensor.shape) if isinstance(first, Dense) else first.shape
-        context = TensorContext(name, shape, is_embedding=False, tasks=len(deltas))
-        members = (model[name] for model in deltas if name in model)
-        merged[name] = method.merge(members, context).delta
-    return merged
+        context = TensorContext(name, shape, is_embedding=False, tasks=tasks, weights=factors)
+        return Deltas.of(members), context
+
+    def walk(look: Callable[[Deltas, TensorContext], _Seen]) -> Iterator[_Seen]:
+        return (look(*inputs(name)) for name in names)
+
+    prepared = pipeline.prepare(walk)
+    return {name: prepared.merge(*inputs(name)).delta for name in names}
 
 
-def _merge_tensor(plan: Plan, tensor: PlannedTensor) -> tuple[Tensor, dict[str, Any]]:
+def _write_weights(
+    plan: Plan, prepared: Prepared, folder: Path, advance: Callable[[int], None]
+) -> list[dict[str, Any]]:
+    """Write the merged model's weights; return the records of the merged tensors."""
+    records = []
+    with ShardWriter(folder, [tensor.output for tensor in plan.tensors]) as writer:
+        for tensor in plan.tensors:
+            name = tensor.source.name
+            if tensor.is_copied:
+                writer.copy(name, plan.base.checkpoint)
+            elif not tensor.models:
+                base = plan.base.checkpoint.read(name)
+                writer.write(name, _finite(base.to(tensor.dtype), base, tensor))
+            else:
+                merged, record = _merge_tensor(plan, prepared, tensor)
+                writer.write(name, merged)
+                records.append(record)
+            advance(tensor.output.nbytes)
+    return records
+
+
+def _walk(
+    plan: Plan, progress: bool, look: Callable[[Deltas, TensorContext], _Seen]
+) -> Iterator[_Seen]:
+    """Yield what ``look`` returns for each tensor that some model changes."""
+    size = sum(tensor.bytes_to_read for tensor in plan.merged)
+    with progress_bar("surveying", size, show=progress, in_bytes=True) as advance:
+        for tensor in plan.merged:
+            base = plan.base.checkpoint.read(tensor.source.name)
+            yield look(_deltas(plan, tensor, base), plan.context(tensor, base))
+            advance(tensor.bytes_to_read)
+
+
+def _merge_tensor(
+    plan: Plan, prepared: Prepared, tensor: PlannedTensor
+) -> tuple[Tensor, dict[str, Any]]:
     """Return a merged tensor in its output dtype, and its record in the report."""
-    name = tensor.source.name
-    base = plan.base.checkpoint.read(name)
-
-    def deltas() -> Iterator[Delta]:
-        for model in tensor.models:
-            delta = model.delta(name, base)
-            if not _is_finite(delta):
-                _finite(base, base, tensor)
-                raise StarmergeError(
-                    f"{model.source}: the update of tensor {name} has a NaN or an infinity. The "
-                    "fine-tune diverged, or its file is damaged."
-                )
-            yield delta
-            del delta  # or it would stand beside the next one
-
-    merged = plan.method.merge(deltas(), plan.context(tensor))
+    base = plan.base.checkpoint.read(tensor.source.name)
+    merged = prepared.merge(_deltas(plan, tensor, base), plan.context(tensor, base))
     folded = fold(base, merged.delta, tensor.dtype)
-    return _finite(folded.weight, base, tensor), tensor_record(tensor, merged, folded)
+    return _finite(folded.weight, base, tensor), tensor_record(plan, tensor, merged, folded)
+
+
+def _deltas(plan: Plan, tensor: PlannedTensor, base: Tensor) -> Deltas:
+    """Return the task vectors of a tensor, each of which is checked when it is read."""
+    name = tensor.source.name
+
+    def load(model: FineTune) -> Delta:
+        delta = model.delta(name, base)
+        if not _is_finite(delta):
+            _finite(base, base, tensor)
+            raise StarmergeError(
+                f"{model.source}: the update of tensor {name} has a NaN or an infinity. The "
+                "fine-tune diverged, or its file is damaged."
+            )
+        return delta
+
+    return Deltas({t: partial(load, model) for t, model in tensor.models.items()})
+
+
+def _weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    if weights is None:
+        return (1.0,) * count
+    if len(weights) != count:
+        raise UsageError(f"There are {len(weights)} weights for {count} models. Give one for each.")
+    return tuple(float(weight) for weight in weights)
 
 
 def _finite(weight: Tensor, base: Tensor, tensor: PlannedTensor) -> Tensor:
@@ -189,10 +268,14 @@ def _is_finite(delta: Delta) -> bool:
 
 
 def _write_side_files(plan: Plan, folder: Path, report: MergeReport) -> None:
-    """Write config, tokenizer, card and report beside the weights."""
-    for file in plan.base.side_files:
-        shutil.copyfile(file, folder / file.name)
-    write_json(folder / "config.json", _config(plan.base, plan.recipe))
+    """Write card and report, beside weights of a model also config and tokenizer."""
+    summary, library = report.summary(), "transformers"
+    if plan.pipeline.merge.is_static:
+        for file in plan.base.side_files:
+            shutil.copyfile(file, folder / file.name)
+        write_json(folder / "config.json", _config(plan.base, plan.recipe))
+    else:
+        summary, library = f"{summary} {usage(plan)}", "starmerge"
     write_json(folder / REPORT, report.content)
     write_card(
         folder / "README.md",
@@ -200,7 +283,8 @@ def _write_side_files(plan: Plan, folder: Path, report: MergeReport) -> None:
         plan.base,
         plan.models,
         plan.recipe.to_yaml(),
-        report.summary(),
+        summary,
+        library=library,
     )
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from starmerge.checkpoints.adapter import Adapter
 from starmerge.checkpoints.base import Base, open_base
+from starmerge.checkpoints.emr_task import check_task_names, mask_layout
 from starmerge.checkpoints.models import FineTune, open_model
 from starmerge.checkpoints.source import Source, resolve
 from starmerge.checkpoints.tensors import MERGEABLE, TensorInfo
 from starmerge.checkpoints.writer import OutputTensor, check_output, check_space
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.fold import PANEL_ROWS
-from starmerge.methods.method import Method, TensorContext
+from starmerge.methods.method import TensorContext
+from starmerge.methods.pipeline import Pipeline
 from starmerge.recipe import Recipe
 
 
@@ -27,15 +31,22 @@ class PlannedTensor:
     """The base's tensor."""
     dtype: torch.dtype
     """Its dtype in the output."""
-    models: tuple[FineTune, ...]
-    """The models that change it."""
+    models: Mapping[int, FineTune]
+    """The models that change it, by their number in the recipe."""
     is_embedding: bool
+    layer: tuple[int, int] | None = None
+    """Which of how many layers it belongs to; see :func:`layers`."""
 
     @property
     def output(self) -> OutputTensor:
         """The tensor as the writer wants to know it."""
         nbytes = self.source.size * self.dtype.itemsize
         return OutputTensor(self.source.name, self.dtype, self.source.shape, nbytes)
+
+    @property
+    def mask(self) -> OutputTensor:
+        """A task's mask of the tensor, where the merge is not static."""
+        return mask_layout(self.source)
 
     @property
     def is_copied(self) -> bool:
@@ -46,9 +57,9 @@ class PlannedTensor:
     def bytes_to_read(self) -> int:
         """Bytes of the base's tensor and of all its deltas."""
         name = self.source.name
-        return self.source.nbytes + sum(model.nbytes(name) for model in self.models)
+        return self.source.nbytes + sum(model.nbytes(name) for model in self.models.values())
 
-    def memory(self, method: Method) -> int:
+    def memory(self, pipeline: Pipeline) -> int:
         """Estimate the bytes in memory while it is merged, without the libraries."""
         if self.is_copied:
             return 0
@@ -56,15 +67,25 @@ class PlannedTensor:
         rows = self.source.shape[0] if self.source.shape else 1
         panel = 4 * 4 * size * min(PANEL_ROWS, rows) // max(rows, 1)
         factors = sum(
-            model.nbytes(self.source.name) for model in self.models if self._is_low_rank(model)
+            model.nbytes(self.source.name)
+            for model in self.models.values()
+            if self._is_low_rank(model)
         )
         dense = 0
-        if not all(map(self._is_low_rank, self.models)):
+        if any(step.makes_dense for step in pipeline.transforms):
+            count = len(self.models)
+        else:
+            count = sum(not self._is_low_rank(model) for model in self.models.values())
+        if count or pipeline.merge.makes_dense:
             # The fine-tune's tensor, its float32 delta, the float32 sum; an SVD in float64.
             dense = size * (4 + 4 + 4)
-            if method.svd_of_dense and len(self.source.shape) > 1:
+            if pipeline.holds_all:
+                dense += 8 * size * count
+            if pipeline.decomposes and len(self.source.shape) > 1:
                 dense += 5 * 8 * size
-        return self.source.nbytes + output + panel + 12 * factors + dense
+        # The unified vector before it is rounded, and one task's mask.
+        unified = 0 if pipeline.merge.is_static else size * (4 + 1)
+        return self.source.nbytes + output + panel + 12 * factors + dense + unified
 
     def _is_low_rank(self, model: FineTune) -> bool:
         return model.rank(self.source.name) is not None
@@ -75,7 +96,7 @@ class Plan:
     """A merge that has been checked and can begin."""
 
     recipe: Recipe
-    method: Method
+    pipeline: Pipeline
     base: Base
     models: tuple[FineTune, ...]
     tensors: tuple[PlannedTensor, ...]
@@ -94,19 +115,28 @@ class Plan:
 
     @property
     def bytes_to_write(self) -> int:
-        """Bytes of all tensors that are written, and of the files beside them."""
-        beside = sum(file.stat().st_size for file in self.base.side_files)
+        """Bytes of all tensors that are written, and of the files or the masks beside them."""
+        if self.pipeline.merge.is_static:
+            beside = sum(file.stat().st_size for file in self.base.side_files)
+        else:
+            beside = sum(len(tensor.models) * tensor.mask.nbytes for tensor in self.tensors)
         return beside + sum(tensor.output.nbytes for tensor in self.tensors)
 
     @property
     def memory(self) -> int:
         """Estimated peak of memory for tensors, bytes: that of the largest."""
-        return max((tensor.memory(self.method) for tensor in self.tensors), default=0)
+        return max((tensor.memory(self.pipeline) for tensor in self.tensors), default=0)
 
-    def context(self, tensor: PlannedTensor) -> TensorContext:
-        """Return what the method is told of a tensor."""
+    def context(self, tensor: PlannedTensor, base: Tensor | None) -> TensorContext:
+        """Return what the methods are told of a tensor, given the base's, if it has been read."""
         return TensorContext(
-            tensor.source.name, tensor.source.shape, tensor.is_embedding, len(self.models)
+            tensor.source.name,
+            tensor.source.shape,
+            tensor.is_embedding,
+            tasks=tuple(entry.name for entry in self.recipe.models),
+            weights=tuple(entry.weight for entry in self.recipe.models),
+            base=base,
+            layer=tensor.layer,
         )
 
 
@@ -119,7 +149,7 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
         UsageError: A wrong parameter, another base, an output folder that is taken.
         StarmergeError: A missing, unknown or misshapen tensor, a broken file, a disk too small.
     """
-    method = recipe.make_method()
+    pipeline = recipe.make_pipeline()
     check_output(output, overwrite=overwrite)
     base = open_base(resolve(recipe.base))
     models = []
@@ -128,13 +158,47 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
         _check_apart(output, source)
         models.append(open_model(entry.name, source, base, any_base=recipe.any_base))
     _check_apart(output, base.source)
+    _check_saved_modules(models)
     # Widest dtypes first, as safetensors writes them: so that every tensor is aligned in its file.
-    tensors = sorted(_planned(recipe, base, models), key=lambda t: -t.dtype.itemsize)
-    plan = Plan(recipe, method, base, tuple(models), tuple(tensors), output, overwrite)
+    is_static = pipeline.merge.is_static
+    planned = _planned(recipe, base, models, is_static=is_static)
+    tensors = sorted(planned, key=lambda t: -t.dtype.itemsize)
+    plan = Plan(recipe, pipeline, base, tuple(models), tuple(tensors), output, overwrite)
     if not plan.merged:
         raise StarmergeError("None of the models changes any tensor of the base.")
+    pipeline.check(
+        [entry.name for entry in recipe.models],
+        [entry.weight for entry in recipe.models],
+        [tensor.source.name for tensor in plan.merged],
+    )
+    left = [t for t in plan.tensors if not t.models and t.source.dtype in MERGEABLE]
+    pipeline.merge.check_tensors(
+        [plan.context(tensor, None) for tensor in plan.merged],
+        [plan.context(tensor, None) for tensor in left],
+    )
+    if not is_static:
+        check_task_names([model.name for model in models])
     check_space(output, plan.bytes_to_write)
     return plan
+
+
+def layers(names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Return the layer of each tensor that belongs to one: its index, and how many there are.
+
+    The layer is the first part of the name that is a number; layers whose names begin alike are
+    counted together: ``encoder.layers.3.fc.weight`` is one of those of ``encoder.layers``. A name
+    without a number, as that of an embedding, belongs to none.
+    """
+    places: dict[str, tuple[str, int]] = {}
+    counts: dict[str, int] = {}
+    for name in names:
+        parts = name.split(".")
+        place = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+        if place is not None:
+            prefix, index = ".".join(parts[:place]), int(parts[place])
+            places[name] = prefix, index
+            counts[prefix] = max(counts.get(prefix, 0), index + 1)
+    return {name: (index, counts[prefix]) for name, (prefix, index) in places.items()}
 
 
 def _check_apart(output: Path, source: Source) -> None:
@@ -145,11 +209,25 @@ def _check_apart(output: Path, source: Source) -> None:
         )
 
 
-def _planned(recipe: Recipe, base: Base, models: list[FineTune]) -> Iterator[PlannedTensor]:
+def _check_saved_modules(models: Iterable[FineTune]) -> None:
+    saving = [model for model in models if isinstance(model, Adapter) and model.saved]
+    if len(saving) > 1:
+        raise UsageError(
+            f"{saving[0].source} and {saving[1].source} both replace whole modules "
+            f"(modules_to_save in adapter_config.json), such as {min(saving[1].saved)}. Merge at "
+            "most one such adapter."
+        )
+
+
+def _planned(
+    recipe: Recipe, base: Base, models: list[FineTune], *, is_static: bool
+) -> Iterator[PlannedTensor]:
+    """Lay out the tensors of the output: all of the base's, or what is merged of them."""
+    places = layers(base.checkpoint)
     for name in base.checkpoint:
         source = base.checkpoint[name]
-        changing = tuple(model for model in models if name in model.tensors)
-        for model in changing:
+        changing = {t: model for t, model in enumerate(models) if name in model.tensors}
+        for model in changing.values():
             if name in base.tied and not model.tensors.issuperset(base.tied):
                 raise StarmergeError(
                     f"{model.source} changes {name} alone, which the base ties to other tensors "
@@ -163,4 +241,7 @@ def _planned(recipe: Recipe, base: Base, models: list[FineTune]) -> Iterator[Pla
         dtype = source.dtype
         if recipe.dtype != "keep" and dtype in MERGEABLE:
             dtype = getattr(torch, recipe.dtype)
-        yield PlannedTensor(source, dtype, changing, base.is_embedding(name))
+        elif not is_static:
+            dtype = torch.float32  # of differences there is no dtype to keep
+        if changing or is_static:
+            yield PlannedTensor(source, dtype, changing, base.is_embedding(name), places.get(name))

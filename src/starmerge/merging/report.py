@@ -13,7 +13,7 @@ from typing import Any
 
 from starmerge.merging.fold import Folded
 from starmerge.merging.plan import Plan, PlannedTensor
-from starmerge.methods.method import Merged
+from starmerge.methods.pipeline import Merged
 
 _PACKAGES = ("starmerge", "torch", "numpy")
 _CHUNK = 16 * 2**20
@@ -53,12 +53,13 @@ class MergeReport:
         return text + f"; {self.survived:.1%} of the update survives the rounding of the output."
 
 
-def tensor_record(tensor: PlannedTensor, merged: Merged, folded: Folded) -> dict[str, Any]:
+def tensor_record(
+    plan: Plan, tensor: PlannedTensor, merged: Merged, folded: Folded
+) -> dict[str, Any]:
     """Return what the report says of one merged tensor."""
     tasks = [
-        {"model": model.name, **asdict(truncation)}
-        for model, truncation in zip(tensor.models, merged.truncations, strict=False)
-        if truncation is not None
+        {"model": plan.models[task].name, **asdict(truncation)}
+        for task, truncation in sorted(merged.truncations.items())
     ]
     return {
         "name": tensor.source.name,
@@ -88,7 +89,10 @@ class InputHashes:
 
 
 def make_report(
-    plan: Plan, tensors: Sequence[dict[str, Any]], hashes: Mapping[str, Mapping[str, str]]
+    plan: Plan,
+    findings: Mapping[str, Any],
+    tensors: Sequence[dict[str, Any]],
+    hashes: Mapping[str, Mapping[str, str]],
 ) -> MergeReport:
     """Put the report of a finished merge together."""
     sources = [("base", "base", plan.base.source)]
@@ -98,7 +102,7 @@ def make_report(
             "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
             | {"python": platform.python_version()},
             "recipe": plan.recipe.model_dump(),
-            "seed": None,
+            "findings": dict(findings),
             "inputs": [
                 {
                     "name": name,

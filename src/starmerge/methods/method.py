@@ -1,15 +1,22 @@
-"""What a merging method is, and the registry of all of them."""
+"""What a merging method is, and the registry of all of them.
+
+A merge is a chain (:mod:`starmerge.methods.pipeline`): transforms, each of which changes every task
+vector by itself; one merge, which makes a single update of them; post-steps, which change that
+update. All three are methods, made by the decorator :func:`method`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import pydantic.dataclasses
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor
 from typing_extensions import dataclass_transform
 
 from starmerge.deltas import Delta
@@ -25,47 +32,230 @@ class TensorContext:
     shape: tuple[int, ...]
     is_embedding: bool
     """Whether each row belongs to an entry of a vocabulary or to a position."""
-    tasks: int
-    """Number of models in the merge, T."""
+    tasks: tuple[str, ...]
+    """Names of all models of the merge, T of them, whether or not they change this tensor."""
+    weights: tuple[float, ...]
+    """Their weights w_t."""
+    base: Tensor | None = field(default=None, repr=False)
+    """The base's tensor, where there is one: deltas in memory have none."""
+    layer: tuple[int, int] | None = None
+    """Which of how many layers it belongs to, counted from 0; None outside of layers."""
+
+    @property
+    def total_weight(self) -> float:
+        """Σ w_t over all T tasks: what an average divides by."""
+        return sum(self.weights)
 
 
-@dataclass(frozen=True)
-class Merged:
-    """What a method made of one tensor."""
+class Deltas:
+    """The task vectors of one tensor: of the tasks that change it, in their order.
 
-    delta: Delta
-    """What is added to the base."""
-    truncations: tuple[Truncation | None, ...] = ()
-    """Delta by delta, what was kept; empty for methods that keep everything."""
+    They are read when they are taken, and anew each time they are gone through: who lets go of each
+    holds one at a time, who needs them side by side makes a list of them.
+
+    Args:
+        loaders: For each task that changes the tensor, by its number t, what reads its delta.
+    """
+
+    def __init__(self, loaders: Mapping[int, Callable[[], Delta]]) -> None:
+        self._loaders = dict(loaders)
+
+    def __len__(self) -> int:
+        return len(self._loaders)
+
+    def __iter__(self) -> Iterator[Delta]:
+        for load in self._loaders.values():
+            yield load()
+
+    @classmethod
+    def of(cls, deltas: Mapping[int, Delta]) -> Deltas:
+        """Return the task vectors that are in memory, by task."""
+        return cls({task: partial(_given, delta) for task, delta in deltas.items()})
+
+    @property
+    def tasks(self) -> tuple[int, ...]:
+        """Numbers t of the tasks that change the tensor."""
+        return tuple(self._loaders)
+
+    def items(self) -> Iterator[tuple[int, Delta]]:
+        """Yield each task's number and its delta."""
+        for task, load in self._loaders.items():
+            yield task, load()
+
+    def map(self, change: Callable[[int, Delta], Delta]) -> Deltas:
+        """Return these deltas, each changed when it is read."""
+
+        def changed(task: int, load: Callable[[], Delta]) -> Callable[[], Delta]:
+            return lambda: change(task, load())
+
+        return Deltas({task: changed(task, load) for task, load in self._loaders.items()})
+
+
+def _given(delta: Delta) -> Delta:
+    return delta
+
+
+_Seen = TypeVar("_Seen")
+
+
+class Walk(Protocol):
+    """A walk over the model, for a method that must know all of it before it can begin."""
+
+    def __call__(self, look: Callable[[Deltas, TensorContext], _Seen]) -> Iterator[_Seen]:
+        """Yield what ``look`` returns for each tensor that some model changes."""
 
 
 class Method(ABC):
-    """A merging method: a small pure function over the deltas of one tensor.
+    """A step of a merge. Its fields are its parameters."""
 
-    Subclasses are made by the decorator :func:`method`; their fields are the parameters.
-    """
-
+    kind: ClassVar[str]
+    """"transform", "merge" or "post-step"."""
     name: ClassVar[str]
-    svd_of_dense: ClassVar[bool] = False
-    """Whether dense deltas are decomposed, which takes memory for their factors."""
+    decomposes: ClassVar[bool] = False
+    """Whether it takes SVDs of dense deltas, which takes memory for their factors."""
+    makes_dense: ClassVar[bool] = False
+    """Whether what it makes of low-rank deltas is dense."""
+
+    @classmethod
+    def parameter_names(cls) -> dict[str, str]:
+        """Return the parameters' names as users write them, with those of the fields.
+
+        They differ where Python has the word for itself: ``lambda`` is the field ``lambda_``.
+        """
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+        return {field.name.rstrip("_"): field.name for field in fields}
 
     def parameters(self) -> dict[str, Any]:
         """Return the parameters by name."""
-        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
+        return {name: getattr(self, field) for name, field in self.parameter_names().items()}
 
-    @abstractmethod
-    def merge(self, deltas: Iterable[Delta], context: TensorContext) -> Merged:
-        """Merge the deltas of one tensor.
+    def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:  # noqa: B027
+        """Compare the parameters with what is to be merged, before anything is read.
 
         Args:
-            deltas: Of the models that change the tensor, at least one, in the order of the models;
-                the others of the T models count as zero. May be a generator: deltas are read
-                when they are taken, so a method that lets go of each holds one at a time.
-            context: The tensor.
+            tasks: Names of the models.
+            weights: Their weights.
+            tensors: Names of the tensors that some model changes.
+
+        Raises:
+            UsageError: They do not fit.
+        """
+
+
+class Transform(Method):
+    """A step that changes each task vector by itself."""
+
+    kind = "transform"
+
+    def survey(self, walk: Walk) -> Any:
+        """Go through the model before the merge; what is returned comes back in :meth:`apply`."""
+        return None
+
+    @abstractmethod
+    def apply(
+        self, delta: Delta, task: int, tensor: TensorContext, survey: Any
+    ) -> tuple[Delta, Truncation | None]:
+        """Transform one task's delta of one tensor.
+
+        Args:
+            delta: The task vector.
+            task: The task's number t.
+            tensor: The tensor.
+            survey: What :meth:`survey` found.
+
+        Returns:
+            The new task vector, of the same shape, and what was done where it was truncated.
+        """
+
+
+class Merge(Method):
+    """The step that makes one update of all task vectors."""
+
+    kind = "merge"
+    is_static: ClassVar[bool] = True
+    """Whether what it makes is one model; else it is a vector of which each task's model has a
+    part, and no post-step follows."""
+    averages: ClassVar[bool] = False
+    """Whether it divides by the sum of the weights, which then must not be zero."""
+    holds_all: ClassVar[bool] = False
+    """Whether it holds the deltas of all tasks at once, as matrices where some are dense."""
+    scaled_inputs: ClassVar[bool] = True
+    """Whether the task vectors come multiplied by their weights; else the method reads those."""
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether it works on the weights themselves, not on their differences from the base."""
+        return False
+
+    def check_tensors(self, merged: Sequence[TensorContext], left: Sequence[TensorContext]) -> None:
+        """Compare the parameters with each tensor of the base, before anything is read.
+
+        Args:
+            merged: The tensors that some model changes, without their values.
+            left: Those of a dtype that could be merged which no model changes: they stay as they
+                are.
+
+        Raises:
+            UsageError: They do not fit.
+        """
+
+    def survey(self, walk: Walk) -> Any:
+        """Go through the model before the merge; what is returned comes back in :meth:`merge`."""
+        return None
+
+    @abstractmethod
+    def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
+        """Merge the task vectors of one tensor.
+
+        Args:
+            deltas: w_t · τ_t (τ_t if not :attr:`scaled_inputs`) of the tasks that change the
+                tensor, at least one; the other ones of the T tasks count as zero.
+            tensor: The tensor.
+            survey: What :meth:`survey` found.
 
         Returns:
             What to add to the base, of the same shape.
         """
+
+
+class PostStep(Method):
+    """A step that changes the merged update."""
+
+    kind = "post-step"
+    holds_all: ClassVar[bool] = False
+    """As for :class:`Merge`."""
+
+    def survey(self, walk: MergedWalk) -> Any:
+        """Go through the merged model; what is returned comes back in :meth:`apply`."""
+        return None
+
+    def check_merge(self, merge: Merge) -> None:
+        """Compare the step with the merge of its chain.
+
+        Raises:
+            UsageError: After that merge it is not defined.
+        """
+
+    @abstractmethod
+    def apply(self, merged: Delta, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
+        """Change what was merged of one tensor.
+
+        Args:
+            merged: The merged update so far.
+            deltas: The task vectors τ_t as the models have them.
+            tensor: The tensor.
+            survey: What :meth:`survey` found.
+
+        Returns:
+            The new update, of the same shape.
+        """
+
+
+class MergedWalk(Protocol):
+    """A walk over the model as it is merged so far."""
+
+    def __call__(self, look: Callable[[Delta, Deltas, TensorContext], _Seen]) -> Iterator[_Seen]:
+        """Yield what ``look`` returns for the merged update and the deltas of each tensor."""
 
 
 METHODS: dict[str, type[Method]] = {}
@@ -99,22 +289,48 @@ def method(name: str) -> Callable[[type[_Method]], type[_Method]]:
     return register
 
 
+def refuse_weights(
+    method: Method, tasks: Sequence[str], weights: Sequence[float], reason: str
+) -> None:
+    """Refuse weights other than 1, for methods that they mean nothing to.
+
+    Raises:
+        UsageError: A model has a weight.
+    """
+    for task, weight in zip(tasks, weights, strict=True):
+        if weight != 1:
+            raise UsageError(
+                f"{method.name}: {task} has the weight {weight:g}, but {reason}. Leave the weights "
+                "out."
+            )
+
+
+def find_method(name: str) -> type[Method]:
+    """Return a method's class by its name.
+
+    Raises:
+        UsageError: There is no such method.
+    """
+    if name not in METHODS:
+        raise UsageError(f"No method is called {name!r}.{nearest(name, METHODS)}")
+    return METHODS[name]
+
+
 def make_method(name: str, parameters: Mapping[str, Any] | None = None) -> Method:
     """Return a method by name, its parameters validated.
 
     Raises:
         UsageError: No such method, no such parameter, or a value out of its range.
     """
-    if name not in METHODS:
-        raise UsageError(f"No method is called {name!r}.{nearest(name, METHODS)}")
-    chosen = METHODS[name]
-    known = [field.name for field in dataclasses.fields(chosen)]  # type: ignore[arg-type]
+    chosen = find_method(name)
+    names = chosen.parameter_names()
     for key in parameters or {}:
-        if key not in known:
-            hint = nearest(key, known) if known else " It has none."
+        if key not in names:
+            hint = nearest(key, names) if names else " It has none."
             raise UsageError(f"Method {name!r} has no parameter {key!r}.{hint}")
+    fields = {names[key]: value for key, value in (parameters or {}).items()}
     try:
-        return TypeAdapter(chosen).validate_python(dict(parameters or {}))
+        return TypeAdapter(chosen).validate_python(fields)
     except ValidationError as error:
         raise UsageError(f"Method {name!r}: {explain(error)}") from error
 
@@ -123,7 +339,7 @@ def explain(error: ValidationError) -> str:
     """Return pydantic's findings as one line: ``eta: Input should be greater than 0 (got -1)``."""
     findings = []
     for finding in error.errors():
-        place = ".".join(str(part) for part in finding["loc"])
+        place = ".".join(str(part).rstrip("_") for part in finding["loc"])
         given = "" if finding["type"] == "missing" else f" (got {finding['input']!r})"
         findings.append(f"{place + ': ' if place else ''}{finding['msg']}{given}")
     return "; ".join(findings)

@@ -2,27 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
-from starmerge.deltas import Delta, Dense, LowRank, total
-from starmerge.methods.method import Merged, Method, TensorContext, method
-from starmerge.spectral import Truncation, svd, truncate_and_rescale
+from starmerge.deltas import Delta, Dense, LowRank
+from starmerge.errors import UsageError
+from starmerge.methods.method import TensorContext, Transform, method
+from starmerge.methods.spectral_merge import is_averaged
+from starmerge.spectral import (
+    Rounding,
+    Truncation,
+    noise_floor,
+    rounding_noise,
+    svd,
+    truncate_and_rescale,
+)
+
+Percent = Annotated[float, Field(gt=0, le=100)]
+
+
+def _form(eta: object) -> str:
+    """Tell in which form η is given, so that an error speaks of that form alone."""
+    return "list" if isinstance(eta, list) else "patterns" if isinstance(eta, dict) else "number"
+
+
+Eta = Annotated[
+    Annotated[Percent, Tag("number")]
+    | Annotated[list[Percent], Tag("list")]
+    | Annotated[dict[str, Percent], Tag("patterns")],
+    Discriminator(_form),
+]
 
 
 @method("star")
-class Star(Method):
-    """Truncate each task's spectrum, restore its nuclear norm, average.
+class Star(Transform):
+    """Truncate each task's spectrum, restore its nuclear norm; then average.
 
     For each task: δ = Σ σ_k u_k v_kᵀ; keep the smallest r with σ_1 + … + σ_r ≥ η % of Σσ; rescale
-    the kept σ by Σσ / Σ_{k≤r}σ; then take the mean over tasks. Dropping the small singular
-    values removes much of what interferes with other tasks and little of the task itself.
+    the kept σ by Σσ / Σ_{k≤r}σ. Dropping the small singular values removes much of what interferes
+    with other tasks and little of the task itself. Alone, ``star`` takes the mean over tasks as in
+    the paper; ``star+ties`` and other chains merge the truncated task vectors in another way.
 
-    A vector (a norm's weight, a bias) has one singular value, so it is always averaged. So are
-    embeddings of full fine-tunes, unless ``embeddings`` says "truncate": their rows are tokens,
-    not directions, and their SVD is the largest of the model.
+    A vector (a norm's weight, a bias) has one singular value, so it is left as it is. So are
+    embeddings of full fine-tunes, unless ``embeddings`` says "merge": their rows are tokens, not
+    directions, and their SVD is the largest of the model.
+
+    The weights of a fine-tune stored in bfloat16 or float16 are rounded, and the rounding adds a
+    floor of noise to the spectrum, which would inflate the nuclear norm and the rank. Singular
+    values below it are dropped first (:mod:`starmerge.spectral.noise`); adapters have none.
 
     Source: arXiv 2502.10339, its rank rule and its default η = 40; defining repository
     github.com/IBM/STAR. Different from there: an all-zero delta stays zero instead of NaN, and
@@ -32,38 +63,79 @@ class Star(Method):
     """
 
     eta: Annotated[
-        float, Field(gt=0, le=100, description="share of the nuclear norm to keep, in percent")
+        Eta,
+        Field(
+            description="share of the nuclear norm to keep, in percent: a number, a list with one "
+            'for each model, or numbers by patterns of tensor names ({"*.mlp.*": 30, "*": 40}, '
+            "the first that matches)"
+        ),
     ] = 40.0
     rank: Annotated[
         int | None, Field(ge=1, description="keep this many singular values, instead of eta")
     ] = None
+    rescale: Annotated[
+        bool, Field(description="restore the nuclear norm; false is the paper's ablation")
+    ] = True
+    noise_floor: Annotated[
+        Literal["auto", "off"],
+        Field(
+            description="whether singular values of full fine-tunes that the rounding of the "
+            "stored weights explains are dropped before eta is applied"
+        ),
+    ] = "auto"
     embeddings: Annotated[
-        Literal["average", "truncate"],
+        Literal["average", "merge"],
         Field(description="what is done with embeddings of full fine-tunes"),
     ] = "average"
 
-    svd_of_dense = True
+    decomposes = True
 
-    def merge(self, deltas: Iterable[Delta], context: TensorContext) -> Merged:
-        """Merge one tensor; see :meth:`Method.merge`."""
-        truncations: list[Truncation | None] = []
+    def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
+        """Compare a list or patterns of η with the models and tensors; see :meth:`Method.check`."""
+        if isinstance(self.eta, list) and len(self.eta) != len(tasks):
+            raise UsageError(
+                f"star: eta has {len(self.eta)} numbers for {len(tasks)} models. Give one for each."
+            )
+        if isinstance(self.eta, dict):
+            for pattern in self.eta:
+                if not any(fnmatchcase(tensor, pattern) for tensor in tensors):
+                    raise UsageError(
+                        f"star: no merged tensor matches the pattern {pattern!r} of eta."
+                    )
+            for tensor in tensors:
+                if not any(fnmatchcase(tensor, pattern) for pattern in self.eta):
+                    raise UsageError(
+                        f"star: no pattern of eta matches the tensor {tensor}. Add '*' as the last."
+                    )
 
-        def truncated() -> Iterator[Delta]:
-            for delta in deltas:
-                kept, truncation = self._truncate(delta, context)
-                truncations.append(truncation)
-                del delta  # or it would stand beside the next one
-                yield kept
-                del kept
-
-        mean = total(truncated()).scaled(1 / context.tasks)
-        return Merged(mean, tuple(truncations))
-
-    def _truncate(self, delta: Delta, context: TensorContext) -> tuple[Delta, Truncation | None]:
-        if isinstance(delta, Dense) and (
-            len(context.shape) < 2 or (context.is_embedding and self.embeddings == "average")
-        ):
+    def apply(
+        self, delta: Delta, task: int, tensor: TensorContext, survey: Any
+    ) -> tuple[Delta, Truncation | None]:
+        """Truncate and rescale one delta; see :meth:`Transform.apply`."""
+        if is_averaged([delta], tensor, embeddings=self.embeddings):
             return delta, None
-        kept, truncation = truncate_and_rescale(svd(delta), eta=self.eta, rank=self.rank)
+        decomposed, noise = svd(delta), self._noise(delta, tensor)
+        floor = noise_floor(decomposed.S, noise) if noise else None
+        if floor and floor.applies:
+            decomposed = decomposed.first(floor.above)
+        kept, truncation = truncate_and_rescale(
+            decomposed, eta=self._eta(task, tensor), rank=self.rank, rescale=self.rescale
+        )
         # What is kept of a full matrix may have more factor entries than the matrix itself.
-        return kept if isinstance(delta, LowRank) else Dense(kept.to_dense()), truncation
+        result = kept if isinstance(delta, LowRank) else Dense(kept.to_dense())
+        return result, replace(truncation, noise=floor)
+
+    def _noise(self, delta: Delta, tensor: TensorContext) -> Rounding | None:
+        """Return the rounding noise in a delta, if it came from a stored fine-tune."""
+        if self.noise_floor == "off" or tensor.base is None:
+            return None
+        if isinstance(delta, LowRank) or delta.stored is None or not delta.tensor.any():
+            return None
+        return rounding_noise(tensor.base.reshape(delta.shape), delta.matrix, delta.stored)
+
+    def _eta(self, task: int, tensor: TensorContext) -> float:
+        if isinstance(self.eta, dict):
+            return next(
+                eta for pattern, eta in self.eta.items() if fnmatchcase(tensor.name, pattern)
+            )
+        return self.eta[task] if isinstance(self.eta, list) else self.eta

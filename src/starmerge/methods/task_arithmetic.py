@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from starmerge.deltas import Delta, total
-from starmerge.methods.method import Merged, Method, TensorContext, method
+from starmerge.methods.method import Deltas, Merge, TensorContext, method
 
 
 @method("task_arithmetic")
-class TaskArithmetic(Method):
-    """The scaled sum of the task vectors: base + α Σ δ_t.
+class TaskArithmetic(Merge):
+    """The scaled sum of the task vectors: base + α Σ w_t δ_t.
 
     Source: arXiv 2212.04089 (addition of task vectors); defining repository
     github.com/mlfoundations/task_vectors. There α is chosen on validation data; 0.4 is a common
@@ -24,6 +23,6 @@ class TaskArithmetic(Method):
 
     alpha: Annotated[float, Field(description="factor of the summed task vectors")] = 0.4
 
-    def merge(self, deltas: Iterable[Delta], context: TensorContext) -> Merged:
-        """Merge one tensor; see :meth:`Method.merge`."""
-        return Merged(total(deltas).scaled(self.alpha))
+    def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
+        """Merge one tensor; see :meth:`Merge.merge`."""
+        return total(deltas).scaled(self.alpha)

@@ -16,7 +16,7 @@ class SVD:
     U: Tensor
     """(m, k), orthonormal columns."""
     S: Tensor
-    """(k,), descending, not negative. May end in zeros; empty for a zero low-rank delta."""
+    """(k,), descending, not negative. May end in zeros; empty for a zero delta."""
     V: Tensor
     """(n, k), orthonormal columns."""
 

@@ -1,0 +1,233 @@
+"""A task of an EMR merge: a mask and a number that make its delta of a vector all tasks share.
+
+The merge's folder holds ``unified``, shards of the vector τ_uni, and a folder for each task::
+
+    emr.json            format, task, base, the rescaler λ, where ``unified`` lies
+    mask.safetensors    M, for each tensor the task changes
+
+A mask is a vector of bytes, each of eight entries of the tensor in row-major order, the first in
+the highest bit; its shape is that of τ_uni.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from starmerge.checkpoints.base import Base
+from starmerge.checkpoints.source import Source, read_json
+from starmerge.checkpoints.tensors import (
+    MERGEABLE,
+    Checkpoint,
+    TensorInfo,
+    open_checkpoint,
+    open_safetensors,
+)
+from starmerge.checkpoints.writer import REPORT, OutputTensor, ShardWriter, write_json
+from starmerge.deltas import Dense, wide
+from starmerge.errors import StarmergeError, UsageError
+
+TASK_FILE = "emr.json"
+UNIFIED = "unified"
+
+_FORMAT = 1
+_STEM = "mask"
+_TAKEN = (UNIFIED, REPORT, "README.md")
+
+
+@dataclass(frozen=True)
+class EmrTask:
+    """One task's model of an EMR merge; its deltas are dense."""
+
+    kind = "EMR task"
+
+    name: str
+    source: Source
+    rescaler: float
+    """λ."""
+    unified: Checkpoint
+    """τ_uni."""
+    masks: Checkpoint
+    """M, eight entries a byte."""
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """Names of the base's tensors that the task changes."""
+        return frozenset(self.masks)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files its deltas are read from."""
+        return [self.source.path / TASK_FILE, *self.masks.files, *self.unified.files]
+
+    def nbytes(self, tensor: str) -> int:
+        """Return the bytes to read for a tensor's delta."""
+        return self.unified[tensor].nbytes + self.masks[tensor].nbytes
+
+    def rank(self, tensor: str) -> int | None:
+        """Return None: the delta may have any rank."""
+        return None
+
+    def delta(self, tensor: str, base: Tensor) -> Dense:
+        """Return λ · M ⊙ τ_uni in float32, or in float64 if τ_uni is so.
+
+        Args:
+            tensor: Its name.
+            base: The base's tensor; all that matters is its shape.
+        """
+        tau_uni = self.unified.read(tensor)
+        M = unpack(self.masks.read(tensor), tuple(tau_uni.shape))
+        return Dense(tau_uni.to(wide(tau_uni.dtype)).mul_(self.rescaler).masked_fill_(~M, 0.0))
+
+
+def open_emr_task(name: str, source: Source, base: Base, *, any_base: bool = False) -> EmrTask:
+    """Open a task of an EMR merge: its config, and the headers of its mask and of τ_uni.
+
+    Args:
+        name: The model's name in tables and reports.
+        source: The task's folder.
+        base: The base it is to be merged into.
+        any_base: Accept a task whose merge had a base of another name.
+
+    Raises:
+        UsageError: The merge had another base, or the folder is of a later version.
+        StarmergeError: A file is missing or broken, or does not fit the others or the base.
+    """
+    file = source.path / TASK_FILE
+    content = read_json(file)
+    if content.get("format") != _FORMAT:
+        raise UsageError(
+            f"{file}: the format is {content.get('format')!r}, and this starmerge reads {_FORMAT}. "
+            "Install a later one, or repeat the merge."
+        )
+    rescaler, where = content.get("rescaler"), content.get("unified")
+    if not isinstance(rescaler, int | float) or not 0 <= rescaler < math.inf:
+        raise StarmergeError(f"{file}: the rescaler is {rescaler!r}, which is no factor.")
+    if not isinstance(where, str):
+        raise StarmergeError(f"{file} does not say where the unified vector lies, in 'unified'.")
+    if not any_base:
+        _check_base_name(file, content.get("base_hub_id"), base)
+    folder = source.path / where
+    if not folder.is_dir():
+        raise StarmergeError(
+            f"{source} needs the unified vector of its merge, and {folder} is missing. Keep the "
+            "tasks' folders beside it, or say in 'unified' in emr.json where it lies."
+        )
+    masks = open_safetensors(source.path / f"{_STEM}.safetensors")
+    task = EmrTask(name, source, float(rescaler), open_checkpoint(folder), masks)
+    for tensor in masks:
+        _check_tensor(task, folder, base, tensor)
+    return task
+
+
+def check_task_names(names: Sequence[str]) -> None:
+    """Make sure that each task can have a folder of its name beside the unified vector.
+
+    Raises:
+        UsageError: One cannot, or two names differ in case alone.
+    """
+    seen = [name.casefold() for name in _TAKEN]
+    for name in names:
+        if name in (".", "..") or any(character in name for character in "/\\\0"):
+            raise UsageError(
+                f"The task {name!r} gets a folder of its name, which cannot be one. Give the model "
+                "another: NAME=PATH, or name: in YAML."
+            )
+        if name.casefold() in seen:
+            raise UsageError(
+                f"The task {name!r} gets a folder of its name, which is taken by another, on some "
+                "systems at least. Give the model another: NAME=PATH, or name: in YAML."
+            )
+        seen.append(name.casefold())
+
+
+def mask_layout(tensor: TensorInfo) -> OutputTensor:
+    """Return a tensor's mask as it is stored."""
+    nbytes = -(-tensor.size // 8)
+    return OutputTensor(tensor.name, torch.uint8, (nbytes,), nbytes)
+
+
+def mask_writer(folder: Path, layouts: Sequence[OutputTensor]) -> ShardWriter:
+    """Return what writes a task's masks, packed, into its folder.
+
+    Args:
+        folder: The folder.
+        layouts: Of the tensors that the task changes, in the order they are written in.
+    """
+    whole = sum(layout.nbytes for layout in layouts)
+    return ShardWriter(folder, layouts, shard_bytes=whole, stem=_STEM)
+
+
+def write_task(folder: Path, task: str, base: Base, rescaler: float) -> None:
+    """Write ``emr.json`` into a task's folder.
+
+    Args:
+        folder: The folder, beside that of the unified vector.
+        task: The task's name.
+        base: The base of the merge.
+        rescaler: λ.
+    """
+    content: dict[str, Any] = {
+        "format": _FORMAT,
+        "task": task,
+        "base": str(base.source),
+        "base_hub_id": base.source.name,
+        "rescaler": rescaler,
+        "unified": f"../{UNIFIED}",
+    }
+    write_json(folder / TASK_FILE, content)
+
+
+def pack(M: Tensor) -> Tensor:
+    """Return a mask as bytes, (⌈size/8⌉,) uint8."""
+    return torch.from_numpy(np.packbits(M.numpy().reshape(-1)))
+
+
+def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the mask of some shape, bool, from its bytes."""
+    bits = np.unpackbits(packed.numpy(), count=math.prod(shape))
+    return torch.from_numpy(bits.view(np.bool_)).reshape(shape)
+
+
+def _check_base_name(file: Path, merged_on: object, base: Base) -> None:
+    known = base.source.name
+    if known and isinstance(merged_on, str) and merged_on.lower() != known.lower():
+        raise UsageError(
+            f"{file}: the merge was of {merged_on}, but the base is {known}. If both are the same "
+            "weights, say so with --any-base."
+        )
+
+
+def _check_tensor(task: EmrTask, folder: Path, base: Base, tensor: str) -> None:
+    mask = task.masks[tensor]
+    if tensor not in task.unified:
+        raise StarmergeError(
+            f"{mask.file} masks the tensor {tensor}, which the unified vector {folder} lacks. They "
+            "are not of one merge."
+        )
+    if tensor not in base.checkpoint:
+        raise StarmergeError(
+            f"{task.source} has the tensor {tensor}, which the base {base.source} lacks. Is it of "
+            "a merge with that base?"
+        )
+    unified, ours = task.unified[tensor], base.checkpoint[tensor].shape
+    if unified.shape != ours:
+        raise StarmergeError(
+            f"{task.source}: tensor {tensor} has the shape {list(unified.shape)}, in the base "
+            f"{base.source} it is {list(ours)}. Is it of a merge with that base?"
+        )
+    if unified.dtype not in MERGEABLE:
+        raise StarmergeError(f"{unified.file}: tensor {tensor} is stored in {unified.dtype}.")
+    layout = mask_layout(unified)
+    if (mask.dtype, mask.shape) != (layout.dtype, layout.shape):
+        raise StarmergeError(
+            f"{mask.file}: the mask of {tensor} is {mask.dtype} {list(mask.shape)}, and a tensor "
+            f"of {unified.size} entries has one of {layout.nbytes} bytes. Fetch it again."
+        )

@@ -1,0 +1,95 @@
+"""ACE-Merging: adaptive covariance estimation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from starmerge.deltas import Delta, LowRank
+from starmerge.methods.iso import sum_of
+from starmerge.methods.method import TensorContext, method
+from starmerge.methods.spectral_merge import SpectralMerge
+from starmerge.spectral import CoreSpace, core_space, svd_matrix
+
+
+@method("ace")
+class Ace(SpectralMerge):
+    """Weight the tasks by covariances of their inputs, estimated from their updates.
+
+    W̃_t = τ_t − 1 μ_tᵀ with the column means μ_t = τ_tᵀ1/m; Ŝ_t = W̃_tᵀW̃_t. The tasks count as
+    heterogeneous if Var[log‖τ_t‖²]/(E[log‖τ_t‖²])² > γ. Then S̃_t = Ŝ_t/tr Ŝ_t, with ε/tr Ŝ_t on
+    the diagonal of S_t, and the prior is divided by the mean ‖τ_t‖²; else S̃_t = Ŝ_t with ε. The
+    prior C has in every row the mean of the rows of ΣS̃_t. W = (Σ W̃_t S_t)(Σ S_t + C)⁻¹.
+    Heterogeneous tasks also get a spectral refinement: of W + Σ τ_t(S̃_t − S̄) the first 30 % of
+    the triplets, all with their mean σ, are added to W.
+
+    Source: arXiv 2603.02945, equations 5 to 19, after its repository github.com/unravel-xu/
+    ACE-Merging, whose variance is the unbiased one. Different from there: tasks whose rows are all
+    equal are left out, and the share of the triplets is one of those that there are.
+    Not scale-free: ε is absolute, so that of small updates it is nearly the average of W̃_t.
+    Cost: a solve and an SVD a tensor, in Core Space for adapters.
+    When to use: to compare with; ``covariance`` is the same idea without its absolute scales.
+    """
+
+    gamma: Annotated[
+        float, Field(ge=0, description="heterogeneity from which tasks are normalised")
+    ] = 0.3
+    epsilon: Annotated[float, Field(gt=0, description="regularisation of each covariance")] = 0.01
+    top: Annotated[
+        float, Field(ge=0, le=1, description="share of the triplets in the spectral refinement")
+    ] = 0.3
+
+    def space(self, deltas: Sequence[Delta]) -> CoreSpace:
+        """Return a space that holds the vectors of ones too; the means are taken along them."""
+        if not all(isinstance(delta, LowRank) for delta in deltas):
+            return core_space(deltas)
+        m, n = deltas[0].shape
+        space = core_space([*deltas, LowRank(torch.ones(m, 1), torch.ones(1, n))])
+        return replace(space, matrices=space.matrices[:-1])
+
+    def merge_matrices(
+        self, tau: list[Tensor], weights: list[float], space: CoreSpace, tensor: TensorContext
+    ) -> Tensor:
+        """Merge one tensor; see :meth:`SpectralMerge.merge_matrices`."""
+        m, n = space.shape
+        one_m, one_n = _ones(space.U, m), _ones(space.V, n)
+        centred = [tau_t - torch.outer(one_m, one_m @ tau_t) / m for tau_t in tau]
+        norms = [space.noise * torch.linalg.vector_norm(tau_t) for tau_t in tau]
+        kept = [t for t, W_t in enumerate(centred) if torch.linalg.vector_norm(W_t) > norms[t]]
+        if not kept:
+            return torch.zeros_like(tau[0])
+        tau, centred = [tau[t] for t in kept], [centred[t] for t in kept]
+        energies = torch.stack([tau_t.square().sum() for tau_t in tau])
+        logs = energies.log()
+        # Not divided by the mean, which is 0 for unit task vectors.
+        heterogeneous = len(kept) > 1 and bool(logs.var() > self.gamma * logs.mean().square())
+
+        S_hat = [W_t.T @ W_t for W_t in centred]
+        scale = [float(S.trace()) if heterogeneous else 1.0 for S in S_hat]
+        S_tilde = [S / s for S, s in zip(S_hat, scale, strict=True)]
+        I = torch.eye(tau[0].shape[1], dtype=torch.float64)  # noqa: E741
+        S = [S_t + self.epsilon / s * I for S_t, s in zip(S_tilde, scale, strict=True)]
+        prior = torch.outer(one_n, one_n @ sum_of(S_tilde)) / n
+        if heterogeneous:
+            prior /= energies.mean()
+        right = sum_of([W_t @ S_t for W_t, S_t in zip(centred, S, strict=True)])
+        W: Tensor = torch.linalg.solve(sum_of(S) + prior, right, left=False)
+        if not heterogeneous:
+            return W
+        mean = sum_of(S) / len(kept)
+        change = sum_of([tau_t @ (S_t - mean) for tau_t, S_t in zip(tau, S_tilde, strict=True)])
+        refined = svd_matrix(W + change, space.noise * float(torch.linalg.vector_norm(W + change)))
+        top = refined.first(int(self.top * len(refined.S)))
+        refinement: Tensor = top.S.sum() / max(1, len(top.S)) * top.U @ top.V.T
+        return W + refinement
+
+
+def _ones(basis: Tensor | None, length: int) -> Tensor:
+    """Return the vector of ones in a basis that spans it."""
+    ones = torch.ones(length, dtype=torch.float64)
+    return ones if basis is None else basis.T @ ones

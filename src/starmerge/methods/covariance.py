@@ -1,0 +1,88 @@
+"""Covariance-weighted merging: RegMean without data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from starmerge.errors import UsageError
+from starmerge.methods.method import TensorContext, method
+from starmerge.methods.spectral_merge import SpectralMerge
+from starmerge.spectral import CoreSpace
+
+
+@method("covariance")
+class Covariance(SpectralMerge):
+    """Let each task decide most where its own update says that its inputs lie.
+
+    M minimises Σ_t w_t ‖(M − τ_t) C_t^½‖², with C_t = τ_tᵀτ_t/‖τ_t‖² in place of the covariance of
+    the task's inputs: M = (Σ w_t τ_t C_t)(Σ w_t C_t + ρ c I)⁻¹, c being the mean eigenvalue of
+    Σ w_t C_t. That is the input side; the output side takes C_t = τ_tτ_tᵀ/‖τ_t‖² from the left.
+    ``side="auto"`` takes, tensor by tensor, the side on which the tasks overlap more: where the
+    mean cosine of pairs of C_t is larger.
+
+    Source: the objective is arXiv 2503.08099's, the closed form is RegMean's (arXiv 2212.09849),
+    found again in arXiv 2603.02945 and 2604.01329; ridge and choice of side are our own.
+    Cost: an eigendecomposition a tensor, in Core Space for adapters.
+    When to use: adapters of any origin, with ``own_response`` after it; the first to try.
+    """
+
+    side: Annotated[
+        Literal["auto", "input", "output"],
+        Field(description="the side whose covariance is stood in for"),
+    ] = "auto"
+    ridge: Annotated[
+        float, Field(ge=0, description="ρ, as a share of the mean eigenvalue; 0: pseudo-inverse")
+    ] = 0.1
+
+    def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
+        """Refuse negative weights; see :meth:`Method.check`."""
+        if min(weights) < 0:
+            raise UsageError(
+                "covariance: a weight is negative, and the method minimises a weighted sum of "
+                "squares. Give weights from 0 up."
+            )
+
+    def merge_matrices(
+        self, tau: list[Tensor], weights: list[float], space: CoreSpace, tensor: TensorContext
+    ) -> Tensor:
+        """Merge one tensor; see :meth:`SpectralMerge.merge_matrices`."""
+        side = overlapping_side(tau) if self.side == "auto" else self.side
+        if side == "output":
+            return self._solve([C.T for C in tau], weights, space.shape[0]).T
+        return self._solve(tau, weights, space.shape[1])
+
+    def _solve(self, tau: list[Tensor], weights: list[float], n: int) -> Tensor:
+        """Return M for the input side; tau carry their weights, n is the true width."""
+        unit = [tau_t / torch.linalg.vector_norm(tau_t) for tau_t in tau]
+        C = [tau_t.T @ tau_t for tau_t in unit]
+        G = torch.stack([w * C_t for w, C_t in zip(weights, C, strict=True)]).sum(0)
+        right = torch.stack([tau_t @ C_t for tau_t, C_t in zip(tau, C, strict=True)]).sum(0)
+        values, Q = torch.linalg.eigh(G)
+        ridge = self.ridge * float(G.trace()) / n
+        # What no task has stays without, also when there is no ridge.
+        inverse = torch.where(values > 1e-12 * values.max(), 1 / (values + ridge), 0.0)
+        merged: Tensor = (right @ Q * inverse) @ Q.T
+        return merged
+
+
+def overlapping_side(tau: list[Tensor]) -> Literal["input", "output"]:
+    """Return the side on which the tasks overlap more; see :class:`Covariance`."""
+    unit = [tau_t / torch.linalg.vector_norm(tau_t) for tau_t in tau]
+    overlaps = []
+    for sides in (unit, [tau_t.T for tau_t in unit]):
+        # ⟨C_s, C_t⟩ = ‖τ_s τ_tᵀ‖² for unit task vectors
+        inner = {
+            (s, t): float((sides[s] @ sides[t].T).square().sum())
+            for s in range(len(tau))
+            for t in range(s, len(tau))
+        }
+        pairs = list(combinations(range(len(tau)), 2))
+        cosines = [inner[s, t] / (inner[s, s] * inner[t, t]) ** 0.5 for s, t in pairs]
+        overlaps.append(sum(cosines) / max(1, len(pairs)))
+    return "input" if overlaps[0] >= overlaps[1] else "output"

@@ -1,0 +1,67 @@
+"""DARE: drop and rescale."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from starmerge.deltas import Delta, Dense
+from starmerge.methods.method import TensorContext, Transform, method
+from starmerge.spectral import Truncation
+
+
+@method("dare")
+class Dare(Transform):
+    """Drop entries of each task vector at random, scale up the rest.
+
+    Each entry is dropped with probability p, and divided by 1 − p if it stays, so that the
+    expected task vector is what it was. Then any merge: ``dare+ties``, ``dare+task_arithmetic``.
+
+    What is dropped depends on the seed, the model's name, the tensor's name and the entry's place
+    alone: a model keeps its entries whichever others it is merged with, in any order, on any
+    machine.
+
+    Source: arXiv 2311.03099; defining repository github.com/yule-BUAA/MergeLM.
+    Cost: one random number an entry; the result is dense.
+    When to use: full fine-tunes with large, redundant task vectors.
+    """
+
+    p: Annotated[float, Field(ge=0, lt=1, description="probability of dropping an entry")] = 0.5
+    seed: Annotated[int, Field(ge=0, description="seed of what is dropped")] = 0
+
+    makes_dense = True
+
+    def apply(
+        self, delta: Delta, task: int, tensor: TensorContext, survey: Any
+    ) -> tuple[Delta, Truncation | None]:
+        """Drop and rescale one delta; see :meth:`Transform.apply`."""
+        if self.p == 0:
+            return delta, None
+        entries = delta.entries()
+        m = kept(self.p, self.seed, tensor.tasks[task], tensor.name, entries.numel())
+        return Dense(torch.where(m.view(entries.shape), entries / (1 - self.p), 0.0)), None
+
+
+def kept(p: float | Tensor, seed: int, task: str, tensor: str, count: int) -> Tensor:
+    """Return which of ``count`` entries stay, (count,) bool: entry i by the i-th random number.
+
+    The numbers are 32-bit words of the counter-based generator Philox4x64, whose key is a digest
+    of the other arguments.
+
+    Args:
+        p: Probability of dropping an entry; one for all, or (count,) float64.
+        seed: The seed.
+        task: The task's name.
+        tensor: The tensor's name.
+        count: How many entries there are.
+    """
+    text = "\0".join((str(seed), task, tensor)).encode()
+    key = int.from_bytes(hashlib.sha256(text).digest()[:16], "little")
+    words = np.random.Philox(key=key).random_raw((count + 1) // 2).astype("<u8").view("<u4")
+    floors = np.minimum(np.rint(np.asarray(p, dtype=np.float64) * 2**32), 2**32 - 1)
+    return torch.from_numpy(words[:count] >= floors.astype(np.uint32))

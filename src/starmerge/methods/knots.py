@@ -1,0 +1,107 @@
+"""KnOTS: task vectors aligned by a joint SVD, then TIES."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from starmerge.deltas import Delta, Dense, LowRank, total
+from starmerge.methods.method import Deltas, Merge, TensorContext, Walk, method
+from starmerge.methods.spectral_merge import is_averaged
+from starmerge.methods.ties import elected_mean
+from starmerge.methods.trim import Percent, Scope, global_thresholds, local_threshold
+from starmerge.spectral import core_space, svd_matrix
+from starmerge.spectral.core_space import FLOAT64_NOISE
+
+
+@dataclass(frozen=True, eq=False)
+class _Aligned:
+    """[τ_1 … τ_T] = U Σ [V_1 … V_T], of the ρ singular values that are not zero."""
+
+    U: Tensor
+    """(m, ρ) float64."""
+    S: Tensor
+    """(ρ,) float64."""
+    V: dict[int, Dense]
+    """By task, (ρ, n) float32."""
+
+
+@method("knots")
+class Knots(Merge):
+    """Express all task vectors in one basis, and merge their coordinates with TIES.
+
+    [τ_1 … τ_T] = U Σ [V_1 … V_T]; the update is λ U Σ V̄, where V̄ is what TIES makes of the V_t: the
+    k % largest of each, signs elected, the mean of those that agree. ``on="sv"`` trims Σ V_t
+    instead, as the published experiments do. Where entries cancel exactly, V̄ is zero: signs of
+    singular vectors are any, so there is no majority of them.
+
+    Source: arXiv 2410.19735; defining repository github.com/gstoica27/KnOTS, which tunes k and λ.
+    Cost: an SVD of all task vectors together; for adapters in factor space, and V̄ of rank ρ ≤ Σr.
+    The V_t are dense: ρ·n numbers a task. With a global trim, two more passes.
+    When to use: adapters whose task vectors point into different subspaces.
+    """
+
+    k: Percent = 20.0
+    scope: Scope = "global"
+    lambda_: Annotated[float, Field(description="factor of the merged update")] = 1.0
+    on: Annotated[Literal["v", "sv"], Field(description="what is trimmed: V_t, or Σ V_t")] = "v"
+
+    averages = True
+    decomposes = True
+    holds_all = True
+
+    def survey(self, walk: Walk) -> list[float] | None:
+        """Find the thresholds of the whole model; see :meth:`Merge.survey`."""
+        if self.scope == "local":
+            return None
+
+        def aligned(look: Any) -> Any:
+            def see(deltas: Deltas, tensor: TensorContext) -> Any:
+                held = dict(deltas.items())
+                if is_averaged(list(held.values()), tensor, embeddings="average"):
+                    return look(Deltas({}), tensor)
+                found = self._coordinates(self._align(held))
+                return look(Deltas.of(found), tensor)
+
+            return walk(see)
+
+        return global_thresholds(aligned, self.k)
+
+    def merge(self, deltas: Deltas, tensor: TensorContext, survey: list[float] | None) -> Delta:
+        """Merge one tensor; see :meth:`Merge.merge`."""
+        held = dict(deltas.items())
+        if is_averaged(list(held.values()), tensor, embeddings="average"):
+            return total(held.values()).scaled(1 / tensor.total_weight)
+        aligned = self._align(held)
+        coordinates = self._coordinates(aligned)
+        floors = [
+            local_threshold(V_t, self.k) if survey is None else survey[t]
+            for t, V_t in coordinates.items()
+        ]
+        V = torch.stack([V_t.tensor for V_t in coordinates.values()]).double()
+        large = V.abs() >= torch.tensor(floors, dtype=V.dtype)[:, None, None]
+        w = [tensor.weights[t] for t in coordinates]
+        merged = self.lambda_ * elected_mean(torch.where(large, V, 0.0), w, majority=0.0)
+        S = aligned.S if self.on == "v" else torch.ones_like(aligned.S)
+        return LowRank((aligned.U * S).float(), merged.float())
+
+    def _coordinates(self, aligned: _Aligned) -> dict[int, Dense]:
+        if self.on == "v":
+            return aligned.V
+        return {t: Dense((aligned.S[:, None] * V.tensor).float()) for t, V in aligned.V.items()}
+
+    def _align(self, deltas: dict[int, Delta]) -> _Aligned:
+        space = core_space(list(deltas.values()))
+        joint = svd_matrix(torch.cat(space.matrices, dim=1), space.floor)
+        V = {}
+        for t, C in zip(deltas, space.matrices, strict=True):
+            # V_t is Σ⁻¹ Uᵀ τ_t. Rounding in the rows that τ_t does not have would vote on signs.
+            rows = joint.U.T @ C
+            none = torch.linalg.vector_norm(rows, dim=1) <= FLOAT64_NOISE * torch.linalg.norm(C)
+            V_t = torch.where(none, 0.0, 1 / joint.S)[:, None] * rows
+            V[t] = Dense((V_t if space.V is None else V_t @ space.V.T).float())
+        return _Aligned(joint.U if space.U is None else space.U @ joint.U, joint.S, V)

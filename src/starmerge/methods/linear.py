@@ -1,0 +1,78 @@
+"""The weighted mean, or the weighted sum, of the weights themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from starmerge.deltas import Delta, Dense, total
+from starmerge.errors import UsageError
+from starmerge.methods.combination import base_weight
+from starmerge.methods.entrywise import panels
+from starmerge.methods.method import Deltas, Merge, TensorContext, method
+
+
+@method("linear")
+class Linear(Merge):
+    """The weighted mean of the models: Σ w_t W_t / Σ w_t, over the base too if it has a weight.
+
+    With ``base_weight`` 0 this is ``average``. Without ``normalize`` it is Σ w_t W_t, which changes
+    the scale of the weights unless their factors sum to 1.
+
+    Source: model soups, arXiv 2203.05482; mergekit's linear.
+    Cost: one addition a tensor and task.
+    When to use: close models, or checkpoints of one run, when the base shall count as one of them.
+    """
+
+    normalize: Annotated[bool, Field(description="whether to divide by the sum of the weights")] = (
+        True
+    )
+    base_weight: Annotated[float, Field(description="the base's weight, as one of the models")] = (
+        0.0
+    )
+
+    @property
+    def needs_base(self) -> bool:
+        """The sum of weights is no longer near the base."""
+        return not self.normalize
+
+    def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
+        """Refuse weights that sum to zero; see :meth:`Method.check`."""
+        self._check_sum(sum(weights))
+
+    def check_tensors(self, merged: Sequence[TensorContext], left: Sequence[TensorContext]) -> None:
+        """Refuse to leave tensors as they are in a sum; see :meth:`Merge.check_tensors`."""
+        for tensor in merged:
+            self._check_sum(tensor.total_weight)
+        for tensor in left:
+            if not self.normalize and tensor.total_weight + self.base_weight != 1:
+                raise UsageError(
+                    f"linear: no model changes {tensor.name}, which a sum of weights with "
+                    f"Σw = {tensor.total_weight + self.base_weight:g} would scale. Normalise, or "
+                    "choose weights that sum to 1."
+                )
+
+    def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
+        """Merge one tensor; see :meth:`Merge.merge`."""
+        mass = tensor.total_weight + self.base_weight
+        summed = total(deltas)
+        if self.normalize:
+            return summed.scaled(1 / mass)
+        if mass == 1:
+            return summed
+        base = base_weight(tensor)
+        merged = torch.empty(base.shape)
+        for rows in panels(base.shape):
+            exact = summed.entries(rows).double() + (mass - 1) * base.entries(rows).double()
+            merged[rows] = exact.float()
+        return Dense(merged)
+
+    def _check_sum(self, weights: float) -> None:
+        if self.normalize and weights + self.base_weight == 0:
+            raise UsageError(
+                "linear: the weights sum to zero, and linear divides by their sum. Change one, or "
+                "set normalize to false."
+            )

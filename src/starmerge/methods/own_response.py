@@ -1,0 +1,71 @@
+"""The own-response scale: a factor that tunes itself to the task vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from starmerge.deltas import Delta
+from starmerge.errors import StarmergeError
+from starmerge.methods.method import Deltas, MergedWalk, PostStep, TensorContext, method
+from starmerge.spectral.core_space import CANCELLED
+
+
+@dataclass(frozen=True)
+class Response:
+    """How much of the task vectors a merge has."""
+
+    responses: list[float]
+    """By task, ⟨M, τ_t⟩/‖τ_t‖²; 0 for a zero task vector."""
+    factor: float
+    """What the update is multiplied by."""
+
+
+@method("own_response")
+class OwnResponse(PostStep):
+    """Scale the whole merge so that the tasks' own responses have the mean c.
+
+    The response of task t is r_t = ⟨M, τ_t⟩/‖τ_t‖² over the whole model: 1 if M does to the task's
+    direction what its fine-tune did. The update becomes c · M / mean(r_t), the mean weighted by
+    w_t, over the tasks whose task vector is not zero.
+
+    Source: our own experiment with adapters of a small language model, where c = 0.75 served.
+    Cost: the merge is made twice, once to look.
+    When to use: after ``iso_c`` and ``covariance``, whose scale means nothing by itself.
+    """
+
+    c: Annotated[float, Field(gt=0, description="mean response after the step")] = 0.75
+
+    def survey(self, walk: MergedWalk) -> Response:
+        """Measure the responses; see :meth:`PostStep.survey`."""
+
+        def products(merged: Delta, deltas: Deltas, tensor: TensorContext) -> Tensor:
+            found = torch.zeros(3, len(tensor.tasks), dtype=torch.float64)
+            found[2] = torch.tensor(tensor.weights, dtype=torch.float64)
+            for t, tau_t in deltas.items():
+                found[0, t], found[1, t] = merged.inner(tau_t), tau_t.frobenius() ** 2
+            return found
+
+        inner, energy, weights = torch.zeros(()), torch.zeros(()), torch.zeros(())
+        for found in walk(products):
+            inner, energy, weights = inner + found[0], energy + found[1], found[2]
+        # Factors whose terms cancel leave rounding, to which any merge responds without measure.
+        alive = energy > CANCELLED**2 * energy.max()
+        r = torch.where(alive, inner / torch.where(alive, energy, 1.0), 0.0)
+        mean = float((weights * r)[alive].sum() / weights[alive].sum()) if alive.any() else 0.0
+        if not mean > 0:
+            raise StarmergeError(
+                f"own_response: the mean response of the tasks to the merge is {mean:.3g}, so no "
+                "factor makes it positive. Leave the step out, or look for tasks that cancel."
+            )
+        return Response(r.tolist(), self.c / mean)
+
+    def apply(
+        self, merged: Delta, deltas: Deltas, tensor: TensorContext, survey: Response
+    ) -> Delta:
+        """Scale one tensor; see :meth:`PostStep.apply`."""
+        return merged.scaled(survey.factor)

@@ -1,0 +1,276 @@
+"""Chains of methods: transforms, one merge, post-steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from starmerge.deltas import Delta
+from starmerge.errors import UsageError, nearest
+from starmerge.methods.average import Average
+from starmerge.methods.method import (
+    Deltas,
+    Merge,
+    Method,
+    PostStep,
+    TensorContext,
+    Transform,
+    Walk,
+    find_method,
+    make_method,
+)
+from starmerge.spectral import Truncation
+
+_Seen = TypeVar("_Seen")
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a chain made of one tensor."""
+
+    delta: Delta
+    """What is added to the base."""
+    truncations: Mapping[int, Truncation]
+    """By task, what a transform kept; of several, the last."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A chain of methods: every transform on every task vector, the merge, every post-step.
+
+    ``star+ties`` truncates each task vector and merges the results with TIES. A chain without a
+    merge averages: ``star`` is ``star+average``. The weights multiply the task vectors between the
+    transforms and the merge.
+    """
+
+    transforms: tuple[Transform, ...] = ()
+    merge: Merge = dataclasses.field(default_factory=Average)
+    post_steps: tuple[PostStep, ...] = ()
+
+    @classmethod
+    def of(cls, steps: Sequence[Method]) -> Pipeline:
+        """Return the chain of some methods.
+
+        Raises:
+            UsageError: There are two merges, the order is wrong, or a post-step does not fit.
+        """
+        kinds = [step.kind for step in steps]
+        names = "+".join(step.name for step in steps)
+        if kinds.count("merge") > 1:
+            merges = " and ".join(step.name for step in steps if step.kind == "merge")
+            raise UsageError(f"{names}: a chain has one merge, and {merges} both are. Choose one.")
+        if kinds != sorted(kinds, key=_ORDER.index):
+            raise UsageError(
+                f"{names}: the order is transforms, one merge, post-steps; here it is "
+                f"{', '.join(f'{step.name} ({step.kind})' for step in steps)}."
+            )
+        merge = next((step for step in steps if isinstance(step, Merge)), Average())
+        post_steps = tuple(step for step in steps if isinstance(step, PostStep))
+        for step in post_steps:
+            if not merge.is_static:
+                raise UsageError(
+                    f"{names}: {merge.name} makes a model for each task, and {step.name} follows "
+                    "merges that make one for all. Leave it out."
+                )
+            step.check_merge(merge)
+        return cls(tuple(step for step in steps if isinstance(step, Transform)), merge, post_steps)
+
+    @property
+    def steps(self) -> tuple[Method, ...]:
+        """All methods in their order; a merge by average is not told beside other methods."""
+        others = bool(self.transforms) and self.merge == Average()
+        return (*self.transforms, *(() if others else (self.merge,)), *self.post_steps)
+
+    @property
+    def name(self) -> str:
+        """The chain as users write it: ``star+ties``."""
+        return "+".join(step.name for step in self.steps)
+
+    @property
+    def decomposes(self) -> bool:
+        """Whether a method takes SVDs of dense deltas."""
+        return any(step.decomposes for step in self.steps)
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether a method holds the deltas of all tasks at once."""
+        return self.merge.holds_all or any(step.holds_all for step in self.post_steps)
+
+    def parameters(self) -> dict[str, Any]:
+        """Return all parameters; in a chain of several methods as ``star.eta``."""
+        if len(self.steps) == 1:
+            return self.steps[0].parameters()
+        return {
+            f"{step.name}.{key}": value
+            for step in self.steps
+            for key, value in step.parameters().items()
+        }
+
+    def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
+        """Compare the parameters with what is to be merged; see :meth:`Method.check`.
+
+        Raises:
+            UsageError: They do not fit, or an average's weights sum to zero.
+        """
+        if self.merge.averages and sum(weights) == 0:
+            raise UsageError(
+                f"The weights sum to zero, and {self.merge.name} divides by their sum. Change one, "
+                "or choose a merge that only adds, such as task_arithmetic."
+            )
+        for step in (*self.transforms, self.merge, *self.post_steps):
+            step.check(tasks, weights, tensors)
+
+    def prepare(self, walk: Walk) -> Prepared:
+        """Let each method go through the model that its predecessors leave it.
+
+        Args:
+            walk: Goes over the models' own task vectors.
+        """
+        surveys: list[Any] = []
+        for number, transform in enumerate(self.transforms):
+            before = Prepared(
+                dataclasses.replace(self, transforms=self.transforms[:number]), surveys
+            )
+            surveys.append(transform.survey(partial(_transformed_walk, walk, before)))
+        before = Prepared(self, surveys)
+        inputs = partial(_transformed_walk, walk, before, weighted=self.merge.scaled_inputs)
+        surveys.append(self.merge.survey(inputs))
+        for number, step in enumerate(self.post_steps):
+            before = Prepared(
+                dataclasses.replace(self, post_steps=self.post_steps[:number]), surveys
+            )
+            surveys.append(step.survey(partial(_merged_walk, walk, before)))
+        return Prepared(self, surveys)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A chain whose methods know the whole model: it merges one tensor at a time."""
+
+    pipeline: Pipeline
+    surveys: Sequence[Any]
+    """What each method found, in the order of the chain."""
+
+    @property
+    def findings(self) -> dict[str, Any]:
+        """What the methods that looked at the whole model found, by method, as plain data."""
+        chain = self.pipeline
+        methods = (*chain.transforms, chain.merge, *chain.post_steps)
+        return {
+            method.name: asdict(found) if is_dataclass(found) else found  # type: ignore[arg-type]
+            for method, found in zip(methods, self.surveys, strict=True)
+            if found is not None
+        }
+
+    def merge(self, deltas: Deltas, tensor: TensorContext) -> Merged:
+        """Merge the task vectors of one tensor.
+
+        Args:
+            deltas: τ_t of the tasks that change it, as the models have them.
+            tensor: The tensor.
+        """
+        truncations: dict[int, Truncation] = {}
+        chain, count = self.pipeline, len(self.pipeline.transforms)
+        inputs = self.transformed(deltas, tensor, truncations, weighted=chain.merge.scaled_inputs)
+        merged = chain.merge.merge(inputs, tensor, self.surveys[count])
+        surveys = self.surveys[count + 1 :]
+        for step, survey in zip(chain.post_steps, surveys, strict=False):
+            merged = step.apply(merged, deltas, tensor, survey)
+        return Merged(merged, truncations)
+
+    def transformed(
+        self,
+        deltas: Deltas,
+        tensor: TensorContext,
+        truncations: dict[int, Truncation],
+        *,
+        weighted: bool,
+    ) -> Deltas:
+        """Return the task vectors as the merge gets them: transformed, then weighted.
+
+        What the transforms kept of each is put into ``truncations`` when it is read.
+        """
+
+        def change(task: int, delta: Delta) -> Delta:
+            for transform, survey in zip(self.pipeline.transforms, self.surveys, strict=False):
+                delta, truncation = transform.apply(delta, task, tensor, survey)
+                if truncation is not None:
+                    truncations[task] = truncation
+            weight = tensor.weights[task] if weighted else 1.0
+            return delta if weight == 1 else delta.scaled(weight)
+
+        return deltas.map(change)
+
+
+def make_pipeline(name: str, parameters: Mapping[str, Any] | None = None) -> Pipeline:
+    """Return a chain by its name, such as ``star+ties``, its parameters validated.
+
+    Args:
+        name: Names of methods, joined by ``+``.
+        parameters: Each as ``key`` where one method of the chain has it, or as ``method.key``.
+
+    Raises:
+        UsageError: No such method or parameter, a value out of its range, a wrong order.
+    """
+    names = [part.strip() for part in name.split("+")]
+    twice = [part for part, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UsageError(f"{name}: {twice[0]} stands there twice. A method counts once.")
+    owners = {part: find_method(part).parameter_names() for part in names}
+    given: dict[str, dict[str, Any]] = {part: {} for part in names}
+    for key, value in (parameters or {}).items():
+        step, dot, own = key.rpartition(".")
+        having = [part for part in names if own in owners[part] and step in ("", part)]
+        if dot and step not in names:
+            raise UsageError(f"{name}: {key!r} is a parameter of no method of the chain.")
+        if len(having) > 1:
+            choice = " or ".join(f"{part}.{key}" for part in having)
+            raise UsageError(f"{name}: {key!r} is a parameter of several methods. Say {choice}.")
+        if not having:
+            known = [known for part in names for known in owners[part]]
+            hint = nearest(own, known) if known else " It has none."
+            raise UsageError(f"Method {name!r} has no parameter {key!r}.{hint}")
+        if own in given[having[0]]:
+            raise UsageError(f"{name}: the parameter {own!r} is given twice. Leave one out.")
+        given[having[0]][own] = value
+    return Pipeline.of([make_method(part, given[part]) for part in names])
+
+
+def as_pipeline(method: Method | Pipeline | str) -> Pipeline:
+    """Return a chain: of one method, by its name, or as it is.
+
+    Raises:
+        UsageError: There is no method of that name.
+    """
+    if isinstance(method, Pipeline):
+        return method
+    return make_pipeline(method) if isinstance(method, str) else Pipeline.of([method])
+
+
+_ORDER = ["transform", "merge", "post-step"]
+
+
+def _transformed_walk(
+    walk: Walk,
+    chain: Prepared,
+    look: Callable[[Deltas, TensorContext], _Seen],
+    *,
+    weighted: bool = False,
+) -> Iterator[_Seen]:
+    def see(deltas: Deltas, tensor: TensorContext) -> _Seen:
+        return look(chain.transformed(deltas, tensor, {}, weighted=weighted), tensor)
+
+    return walk(see)
+
+
+def _merged_walk(
+    walk: Walk, chain: Prepared, look: Callable[[Delta, Deltas, TensorContext], _Seen]
+) -> Iterator[_Seen]:
+    def see(deltas: Deltas, tensor: TensorContext) -> _Seen:
+        return look(chain.merge(deltas, tensor).delta, deltas, tensor)
+
+    return walk(see)

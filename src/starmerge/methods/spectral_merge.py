@@ -1,0 +1,74 @@
+"""What the merges have in common that any rotation leaves alone."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from starmerge.deltas import Delta, Dense, total
+from starmerge.methods.method import Deltas, Merge, TensorContext
+from starmerge.spectral import CoreSpace, core_space
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectralMerge(Merge):
+    """A merge that gives Q·M·R for Q·τ_t·R, Q and R being rotations.
+
+    Such a merge sees the task vectors in Core Space: the small matrices of adapters, the whole ones
+    of full fine-tunes, in float64 both. Vectors have one singular value, so they are averaged; so
+    are embeddings of full fine-tunes, whose rows are tokens and not directions.
+    """
+
+    embeddings: Annotated[
+        Literal["average", "merge"],
+        Field(description="what is done with embeddings of full fine-tunes"),
+    ] = "average"
+
+    averages: ClassVar[bool] = True
+    decomposes: ClassVar[bool] = True
+    holds_all: ClassVar[bool] = True
+
+    def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
+        """Merge one tensor; see :meth:`Merge.merge`."""
+        held = dict(deltas.items())
+        if is_averaged(list(held.values()), tensor, embeddings=self.embeddings):
+            return total(held.values()).scaled(1 / tensor.total_weight)
+        space = self.space(list(held.values()))
+        tau = {t: C for t, C in zip(held, space.matrices, strict=True) if C.any()}
+        if not tau:
+            return space.delta(torch.zeros_like(space.matrices[0]))
+        weights = [tensor.weights[t] for t in tau]
+        return space.delta(self.merge_matrices(list(tau.values()), weights, space, tensor))
+
+    def space(self, deltas: Sequence[Delta]) -> CoreSpace:
+        """Return the space to merge in."""
+        return core_space(deltas)
+
+    @abstractmethod
+    def merge_matrices(
+        self, tau: list[Tensor], weights: list[float], space: CoreSpace, tensor: TensorContext
+    ) -> Tensor:
+        """Merge the task vectors of one tensor in common orthonormal bases.
+
+        Args:
+            tau: (p, q) float64 each: w_t · τ_t of the tasks for which it is not zero.
+            weights: Their w_t.
+            space: The bases, the true shape (m, n), and below what a singular value is rounding.
+            tensor: The tensor.
+
+        Returns:
+            The merged matrix (p, q), float64.
+        """
+
+
+def is_averaged(deltas: Sequence[Delta], tensor: TensorContext, *, embeddings: str) -> bool:
+    """Tell whether a spectral method leaves a tensor to averaging."""
+    if not any(isinstance(delta, Dense) for delta in deltas):
+        return False
+    return len(tensor.shape) < 2 or (tensor.is_embedding and embeddings == "average")

@@ -1,0 +1,69 @@
+"""SVC: singular value calibration of a merged update."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from starmerge.deltas import Delta
+from starmerge.errors import UsageError
+from starmerge.methods.iso import IsoC, IsoCts
+from starmerge.methods.method import Deltas, Merge, PostStep, TensorContext, method
+from starmerge.methods.spectral_merge import is_averaged
+from starmerge.spectral import core_space, svd_matrix
+from starmerge.spectral.core_space import FLOAT32_NOISE
+
+
+@method("svc")
+class Svc(PostStep):
+    """Lower the directions of a merge that several tasks have pushed at once.
+
+    M = U Σ Vᵀ is what was merged; along its r-th left singular vector, s_r^t =
+    ⟨u_rᵀM, u_rᵀτ_t⟩/‖u_rᵀτ_t‖² tells how much of task t's own response M has. Then σ_r becomes
+    γ_r σ_r with γ_r = T/Σ_t max(α, s_r^t). A task without a response there has s_r^t = 0: u_r is
+    known to float32, so a response of up to 1e-6 ‖τ_t‖ is none.
+
+    With α = 1 singular values only ever shrink, which is always safe; the paper uses α = 1/T.
+    Vectors, and embeddings of full fine-tunes, are left as they are.
+
+    Source: arXiv 2602.05536, Algorithm 1; defining repository github.com/lyymuwu/SVC.
+    Cost: an SVD a tensor, in Core Space where the merge and all task vectors are low-rank.
+    When to use: after sums such as ``task_arithmetic``. Refused after ``iso_c`` and ``iso_cts``:
+    where all singular values are equal, the directions are any.
+    """
+
+    alpha: Annotated[
+        float | None, Field(gt=0, description="least response counted, α; without a value 1/T")
+    ] = None
+
+    decomposes = True
+    holds_all = True
+
+    def check_merge(self, merge: Merge) -> None:
+        """Refuse merges with a flat spectrum; see :meth:`PostStep.check_merge`."""
+        if isinstance(merge, IsoC | IsoCts):
+            raise UsageError(
+                f"svc: all singular values of what {merge.name} makes are equal, so the directions "
+                "that svc would calibrate are any. Leave svc out; own_response finds one factor."
+            )
+
+    def apply(self, merged: Delta, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
+        """Calibrate one tensor; see :meth:`PostStep.apply`."""
+        held = list(deltas)
+        if is_averaged([merged, *held], tensor, embeddings="average"):
+            return merged
+        T = len(tensor.tasks)
+        alpha = self.alpha or 1 / T
+        space = core_space([merged, *held])
+        M, *tau = space.matrices
+        svd = svd_matrix(M, space.noise * float(torch.linalg.vector_norm(M)))
+        total = torch.full_like(svd.S, (T - len(tau)) * alpha)
+        for tau_t in tau:
+            response = svd.U.T @ tau_t
+            energy = response.square().sum(1)
+            silent = energy <= (FLOAT32_NOISE * torch.linalg.vector_norm(tau_t)) ** 2
+            s = (svd.S[:, None] * svd.V.T * response).sum(1) / torch.where(silent, 1.0, energy)
+            total += torch.where(silent, 0.0, s).clamp(min=alpha)
+        return space.delta((svd.U * (svd.S * T / total)) @ svd.V.T)

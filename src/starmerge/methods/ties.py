@@ -1,0 +1,112 @@
+"""TIES: trim, elect signs, merge what agrees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from starmerge.deltas import Delta
+from starmerge.methods.entrywise import EntrywiseMerge, panels, task_sum
+from starmerge.methods.method import Deltas, TensorContext, Walk, method
+from starmerge.methods.trim import Percent, Scope, global_thresholds, thresholds
+
+
+@dataclass(frozen=True)
+class TiesSurvey:
+    """What TIES must know of the whole model."""
+
+    thresholds: list[float] | None
+    """By task, the magnitude below which entries are dropped; None where tensors have their own."""
+    majority: float = 0.0
+    """The sign of most elected entries, −1, 0 or 1."""
+
+
+@method("ties")
+class Ties(EntrywiseMerge):
+    """Trim each task vector, elect a sign for each entry, average the entries that agree.
+
+    τ̂_t is τ_t with all but its k % largest entries set to zero; γ = sgn(Σ_t τ̂_t); the update is
+    λ · Σ_{t ∈ A} τ̂_t / Σ_{t ∈ A} |w_t|, where A are the tasks with sgn τ̂_t = γ ≠ 0. Without
+    weights, that is the mean over A.
+
+    Where entries cancel exactly, γ is the majority of the signs over the whole model, as in the
+    defining repository, or zero, as the formula says (``zero_sign``); without a majority, zero.
+
+    Source: arXiv 2306.01708, with its k = 20 and λ = 1; github.com/prateeky2806/ties-merging.
+    Different from there: the threshold is the ⌈k %⌉-th largest magnitude, where the repository
+    keeps one entry more.
+    Cost: four passes over the model (one with ``scope=local`` and ``zero_sign=zero``), and the
+    entries of all tasks side by side; adapters become dense panel by panel.
+    When to use: task vectors whose entries conflict in sign; full fine-tunes more than adapters.
+    """
+
+    k: Percent = 20.0
+    scope: Scope = "global"
+    lambda_: Annotated[float, Field(description="factor of the merged update")] = 1.0
+    zero_sign: Annotated[
+        Literal["majority", "zero"],
+        Field(description="the sign of entries that cancel: the model's majority, or none"),
+    ] = "majority"
+
+    def survey(self, walk: Walk) -> TiesSurvey:
+        """Find the thresholds and the majority of signs; see :meth:`Merge.survey`."""
+        found = TiesSurvey(global_thresholds(walk, self.k) if self.scope == "global" else None)
+        if self.zero_sign == "zero":
+            return found
+
+        def signs(deltas: Deltas, tensor: TensorContext) -> float:
+            held = dict(deltas.items())
+            floors = thresholds(held, self.k, found.thresholds)
+            return sum(
+                float(task_sum(_trimmed(_stacked(held, rows), floors)).sign().sum())
+                for rows in panels(next(iter(held.values())).shape, len(held))
+            )
+
+        majority = sum(walk(signs))
+        return TiesSurvey(found.thresholds, float((majority > 0) - (majority < 0)))
+
+    def look(
+        self, deltas: dict[int, Delta], tensor: TensorContext, survey: TiesSurvey
+    ) -> tuple[Tensor, float]:
+        """Return the thresholds of the tensor's tasks; see :meth:`EntrywiseMerge.look`."""
+        return thresholds(deltas, self.k, survey.thresholds), survey.majority
+
+    def merge_entries(
+        self, tau: Tensor, tasks: tuple[int, ...], tensor: TensorContext, local: Any
+    ) -> Tensor:
+        """Merge some entries; see :meth:`EntrywiseMerge.merge_entries`."""
+        floors, majority = local
+        weights = [tensor.weights[t] for t in tasks]
+        return self.lambda_ * elected_mean(_trimmed(tau, floors), weights, majority)
+
+
+def elected_mean(tau: Tensor, weights: Sequence[float], majority: float) -> Tensor:
+    """Elect a sign for each entry and take the mean of the entries that have it.
+
+    Args:
+        tau: (T', ...) float64, w_t · τ̂_t.
+        weights: (T',) w_t.
+        majority: The sign of entries that cancel exactly.
+
+    Returns:
+        (...) float64; 0 where no entry has the sign.
+    """
+    gamma = task_sum(tau).sign()
+    gamma = torch.where(gamma == 0, majority, gamma)
+    agrees = tau.sign() == gamma  # where γ = 0, only zeros do
+    w = torch.tensor(weights, dtype=tau.dtype).abs().view(-1, *[1] * (tau.ndim - 1))
+    mass = task_sum(agrees * w)
+    return task_sum(torch.where(agrees, tau, 0.0)) / torch.where(mass == 0, 1.0, mass)
+
+
+def _stacked(deltas: dict[int, Delta], rows: slice) -> Tensor:
+    return torch.stack([delta.entries(rows) for delta in deltas.values()]).double()
+
+
+def _trimmed(tau: Tensor, floors: Tensor) -> Tensor:
+    return torch.where(tau.abs() >= floors, tau, 0.0)

@@ -1,0 +1,156 @@
+"""The own-response scale against its float64 reference, over models of several tensors."""
+
+import numpy as np
+import pytest
+import torch
+
+from starmerge.deltas import Dense, LowRank
+from starmerge.errors import StarmergeError, UsageError
+from starmerge.merging.engine import merge_state
+from starmerge.methods import make_pipeline
+from tests.oracles import bounds, own_response, samples, spectral
+
+MERGES = ["task_arithmetic", "average", "iso_c", "covariance", "tsv_m", "metagpt"]
+
+
+def models(kind, dtype=torch.float32):
+    """Four tasks of three tensors; two of them leave one alone."""
+    first = samples.task_deltas(kind, 30, 20, dtype=dtype)
+    second = [delta.scaled(0.25) for delta in samples.task_deltas(kind, 12, 40, seed=100)]
+    found = [{"first": a, "second": b} for a, b in zip(first, second, strict=True)]
+    for t, model in enumerate(found):
+        if kind != "low-rank":
+            model["bias"] = samples.dense(7, seed=t, dtype=dtype)
+    del found[1]["first"], found[2]["second"]
+    return found
+
+
+def exact(model, names):
+    """The arrays of a model by name, zeros where it has no delta; names gives the shapes."""
+    return {
+        name: samples.exact(model[name]) if name in model else np.zeros(delta.shape)
+        for name, delta in names.items()
+    }
+
+
+@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("weights", [None, [1.0, 0.5, 2.0, 0.0]])
+@pytest.mark.parametrize("dtype", samples.DTYPES)
+@pytest.mark.parametrize("kind", samples.KINDS)
+def test_own_response_is_the_reference(kind, dtype, weights, merge):
+    deltas = models(kind, dtype)
+    merged = merge_state(deltas, merge, weights=weights)
+    chain = make_pipeline(f"{merge}+own_response", {"own_response.c": 0.6})
+    found = merge_state(deltas, chain, weights=weights)
+    M = exact(merged, merged)
+    tau = [exact(model, merged) for model in deltas]
+    expected = own_response.own_response(tau, M, 0.6, weights)
+    # The factor is known to float64; a matrix meets two roundings, of it and of the product.
+    for name, delta in found.items():
+        error = np.abs(samples.exact(delta) - expected[name])
+        stored = bounds.gamma(2, bounds.U32) if isinstance(delta, Dense) else 0.0
+        size = np.linalg.norm(expected[name])
+        assert np.all(error <= stored * np.abs(expected[name]) + 1e-11 * size)
+    after = own_response.mean_response(tau, exact(found, found), weights)
+    assert after == pytest.approx(0.6, rel=1e-6)
+
+
+def test_the_default_is_three_quarters():
+    deltas = models("low-rank")
+    found = merge_state(deltas, "covariance+own_response")
+    tau = [exact(model, found) for model in deltas]
+    assert own_response.mean_response(tau, exact(found, found)) == pytest.approx(0.75, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", samples.KINDS)
+@pytest.mark.parametrize("chain", ["iso_c+own_response", "iso_c+scale+own_response"])
+def test_the_scale_of_the_merge_does_not_matter(chain, kind):
+    deltas = [{name: model[name] for name in model if name != "bias"} for model in models(kind)]
+    expected = merge_state(deltas, "iso_c+own_response")
+    for factor in (16.0, 0.001):
+        name = "scale.factor" if "scale" in chain else "iso_c.alpha"
+        found = merge_state(deltas, make_pipeline(chain, {name: factor}))
+        for key, delta in expected.items():
+            size = np.linalg.norm(samples.exact(delta))
+            difference = np.linalg.norm(samples.exact(found[key]) - samples.exact(delta))
+            # Each of the two is rounded as it is merged, and as a matrix when it is scaled.
+            assert difference <= 20 * bounds.U32 * size
+
+
+def test_tasks_without_a_delta_do_not_count():
+    deltas = models("low-rank")
+    expected = merge_state(deltas, "task_arithmetic+own_response")
+    zeros = {"first": spectral.zero(30, 20), "second": spectral.zero(12, 40)}
+    for extra in ({}, zeros):
+        found = merge_state([*deltas, extra], "task_arithmetic+own_response")
+        for name, delta in expected.items():
+            size = np.linalg.norm(samples.exact(delta))
+            difference = np.linalg.norm(samples.exact(found[name]) - samples.exact(delta))
+            assert difference <= 1e-6 * size
+
+
+def test_a_task_whose_factors_cancel_does_not_count():
+    b, a = samples.normal(30, 1, seed=1), samples.normal(1, 20, seed=2)
+    cancelling = LowRank(torch.cat([b, b, -2 * b], 1), 0.1 * a.repeat(3, 1))
+    deltas = [samples.low_rank(30, 20, 3, seed=t) for t in range(3)]
+    # The average would divide by four: what the step gives does not depend on that.
+    expected = spectral.merged("average+own_response", deltas)
+    found = spectral.merged("average+own_response", [*deltas, cancelling])
+    assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+def test_one_task_gets_c_of_itself():
+    delta = samples.low_rank(30, 20, 4)
+    found = spectral.merged("average+own_response", [delta])
+    np.testing.assert_allclose(found, 0.75 * samples.exact(delta), rtol=1e-10, atol=1e-12)
+
+
+def test_the_responses_are_to_the_models_and_not_to_what_transforms_left_of_them():
+    deltas = models("low-rank")
+    found = merge_state(deltas, make_pipeline("star+average+own_response"))
+    tau = [exact(model, found) for model in deltas]
+    assert own_response.mean_response(tau, exact(found, found)) == pytest.approx(0.75, rel=1e-6)
+
+
+def test_factors_and_matrices_find_one_factor():
+    deltas = models("low-rank")
+    full = [
+        {name: spectral.as_dense([delta])[0] for name, delta in model.items()} for model in deltas
+    ]
+    for merge in MERGES:
+        factored = merge_state(deltas, f"{merge}+own_response")
+        whole = merge_state(full, f"{merge}+own_response")
+        for name, delta in factored.items():
+            difference = samples.exact(delta) - samples.exact(whole[name])
+            assert np.linalg.norm(difference) <= 1e-6 * np.linalg.norm(samples.exact(delta))
+
+
+def test_a_merge_that_answers_no_task_is_refused():
+    delta = samples.low_rank(9, 7, 2)
+    opposite = [{"w": delta}, {"w": delta.scaled(-1.0)}]
+    with pytest.raises(StarmergeError, match=r"own_response: the mean response .* is .*Leave"):
+        merge_state(opposite, "average+own_response")
+    with pytest.raises(StarmergeError, match="is -0.4,"):
+        merge_state([{"w": delta}], make_pipeline("task_arithmetic+own_response", {"alpha": -0.4}))
+
+
+@pytest.mark.parametrize(
+    "zero", [LowRank(torch.zeros(4, 2), torch.ones(2, 3)), Dense(torch.zeros(4, 3))]
+)
+def test_nothing_but_zeros_is_refused(zero):
+    with pytest.raises(StarmergeError, match="is 0,"):
+        merge_state([{"w": zero}] * 2, "average+own_response")
+
+
+def test_a_merge_that_disagrees_with_one_task_only_is_not_refused():
+    first, second = samples.low_rank(9, 7, 2, seed=1), samples.low_rank(9, 7, 2, seed=2)
+    deltas = [{"w": first}, {"w": second}, {"w": second.scaled(-0.75)}]
+    found = merge_state(deltas, "average+own_response")
+    tau = [exact(model, found) for model in deltas]
+    assert own_response.mean_response(tau, exact(found, found)) == pytest.approx(0.75, rel=1e-6)
+
+
+@pytest.mark.parametrize("c", [0, -0.5])
+def test_c_must_be_positive(c):
+    with pytest.raises(UsageError, match="c: Input should be greater than 0"):
+        make_pipeline("average+own_response", {"c": c})
