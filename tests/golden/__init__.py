@@ -1,0 +1,1 @@
+"""Results of other programs that ours are compared with."""
