@@ -18,24 +18,22 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
-import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from shutil import rmtree
 from statistics import median
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 # Must stand before torch is loaded: idle threads would spin, and take time from their neighbours.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch
+from common import Cost, print_machine, timed
 from torch import Tensor
 
 import starmerge
@@ -44,7 +42,7 @@ from starmerge.checkpoints.models import open_model
 from starmerge.checkpoints.source import resolve
 from starmerge.deltas import LowRank
 from starmerge.merging.fold import fold
-from starmerge.methods.method import TensorContext
+from starmerge.methods import Deltas, TensorContext, as_pipeline
 
 TOLERANCE = 1e-3
 """Largest difference of two merged deltas, relative to their norm, that counts as rounding."""
@@ -57,14 +55,13 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """Runs a command and prints its peak memory. On Linux a child's peak starts at that of the process
 it was forked from, so it is started by this small one instead of by the benchmark."""
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class Case:
     """One tensor of the base and what the adapters change in it."""
 
     context: TensorContext
+    inputs: Deltas
     weight: Tensor
     deltas: list[LowRank]
 
@@ -81,23 +78,15 @@ class Outcome:
 Kernel: TypeAlias = Callable[[Case, starmerge.Star], Outcome]
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Seconds that something took; CPU time is that of all threads and child processes."""
-
-    wall: float
-    cpu: float
-
-
 # ---------------------------------------------------------------------------- Part A: the kernel
 
 
 def in_factor_space(case: Case, star: starmerge.Star) -> Outcome:
     """Merge one tensor with starmerge."""
-    merged = star.merge(case.deltas, case.context)
+    merged = as_pipeline(star).prepare(lambda look: iter(())).merge(case.inputs, case.context)
     assert isinstance(merged.delta, LowRank)
     weight = fold(case.weight, merged.delta, case.weight.dtype).weight
-    return Outcome(merged.delta, weight, [done.rank if done else 0 for done in merged.truncations])
+    return Outcome(merged.delta, weight, [merged.truncations[t].rank for t in case.inputs.tasks])
 
 
 def densified(case: Case, star: starmerge.Star) -> Outcome:
@@ -112,7 +101,7 @@ def densified(case: Case, star: starmerge.Star) -> Outcome:
         values = S[:r] * (cumulative[-1] / cumulative[r - 1])
         mean += (U[:, :r] * values) @ Vh[:r]
         ranks.append(r)
-    mean /= case.context.tasks
+    mean /= len(case.context.tasks)
     return Outcome(mean, (case.weight.float() + mean).to(case.weight.dtype), ranks)
 
 
@@ -126,10 +115,18 @@ def load_cases(base_folder: Path, adapters: Sequence[Path], layers: int | None) 
         if layers is not None and layer_of(name) >= layers:
             continue
         weight = base.checkpoint.read(name)
-        found = [model.delta(name, weight) for model in models if name in model.tensors]
-        deltas = [delta for delta in found if isinstance(delta, LowRank)]
-        context = TensorContext(name, tuple(weight.shape), base.is_embedding(name), len(models))
-        cases.append(Case(context, weight, deltas))
+        found = {
+            t: model.delta(name, weight) for t, model in enumerate(models) if name in model.tensors
+        }
+        deltas = {t: delta for t, delta in found.items() if isinstance(delta, LowRank)}
+        context = TensorContext(
+            name,
+            tuple(weight.shape),
+            base.is_embedding(name),
+            tasks=tuple(model.name for model in models),
+            weights=(1.0,) * len(models),
+        )
+        cases.append(Case(context, Deltas.of(deltas), weight, list(deltas.values())))
     return cases
 
 
@@ -247,19 +244,6 @@ def peak_memory(command: Sequence[str], environment: dict[str, str]) -> int:
 # ------------------------------------------------------------------------- Measuring and printing
 
 
-def timed(run: Callable[[], T]) -> tuple[T, Cost]:
-    """Call a function; return its result and its cost."""
-    cpu, wall = cpu_seconds(), time.perf_counter()
-    result = run()
-    return result, Cost(time.perf_counter() - wall, cpu_seconds() - cpu)
-
-
-def cpu_seconds() -> float:
-    """Return the CPU time of this process and of its finished children, user and system."""
-    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
 def table(costs: dict[str, list[Cost]], *, reference: str) -> str:
     """Return a Markdown table of medians, and of each contestant's ratios to the reference."""
     lines = [
@@ -279,26 +263,13 @@ def table(costs: dict[str, list[Cost]], *, reference: str) -> str:
 
 def print_setting(base: Path, adapters: Sequence[Path], options: argparse.Namespace) -> None:
     """Print what the numbers depend on."""
+    print_machine()
     sizes = [sum(file.stat().st_size for file in path.iterdir()) for path in (base, *adapters)]
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    print(f"Machine: {cpu_model()}, {os.cpu_count()} cores; load before the run: {load}")
-    print(
-        f"Versions: Python {platform.python_version()}, torch {torch.__version__}, "
-        f"starmerge {starmerge.__version__}; {platform.system()} {platform.release()}"
-    )
     print(f"Threads: {options.threads}; repetitions: {options.repeat}, of which medians")
     print(
         f"Base: {base.name}, {sizes[0] / 1e6:.1f} MB; {len(adapters)} adapters, "
         f"{sum(sizes[1:]) / 1e6:.1f} MB: {', '.join(path.name for path in adapters)}"
     )
-
-
-def cpu_model() -> str:
-    """Return the name of the CPU."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def parse_options() -> argparse.Namespace:

@@ -52,3 +52,36 @@ def plot_scores(evaluation: Evaluation, path: Path, *, title: str) -> None:
     )
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def plot_methods(evaluation: Evaluation, path: Path, *, title: str) -> None:
+    """Draw the normalised averages of base and merges as dots with intervals, the best on top.
+
+    A line stands at the base's average, another at 1, that of the fine-tunes. Models without a
+    normalised average are left out.
+
+    Args:
+        evaluation: The scores.
+        path: Image file to write; its suffix gives the format.
+        title: Stands above the chart.
+    """
+    import matplotlib.pyplot as plt  # noqa: PLC0415  (slow to import)
+
+    averages = {model: evaluation.normalised(model) for model in (BASE, *evaluation.others)}
+    shown = sorted((a.value, model, a) for model, a in averages.items() if a is not None)
+    figure, axes = plt.subplots(figsize=(7, 0.26 * len(shown) + 1.4), layout="constrained")
+    for place, (value, model, average) in enumerate(shown):
+        colour = COLOURS[0] if model == BASE else COLOURS[1]
+        error = [[value - average.low], [average.high - value]]
+        axes.errorbar(value, place, xerr=error, fmt="o", markersize=5, linewidth=1.2, color=colour)
+        if model == BASE:
+            axes.axvline(value, color=colour, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+    axes.axvline(1, color=COLOURS[0], linewidth=0.8, zorder=0)
+    axes.set_yticks(range(len(shown)), [model for _, model, _ in shown])
+    axes.set_ylim(-0.7, len(shown) - 0.3)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("normalised average, 95 % interval (1: each task's own fine-tune)")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_title(title, loc="left")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,22 @@
+"""The manual, where it speaks of what the code has."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from starmerge.methods import METHODS, make_pipeline
+
+_PAGE = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+_ROWS = dict(re.findall(r"^\| `(\w+)` \| ([\w-]+) \|", _PAGE, flags=re.MULTILINE))
+_CHAINS = sorted(set(re.findall(r"\b\w+(?:\+\w+)+\b", _PAGE)))
+
+
+def test_the_page_on_methods_has_a_row_for_each_method_and_says_its_kind() -> None:
+    kinds = {name: method.kind for name, method in METHODS.items()}
+    assert kinds == _ROWS
+
+
+@pytest.mark.parametrize("chain", _CHAINS)
+def test_every_chain_on_the_page_on_methods_can_be_made(chain: str) -> None:
+    make_pipeline(chain)
