@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from starmerge.deltas import Delta, Dense, LowRank, matrix_shape, total
-from starmerge.methods.entrywise import panels
+from starmerge.methods.entrywise import panels, stacked
 from starmerge.methods.method import Deltas, TensorContext
 
 Along = Literal["tensor", "rows", "columns"]
@@ -111,4 +111,4 @@ def _summed(vectors: Sequence[Delta], coefficients: Callable[[Tensor], Tensor]) 
 def _panels(vectors: Sequence[Delta]) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of rows, and those rows of all vectors, (K, rows, n) float64."""
     for rows in panels(vectors[0].shape, len(vectors)):
-        yield rows, torch.stack([v.entries(rows) for v in vectors]).double()
+        yield rows, stacked(vectors, rows)

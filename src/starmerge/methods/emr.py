@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from starmerge.deltas import Delta
 from starmerge.errors import UsageError
-from starmerge.methods.entrywise import EntrywiseMerge, panels, task_sum
+from starmerge.methods.entrywise import EntrywiseMerge, absolute_sum, panels, task_sum
 from starmerge.methods.method import Deltas, TensorContext, method
 
 
@@ -123,8 +122,8 @@ def masks_of(deltas: Deltas, tau_uni: Tensor) -> Iterator[tuple[int, Masked]]:
             mine, unified = tau_t.entries(rows), tau_uni[rows].float()
             # By their signs: the product of two small entries is zero.
             M[rows] = (mine.sign() == unified.sign()) & (mine != 0)
-            norm += _absolute_sum(mine)
-            masked_norm += _absolute_sum(torch.where(M[rows], unified, 0.0))
+            norm += absolute_sum(mine)
+            masked_norm += absolute_sum(torch.where(M[rows], unified, 0.0))
         yield t, Masked(M, norm, masked_norm)
 
 
@@ -148,8 +147,3 @@ class Rescalers:
         """Return λ_t for all tasks; 0 for a task that agrees with τ_uni nowhere."""
         pairs = zip(self._norms, self._masked_norms, strict=True)
         return [norm / masked_norm if masked_norm else 0.0 for norm, masked_norm in pairs]
-
-
-def _absolute_sum(entries: Tensor) -> float:
-    # NumPy adds in an order that no number of threads changes.
-    return float(np.abs(entries.numpy()).sum(dtype=np.float64))

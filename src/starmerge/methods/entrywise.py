@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import reduce
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +35,7 @@ class EntrywiseMerge(Merge):
         first = next(iter(held.values()))
         merged = torch.empty(first.shape)
         for rows in panels(first.shape, len(held)):
-            tau = torch.stack([delta.entries(rows) for delta in held.values()]).double()
+            tau = stacked(held.values(), rows)
             merged[rows] = self.merge_entries(tau, tuple(held), tensor, local).float()
         return Dense(merged)
 
@@ -63,6 +64,16 @@ class EntrywiseMerge(Merge):
         Returns:
             The merged entries, (rows, n) float64.
         """
+
+
+def stacked(deltas: Iterable[Delta], rows: slice) -> Tensor:
+    """Return some rows of several deltas, (T', rows, n) float64."""
+    return torch.stack([delta.entries(rows) for delta in deltas]).double()
+
+
+def absolute_sum(entries: Tensor) -> float:
+    """Return Σ|x|, in float64; NumPy adds in an order that no number of threads changes."""
+    return float(np.abs(entries.numpy()).sum(dtype=np.float64))
 
 
 def task_sum(tau: Tensor) -> Tensor:

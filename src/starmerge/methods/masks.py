@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from starmerge.methods.entrywise import absolute_sum
 from starmerge.selection import kth_largest
 
 _SMALLEST = 1e-7
@@ -56,11 +56,6 @@ def chances_by_rank(rows: Tensor, density: float, epsilon: float) -> Tensor:
 
 def l1_factor(entries: Tensor, mask: Tensor) -> float:
     """Return Σ|x| / Σ|x ⊙ mask|, which makes what stays as large as all was; 1 below 1e-7."""
-    whole = _absolute_sum(entries)
-    left = _absolute_sum(torch.where(mask, entries, 0.0))
+    whole = absolute_sum(entries)
+    left = absolute_sum(torch.where(mask, entries, 0.0))
     return 1.0 if min(whole, left) < _SMALLEST else whole / left
-
-
-def _absolute_sum(entries: Tensor) -> float:
-    # NumPy adds in an order that no number of threads changes.
-    return float(np.abs(entries.numpy()).sum(dtype=np.float64))

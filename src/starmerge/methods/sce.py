@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from starmerge.deltas import Delta, Dense
-from starmerge.methods.entrywise import panels, task_sum
+from starmerge.methods.entrywise import panels, stacked, task_sum
 from starmerge.methods.masks import largest
 from starmerge.methods.method import Deltas, Merge, TensorContext, method, refuse_weights
 
@@ -55,7 +55,7 @@ class Sce(Merge):
         shape = mask.shape[0], mask.shape[1]
 
         def selected(rows: slice) -> Tensor:
-            return torch.where(mask[rows], _stacked(held, rows), 0.0)
+            return torch.where(mask[rows], stacked(held, rows), 0.0)
 
         energies = torch.zeros(len(held), dtype=torch.float64)
         for rows in panels(shape, len(held)):
@@ -73,7 +73,7 @@ class Sce(Merge):
             return torch.ones(shape, dtype=torch.bool)
         variance = torch.empty(shape)
         for rows in panels(shape, len(deltas)):
-            tau = _stacked(deltas, rows)
+            tau = stacked(deltas, rows)
             mean = task_sum(tau) / count
             # The other tasks leave the tensor alone: their entries are zero.
             absent = (count - len(deltas)) * mean.square()
@@ -94,7 +94,3 @@ def _agreeing_mean(tau: Tensor, omega: Tensor) -> Tensor:
     gamma = torch.where(task_sum(tau) >= 0, 1.0, -1.0)
     shares = omega[:, None, None] * (tau.sign() == gamma)
     return task_sum(shares * tau) / task_sum(shares).clamp(min=_LEAST_MASS)
-
-
-def _stacked(deltas: list[Delta], rows: slice) -> Tensor:
-    return torch.stack([delta.entries(rows) for delta in deltas]).double()

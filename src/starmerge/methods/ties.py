@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from starmerge.deltas import Delta
-from starmerge.methods.entrywise import EntrywiseMerge, panels, task_sum
+from starmerge.methods.entrywise import EntrywiseMerge, panels, stacked, task_sum
 from starmerge.methods.method import Deltas, TensorContext, Walk, method
 from starmerge.methods.trim import Percent, Scope, global_thresholds, thresholds
 
@@ -63,7 +63,7 @@ class Ties(EntrywiseMerge):
             held = dict(deltas.items())
             floors = thresholds(held, self.k, found.thresholds)
             return sum(
-                float(task_sum(_trimmed(_stacked(held, rows), floors)).sign().sum())
+                float(task_sum(_trimmed(stacked(held.values(), rows), floors)).sign().sum())
                 for rows in panels(next(iter(held.values())).shape, len(held))
             )
 
@@ -102,10 +102,6 @@ def elected_mean(tau: Tensor, weights: Sequence[float], majority: float) -> Tens
     w = torch.tensor(weights, dtype=tau.dtype).abs().view(-1, *[1] * (tau.ndim - 1))
     mass = task_sum(agrees * w)
     return task_sum(torch.where(agrees, tau, 0.0)) / torch.where(mass == 0, 1.0, mass)
-
-
-def _stacked(deltas: dict[int, Delta], rows: slice) -> Tensor:
-    return torch.stack([delta.entries(rows) for delta in deltas.values()]).double()
 
 
 def _trimmed(tau: Tensor, floors: Tensor) -> Tensor:
