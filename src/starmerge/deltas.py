@@ -145,8 +145,8 @@ class Dense:
 
     Args:
         tensor: Any shape, any floating dtype.
-        stored: The dtype that the fine-tune was stored in, if the delta is as it came from there:
-            what tells how much of it is rounding. None for what was computed.
+        stored: The dtype that the fine-tune was rounded to, if the delta is as it came from its
+            file: what tells how much of it is rounding. None for what was computed.
     """
 
     tensor: Tensor

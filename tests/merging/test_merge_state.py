@@ -134,3 +134,15 @@ def test_a_merged_delta_folds_into_the_base(kind):
 def test_the_public_names():
     assert starmerge.merge_state is merge_state
     assert {"Average", "Dense", "LowRank", "Star", "TaskArithmetic"} <= set(dir(starmerge))
+
+
+@pytest.mark.parametrize("method", ["average", "ties", "star", "iso_c", "dare"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused_whatever_the_method(value, method):
+    broken = torch.ones(4, 5)
+    broken[2, 3] = value
+    cases = [Dense(broken), LowRank(torch.ones(4, 1), torch.full((1, 5), value))]
+    cases.append(LowRank(torch.ones(4, 1), torch.ones(1, 5), value))
+    for case in cases:
+        with pytest.raises(ValueError, match="Model 1: the delta of x has a NaN or an infinity"):
+            merge_state([{"x": samples.dense(4, 5)}, {"x": case}], method)

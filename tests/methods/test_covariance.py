@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from starmerge.errors import UsageError
 from starmerge.methods import Covariance, make_method
+from starmerge.methods.covariance import mean_cosine, overlapping_side
 from tests.oracles import covariance, samples, spectral
 
 WEIGHTS = [1.0, 0.5, 2.0, 4.0]
@@ -173,3 +175,26 @@ def test_negative_weights_are_refused():
 def test_parameters_out_of_range_are_refused(parameters):
     with pytest.raises(UsageError, match=next(iter(parameters))):
         make_method("covariance", parameters)
+
+
+@pytest.mark.parametrize(("m", "n"), [(12, 5), (5, 12), (8, 8)])
+def test_the_mean_cosine_is_that_of_all_pairs(m, n):
+    unit = [samples.normal(m, n, seed=seed, dtype=torch.float64) for seed in range(5)]
+    unit = [tau / torch.linalg.vector_norm(tau) for tau in unit]
+    C = [(tau.T @ tau).numpy() for tau in unit]
+    cosines = [
+        np.sum(C[s] * C[t]) / (np.linalg.norm(C[s]) * np.linalg.norm(C[t]))
+        for s in range(5)
+        for t in range(s)
+    ]
+    assert mean_cosine(unit) == pytest.approx(np.mean(cosines), rel=1e-12)
+    assert mean_cosine(unit[:1]) == 0.0
+
+
+def test_the_order_of_tasks_without_overlap_does_not_choose_the_side():
+    for seed in range(12):
+        U, V = samples.orthogonal(12, seed=seed), samples.orthogonal(10, seed=seed + 50)
+        tau = [
+            torch.from_numpy(U[:, 3 * t : 3 * t + 3] @ V[:, 3 * t : 3 * t + 3].T) for t in range(3)
+        ]
+        assert overlapping_side(tau) == overlapping_side(tau[::-1]) == "input"

@@ -102,3 +102,15 @@ def test_what_it_is_not_defined_for_is_refused():
         merge_one(Karcher(), deltas, weights=[1.0, 2.0, 1.0, 1.0], base=weights.base(9, 7))
     with pytest.raises(UsageError, match="karcher needs the base"):
         merge_state([{"w": deltas[0]}], "karcher")
+
+
+@pytest.mark.parametrize("size", [1.0, 1e4])
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("rest", [0.0, 3.05e-8])
+def test_a_model_of_nothing_but_rounding_has_no_direction(rest, seed, size):
+    base = size * samples.normal(64, 64, seed=seed)
+    delta = samples.dense(64, 64, seed=50 + seed).scaled(size)
+    tiny = weights.all_but_undone(base, rest, seed=seed)
+    found = weights.merged(Karcher(with_base=True), [tiny, delta], base)
+    want = expected([Dense(-base), delta], base, with_base=True)
+    weights.assert_update(found, want, [tiny, delta], base)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from starmerge.deltas import Dense, LowRank
 from starmerge.errors import UsageError
@@ -196,3 +197,40 @@ def test_a_task_of_zeros_does_not_vote():
 def test_parameters_out_of_range_are_refused(parameters):
     with pytest.raises(UsageError, match=next(iter(parameters))):
         make_method("knots", parameters)
+
+
+@pytest.mark.parametrize("on", ["v", "sv"])
+@pytest.mark.parametrize("k", [100.0, 50.0, 30.0])
+def test_rounding_of_matrices_does_not_vote(k, on):
+    factored = spectral.orthogonal_tasks()
+    whole = spectral.as_dense(factored, torch.float32)
+    expected, found = (spectral.merged(Knots(k=k, on=on), given) for given in (factored, whole))
+    # By Weyl σ moves by no more than ‖E‖, by Wedin u and v by √2 ‖E‖ / gap each; the gap is 1.
+    sigma = np.arange(1, 7)
+    moved = bounds.U32 * np.linalg.norm(sigma) * np.sum(1 + 2 * np.sqrt(2) * sigma)
+    assert np.linalg.norm(found - expected) <= moved + rounding(
+        spectral.merge(Knots(k=k, on=on), whole), whole
+    )
+
+
+class Decomposed(TorchFunctionMode):
+    """Notes the shapes of the matrices that SVDs are taken of."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.linalg.svd:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_svd_is_as_long_as_all_tasks_side_by_side():
+    deltas = samples.task_deltas("dense", 12, 40)
+    with Decomposed() as decomposed:
+        spectral.merge(Knots(scope="local"), deltas)
+    assert decomposed.shapes == [(12, 12)]
+    with Decomposed() as decomposed:
+        spectral.merge(Knots(scope="local"), samples.task_deltas("dense", 40, 9)[:4])
+    assert decomposed.shapes == [(40, 36)]

@@ -107,3 +107,13 @@ def test_what_it_is_not_defined_for_is_refused():
         merge_one(ModelStock(), deltas[:1])
     with pytest.raises(UsageError, match="model_stock: 0 has the weight 0.5"):
         merge_one(ModelStock(), deltas, weights=[0.5, 1.0])
+
+
+@pytest.mark.parametrize("floor", [0.0, 1e-6])
+@pytest.mark.parametrize("seed", range(8))
+def test_factors_that_cancel_are_unrelated(seed, floor):
+    others = [samples.low_rank(32, 24, 2, seed=seed)] * 2
+    cancelling = weights.cancelling(32, 24, seed=seed)
+    found = weights.merged(ModelStock(floor=floor), [cancelling, *others])
+    want = model_stock.model_stock([np.zeros((32, 24)), *map(samples.exact, others)], floor=floor)
+    np.testing.assert_allclose(found, want, rtol=0, atol=1e-5)

@@ -120,3 +120,22 @@ def test_only_weights_need_the_base():
     assert merge_state(models, NuSlerp()).keys() == {"w"}
     with pytest.raises(UsageError, match="nuslerp needs the base"):
         merge_state(models, NuSlerp(of="weights"))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("along", ALONG)
+@pytest.mark.parametrize("rest", [0.0, 3.05e-8])
+def test_weights_of_nothing_but_rounding_have_no_direction(rest, along, seed):
+    base, delta = samples.normal(64, 64, seed=seed), samples.dense(64, 64, seed=50 + seed)
+    tiny = weights.all_but_undone(base, rest, seed=seed)
+    found = weights.merged(NuSlerp(of="weights", along=along), [tiny, delta], base, weights=W)
+    start = weights.exact(base)
+    want = slerp.nuslerp(0 * start, samples.exact(delta) + start, W, along) - start
+    weights.assert_update(found, want, [tiny, delta], base)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_factors_that_cancel_count_as_orthogonal(seed):
+    other = samples.low_rank(32, 24, 2, seed=seed)
+    found = weights.merged(NuSlerp(), [weights.cancelling(32, 24, seed=seed), other])
+    np.testing.assert_allclose(found, np.sin(np.pi / 4) * samples.exact(other), rtol=0, atol=1e-5)

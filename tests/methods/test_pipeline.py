@@ -2,13 +2,20 @@
 
 import numpy as np
 import pytest
+import torch
 
-from starmerge import Average, Star, TaskArithmetic, merge_state
+from starmerge import Average, LowRank, Star, TaskArithmetic, merge_state
 from starmerge.errors import UsageError
 from starmerge.methods import (
     Dare,
+    Karcher,
+    Linear,
+    Mergekit,
+    NuSlerp,
+    OwnResponse,
     Pipeline,
     Scale,
+    Slerp,
     Svc,
     Ties,
     Trim,
@@ -164,8 +171,12 @@ def test_the_weight_of_a_model_that_leaves_the_tensor_alone_counts():
 
 def test_weights_that_sum_to_zero_are_refused_where_they_divide():
     deltas = samples.task_deltas("dense")[:2]
+    for weights in ((1, -1), (1, -1 + 1e-10)):
+        with pytest.raises(UsageError, match="weights sum to zero, and average divides"):
+            merge_one(Average(), deltas, weights=weights)
     with pytest.raises(UsageError, match="weights sum to zero, and average divides"):
-        merge_one(Average(), deltas, weights=(1, -1))
+        merge_one(Average(), samples.task_deltas("dense")[:3], weights=(0.1, 0.2, -0.3))
+    merge_one(Average(), deltas, weights=(1, -1 + 1e-8))
     found = merge_one(TaskArithmetic(alpha=1), deltas, weights=(1, -1)).delta
     assert_close(found, samples.exact(deltas[0]) - samples.exact(deltas[1]), deltas)
 
@@ -177,3 +188,43 @@ def test_merge_state_takes_weights():
     assert_close(found, 0.4 * (2 * samples.exact(deltas[0]) + 3 * samples.exact(deltas[1])), deltas)
     with pytest.raises(UsageError, match="3 weights for 2 models"):
         merge_state(states, weights=[1, 2, 3])
+
+
+@pytest.mark.parametrize("step", [Scale(), Svc(), OwnResponse()])
+@pytest.mark.parametrize(
+    "merge", [Slerp(), Karcher(), Linear(normalize=False), NuSlerp(of="weights"), Mergekit()]
+)
+def test_no_post_step_follows_a_merge_of_weights(merge, step):
+    with pytest.raises(UsageError, match=f"{merge.name} works on the weights.*Leave {step.name}"):
+        Pipeline.of([merge, step])
+
+
+@pytest.mark.parametrize("merge", [Linear(base_weight=2.0), NuSlerp(), Average()])
+def test_post_steps_follow_merges_of_task_vectors(merge):
+    steps = (Svc(), OwnResponse(), Scale())
+    assert Pipeline.of([merge, *steps]).post_steps == steps
+
+
+@pytest.mark.parametrize(
+    "name", ["iso_c+scale+own_response", "scale+svc+own_response", "scale+own_response+svc"]
+)
+def test_scale_before_own_response_is_refused(name):
+    with pytest.raises(UsageError, match=r"own_response: .* scale before it .*Leave scale out"):
+        make_pipeline(name)
+    make_pipeline("own_response+scale")
+
+
+@pytest.mark.parametrize("merge", ["iso_c", "iso_cts", "tsv_m", "ace"])
+@pytest.mark.parametrize("shared", ["A", "B"])
+def test_star_leaves_factors_shared_that_were_shared(merge, shared):
+    deltas = []
+    for seed in range(4):
+        delta = samples.low_rank(40, 30, 4, seed=seed, dtype=torch.bfloat16)
+        first = samples.low_rank(40, 30, 4, seed=0, dtype=torch.bfloat16)
+        B, A = (first.B, delta.A) if shared == "B" else (delta.B, first.A)
+        deltas.append(LowRank(B, A, 0.5))
+    alone = merge_one(merge, deltas).delta
+    chain = make_pipeline(f"star+{merge}", {"eta": 100, "rescale": False})
+    after = merge_one(chain, deltas).delta
+    difference = oracle.frobenius(samples.values(after) - samples.values(alone))
+    assert difference <= 1e-6 * oracle.frobenius(samples.values(alone))

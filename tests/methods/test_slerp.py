@@ -114,3 +114,13 @@ def test_what_it_is_not_defined_for_is_refused():
     for t in (-0.1, 1.1, float("nan")):
         with pytest.raises(UsageError, match="'slerp': t: "):
             make_method("slerp", {"t": t})
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("rest", [0.0, 3.05e-8])
+def test_a_model_of_nothing_but_rounding_has_no_direction(rest, seed):
+    base = samples.normal(64, 64, seed=seed)
+    tiny = weights.all_but_undone(base, rest, seed=seed)
+    found = weights.merged(Slerp(t=0.3), [tiny], base)
+    start = weights.exact(base)
+    weights.assert_update(found, slerp.slerp(start, 0 * start, 0.3) - start, [tiny], base)

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from starmerge.deltas import Dense
+from starmerge.deltas import Dense, LowRank
 from tests.merge_one import merge_one
 from tests.oracles import bounds, samples
 
@@ -21,6 +21,19 @@ def deltas(kind, size, count=4, *, dtype=torch.float32, shape=(9, 7)):
     """The first of the four deltas of a kind, times a size."""
     made = samples.task_deltas(kind, *shape, dtype=dtype)[:count]
     return [delta.scaled(size) for delta in made]
+
+
+def all_but_undone(weight, rest, *, seed):
+    """A delta that leaves of half of a weight's entries a share, and nothing of the others."""
+    some = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    return Dense(torch.where(some, rest * weight, 0.0) - weight)
+
+
+def cancelling(m, n, *, seed):
+    """A low-rank delta in float64 whose terms cancel but for rounding."""
+    B = samples.normal(m, 2, seed=300 + seed, dtype=torch.float64)
+    a = samples.normal(1, n, seed=400 + seed, dtype=torch.float64)
+    return LowRank(torch.cat([B, B[:, :1] + B[:, 1:]], 1), torch.cat([a, a, -a]))
 
 
 def exact(weight):

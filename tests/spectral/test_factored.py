@@ -170,7 +170,7 @@ def test_compose_takes_new_values_for_the_first_triplets(r):
     values = torch.tensor([7.0, 5.0, 3.0, 2.0], dtype=torch.float64)[:r]
     composed = found.compose(values)
     assert composed.rank == r
-    assert composed.B.dtype == composed.A.dtype == torch.float32
+    assert composed.B.dtype == composed.A.dtype == torch.float64
     expected = (found.U[:, :r].numpy() * values.numpy()) @ found.V[:, :r].numpy().T
     bound = bounds.gamma(r + 3, bounds.U32) * (
         np.abs(found.U[:, :r].numpy()) * values.numpy() @ np.abs(found.V[:, :r].numpy().T)

@@ -96,7 +96,7 @@ def assert_is_truncation(delta, *, eta=40.0, rank=None):
     error, nuclear, k = bounds.spectrum(delta), float(np.sum(sigma)), len(sigma)
     assert isinstance(kept, LowRank)
     assert kept.rank == r
-    assert kept.B.dtype == kept.A.dtype == torch.float32
+    assert kept.B.dtype == kept.A.dtype == torch.float64
     assert torch.isfinite(kept.to_dense()).all()
     if bounds.is_rounding(delta, sigma):
         assert oracle.frobenius(samples.values(kept)) <= bounds.truncation(delta, sigma, r)

@@ -61,8 +61,19 @@ def difference(tuned: Tensor, base: Tensor) -> Dense:
     if stored != base.dtype and torch.equal(tuned, base.to(stored)):
         # Nothing was changed but the dtype.
         return Dense(torch.zeros_like(tuned, dtype=dtype), stored)
+    stored = _grid(tuned)
     # In place, so that one wide copy of the fine-tune is all there is.
     return Dense(tuned.to(dtype).sub_(base), stored)
+
+
+def _grid(tuned: Tensor) -> torch.dtype:
+    """Return the narrowest dtype that holds all values: files are often wider than the training."""
+    for narrow in (torch.bfloat16, torch.float16, torch.float32):
+        if torch.finfo(narrow).eps > torch.finfo(tuned.dtype).eps and torch.equal(
+            tuned, tuned.to(narrow).to(tuned.dtype)
+        ):
+            return narrow
+    return tuned.dtype
 
 
 def open_finetuned(name: str, source: Source, base: Base) -> FinetunedModel:

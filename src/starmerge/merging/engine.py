@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.card import write_card
 from starmerge.checkpoints.models import FineTune
 from starmerge.checkpoints.writer import REPORT, ShardWriter, output_folder, write_json
-from starmerge.deltas import Delta, Dense, LowRank
+from starmerge.deltas import Delta, Dense
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.fold import fold
 from starmerge.merging.plan import Plan, PlannedTensor, make_plan
@@ -163,6 +164,10 @@ def merge_state(
     names = list(dict.fromkeys(name for model in deltas for name in model))
     if not names:
         return {}
+    for number, model in enumerate(deltas):
+        for name, delta in model.items():
+            if not _is_finite(delta):
+                raise ValueError(f"Model {number}: the delta of {name} has a NaN or an infinity.")
     tasks = tuple(str(number) for number in range(len(deltas)))
     factors = _weights(weights, len(deltas))
     pipeline.check(tasks, factors, names)
@@ -170,6 +175,11 @@ def merge_state(
     def inputs(name: str) -> tuple[Deltas, TensorContext]:
         members = {t: model[name] for t, model in enumerate(deltas) if name in model}
         first = next(iter(members.values()))
+        if len({delta.shape for delta in members.values()}) > 1:
+            raise ValueError(
+                f"The deltas of {name} have different shapes: "
+                f"{sorted({delta.shape for delta in members.values()})}."
+            )
         shape = tuple(first.tensor.shape) if isinstance(first, Dense) else first.shape
         context = TensorContext(name, shape, is_embedding=False, tasks=tasks, weights=factors)
         return Deltas.of(members), context
@@ -263,8 +273,10 @@ def _finite(weight: Tensor, base: Tensor, tensor: PlannedTensor) -> Tensor:
 
 
 def _is_finite(delta: Delta) -> bool:
-    parts = (delta.B, delta.A) if isinstance(delta, LowRank) else (delta.tensor,)
-    return all(bool(torch.isfinite(part).all()) for part in parts)
+    if isinstance(delta, Dense):
+        return bool(torch.isfinite(delta.tensor).all())
+    factors = all(bool(torch.isfinite(factor).all()) for factor in (delta.B, delta.A))
+    return factors and math.isfinite(delta.scale)
 
 
 def _write_side_files(plan: Plan, folder: Path, report: MergeReport) -> None:

@@ -16,8 +16,10 @@ from starmerge.checkpoints.models import FineTune, open_model
 from starmerge.checkpoints.source import Source, resolve
 from starmerge.checkpoints.tensors import MERGEABLE, TensorInfo
 from starmerge.checkpoints.writer import OutputTensor, check_output, check_space
+from starmerge.deltas import matrix_shape
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.fold import PANEL_ROWS
+from starmerge.methods.entrywise import PANEL_ENTRIES
 from starmerge.methods.method import TensorContext
 from starmerge.methods.pipeline import Pipeline
 from starmerge.recipe import Recipe
@@ -71,21 +73,38 @@ class PlannedTensor:
             for model in self.models.values()
             if self._is_low_rank(model)
         )
-        dense = 0
-        if any(step.makes_dense for step in pipeline.transforms):
-            count = len(self.models)
-        else:
-            count = sum(not self._is_low_rank(model) for model in self.models.values())
-        if count or pipeline.merge.makes_dense:
-            # The fine-tune's tensor, its float32 delta, the float32 sum; an SVD in float64.
-            dense = size * (4 + 4 + 4)
-            if pipeline.holds_all:
-                dense += 8 * size * count
-            if pipeline.decomposes and len(self.source.shape) > 1:
-                dense += 5 * 8 * size
-        # The unified vector before it is rounded, and one task's mask.
-        unified = 0 if pipeline.merge.is_static else size * (4 + 1)
-        return self.source.nbytes + output + panel + 12 * factors + dense + unified
+        return (
+            self.source.nbytes
+            + output
+            + panel
+            + 12 * factors
+            + self._working_memory(pipeline)
+            # The unified vector before it is rounded, and one task's mask.
+            + (0 if pipeline.merge.is_static else size * (4 + 1))
+        )
+
+    def _working_memory(self, pipeline: Pipeline) -> int:
+        """Estimate what matrices and bases the methods make of the task vectors."""
+        size, count = self.source.size, len(self.models)
+        ranks = [model.rank(self.source.name) for model in self.models.values()]
+        total_rank = sum(rank for rank in ranks if rank is not None)
+        m, n = matrix_shape(self.source.shape)
+        spectral = pipeline.holds_all and pipeline.decomposes and min(m, n) > 1
+        has_dense = None in ranks or any(step.makes_dense for step in pipeline.transforms)
+        if spectral and not has_dense and total_rank < min(m, n):
+            # Bases of all columns and rows, the task vectors in them, and as much to work with.
+            return 8 * (3 * count * total_rank**2 + 2 * total_rank * (m + n))
+        if not (spectral or has_dense or pipeline.merge.makes_dense):
+            return 0
+        # The fine-tune's tensor, its float32 delta, the float32 sum; panels; float64 matrices.
+        dense = size * (4 + 4 + 4) + 4 * 8 * min(PANEL_ENTRIES, count * size)
+        if pipeline.holds_all and has_dense:
+            dense += 8 * size * count
+        if spectral:
+            dense += 8 * size * (count + 5)
+        elif pipeline.decomposes and min(m, n) > 1:
+            dense += 8 * size * 5
+        return dense
 
     def _is_low_rank(self, model: FineTune) -> bool:
         return model.rank(self.source.name) is not None

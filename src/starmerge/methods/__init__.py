@@ -7,6 +7,7 @@ from starmerge.methods.cart import Cart
 from starmerge.methods.covariance import Covariance
 from starmerge.methods.dare import Dare
 from starmerge.methods.della import Della
+from starmerge.methods.denoise import Denoise
 from starmerge.methods.emr import Emr
 from starmerge.methods.iso import IsoC, IsoCts
 from starmerge.methods.karcher import Karcher
@@ -49,6 +50,7 @@ __all__ = [
     "Dare",
     "Della",
     "Deltas",
+    "Denoise",
     "Emr",
     "IsoC",
     "IsoCts",

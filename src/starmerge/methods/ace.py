@@ -46,8 +46,6 @@ class Ace(SpectralMerge):
 
     def space(self, deltas: Sequence[Delta]) -> CoreSpace:
         """Return a space that holds the vectors of ones too; the means are taken along them."""
-        if not all(isinstance(delta, LowRank) for delta in deltas):
-            return core_space(deltas)
         m, n = deltas[0].shape
         space = core_space([*deltas, LowRank(torch.ones(m, 1), torch.ones(1, n))])
         return replace(space, matrices=space.matrices[:-1])

@@ -16,6 +16,9 @@ from starmerge.deltas import Delta, Dense, LowRank, matrix_shape, total
 from starmerge.methods.entrywise import panels, stacked
 from starmerge.methods.method import Deltas, TensorContext
 
+_VANISHED = 1e-14
+"""A square of a norm that is at most this share of its terms is rounding."""
+
 Along = Literal["tensor", "rows", "columns"]
 """What counts as one vector: the tensor, each row (last axis), each column (first axis)."""
 
@@ -90,10 +93,25 @@ def every_task(deltas: Deltas, tensor: TensorContext) -> list[Delta]:
 
 
 def weights_gram(products: Tensor) -> Tensor:
-    """Turn the Gram matrix of W_0, τ_1, …, τ_T into that of W_0, W_1, …, W_T, (..., T+1, T+1)."""
+    """Turn the Gram matrix of W_0, τ_1, …, τ_T into that of W_0, W_1, …, W_T, (..., T+1, T+1).
+
+    Where τ_t is −W_0 but for rounding, W_t counts as zero: ‖W_t‖² ≤ 1e-14 (‖W_0‖² + ‖τ_t‖²) may be
+    negative, and its angles are any.
+    """
     M = torch.eye(products.shape[-1], dtype=torch.float64)
     M[1:, 0] = 1
-    return M @ products @ M.T
+    G = M @ products @ M.T
+    terms = products.diagonal(dim1=-2, dim2=-1)
+    vanished = G.diagonal(dim1=-2, dim2=-1) <= _VANISHED * (terms[..., :1] + terms)
+    return torch.where(vanished[..., :, None] | vanished[..., None, :], 0.0, G)
+
+
+def lengths(G: Tensor) -> Tensor:
+    """Return the norms (..., K) that Gram matrices (..., K, K) tell; 0 for a negative square.
+
+    Factors whose terms cancel leave rounding, which may be negative.
+    """
+    return G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
 
 
 def update(c: Tensor) -> Tensor:

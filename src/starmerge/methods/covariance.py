@@ -59,10 +59,13 @@ class Covariance(SpectralMerge):
 
     def _solve(self, tau: list[Tensor], weights: list[float], n: int) -> Tensor:
         """Return M for the input side; tau carry their weights, n is the true width."""
-        unit = [tau_t / torch.linalg.vector_norm(tau_t) for tau_t in tau]
-        C = [tau_t.T @ tau_t for tau_t in unit]
-        G = torch.stack([w * C_t for w, C_t in zip(weights, C, strict=True)]).sum(0)
-        right = torch.stack([tau_t @ C_t for tau_t, C_t in zip(tau, C, strict=True)]).sum(0)
+        size = tau[0].shape[1]
+        G, right = torch.zeros(size, size, dtype=torch.float64), torch.zeros_like(tau[0])
+        for w, tau_t in zip(weights, tau, strict=True):
+            unit = tau_t / torch.linalg.vector_norm(tau_t)
+            C_t = unit.T @ unit
+            G.add_(C_t, alpha=w)
+            right.addmm_(tau_t, C_t)
         values, Q = torch.linalg.eigh(G)
         ridge = self.ridge * float(G.trace()) / n
         # What no task has stays without, also when there is no ridge.
@@ -72,17 +75,35 @@ class Covariance(SpectralMerge):
 
 
 def overlapping_side(tau: list[Tensor]) -> Literal["input", "output"]:
-    """Return the side on which the tasks overlap more; see :class:`Covariance`."""
+    """Return the side on which the tasks overlap more; see :class:`Covariance`.
+
+    Overlaps that differ by rounding alone are equal, and then it is the input side.
+    """
     unit = [tau_t / torch.linalg.vector_norm(tau_t) for tau_t in tau]
-    overlaps = []
-    for sides in (unit, [tau_t.T for tau_t in unit]):
-        # ⟨C_s, C_t⟩ = ‖τ_s τ_tᵀ‖² for unit task vectors
-        inner = {
-            (s, t): float((sides[s] @ sides[t].T).square().sum())
-            for s in range(len(tau))
-            for t in range(s, len(tau))
-        }
-        pairs = list(combinations(range(len(tau)), 2))
-        cosines = [inner[s, t] / (inner[s, s] * inner[t, t]) ** 0.5 for s, t in pairs]
-        overlaps.append(sum(cosines) / max(1, len(pairs)))
-    return "input" if overlaps[0] >= overlaps[1] else "output"
+    of_inputs, of_outputs = mean_cosine(unit), mean_cosine([tau_t.T for tau_t in unit])
+    return "input" if of_inputs >= of_outputs - 1e-9 else "output"
+
+
+def mean_cosine(unit: list[Tensor]) -> float:
+    """Return the mean cosine ⟨C_s, C_t⟩/(‖C_s‖ ‖C_t‖) over pairs, for C_t = τ_tᵀτ_t.
+
+    Args:
+        unit: (m, n) float64 each, τ_t of norm 1.
+    """
+    T, (m, n) = len(unit), unit[0].shape
+    if T < 2:
+        return 0.0
+    if n <= m:
+        # ‖Σ Ĉ_t‖² = T + Σ_{s≠t} ⟨Ĉ_s, Ĉ_t⟩ for Ĉ_t = C_t/‖C_t‖.
+        summed = torch.zeros(n, n, dtype=torch.float64)
+        for tau_t in unit:
+            C_t = tau_t.T @ tau_t
+            summed += C_t / torch.linalg.vector_norm(C_t)
+        return (float(summed.square().sum()) - T) / (T * (T - 1))
+    # ⟨C_s, C_t⟩ = ‖τ_s τ_tᵀ‖², of smaller matrices.
+    size = [float(torch.linalg.vector_norm(tau_t @ tau_t.T)) for tau_t in unit]
+    cosines = [
+        float((unit[s] @ unit[t].T).square().sum()) / (size[s] * size[t])
+        for s, t in combinations(range(T), 2)
+    ]
+    return sum(cosines) / len(cosines)

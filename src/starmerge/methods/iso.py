@@ -78,5 +78,8 @@ class IsoCts(SpectralMerge):
 
 
 def sum_of(tau: list[Tensor]) -> Tensor:
-    """Return Σ_t τ_t."""
-    return torch.stack(tau).sum(0)
+    """Return Σ_t τ_t, adding in place."""
+    summed = tau[0].clone()
+    for tau_t in tau[1:]:
+        summed += tau_t
+    return summed

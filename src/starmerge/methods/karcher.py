@@ -11,7 +11,14 @@ from pydantic import Field
 from torch import Tensor
 
 from starmerge.deltas import Delta
-from starmerge.methods.combination import base_weight, combine, every_task, update, weights_gram
+from starmerge.methods.combination import (
+    base_weight,
+    combine,
+    every_task,
+    lengths,
+    update,
+    weights_gram,
+)
 from starmerge.methods.method import Deltas, Merge, TensorContext, method, refuse_weights
 
 
@@ -60,7 +67,7 @@ class Karcher(Merge):
 
     def _mean(self, G: Tensor) -> Tensor:
         """Return the coefficients (K,) of the weights in their mean, given their Gram matrix."""
-        norms = G.diagonal().sqrt()
+        norms = lengths(G)
         valid = norms > self.tol
         if not valid.any():
             return torch.zeros_like(norms)

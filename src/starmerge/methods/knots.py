@@ -15,7 +15,6 @@ from starmerge.methods.spectral_merge import is_averaged
 from starmerge.methods.ties import elected_mean
 from starmerge.methods.trim import Percent, Scope, global_thresholds, local_threshold
 from starmerge.spectral import core_space, svd_matrix
-from starmerge.spectral.core_space import FLOAT64_NOISE
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,12 +95,17 @@ class Knots(Merge):
 
     def _align(self, deltas: dict[int, Delta]) -> _Aligned:
         space = core_space(list(deltas.values()))
-        joint = svd_matrix(torch.cat(space.matrices, dim=1), space.floor)
+        X = torch.cat(space.matrices, dim=1)
+        if X.shape[1] > X.shape[0]:
+            # X = Rᵀ Qᵀ has the U and Σ of Rᵀ; Σ⁻¹ Uᵀ X is V.
+            X = torch.linalg.qr(X.T, mode="r").R.T
+        joint = svd_matrix(X, space.floor)
         V = {}
         for t, C in zip(deltas, space.matrices, strict=True):
-            # V_t is Σ⁻¹ Uᵀ τ_t. Rounding in the rows that τ_t does not have would vote on signs.
+            # V_t is Σ⁻¹ Uᵀ τ_t. Rounding in the rows that τ_t does not have would vote on signs: of
+            # the arithmetic, or of the entries of a dense τ_t.
             rows = joint.U.T @ C
-            none = torch.linalg.vector_norm(rows, dim=1) <= FLOAT64_NOISE * torch.linalg.norm(C)
+            none = torch.linalg.vector_norm(rows, dim=1) <= space.noise * torch.linalg.norm(C)
             V_t = torch.where(none, 0.0, 1 / joint.S)[:, None] * rows
             V[t] = Dense((V_t if space.V is None else V_t @ space.V.T).float())
         return _Aligned(joint.U if space.U is None else space.U @ joint.U, joint.S, V)

@@ -12,7 +12,7 @@ from starmerge.deltas import Delta, Dense, total
 from starmerge.errors import UsageError
 from starmerge.methods.combination import base_weight
 from starmerge.methods.entrywise import panels
-from starmerge.methods.method import Deltas, Merge, TensorContext, method
+from starmerge.methods.method import Deltas, Merge, TensorContext, method, sums_to_zero
 
 
 @method("linear")
@@ -41,12 +41,12 @@ class Linear(Merge):
 
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
         """Refuse weights that sum to zero; see :meth:`Method.check`."""
-        self._check_sum(sum(weights))
+        self._check_sum(weights)
 
     def check_tensors(self, merged: Sequence[TensorContext], left: Sequence[TensorContext]) -> None:
         """Refuse to leave tensors as they are in a sum; see :meth:`Merge.check_tensors`."""
         for tensor in merged:
-            self._check_sum(tensor.total_weight)
+            self._check_sum(tensor.weights)
         for tensor in left:
             if not self.normalize and tensor.total_weight + self.base_weight != 1:
                 raise UsageError(
@@ -70,8 +70,8 @@ class Linear(Merge):
             merged[rows] = exact.float()
         return Dense(merged)
 
-    def _check_sum(self, weights: float) -> None:
-        if self.normalize and weights + self.base_weight == 0:
+    def _check_sum(self, weights: Sequence[float]) -> None:
+        if self.normalize and sums_to_zero([*weights, self.base_weight]):
             raise UsageError(
                 "linear: the weights sum to zero, and linear divides by their sum. Change one, or "
                 "set normalize to false."

@@ -8,6 +8,7 @@ update. All three are methods, made by the decorator :func:`method`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -184,7 +185,10 @@ class Merge(Method):
 
     @property
     def needs_base(self) -> bool:
-        """Whether it works on the weights themselves, not on their differences from the base."""
+        """Whether it works on the weights themselves, not on their differences from the base.
+
+        What it adds to the base holds parts of the base then, and no post-step follows.
+        """
         return False
 
     def check_tensors(self, merged: Sequence[TensorContext], left: Sequence[TensorContext]) -> None:
@@ -234,6 +238,13 @@ class PostStep(Method):
 
         Raises:
             UsageError: After that merge it is not defined.
+        """
+
+    def check_before(self, steps: Sequence[PostStep]) -> None:
+        """Compare the step with the post-steps before it in its chain.
+
+        Raises:
+            UsageError: It takes away what one of them does.
         """
 
     @abstractmethod
@@ -287,6 +298,14 @@ def method(name: str) -> Callable[[type[_Method]], type[_Method]]:
         return made
 
     return register
+
+
+def sums_to_zero(weights: Sequence[float]) -> bool:
+    """Tell whether weights sum to zero but for rounding: what is divided by the sum means nothing.
+
+    |Σ w_t| ≤ 1e-9 · Σ |w_t|: 0.1 + 0.2 − 0.3 is zero too.
+    """
+    return abs(math.fsum(weights)) <= 1e-9 * sum(map(abs, weights))
 
 
 def refuse_weights(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from starmerge.deltas import Delta
 from starmerge.errors import UsageError
-from starmerge.methods.combination import Along, combine, every_task
+from starmerge.methods.combination import Along, combine, every_task, lengths
 from starmerge.methods.method import Deltas, Merge, TensorContext, method, refuse_weights
 
 _SMALLEST = 1e-6
@@ -54,9 +54,9 @@ class ModelStock(Merge):
 
     def _coefficients(self, G: Tensor) -> Tensor:
         count = G.shape[-1]
-        norms = G.diagonal(dim1=-2, dim2=-1).sqrt()
-        lengths = (norms[..., :, None] * norms[..., None, :]).clamp(min=self.floor)
-        cosines = (G / torch.where(lengths == 0, 1.0, lengths)).clamp(-1, 1)
+        norms = lengths(G)
+        products = (norms[..., :, None] * norms[..., None, :]).clamp(min=self.floor)
+        cosines = (G / torch.where(products == 0, 1.0, products)).clamp(-1, 1)
         i, j = torch.triu_indices(count, count, offset=1)
         c = cosines[..., i, j].mean(-1)
         denominator = 1 + (count - 1) * c

@@ -16,6 +16,7 @@ from starmerge.methods.combination import (
     base_weight,
     combine,
     every_task,
+    lengths,
     update,
     weights_gram,
 )
@@ -85,7 +86,7 @@ class NuSlerp(Merge):
 
 def _between(G: Tensor, t: float) -> Tensor:
     """Return the coefficients (..., 2) of two vectors, given their Gram matrices (..., 2, 2)."""
-    norms = G.diagonal(dim1=-2, dim2=-1).sqrt().clamp(min=_SHORTEST)
+    norms = lengths(G).clamp(min=_SHORTEST)
     cosine = (G[..., 0, 1] / norms.prod(-1)).clamp(-1, 1)
     parallel = 1 - cosine**2 <= _PARALLEL
     theta = torch.where(parallel, 0.0, cosine).acos()

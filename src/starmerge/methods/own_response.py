@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -10,8 +12,16 @@ from pydantic import Field
 from torch import Tensor
 
 from starmerge.deltas import Delta
-from starmerge.errors import StarmergeError
-from starmerge.methods.method import Deltas, MergedWalk, PostStep, TensorContext, method
+from starmerge.errors import StarmergeError, UsageError
+from starmerge.methods.method import (
+    Deltas,
+    MergedWalk,
+    PostStep,
+    TensorContext,
+    method,
+    sums_to_zero,
+)
+from starmerge.methods.scale import Scale
 from starmerge.spectral.core_space import CANCELLED
 
 
@@ -35,10 +45,28 @@ class OwnResponse(PostStep):
 
     Source: our own experiment with adapters of a small language model, where c = 0.75 served.
     Cost: the merge is made twice, once to look.
-    When to use: after ``iso_c`` and ``covariance``, whose scale means nothing by itself.
+    When to use: after ``iso_c`` and ``covariance``, whose scale means nothing by itself. Refused
+    after ``scale``, and with weights that sum to zero.
     """
 
     c: Annotated[float, Field(gt=0, description="mean response after the step")] = 0.75
+
+    def check_before(self, steps: Sequence[PostStep]) -> None:
+        """Refuse a factor that this step would take away; see :meth:`PostStep.check_before`."""
+        # Between the two, svc would see the factor f as a least response of α/f.
+        if any(isinstance(step, Scale) for step in steps):
+            raise UsageError(
+                "own_response: it finds the factor of the whole merge by itself, so a scale before "
+                "it serves nothing. Leave scale out, or put it after own_response."
+            )
+
+    def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
+        """Refuse weights that sum to zero; see :meth:`Method.check`."""
+        if sums_to_zero(weights):
+            raise UsageError(
+                "own_response: the weights sum to zero, and the mean response is divided by their "
+                "sum. Change one, or leave own_response out."
+            )
 
     def survey(self, walk: MergedWalk) -> Response:
         """Measure the responses; see :meth:`PostStep.survey`."""
@@ -56,11 +84,17 @@ class OwnResponse(PostStep):
         # Factors whose terms cancel leave rounding, to which any merge responds without measure.
         alive = energy > CANCELLED**2 * energy.max()
         r = torch.where(alive, inner / torch.where(alive, energy, 1.0), 0.0)
+        if alive.any() and sums_to_zero(weights[alive].tolist()):
+            raise UsageError(
+                "own_response: the weights of the models that change anything sum to zero, and the "
+                "mean response is divided by their sum. Change one, or leave own_response out."
+            )
         mean = float((weights * r)[alive].sum() / weights[alive].sum()) if alive.any() else 0.0
-        if not mean > 0:
+        if not (math.isfinite(mean) and mean > 0):
             raise StarmergeError(
                 f"own_response: the mean response of the tasks to the merge is {mean:.3g}, so no "
-                "factor makes it positive. Leave the step out, or look for tasks that cancel."
+                f"positive factor makes it {self.c:g}. Leave the step out, or look for tasks that "
+                "cancel."
             )
         return Response(r.tolist(), self.c / mean)
 

@@ -22,6 +22,7 @@ from starmerge.methods.method import (
     Walk,
     find_method,
     make_method,
+    sums_to_zero,
 )
 from starmerge.spectral import Truncation
 
@@ -70,13 +71,20 @@ class Pipeline:
             )
         merge = next((step for step in steps if isinstance(step, Merge)), Average())
         post_steps = tuple(step for step in steps if isinstance(step, PostStep))
-        for step in post_steps:
+        for number, step in enumerate(post_steps):
             if not merge.is_static:
                 raise UsageError(
                     f"{names}: {merge.name} makes a model for each task, and {step.name} follows "
                     "merges that make one for all. Leave it out."
                 )
+            if merge.needs_base:
+                raise UsageError(
+                    f"{names}: {merge.name} works on the weights themselves, so what it adds to "
+                    f"the base holds parts of the base, and {step.name} follows merges of task "
+                    f"vectors. Leave {step.name} out, or choose such a merge."
+                )
             step.check_merge(merge)
+            step.check_before(post_steps[:number])
         return cls(tuple(step for step in steps if isinstance(step, Transform)), merge, post_steps)
 
     @property
@@ -116,7 +124,7 @@ class Pipeline:
         Raises:
             UsageError: They do not fit, or an average's weights sum to zero.
         """
-        if self.merge.averages and sum(weights) == 0:
+        if self.merge.averages and sums_to_zero(weights):
             raise UsageError(
                 f"The weights sum to zero, and {self.merge.name} divides by their sum. Change one, "
                 "or choose a merge that only adds, such as task_arithmetic."

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from starmerge.deltas import Delta
 from starmerge.errors import UsageError
-from starmerge.methods.combination import base_weight, combine, every_task, update, weights_gram
+from starmerge.methods.combination import (
+    base_weight,
+    combine,
+    every_task,
+    lengths,
+    update,
+    weights_gram,
+)
 from starmerge.methods.method import Deltas, Merge, TensorContext, method, refuse_weights
 
 _SHORTEST = 1e-8
@@ -60,7 +67,7 @@ class Slerp(Merge):
 
     def _coefficients(self, products: Tensor) -> Tensor:
         G = weights_gram(products)
-        norms = G.diagonal().sqrt()
+        norms = lengths(G)
         norms = torch.where(norms > _SHORTEST, norms, 1.0)
         cosine = (G[0, 1] / (norms[0] * norms[1])).clamp(-1, 1)
         if cosine.abs() > _PARALLEL:

@@ -22,7 +22,9 @@ class SpectralMerge(Merge):
 
     Such a merge sees the task vectors in Core Space: the small matrices of adapters, the whole ones
     of full fine-tunes, in float64 both. Vectors have one singular value, so they are averaged; so
-    are embeddings of full fine-tunes, whose rows are tokens and not directions.
+    are embeddings of full fine-tunes, whose rows are tokens and not directions. Fine-tunes that
+    were stored in bfloat16 or float16 have rounding noise in all directions: :mod:`denoise
+    <starmerge.methods.denoise>` them first.
     """
 
     embeddings: Annotated[

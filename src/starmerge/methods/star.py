@@ -11,16 +11,10 @@ from pydantic import Discriminator, Field, Tag
 
 from starmerge.deltas import Delta, Dense, LowRank
 from starmerge.errors import UsageError
+from starmerge.methods.denoise import above_floor
 from starmerge.methods.method import TensorContext, Transform, method
 from starmerge.methods.spectral_merge import is_averaged
-from starmerge.spectral import (
-    Rounding,
-    Truncation,
-    noise_floor,
-    rounding_noise,
-    svd,
-    truncate_and_rescale,
-)
+from starmerge.spectral import Truncation, svd, truncate_and_rescale
 
 Percent = Annotated[float, Field(gt=0, le=100)]
 
@@ -114,24 +108,15 @@ class Star(Transform):
         """Truncate and rescale one delta; see :meth:`Transform.apply`."""
         if is_averaged([delta], tensor, embeddings=self.embeddings):
             return delta, None
-        decomposed, noise = svd(delta), self._noise(delta, tensor)
-        floor = noise_floor(decomposed.S, noise) if noise else None
-        if floor and floor.applies:
-            decomposed = decomposed.first(floor.above)
+        decomposed, floor = svd(delta), None
+        if self.noise_floor == "auto":
+            decomposed, floor = above_floor(decomposed, delta, tensor)
         kept, truncation = truncate_and_rescale(
             decomposed, eta=self._eta(task, tensor), rank=self.rank, rescale=self.rescale
         )
         # What is kept of a full matrix may have more factor entries than the matrix itself.
         result = kept if isinstance(delta, LowRank) else Dense(kept.to_dense())
         return result, replace(truncation, noise=floor)
-
-    def _noise(self, delta: Delta, tensor: TensorContext) -> Rounding | None:
-        """Return the rounding noise in a delta, if it came from a stored fine-tune."""
-        if self.noise_floor == "off" or tensor.base is None:
-            return None
-        if isinstance(delta, LowRank) or delta.stored is None or not delta.tensor.any():
-            return None
-        return rounding_noise(tensor.base.reshape(delta.shape), delta.matrix, delta.stored)
 
     def _eta(self, task: int, tensor: TensorContext) -> float:
         if isinstance(self.eta, dict):

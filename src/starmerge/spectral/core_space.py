@@ -25,8 +25,8 @@ class CoreSpace:
     """Matrices τ_t = U C_t Vᵀ, of which a method that any rotation leaves alone need only see C_t.
 
     Source: arXiv 2509.17786. The bases span the columns of all B_t and the rows of all A_t, so
-    nothing is lost. Dense deltas, and low-rank ones whose ranks add up to more than the matrix has
-    rows or columns, stay in the coordinates they have.
+    nothing is lost. Deltas whose ranks add up to more than the matrix has rows or columns, as those
+    of most dense ones do, stay in the coordinates they have.
     """
 
     matrices: list[Tensor]
@@ -78,7 +78,15 @@ def core_space(deltas: Sequence[Delta]) -> CoreSpace:
     low = [delta for delta in deltas if isinstance(delta, LowRank)]
     if len(low) < len(deltas):
         matrices = [_matrix(delta) for delta in deltas]
-        return CoreSpace(matrices, (m, n), None, None, max(map(_noise, deltas)))
+        noise = max(map(_noise, deltas))
+        # Of a few matrices much longer than high, the rows span a part of their space.
+        U, lefts = _common_basis(matrices) if m > n else (None, matrices)
+        if U is not None:
+            return CoreSpace(lefts, (m, n), U, None, noise)
+        V, rights = _common_basis([matrix.T for matrix in matrices]) if n > m else (None, [])
+        if V is not None:
+            return CoreSpace([right.T for right in rights], (m, n), None, V, noise)
+        return CoreSpace(matrices, (m, n), None, None, noise)
     U, lefts = _common_basis([delta.B for delta in low])
     V, rights = _common_basis([delta.A.T for delta in low])
     matrices = [

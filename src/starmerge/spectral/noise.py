@@ -90,7 +90,8 @@ class Floor:
     """
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "applies", self.above > 0 and self.share <= 2.0)
+        applies = self.value > 0 and self.above > 0 and self.share <= 2.0
+        object.__setattr__(self, "applies", applies)
 
 
 def rounding_noise(base: Tensor, delta: Tensor, dtype: torch.dtype) -> Rounding:

@@ -25,10 +25,12 @@ class SVD:
         return SVD(self.U[:, :k], self.S[:k], self.V[:, :k])
 
     def compose(self, values: Tensor) -> LowRank:
-        """Return U_r diag(values) V_rᵀ as float32 factors.
+        """Return U_r diag(values) V_rᵀ in float64 factors.
+
+        In float64, so that bases that several deltas share are still shared afterwards.
 
         Args:
             values: (r,) new values for the first r triplets.
         """
         rank = len(values)
-        return LowRank((self.U[:, :rank] * values).float(), self.V[:, :rank].T.float())
+        return LowRank(self.U[:, :rank] * values, self.V[:, :rank].T)

@@ -62,7 +62,7 @@ def truncate_and_rescale(
         rescale: Whether to restore the nuclear norm; without, the factor is 1.
 
     Returns:
-        The truncated delta with float32 factors of rank r, and what was done.
+        The truncated delta with float64 factors of rank r, and what was done.
     """
     r = kept_rank(svd.S, eta) if rank is None else min(rank, kept_rank(svd.S, 100))
     before, kept = float(svd.S.sum()), float(svd.S[:r].sum())
