@@ -45,7 +45,7 @@ class TensorContext:
     @property
     def total_weight(self) -> float:
         """Σ w_t over all T tasks: what an average divides by."""
-        return sum(self.weights)
+        return math.fsum(self.weights)
 
 
 class Deltas:

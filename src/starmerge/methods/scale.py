@@ -14,7 +14,7 @@ from starmerge.methods.method import Deltas, PostStep, TensorContext, method
 class Scale(PostStep):
     """Multiply the merged update by one factor.
 
-    Source: the scaling coefficient of arXiv 2212.04089, for any merge.
+    Source: the scaling coefficient of arXiv 2212.04089, for any merge of task vectors.
     Cost: none.
     When to use: to strengthen or weaken a merge; ``own_response`` finds a factor by itself.
     """
