@@ -437,7 +437,7 @@ def test_several_documents_in_one_file_are_refused(tmp_path):
                 "merge_method": "linear",
                 "models": [{"model": m, "parameters": {"weight": 1}} for m in "ab"],
             },
-            "parameter 'weight' of the base is missing",
+            "parameter 'weight' of the base is not given",
         ),
         (
             {

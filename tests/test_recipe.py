@@ -34,7 +34,7 @@ def test_names_models_after_their_paths_and_fills_in_defaults() -> None:
         ({"models": "org/a"}, "models"),
         ({"method": "starr"}, "No method is called 'starr'. Did you mean 'star'?"),
         ({"parameters": {"etaa": 3}}, "no parameter 'etaa'. Did you mean 'eta'?"),
-        ({"parameters": {"eta": 0}}, "eta.number: Input should be greater than 0 (got 0)"),
+        ({"parameters": {"eta": 0}}, "eta: Input should be greater than 0 (got 0)"),
         ({"parameters": {"eta": 101}}, "less than or equal to 100"),
         ({"parameters": {"eta": float("nan")}}, "eta"),
         ({"parameters": {"rank": 0}}, "rank"),

@@ -124,3 +124,17 @@ def test_own_response_is_what_it_says_over_the_whole_model(
             inner, energy = inner + np.sum(update * tau), energy + np.sum(tau * tau)
         responses.append(inner / energy)
     assert np.mean(responses) == pytest.approx(0.75, rel=1e-3)
+
+
+def test_a_model_that_changes_nothing_is_named(
+    tiny_base: Path, models: dict[str, Path], make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    fresh = make_adapter("fresh", init_lora_weights=True)
+    for method in ("star", "average", "ties"):
+        both = {"digits": models["0"], "fresh": fresh}
+        report = sm.merge(tiny_base, both, method, output=tmp_path / method).report
+        assert report.content["unchanged"] == ["fresh"]
+        assert "fresh changes nothing: all its deltas are zero" in report.summary()
+    alone = sm.merge(tiny_base, {"fresh": fresh}, "star", output=tmp_path / "alone").report
+    assert "the update is zero" in alone.summary()
+    assert "survives" not in alone.summary()

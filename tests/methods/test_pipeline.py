@@ -95,8 +95,8 @@ def test_parameters_are_qualified_where_there_are_several_methods():
         ("star+ties", {"eta": 40, "star.eta": 30}, "'eta' is given twice"),
         ("star+ties", {"etaa": 40}, "Did you mean 'eta'?"),
         ("star+ties", {"k": 0}, "'ties': k: Input should be greater than 0"),
-        ("star", {"eta": [40, 0]}, "eta.list.1: Input should be greater than 0"),
-        ("star", {"eta": {"*": 101}}, "eta.patterns.*: Input should be less than or equal to 100"),
+        ("star", {"eta": [40, 0]}, "eta.1: Input should be greater than 0"),
+        ("star", {"eta": {"*": 101}}, "eta.*: Input should be less than or equal to 100"),
     ],
 )
 def test_a_wrong_chain_is_refused(name, parameters, message):
@@ -228,3 +228,31 @@ def test_star_leaves_factors_shared_that_were_shared(merge, shared):
     after = merge_one(chain, deltas).delta
     difference = oracle.frobenius(samples.values(after) - samples.values(alone))
     assert difference <= 1e-6 * oracle.frobenius(samples.values(alone))
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([Star], "Star is a class: write Star()"),
+        (["star"], "'star' is none"),
+        ([Star(), Average], "Average is a class"),
+    ],
+)
+def test_what_is_no_method_is_refused(steps, message):
+    with pytest.raises(UsageError) as error:
+        Pipeline.of(steps)
+    assert message in str(error.value)
+    with pytest.raises(UsageError, match="is a class"):
+        merge_state([{"x": samples.dense(3, 4)}], Star)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value):
+    with pytest.raises(UsageError, match="finite"):
+        merge_state([{"x": samples.dense(3, 4)}] * 2, weights=[1, value])
+
+
+def test_a_truth_value_is_no_number():
+    with pytest.raises(UsageError, match="eta: True is no number"):
+        make_pipeline("star", {"eta": True})
+    assert make_pipeline("star", {"rescale": False}) == Pipeline.of([Star(rescale=False)])

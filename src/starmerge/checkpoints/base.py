@@ -87,7 +87,10 @@ def open_base(source: Source) -> Base:
         StarmergeError: A file is missing or broken.
     """
     if (source.path / "adapter_config.json").is_file():
-        raise UsageError(f"{source} is an adapter. The first model must be the base itself.")
+        raise UsageError(
+            f"{source} is an adapter, and stands where the base is wanted. Give the model that it "
+            "was trained on; in a recipe for mergekit as base_model."
+        )
     if not (source.path / "config.json").is_file():
         raise StarmergeError(f"{source} has no config.json, so it is not a model's folder.")
     config = read_json(source.path / "config.json")

@@ -133,7 +133,9 @@ def _weighted(models: list[dict[str, str]], arguments: list[str]) -> list[dict[s
         raise UsageError("There is no model to merge. Give adapters or fine-tunes after the base.")
     weights: dict[str, float] = {}
     for text in arguments:
-        name, _, number = text.rpartition("=")
+        name, equals, number = text.rpartition("=")
+        if not equals:
+            raise UsageError(f"--weight {text}: a weight is given as NAME=NUMBER, as in a=0.5.")
         names = [model["name"] for model in models]
         if name not in names:
             raise UsageError(f"--weight {text}: no model is called {name!r}.{nearest(name, names)}")
@@ -153,14 +155,19 @@ def _print_plan(plan: Plan) -> None:
     from rich.table import Table
 
     console = Console()
-    table = Table("model", "kind", "tensors", "rank", "read", title=f"Plan: {plan.recipe.method}")
-    for model in plan.models:
+    headers = ("model", "weight", "kind", "tensors", "rank", "read")
+    table = Table(*headers, title=f"Plan: {plan.recipe.method}")
+    for entry, model in zip(plan.recipe.models, plan.models, strict=True):
         ranks = {model.rank(tensor) for tensor in model.tensors}
         read = sum(model.nbytes(tensor) for tensor in model.tensors)
         bounds = sorted(rank for rank in ranks if rank is not None)
         shown = "full" if not bounds else "–".join(map(str, dict.fromkeys((bounds[0], bounds[-1]))))
-        table.add_row(escape(model.name), model.kind, str(len(model.tensors)), shown, _size(read))
+        count = str(len(model.tensors))
+        weight = f"{entry.weight:g}"
+        table.add_row(escape(model.name), weight, model.kind, count, shown, _size(read))
     console.print(table)
+    for key, value in plan.recipe.parameters.items():
+        console.print(f"{key}: {json.dumps(value, ensure_ascii=False)}", markup=False)
     merged = len(plan.merged)
     console.print(f"Tensors: {merged} merged, {len(plan.tensors) - merged} left as they are")
     console.print(f"Read: {_size(plan.bytes_to_read)}; write: {_size(plan.bytes_to_write)}")

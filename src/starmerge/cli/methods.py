@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json as jsonlib
+import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,7 +23,8 @@ def methods(
 
     chosen = [find_method(name)] if name else [METHODS[key] for key in sorted(METHODS)]
     if json:
-        print(jsonlib.dumps([_described(method) for method in chosen], indent=2))
+        described = [_described(method) for method in chosen]
+        print(jsonlib.dumps(described, indent=2, ensure_ascii=False))
     elif name is None:
         print("A merge is a chain: transforms, one merge, post-steps, as in star+ties+svc.")
         for kind in ("transform", "merge", "post-step"):
@@ -31,10 +33,40 @@ def methods(
                 summary = inspect.cleandoc(method.__doc__ or "").splitlines()[0]
                 print(f"  {method.name:<18}{summary}")
     else:
-        described = _described(chosen[0])
-        print(f"{name}\n\n{described['description']}\n")
-        for parameter in described["parameters"]:
-            print(f"-p {parameter['name']}={parameter['default']}: {parameter['description']}")
+        described_one = _described(chosen[0])
+        text = re.sub(r":\w+:|``|`", "", described_one["description"])
+        print(f"{name}: {described_one['kind']}\n\n{text}\n")
+        for parameter in described_one["parameters"]:
+            default = jsonlib.dumps(parameter.get("default"))
+            shown = "" if default == "null" else f"={default.strip(chr(34))}"
+            allowed = _allowed(parameter)
+            print(f"-p {parameter['name']}{shown} ({allowed}): {parameter['description']}")
+
+
+def _allowed(schema: dict[str, Any]) -> str:
+    """Say in words which values a JSON schema allows."""
+    for key in ("anyOf", "oneOf"):
+        if key in schema:
+            return " or ".join(_allowed(choice) for choice in schema[key])
+    if "enum" in schema:
+        return "|".join(map(str, schema["enum"]))
+    if "const" in schema:
+        return str(schema["const"])
+    if schema.get("type") == "array":
+        return f"a list, each: {_allowed(schema.get('items', {}))}"
+    if schema.get("type") == "object":
+        values = schema.get("additionalProperties")
+        return f"a mapping to: {_allowed(values)}" if isinstance(values, dict) else "a mapping"
+    word = {"boolean": "true|false", "null": "not set"}.get(schema.get("type", ""), "")
+    words = [word or schema.get("type", "any value")]
+    for key, sign in _BOUNDS.items():
+        if key in schema:
+            words.append(f"{sign} {schema[key]:g}")
+    return " ".join(words)
+
+
+_BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+"""What JSON schemas call bounds."""
 
 
 def _described(method: type[Method]) -> dict[str, Any]:
@@ -47,6 +79,21 @@ def _described(method: type[Method]) -> dict[str, Any]:
         "description": inspect.cleandoc(method.__doc__ or ""),
         "parameters": [
             {"name": key.rstrip("_"), **{k: v for k, v in entry.items() if k != "title"}}
-            for key, entry in schema.get("properties", {}).items()
+            for key, entry in _resolved(schema).get("properties", {}).items()
         ],
     }
+
+
+def _resolved(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON schema with its definitions in the places that refer to them."""
+    definitions = schema.get("$defs", {})
+
+    def inside(part: Any) -> Any:
+        if isinstance(part, dict):
+            if "$ref" in part:
+                return inside(definitions[part["$ref"].rpartition("/")[2]])
+            return {key: inside(value) for key, value in part.items() if key != "$defs"}
+        return [inside(item) for item in part] if isinstance(part, list) else part
+
+    resolved: dict[str, Any] = inside(schema)
+    return resolved

@@ -106,7 +106,8 @@ def run(plan: Plan, *, progress: bool = False) -> MergeResult:
         StarmergeError: A NaN or an infinity, in an input or by overflow of the output's dtype; a
             file that ends early. Nothing is left at the plan's output.
     """
-    prepared = plan.pipeline.prepare(partial(_walk, plan, progress))
+    changing: set[int] = set()
+    prepared = plan.pipeline.prepare(partial(_walk, plan, changing, progress))
     findings = prepared.findings
     with (
         output_folder(plan.output, overwrite=plan.overwrite) as folder,
@@ -116,15 +117,15 @@ def run(plan: Plan, *, progress: bool = False) -> MergeResult:
         hashes = InputHashes(plan, pool)
         try:
             if plan.pipeline.merge.is_static:
-                records = _write_weights(plan, prepared, folder, advance)
+                records = _write_weights(plan, prepared, changing, folder, advance)
             else:
-                walk = partial(_walk, plan, False)
+                walk = partial(_walk, plan, changing, False)
                 records, found = write_unified(plan, prepared, walk, folder, advance)
                 findings |= found
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-        report = make_report(plan, findings, records, hashes.result())
+        report = make_report(plan, findings, records, hashes.result(), changing)
         _write_side_files(plan, folder, report)
     return MergeResult(plan.output, report)
 
@@ -192,7 +193,11 @@ def merge_state(
 
 
 def _write_weights(
-    plan: Plan, prepared: Prepared, folder: Path, advance: Callable[[int], None]
+    plan: Plan,
+    prepared: Prepared,
+    changing: set[int],
+    folder: Path,
+    advance: Callable[[int], None],
 ) -> list[dict[str, Any]]:
     """Write the merged model's weights; return the records of the merged tensors."""
     records = []
@@ -205,7 +210,7 @@ def _write_weights(
                 base = plan.base.checkpoint.read(name)
                 writer.write(name, _finite(base.to(tensor.dtype), base, tensor))
             else:
-                merged, record = _merge_tensor(plan, prepared, tensor)
+                merged, record = _merge_tensor(plan, prepared, tensor, changing)
                 writer.write(name, merged)
                 records.append(record)
             advance(tensor.output.nbytes)
@@ -213,32 +218,35 @@ def _write_weights(
 
 
 def _walk(
-    plan: Plan, progress: bool, look: Callable[[Deltas, TensorContext], _Seen]
+    plan: Plan, changing: set[int], progress: bool, look: Callable[[Deltas, TensorContext], _Seen]
 ) -> Iterator[_Seen]:
     """Yield what ``look`` returns for each tensor that some model changes."""
     size = sum(tensor.bytes_to_read for tensor in plan.merged)
     with progress_bar("surveying", size, show=progress, in_bytes=True) as advance:
         for tensor in plan.merged:
             base = plan.base.checkpoint.read(tensor.source.name)
-            yield look(_deltas(plan, tensor, base), plan.context(tensor, base))
+            yield look(_deltas(plan, tensor, base, changing), plan.context(tensor, base))
             advance(tensor.bytes_to_read)
 
 
 def _merge_tensor(
-    plan: Plan, prepared: Prepared, tensor: PlannedTensor
+    plan: Plan, prepared: Prepared, tensor: PlannedTensor, changing: set[int]
 ) -> tuple[Tensor, dict[str, Any]]:
     """Return a merged tensor in its output dtype, and its record in the report."""
     base = plan.base.checkpoint.read(tensor.source.name)
-    merged = prepared.merge(_deltas(plan, tensor, base), plan.context(tensor, base))
+    merged = prepared.merge(_deltas(plan, tensor, base, changing), plan.context(tensor, base))
     folded = fold(base, merged.delta, tensor.dtype)
     return _finite(folded.weight, base, tensor), tensor_record(plan, tensor, merged, folded)
 
 
-def _deltas(plan: Plan, tensor: PlannedTensor, base: Tensor) -> Deltas:
-    """Return the task vectors of a tensor, each of which is checked when it is read."""
+def _deltas(plan: Plan, tensor: PlannedTensor, base: Tensor, changing: set[int]) -> Deltas:
+    """Return the task vectors of a tensor, each of which is checked when it is read.
+
+    The numbers of the models whose delta is not zero are added to ``changing``.
+    """
     name = tensor.source.name
 
-    def load(model: FineTune) -> Delta:
+    def load(t: int, model: FineTune) -> Delta:
         delta = model.delta(name, base)
         if not _is_finite(delta):
             _finite(base, base, tensor)
@@ -246,9 +254,11 @@ def _deltas(plan: Plan, tensor: PlannedTensor, base: Tensor) -> Deltas:
                 f"{model.source}: the update of tensor {name} has a NaN or an infinity. The "
                 "fine-tune diverged, or its file is damaged."
             )
+        if t not in changing and _is_nonzero(delta):
+            changing.add(t)
         return delta
 
-    return Deltas({t: partial(load, model) for t, model in tensor.models.items()})
+    return Deltas({t: partial(load, t, model) for t, model in tensor.models.items()})
 
 
 def _weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
@@ -256,6 +266,8 @@ def _weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
         return (1.0,) * count
     if len(weights) != count:
         raise UsageError(f"There are {len(weights)} weights for {count} models. Give one for each.")
+    if not all(map(math.isfinite, weights)):
+        raise UsageError(f"The weights are {list(weights)}. Give finite numbers.")
     return tuple(float(weight) for weight in weights)
 
 
@@ -270,6 +282,12 @@ def _finite(weight: Tensor, base: Tensor, tensor: PlannedTensor) -> Tensor:
             "is not enough, look at the scale of the updates (lora_alpha)."
         )
     return weight
+
+
+def _is_nonzero(delta: Delta) -> bool:
+    if isinstance(delta, Dense):
+        return bool(delta.tensor.any())
+    return bool(delta.B.any()) and bool(delta.A.any()) and delta.scale != 0
 
 
 def _is_finite(delta: Delta) -> bool:

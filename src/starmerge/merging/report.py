@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ from starmerge.methods.pipeline import Merged
 
 _PACKAGES = ("starmerge", "torch", "numpy")
 _CHUNK = 16 * 2**20
+_LITTLE = 0.9
+"""Share of the update; when less survives, that is said."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,12 @@ class MergeReport:
 
     @property
     def mean_rank(self) -> float | None:
-        """Mean rank kept over all tensors and tasks; None for methods that keep everything."""
-        ranks = [task["rank"] for record in self.tensors for task in record["tasks"]]
+        """Mean rank kept over all tensors and tasks; None for methods that keep everything.
+
+        Zero deltas do not count.
+        """
+        tasks = [task for record in self.tensors for task in record["tasks"]]
+        ranks = [task["rank"] for task in tasks if task["nuclear_before"]]
         return sum(ranks) / len(ranks) if ranks else None
 
     @property
@@ -50,7 +56,15 @@ class MergeReport:
         text = f"{len(self.tensors)} tensors merged, {copied} left as they are"
         if self.mean_rank is not None:
             text += f"; mean rank kept {self.mean_rank:.1f}"
-        return text + f"; {self.survived:.1%} of the update survives the rounding of the output."
+        if any(record["update_norm"] for record in self.tensors):
+            text += f"; {self.survived:.1%} of the update survives the rounding of the output"
+            if self.survived < _LITTLE:
+                text += " (with dtype float32 all of it would)"
+        else:
+            text += "; the update is zero"
+        for name in self.content["unchanged"]:
+            text += f". {name} changes nothing: all its deltas are zero, and it counts as a model"
+        return text + "."
 
 
 def tensor_record(
@@ -93,8 +107,17 @@ def make_report(
     findings: Mapping[str, Any],
     tensors: Sequence[dict[str, Any]],
     hashes: Mapping[str, Mapping[str, str]],
+    changing: Collection[int],
 ) -> MergeReport:
-    """Put the report of a finished merge together."""
+    """Put the report of a finished merge together.
+
+    Args:
+        plan: The plan.
+        findings: What the methods found in the whole model.
+        tensors: The records of the tensors.
+        hashes: Of the inputs.
+        changing: Numbers of the models of which some delta is not zero.
+    """
     sources = [("base", "base", plan.base.source)]
     sources += [(model.name, model.kind, model.source) for model in plan.models]
     return MergeReport(
@@ -103,6 +126,7 @@ def make_report(
             | {"python": platform.python_version()},
             "recipe": plan.recipe.model_dump(),
             "findings": dict(findings),
+            "unchanged": [model.name for t, model in enumerate(plan.models) if t not in changing],
             "inputs": [
                 {
                     "name": name,

@@ -184,6 +184,11 @@ def resolve(
                     raise UsageError(f"{method}: {name} for {tensor.name}: {error}") from error
         if parameter.default is None:
             whose = "" if model is None else f" of {'the base' if model == BASE else model}"
+            if not any(s.parameter == name and s.model in (None, model) for s in settings):
+                raise UsageError(
+                    f"{method}: the parameter {name!r}{whose} is not given, and has no default. "
+                    "Give it under the 'parameters' of the model or of the recipe."
+                )
             raise UsageError(
                 f"{method}: the parameter {name!r}{whose} is missing for the tensor {tensor.name}, "
                 "and has no default. Give it, for all tensors: the last filter may be '*'."

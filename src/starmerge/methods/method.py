@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -348,17 +349,37 @@ def make_method(name: str, parameters: Mapping[str, Any] | None = None) -> Metho
             hint = nearest(key, names) if names else " It has none."
             raise UsageError(f"Method {name!r} has no parameter {key!r}.{hint}")
     fields = {names[key]: value for key, value in (parameters or {}).items()}
+    adapter = TypeAdapter(chosen)
+    known = adapter.json_schema().get("properties", {})
+    for key, value in fields.items():
+        if isinstance(value, bool) and "boolean" not in str(known[key]):
+            raise UsageError(f"Method {name!r}: {key.rstrip('_')}: {value} is no number.")
     try:
-        return TypeAdapter(chosen).validate_python(fields)
+        return adapter.validate_python(fields)
     except ValidationError as error:
         raise UsageError(f"Method {name!r}: {explain(error)}") from error
 
 
 def explain(error: ValidationError) -> str:
-    """Return pydantic's findings as one line: ``eta: Input should be greater than 0 (got -1)``."""
-    findings = []
+    """Return pydantic's findings as one line: ``eta: Input should be greater than 0 (got -1)``.
+
+    What the alternatives of one value say is joined by "or".
+    """
+    findings: dict[str, list[str]] = {}
+    given: dict[str, str] = {}
     for finding in error.errors():
-        place = ".".join(str(part).rstrip("_") for part in finding["loc"])
-        given = "" if finding["type"] == "missing" else f" (got {finding['input']!r})"
-        findings.append(f"{place + ': ' if place else ''}{finding['msg']}{given}")
-    return "; ".join(findings)
+        parts = [str(part) for part in finding["loc"]]
+        place = ".".join(part.rstrip("_") for part in parts if not _ALTERNATIVE.fullmatch(part))
+        message = finding["msg"].removeprefix("Value error, ")
+        if message not in findings.setdefault(place, []):
+            findings[place].append(message)
+        if finding["type"] != "missing" and not isinstance(finding["input"], dict | list):
+            given[place] = f" (got {finding['input']!r})"
+    return "; ".join(
+        f"{place + ': ' if place else ''}{' or '.join(messages)}{given.get(place, '')}"
+        for place, messages in findings.items()
+    )
+
+
+_ALTERNATIVE = re.compile(r"constrained-\w+|literal\[.*\]|number|list|patterns")
+"""What pydantic puts into the place of a value that may have several types."""

@@ -57,8 +57,14 @@ class Pipeline:
         """Return the chain of some methods.
 
         Raises:
-            UsageError: There are two merges, the order is wrong, or a post-step does not fit.
+            UsageError: What is given is no method, there are two merges, the order is wrong, or a
+                post-step does not fit.
         """
+        for step in steps:
+            if not isinstance(step, Transform | Merge | PostStep):
+                name = getattr(step, "__name__", None)
+                hint = f"{name} is a class: write {name}()." if name else f"{step!r} is none."
+                raise UsageError(f"A chain is made of methods, and {hint}")
         kinds = [step.kind for step in steps]
         names = "+".join(step.name for step in steps)
         if kinds.count("merge") > 1:

@@ -53,7 +53,7 @@ class Star(Transform):
     github.com/IBM/STAR. Different from there: an all-zero delta stays zero instead of NaN, and
     adapters are decomposed exactly, not by a randomised SVD.
     Cost: for adapters O((m + n)r²) a tensor and task; for full fine-tunes an SVD each.
-    When to use: several models or more, when averages get blurred; nothing to tune.
+    When to use: several models, when averages get blurred; nothing to tune.
     """
 
     eta: Annotated[
