@@ -8,7 +8,8 @@ import pytest
 from starmerge.methods import METHODS, make_pipeline
 
 _PAGE = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
-_ROWS = dict(re.findall(r"^\| `(\w+)` \| ([\w-]+) \|", _PAGE, flags=re.MULTILINE))
+_FIRST_TABLE = _PAGE.partition("\n## ")[0]
+_ROWS = dict(re.findall(r"^\| `(\w+)` \| ([\w-]+) \|", _FIRST_TABLE, flags=re.MULTILINE))
 _CHAINS = sorted(set(re.findall(r"\b\w+(?:\+\w+)+\b", _PAGE)))
 
 
