@@ -44,6 +44,7 @@ class Karcher(Merge):
     with_base: Annotated[bool, Field(description="whether the base is one of the models")] = False
 
     holds_all = True
+    makes_dense = True
 
     @property
     def needs_base(self) -> bool:

@@ -80,6 +80,7 @@ class Mergekit(Merge):
     seed: Annotated[int, Field(ge=0, description="seed of what is dropped")] = 0
 
     holds_all = True
+    makes_dense = True
     scaled_inputs = False
 
     @field_validator("settings")

@@ -43,6 +43,7 @@ class Sce(Merge):
     ] = 1e-6
 
     holds_all = True
+    makes_dense = True
 
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
         """Refuse weights; see :meth:`Method.check`."""

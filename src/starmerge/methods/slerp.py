@@ -45,6 +45,7 @@ class Slerp(Merge):
     t: Annotated[float, Field(ge=0, le=1, description="how far to go from the base")] = 0.5
 
     holds_all = True
+    makes_dense = True
 
     @property
     def needs_base(self) -> bool:
