@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,3 +57,40 @@ def cpu_model() -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser of the command line that shows a script's docstring as it is."""
+    return argparse.ArgumentParser(
+        description=(doc or "").replace("``", "`"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """Add options for the base and the adapters; by default the demo's."""
+    parser.add_argument(
+        "--base", type=Path, help="folder of the base (default: that of `starmerge demo prepare`)"
+    )
+    parser.add_argument(
+        "--adapters",
+        type=Path,
+        help="folder with a sub-folder for each adapter (default: those in the package)",
+    )
+
+
+def find_models(options: argparse.Namespace) -> tuple[Path, list[Path]]:
+    """Return the folders of the base and of the adapters; exit if there are none."""
+    if options.base is None:
+        from starmerge.demo.base_model import prepared_base  # noqa: PLC0415  (needs the demo extra)
+
+        options.base = prepared_base()
+    if options.adapters is None:
+        from starmerge.demo.run import ADAPTERS  # noqa: PLC0415  (needs the demo extra)
+
+        options.adapters = ADAPTERS
+    adapters = sorted(path.parent for path in options.adapters.glob("*/adapter_config.json"))
+    if not adapters:
+        print(f"There are no adapters in {options.adapters}.", file=sys.stderr)
+        sys.exit(2)
+    return options.base, adapters

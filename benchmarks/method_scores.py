@@ -28,7 +28,7 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
-from common import print_machine
+from common import parser_of, print_machine
 
 from starmerge.demo.base_model import prepared_base
 from starmerge.demo.run import ADAPTERS
@@ -260,10 +260,7 @@ def contestants(only: Iterable[str] | None) -> list[Contestant]:
 
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").replace("``", "`"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--only",
         nargs="+",

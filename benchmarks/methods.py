@@ -35,7 +35,7 @@ from statistics import median
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch
-from common import Cost, print_machine, timed
+from common import Cost, parser_of, print_machine, timed
 from torch import Tensor
 
 from starmerge.deltas import Delta, Dense, LowRank
@@ -190,10 +190,7 @@ def digits(value: float) -> str:
 
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").replace("``", "`"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--only",
         nargs="+",

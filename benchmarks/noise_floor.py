@@ -18,10 +18,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import mean, median
 
 import torch
+from common import add_models, find_models, parser_of
 from torch import Tensor
 
 from starmerge.checkpoints.base import Base, open_base
@@ -131,18 +131,8 @@ def table(rows: dict[tuple[str, str, str], Row]) -> str:
 
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").replace("``", "`"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--base", type=Path, help="folder of the base (default: that of `starmerge demo prepare`)"
-    )
-    parser.add_argument(
-        "--adapters",
-        type=Path,
-        help="folder with a sub-folder for each adapter (default: those in the package)",
-    )
+    parser = parser_of(__doc__)
+    add_models(parser)
     parser.add_argument(
         "--layers",
         type=int,
@@ -163,20 +153,9 @@ def parse_options() -> argparse.Namespace:
 def main() -> int:
     """Run the experiment."""
     options = parse_options()
-    if options.base is None:
-        from starmerge.demo.base_model import prepared_base  # noqa: PLC0415  (needs the demo extra)
-
-        options.base = prepared_base()
-    if options.adapters is None:
-        from starmerge.demo.run import ADAPTERS  # noqa: PLC0415  (needs the demo extra)
-
-        options.adapters = ADAPTERS
-    folders = sorted(path.parent for path in options.adapters.glob("*/adapter_config.json"))
-    if not folders:
-        print(f"There are no adapters in {options.adapters}.", file=sys.stderr)
-        return 2
+    base_folder, folders = find_models(options)
     torch.set_num_threads(options.threads)
-    base = open_base(resolve(options.base))
+    base = open_base(resolve(base_folder))
     models = [open_model(folder.name, resolve(folder), base) for folder in folders]
     shared = set.intersection(*(set(model.tensors) for model in models))
     names = [name for name in base.checkpoint if name in shared]
@@ -186,7 +165,7 @@ def main() -> int:
     for name in names:
         observe(base, models, name, options.eta, options.scale, rows)
     print(
-        f"{options.base.name}: {len(names)} tensors × {len(models)} adapters × {options.scale:g}, "
+        f"{base_folder.name}: {len(names)} tensors × {len(models)} adapters × {options.scale:g}, "
         f"η = {options.eta:g} %\n"
     )
     print(table(rows))

@@ -33,7 +33,7 @@ from typing import TypeAlias
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch
-from common import Cost, print_machine, timed
+from common import Cost, add_models, find_models, parser_of, print_machine, timed
 from torch import Tensor
 
 import starmerge
@@ -274,18 +274,8 @@ def print_setting(base: Path, adapters: Sequence[Path], options: argparse.Namesp
 
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").replace("``", "`"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--base", type=Path, help="folder of the base (default: that of `starmerge demo prepare`)"
-    )
-    parser.add_argument(
-        "--adapters",
-        type=Path,
-        help="folder with a sub-folder for each adapter (default: those in the package)",
-    )
+    parser = parser_of(__doc__)
+    add_models(parser)
     parser.add_argument(
         "--layers",
         type=int,
@@ -310,25 +300,13 @@ def parse_options() -> argparse.Namespace:
 def main() -> int:
     """Run the benchmark; return 1 if the kernels' results differ."""
     options = parse_options()
-    if options.base is None:
-        from starmerge.demo.base_model import prepared_base  # noqa: PLC0415  (needs the demo extra)
-
-        options.base = prepared_base()
-    if options.adapters is None:
-        from starmerge.demo.run import ADAPTERS  # noqa: PLC0415  (needs the demo extra)
-
-        options.adapters = ADAPTERS
-    found = options.adapters.glob("*/adapter_config.json")
-    adapters = sorted(path.parent for path in found)
-    if not adapters:
-        print(f"There are no adapters in {options.adapters}.", file=sys.stderr)
-        return 2
+    base, adapters = find_models(options)
     torch.set_num_threads(options.threads)
-    print_setting(options.base, adapters, options)
+    print_setting(base, adapters, options)
 
     agree = True
     if options.part != "B":
-        cases = load_cases(options.base, adapters, options.layers)
+        cases = load_cases(base, adapters, options.layers)
         shapes = sorted({case.context.shape for case in cases}, reverse=True)
         print(
             f"\nPart A: {len(cases)} tensors of "
@@ -341,7 +319,7 @@ def main() -> int:
     if options.part != "A":
         print("\nPart B: from files to files")
         with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-            bench_merge(options.base, adapters, options.repeat, Path(scratch), options.threads)
+            bench_merge(base, adapters, options.repeat, Path(scratch), options.threads)
     if not agree:
         print("\nFAILED: the kernels' results differ by more than rounding.", file=sys.stderr)
     return 0 if agree else 1

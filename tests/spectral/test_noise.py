@@ -187,8 +187,7 @@ def test_the_edge_lies_below_the_bound_and_scales(rows, columns, factor):
     largest = math.sqrt(float(r.max())), math.sqrt(float(c.max()))
     assert max(largest) * (1 - 1e-9) <= edge <= sum(largest) * (1 + 1e-7)
     assert noise_edge(c, r) == pytest.approx(edge, rel=1e-7)
-    scaled = Rounding(r, c).scaled(factor)
-    assert noise_edge(scaled.rows, scaled.columns) == pytest.approx(edge * factor, rel=1e-9)
+    assert noise_edge(r * factor**2, c * factor**2) == pytest.approx(edge * factor, rel=1e-9)
 
 
 # ------------------------------------------------------------------------------------------ Floor
@@ -303,7 +302,9 @@ def test_a_scaled_delta_has_the_floor_scaled(factor):
     S, rounding = torch.linalg.svdvals(delta), rounding_noise(base, delta, torch.bfloat16)
     plain, scaled = (
         noise_floor(S, rounding),
-        noise_floor(S * abs(factor), rounding.scaled(factor)),
+        noise_floor(
+            S * abs(factor), Rounding(rounding.rows * factor**2, rounding.columns * factor**2)
+        ),
     )
     assert scaled.value == pytest.approx(plain.value * abs(factor), rel=1e-12)
     assert (scaled.above, scaled.applies) == (plain.above, plain.applies) == (2, True)

@@ -64,10 +64,6 @@ class Rounding:
     columns: Tensor
     """(n,) float64, Σ_i v_ij."""
 
-    def scaled(self, factor: float) -> Rounding:
-        """Return the noise in ``factor · δ``."""
-        return Rounding(self.rows * factor**2, self.columns * factor**2)
-
 
 @dataclass(frozen=True)
 class Floor:
