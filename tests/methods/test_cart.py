@@ -33,6 +33,14 @@ def test_cart_is_the_reference(m, n, kind, dtype, rank, named):
 
 
 @pytest.mark.parametrize(("rank", "named"), RANKS)
+@pytest.mark.parametrize(("m", "n"), [(150, 140), (130, 300)])
+def test_task_vectors_large_enough_for_the_fast_decomposition(m, n, rank, named):
+    deltas = samples.task_deltas("mixed", m, n)
+    found = spectral.merged(Cart(rank=rank), deltas)
+    spectral.assert_close(found, cart.cart(matrices(deltas), **named), deltas)
+
+
+@pytest.mark.parametrize(("rank", "named"), RANKS)
 @pytest.mark.parametrize("kind", samples.KINDS)
 @pytest.mark.parametrize("weights", [WEIGHTS, [1.0, -0.5, 2.0, -4.0], [0.0, 2.0, 2.0, 1.0]])
 def test_weights_are_in_the_mean_and_on_the_residuals(kind, rank, named, weights):

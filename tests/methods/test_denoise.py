@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from starmerge.deltas import Dense
+from starmerge.deltas import Dense, Stored
 from tests.merge_one import merge_one
 from tests.oracles import deltas as oracle
 from tests.oracles import samples
@@ -14,7 +14,7 @@ def stored(rank, dtype, *, seed=0, m=96, n=64, size=0.02):
     """A base, an update, and its delta out of a fine-tune stored in a dtype."""
     base = samples.normal(m, n, seed=seed)
     update = size * samples.low_rank(m, n, rank, seed=seed + 1).to_dense()
-    return base, update, Dense((base + update).to(dtype).float() - base, dtype)
+    return base, update, Stored([(1.0, (base + update).to(dtype))], base)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -37,9 +37,7 @@ def test_the_directions_of_the_update_are_what_is_left(dtype, rank):
 def test_spectral_merges_of_stored_fine_tunes_come_near_to_those_of_the_updates(merge):
     base = samples.normal(96, 64, seed=0)
     updates = [0.05 * samples.low_rank(96, 64, 3, seed=seed).to_dense() for seed in (1, 2, 3)]
-    deltas = [
-        Dense((base + update).bfloat16().float() - base, torch.bfloat16) for update in updates
-    ]
+    deltas = [Stored([(1.0, (base + update).bfloat16())], base) for update in updates]
     truth = samples.values(merge_one(merge, [Dense(update) for update in updates]).delta)
     plain = samples.values(merge_one(merge, deltas, base=base).delta)
     denoised = samples.values(merge_one(f"denoise+{merge}", deltas, base=base).delta)
@@ -50,10 +48,9 @@ def test_spectral_merges_of_stored_fine_tunes_come_near_to_those_of_the_updates(
 def test_what_has_no_floor_is_left_as_it_is():
     base, _, delta = stored(4, torch.bfloat16)
     adapter = samples.low_rank(96, 64, 4)
-    vector = Dense(delta.tensor[0].clone(), torch.bfloat16)
-    scattered = Dense(
-        (base + 0.3 * samples.normal(96, 64, seed=9)).bfloat16().float() - base, torch.bfloat16
-    )
+    vector = Stored([(1.0, delta.terms[0][1][0])], base[0])
+    tuned = (base + 0.3 * samples.normal(96, 64, seed=9)).bfloat16()
+    scattered = Stored([(1.0, tuned)], base)
     for other, given in (
         (adapter, base),
         (Dense(delta.tensor), base),

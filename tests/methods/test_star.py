@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from starmerge import merge_state
-from starmerge.deltas import Dense, LowRank
+from starmerge.deltas import Dense, LowRank, Stored
 from starmerge.errors import UsageError
 from starmerge.methods import Average, Star
 from tests.merge_one import merge_one as merge
@@ -54,6 +54,14 @@ def test_star_is_the_reference(m, n, kind, dtype, parameters):
     difference = oracle.frobenius(samples.values(merged.delta) - expected)
     assert difference <= bound(deltas, ranks)
     assert_is_star(merged, deltas, **parameters)
+
+
+@pytest.mark.parametrize("parameters", [{"eta": 10}, {"eta": 40}, {"eta": 90}, {"rank": 7}])
+@pytest.mark.parametrize("dtype", samples.DTYPES)
+@pytest.mark.parametrize(("m", "n"), [(140, 130), (130, 300)])
+def test_deltas_large_enough_for_the_fast_decomposition(m, n, dtype, parameters):
+    deltas = samples.task_deltas("mixed", m, n, dtype=dtype)
+    assert_is_star(merge(Star(**parameters), deltas), deltas, **parameters)
 
 
 @samples.SEARCH
@@ -404,7 +412,7 @@ def _stored(seed=0):
     """A base, an update of rank 4, and its delta out of a fine-tune stored in bfloat16."""
     base = samples.normal(96, 64, seed=seed)
     update = 0.02 * samples.low_rank(96, 64, 4, seed=seed + 1).to_dense()
-    return base, update, Dense((base + update).bfloat16().float() - base, torch.bfloat16)
+    return base, update, Stored([(1.0, (base + update).bfloat16())], base)
 
 
 def test_the_noise_of_a_stored_fine_tune_is_dropped_before_eta():
@@ -420,14 +428,22 @@ def test_the_noise_of_a_stored_fine_tune_is_dropped_before_eta():
     assert off.rank > 40
 
 
+def test_a_float64_fine_tune_of_weights_above_4():
+    base = samples.normal(140, 131, seed=0, dtype=torch.float64)
+    base[0, 0] = 4.5
+    update = 0.01 * samples.normal(140, 131, seed=1, dtype=torch.float64)
+    delta = Stored([(1.0, base + update)], base)
+    merged = merge(Star(), [delta], base=base)
+    assert_is_star(merged, [Dense(delta.tensor)], eta=40)
+    noise = merged.truncations[0].noise
+    assert 0 < noise.value < 1e-13
+    assert noise.above == 131
+
+
 def test_the_floor_is_looked_for_only_in_what_came_from_a_stored_fine_tune():
-    base, update, delta = _stored()
+    base, _, delta = _stored()
     adapter = samples.low_rank(96, 64, 4)
-    for other in (
-        adapter,
-        Dense(delta.tensor),
-        delta.scaled(2.0),
-        Dense(update * 0, torch.bfloat16),
-    ):
+    unchanged = Stored([(1.0, base)], base)
+    for other in (adapter, Dense(delta.tensor), delta.scaled(2.0), unchanged):
         assert merge(Star(), [other], base=base).truncations[0].noise is None
     assert merge(Star(), [delta]).truncations[0].noise is None

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from starmerge.deltas import Dense, LowRank
-from starmerge.merging.engine import merge_state
+from starmerge.merging.in_memory import merge_state
 from starmerge.methods import Deltas, TensorContext
 from tests.oracles import bounds, samples
 

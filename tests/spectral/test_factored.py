@@ -11,9 +11,23 @@ from tests.oracles import bounds, samples
 from tests.oracles import deltas as oracle
 
 
+@pytest.fixture
+def threads():
+    """Set torch's number of threads, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def all_triplets(delta):
+    """The whole SVD."""
+    found = svd_factored(delta)
+    return found.first(len(found.S))
+
+
 def assert_is_svd(delta):
     """The factors are float64, orthonormal, of numpy's singular values, and give the delta."""
-    found = svd_factored(delta)
+    found = all_triplets(delta)
     assert found.U.dtype == found.S.dtype == found.V.dtype == torch.float64
     U, S, V = found.U.numpy(), found.S.numpy(), found.V.numpy()
     matrix, bound = samples.exact(delta), bounds.spectrum(delta)
@@ -55,7 +69,7 @@ def test_scales(scale):
 def test_agrees_with_the_dense_kernel():
     delta = samples.low_rank(12, 9, 4, dtype=torch.float64)
     whole = svd_dense(Dense(delta.scale * delta.B @ delta.A))
-    factored = svd(delta)
+    factored = all_triplets(delta)
     bound = 2 * bounds.spectrum(delta)
     np.testing.assert_allclose(factored.S, whole.S[:4], rtol=0, atol=bound)
     assert float(whole.S[4:].max()) <= bound
@@ -64,7 +78,7 @@ def test_agrees_with_the_dense_kernel():
 
 
 def test_a_negative_scale_changes_signs_of_vectors_and_nothing_else():
-    plus, minus = (svd(samples.low_rank(8, 6, 3, scale=scale)) for scale in (2.0, -2.0))
+    plus, minus = (all_triplets(samples.low_rank(8, 6, 3, scale=scale)) for scale in (2.0, -2.0))
     np.testing.assert_allclose(minus.S, plus.S, rtol=1e-14)
     left = ((minus.U * minus.S) @ minus.V.T).numpy()
     right = ((plus.U * plus.S) @ plus.V.T).numpy()
@@ -75,7 +89,7 @@ def test_a_negative_scale_changes_signs_of_vectors_and_nothing_else():
 def test_a_zero_delta_has_no_triplets(dtype):
     B, A = torch.zeros(5, 3, dtype=dtype), samples.normal(3, 4, seed=1, dtype=dtype)
     for delta in (LowRank(B, A), LowRank(A.T, B.T), LowRank(B, torch.zeros_like(A))):
-        found = svd(delta)
+        found = all_triplets(delta)
         assert found.S.shape == (0,)
         assert found.U.shape == (delta.shape[0], 0)
         assert found.V.shape == (delta.shape[1], 0)
@@ -83,7 +97,7 @@ def test_a_zero_delta_has_no_triplets(dtype):
 
 @pytest.mark.parametrize(("m", "n", "r"), [(0, 5, 2), (3, 0, 2), (3, 4, 0), (0, 0, 0)])
 def test_empty_factors(m, n, r):
-    found = svd(LowRank(torch.zeros(m, r), torch.zeros(r, n)))
+    found = all_triplets(LowRank(torch.zeros(m, r), torch.zeros(r, n)))
     assert found.S.shape == (0,)
     assert found.U.shape == (m, 0)
     assert found.V.shape == (n, 0)
@@ -93,7 +107,7 @@ def test_a_zero_row_stays_zero():
     delta = samples.low_rank(6, 5, 3)
     delta.B[2] = 0.0
     assert_is_svd(delta)
-    assert not svd(delta).U[2].any()
+    assert not all_triplets(delta).U[2].any()
 
 
 def test_repeated_columns_count_once():
@@ -159,14 +173,14 @@ def test_what_is_lost_by_cancellation_stays_below_the_stated_rounding(level):
     bound = 2 * stated * oracle.singular_values(X)[0] * oracle.singular_values(Y)[0]
     expected = oracle.singular_values(samples.exact(delta))[0]
     assert delta.frobenius() == pytest.approx(expected, rel=0, abs=bound)
-    found = svd(delta)
+    found = all_triplets(delta)
     recomposed = ((found.U * found.S) @ found.V.T).numpy()
     assert oracle.frobenius(recomposed - samples.exact(delta)) <= bound
 
 
 @pytest.mark.parametrize("r", [0, 1, 2, 4])
 def test_compose_takes_new_values_for_the_first_triplets(r):
-    found = svd(samples.low_rank(9, 7, 4))
+    found = all_triplets(samples.low_rank(9, 7, 4))
     values = torch.tensor([7.0, 5.0, 3.0, 2.0], dtype=torch.float64)[:r]
     composed = found.compose(values)
     assert composed.rank == r
@@ -176,3 +190,36 @@ def test_compose_takes_new_values_for_the_first_triplets(r):
         np.abs(found.U[:, :r].numpy()) * values.numpy() @ np.abs(found.V[:, :r].numpy().T)
     )
     assert np.all(np.abs(samples.values(composed) - expected) <= bound)
+
+
+@pytest.mark.parametrize("k", [0, 1, 3, 4, 9])
+def test_the_first_triplets_are_those_of_the_whole(k):
+    delta = samples.low_rank(30, 20, 4, dtype=torch.bfloat16, scale=0.5)
+    some, whole = svd(delta).first(k), all_triplets(delta)
+    assert torch.equal(some.S, whole.S[:k])
+    tolerance = bounds.orthonormality(delta)
+    np.testing.assert_allclose(some.U, whole.U[:, :k], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(some.V, whole.V[:, :k], rtol=0, atol=tolerance)
+
+
+def test_it_is_exact_and_says_so():
+    found = svd(samples.low_rank(30, 20, 4))
+    assert found.exact() is found
+    assert not found.error.any()
+
+
+@pytest.mark.parametrize("length", [300, 5000])
+def test_the_number_of_threads_changes_nothing(length, threads):
+    delta = samples.low_rank(length, length + 700, 16, dtype=torch.bfloat16)
+    threads(1)
+    alone = all_triplets(delta)
+    threads(3)
+    shared = all_triplets(delta)
+    for one, other in ((alone.U, shared.U), (alone.S, shared.S), (alone.V, shared.V)):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("length", [511, 512, 513, 1024, 1300])
+def test_factors_of_any_length(length):
+    assert_is_svd(samples.low_rank(length, 40, 5, seed=length))
+    assert_is_svd(samples.low_rank(40, length, 5, seed=length))

@@ -118,6 +118,26 @@ def test_the_variance_is_that_of_the_part_that_does_not_follow_the_update(s):
     assert spread < 0.3 * measured
 
 
+def test_float64_weights_of_every_size_have_their_ulps():
+    sizes = torch.tensor([1e-290, 1e-3, 3.9, 4.0, 4.5, 1e3, 1e100], dtype=torch.float64)
+    base = sizes[:, None] * (1 + 0.1 * uniform(7, 40, seed=12))
+    delta = stored(base, 1e-3 * base * normal(7, 40, seed=13), torch.float64)
+    found = rounding_noise(base, delta, torch.float64)
+    variances = np.spacing((base + delta).numpy()) ** 2 / 12
+    # Updates of 1e12 ulps: the noise is uniform.
+    np.testing.assert_allclose(found.rows, variances.sum(1), rtol=1e-12)
+
+
+def test_variances_beyond_float64_have_no_floor_below_infinity():
+    rounding = rounding_noise(
+        torch.full((5, 8), 1e300, dtype=torch.float64),
+        1e290 * normal(5, 8, seed=14),
+        torch.float64,
+    )
+    assert noise_edge(rounding.rows, rounding.columns) == math.inf
+    assert not noise_floor(torch.full((5,), 1e299, dtype=torch.float64), rounding).applies
+
+
 def test_a_delta_of_zero_on_the_grid_has_no_noise():
     base = normal(5, 8, seed=9).to(torch.bfloat16)
     found = rounding_noise(base, torch.zeros(5, 8), torch.bfloat16)

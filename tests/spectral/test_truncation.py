@@ -83,6 +83,25 @@ def test_kept_rank_of_float32_values_matches_the_reference(values, eta):
     assert kept_rank(torch.tensor(sigma, dtype=torch.float32), eta) in admissible
 
 
+@samples.SEARCH
+@given(st.lists(st.floats(1e-6, 1), min_size=2, max_size=60), st.data())
+def test_without_errors_no_share_is_too_close_to_call(values, data):
+    S = spectrum(*sorted(values, reverse=True))
+    reached = S.cumsum(0)
+    r = data.draw(st.integers(1, len(values)))
+    nearest = min(float(reached[r - 1] / reached[-1]) * 100 / (1 - 1e-12), 100.0)
+    for eta in (np.nextafter(nearest, 0), nearest, min(np.nextafter(nearest, 200), 100.0)):
+        _, report = truncate_and_rescale(with_spectrum(*S.tolist()), eta=float(eta))
+        assert report.rank == kept_rank(S, float(eta))
+
+
+@pytest.mark.parametrize("decay", [0.2846, 0.3329, 0.3785])
+def test_eta_100_of_a_spectrum_that_fades_into_rounding(decay):
+    S = torch.exp(-decay * torch.arange(110, dtype=torch.float64))
+    _, report = truncate_and_rescale(with_spectrum(*S.tolist()), eta=100)
+    assert report.rank in star.admissible_ranks(S.numpy(), 100, slack=2e-12)
+
+
 def test_a_difference_above_rounding_is_no_tie():
     assert kept_rank(spectrum(4, 3, 2, 1), 40 * (1 + 1e-9)) == 2
     assert kept_rank(spectrum(4, 3, 2, 1), 40 * (1 - 1e-9)) == 1

@@ -8,10 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from starmerge.deltas import Dense
 from starmerge.methods.iso import sum_of
 from starmerge.methods.method import TensorContext, method
 from starmerge.methods.spectral_merge import SpectralMerge
-from starmerge.spectral import CoreSpace, svd_matrix
+from starmerge.spectral import CoreSpace, Decomposition, certainly, svd_dense
 
 
 @method("cart")
@@ -48,7 +49,9 @@ class Cart(SpectralMerge):
         ).sum(0)
 
     def _truncated(self, residual: Tensor, space: CoreSpace) -> Tensor:
-        svd = svd_matrix(residual, space.floor)
-        k = self.rank if isinstance(self.rank, int) else max(1, int(self.rank * len(svd.S)))
-        kept = svd.first(k)
-        return (kept.U * kept.S) @ kept.V.T
+        def first(decomposed: Decomposition) -> Tensor:
+            share = self.rank if isinstance(self.rank, int) else self.rank * len(decomposed.S)
+            kept = decomposed.first(max(1, int(share)))
+            return (kept.U * kept.S) @ kept.V.T
+
+        return certainly(svd_dense(Dense(residual), space.floor), first)

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from starmerge.deltas import Delta, Dense, LowRank
+from starmerge.deltas import Delta, Dense, LowRank, Stored
 from starmerge.methods.method import TensorContext, Transform, method
 from starmerge.methods.spectral_merge import is_averaged
-from starmerge.spectral import SVD, Floor, Truncation, noise_floor, rounding_noise, svd
+from starmerge.spectral import (
+    Decomposition,
+    Rounding,
+    Truncation,
+    certainly,
+    floor_of,
+    remembered,
+    rounding_noise,
+    svd,
+)
 
 
 @method("denoise")
@@ -34,31 +43,39 @@ class Denoise(Transform):
         """Cut off the floor of one delta; see :meth:`Transform.apply`."""
         if isinstance(delta, LowRank) or is_averaged([delta], tensor, embeddings="average"):
             return delta, None
-        decomposed = svd(delta)
-        above, floor = above_floor(decomposed, delta, tensor)
-        if floor is None:
+        rounding = rounding_of(delta, tensor)
+        if rounding is None:
             return delta, None
-        before, after = float(decomposed.S.sum()), float(above.S.sum())
-        is_whole = len(above.S) == len(decomposed.S)
-        kept = delta if is_whole else Dense(above.compose(above.S).to_dense())
-        return kept, Truncation(len(above.S), before, after, 1.0, floor)
+
+        def above_floor(decomposed: Decomposition) -> tuple[Delta, Truncation]:
+            S, floor = decomposed.S, floor_of(decomposed, rounding)
+            if not floor.applies or floor.above == len(S):
+                return delta, Truncation(len(S), float(S.sum()), float(S.sum()), 1.0, floor)
+            above = decomposed.first(floor.above)
+            kept = Dense(above.compose(above.S).to_dense())
+            after = float(above.S.sum())
+            return kept, Truncation(floor.above, float(S.sum()), after, 1.0, floor)
+
+        return certainly(svd(delta), above_floor)
 
 
-def above_floor(decomposed: SVD, delta: Delta, tensor: TensorContext) -> tuple[SVD, Floor | None]:
-    """Return the triplets above the noise floor of a delta that came from a stored fine-tune.
+def rounding_of(delta: Delta, tensor: TensorContext) -> Rounding | None:
+    """Return the rounding noise in a delta that came from a stored fine-tune.
 
     Args:
-        decomposed: The delta's SVD.
         delta: The delta.
         tensor: The tensor, whose base tells how the weights were rounded.
 
     Returns:
-        All triplets if no floor applies; and the floor, None for deltas that have none.
+        None for deltas that have none: adapters, what was computed, and zeros.
     """
-    if isinstance(delta, LowRank) or delta.stored is None or tensor.base is None:
-        return decomposed, None
-    if len(decomposed.S) == 0:
-        return decomposed, None
-    base = tensor.base.reshape(delta.shape)
-    floor = noise_floor(decomposed.S, rounding_noise(base, delta.matrix, delta.stored))
-    return (decomposed.first(floor.above) if floor.applies else decomposed), floor
+    if isinstance(delta, LowRank) or tensor.base is None:
+        return None
+    return _rounding(delta)
+
+
+@remembered
+def _rounding(delta: Dense) -> Rounding | None:
+    if not isinstance(delta, Stored) or delta.stored is None or delta.is_zero():
+        return None
+    return rounding_noise(delta.base.reshape(delta.shape), delta.matrix, delta.stored)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
@@ -11,7 +10,7 @@ from pydantic import Discriminator, Field, Tag
 
 from starmerge.deltas import Delta, Dense, LowRank
 from starmerge.errors import UsageError
-from starmerge.methods.denoise import above_floor
+from starmerge.methods.denoise import rounding_of
 from starmerge.methods.method import TensorContext, Transform, method
 from starmerge.methods.spectral_merge import is_averaged
 from starmerge.spectral import Truncation, svd, truncate_and_rescale
@@ -108,15 +107,16 @@ class Star(Transform):
         """Truncate and rescale one delta; see :meth:`Transform.apply`."""
         if is_averaged([delta], tensor, embeddings=self.embeddings):
             return delta, None
-        decomposed, floor = svd(delta), None
-        if self.noise_floor == "auto":
-            decomposed, floor = above_floor(decomposed, delta, tensor)
         kept, truncation = truncate_and_rescale(
-            decomposed, eta=self._eta(task, tensor), rank=self.rank, rescale=self.rescale
+            svd(delta),
+            eta=self._eta(task, tensor),
+            rank=self.rank,
+            rescale=self.rescale,
+            rounding=rounding_of(delta, tensor) if self.noise_floor == "auto" else None,
         )
         # What is kept of a full matrix may have more factor entries than the matrix itself.
         result = kept if isinstance(delta, LowRank) else Dense(kept.to_dense())
-        return result, replace(truncation, noise=floor)
+        return result, truncation
 
     def _eta(self, task: int, tensor: TensorContext) -> float:
         if isinstance(self.eta, dict):

@@ -125,5 +125,5 @@ def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
 
 
 def _noise(delta: Delta) -> float:
-    exact = isinstance(delta, LowRank) or delta.tensor.dtype == torch.float64
+    exact = isinstance(delta, LowRank) or delta.dtype == torch.float64
     return FLOAT64_NOISE if exact else FLOAT32_NOISE

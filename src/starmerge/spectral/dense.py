@@ -1,28 +1,11 @@
-"""The SVD of a matrix, and what is made of it."""
+"""The SVD of a matrix in float64, and what is made of it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from starmerge.deltas import Dense
 from starmerge.spectral.svd import SVD
-
-
-def svd_dense(delta: Dense) -> SVD:
-    """Return the SVD of a full matrix, by LAPACK in float64.
-
-    When to use: for deltas of full fine-tunes. Cost: O(mn·min(m, n)) and about five times the
-    matrix in float64; nothing for a matrix of zeros, which has no triplets.
-
-    Raises:
-        torch.linalg.LinAlgError: LAPACK did not converge (a NaN or infinity in the matrix).
-    """
-    if not delta.tensor.any():
-        m, n = delta.shape
-        empty = torch.zeros(0, dtype=torch.float64)
-        return SVD(empty.new_zeros(m, 0), empty, empty.new_zeros(n, 0))
-    return svd_matrix(delta.matrix.double())
 
 
 def svd_matrix(matrix: Tensor, floor: float = -1.0) -> SVD:

@@ -36,6 +36,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -63,6 +64,11 @@ class Rounding:
     """(m,) float64, Σ_j v_ij."""
     columns: Tensor
     """(n,) float64, Σ_i v_ij."""
+
+    @cached_property
+    def edge(self) -> float:
+        """The largest singular value that the noise has; see :func:`noise_edge`."""
+        return noise_edge(self.rows, self.columns)
 
 
 @dataclass(frozen=True)
@@ -126,8 +132,8 @@ def noise_edge(rows: Tensor, columns: Tensor) -> float:
         edge² = min over t > 0 of t r_max c_max / (x y Σr),
         Σ_i ρ_i x/(1 − ρ_i x) = Σ_j γ_j y/(1 − γ_j y) = t,  ρ = r/r_max, γ = c/c_max.
 
-    Equal variances give √v(√m + √n), the edge of Marchenko and Pastur. Cost: O(m + n) for each of
-    some hundred steps.
+    Equal variances give √v(√m + √n), the edge of Marchenko and Pastur; variances beyond float64's
+    range, of weights above 1e150, one of infinity. Cost: O(m + n) for each of some hundred steps.
 
     Args:
         rows: (m,) float64, r_i = Σ_j v_ij.
@@ -136,6 +142,8 @@ def noise_edge(rows: Tensor, columns: Tensor) -> float:
     total = float(rows.sum())
     if total == 0:
         return 0.0
+    if not math.isfinite(total):
+        return math.inf
     top_row, top_column = float(rows.max()), float(columns.max())
     rho, gamma = rows / top_row, columns / top_column
 
@@ -155,7 +163,7 @@ def noise_floor(S: Tensor, rounding: Rounding) -> Floor:
         rounding: The noise in it.
     """
     S = S.double()
-    edge = noise_edge(rounding.rows, rounding.columns)
+    edge = rounding.edge
     if edge == 0:
         return Floor(0.0, int(S.gt(0).sum()), 0.0)
     m, n = len(rounding.rows), len(rounding.columns)
@@ -172,7 +180,8 @@ def _variances(base: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
     code = _exponents(base.double() + delta, dtype)
     codes = int(code.max()) + 1
     steps = torch.arange(codes).double() - 1
-    ulps = limits.smallest_normal * limits.eps * steps.clamp(min=0).exp2()
+    # In one power, since float64 has ulps of 2⁻¹⁰⁷⁴ times what no float64 holds.
+    ulps = (steps.clamp(min=0) + math.log2(limits.smallest_normal * limits.eps)).exp2()
     uniform = ulps.square()[code] / 12
     on_grid = base == base.to(dtype)
     uniform_energy = uniform.masked_fill(on_grid, 0.0).sum(1)
@@ -199,7 +208,8 @@ def _variances(base: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
 
     x = high.exp2()[:, None] / ulp
     noise = torch.zeros(len(code), codes, dtype=torch.float64)
-    residual = _second_moment(x) - (_gain(x) * x).square()
+    # Of x² + 1/12 and x² the difference is lost above 1e8.
+    residual = torch.where(x >= 1, 1 / 12, _second_moment(x) - (_gain(x) * x).square())
     noise[:, used] = residual.clamp(min=0) * ulp.square()
     return torch.where(on_grid, noise.gather(1, code), uniform)
 
@@ -244,7 +254,7 @@ def _solve(weights: Tensor, t: float) -> float:
         part = weights * x
         excess = float((part / (1 - part)).sum()) - t
         step = excess / float((weights / (1 - part).square()).sum())
-        if step <= 1e-12 * x:
+        if not step > 1e-12 * x:  # also ends at a NaN
             return x
         x -= step
 

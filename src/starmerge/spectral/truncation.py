@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from starmerge.deltas import LowRank
-from starmerge.spectral.noise import Floor
-from starmerge.spectral.svd import SVD
+from starmerge.spectral.noise import Floor, Rounding, noise_floor
+from starmerge.spectral.svd import Decomposition, UncertainError, certainly
 
 ROUNDING = 1e-12
 """A share of the nuclear norm this close below η counts as reached: it differs by rounding."""
+
+NUCLEAR = 1e-5
+"""What may be unknown of a nuclear norm, as a share of it: the rescale restores it."""
 
 
 @dataclass(frozen=True)
@@ -44,28 +47,97 @@ def kept_rank(S: Tensor, eta: float) -> int:
     cumulative = S.double().cumsum(0)
     if len(S) == 0 or cumulative[-1] == 0:
         return 0
-    wanted = cumulative[-1] * (eta / 100) * (1 - ROUNDING)
-    return int(torch.searchsorted(cumulative, wanted)) + 1
+    return int(torch.searchsorted(cumulative, cumulative[-1] * _share(eta))) + 1
 
 
 def truncate_and_rescale(
-    svd: SVD, *, eta: float, rank: int | None = None, rescale: bool = True
+    decomposed: Decomposition,
+    *,
+    eta: float,
+    rank: int | None = None,
+    rescale: bool = True,
+    rounding: Rounding | None = None,
 ) -> tuple[LowRank, Truncation]:
     """Keep the leading triplets of a delta and rescale them to its nuclear norm.
 
-    σ'_k = σ_k · Σσ / Σ_{k≤r}σ for k ≤ r, the rest is dropped.
+    σ'_k = σ_k · Σσ / Σ_{k≤r}σ for k ≤ r, the rest is dropped. If the decomposition leaves open what
+    r is, or Σσ to 1e-5, the exact one is taken.
 
     Args:
-        svd: The delta's SVD.
+        decomposed: The delta's decomposition.
         eta: Share of the nuclear norm to keep, in percent, in (0, 100].
         rank: Keep this many triplets instead (fewer where the delta has fewer).
         rescale: Whether to restore the nuclear norm; without, the factor is 1.
+        rounding: The noise in a stored delta; where its floor applies, what lies below is dropped
+            first, and Σσ is of what lies above.
 
     Returns:
-        The truncated delta with float64 factors of rank r, and what was done.
+        The truncated delta with factors of rank r, float64 where the decomposition's vectors are,
+        and what was done.
     """
-    r = kept_rank(svd.S, eta) if rank is None else min(rank, kept_rank(svd.S, 100))
-    before, kept = float(svd.S.sum()), float(svd.S[:r].sum())
-    factor = before / kept if r and rescale else 1.0
-    values = svd.S[:r] * factor
-    return svd.compose(values), Truncation(r, before, float(values.sum()), factor)
+
+    def truncated(decomposed: Decomposition) -> tuple[LowRank, Truncation]:
+        S, error, floor = decomposed.S, decomposed.error, None
+        if rounding is not None and len(S):
+            floor = floor_of(decomposed, rounding)
+            if floor.applies:
+                S, error = S[: floor.above], error[: floor.above]
+        r = _certain_rank(S, error, eta, rank)
+        before, kept = float(S.sum()), float(S[:r].sum())
+        factor = before / kept if r and rescale else 1.0
+        values = S[:r] * factor
+        report = Truncation(r, before, float(values.sum()), factor, floor)
+        return decomposed.first(r).compose(values), report
+
+    return certainly(decomposed, truncated)
+
+
+def floor_of(decomposed: Decomposition, rounding: Rounding) -> Floor:
+    """Return the noise floor of a delta; see :func:`starmerge.spectral.noise.noise_floor`.
+
+    Raises:
+        UncertainError: The decomposition leaves open how many singular values are above it, or
+            whether it applies.
+    """
+    S, error = decomposed.S, decomposed.error
+    floor = noise_floor(S, rounding)
+    if floor.value == 0:
+        return floor
+    if bool(((S - floor.value).abs() < error).any()):
+        raise UncertainError("A singular value is as close to the noise floor as its own error.")
+    below, doubt = S[floor.above :], error[floor.above :]
+    energy, unknown = float(below.square().sum()), float((doubt * (2 * below + doubt)).sum())
+    if abs(floor.share - 2) * energy < floor.share * unknown:
+        raise UncertainError("Whether the noise floor applies hangs on rounding.")
+    return floor
+
+
+def _certain_rank(S: Tensor, error: Tensor, eta: float, rank: int | None) -> int:
+    """Return the rank to keep, by η or a given one, of singular values known to some error.
+
+    Whether r reach a share s of Σσ is the sign of (1 − s) Σ_{k≤r}σ − s Σ_{k>r}σ, which is known to
+    (1 − s) Σ_{k≤r}ε + s Σ_{k>r}ε.
+
+    Raises:
+        UncertainError: Another rank would be right within the errors, or Σσ is not known.
+    """
+    if float(error.sum()) > NUCLEAR * float(S.sum()):
+        raise UncertainError("Rounding leaves too much of the nuclear norm open.")
+    # A given rank only needs to know that the delta has one as high.
+    s = _share(eta if rank is None else 100)
+    found = kept_rank(S, eta if rank is None else 100)
+    r = found if rank is None else min(rank, found)
+    if r == 0:
+        return 0
+    # The sums that decided, so that without errors there is no doubt.
+    cumulative, unknown = S.cumsum(0), error.cumsum(0)
+    excess = cumulative - cumulative[-1] * s
+    doubt = (1 - s) * unknown + s * (unknown[-1] - unknown)
+    if (r == found and excess[r - 1] < doubt[r - 1]) or (r > 1 and -excess[r - 2] < doubt[r - 2]):
+        raise UncertainError(f"Whether the rank is {r} hangs on rounding.")
+    return r
+
+
+def _share(eta: float) -> float:
+    """Return the share of the nuclear norm that counts as η."""
+    return eta / 100 * (1 - ROUNDING)
