@@ -1,8 +1,9 @@
 """Exact selection of the k-th largest magnitude among more numbers than fit into memory.
 
-Non-negative floats order as their bits do, read as integers. So a histogram over the upper half
-of the bits of |x| tells in which of 65,536 buckets the k-th largest lies, and one over the lower
-half, of that bucket alone, which number it is: two passes, 512 KiB, no sorting.
+Non-negative floats order as their bits do, read as integers. A histogram over the upper bits of
+some of the numbers tells between which bits the k-th largest of all should lie. Then one pass over
+all of them counts those above, and gathers the few between. Where some mislead, the histogram is
+made of all: what is found is exact in either case.
 """
 
 from __future__ import annotations
@@ -11,69 +12,166 @@ import math
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
-_HALF = 16
-BUCKETS = 1 << _HALF
-"""Length of a histogram."""
+_LOWER = 17
+BUCKETS = (0x7F80_0000 >> _LOWER) + 1
+"""Length of a histogram: the last bucket is that of infinity, and the sign has no part in it."""
+SAMPLE = 17
+"""Every how many numbers, or rows of them, are looked at first.
+
+Odd, so that of what comes in periods of a power of two each place has its turn.
+"""
+_MOST_ADDED = 2**18
+_FEW = 2**15
 
 
-def histogram(values: Tensor, bucket: int | None = None) -> Tensor:
-    """Count magnitudes by the upper half of their bits, or, in one bucket of it, by the lower.
+def histogram(parts: Iterable[Tensor], count: int) -> npt.NDArray[np.float64]:
+    """Count magnitudes by the upper 15 of their 32 bits.
 
     Args:
-        values: float32, any shape, no NaN.
-        bucket: Which bucket of the upper half; None for the upper half itself.
+        parts: float32, any shape, no NaN: all of the numbers, or a sample.
+        count: How many numbers there are. Those of a sample count as many times each.
 
     Returns:
-        (65536,) int64. Histograms of parts add up to that of the whole.
+        (BUCKETS,), exact below 2⁵³ where no sample was taken. Histograms of parts add up to that
+        of the whole.
     """
-    bits = values.abs().reshape(-1).view(torch.int32)
-    if bucket is None:
-        return torch.bincount(bits >> _HALF, minlength=BUCKETS)
-    inside = bits[bits >> _HALF == bucket] & (BUCKETS - 1)
-    return torch.bincount(inside, minlength=BUCKETS)
+    counts, seen = np.zeros(BUCKETS), 0
+    for part in parts:
+        bits = _magnitudes(part)
+        counts += np.bincount(bits >> _LOWER, minlength=BUCKETS)
+        seen += len(bits)
+    if seen not in (0, count):
+        counts *= count / seen
+    return counts
 
 
-def locate(counts: Tensor, k: int) -> tuple[int, int]:
-    """Return the bucket of the k-th largest, and which of that bucket it is.
+def bracket(counts: npt.NDArray[np.float64], k: int, step: int = 1) -> range:
+    """Return the bits between which the k-th largest lies; of a sample, where it should.
 
     If there are fewer than k, those that are missing count as zeros, in bucket 0. A k of 0, as a
     share of no numbers has it, counts as 1.
-    """
-    above = counts.flip(0).cumsum(0)
-    place = min(int(torch.searchsorted(above, max(k, 1))), BUCKETS - 1)
-    return BUCKETS - 1 - place, k - (int(above[place - 1]) if place else 0)
-
-
-def magnitude(upper: int, lower: int) -> float:
-    """Return the magnitude of which two buckets are known."""
-    bits = torch.tensor(upper << _HALF | lower, dtype=torch.int32)
-    return float(bits.view(torch.float32))
-
-
-def kth_largest(parts: Callable[[], Iterable[Tensor]], k: int) -> float:
-    """Return the k-th largest magnitude of numbers that come in parts, gone through twice.
 
     Args:
-        parts: Returns the parts: float32, any shape, no NaN.
+        counts: A histogram.
+        k: Which one, from 1.
+        step: Every how manyth of the numbers was counted, or of rows of them.
+    """
+    above = counts[::-1].cumsum()
+    size, k = float(above[-1]), max(k, 1)
+    # Eight standard deviations of the rank in a sample, and a bucket for rows that differ.
+    margin = 8 * math.sqrt((step - 1) * k * max(0.0, 1 - k / size)) if size else 0.0
+    slack = 1 if step > 1 else 0
+    places = np.searchsorted(above, [max(1.0, k - margin), k + margin])
+    highest, lowest = np.maximum(BUCKETS - 1 - places, 0).tolist()
+    return range(max(0, lowest - slack) << _LOWER, min(BUCKETS, highest + slack + 1) << _LOWER)
+
+
+class Tally:
+    """Counts the magnitudes above some bits, and each one between.
+
+    Tallies of parts add up to that of the whole.
+
+    Args:
+        between: The bits.
+    """
+
+    def __init__(self, between: range) -> None:
+        self._between = between
+        self._above = 0
+        self._counts = [(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64))]
+        """Bits in between and how often they occur: sorted and once first, then what was added."""
+        self._added = 0
+
+    def add(self, values: Tensor) -> None:
+        """Count numbers: float32, any shape, no NaN."""
+        bits = _magnitudes(values)
+        # Zeros are what is missing in any case.
+        inside = bits >= np.int32(max(1, self._between.start))
+        above = bits >= np.int32(self._between.stop)
+        inside ^= above
+        self._above += int(np.count_nonzero(above))
+        self._gather(*np.unique(bits[np.flatnonzero(inside)], return_counts=True))
+
+    def merge(self, other: Tally) -> None:
+        """Add what another tally, of the same bits, has counted."""
+        self._above += other._above
+        for bits, counts in other._counts:
+            self._gather(bits, counts)
+
+    def kth_largest(self, k: int) -> float | None:
+        """Return the k-th largest magnitude, from 1; None if it is not between the bits.
+
+        If there are fewer, those that are missing are zeros. A k of 0 counts as 1.
+        """
+        left = max(k, 1) - self._above
+        if left <= 0:
+            return None
+        self._put_together()
+        [(bits, counts)] = self._counts
+        place = int(np.searchsorted(counts[::-1].cumsum(), left))
+        if place == len(bits):
+            return 0.0 if self._between.start == 0 else None
+        return _number(bits[len(bits) - 1 - place])
+
+    def _gather(self, bits: npt.NDArray[np.int32], counts: npt.NDArray[np.int64]) -> None:
+        self._counts.append((bits, counts))
+        self._added += len(bits)
+        if self._added > max(_MOST_ADDED, len(self._counts[0][0])):
+            self._put_together()
+
+    def _put_together(self) -> None:
+        bits, counts = map(np.concatenate, zip(*self._counts, strict=True))
+        once, place = np.unique(bits, return_inverse=True)
+        # In float64, as NumPy counts with weights: exact below 2⁵³.
+        sums = np.bincount(place, weights=counts, minlength=len(once)).astype(np.int64)
+        self._counts, self._added = [(once, sums)], 0
+
+
+def kth_largest(parts: Callable[[int], Iterable[Tensor]], count: int, k: int) -> float:
+    """Return the k-th largest magnitude of numbers that come in parts.
+
+    Args:
+        parts: Called with a step, returns every so manyth of the numbers, or of rows of them, or
+            more; with 1, all: float32, any shape, no NaN.
+        count: How many numbers there are.
         k: Which one, from 1. If there are fewer numbers, 0 is returned.
 
     Example:
-        >>> kth_largest(lambda: [torch.tensor([3.0, -5.0]), torch.tensor([1.0])], 2)
+        >>> import torch
+        >>> values = torch.tensor([3.0, -5.0, 1.0])
+        >>> kth_largest(lambda step: [values[::step]], 3, 2)
         3.0
     """
-    counts = torch.zeros(BUCKETS, dtype=torch.int64)
-    for part in parts():
-        counts += histogram(part)
-    upper, left = locate(counts, k)
-    counts.zero_()
-    for part in parts():
-        counts += histogram(part, upper)
-    return magnitude(upper, locate(counts, left)[0])
+    k = max(k, 1)
+    if count <= _FEW:
+        bits = np.concatenate([np.zeros(0, dtype=np.int32), *map(_magnitudes, parts(1))])
+        return _number(np.partition(bits, -k)[-k]) if k <= len(bits) else 0.0
+    found = None
+    for step in (SAMPLE, 1):
+        tally = Tally(bracket(histogram(parts(step), count), k, step))
+        for part in parts(1):
+            tally.add(part)
+        found = tally.kth_largest(k)
+        if found is not None:
+            break
+    assert found is not None, "a histogram of all numbers tells the bucket"
+    return found
 
 
 def share_of(count: int, percent: float) -> int:
     """Return ⌈percent % of count⌉, exactly: the percentage is taken as it is written."""
     return math.ceil(Fraction(str(percent)) * count / 100)
+
+
+def _magnitudes(values: Tensor) -> npt.NDArray[np.int32]:
+    """Return the bits of |x|."""
+    magnitudes: npt.NDArray[np.float32] = np.abs(values.reshape(-1).numpy())
+    return magnitudes.view(np.int32)
+
+
+def _number(bits: np.int32) -> float:
+    return float(bits.view(np.float32))

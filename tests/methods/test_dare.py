@@ -18,7 +18,7 @@ from starmerge import merge_state
 from starmerge.deltas import Dense, LowRank
 from starmerge.errors import UsageError
 from starmerge.methods import Dare, TensorContext, entrywise, make_pipeline
-from starmerge.methods.dare import kept
+from starmerge.methods.dare import Draws, kept
 from tests.oracles import bounds, dare, models, samples
 from tests.oracles.ties import ties
 
@@ -212,6 +212,15 @@ def test_the_start_of_a_mask_does_not_depend_on_its_length():
     whole = kept(0.5, 0, "law", "w", 1000)
     for count in (1, 2, 3, 501):
         assert torch.equal(kept(0.5, 0, "law", "w", count), whole[:count])
+
+
+@samples.SEARCH
+@given(st.lists(st.integers(0, 9), max_size=12))
+def test_entries_may_be_drawn_in_parts(counts):
+    draws = Draws(0, "law", "w")
+    parts = [draws.kept(0.5, count) for count in counts]
+    whole = kept(0.5, 0, "law", "w", sum(counts))
+    assert torch.equal(torch.cat([torch.empty(0, dtype=torch.bool), *parts]), whole)
 
 
 def test_names_do_not_run_into_each_other():

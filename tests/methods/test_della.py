@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from starmerge import merge_state
 from starmerge.deltas import Dense
 from starmerge.errors import UsageError
-from starmerge.methods import Della, make_method, make_pipeline
-from starmerge.methods.masks import chances_by_rank, l1_factor, largest
+from starmerge.methods import Della, entrywise, make_method, make_pipeline
+from starmerge.methods.masks import chances_by_rank, l1_factor, largest, masked
 from tests.oracles import bounds, dare, della, models, samples, weights
 
 
@@ -117,6 +117,38 @@ def test_the_largest_are_the_reference(drawn, data):
     kept = np.zeros(m * n, dtype=bool)
     kept[np.argsort(-np.abs(x.numpy().ravel()), kind="stable")[:k]] = True
     np.testing.assert_array_equal(largest(x, k).numpy().ravel(), kept)
+
+
+def test_zeros_of_either_sign_have_the_same_rank():
+    x = torch.tensor([[0.0, -0.0, 2.0**-149, -0.0, -(2.0**-149), 0.0]])
+    found = chances_by_rank(x, 0.5, 0.25).numpy()
+    np.testing.assert_allclose(found, [[0.25, 0.35, 0.65, 0.45, 0.75, 0.55]], rtol=1e-14)
+
+
+@pytest.mark.parametrize("entries", [samples.normal, samples.integers])
+@pytest.mark.parametrize("k", [1, 40, 9000, 29_999])
+def test_the_largest_of_many_are_the_reference(k, entries):
+    x = entries(300, 100, seed=4)
+    kept = np.zeros(30_000, dtype=bool)
+    kept[np.argsort(-np.abs(x.numpy().ravel()), kind="stable")[:k]] = True
+    np.testing.assert_array_equal(largest(x, k).numpy().ravel(), kept)
+
+
+def test_outside_of_a_mask_there_are_zeros_without_a_sign():
+    x = torch.tensor([[-1.0, 2.0, -0.0], [-3.0, float("inf"), -0.0]])
+    mask = torch.tensor([[True, False, True], [False, False, False]])
+    assert masked(x, mask).numpy().tobytes() == np.float32([-1, 0, -0.0, 0, 0, 0]).tobytes()
+
+
+@pytest.mark.parametrize("rescale", ["l1", "probability"])
+@pytest.mark.parametrize("entries", [1, 7, 50])
+def test_the_size_of_the_panels_means_nothing(entries, rescale, monkeypatch):
+    # Sums of integers are exact, in whatever parts.
+    given = models.models("dense", entries=samples.integers)
+    at_once = models.merge(given, "della+ties", {"rescale": rescale})
+    monkeypatch.setattr(entrywise, "PANEL_ENTRIES", entries)
+    for name, values in models.merge(given, "della+ties", {"rescale": rescale}).items():
+        np.testing.assert_array_equal(values, at_once[name])
 
 
 def test_sums_too_small_to_divide_by_are_left_alone():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from starmerge import merge_state
 from starmerge.deltas import Dense, LowRank
 from starmerge.methods import entrywise, make_pipeline
-from starmerge.methods.entrywise import panels, task_sum
+from starmerge.methods.entrywise import entries_of, panels, task_sum
 from tests.oracles import models, samples
 
 SEARCH = settings(samples.SEARCH, max_examples=15)  # for each chain
@@ -177,12 +177,32 @@ def test_a_sum_over_tasks_does_not_depend_on_the_other_entries(shape):
     np.testing.assert_array_equal(task_sum(tau).numpy(), sum(tau.numpy()))
 
 
+def test_a_sum_leaves_its_terms_alone():
+    tau = samples.normal(3, 4, seed=0, dtype=torch.float64)
+    before = tau.clone()
+    task_sum(tau)
+    assert torch.equal(tau, before)
+
+
 @samples.SEARCH
-@given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 5))
-def test_panels_cover_each_row_once(m, n, tasks):
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 5), st.integers(1, 20))
+def test_panels_cover_each_row_once(m, n, tasks, step):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(entrywise, "PANEL_ENTRIES", 100)
-        found = [range(m)[rows] for rows in panels((m, n), tasks)]
-    assert [row for rows in found for row in rows] == list(range(m))
+        found = [range(m)[rows] for rows in panels((m, n), tasks, step)]
+    assert [row for rows in found for row in rows] == list(range(0, m, step))
     assert all(len(rows) * n * tasks <= 100 or len(rows) == 1 for rows in found)
     assert len(found) <= 1 or n * tasks * (len(found[0]) + 1) > 100
+
+
+@pytest.mark.parametrize("kind", ["dense", "adapter"])
+@pytest.mark.parametrize(("m", "step"), [(700, 1), (700, 3), (700, 10), (700, 11), (0, 3)])
+def test_the_entries_of_every_so_manyth_row(kind, m, step, monkeypatch):
+    monkeypatch.setattr(entrywise, "PANEL_ENTRIES", 60)
+    delta = {
+        "dense": samples.dense(m, 4, dtype=torch.bfloat16),
+        "adapter": samples.low_rank(m, 4, 2, dtype=torch.bfloat16),
+    }[kind]
+    # 11 would leave fewer than 64 rows.
+    expected = delta.entries()[:: step if step < 11 else 1]
+    assert torch.equal(torch.cat([torch.empty(0, 4), *entries_of(delta, step)]), expected)

@@ -7,8 +7,9 @@ from torch.overrides import TorchFunctionMode
 
 from starmerge.deltas import Dense, LowRank
 from starmerge.errors import UsageError
-from starmerge.merging.engine import merge_state
+from starmerge.merging.in_memory import merge_state
 from starmerge.methods import Knots, make_method
+from tests.merge_one import merge_one
 from tests.oracles import bounds, knots, samples, spectral
 
 WEIGHTS = [1.0, 0.5, -2.0, 4.0]
@@ -236,5 +237,5 @@ class Decomposed(TorchFunctionMode):
 )
 def test_no_svd_is_as_long_as_all_tasks_side_by_side(deltas, shape):
     with Decomposed() as decomposed:
-        spectral.merge(Knots(scope="local"), deltas)
+        merge_one(Knots(scope="local"), deltas)
     assert decomposed.shapes == [shape]

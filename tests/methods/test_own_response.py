@@ -6,7 +6,7 @@ import torch
 
 from starmerge.deltas import Dense, LowRank
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.merging.engine import merge_state
+from starmerge.merging.in_memory import merge_state
 from starmerge.methods import make_pipeline
 from tests.oracles import bounds, own_response, samples, spectral
 

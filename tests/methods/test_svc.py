@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from starmerge.deltas import Dense, LowRank
 from starmerge.errors import UsageError
-from starmerge.merging.engine import merge_state
+from starmerge.merging.in_memory import merge_state
 from starmerge.methods import IsoC, IsoCts, Pipeline, Svc, TaskArithmetic, make_pipeline
 from tests.oracles import samples, spectral, svc
 

@@ -107,6 +107,10 @@ def test_a_negative_majority():
     np.testing.assert_array_equal(merged["x"], [[5, -2], [-1, -1]])
 
 
+def test_entries_that_no_task_has_are_zeros_without_a_sign():
+    assert not np.signbit(row([[-1, -1, 0.5], [-1, -1, -0.25]], k=60)[2])
+
+
 def test_without_a_majority_entries_that_cancel_are_dropped():
     assert row([[1, 2, -1], [3, -2, -1]]) == [2, 0, -1]
 

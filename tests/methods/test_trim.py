@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from starmerge import merge_state
-from starmerge.deltas import Dense
+from starmerge.deltas import Dense, LowRank
 from starmerge.errors import UsageError
 from starmerge.methods import Trim, make_pipeline
+from starmerge.methods import trim as trimming
 from tests.oracles import models, samples, trim
 
 
@@ -118,6 +119,51 @@ def test_if_few_entries_are_not_zero_they_all_stay(scope):
     x[1, 3], x[4, 7] = 1e-30, -5
     [got] = trimmed(models.from_entries({"x": x}), k=50, scope=scope)
     np.testing.assert_array_equal(got["x"], x.astype(np.float32))
+
+
+def misleading(seed):
+    """A model of which every 17th row, which are looked at first, is of another size."""
+    generator = np.random.default_rng(seed)
+    tall = generator.standard_normal((1500, 3))
+    tall[::17] *= 10.0 ** (-3) ** seed
+    B, A = generator.standard_normal((1200, 2)), generator.standard_normal((2, 4))
+    B[::17] *= 100
+    return {
+        "tall": Dense(torch.from_numpy(tall).float()),
+        "adapter": LowRank(torch.from_numpy(B).bfloat16(), torch.from_numpy(A).bfloat16()),
+        "small": samples.dense(9, 7, seed=seed),
+    }
+
+
+@pytest.mark.parametrize("k", [0.1, 5, 20, 93, 99.9])
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_thresholds_are_exact_where_some_rows_mislead(scope, k):
+    assert_is_trim([misleading(0), misleading(1)], k, scope)
+
+
+@pytest.mark.parametrize("k", [0.1, 5, 20, 50, 93])
+@pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize("entries", [samples.normal, samples.integers])
+def test_thresholds_of_tall_tensors(entries, scope, k):
+    given = [
+        {"tall": samples.dense(3000, 5, seed=t, entries=entries), "row": samples.dense(1, 2000)}
+        for t in range(2)
+    ]
+    assert_is_trim(given, k, scope)
+
+
+numbers = st.integers(0, 0x7F7FFFFF).map(lambda bits: np.uint32(bits).view(np.float32).item())
+
+
+@samples.SEARCH
+@given(st.lists(numbers, min_size=1, max_size=40), st.data())
+def test_what_is_below_a_threshold_becomes_zero(magnitudes, data):
+    threshold = data.draw(st.sampled_from([0.0, 2.0**-149, 2.0**-126, *magnitudes]))
+    signs = data.draw(st.lists(st.sampled_from([1, -1]), min_size=40, max_size=40))
+    x = np.array(magnitudes, dtype=np.float32) * np.array(signs[: len(magnitudes)], np.float32)
+    left = trimming.trimmed(torch.from_numpy(x), threshold).numpy()
+    expected = np.where(np.abs(x) >= threshold, x, np.float32(0))
+    assert left.tobytes() == expected.tobytes()
 
 
 def test_trimming_sees_what_stands_before_it_in_the_chain():

@@ -47,7 +47,8 @@ class Ace(SpectralMerge):
     def space(self, deltas: Sequence[Delta]) -> CoreSpace:
         """Return a space that holds the vectors of ones too; the means are taken along them."""
         m, n = deltas[0].shape
-        space = core_space([*deltas, LowRank(torch.ones(m, 1), torch.ones(1, n))])
+        one_m, one_n = (torch.ones(shape, dtype=torch.float32) for shape in ((m, 1), (1, n)))
+        space = core_space([*deltas, LowRank(one_m, one_n)])
         return replace(space, matrices=space.matrices[:-1])
 
     def merge_matrices(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from starmerge.deltas import Delta
 from starmerge.errors import UsageError
-from starmerge.methods.entrywise import EntrywiseMerge, panels, task_sum
+from starmerge.methods.entrywise import EntrywiseMerge, entries_of, task_sum
 from starmerge.methods.method import TensorContext, method
+from starmerge.methods.trim import trimmed
 from starmerge.selection import kth_largest
 
 
@@ -28,7 +30,8 @@ class Breadcrumbs(EntrywiseMerge):
     Source: arXiv 2312.06795, with β and γ as percentiles of the magnitudes; defining repository
     github.com/rezazzr/breadcrumbs, whose beta is the share kept at the top and gamma the share
     dropped there, row by row. mergekit's gamma is (100 − γ) % and its density (γ − β) %.
-    Cost: two order statistics a tensor and task, and the entries of all tasks side by side.
+    Cost: three passes over the entries of all tasks, two of them for order statistics; adapters
+    become dense panel by panel.
     When to use: many tasks; robust against the choice of α.
     """
 
@@ -50,23 +53,24 @@ class Breadcrumbs(EntrywiseMerge):
 
     def look(
         self, deltas: dict[int, Delta], tensor: TensorContext, survey: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Return the least and the largest magnitude kept, by task, (T', 1, 1) each."""
-        bounds = torch.tensor([self._bounds(tau_t) for tau_t in deltas.values()])
-        least, largest = bounds.double()[:, :, None, None].unbind(1)
-        return least, largest
+    ) -> list[tuple[float, float]]:
+        """Return the least and the largest magnitude kept of each task."""
+        return [self._bounds(tau_t) for tau_t in deltas.values()]
 
     def merge_entries(
-        self, tau: Tensor, tasks: tuple[int, ...], tensor: TensorContext, local: Any
+        self, tau: list[Tensor], tasks: tuple[int, ...], tensor: TensorContext, local: Any
     ) -> Tensor:
         """Merge some entries; see :meth:`EntrywiseMerge.merge_entries`."""
-        least, largest = local
-        m = (tau.abs() >= least) & (tau.abs() <= largest)
-        return self.alpha * task_sum(torch.where(m, tau, 0.0))
+        left = (
+            # Less the outliers, which hardshrink leaves.
+            trimmed(tau_t, least) - torch.hardshrink(tau_t, largest)
+            for tau_t, (least, largest) in zip(tau, local, strict=True)
+        )
+        return task_sum(left).mul_(self.alpha)
 
     def _bounds(self, delta: Delta) -> tuple[float, float]:
-        parts = [delta.entries(rows) for rows in panels(delta.shape)]
+        parts = partial(entries_of, delta)
         n = delta.shape[0] * delta.shape[1]
         low = math.floor(Fraction(str(self.beta)) * n / 100)
         high = math.floor((100 - Fraction(str(self.gamma))) * n / 100)
-        return kth_largest(lambda: parts, n - low), kth_largest(lambda: parts, high + 1)
+        return kth_largest(parts, n, n - low), kth_largest(parts, n, high + 1)

@@ -39,7 +39,7 @@ def combine(vectors: Sequence[Delta], solve: Solve, tensor: TensorContext, along
         along: What counts as one vector.
     """
     if 0 in tensor.shape:
-        return Dense(torch.zeros(matrix_shape(tensor.shape)))
+        return Dense(torch.zeros(matrix_shape(tensor.shape), dtype=torch.float32))
     if along == "tensor" or len(tensor.shape) < 2:
         c = solve(gram(vectors))
         used = [v for v, c_i in zip(vectors, c, strict=True) if c_i != 0]
@@ -88,7 +88,7 @@ def every_task(deltas: Deltas, tensor: TensorContext) -> list[Delta]:
     """Return the deltas of all T tasks: of those that leave the tensor alone, zeros of rank 0."""
     held = dict(deltas.items())
     m, n = matrix_shape(tensor.shape)
-    zero = LowRank(torch.zeros(m, 0), torch.zeros(0, n))
+    zero = LowRank(torch.zeros(m, 0, dtype=torch.float32), torch.zeros(0, n, dtype=torch.float32))
     return [held.get(t, zero) for t in range(len(tensor.tasks))]
 
 
@@ -120,7 +120,7 @@ def update(c: Tensor) -> Tensor:
 
 
 def _summed(vectors: Sequence[Delta], coefficients: Callable[[Tensor], Tensor]) -> Dense:
-    merged = torch.empty(vectors[0].shape)
+    merged = torch.empty(vectors[0].shape, dtype=torch.float32)
     for rows, panel in _panels(vectors):
         merged[rows] = (coefficients(panel) * panel).sum(0).float()
     return Dense(merged)

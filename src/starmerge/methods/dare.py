@@ -11,6 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from starmerge.deltas import Delta, Dense
+from starmerge.methods.entrywise import panels
+from starmerge.methods.masks import masked
 from starmerge.methods.method import TensorContext, Transform, method
 from starmerge.spectral import Truncation
 
@@ -42,16 +44,52 @@ class Dare(Transform):
         """Drop and rescale one delta; see :meth:`Transform.apply`."""
         if self.p == 0:
             return delta, None
-        entries = delta.entries()
-        m = kept(self.p, self.seed, tensor.tasks[task], tensor.name, entries.numel())
-        return Dense(torch.where(m.view(entries.shape), entries / (1 - self.p), 0.0)), None
+        draws = Draws(self.seed, tensor.tasks[task], tensor.name)
+        left = torch.empty(delta.shape, dtype=torch.float32)
+        for rows in panels(delta.shape):
+            entries = delta.entries(rows)
+            m = draws.kept(self.p, entries.numel()).view(entries.shape)
+            left[rows] = masked(entries / (1 - self.p), m)
+        return Dense(left), None
+
+
+class Draws:
+    """The random numbers of a tensor's entries, one after the other.
+
+    They are the 32-bit words of the counter-based generator Philox4x64, whose key is a digest of
+    the arguments.
+
+    Args:
+        seed: The seed.
+        task: The task's name.
+        tensor: The tensor's name.
+    """
+
+    def __init__(self, seed: int, task: str, tensor: str) -> None:
+        text = "\0".join((str(seed), task, tensor)).encode()
+        key = int.from_bytes(hashlib.sha256(text).digest()[:16], "little")
+        self._generator = np.random.Philox(key=key)
+        self._left = np.empty(0, dtype="<u4")
+
+    def kept(self, p: float | Tensor, count: int) -> Tensor:
+        """Return which of the next entries stay, (count,) bool.
+
+        Args:
+            p: Probability of dropping an entry; one for all, or (count,) float64.
+            count: How many entries are next.
+        """
+        words = self._left
+        if len(words) < count:
+            drawn = self._generator.random_raw((count - len(words) + 1) // 2)
+            drawn = drawn.astype("<u8", copy=False).view("<u4")
+            words = np.concatenate([words, drawn]) if len(words) else drawn
+        self._left = words[count:].copy()
+        floors = np.minimum(np.rint(np.asarray(p, dtype=np.float64) * 2**32), 2**32 - 1)
+        return torch.from_numpy(words[:count] >= floors.astype(np.uint32))
 
 
 def kept(p: float | Tensor, seed: int, task: str, tensor: str, count: int) -> Tensor:
-    """Return which of ``count`` entries stay, (count,) bool: entry i by the i-th random number.
-
-    The numbers are 32-bit words of the counter-based generator Philox4x64, whose key is a digest
-    of the other arguments.
+    """Return which of ``count`` entries stay, (count,) bool; see :meth:`Draws.kept`.
 
     Args:
         p: Probability of dropping an entry; one for all, or (count,) float64.
@@ -60,8 +98,4 @@ def kept(p: float | Tensor, seed: int, task: str, tensor: str, count: int) -> Te
         tensor: The tensor's name.
         count: How many entries there are.
     """
-    text = "\0".join((str(seed), task, tensor)).encode()
-    key = int.from_bytes(hashlib.sha256(text).digest()[:16], "little")
-    words = np.random.Philox(key=key).random_raw((count + 1) // 2).astype("<u8").view("<u4")
-    floors = np.minimum(np.rint(np.asarray(p, dtype=np.float64) * 2**32), 2**32 - 1)
-    return torch.from_numpy(words[:count] >= floors.astype(np.uint32))
+    return Draws(seed, task, tensor).kept(p, count)

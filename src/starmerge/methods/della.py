@@ -10,8 +10,9 @@ from pydantic import Field
 
 from starmerge.deltas import Delta, Dense
 from starmerge.errors import UsageError
-from starmerge.methods.dare import kept
-from starmerge.methods.masks import chances_by_rank, l1_factor
+from starmerge.methods.dare import Draws
+from starmerge.methods.entrywise import absolute_sum, panels
+from starmerge.methods.masks import chances_by_rank, l1_ratio, masked
 from starmerge.methods.method import TensorContext, Transform, method
 from starmerge.spectral import Truncation
 
@@ -57,13 +58,26 @@ class Della(Transform):
         """Drop and rescale one delta; see :meth:`Transform.apply`."""
         if self.density == 1 or 0 in delta.shape:
             return delta, None
-        entries = delta.entries()
-        rows = as_rows(tensor)
-        p = chances_by_rank(entries.reshape(rows), self.density, self.epsilon).reshape(delta.shape)
-        m = kept(1 - p.flatten(), self.seed, tensor.tasks[task], tensor.name, p.numel())
-        m = m.view(delta.shape)
-        factor = l1_factor(entries, m) if self.rescale == "l1" else 1 / p
-        return Dense(torch.where(m, entries.double() * factor, 0.0).float()), None
+        draws = Draws(self.seed, tensor.tasks[task], tensor.name)
+        left = torch.empty(delta.shape, dtype=torch.float32)
+        norm = left_norm = 0.0
+        # A vector is one row: its entries go by their ranks among all of them.
+        whole = [slice(None)] if len(tensor.shape) < 2 else panels(delta.shape)
+        for rows in whole:
+            entries = delta.entries(rows)
+            p = chances_by_rank(entries.reshape(as_rows(tensor)), self.density, self.epsilon)
+            m = draws.kept(1 - p.flatten(), p.numel()).view(entries.shape)
+            if self.rescale == "l1":
+                left[rows] = masked(entries, m)
+                norm += absolute_sum(entries)
+                left_norm += absolute_sum(left[rows])
+            else:
+                left[rows] = masked((entries * (1 / p).view(entries.shape)).float(), m)
+        if self.rescale == "l1":
+            factor = l1_ratio(norm, left_norm)
+            for rows in panels(delta.shape):
+                left[rows] = left[rows].double() * factor
+        return Dense(left), None
 
 
 def as_rows(tensor: TensorContext) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from starmerge.deltas import Delta
 from starmerge.errors import UsageError
 from starmerge.methods.entrywise import EntrywiseMerge, absolute_sum, panels, task_sum
+from starmerge.methods.masks import masked
 from starmerge.methods.method import Deltas, TensorContext, method
 
 
@@ -32,7 +34,7 @@ class Emr(EntrywiseMerge):
     Source: arXiv 2405.17461; defining repository github.com/harveyhuang18/EMR_Merging. Different
     from there, as in the paper: λ_t sums entries, where the repository sums the means of tensors;
     γ_uni = 0 where entries cancel, where the repository takes −1.
-    Cost: one pass, the entries of all tasks side by side; adapters become dense panel by panel.
+    Cost: one pass; adapters become dense panel by panel.
     When to use: one task at a time is wanted, known beforehand, for a fraction of T models' size.
     """
 
@@ -48,13 +50,13 @@ class Emr(EntrywiseMerge):
                 )
 
     def merge_entries(
-        self, tau: Tensor, tasks: tuple[int, ...], tensor: TensorContext, local: Any
+        self, tau: list[Tensor], tasks: tuple[int, ...], tensor: TensorContext, local: Any
     ) -> Tensor:
         """Return some entries of τ_uni; see :meth:`EntrywiseMerge.merge_entries`."""
-        gamma_uni = task_sum(tau).sign()
+        gamma_uni = task_sum(tau).sign_().float()
         # Where γ_uni is not zero, some task has its sign: the largest of the products is of those.
-        epsilon_uni = (gamma_uni * tau).amax(0)
-        return gamma_uni * epsilon_uni
+        epsilon_uni = reduce(torch.maximum, (gamma_uni * tau_t for tau_t in tau))
+        return epsilon_uni.mul_(gamma_uni)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,9 +101,9 @@ def emr(deltas: Sequence[Mapping[str, Delta]]) -> Unified:
         shape = next(iter(members)).shape
         context = TensorContext(name, shape, False, tasks=tasks, weights=(1.0,) * len(tasks))
         tau_uni[name] = Emr().merge(members, context, None).to_dense()
-        for t, masked in masks_of(members, tau_uni[name]):
-            masks[t][name] = masked.M
-            sums.add(t, masked)
+        for t, own in masks_of(members, tau_uni[name]):
+            masks[t][name] = own.M
+            sums.add(t, own.norm, own.masked_norm)
     return Unified(tau_uni, masks, sums.result())
 
 
@@ -121,9 +123,10 @@ def masks_of(deltas: Deltas, tau_uni: Tensor) -> Iterator[tuple[int, Masked]]:
         for rows in panels(tau_t.shape, len(deltas)):
             mine, unified = tau_t.entries(rows), tau_uni[rows].float()
             # By their signs: the product of two small entries is zero.
-            M[rows] = (mine.sign() == unified.sign()) & (mine != 0)
+            x, y = mine.numpy(), unified.numpy()
+            M[rows] = torch.from_numpy((x > 0) & (y > 0) | (x < 0) & (y < 0))
             norm += absolute_sum(mine)
-            masked_norm += absolute_sum(torch.where(M[rows], unified, 0.0))
+            masked_norm += absolute_sum(masked(unified, M[rows]))
         yield t, Masked(M, norm, masked_norm)
 
 
@@ -138,10 +141,10 @@ class Rescalers:
         self._norms = [0.0] * tasks
         self._masked_norms = [0.0] * tasks
 
-    def add(self, task: int, masked: Masked) -> None:
-        """Count what became of one tensor for a task."""
-        self._norms[task] += masked.norm
-        self._masked_norms[task] += masked.masked_norm
+    def add(self, task: int, norm: float, masked_norm: float) -> None:
+        """Count what became of one tensor for a task: Σ|τ_t| and Σ|M_t ⊙ τ_uni|."""
+        self._norms[task] += norm
+        self._masked_norms[task] += masked_norm
 
     def result(self) -> list[float]:
         """Return λ_t for all tasks; 0 for a task that agrees with τ_uni nowhere."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
-from functools import reduce
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,15 +13,18 @@ from torch import Tensor
 from starmerge.deltas import Delta, Dense
 from starmerge.methods.method import Deltas, Merge, TensorContext
 
-PANEL_ENTRIES = 2**21
-"""Entries of all tasks together that are merged at once, in float64."""
+PANEL_ENTRIES = 2**20
+"""Entries of all tasks together that are merged at once, at most."""
+_ENTRIES_OF_ONE = 2**16
+"""And of each task: 256 KiB of float32, which stay in a processor's cache while they are used."""
+_LEAST_SAMPLE = 64
 
 
 class EntrywiseMerge(Merge):
     """A merge of which each entry depends on the same entry of the task vectors alone.
 
-    It sees float64 panels of some rows, filled with the float32 entries of the task vectors, so
-    that adapters are never blown up to whole matrices all at once.
+    It sees panels of some rows, the float32 entries of the task vectors, and sums in float64.
+    Adapters and differences of stored tensors never become whole matrices.
     """
 
     holds_all: ClassVar[bool] = True
@@ -33,10 +35,10 @@ class EntrywiseMerge(Merge):
         held = dict(deltas.items())
         local = self.look(held, tensor, survey)
         first = next(iter(held.values()))
-        merged = torch.empty(first.shape)
+        merged = torch.empty(first.shape, dtype=torch.float32)
         for rows in panels(first.shape, len(held)):
-            tau = stacked(held.values(), rows)
-            merged[rows] = self.merge_entries(tau, tuple(held), tensor, local).float()
+            tau = [delta.entries(rows) for delta in held.values()]
+            merged[rows] = self.merge_entries(tau, tuple(held), tensor, local)
         return Dense(merged)
 
     def look(self, deltas: dict[int, Delta], tensor: TensorContext, survey: Any) -> Any:
@@ -51,18 +53,19 @@ class EntrywiseMerge(Merge):
 
     @abstractmethod
     def merge_entries(
-        self, tau: Tensor, tasks: tuple[int, ...], tensor: TensorContext, local: Any
+        self, tau: list[Tensor], tasks: tuple[int, ...], tensor: TensorContext, local: Any
     ) -> Tensor:
         """Merge some entries.
 
         Args:
-            tau: (T', rows, n) float64, w_t · τ_t of the T' ≤ T tasks that change the tensor.
+            tau: (rows, n) float32 each, w_t · τ_t of the T' ≤ T tasks that change the tensor. They
+                may be views of what is stored: not to be changed.
             tasks: (T',) their numbers t.
             tensor: The tensor.
             local: What :meth:`look` found.
 
         Returns:
-            The merged entries, (rows, n) float64.
+            The merged entries, (rows, n), float64 or exact in float32.
         """
 
 
@@ -76,13 +79,36 @@ def absolute_sum(entries: Tensor) -> float:
     return float(np.abs(entries.numpy()).sum(dtype=np.float64))
 
 
-def task_sum(tau: Tensor) -> Tensor:
-    """Sum over the first dimension, in its order: torch's own depends on the shape of the rest."""
-    return reduce(torch.add, tau.unbind())
+def task_sum(tau: Iterable[Tensor]) -> Tensor:
+    """Sum the entries of the tasks in float64, in the tasks' order."""
+    first, *others = tau
+    whole = first.to(torch.float64, copy=True)
+    for tau_t in others:
+        whole += tau_t
+    return whole
 
 
-def panels(shape: tuple[int, int], tasks: int = 1) -> Iterator[slice]:
-    """Yield slices of rows that cover a matrix, each of at most :data:`PANEL_ENTRIES` entries."""
-    step = max(1, PANEL_ENTRIES // max(1, shape[1] * tasks))
-    for start in range(0, shape[0], step):
-        yield slice(start, start + step)
+def panels(shape: tuple[int, int], tasks: int = 1, step: int = 1) -> Iterator[slice]:
+    """Yield slices of rows, each of few entries, or of one row.
+
+    Args:
+        shape: (m, n) of the matrix that they cover.
+        tasks: How many tasks there are.
+        step: Every how many rows are taken.
+    """
+    entries = min(_ENTRIES_OF_ONE, PANEL_ENTRIES // max(1, tasks))
+    stride = step * max(1, entries // max(1, shape[1]))
+    for start in range(0, shape[0], stride):
+        yield slice(start, start + stride, step)
+
+
+def entries_of(delta: Delta, step: int = 1) -> Iterator[Tensor]:
+    """Yield the entries of a delta, float32, panel by panel.
+
+    Args:
+        delta: The delta.
+        step: Every how many rows are taken; all, if these would be fewer than 64.
+    """
+    taken = step if delta.shape[0] >= _LEAST_SAMPLE * step else 1
+    for rows in panels(delta.shape, step=taken):
+        yield delta.entries(rows)

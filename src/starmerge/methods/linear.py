@@ -64,7 +64,7 @@ class Linear(Merge):
         if mass == 1:
             return summed
         base = base_weight(tensor)
-        merged = torch.empty(base.shape)
+        merged = torch.empty(base.shape, dtype=torch.float32)
         for rows in panels(base.shape):
             exact = summed.entries(rows).double() + (mass - 1) * base.entries(rows).double()
             merged[rows] = exact.float()

@@ -197,7 +197,7 @@ class Mergekit(Merge):
             entries, mask = held[t].entries(rows).double(), masks[t]
             return entries if mask is None else torch.where(mask[rows], factors[t] * entries, 0.0)
 
-        merged = torch.empty(shape)
+        merged = torch.empty(shape, dtype=torch.float32)
         for rows in panels(shape, len(held)):
             merged[rows] = agree(
                 torch.stack([thinned(t, rows) for t in held]),

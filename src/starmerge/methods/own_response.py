@@ -78,7 +78,7 @@ class OwnResponse(PostStep):
                 found[0, t], found[1, t] = merged.inner(tau_t), tau_t.frobenius() ** 2
             return found
 
-        inner, energy, weights = torch.zeros(()), torch.zeros(()), torch.zeros(())
+        inner = energy = weights = torch.zeros((), dtype=torch.float64)
         for found in walk(products):
             inner, energy, weights = inner + found[0], energy + found[1], found[2]
         # Factors whose terms cancel leave rounding, to which any merge responds without measure.

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from starmerge.deltas import Delta, Dense
-from starmerge.methods.entrywise import panels, stacked, task_sum
-from starmerge.methods.masks import largest
+from starmerge.methods.entrywise import panels, task_sum
+from starmerge.methods.masks import largest, masked
 from starmerge.methods.method import Deltas, Merge, TensorContext, method, refuse_weights
 
 _LEAST_MASS = 1e-6
@@ -31,7 +32,7 @@ class Sce(Merge):
 
     Source: FuseChat-3.0's SCE, arXiv 2408.07990; mergekit's sce. As there, all ω_t are 1/T where
     Σ_t mean(τ_t²) is below a ``floor``, which holds for most fine-tunes; the paper has none (0).
-    Cost: three passes over the entries of all tasks side by side; adapters become dense.
+    Cost: three passes over the entries of all tasks; adapters become dense panel by panel.
     When to use: full fine-tunes that learned different things.
     """
 
@@ -52,46 +53,64 @@ class Sce(Merge):
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Merge one tensor; see :meth:`Merge.merge`."""
         held, count = list(deltas), len(tensor.tasks)
+        shape = held[0].shape
         mask = self._selected(held, count)
-        shape = mask.shape[0], mask.shape[1]
 
-        def selected(rows: slice) -> Tensor:
-            return torch.where(mask[rows], stacked(held, rows), 0.0)
+        def selected(delta: Delta, rows: slice) -> Tensor:
+            entries = delta.entries(rows)
+            return entries if mask is None else masked(entries, mask[rows])
 
-        energies = torch.zeros(len(held), dtype=torch.float64)
+        energies = [
+            math.fsum(_energy(selected(delta, rows)) for rows in panels(shape)) for delta in held
+        ]
+        size = max(1, shape[0] * shape[1])
+        omega = self._shares([energy / size for energy in energies], count)
+        merged = torch.empty(shape, dtype=torch.float32)
         for rows in panels(shape, len(held)):
-            energies += selected(rows).square().sum((1, 2))
-        omega = self._shares(energies / max(1, mask.numel()), count)
-        merged = torch.empty(shape)
-        for rows in panels(shape, len(held)):
-            merged[rows] = _agreeing_mean(selected(rows), omega).float()
+            merged[rows] = _agreeing_mean([selected(delta, rows) for delta in held], omega)
         return Dense(merged)
 
-    def _selected(self, deltas: list[Delta], count: int) -> Tensor:
-        """Return where the variance over ``count`` tasks is among the largest, (m, n) bool."""
-        shape = deltas[0].shape
+    def _selected(self, deltas: list[Delta], count: int) -> Tensor | None:
+        """Return where the variance over ``count`` tasks is among the largest, (m, n) bool.
+
+        None for everywhere.
+        """
         if self.select_topk == 1:
-            return torch.ones(shape, dtype=torch.bool)
-        variance = torch.empty(shape)
+            return None
+        shape = deltas[0].shape
+        variance = torch.empty(shape, dtype=torch.float32)
         for rows in panels(shape, len(deltas)):
-            tau = stacked(deltas, rows)
-            mean = task_sum(tau) / count
+            tau = [delta.entries(rows) for delta in deltas]
+            mean = task_sum(tau).div_(count)
+            squares = task_sum((tau_t - mean).square_() for tau_t in tau)
             # The other tasks leave the tensor alone: their entries are zero.
-            absent = (count - len(deltas)) * mean.square()
-            variance[rows] = ((task_sum((tau - mean).square()) + absent) / count).float()
+            squares += mean.square_().mul_(count - len(deltas))
+            variance[rows] = squares.div_(count)
         different = int(torch.count_nonzero(variance))
         return largest(variance, math.floor(Fraction(str(self.select_topk)) * different))
 
-    def _shares(self, energies: Tensor, count: int) -> Tensor:
-        """Return ω_t of the tasks that change the tensor, (T',), given their mean squares."""
-        whole = float(energies.sum())
+    def _shares(self, energies: list[float], count: int) -> list[float]:
+        """Return ω_t of the tasks that change the tensor, given their mean squares."""
+        whole = sum(energies)
         if whole < self.floor or whole == 0:
-            return torch.full_like(energies, 1 / count)
-        return energies / whole
+            return [1 / count] * len(energies)
+        return [energy / whole for energy in energies]
 
 
-def _agreeing_mean(tau: Tensor, omega: Tensor) -> Tensor:
-    """Return Σ_{t ∈ A} ω_t τ_t / Σ_{t ∈ A} ω_t for tau (T', rows, n)."""
-    gamma = torch.where(task_sum(tau) >= 0, 1.0, -1.0)
-    shares = omega[:, None, None] * (tau.sign() == gamma)
-    return task_sum(shares * tau) / task_sum(shares).clamp(min=_LEAST_MASS)
+def _energy(entries: Tensor) -> float:
+    """Return Σx², in float64; NumPy adds in an order that no number of threads changes."""
+    return float(np.square(entries.numpy(), dtype=np.float64).sum())
+
+
+def _agreeing_mean(tau: list[Tensor], omega: list[float]) -> Tensor:
+    """Return Σ_{t ∈ A} ω_t τ_t / Σ_{t ∈ A} ω_t, for tau (rows, n) float32 each."""
+    # The sign of the sum; + where that is zero.
+    gamma = task_sum(tau).sign_().float().mul_(2).add_(1).sign_()
+    whole = torch.zeros(gamma.shape, dtype=torch.float64)
+    mass = torch.zeros(gamma.shape, dtype=torch.float64)
+    for tau_t, omega_t in zip(tau, omega, strict=True):
+        agreeing = torch.mul(tau_t, gamma).clamp_(min=0)
+        whole += agreeing.double().mul_(omega_t)
+        mass.add_(agreeing.sign_(), alpha=omega_t)
+    whole /= mass.clamp_(min=_LEAST_MASS)
+    return whole.mul_(gamma)

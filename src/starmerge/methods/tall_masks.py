@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+import numpy as np
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -26,7 +28,7 @@ class TallMasks(EntrywiseMerge):
     Source: arXiv 2405.07813 (Consensus Task Arithmetic); defining repository
     github.com/nik-dim/tall_masks, where λ is chosen for each task on validation data, from 0.2 to
     0.6, and α too.
-    Cost: the entries of all tasks side by side; adapters become dense panel by panel.
+    Cost: one pass; adapters become dense panel by panel.
     When to use: many tasks, of which some use entries that harm the others.
     """
 
@@ -48,10 +50,13 @@ class TallMasks(EntrywiseMerge):
             )
 
     def merge_entries(
-        self, tau: Tensor, tasks: tuple[int, ...], tensor: TensorContext, local: Any
+        self, tau: list[Tensor], tasks: tuple[int, ...], tensor: TensorContext, local: Any
     ) -> Tensor:
         """Merge some entries; see :meth:`EntrywiseMerge.merge_entries`."""
         tau_sum = task_sum(tau)
         tau_mtl = self.alpha * tau_sum if self.mtl == "scaled" else tau_sum
-        needed = tau.abs() > self.lambda_ * (tau_mtl - tau).abs()
-        return self.alpha * tau_sum * (needed.sum(0) >= self.min_tasks)
+        needing = np.zeros(tau_sum.shape, dtype=np.int32)
+        for tau_t in tau:
+            rest = (tau_mtl - tau_t).abs_().mul_(self.lambda_)
+            needing += tau_t.abs().numpy() > rest.numpy()
+        return (tau_sum * self.alpha).mul_(torch.from_numpy(needing >= self.min_tasks))
