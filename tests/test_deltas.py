@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starmerge.deltas import Dense, LowRank, matrix_shape, total
+from starmerge.deltas import Dense, LowRank, Stored, matrix_shape, total
 from tests.oracles import bounds, samples
 from tests.oracles import deltas as oracle
 
@@ -345,4 +345,52 @@ def test_a_nan_in_a_factor_is_refused(rank, value):
         LowRank(torch.ones(40, rank), torch.ones(rank, 7), value),
     ):
         with pytest.raises(ValueError, match="NaN or an infinity"):
+            delta.nuclear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_difference_that_overflows_is_not_finite(dtype):
+    top = torch.full((3, 2), torch.finfo(dtype).max, dtype=dtype)
+    half = top / 2
+    fits = dtype == torch.float16  # in float32
+    assert Stored([(1.0, top)], -top).is_finite() == fits
+    assert Stored([(1.0, half)], -half).is_finite()
+    assert Stored([(1.0, top)], top).is_finite()
+    assert Stored([(1.0, top)], -top).is_finite() == bool(
+        torch.isfinite(Stored([(1.0, top)], -top).tensor).all()
+    )
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        for place in range(6):
+            broken = half.clone()
+            broken.view(-1)[place] = bad
+            assert not Stored([(1.0, broken)], half).is_finite()
+            assert not Stored([(1.0, half)], broken).is_finite()
+            assert not Dense(broken).is_finite()
+
+
+@given(seed=st.integers(0, 10**6), dtype=st.sampled_from(sorted(samples.DTYPES, key=str)))
+def test_stored_differences_are_those_of_the_tensors(seed, dtype):
+    base = samples.normal(7, 5, seed=seed, dtype=dtype)
+    tuned = [samples.normal(7, 5, seed=seed + t, dtype=dtype) for t in (1, 2, 3)]
+    total_delta = total([Stored([(1.0, W)], base) for W in tuned])
+    assert isinstance(total_delta, Stored)
+    mean = total_delta.scaled(1 / 3)
+    exact = sum(samples.exact(Dense(W)) - samples.exact(Dense(base)) for W in tuned) / 3
+    scale = max(np.abs(samples.exact(Dense(W))).max() for W in (*tuned, base))
+    # Each difference is rounded once, each of two sums, and the factor.
+    bound = 8 * torch.finfo(torch.float32).eps * scale
+    np.testing.assert_allclose(mean.matrix.double().numpy(), exact, rtol=0, atol=bound)
+    for rows in (slice(0, 3), slice(3, 7), slice(2, 7, 2)):
+        assert torch.equal(mean.entries(rows), mean.matrix.float()[rows])
+    mixed = total([Stored([(1.0, tuned[0])], base), samples.low_rank(7, 5, 2, seed=seed)])
+    assert not isinstance(mixed, Stored)
+    both = samples.exact(Dense(tuned[0])) - samples.exact(Dense(base))
+    both = both + samples.exact(samples.low_rank(7, 5, 2, seed=seed))
+    np.testing.assert_allclose(samples.exact(mixed), both, rtol=0, atol=16 * bound)
+
+
+def test_factors_whose_squares_overflow_are_told_from_those_with_an_infinity():
+    huge = torch.full((40, 2), 1e160, dtype=torch.float64)
+    for delta in (LowRank(huge, torch.ones(2, 7)), LowRank(torch.ones(7, 2), huge.T)):
+        with pytest.raises(ValueError, match="squares"):
             delta.nuclear()

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from starmerge.deltas import Delta, Dense, LowRank
     from starmerge.errors import StarmergeError, UsageError
-    from starmerge.merging.engine import MergeResult, merge, merge_state
+    from starmerge.merging.apply import Applied, apply
+    from starmerge.merging.engine import MergeResult, merge
+    from starmerge.merging.in_memory import merge_state
+    from starmerge.merging.task_vectors import TaskVectors, load_task_vectors
     from starmerge.methods import (
         Ace,
         Average,
@@ -49,6 +52,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Ace",
+    "Applied",
     "Average",
     "Breadcrumbs",
     "Cart",
@@ -80,23 +84,30 @@ __all__ = [
     "Svc",
     "TallMasks",
     "TaskArithmetic",
+    "TaskVectors",
     "Ties",
     "Trim",
     "TsvM",
     "UsageError",
+    "apply",
+    "load_task_vectors",
     "merge",
     "merge_state",
 ]
 
 _HOMES = {
+    "Applied": "merging.apply",
     "Delta": "deltas",
     "Dense": "deltas",
     "LowRank": "deltas",
     "MergeResult": "merging.engine",
     "StarmergeError": "errors",
+    "TaskVectors": "merging.task_vectors",
     "UsageError": "errors",
+    "apply": "merging.apply",
+    "load_task_vectors": "merging.task_vectors",
     "merge": "merging.engine",
-    "merge_state": "merging.engine",
+    "merge_state": "merging.in_memory",
 }
 """Where the names live that are not methods."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,7 +80,7 @@ class Recipe(BaseModel):
             if names.count(entry.name) > 1:
                 raise ValueError(
                     f"two models are called {entry.name!r}. Give each a name of its own "
-                    "(NAME=PATH, or name: in YAML); a model counts once"
+                    "(NAME=PATH, a mapping {name: path}, or name: in YAML); a model counts once"
                 )
         return models
 
@@ -149,6 +150,35 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
         raise UsageError(f"{where}: {explain(error)}") from error
     # With its defaults filled in, a recipe means the same under every later version.
     return recipe.model_copy(update={"parameters": recipe.make_pipeline().parameters()})
+
+
+def model_entries(
+    models: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
+) -> list[dict[str, str]]:
+    """Return models as a recipe has them: given as paths, ``NAME=PATH``, or paths by name.
+
+    Raises:
+        UsageError: One is given as something else.
+    """
+    if isinstance(models, Mapping):
+        return [{"name": name, "path": reference(path)} for name, path in models.items()]
+    if isinstance(models, str | Path) or not isinstance(models, Iterable):
+        return parse_models([reference(models)])
+    return parse_models([reference(model) for model in models])
+
+
+def reference(model: str | Path) -> str:
+    """Return the folder or Hub id of a base or a model as a recipe has it.
+
+    Raises:
+        UsageError: It is something else, such as a loaded model.
+    """
+    if not isinstance(model, str | os.PathLike):
+        raise UsageError(
+            f"A {type(model).__name__} stands where a model's folder or Hub id is wanted. Give the "
+            "path that it was loaded from, or save it and give that folder."
+        )
+    return str(model)
 
 
 def parse_models(arguments: Sequence[str]) -> list[dict[str, str]]:

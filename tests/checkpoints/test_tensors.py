@@ -1,6 +1,7 @@
 """Reading checkpoints: real files, and files broken in the ways files break."""
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -124,8 +125,8 @@ def test_reads_bin_files_and_their_index(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path)
     assert torch.equal(checkpoint.read("a"), torch.ones(2, 2))
     with (tmp_path / "copy").open("wb") as target:
-        checkpoint.copy("b", target)
-    assert (tmp_path / "copy").read_bytes() == b"\x80\x3f" * 3
+        checkpoint.copy("b", target.fileno(), 2)
+    assert (tmp_path / "copy").read_bytes() == b"\0\0" + b"\x80\x3f" * 3
 
 
 class _Exploit:
@@ -147,3 +148,40 @@ def test_runs_no_code_from_a_bin_file(tmp_path: Path) -> None:
 def test_says_that_a_folder_has_no_weights(tmp_path: Path) -> None:
     with pytest.raises(StarmergeError, match="holds no weights"):
         open_checkpoint(tmp_path)
+
+
+def test_a_file_that_was_cut_off_since_it_was_opened_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(50_000), "b": torch.ones(50_000)}, file)
+    model, adapter = open_checkpoint(tmp_path), open_safetensors(file)
+    os.truncate(file, 300_000)
+    for checkpoint in (model, adapter):
+        with pytest.raises(StarmergeError, match="ends within tensor b"):
+            checkpoint.read("b")
+        with (
+            (tmp_path / "copy").open("wb") as target,
+            pytest.raises(StarmergeError, match="ends within tensor b"),
+        ):
+            checkpoint.copy("b", target.fileno(), 0)
+
+
+def test_tensors_that_begin_at_an_odd_byte_are_read(tmp_path: Path) -> None:
+    header = json.dumps(
+        {
+            "a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
+            "b": {"dtype": "F32", "shape": [2], "data_offsets": [3, 11]},
+        }
+    ).encode()
+    content = bytes([1, 2, 3]) + struct.pack("<2f", 1.5, -2.0)
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + content)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.read("a").tolist() == [1, 2, 3]
+    assert checkpoint.read("b").tolist() == [1.5, -2.0]
+    assert checkpoint.read("b").data_ptr() % 4 == 0
+
+
+def test_a_bin_file_of_parameters_is_read(tmp_path: Path) -> None:
+    torch.save({"a": torch.nn.Parameter(torch.ones(2, 2))}, tmp_path / "pytorch_model.bin")
+    read = open_checkpoint(tmp_path).read("a")
+    assert not read.requires_grad
+    assert torch.equal(read, torch.ones(2, 2))

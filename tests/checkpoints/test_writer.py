@@ -1,5 +1,7 @@
 """Writing models: what safetensors reads back, and folders that appear whole or not at all."""
 
+import itertools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -61,14 +63,43 @@ def test_copied_tensors_have_the_same_bytes(tmp_path: Path) -> None:
         assert file.metadata() == {"format": "pt"}
 
 
+@given(data=st.data(), sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6))
+def test_pieces_may_be_written_in_any_order_by_several_threads(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, sizes: list[int]
+) -> None:
+    folder = tmp_path_factory.mktemp("shards")
+    tensors = {f"t{number}": torch.randn(size).half() for number, size in enumerate(sizes)}
+    pieces = []
+    for name, tensor in tensors.items():
+        cuts = sorted({0, len(tensor), *data.draw(st.sets(st.integers(0, len(tensor))))})
+        pieces += [(name, tensor[a:b], a) for a, b in itertools.pairwise(cuts)]
+    order = data.draw(st.permutations(pieces))
+    plan = [_planned(name, tensor) for name, tensor in tensors.items()]
+    with ShardWriter(folder, plan, shard_bytes=64) as writer, ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda piece: writer.write(*piece), order))
+    checkpoint = open_checkpoint(folder)
+    for name, tensor in tensors.items():
+        assert torch.equal(checkpoint.read(name), tensor)
+
+
 def test_refuses_what_was_not_planned(tmp_path: Path) -> None:
     plan = [_planned("a", torch.ones(2)), _planned("b", torch.ones(2))]
-    with pytest.raises(RuntimeError, match="a is next"), ShardWriter(tmp_path, plan) as writer:
-        writer.write("b", torch.ones(2))
-    with pytest.raises(RuntimeError, match="not"), ShardWriter(tmp_path, plan) as writer:
-        writer.write("a", torch.ones(3))
-    with pytest.raises(RuntimeError, match="Not all"), ShardWriter(tmp_path, plan) as writer:
+    with pytest.raises(KeyError), ShardWriter(tmp_path, plan) as writer:
+        writer.write("c", torch.ones(2))
+    for wrong, start in ((torch.ones(3), 0), (torch.ones(2), 1), (torch.ones(2).double(), 0)):
+        with pytest.raises(RuntimeError, match="fit"), ShardWriter(tmp_path, plan) as writer:
+            writer.write("a", wrong, start)
+    with pytest.raises(RuntimeError, match="b is missing"), ShardWriter(tmp_path, plan) as writer:
         writer.write("a", torch.ones(2))
+
+
+def test_a_disk_that_takes_no_header_leaves_no_file_open(tmp_path: Path) -> None:
+    plan = [_planned(f"t{number}", torch.ones(8)) for number in range(3)]
+    (tmp_path / "model-00002-of-00003.safetensors").mkdir()
+    before = sorted(Path("/proc/self/fd").iterdir())
+    with pytest.raises(OSError), ShardWriter(tmp_path, plan, shard_bytes=32):
+        pass
+    assert sorted(Path("/proc/self/fd").iterdir()) == before
 
 
 def test_a_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:

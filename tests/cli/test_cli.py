@@ -32,7 +32,7 @@ def test_merges_from_arguments_and_from_the_same_recipe(
         f"base: {tiny_base}\nmodels:\n  - one\n  - {{path: two, name: x}}\n"
         "method: star\nparameters: {eta: 55}\n"
     )
-    finished = starmerge("merge", recipe, "-o", again)
+    finished = starmerge("merge", recipe, "-o", again, "--threads", "2", "--memory", "1MB")
     assert finished.returncode == 0, finished.stderr
     weights = [(folder / "model.safetensors").read_bytes() for folder in (out, again)]
     assert weights[0] == weights[1]
@@ -71,6 +71,8 @@ def test_chains_and_weights_from_the_command_line(
         (["-p", "eta=[40]"], "eta has 1 numbers for 2 models"),
         (["-m", "ties+star"], "the order is transforms, one merge, post-steps"),
         (["-m", "trim+ties", "-p", "k=10"], "Say trim.k or ties.k"),
+        (["--memory", "much"], "memory is 'much'. Give bytes, or a number with a unit: 4GB"),
+        (["--threads", "0"], "--threads"),
     ],
 )
 def test_chains_and_weights_that_do_not_fit_are_refused(
@@ -97,10 +99,18 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
 ) -> None:
     out = tmp_path / "out"
     finished = starmerge(
-        "merge", tiny_base, make_adapter("a"), make_finetune("b"), "-o", out, "--dry-run"
+        "merge",
+        tiny_base,
+        make_adapter("a"),
+        make_finetune("b"),
+        "-o",
+        out,
+        "--dry-run",
+        "--threads",
+        "3",
     )
     assert finished.returncode == 0, finished.stderr
-    for words in ("LoRA adapter", "full fine-tune", "21 merged", "Read:", "write:", "Memory"):
+    for words in ("LoRA adapter", "full fine-tune", "21 merged", "Read:", "write:", "threads: 3"):
         assert words in finished.stdout
     assert not out.exists()
 

@@ -7,12 +7,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from starmerge.deltas import Dense, LowRank
-from starmerge.merging.fold import fold
+from starmerge.merging.fold import FOLD_ENTRIES, fold
 from tests.oracles import bounds, rounding, samples
 from tests.oracles import deltas as oracle
 
-ROWS = [1, 5, 255, 256, 257, 512, 700]
+ROWS = [1, 5, 700]
+HEIGHT = 16
+WIDTH = FOLD_ENTRIES // HEIGHT
+"""Of a matrix that is merged in panels of HEIGHT rows."""
 OUTPUTS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def threads():
+    """Set torch's number of threads, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def update_error(delta):
@@ -67,6 +78,23 @@ def test_a_dense_delta(rows, stored, output):
     assert_is_fold(base, Dense(samples.normal(rows, 6, seed=1) * 0.02), output)
 
 
+@pytest.mark.parametrize(
+    ("stored", "output"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16), (torch.float64,) * 2],
+)
+@pytest.mark.parametrize("rows", [HEIGHT - 1, HEIGHT, HEIGHT + 1, 2 * HEIGHT + 3])
+def test_more_rows_than_a_panel_has(rows, stored, output):
+    base = samples.normal(rows, WIDTH, seed=rows, dtype=stored)
+    factored = samples.low_rank(rows, WIDTH, 3, seed=1, scale=0.02)
+    assert_is_fold(base, factored, output)
+    assert_is_fold(base, Dense(factored.to_dense()), output)
+
+
+def test_a_row_longer_than_a_panel():
+    base = samples.normal(3, FOLD_ENTRIES + 5, seed=1, dtype=torch.bfloat16)
+    assert_is_fold(base, samples.low_rank(3, FOLD_ENTRIES + 5, 2, scale=0.02), torch.bfloat16)
+
+
 @samples.SEARCH
 @given(st.data(), samples.lengths, samples.lengths, samples.dtypes, samples.dtypes, samples.seeds)
 def test_every_shape_scale_and_dtype(data, m, n, stored, output, seed):
@@ -105,15 +133,38 @@ def test_a_sum_exact_in_float32_is_rounded_to_the_nearest_even(kind, stored, out
 
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_every_row_gets_its_own_update(output):
-    rows = 1000
-    index = torch.arange(rows, dtype=torch.float32)
-    delta = LowRank(torch.stack([index // 256, index % 256], dim=1), torch.eye(2))
-    folded = fold(torch.zeros(rows, 2), delta, output)
-    np.testing.assert_array_equal(
-        oracle.exact(folded.weight), np.stack([np.arange(rows) // 256, np.arange(rows) % 256], 1)
-    )
-    dense = fold(torch.zeros(rows, 2), Dense(delta.to_dense()), output)
+    rows = 5 * HEIGHT + 2
+    index = torch.arange(rows, dtype=torch.float32)[:, None]
+    delta = LowRank(index, torch.ones(1, WIDTH))
+    folded = fold(torch.zeros(rows, WIDTH), delta, output)
+    assert torch.equal(folded.weight, index.to(output).expand(rows, WIDTH))
+    dense = fold(torch.zeros(rows, WIDTH), Dense(delta.to_dense()), output)
     assert torch.equal(dense.weight, folded.weight)
+
+
+@pytest.mark.parametrize("kind", ["low-rank", "dense"])
+def test_the_number_of_threads_changes_nothing(kind, threads):
+    base = samples.normal(500, 1100, seed=1, dtype=torch.bfloat16)
+    delta = samples.low_rank(500, 1100, 40, scale=0.02)
+    if kind == "dense":
+        delta = Dense(delta.to_dense())
+    threads(1)
+    alone = fold(base, delta, torch.bfloat16)
+    threads(3)
+    shared = fold(base, delta, torch.bfloat16)
+    assert torch.equal(alone.weight, shared.weight)
+    assert (alone.update_norm, alone.survived) == (shared.update_norm, shared.survived)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e-15, 1e15, 1e18, 1e25])
+@pytest.mark.parametrize("kind", ["low-rank", "dense"])
+def test_the_norm_of_a_tiny_and_of_a_huge_update(kind, scale):
+    delta = samples.low_rank(300, 40, 3, scale=scale)
+    if kind == "dense":
+        delta = Dense(delta.to_dense())
+    folded = assert_is_fold(torch.zeros(300, 40), delta, torch.float32)
+    assert folded.survived == 1.0
+    assert_is_fold(torch.zeros(300, 40), delta, torch.bfloat16)
 
 
 @pytest.mark.parametrize("output", OUTPUTS)

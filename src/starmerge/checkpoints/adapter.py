@@ -71,9 +71,12 @@ class Adapter:
         """The files its deltas are read from."""
         return [self.source.path / "adapter_config.json", *self.checkpoint.files]
 
-    def nbytes(self, tensor: str) -> int:
-        """Return the bytes to read for a tensor's delta."""
-        return sum(self.checkpoint[key].nbytes for key in self._keys(tensor))
+    def inputs(self, tensor: str) -> list[TensorInfo]:
+        """Return what is read for a tensor's delta."""
+        if tensor in self.replacements:
+            return [self.checkpoint[self.replacements[tensor]]]
+        keys = self.factors[tensor].keys
+        return [self.checkpoint[k] for k in (keys.a, keys.b, keys.magnitude, keys.copy) if k]
 
     def rank(self, tensor: str) -> int | None:
         """Return the rank r of a tensor's factors, None where the delta is dense."""
@@ -106,12 +109,6 @@ class Adapter:
         if factors.transposed:
             return LowRank(update.A.T, update.B.T, update.scale)
         return update
-
-    def _keys(self, tensor: str) -> list[str]:
-        if tensor in self.replacements:
-            return [self.replacements[tensor]]
-        keys = self.factors[tensor].keys
-        return [key for key in (keys.a, keys.b, keys.magnitude, keys.copy) if key]
 
     def _check_copy(self, key: str | None, base: Tensor) -> None:
         if key is None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.models import FineTune
@@ -30,19 +33,14 @@ def write_card(
         summary: What came out, in a sentence or two.
         library: What loads the folder.
     """
-    from huggingface_hub import ModelCard, ModelCardData  # noqa: PLC0415  (slow to import)
-
     hub_ids = [source.name for source in (base.source, *(m.source for m in models)) if source.name]
-    data = ModelCardData(
-        base_model=hub_ids or None,
-        base_model_relation="merge" if hub_ids else None,
-        library_name=library,
-        tags=["merge", "starmerge"],
-    )
+    data: dict[str, Any] = {"library_name": library, "tags": ["merge", "starmerge"]}
+    if hub_ids:
+        data = {"base_model": hub_ids, **data, "base_model_relation": "merge"}
     rows = "\n".join(f"| {model.name} | {model.kind} | `{model.source}` |" for model in models)
     text = "\n\n".join(
         [
-            f"---\n{data.to_yaml()}\n---",
+            f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---",
             f"# {title}",
             f"A merge of {len(models)} fine-tunes of `{base.source.name or base.source}`, made "
             "by starmerge without data and without training.",
@@ -52,4 +50,4 @@ def write_card(
             "`merge_report.json` says what happened to each tensor.",
         ]
     )
-    ModelCard(text + "\n").save(path)
+    path.write_text(text + "\n", encoding="utf-8")

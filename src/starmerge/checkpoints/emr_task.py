@@ -67,9 +67,9 @@ class EmrTask:
         """The files its deltas are read from."""
         return [self.source.path / TASK_FILE, *self.masks.files, *self.unified.files]
 
-    def nbytes(self, tensor: str) -> int:
-        """Return the bytes to read for a tensor's delta."""
-        return self.unified[tensor].nbytes + self.masks[tensor].nbytes
+    def inputs(self, tensor: str) -> list[TensorInfo]:
+        """Return what is read for a tensor's delta."""
+        return [self.unified[tensor], self.masks[tensor]]
 
     def rank(self, tensor: str) -> int | None:
         """Return None: the delta may have any rank."""
@@ -84,7 +84,8 @@ class EmrTask:
         """
         tau_uni = self.unified.read(tensor)
         M = unpack(self.masks.read(tensor), tuple(tau_uni.shape))
-        return Dense(tau_uni.to(wide(tau_uni.dtype)).mul_(self.rescaler).masked_fill_(~M, 0.0))
+        scaled = tau_uni.to(wide(tau_uni.dtype)) * self.rescaler
+        return Dense(scaled.masked_fill_(~M, 0.0))
 
 
 def open_emr_task(name: str, source: Source, base: Base, *, any_base: bool = False) -> EmrTask:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from starmerge.checkpoints.base import Base, open_base
 from starmerge.checkpoints.source import Source
-from starmerge.checkpoints.tensors import MERGEABLE, Checkpoint
-from starmerge.deltas import Dense, wide
+from starmerge.checkpoints.tensors import MERGEABLE, Checkpoint, TensorInfo
+from starmerge.deltas import Dense, Stored
 from starmerge.errors import StarmergeError
 
 
@@ -32,16 +32,16 @@ class FinetunedModel:
         """The files its deltas are read from."""
         return self.checkpoint.files
 
-    def nbytes(self, tensor: str) -> int:
-        """Return the bytes to read for a tensor's delta."""
-        return self.checkpoint[tensor].nbytes
+    def inputs(self, tensor: str) -> list[TensorInfo]:
+        """Return what is read for a tensor's delta."""
+        return [self.checkpoint[tensor]]
 
     def rank(self, tensor: str) -> int | None:
         """Return None: the delta may have any rank."""
         return None
 
     def delta(self, tensor: str, base: Tensor) -> Dense:
-        """Return W_finetuned − W_base in float32, or in float64 if either is so.
+        """Return W_finetuned − W_base.
 
         Args:
             tensor: Its name.
@@ -51,29 +51,16 @@ class FinetunedModel:
 
 
 def difference(tuned: Tensor, base: Tensor) -> Dense:
-    """Return W_finetuned − W_base in float32, or in float64 if either is so.
+    """Return W_finetuned − W_base, subtracted when it is looked at.
 
     Args:
-        tuned: The fine-tuned tensor; may be overwritten.
+        tuned: The fine-tuned tensor.
         base: The base's tensor, of the same shape.
     """
-    stored, dtype = tuned.dtype, wide(torch.promote_types(tuned.dtype, base.dtype))
-    if stored != base.dtype and torch.equal(tuned, base.to(stored)):
+    if tuned.dtype != base.dtype and torch.equal(tuned, base.to(tuned.dtype)):
         # Nothing was changed but the dtype.
-        return Dense(torch.zeros_like(tuned, dtype=dtype), stored)
-    stored = _grid(tuned)
-    # In place, so that one wide copy of the fine-tune is all there is.
-    return Dense(tuned.to(dtype).sub_(base), stored)
-
-
-def _grid(tuned: Tensor) -> torch.dtype:
-    """Return the narrowest dtype that holds all values: files are often wider than the training."""
-    for narrow in (torch.bfloat16, torch.float16, torch.float32):
-        if torch.finfo(narrow).eps > torch.finfo(tuned.dtype).eps and torch.equal(
-            tuned, tuned.to(narrow).to(tuned.dtype)
-        ):
-            return narrow
-    return tuned.dtype
+        return Dense(torch.zeros((), dtype=torch.float32).expand(base.shape))
+    return Stored([(1.0, tuned)], base)
 
 
 def open_finetuned(name: str, source: Source, base: Base) -> FinetunedModel:

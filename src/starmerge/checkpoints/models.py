@@ -12,6 +12,7 @@ from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.emr_task import TASK_FILE, open_emr_task
 from starmerge.checkpoints.finetuned import open_finetuned
 from starmerge.checkpoints.source import Source
+from starmerge.checkpoints.tensors import TensorInfo
 from starmerge.deltas import Delta
 from starmerge.errors import UsageError
 
@@ -39,8 +40,8 @@ class FineTune(Protocol):
     def files(self) -> list[Path]:
         """The files its deltas are read from."""
 
-    def nbytes(self, tensor: str) -> int:
-        """Return the bytes to read for a tensor's delta."""
+    def inputs(self, tensor: str) -> list[TensorInfo]:
+        """Return what is read for a tensor's delta."""
 
     def rank(self, tensor: str) -> int | None:
         """Return an upper bound of the rank of a tensor's delta, None if it may be full."""

@@ -7,15 +7,18 @@ JSON header, the header, the tensors one after the other.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import mmap
+import os
 import pickle
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,8 +50,14 @@ MERGEABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _LONGEST_HEADER = 100 * 10**6
 """Bytes; the limit of safetensors itself."""
 
-_CHUNK = 16 * 2**20
-"""Bytes moved at once when a tensor is copied between files."""
+_CHUNK = 64 * 2**20
+"""Bytes copied between files at once."""
+
+_PIECE = 2**20
+"""Bytes copied at once where they pass through this process."""
+
+_AHEAD = 2**20
+"""Bytes; what is smaller is not worth a word to the system before it is read."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +100,13 @@ class Checkpoint:
 
     Args:
         tensors: What the headers say.
+        mapped: Whether tensors are mapped into memory rather than read. Each that is in use then
+            takes a file descriptor: not for hundreds of adapters.
     """
 
-    def __init__(self, tensors: Iterable[_Stored | _Unpickled]) -> None:
+    def __init__(self, tensors: Iterable[_Stored | _Unpickled], *, mapped: bool) -> None:
         self._tensors = {tensor.name: tensor for tensor in tensors}
+        self._mapped = mapped
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -114,40 +126,105 @@ class Checkpoint:
         return list(dict.fromkeys(tensor.file for tensor in self._tensors.values()))
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor into memory, in the dtype it is stored in.
+        """Return one tensor, in the dtype it is stored in.
+
+        A tensor of a model is a window of its file, mapped into memory: what is not looked at is
+        not read, and what was read takes no memory that the system could not have back. It is not
+        to be written to. If the file is cut off while it is looked at, the system ends the process.
+
+        Raises:
+            StarmergeError: The file is shorter than it was.
+        """
+        info = self._tensors[name]
+        if isinstance(info, _Unpickled):
+            return info.tensor
+        if not info.size:
+            return torch.empty(info.shape, dtype=info.dtype)
+        window = _window(info) if self._mapped else _content(info)
+        return torch.frombuffer(window, dtype=torch.uint8).view(info.dtype).view(info.shape)
+
+    def copy(self, name: str, target: int, offset: int) -> None:
+        """Copy the bytes of one tensor into a file, without decoding them.
+
+        Args:
+            name: The tensor.
+            target: Descriptor of the file.
+            offset: Where the first byte goes.
 
         Raises:
             StarmergeError: The file ends early.
         """
         info = self._tensors[name]
         if isinstance(info, _Unpickled):
-            return info.tensor.clone()
-        tensor = torch.empty(info.shape, dtype=info.dtype)
-        with info.file.open("rb", buffering=0) as file:
-            file.seek(info.offset)
-            view = memoryview(raw_bytes(tensor))
-            while view:
-                count = file.readinto(view)
-                if not count:
-                    raise StarmergeError(f"{info.file} ends within tensor {name}. Fetch it again.")
-                view = view[count:]
-        return tensor
-
-    def copy(self, name: str, target: BinaryIO) -> None:
-        """Copy the bytes of one tensor to the end of an open file, without decoding them."""
-        info = self._tensors[name]
-        if isinstance(info, _Unpickled):
-            target.write(raw_bytes(info.tensor.contiguous()))
+            write_at(target, raw_bytes(info.tensor.contiguous()), offset)
             return
-        with info.file.open("rb") as file:
-            file.seek(info.offset)
-            left = info.nbytes
-            while left:
-                chunk = file.read(min(left, _CHUNK))
-                if not chunk:
-                    raise StarmergeError(f"{info.file} ends within tensor {name}. Fetch it again.")
-                target.write(chunk)
-                left -= len(chunk)
+        with info.file.open("rb", buffering=0) as source:
+            done = 0
+            while done < info.nbytes:
+                count = min(info.nbytes - done, _CHUNK)
+                copied = _copy(source.fileno(), target, count, info.offset + done, offset + done)
+                if not copied:
+                    raise _ends_early(info)
+                done += copied
+
+
+def prefetch(info: TensorInfo) -> None:
+    """Tell the system, where it can be told, that a tensor will soon be read."""
+    if isinstance(info, _Stored) and info.nbytes >= _AHEAD and hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError), info.file.open("rb", buffering=0) as file:
+            place = info.offset, info.nbytes
+            os.posix_fadvise(file.fileno(), *place, os.POSIX_FADV_WILLNEED)
+
+
+def write_at(target: int, content: memoryview, offset: int) -> None:
+    """Write bytes to a place of an open file."""
+    while content:
+        count = os.pwrite(target, content, offset)
+        content, offset = content[count:], offset + count
+
+
+def _window(info: _Stored) -> memoryview:
+    """Map a tensor's bytes into memory, privately."""
+    start = info.offset - info.offset % mmap.ALLOCATIONGRANULARITY
+    length = info.offset + info.nbytes - start
+    with info.file.open("rb", buffering=0) as file:
+        try:
+            mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
+        except ValueError as error:  # the file has become shorter
+            raise _ends_early(info) from error
+    view = memoryview(mapped)[info.offset - start :]
+    # Files of others may begin a tensor at any byte; arithmetic wants numbers where they belong.
+    return view if info.offset % info.dtype.itemsize == 0 else memoryview(bytearray(view))
+
+
+def _content(info: _Stored) -> memoryview:
+    """Read a tensor's bytes."""
+    content = memoryview(bytearray(info.nbytes))
+    with info.file.open("rb", buffering=0) as file:
+        file.seek(info.offset)
+        left = content
+        while left:
+            count = file.readinto(left)
+            if not count:
+                raise _ends_early(info)
+            left = left[count:]
+    return content
+
+
+def _copy(source: int, target: int, count: int, start: int, offset: int) -> int:
+    """Copy bytes between files, within the system if it can; return how many were copied."""
+    if hasattr(os, "copy_file_range"):
+        with contextlib.suppress(OSError):  # file systems that cannot, or not to each other
+            copied = os.copy_file_range(source, target, count, start, offset)
+            if copied:
+                return copied
+    content = os.pread(source, min(count, _PIECE), start)
+    write_at(target, memoryview(content), offset)
+    return len(content)
+
+
+def _ends_early(info: TensorInfo) -> StarmergeError:
+    return StarmergeError(f"{info.file} ends within tensor {info.name}. Fetch it again.")
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -156,7 +233,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read the headers of a folder's weights.
+    """Read the headers of a model's weights in a folder.
 
     Looked for, in this order: ``model.safetensors``, ``model.safetensors.index.json``,
     ``pytorch_model.bin``, ``pytorch_model.bin.index.json``. A ``.bin`` file is read by
@@ -173,7 +250,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         single = folder / f"{stem}.{suffix}"
         index = folder / f"{stem}.{suffix}.index.json"
         if single.is_file():
-            return Checkpoint(read(single))
+            return Checkpoint(read(single), mapped=True)
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
@@ -192,7 +269,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             for name, shard in stored.items():
                 if name not in weight_map:
                     raise StarmergeError(f"{index} lacks tensor {name}, which is in {shard}.")
-            return Checkpoint(tensors)
+            return Checkpoint(tensors, mapped=True)
     raise StarmergeError(
         f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index "
         "of shards."
@@ -200,12 +277,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def open_safetensors(file: Path) -> Checkpoint:
-    """Read the header of one safetensors file.
+    """Read the header of one safetensors file, such as that of an adapter.
 
     Raises:
         StarmergeError: The file is missing, truncated or broken.
     """
-    return Checkpoint(_read_safetensors(file))
+    return Checkpoint(_read_safetensors(file), mapped=False)
 
 
 def open_pickle(file: Path) -> Checkpoint:
@@ -214,7 +291,7 @@ def open_pickle(file: Path) -> Checkpoint:
     Raises:
         StarmergeError: The file is missing, broken, or asks for code to be run.
     """
-    return Checkpoint(_read_pickle(file))
+    return Checkpoint(_read_pickle(file), mapped=False)
 
 
 def _read_safetensors(file: Path) -> list[_Stored]:
@@ -295,6 +372,6 @@ def _read_pickle(file: Path) -> list[_Unpickled]:
                 "safetensors, nor merged."
             )
     return [
-        _Unpickled(name, tensor.dtype, tuple(tensor.shape), file, tensor)
+        _Unpickled(name, tensor.dtype, tuple(tensor.shape), file, tensor.detach())
         for name, tensor in content.items()
     ]

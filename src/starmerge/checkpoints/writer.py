@@ -12,13 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from starmerge.checkpoints.tensors import DTYPE_CODES, Checkpoint, raw_bytes
+from starmerge.checkpoints.tensors import DTYPE_CODES, Checkpoint, raw_bytes, write_at
+from starmerge.checkpoints.write_behind import WriteBehind
 from starmerge.errors import StarmergeError, UsageError
 
 REPORT = "merge_report.json"
@@ -96,14 +98,14 @@ def output_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-    partial.chmod(0o777 & ~_umask())
+    partial.chmod(0o777 & ~_UMASK)
     try:
         yield partial
         for member in partial.rglob("*"):
             if member.is_dir():
                 _sync(member)
             else:
-                member.chmod(0o666 & ~_umask())  # some libraries write files for the owner alone
+                member.chmod(0o666 & ~_UMASK)  # some libraries write files for the owner alone
         _sync(partial)
         check_output(path, overwrite=overwrite)
         replaced = partial.with_name(partial.name.replace(".partial-", ".replaced-", 1))
@@ -133,15 +135,28 @@ def leftovers(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f".{path.name}.partial-*"))
 
 
-class ShardWriter:
-    """Writes safetensors shards, one tensor after the other, in an order fixed beforehand.
+@dataclass
+class _Place:
+    """Where a tensor belongs."""
 
-    The headers come first in the files, so all names, dtypes and shapes are given at the start;
-    the tensors' bytes follow as they are made. Nothing is held in memory.
+    tensor: OutputTensor
+    file: int
+    """Descriptor of its shard."""
+    offset: int
+    """Of its first byte."""
+    left: int
+    """Bytes still to be written."""
+
+
+class ShardWriter:
+    """Writes safetensors shards, each tensor into its place, in any order and by several threads.
+
+    The headers come first in the files, so all names, dtypes and shapes are given at the start.
+    Nothing is held in memory, and what is written goes on to the disk meanwhile.
 
     Args:
         folder: Where the shards go.
-        tensors: What will be written, in this order.
+        tensors: What will be written, in the order of the files.
         shard_bytes: Largest shard; a larger tensor gets one of its own.
         stem: What the files' names begin with.
     """
@@ -157,14 +172,35 @@ class ShardWriter:
         self._folder = folder
         self._stem = stem
         self._shards = list(_split(tensors, shard_bytes))
-        self._queue = iter(
-            [(shard, tensor) for shard, members in enumerate(self._shards) for tensor in members]
-        )
-        self._current = -1
-        self._file: BinaryIO | None = None
+        self._files: list[int] = []
+        self._places: dict[str, _Place] = {}
+        self._behind = WriteBehind()
+        self._lock = Lock()
 
     def __enter__(self) -> ShardWriter:
+        try:
+            self._lay_out()
+        except BaseException:
+            self._close()
+            raise
         return self
+
+    def _lay_out(self) -> None:
+        """Open the shards and write their headers."""
+        for number, tensors in enumerate(self._shards):
+            file = os.open(self._folder / self._name(number), os.O_CREAT | os.O_RDWR, 0o666)
+            self._files.append(file)
+            header = _header(tensors)
+            write_at(file, memoryview(header), 0)
+            offset = len(header)
+            for tensor in tensors:
+                self._places[tensor.name] = _Place(tensor, file, offset, tensor.nbytes)
+                offset += tensor.nbytes
+            os.ftruncate(file, offset)
+
+    def _close(self) -> None:
+        for file in self._files:
+            os.close(file)
 
     def __exit__(
         self,
@@ -172,46 +208,48 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._close()
+        try:
+            if kind is None:
+                self._behind.finish()
+            else:
+                self._behind.abandon()
+        finally:
+            self._close()
         if kind is None:
-            if next(self._queue, None) is not None:
-                raise RuntimeError("Not all tensors were written.")
+            missing = [name for name, place in self._places.items() if place.left]
+            if missing:
+                raise RuntimeError(f"Not all tensors were written: {missing[0]} is missing.")
             self._write_index()
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write the next tensor, given as it is to be stored."""
-        planned = self._turn_to(name)
-        if tensor.dtype != planned.dtype or tuple(tensor.shape) != planned.shape:
-            raise RuntimeError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {planned}.")
-        self._open_file.write(raw_bytes(tensor.contiguous()))
+    def write(self, name: str, tensor: Tensor, start: int = 0) -> None:
+        """Write a tensor, or a piece of it, given as it is to be stored.
+
+        Args:
+            name: The tensor.
+            tensor: Its entries, or some that follow each other in memory.
+            start: Number of the first of them.
+        """
+        place = self._places[name]
+        offset = start * tensor.dtype.itemsize
+        fits = offset + tensor.nbytes <= place.tensor.nbytes
+        if tensor.dtype != place.tensor.dtype or not fits:
+            raise RuntimeError(
+                f"{name} is planned as {place.tensor}; {tensor.dtype} {tuple(tensor.shape)} at "
+                f"entry {start} does not fit."
+            )
+        write_at(place.file, raw_bytes(tensor.contiguous()), place.offset + offset)
+        self._wrote(place, tensor.nbytes)
 
     def copy(self, name: str, source: Checkpoint) -> None:
-        """Write the next tensor by copying its bytes from a checkpoint."""
-        self._turn_to(name)
-        source.copy(name, self._open_file)
+        """Write a tensor by copying its bytes from a checkpoint."""
+        place = self._places[name]
+        source.copy(name, place.file, place.offset)
+        self._wrote(place, place.tensor.nbytes)
 
-    @property
-    def _open_file(self) -> BinaryIO:
-        assert self._file is not None
-        return self._file
-
-    def _turn_to(self, name: str) -> OutputTensor:
-        shard, tensor = next(self._queue)
-        if tensor.name != name:
-            raise RuntimeError(f"{name} was written out of order; {tensor.name} is next.")
-        if shard != self._current:
-            self._close()
-            self._current = shard
-            self._file = (self._folder / self._name(shard)).open("wb")
-            self._file.write(_header(self._shards[shard]))
-        return tensor
-
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
+    def _wrote(self, place: _Place, nbytes: int) -> None:
+        with self._lock:
+            place.left -= nbytes
+        self._behind.wrote(place.file, nbytes)
 
     def _name(self, shard: int) -> str:
         count = len(self._shards)
@@ -274,6 +312,10 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+_UMASK = _umask()
+"""Read once: to read it is to set it, for all threads."""
 
 
 def _sync(folder: Path, *, files: bool = True) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
 import sys
@@ -52,6 +53,7 @@ def main() -> None:
     """Run the command line; exit with 2 for wrong usage and 1 for a failure."""
     # Idle BLAS threads otherwise spin and starve the others on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _keep_memory()
     # What libraries deprecate among themselves is no news to who runs a command.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     for stream in (sys.stdout, sys.stderr):
@@ -64,6 +66,24 @@ def main() -> None:
             raise
         print(f"Error: {_said(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError | ModuleNotFoundError) else 1)
+
+
+def _keep_memory() -> None:
+    """Make the first touch of memory cheaper, which costs a fault a page.
+
+    Torch gets large pages for large tensors; and glibc keeps some of what is freed, as panels are
+    allocated and freed all the time, in place of giving it back to the system.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:  # musl has none
+            mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
+            mallopt(_M_TRIM_THRESHOLD, 64 * 2**20)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Of malloc.h."""
 
 
 def _said(error: Exception) -> str:

@@ -13,6 +13,7 @@ from starmerge.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from starmerge.merging.plan import Plan
+    from starmerge.merging.workers import Workers
 
 
 def merge(
@@ -65,6 +66,23 @@ def merge(
     any_base: Annotated[
         bool, typer.Option("--any-base", help="Accept adapters that name another base.")
     ] = False,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Tensors to merge at once.",
+            show_default="OMP_NUM_THREADS, or all processors",
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory for tensors in work, such as 4GB; one that needs more is merged alone.",
+            show_default="a quarter of the machine's",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
     ] = False,
@@ -84,6 +102,7 @@ def merge(
     from starmerge.checkpoints.writer import leftovers
     from starmerge.merging.engine import run
     from starmerge.merging.plan import make_plan
+    from starmerge.merging.workers import Workers
     from starmerge.recipe import load_recipe, make_recipe, parse_models
 
     if Path(base).suffix in (".yaml", ".yml") and not Path(base).is_dir():
@@ -100,13 +119,14 @@ def merge(
         content["parameters"] = _parameters(parameter or [])
         recipe = make_recipe(content, where="The command line")
     plan = make_plan(recipe, output, overwrite=overwrite)
+    workers = Workers(threads, memory)
     if dry_run:
-        _print_plan(plan)
+        _print_plan(plan, workers)
         return
     for folder in leftovers(output):
         print(f"Note: {folder} is of a merge that still runs, or was killed: then delete it.")
     started = time.monotonic()
-    result = run(plan, progress=True)
+    result = run(plan, threads=threads, memory=memory, progress=True)
     print(f"{plan.recipe.method}: {result.report.summary()}")
     print(f"Model: {result.path} ({time.monotonic() - started:.1f} s)")
 
@@ -148,7 +168,7 @@ def _weighted(models: list[dict[str, str]], arguments: list[str]) -> list[dict[s
     return [{**model, "weight": weights.get(model["name"], 1.0)} for model in models]
 
 
-def _print_plan(plan: Plan) -> None:
+def _print_plan(plan: Plan, workers: Workers) -> None:
     """Print what a merge would do."""
     from rich.console import Console
     from rich.markup import escape
@@ -159,7 +179,7 @@ def _print_plan(plan: Plan) -> None:
     table = Table(*headers, title=f"Plan: {plan.recipe.method}")
     for entry, model in zip(plan.recipe.models, plan.models, strict=True):
         ranks = {model.rank(tensor) for tensor in model.tensors}
-        read = sum(model.nbytes(tensor) for tensor in model.tensors)
+        read = sum(info.nbytes for tensor in model.tensors for info in model.inputs(tensor))
         bounds = sorted(rank for rank in ranks if rank is not None)
         shown = "full" if not bounds else "–".join(map(str, dict.fromkeys((bounds[0], bounds[-1]))))
         count = str(len(model.tensors))
@@ -171,7 +191,8 @@ def _print_plan(plan: Plan) -> None:
     merged = len(plan.merged)
     console.print(f"Tensors: {merged} merged, {len(plan.tensors) - merged} left as they are")
     console.print(f"Read: {_size(plan.bytes_to_read)}; write: {_size(plan.bytes_to_write)}")
-    console.print(f"Memory for tensors, at most: about {_size(plan.memory)}")
+    peak = _size(plan.memory(workers.threads, workers.memory))
+    console.print(f"Memory for tensors: about {peak}; threads: {workers.threads}")
     console.print(f"Output: {plan.output} (nothing written)")
 
 

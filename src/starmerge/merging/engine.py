@@ -1,33 +1,33 @@
-"""The merge itself: a walk over the base's tensors, one at a time, from files to files."""
+"""The merge itself: a walk over the base's tensors, some at a time, from files to files."""
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.card import write_card
-from starmerge.checkpoints.models import FineTune
+from starmerge.checkpoints.tensors import prefetch
 from starmerge.checkpoints.writer import REPORT, ShardWriter, output_folder, write_json
-from starmerge.deltas import Delta, Dense
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.merging.fold import fold
+from starmerge.deltas import Delta, is_finite
+from starmerge.errors import StarmergeError
+from starmerge.merging.checks import check_base, check_delta, check_weights
+from starmerge.merging.fold import Fold
 from starmerge.merging.plan import Plan, PlannedTensor, make_plan
 from starmerge.merging.report import InputHashes, MergeReport, make_report, tensor_record
 from starmerge.merging.unified import usage, write_unified
+from starmerge.merging.workers import Workers
 from starmerge.methods.method import Deltas, Method, TensorContext
 from starmerge.methods.pipeline import Pipeline, Prepared, as_pipeline
 from starmerge.progress import progress_bar
-from starmerge.recipe import Dtype, Recipe, make_recipe, parse_models
+from starmerge.recipe import Dtype, Recipe, make_recipe, model_entries, reference
 
 _Seen = TypeVar("_Seen")
 
@@ -51,11 +51,13 @@ def merge(
     dtype: Dtype = "keep",
     any_base: bool = False,
     overwrite: bool = False,
+    threads: int | None = None,
+    memory: int | str | None = None,
     progress: bool = False,
 ) -> MergeResult:
     """Merge fine-tunes of one base into a model that ``transformers`` loads.
 
-    Memory is bounded by the largest tensor. The folder appears when it is complete.
+    The folder appears when it is complete. Its bytes do not depend on ``threads`` and ``memory``.
 
     Args:
         base: The base model: a folder, or a Hub id ``org/name`` or ``org/name@revision``.
@@ -67,6 +69,10 @@ def merge(
         dtype: Dtype of the floating-point tensors; "keep" keeps each as it is.
         any_base: Accept adapters whose config names another base.
         overwrite: Replace what stands at ``output``.
+        threads: How many tensors are merged at once, each by one thread; by default as many as
+            there are processors, or as OMP_NUM_THREADS says.
+        memory: Bytes that the tensors that are merged at once may take, or a text such as "4GB";
+            by default a quarter of the machine's memory. A tensor that needs more is merged alone.
         progress: Show a progress bar on standard error.
 
     Raises:
@@ -76,17 +82,12 @@ def merge(
     Example:
         ``starmerge.merge("base", ["a", "b"], starmerge.Star(eta=40), output="merged")``
     """
-    if isinstance(models, str | Path):
-        models = [models]
-    if isinstance(models, Mapping):
-        entries = [{"name": name, "path": str(path)} for name, path in models.items()]
-    else:
-        entries = parse_models([str(model) for model in models])
+    entries = model_entries(models)
     pipeline = as_pipeline(method)
-    factors = _weights(weights, len(entries))
+    factors = check_weights(weights, len(entries))
     recipe = make_recipe(
         {
-            "base": str(base),
+            "base": reference(base),
             "models": [
                 {**entry, "weight": weight} for entry, weight in zip(entries, factors, strict=True)
             ],
@@ -96,205 +97,154 @@ def merge(
             "any_base": any_base,
         }
     )
-    return run(make_plan(recipe, Path(output), overwrite=overwrite), progress=progress)
+    plan = make_plan(recipe, Path(output), overwrite=overwrite)
+    return run(plan, threads=threads, memory=memory, progress=progress)
 
 
-def run(plan: Plan, *, progress: bool = False) -> MergeResult:
-    """Carry out a plan.
+def run(
+    plan: Plan,
+    *,
+    threads: int | None = None,
+    memory: int | str | None = None,
+    progress: bool = False,
+) -> MergeResult:
+    """Carry out a plan; see :func:`merge`.
 
     Raises:
+        UsageError: ``threads`` or ``memory`` is not a positive number.
         StarmergeError: A NaN or an infinity, in an input or by overflow of the output's dtype; a
-            file that ends early. Nothing is left at the plan's output.
+            file that is shorter than it was. Nothing is left at the plan's output.
     """
-    changing: set[int] = set()
-    prepared = plan.pipeline.prepare(partial(_walk, plan, changing, progress))
-    findings = prepared.findings
+    inputs = _Inputs()
+    pool = Workers(threads, memory)
     with (
         output_folder(plan.output, overwrite=plan.overwrite) as folder,
-        ThreadPoolExecutor(1, "sha256") as pool,
-        progress_bar("merging", plan.bytes_to_write, show=progress, in_bytes=True) as advance,
+        pool as workers,
+        InputHashes(plan) as hashes,
     ):
-        hashes = InputHashes(plan, pool)
-        try:
+        walk = partial(_walk, plan, workers, inputs, progress)
+        prepared = plan.pipeline.prepare(walk)
+        findings = prepared.findings
+        with progress_bar("merging", plan.bytes_to_write, show=progress, in_bytes=True) as advance:
             if plan.pipeline.merge.is_static:
-                records = _write_weights(plan, prepared, changing, folder, advance)
+                records = _write_weights(plan, prepared, workers, inputs, folder, advance)
             else:
-                walk = partial(_walk, plan, changing, False)
+                walk = partial(_walk, plan, workers, inputs, False)
                 records, found = write_unified(plan, prepared, walk, folder, advance)
                 findings |= found
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        report = make_report(plan, findings, records, hashes.result(), changing)
+        report = make_report(plan, findings, records, hashes.result(), inputs.changing)
         _write_side_files(plan, folder, report)
     return MergeResult(plan.output, report)
-
-
-def merge_state(
-    deltas: Sequence[Mapping[str, Delta]],
-    method: Method | Pipeline | str = "star",
-    *,
-    weights: Sequence[float] | None = None,
-) -> dict[str, Delta]:
-    """Merge deltas that are in memory.
-
-    Names mean nothing here: no tensor counts as an embedding.
-
-    Args:
-        deltas: For each model, the delta of each tensor it changes, by name.
-        method: A method, a chain of some, or a name such as "star+ties".
-        weights: Factors of the task vectors, one for each model; by default all are 1.
-
-    Returns:
-        For each tensor that some model changes, what to add to the base. Dense results are
-        matrices (m, n); see :func:`starmerge.deltas.matrix_shape`.
-
-    Raises:
-        UsageError: The method needs what deltas in memory do not have, or its parameters and the
-            weights do not fit them.
-        ValueError: Two models disagree on the shape of a tensor, or one has a NaN or an infinity.
-    """
-    pipeline = as_pipeline(method)
-    if not pipeline.merge.is_static:
-        raise UsageError(
-            f"{pipeline.merge.name} makes a model for each task, not one update for all: merge "
-            f"files with it, or see starmerge.methods.{pipeline.merge.name}."
-        )
-    if pipeline.merge.needs_base:
-        raise UsageError(f"{pipeline.merge.name} needs the base's weights: merge files with it.")
-    names = list(dict.fromkeys(name for model in deltas for name in model))
-    if not names:
-        return {}
-    for number, model in enumerate(deltas):
-        for name, delta in model.items():
-            if not _is_finite(delta):
-                raise ValueError(f"Model {number}: the delta of {name} has a NaN or an infinity.")
-    tasks = tuple(str(number) for number in range(len(deltas)))
-    factors = _weights(weights, len(deltas))
-    pipeline.check(tasks, factors, names)
-
-    def inputs(name: str) -> tuple[Deltas, TensorContext]:
-        members = {t: model[name] for t, model in enumerate(deltas) if name in model}
-        first = next(iter(members.values()))
-        if len({delta.shape for delta in members.values()}) > 1:
-            raise ValueError(
-                f"The deltas of {name} have different shapes: "
-                f"{sorted({delta.shape for delta in members.values()})}."
-            )
-        shape = tuple(first.tensor.shape) if isinstance(first, Dense) else first.shape
-        context = TensorContext(name, shape, is_embedding=False, tasks=tasks, weights=factors)
-        return Deltas.of(members), context
-
-    def walk(look: Callable[[Deltas, TensorContext], _Seen]) -> Iterator[_Seen]:
-        return (look(*inputs(name)) for name in names)
-
-    prepared = pipeline.prepare(walk)
-    return {name: prepared.merge(*inputs(name)).delta for name in names}
 
 
 def _write_weights(
     plan: Plan,
     prepared: Prepared,
-    changing: set[int],
+    workers: Workers,
+    inputs: _Inputs,
     folder: Path,
     advance: Callable[[int], None],
 ) -> list[dict[str, Any]]:
     """Write the merged model's weights; return the records of the merged tensors."""
     records = []
     with ShardWriter(folder, [tensor.output for tensor in plan.tensors]) as writer:
-        for tensor in plan.tensors:
+
+        def write(tensor: PlannedTensor) -> dict[str, Any] | None:
             name = tensor.source.name
             if tensor.is_copied:
                 writer.copy(name, plan.base.checkpoint)
-            elif not tensor.models:
-                base = plan.base.checkpoint.read(name)
+                return None
+            base = plan.base.checkpoint.read(name)
+            if not tensor.models:
                 writer.write(name, _finite(base.to(tensor.dtype), base, tensor))
-            else:
-                merged, record = _merge_tensor(plan, prepared, tensor, changing)
-                writer.write(name, merged)
-                records.append(record)
-            advance(tensor.output.nbytes)
+                return None
+            merged = prepared.merge(inputs.of(tensor, base), plan.context(tensor, base))
+            adding = Fold(base, merged.delta, tensor.dtype)
+            for start, panel in adding.panels():
+                writer.write(name, _finite(panel, base, tensor), start)
+            return tensor_record(plan, tensor, merged, adding)
+
+        with closing(_in_order(plan, workers, write, plan.tensors)) as written:
+            for tensor, record in zip(plan.tensors, written, strict=True):
+                if record is not None:
+                    records.append(record)
+                advance(tensor.output.nbytes)
     return records
 
 
 def _walk(
-    plan: Plan, changing: set[int], progress: bool, look: Callable[[Deltas, TensorContext], _Seen]
+    plan: Plan,
+    workers: Workers,
+    inputs: _Inputs,
+    progress: bool,
+    look: Callable[[Deltas, TensorContext], _Seen],
 ) -> Iterator[_Seen]:
     """Yield what ``look`` returns for each tensor that some model changes."""
+
+    def see(tensor: PlannedTensor) -> _Seen:
+        base = plan.base.checkpoint.read(tensor.source.name)
+        return look(inputs.of(tensor, base), plan.context(tensor, base))
+
     size = sum(tensor.bytes_to_read for tensor in plan.merged)
-    with progress_bar("surveying", size, show=progress, in_bytes=True) as advance:
-        for tensor in plan.merged:
-            base = plan.base.checkpoint.read(tensor.source.name)
-            yield look(_deltas(plan, tensor, base, changing), plan.context(tensor, base))
+    with (
+        progress_bar("surveying", size, show=progress, in_bytes=True) as advance,
+        closing(_in_order(plan, workers, see, plan.merged)) as seen,
+    ):
+        for tensor, result in zip(plan.merged, seen, strict=True):
+            yield result
             advance(tensor.bytes_to_read)
 
 
-def _merge_tensor(
-    plan: Plan, prepared: Prepared, tensor: PlannedTensor, changing: set[int]
-) -> tuple[Tensor, dict[str, Any]]:
-    """Return a merged tensor in its output dtype, and its record in the report."""
-    base = plan.base.checkpoint.read(tensor.source.name)
-    merged = prepared.merge(_deltas(plan, tensor, base, changing), plan.context(tensor, base))
-    folded = fold(base, merged.delta, tensor.dtype)
-    return _finite(folded.weight, base, tensor), tensor_record(plan, tensor, merged, folded)
+def _in_order(
+    plan: Plan,
+    workers: Workers,
+    work: Callable[[PlannedTensor], _Seen],
+    tensors: Sequence[PlannedTensor],
+) -> Generator[_Seen]:
+    """Work on some tensors at once, and read ahead those that come next; yield in their order."""
+
+    def announce(tensor: PlannedTensor) -> None:
+        for info in tensor.inputs:
+            prefetch(info)
+
+    return workers.in_order(
+        work, tensors, memory=lambda tensor: tensor.memory(plan.pipeline), announce=announce
+    )
 
 
-def _deltas(plan: Plan, tensor: PlannedTensor, base: Tensor, changing: set[int]) -> Deltas:
-    """Return the task vectors of a tensor, each of which is checked when it is read.
+class _Inputs:
+    """The task vectors of the models, which are checked when they are read for the first time."""
 
-    The numbers of the models whose delta is not zero are added to ``changing``.
-    """
-    name = tensor.source.name
+    def __init__(self) -> None:
+        self.changing: set[int] = set()
+        """Numbers of the models of which some delta that was read is not zero."""
+        self._checked: set[tuple[int, str]] = set()
 
-    def load(t: int, model: FineTune) -> Delta:
+    def of(self, tensor: PlannedTensor, base: Tensor) -> Deltas:
+        """Return the task vectors of a tensor, given the base's."""
+        loaders = {t: partial(self._load, tensor, base, t) for t in tensor.models}
+        return Deltas(loaders)
+
+    def _load(self, tensor: PlannedTensor, base: Tensor, t: int) -> Delta:
+        model, name = tensor.models[t], tensor.source.name
         delta = model.delta(name, base)
-        if not _is_finite(delta):
-            _finite(base, base, tensor)
-            raise StarmergeError(
-                f"{model.source}: the update of tensor {name} has a NaN or an infinity. The "
-                "fine-tune diverged, or its file is damaged."
-            )
-        if t not in changing and _is_nonzero(delta):
-            changing.add(t)
+        if (t, name) not in self._checked:
+            check_delta(delta, model, tensor.source, base)
+            if t not in self.changing and not delta.is_zero():
+                self.changing.add(t)
+            self._checked.add((t, name))
         return delta
-
-    return Deltas({t: partial(load, t, model) for t, model in tensor.models.items()})
-
-
-def _weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    if weights is None:
-        return (1.0,) * count
-    if len(weights) != count:
-        raise UsageError(f"There are {len(weights)} weights for {count} models. Give one for each.")
-    if not all(map(math.isfinite, weights)):
-        raise UsageError(f"The weights are {list(weights)}. Give finite numbers.")
-    return tuple(float(weight) for weight in weights)
 
 
 def _finite(weight: Tensor, base: Tensor, tensor: PlannedTensor) -> Tensor:
-    """Return a tensor of the output, made from the base's, unless it has a NaN or an infinity."""
-    if not torch.isfinite(weight).all():
-        name = tensor.source.name
-        if not torch.isfinite(base).all():
-            raise StarmergeError(f"{tensor.source.file}: tensor {name} has a NaN or an infinity.")
+    """Return a part of the output, made from the base's, unless it has a NaN or an infinity."""
+    if not is_finite(weight):
+        check_base(tensor.source, base)
         raise StarmergeError(
-            f"The merged tensor {name} overflows {tensor.dtype}. Choose a wider --dtype; if that "
-            "is not enough, look at the scale of the updates (lora_alpha)."
+            f"The merged tensor {tensor.source.name} overflows {tensor.dtype}. Choose a wider "
+            "--dtype; if that is not enough, look at the scale of the updates (lora_alpha)."
         )
     return weight
-
-
-def _is_nonzero(delta: Delta) -> bool:
-    if isinstance(delta, Dense):
-        return bool(delta.tensor.any())
-    return bool(delta.B.any()) and bool(delta.A.any()) and delta.scale != 0
-
-
-def _is_finite(delta: Delta) -> bool:
-    if isinstance(delta, Dense):
-        return bool(torch.isfinite(delta.tensor).all())
-    factors = all(bool(torch.isfinite(factor).all()) for factor in (delta.B, delta.A))
-    return factors and math.isfinite(delta.scale)
 
 
 def _write_side_files(plan: Plan, folder: Path, report: MergeReport) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +18,11 @@ from starmerge.checkpoints.tensors import MERGEABLE, TensorInfo
 from starmerge.checkpoints.writer import OutputTensor, check_output, check_space
 from starmerge.deltas import matrix_shape
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.merging.fold import PANEL_ROWS
+from starmerge.merging.fold import FOLD_ENTRIES
 from starmerge.methods.entrywise import PANEL_ENTRIES
 from starmerge.methods.method import TensorContext
 from starmerge.methods.pipeline import Pipeline
-from starmerge.recipe import Recipe
+from starmerge.recipe import Dtype, Recipe
 
 
 @dataclass(frozen=True)
@@ -56,31 +56,59 @@ class PlannedTensor:
         return not self.models and self.dtype == self.source.dtype
 
     @property
+    def inputs(self) -> Iterator[TensorInfo]:
+        """What is read: the base's tensor, and what its deltas are made of."""
+        yield self.source
+        for model in self.models.values():
+            yield from model.inputs(self.source.name)
+
+    @property
     def bytes_to_read(self) -> int:
-        """Bytes of the base's tensor and of all its deltas."""
-        name = self.source.name
-        return self.source.nbytes + sum(model.nbytes(name) for model in self.models.values())
+        """Bytes of all that is read."""
+        return sum(info.nbytes for info in self.inputs)
+
+    def context(
+        self, tasks: Sequence[str], weights: Sequence[float], base: Tensor | None
+    ) -> TensorContext:
+        """Return what the methods are told of it.
+
+        Args:
+            tasks: Names of all models of the merge.
+            weights: Their weights.
+            base: The base's tensor, if it has been read.
+        """
+        return TensorContext(
+            self.source.name,
+            self.source.shape,
+            self.is_embedding,
+            tasks=tuple(tasks),
+            weights=tuple(weights),
+            base=base,
+            layer=self.layer,
+        )
 
     def memory(self, pipeline: Pipeline) -> int:
-        """Estimate the bytes in memory while it is merged, without the libraries."""
+        """Estimate the bytes in memory while it is merged.
+
+        Without the libraries, and without what the system may have back, as the windows of files.
+        """
         if self.is_copied:
             return 0
-        size, output = self.source.size, self.source.size * self.dtype.itemsize
-        rows = self.source.shape[0] if self.source.shape else 1
-        panel = 4 * 4 * size * min(PANEL_ROWS, rows) // max(rows, 1)
+        if not self.models:
+            return self.output.nbytes
+        size = self.source.size
         factors = sum(
-            model.nbytes(self.source.name)
+            info.nbytes
             for model in self.models.values()
             if self._is_low_rank(model)
+            for info in model.inputs(self.source.name)
         )
         return (
-            self.source.nbytes
-            + output
-            + panel
+            24 * min(FOLD_ENTRIES, size)
             + 12 * factors
             + self._working_memory(pipeline)
-            # The unified vector before it is rounded, and one task's mask.
-            + (0 if pipeline.merge.is_static else size * (4 + 1))
+            # The unified vector before and after it is rounded, and one task's mask.
+            + (0 if pipeline.merge.is_static else size * (4 + 4 + 1))
         )
 
     def _working_memory(self, pipeline: Pipeline) -> int:
@@ -96,14 +124,14 @@ class PlannedTensor:
             return 8 * (3 * count * total_rank**2 + 2 * total_rank * (m + n))
         if not (spectral or has_dense or pipeline.merge.makes_dense):
             return 0
-        # The fine-tune's tensor, its float32 delta, the float32 sum; panels; float64 matrices.
-        dense = size * (4 + 4 + 4) + 4 * 8 * min(PANEL_ENTRIES, count * size)
+        # A task vector that was computed and the float32 sum; panels of all tasks.
+        dense = size * (4 + 4) + 32 * min(PANEL_ENTRIES, count * size)
         if pipeline.holds_all and has_dense:
-            dense += 8 * size * count
+            dense += 4 * size * count
         if spectral:
             dense += 8 * size * (count + 5)
         elif pipeline.decomposes and min(m, n) > 1:
-            dense += 8 * size * 5
+            dense += 28 * size + 8 * min(m, n) ** 2
         return dense
 
     def _is_low_rank(self, model: FineTune) -> bool:
@@ -141,22 +169,21 @@ class Plan:
             beside = sum(len(tensor.models) * tensor.mask.nbytes for tensor in self.tensors)
         return beside + sum(tensor.output.nbytes for tensor in self.tensors)
 
-    @property
-    def memory(self) -> int:
-        """Estimated peak of memory for tensors, bytes: that of the largest."""
-        return max((tensor.memory(self.pipeline) for tensor in self.tensors), default=0)
+    def memory(self, threads: int, limit: int) -> int:
+        """Estimate the peak of memory for tensors, bytes.
+
+        Args:
+            threads: How many tensors are merged at once.
+            limit: Bytes that they may take together; the largest of them may take more, alone.
+        """
+        each = sorted((tensor.memory(self.pipeline) for tensor in self.tensors), reverse=True)
+        return max(each[0], min(limit, sum(each[:threads]))) if each else 0
 
     def context(self, tensor: PlannedTensor, base: Tensor | None) -> TensorContext:
         """Return what the methods are told of a tensor, given the base's, if it has been read."""
-        return TensorContext(
-            tensor.source.name,
-            tensor.source.shape,
-            tensor.is_embedding,
-            tasks=tuple(entry.name for entry in self.recipe.models),
-            weights=tuple(entry.weight for entry in self.recipe.models),
-            base=base,
-            layer=tensor.layer,
-        )
+        entries = self.recipe.models
+        tasks, weights = [entry.name for entry in entries], [entry.weight for entry in entries]
+        return tensor.context(tasks, weights, base)
 
 
 def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
@@ -170,35 +197,77 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
     """
     pipeline = recipe.make_pipeline()
     check_output(output, overwrite=overwrite)
-    base = open_base(resolve(recipe.base))
-    models = []
-    for entry in recipe.models:
-        source = resolve(entry.path)
+    base, models = open_models(recipe)
+    for source in (*(model.source for model in models), base.source):
         _check_apart(output, source)
-        models.append(open_model(entry.name, source, base, any_base=recipe.any_base))
-    _check_apart(output, base.source)
-    _check_saved_modules(models)
-    # Widest dtypes first, as safetensors writes them: so that every tensor is aligned in its file.
     is_static = pipeline.merge.is_static
-    planned = _planned(recipe, base, models, is_static=is_static)
-    tensors = sorted(planned, key=lambda t: -t.dtype.itemsize)
-    plan = Plan(recipe, pipeline, base, tuple(models), tuple(tensors), output, overwrite)
-    if not plan.merged:
-        raise StarmergeError("None of the models changes any tensor of the base.")
-    pipeline.check(
-        [entry.name for entry in recipe.models],
-        [entry.weight for entry in recipe.models],
-        [tensor.source.name for tensor in plan.merged],
-    )
-    left = [t for t in plan.tensors if not t.models and t.source.dtype in MERGEABLE]
-    pipeline.merge.check_tensors(
-        [plan.context(tensor, None) for tensor in plan.merged],
-        [plan.context(tensor, None) for tensor in left],
-    )
+    tensors = lay_out(base, models, dtype=recipe.dtype, is_static=is_static)
+    check_merge(pipeline, models, [entry.weight for entry in recipe.models], tensors)
     if not is_static:
         check_task_names([model.name for model in models])
+    plan = Plan(recipe, pipeline, base, models, tensors, output, overwrite)
     check_space(output, plan.bytes_to_write)
     return plan
+
+
+def open_models(recipe: Recipe) -> tuple[Base, tuple[FineTune, ...]]:
+    """Open a recipe's base and its models; reads configs and headers only.
+
+    Raises:
+        UsageError: A model is of another base, or of a kind that cannot be merged.
+        StarmergeError: A missing, unknown or misshapen tensor, a broken file.
+    """
+    base = open_base(resolve(recipe.base))
+    models = tuple(
+        open_model(entry.name, resolve(entry.path), base, any_base=recipe.any_base)
+        for entry in recipe.models
+    )
+    return base, models
+
+
+def lay_out(
+    base: Base, models: Sequence[FineTune], *, dtype: Dtype = "keep", is_static: bool = True
+) -> tuple[PlannedTensor, ...]:
+    """Lay out the tensors of the output: all of the base's, or what is merged of them.
+
+    Widest dtypes first, as safetensors writes them: so that every tensor is aligned in its file.
+
+    Args:
+        base: The base.
+        models: What is merged into it.
+        dtype: Dtype of the floating-point tensors.
+        is_static: Whether the output is one model.
+
+    Raises:
+        StarmergeError: A model changes one end of tied tensors, or one that is quantised.
+    """
+    planned = _planned(base, models, dtype, is_static=is_static)
+    return tuple(sorted(planned, key=lambda tensor: -tensor.dtype.itemsize))
+
+
+def check_merge(
+    pipeline: Pipeline,
+    models: Sequence[FineTune],
+    weights: Sequence[float],
+    tensors: Sequence[PlannedTensor],
+) -> None:
+    """Compare a chain, the models with their weights and the tensors with each other.
+
+    Raises:
+        UsageError: The parameters do not fit; two adapters replace whole modules.
+        StarmergeError: No model changes anything.
+    """
+    _check_saved_modules(models)
+    merged = [tensor for tensor in tensors if tensor.models]
+    if not merged:
+        raise StarmergeError("None of the models changes any tensor of the base.")
+    tasks = [model.name for model in models]
+    pipeline.check(tasks, weights, [tensor.source.name for tensor in merged])
+    left = [t for t in tensors if not t.models and t.source.dtype in MERGEABLE]
+    pipeline.merge.check_tensors(
+        [tensor.context(tasks, weights, None) for tensor in merged],
+        [tensor.context(tasks, weights, None) for tensor in left],
+    )
 
 
 def layers(names: Iterable[str]) -> dict[str, tuple[int, int]]:
@@ -239,15 +308,15 @@ def _check_saved_modules(models: Iterable[FineTune]) -> None:
 
 
 def _planned(
-    recipe: Recipe, base: Base, models: list[FineTune], *, is_static: bool
+    base: Base, models: Sequence[FineTune], wanted: Dtype, *, is_static: bool
 ) -> Iterator[PlannedTensor]:
-    """Lay out the tensors of the output: all of the base's, or what is merged of them."""
     places = layers(base.checkpoint)
+    changed = [model.tensors for model in models]
     for name in base.checkpoint:
         source = base.checkpoint[name]
-        changing = {t: model for t, model in enumerate(models) if name in model.tensors}
-        for model in changing.values():
-            if name in base.tied and not model.tensors.issuperset(base.tied):
+        changing = {t: model for t, model in enumerate(models) if name in changed[t]}
+        for t, model in changing.items():
+            if name in base.tied and not changed[t].issuperset(base.tied):
                 raise StarmergeError(
                     f"{model.source} changes {name} alone, which the base ties to other tensors "
                     "(tie_word_embeddings in config.json). Untie the base first, or adapt neither."
@@ -258,8 +327,8 @@ def _planned(
                 "merged. Use an unquantised base."
             )
         dtype = source.dtype
-        if recipe.dtype != "keep" and dtype in MERGEABLE:
-            dtype = getattr(torch, recipe.dtype)
+        if wanted != "keep" and dtype in MERGEABLE:
+            dtype = getattr(torch, wanted)
         elif not is_static:
             dtype = torch.float32  # of differences there is no dtype to keep
         if changing or is_static:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Event
+from types import TracebackType
 from typing import Any
 
-from starmerge.merging.fold import Folded
+from blake3 import blake3
+
+from starmerge.merging.fold import Fold, Folded
 from starmerge.merging.plan import Plan, PlannedTensor
 from starmerge.methods.pipeline import Merged
 
 _PACKAGES = ("starmerge", "torch", "numpy")
-_CHUNK = 16 * 2**20
+_CHUNK = 2**20
 _LITTLE = 0.9
 """Share of the update; when less survives, that is said."""
 
@@ -68,7 +71,7 @@ class MergeReport:
 
 
 def tensor_record(
-    plan: Plan, tensor: PlannedTensor, merged: Merged, folded: Folded
+    plan: Plan, tensor: PlannedTensor, merged: Merged, folded: Fold | Folded
 ) -> dict[str, Any]:
     """Return what the report says of one merged tensor."""
     tasks = [
@@ -86,13 +89,31 @@ def tensor_record(
 
 
 class InputHashes:
-    """SHA-256 of every input file, computed by a pool while the merge runs."""
+    """BLAKE3 of every input file, computed by a thread of its own while the merge runs.
 
-    def __init__(self, plan: Plan, pool: Executor) -> None:
-        self._hashes: dict[str, dict[str, Future[str]]] = {
-            key: {file.name: pool.submit(_sha256, file) for file in files}
-            for key, files in _input_files(plan).items()
+    To be used as a context manager.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._files = _input_files(plan)
+        self._pool = ThreadPoolExecutor(1, "hashes")
+        self._stopped = Event()
+
+    def __enter__(self) -> InputHashes:
+        self._hashes = {
+            key: {file.name: self._pool.submit(_blake3, file, self._stopped) for file in files}
+            for key, files in self._files.items()
         }
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stopped.set()
+        self._pool.shutdown(cancel_futures=True)
 
     def result(self) -> Mapping[str, Mapping[str, str]]:
         """Wait for the hashes: by model (the base is "base") and file name."""
@@ -134,7 +155,7 @@ def make_report(
                     "reference": str(source),
                     "hub_id": source.name,
                     "revision": source.revision,
-                    "sha256": dict(hashes[key]),
+                    "blake3": dict(hashes[key]),
                 }
                 for key, (name, kind, source) in zip(hashes, sources, strict=True)
             ],
@@ -149,9 +170,10 @@ def _input_files(plan: Plan) -> dict[str, list[Path]]:
     return files | {f"model {model.name}": model.files for model in plan.models}
 
 
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
+def _blake3(file: Path, stopped: Event) -> str:
+    digest = blake3(max_threads=1)
+    with file.open("rb", buffering=0) as stream:
+        buffer = bytearray(_CHUNK)
+        while not stopped.is_set() and (count := stream.readinto(buffer)):
+            digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()

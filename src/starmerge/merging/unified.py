@@ -53,7 +53,9 @@ def write_unified(
             layouts = [tensor.mask for tensor in plan.tensors if t in tensor.models]
             masks.append(stack.enter_context(mask_writer(folder / name, layouts)))
 
-        def write(deltas: Deltas, context: TensorContext) -> dict[str, Any]:
+        def write(
+            deltas: Deltas, context: TensorContext
+        ) -> tuple[dict[str, Any], dict[int, tuple[float, float]]]:
             tensor = tensors[context.name]
             truncations: dict[int, Truncation] = {}
             inputs = prepared.transformed(deltas, context, truncations, weighted=True)
@@ -64,14 +66,19 @@ def write_unified(
             tau_uni = _stored(merged, tensor)
             unified.write(context.name, tau_uni.weight)
             kept = {}
+            sums: dict[int, tuple[float, float]] = {}
             for t, masked in masks_of(held, tau_uni.weight.reshape(merged.delta.shape)):
                 masks[t].write(context.name, pack(masked.M))
-                rescalers.add(t, masked)
+                sums[t] = masked.norm, masked.masked_norm
                 kept[names[t]] = float(masked.M.double().mean()) if masked.M.numel() else 0.0
             advance(tensor.output.nbytes + len(kept) * tensor.mask.nbytes)
-            return tensor_record(plan, tensor, merged, tau_uni) | {"masks": kept}
+            return tensor_record(plan, tensor, merged, tau_uni) | {"masks": kept}, sums
 
-        records = list(walk(write))
+        records = []
+        for record, sums in walk(write):
+            records.append(record)
+            for t, (norm, masked_norm) in sums.items():
+                rescalers.add(t, norm, masked_norm)
     lambdas = dict(zip(names, rescalers.result(), strict=True))
     for name, rescaler in lambdas.items():
         write_task(folder / name, name, plan.base, rescaler)
@@ -90,7 +97,8 @@ def usage(plan: Plan) -> str:
 
 def _stored(merged: Merged, tensor: PlannedTensor) -> Folded:
     """Return τ_uni as it is stored: folded into nothing."""
-    folded = fold(torch.zeros(()).expand(tensor.source.shape), merged.delta, tensor.dtype)
+    zero = torch.zeros((), dtype=torch.float32)
+    folded = fold(zero.expand(tensor.source.shape), merged.delta, tensor.dtype)
     if not torch.isfinite(folded.weight).all():
         raise StarmergeError(
             f"The unified tensor {tensor.source.name} overflows {tensor.dtype}. Choose a wider "

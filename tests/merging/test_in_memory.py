@@ -131,9 +131,44 @@ def test_a_merged_delta_folds_into_the_base(kind):
     assert np.all(np.abs(weight - exact) <= 1.001 * error)
 
 
+@pytest.mark.parametrize("method", ["star", "ties", "tsv_m", "dare"])
+def test_threads_change_nothing(method):
+    first, second = (samples.task_deltas("mixed", *shape) for shape in ((300, 40), (9, 7)))
+    states = [{"first": a, "second": b} for a, b in zip(first, second, strict=True)]
+    alone, *others = (merge_state(states, method, threads=threads) for threads in (1, 2, 3))
+    for other in others:
+        for name in ("first", "second"):
+            assert torch.equal(other[name].to_dense(), alone[name].to_dense())
+
+
+_CHAINS = ["average", "star", "ties", "dare+average", "della+ties", "trim+average", "sce", "linear"]
+_CHAINS += ["knots", "tsv_m", "ace", "covariance", "denoise+svc", "star+own_response"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", samples.KINDS)
+@pytest.mark.parametrize("method", _CHAINS)
+def test_torch_s_default_dtype_changes_nothing(method, kind, dtype, request):
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    states = [{"x": delta} for delta in samples.task_deltas(kind, 30, 20)]
+    states[0]["y"] = samples.low_rank(30, 20, 2, seed=7)
+    base = samples.normal(30, 20, seed=90, dtype=torch.bfloat16)
+    found = []
+    for default in (torch.float32, dtype):
+        torch.set_default_dtype(default)
+        merged = merge_state(states, method)
+        found.append({name: fold(base, delta, torch.float32) for name, delta in merged.items()})
+    for name, expected in found[0].items():
+        assert found[1][name].weight.dtype == torch.float32
+        assert torch.equal(found[1][name].weight, expected.weight)
+        assert found[1][name].survived == expected.survived
+
+
 def test_the_public_names():
     assert starmerge.merge_state is merge_state
-    assert {"Average", "Dense", "LowRank", "Star", "TaskArithmetic"} <= set(dir(starmerge))
+    assert sorted(starmerge.__all__) == dir(starmerge)
+    for name in set(starmerge.__all__) - {"Delta"}:  # which is either of two classes
+        assert getattr(starmerge, name).__name__ == name
 
 
 @pytest.mark.parametrize("method", ["average", "ties", "star", "iso_c", "dare"])

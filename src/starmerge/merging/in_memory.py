@@ -1,0 +1,123 @@
+"""Merging deltas that are in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
+from typing import TypeVar
+
+from starmerge.deltas import Delta, Dense
+from starmerge.errors import UsageError
+from starmerge.merging.checks import check_weights
+from starmerge.merging.workers import Workers
+from starmerge.methods.method import Deltas, Method, TensorContext
+from starmerge.methods.pipeline import Pipeline, as_pipeline
+
+_Seen = TypeVar("_Seen")
+
+
+def merge_state(
+    deltas: Sequence[Mapping[str, Delta]],
+    method: Method | Pipeline | str = "star",
+    *,
+    weights: Sequence[float] | None = None,
+    threads: int | None = None,
+) -> dict[str, Delta]:
+    """Merge deltas that are in memory.
+
+    Names mean nothing here: no tensor counts as an embedding. The result does not depend on
+    ``threads``.
+
+    Args:
+        deltas: For each model, the delta of each tensor it changes, by name.
+        method: A method, a chain of some, or a name such as "star+ties".
+        weights: Factors of the task vectors, one for each model; by default all are 1.
+        threads: How many tensors are merged at once; by default as many as for
+            :func:`starmerge.merge`.
+
+    Returns:
+        For each tensor that some model changes, what to add to the base. Dense results are
+        matrices (m, n); see :func:`starmerge.deltas.matrix_shape`.
+
+    Raises:
+        UsageError: The method needs what deltas in memory do not have, or its parameters and the
+            weights do not fit them.
+        ValueError: Two models disagree on the shape of a tensor, or one has a NaN or an infinity.
+    """
+    pipeline = as_pipeline(method)
+    check_static(pipeline)
+    if pipeline.merge.needs_base:
+        raise UsageError(
+            f"{pipeline.merge.name} needs the base's weights: merge files with it, or what "
+            "load_task_vectors reads of them."
+        )
+    names = list(dict.fromkeys(name for model in deltas for name in model))
+    if not names:
+        return {}
+    for number, model in enumerate(deltas):
+        for name, delta in model.items():
+            if not delta.is_finite():
+                raise ValueError(f"Model {number}: the delta of {name} has a NaN or an infinity.")
+    tasks = tuple(str(number) for number in range(len(deltas)))
+    factors = check_weights(weights, len(deltas))
+    pipeline.check(tasks, factors, names)
+
+    def inputs(name: str) -> tuple[Deltas, TensorContext]:
+        members = {t: model[name] for t, model in enumerate(deltas) if name in model}
+        first = next(iter(members.values()))
+        if len({delta.shape for delta in members.values()}) > 1:
+            raise ValueError(
+                f"The deltas of {name} have different shapes: "
+                f"{sorted({delta.shape for delta in members.values()})}."
+            )
+        shape = first.layout if isinstance(first, Dense) else first.shape
+        context = TensorContext(name, shape, is_embedding=False, tasks=tasks, weights=factors)
+        return Deltas.of(members), context
+
+    with Workers(threads) as workers:
+        return merge_all(pipeline, names, inputs, workers)
+
+
+def merge_all(
+    pipeline: Pipeline,
+    names: Iterable[str],
+    inputs: Callable[[str], tuple[Deltas, TensorContext]],
+    workers: Workers,
+    memory: Callable[[str], int] = lambda name: 0,
+) -> dict[str, Delta]:
+    """Merge every tensor of a model whose deltas are in memory.
+
+    Args:
+        pipeline: The chain, of a merge that is static.
+        names: Of the tensors that some model changes, in the order in which methods see them.
+        inputs: Gives the deltas of a tensor, and what the methods are told of it.
+        workers: The threads.
+        memory: Estimates the bytes that merging a tensor takes.
+    """
+    ordered = list(names)
+
+    def walk(look: Callable[[Deltas, TensorContext], _Seen]) -> Generator[_Seen]:
+        def see(name: str) -> _Seen:
+            return look(*inputs(name))
+
+        with closing(
+            workers.in_order(see, ordered, memory=memory, announce=lambda name: None)
+        ) as seen:
+            yield from seen
+
+    prepared = pipeline.prepare(walk)
+    with closing(walk(lambda deltas, tensor: prepared.merge(deltas, tensor).delta)) as merged:
+        return dict(zip(ordered, merged, strict=True))
+
+
+def check_static(pipeline: Pipeline) -> None:
+    """Make sure that a chain makes one update for all tasks.
+
+    Raises:
+        UsageError: It makes one for each.
+    """
+    if not pipeline.merge.is_static:
+        raise UsageError(
+            f"{pipeline.merge.name} makes a model for each task, not one update for all: merge "
+            f"files with it, or see starmerge.methods.{pipeline.merge.name}."
+        )

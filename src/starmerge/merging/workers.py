@@ -1,0 +1,194 @@
+"""Several tensors at once: worker threads with one BLAS thread each, within a bound of memory.
+
+BLAS libraries share one product among all cores, and their threads wait for each other in loops: on
+a machine with other work a matrix then takes a multiple of its time. Whole tensors need not wait
+for each other. So each is worked on by a single thread, and as many tensors as there are threads
+are worked on at once. As the arithmetic of a tensor is never shared, the results are the same
+bytes whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+from pydantic import ByteSize, TypeAdapter
+
+from starmerge.errors import UsageError
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+_WINDOW = 4
+"""Items per thread that are in work, wait, or are done and wait for their turn."""
+
+
+class Workers:
+    """A pool of threads that work on tensors; to be used as a context manager.
+
+    Args:
+        threads: How many tensors are worked on at once; None for :func:`default_threads`.
+        memory: Bytes that the tensors in work may take together, or a text such as "4GB"; None for
+            a quarter of :func:`usable_memory`. A tensor that needs more is worked on alone.
+
+    Raises:
+        UsageError: One of them is not a positive number.
+    """
+
+    def __init__(self, threads: int | None = None, memory: int | str | None = None) -> None:
+        self.threads = default_threads() if threads is None else threads
+        self.memory = usable_memory() // 4 if memory is None else _bytes(memory)
+        if not isinstance(self.threads, int) or self.threads < 1:
+            raise UsageError(f"threads is {threads!r}. Give a whole number, 1 or more.")
+
+    def __enter__(self) -> Workers:
+        _outside.enter()
+        self._pool = ThreadPoolExecutor(self.threads, "worker", _begin)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self._pool.shutdown(cancel_futures=True)
+        finally:
+            _outside.leave()
+
+    def in_order(
+        self,
+        work: Callable[[_Item], _Result],
+        items: Iterable[_Item],
+        *,
+        memory: Callable[[_Item], int],
+        announce: Callable[[_Item], None],
+    ) -> Generator[_Result]:
+        """Yield ``work(item)`` for each item, in their order.
+
+        If a call raises, or the iterator is closed early, no other begins, and those that have
+        begun are waited for.
+
+        Args:
+            work: Is called by the threads.
+            items: What to work on.
+            memory: Estimates the bytes that an item takes while it is worked on.
+            announce: Is told of an item as soon as it is waiting, so that its files can be read
+                ahead.
+        """
+        waiting: deque[Future[_Result]] = deque()
+        costs: dict[Future[_Result], int] = {}
+        try:
+            for item in items:
+                cost = memory(item)
+                while costs and sum(costs.values()) + cost > self.memory:
+                    for done in wait(costs, return_when=FIRST_COMPLETED).done:
+                        del costs[done]
+                announce(item)
+                future = self._pool.submit(work, item)
+                waiting.append(future)
+                costs[future] = cost
+                while waiting and (waiting[0].done() or len(waiting) >= self.threads * _WINDOW):
+                    yield _head(waiting)
+                    costs.pop(waiting.popleft(), None)
+            while waiting:
+                yield _head(waiting)
+                waiting.popleft()
+        finally:
+            for future in waiting:
+                future.cancel()
+            wait(waiting)
+
+
+def _head(waiting: Sequence[Future[_Result]]) -> _Result:
+    """Wait for the first, or for a failure of another, and return its result."""
+    while not waiting[0].done():
+        for future in waiting:
+            if future.done():
+                future.result()
+        wait([future for future in waiting if not future.done()], return_when=FIRST_COMPLETED)
+    return waiting[0].result()
+
+
+def _begin() -> None:
+    """Prepare a thread: no threads of its own below it, and no graphs for gradients."""
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+
+
+class _Outside:
+    """How many threads torch uses outside of workers.
+
+    Each thread has a number of its own, but those to come have the last that was set, so the
+    workers' must be taken back: when the last pool is left, of several at the same time.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._pools = 0
+        self._threads = 0
+
+    def enter(self) -> None:
+        with self._lock:
+            if not self._pools:
+                self._threads = torch.get_num_threads()
+            self._pools += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._pools -= 1
+            if not self._pools:
+                torch.set_num_threads(self._threads)
+
+    @property
+    def threads(self) -> int:
+        with self._lock:
+            return self._threads if self._pools else torch.get_num_threads()
+
+
+_outside = _Outside()
+
+
+def _bytes(memory: int | str) -> int:
+    count = 0
+    if isinstance(memory, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*[kmgtp]?i?b?\s*", memory, re.I):
+        count = TypeAdapter(ByteSize).validate_python(memory)
+    elif isinstance(memory, int) and not isinstance(memory, bool):
+        count = memory
+    if count < 1:
+        raise UsageError(f"memory is {memory!r}. Give bytes, or a number with a unit: 4GB, 512MiB.")
+    return count
+
+
+def default_threads() -> int:
+    """Return how many threads torch would use, but not more than the process may have processors.
+
+    That is what OMP_NUM_THREADS says, or the number of processors; in a container with a quota
+    (cgroup v2), as many as the quota pays for.
+    """
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    limit = _outside.threads
+    if quota.is_file():
+        share, period = quota.read_text().split()
+        if share != "max":
+            limit = min(limit, max(1, int(share) // int(period)))
+    return limit
+
+
+def usable_memory() -> int:
+    """Return the bytes of memory of this machine, or of the container that this process runs in."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):
+        path = Path("/sys/fs/cgroup") / file
+        if path.is_file() and (text := path.read_text().strip()).isdecimal():
+            limits.append(int(text))
+    return min(limits)
