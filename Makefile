@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ROWS ?= 100
 DEMO_OUTPUT ?= demo-output
+BENCHMARKS ?= low_rank full_rank copying finetunes many_tensors sweep startup threads star_adapters
 
 .PHONY: demo test lint types base docs bench clean
 
@@ -30,8 +31,18 @@ docs: $(VENV)/ready
 	$(BIN)/pip install --quiet -e '.[docs]'
 	$(BIN)/mkdocs build --strict
 
+# One script for each claim of docs/performance.md, small; FULL=--full for the sizes of its tables.
+# SCRATCH=DIR chooses the disk for those that write.
 bench: base
-	$(BIN)/python benchmarks/star_adapters.py
+	for script in $(BENCHMARKS); do \
+		case $$script in \
+			low_rank|full_rank|startup) place= ;; \
+			*) place='$(addprefix --scratch=,$(SCRATCH))' ;; \
+		esac; \
+		printf '\n== benchmarks/%s.py %s %s\n\n' $$script '$(FULL)' "$$place"; \
+		$(BIN)/python benchmarks/$$script.py $(FULL) $$place || exit; \
+	done
+	$(BIN)/python benchmarks/on_paper.py
 
 clean:
 	rm -rf $(VENV) $(DEMO_OUTPUT) site

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from starmerge.deltas import Delta, Dense, LowRank
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.merging.engine import merge_state
+from starmerge.merging.in_memory import merge_state
 from starmerge.methods import METHODS, make_pipeline
 
 REFERENCE = "average"

@@ -28,7 +28,7 @@ from starmerge.checkpoints.base import Base, open_base
 from starmerge.checkpoints.models import FineTune, open_model
 from starmerge.checkpoints.source import resolve
 from starmerge.deltas import Dense, LowRank
-from starmerge.spectral import SVD, kept_rank, svd
+from starmerge.spectral import Decomposition, kept_rank, svd
 from starmerge.spectral.noise import noise_floor, rounding_noise
 
 STORED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,12 +58,13 @@ class Star:
     delta: Tensor
 
 
-def star(decomposed: SVD, values: int, eta: float) -> Star:
+def star(decomposed: Decomposition, values: int, eta: float) -> Star:
     """Truncate and rescale what a delta's first singular triplets are."""
     S = decomposed.S[:values]
     rank = kept_rank(S, eta)
     rescaled = S[:rank] * (S.sum() / S[:rank].sum())
-    delta = (decomposed.U[:, :rank] * rescaled) @ decomposed.V[:, :rank].T
+    kept = decomposed.first(rank)
+    delta = (kept.U.double() * rescaled) @ kept.V.double().T
     return Star(values, float(S.sum()), rank, delta)
 
 
@@ -84,7 +85,8 @@ def observe(
         assert isinstance(adapter, LowRank)
         exact = svd(adapter.scaled(scale))
         truth = star(exact, len(exact.S), eta)
-        update = (exact.U * exact.S) @ exact.V.T
+        whole = exact.first(len(exact.S))
+        update = (whole.U * whole.S) @ whole.V.T
         for stored, dtype in STORED.items():
             delta = (weight.double() + update).to(dtype).float() - weight.float()
             decomposed = svd(Dense(delta))

@@ -11,29 +11,41 @@ since a merge also ends with its files on the disk. The files are in the page ca
 ``import torch`` alone takes is shown beside, as it is most of a short process.
 
 Within a part the contestants take turns, so that a change of the machine's load meets all of them;
-a ratio is taken between neighbours in time.
+a ratio is taken between neighbours in time. This is a small model, so what a process takes before
+it begins is most of Part B; copying.py has bases of gigabytes. ``--full`` takes all layers in Part
+A, and two or three minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from shutil import rmtree
-from statistics import median
 from typing import TypeAlias
 
 # Must stand before torch is loaded: idle threads would spin, and take time from their neighbours.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch
-from common import Cost, add_models, find_models, parser_of, print_machine, timed
+from common import (
+    add_models,
+    copy_durably,
+    find_models,
+    megabytes,
+    parse_run,
+    parser_of,
+    peak_memory,
+    print_machine,
+    run_process,
+    scratch_folder,
+    table,
+    take_turns,
+)
 from torch import Tensor
 
 import starmerge
@@ -44,16 +56,11 @@ from starmerge.deltas import LowRank
 from starmerge.merging.fold import fold
 from starmerge.methods import Deltas, TensorContext, as_pipeline
 
+COPY = "`cp -r` of the base + fsync"
+LAYERS = 3
+"""Of Part A, by default."""
 TOLERANCE = 1e-3
 """Largest difference of two merged deltas, relative to their norm, that counts as rounding."""
-
-LAUNCHER = """
-import resource, subprocess, sys
-subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-"""
-"""Runs a command and prints its peak memory. On Linux a child's peak starts at that of the process
-it was forked from, so it is started by this small one instead of by the benchmark."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +68,8 @@ class Case:
     """One tensor of the base and what the adapters change in it."""
 
     context: TensorContext
-    inputs: Deltas
     weight: Tensor
-    deltas: list[LowRank]
+    deltas: dict[int, LowRank]
 
 
 @dataclass(frozen=True)
@@ -83,17 +89,19 @@ Kernel: TypeAlias = Callable[[Case, starmerge.Star], Outcome]
 
 def in_factor_space(case: Case, star: starmerge.Star) -> Outcome:
     """Merge one tensor with starmerge."""
-    merged = as_pipeline(star).prepare(lambda look: iter(())).merge(case.inputs, case.context)
+    # What was computed of a delta is remembered as long as it lives, so these are new ones.
+    inputs = Deltas.of({t: delta.scaled(1.0) for t, delta in case.deltas.items()})
+    merged = as_pipeline(star).prepare(lambda look: iter(())).merge(inputs, case.context)
     assert isinstance(merged.delta, LowRank)
     weight = fold(case.weight, merged.delta, case.weight.dtype).weight
-    return Outcome(merged.delta, weight, [merged.truncations[t].rank for t in case.inputs.tasks])
+    return Outcome(merged.delta, weight, [merged.truncations[t].rank for t in case.deltas])
 
 
 def densified(case: Case, star: starmerge.Star) -> Outcome:
     """Merge one tensor the plain way: every delta a matrix, every SVD by torch.linalg.svd."""
     mean = torch.zeros(case.weight.shape)
     ranks = []
-    for delta in case.deltas:
+    for delta in case.deltas.values():
         dense = delta.scale * (delta.B.float() @ delta.A.float())
         U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
         cumulative = S.cumsum(0)
@@ -126,7 +134,7 @@ def load_cases(base_folder: Path, adapters: Sequence[Path], layers: int | None) 
             tasks=tuple(model.name for model in models),
             weights=(1.0,) * len(models),
         )
-        cases.append(Case(context, Deltas.of(deltas), weight, list(deltas.values())))
+        cases.append(Case(context, weight, deltas))
     return cases
 
 
@@ -141,17 +149,22 @@ def run_all(kernel: Kernel, cases: Sequence[Case]) -> list[Outcome]:
     return [kernel(case, star) for case in cases]
 
 
-def bench_kernel(cases: Sequence[Case], repeat: int) -> bool:
+def bench_kernel(cases: Sequence[Case], turns: int) -> bool:
     """Time both kernels, print the table, compare the results; tell whether they agree."""
     kernels = {"STAR in factor space": in_factor_space, "densify + torch.linalg.svd": densified}
     for kernel in kernels.values():
-        run_all(kernel, cases[:1])
-    costs: dict[str, list[Cost]] = {label: [] for label in kernels}
+        run_all(kernel, cases[:1])  # loads libraries
     outcomes: dict[str, list[Outcome]] = {}
-    for _ in range(repeat):
-        for label, kernel in kernels.items():
-            outcomes[label], cost = timed(partial(run_all, kernel, cases))
-            costs[label].append(cost)
+
+    def run(label: str) -> None:
+        outcomes[label] = run_all(kernels[label], cases)
+
+    # Both without a turn before the first: the plain way takes a while.
+    costs = take_turns(
+        {label: partial(run, label) for label in kernels},
+        turns,
+        fewer=dict.fromkeys(kernels, turns),
+    )
     agree = compare(*outcomes.values())
     print(table(costs, reference="STAR in factor space"))
     return agree
@@ -180,92 +193,45 @@ def compare(ours: Sequence[Outcome], plain: Sequence[Outcome]) -> bool:
 
 
 def bench_merge(
-    base: Path, adapters: Sequence[Path], repeat: int, scratch: Path, threads: int
+    base: Path, adapters: Sequence[Path], scratch: Path, options: argparse.Namespace
 ) -> None:
     """Time the whole merge and the copy, print the table and the peak memory."""
     target = scratch / "output"
     models = {path.name: path for path in adapters}
     command = [sys.executable, "-m", "starmerge", "merge", str(base), *map(str, adapters)]
-    command += ["-o", str(target)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    command += ["-o", str(target), "--threads", str(options.threads)]
 
     def in_process() -> object:
-        return starmerge.merge(base, models, starmerge.Star(), output=target)
-
-    def whole_process() -> object:
-        return subprocess.run(command, check=True, capture_output=True, env=environment)
-
-    def import_torch() -> object:
-        return subprocess.run([sys.executable, "-c", "import torch"], check=True, env=environment)
+        return starmerge.merge(
+            base, models, starmerge.Star(), output=target, threads=options.threads
+        )
 
     contestants: dict[str, Callable[[], object]] = {
-        "`cp -r` of the base + fsync": lambda: copy_durably(base, target),
+        COPY: lambda: copy_durably(base, target),
         "`starmerge.merge(...)`": in_process,
-        "`python -m starmerge merge`": whole_process,
-        "`python -c 'import torch'`": import_torch,
+        "`python -m starmerge merge`": lambda: run_process(command),
+        "`python -c 'import torch'`": lambda: run_process([sys.executable, "-c", "import torch"]),
     }
-    costs: dict[str, list[Cost]] = {label: [] for label in contestants}
-    for turn in range(-1, repeat):  # the first turn fills the page cache and loads libraries
-        for label, run in contestants.items():
-            cost = timed(run)[1]
-            rmtree(target, ignore_errors=True)
-            if turn >= 0:
-                costs[label].append(cost)
-    print(table(costs, reference="`cp -r` of the base + fsync"))
-    peak = peak_memory(command, environment)
-    rmtree(target)
-    floor = peak_memory([*command, "--dry-run"], environment)
-    print(f"\nPeak memory (RSS) of `python -m starmerge merge`: {peak / 2**20:.0f} MiB;")
-    print(f"with --dry-run, which reads headers but no tensor: {floor / 2**20:.0f} MiB")
-
-
-def copy_durably(source: Path, target: Path) -> None:
-    """Copy a folder with ``cp -r`` and have every copied file, and the folder, on the disk."""
-    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
-    for path in (*target.rglob("*"), target):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def peak_memory(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Run a command and return its peak resident memory in bytes."""
-    finished = subprocess.run(
-        [sys.executable, "-c", LAUNCHER, *command],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
+    costs = take_turns(
+        contestants, options.turns, clean_up=lambda: rmtree(target, ignore_errors=True)
     )
-    unit = 1 if sys.platform == "darwin" else 1024
-    return int(finished.stdout) * unit
+    print(table(costs, reference=COPY))
+    peak = peak_memory(command)
+    rmtree(target)
+    floor = peak_memory([*command, "--dry-run"])
+    print("\n| peak memory, MB | anonymous | resident |\n|---|---:|---:|")
+    for label, seen in (("merge", peak), ("the same with --dry-run", floor)):
+        print(f"| {label} | {megabytes(seen.anonymous)} | {megabytes(seen.resident)} |")
 
 
-# ------------------------------------------------------------------------- Measuring and printing
-
-
-def table(costs: dict[str, list[Cost]], *, reference: str) -> str:
-    """Return a Markdown table of medians, and of each contestant's ratios to the reference."""
-    lines = [
-        "| | wall, s | CPU, s | wall, ratio (min – max) | CPU, ratio (min – max) |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for label, mine in costs.items():
-        cells = [f"{median(getattr(cost, kind) for cost in mine):.3f}" for kind in ("wall", "cpu")]
-        for kind in ("wall", "cpu"):
-            pairs = zip(mine, costs[reference], strict=True)
-            ratios = [getattr(cost, kind) / getattr(other, kind) for cost, other in pairs]
-            span = f"{median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})"
-            cells.append("1" if label == reference else span)
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+# ------------------------------------------------------------------------------ Setting and options
 
 
 def print_setting(base: Path, adapters: Sequence[Path], options: argparse.Namespace) -> None:
     """Print what the numbers depend on."""
     print_machine()
     sizes = [sum(file.stat().st_size for file in path.iterdir()) for path in (base, *adapters)]
-    print(f"Threads: {options.threads}; repetitions: {options.repeat}, of which medians")
+    print(f"Threads: {options.threads}; {options.turns} turns")
     print(
         f"Base: {base.name}, {sizes[0] / 1e6:.1f} MB; {len(adapters)} adapters, "
         f"{sum(sizes[1:]) / 1e6:.1f} MB: {', '.join(path.name for path in adapters)}"
@@ -280,20 +246,15 @@ def parse_options() -> argparse.Namespace:
         "--layers",
         type=int,
         metavar="L",
-        help="Part A: only the first L layers (default: all; about two minutes on one core)",
+        help=f"Part A: only the first L layers (default: {LAYERS}, with --full all)",
     )
-    parser.add_argument("--repeat", type=int, default=5, metavar="N", help="turns (default: 5)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="default: 1")
     parser.add_argument("--part", choices=("A", "B"), help="only this part (default: both)")
-    parser.add_argument(
-        "--scratch",
-        type=Path,
-        help="folder to write to in Part B; choose the disk (default: the system's for temporary "
-        "files)",
-    )
-    options = parser.parse_args()
-    if options.repeat < 1 or options.threads < 1 or (options.layers or 1) < 1:
-        parser.error("--repeat, --threads and --layers must be at least 1")
+    options = parse_run(parser, small=2)
+    if options.layers is None and not options.full:
+        options.layers = LAYERS
+    if options.threads < 1 or (options.layers or 1) < 1:
+        parser.error("--threads and --layers must be at least 1")
     return options
 
 
@@ -312,14 +273,17 @@ def main() -> int:
             f"\nPart A: {len(cases)} tensors of "
             + " and ".join("×".join(map(str, shape)) for shape in shapes)
             + f", {sum(len(case.deltas) for case in cases)} deltas of rank "
-            + "/".join(map(str, sorted({delta.rank for case in cases for delta in case.deltas})))
+            + "/".join(
+                map(str, sorted({delta.rank for case in cases for delta in case.deltas.values()}))
+            )
             + f", η = {starmerge.Star().eta:g} %"
         )
-        agree = bench_kernel(cases, options.repeat)
+        agree = bench_kernel(cases, options.turns)
     if options.part != "A":
         print("\nPart B: from files to files")
-        with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-            bench_merge(base, adapters, options.repeat, Path(scratch), options.threads)
+        nbytes = sum(file.stat().st_size for file in base.iterdir())
+        with scratch_folder(options.scratch, 1.1 * nbytes) as scratch:
+            bench_merge(base, adapters, scratch, options)
     if not agree:
         print("\nFAILED: the kernels' results differ by more than rounding.", file=sys.stderr)
     return 0 if agree else 1
