@@ -394,3 +394,13 @@ def test_factors_whose_squares_overflow_are_told_from_those_with_an_infinity():
     for delta in (LowRank(huge, torch.ones(2, 7)), LowRank(torch.ones(7, 2), huge.T)):
         with pytest.raises(ValueError, match="squares"):
             delta.nuclear()
+
+
+def test_weighted_stored_differences_keep_their_weights_in_a_sum():
+    base = torch.zeros(2, 3)
+    parts = [
+        Stored([(1.0, torch.full((2, 3), x))], base).scaled(w) for x, w in ((1.0, 2), (8.0, -0.5))
+    ]
+    summed = total(parts)
+    assert isinstance(summed, Stored)
+    assert torch.equal(summed.scaled(3).matrix, torch.full((2, 3), 3 * (2.0 * 1 - 0.5 * 8)))
