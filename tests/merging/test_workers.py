@@ -51,6 +51,61 @@ def test_results_come_in_order_and_the_memory_is_not_exceeded(costs, threads, me
     assert all(together <= memory or others == 1 for _, together, others in seen)
 
 
+@settings(max_examples=40)
+@given(
+    sizes=st.lists(st.sampled_from([1, 10, 2**30]), max_size=200),
+    threads=st.integers(1, 4),
+    is_closed_early=st.booleans(),
+)
+def test_small_items_are_worked_on_one_at_a_time_and_large_ones_beside_them(
+    sizes, threads, is_closed_early
+):
+    working: set[int] = set()
+    lock = threading.Lock()
+    seen = []
+
+    def work(number):
+        with lock:
+            working.add(number)
+            seen.append({n for n in working if sizes[n] < 2**30})
+        time.sleep(0.0001)
+        with lock:
+            working.remove(number)
+        return number
+
+    with Workers(threads) as workers:
+        done = workers.in_order(
+            work,
+            range(len(sizes)),
+            memory=lambda n: 0,
+            announce=_nothing,
+            nbytes=sizes.__getitem__,
+        )
+        if is_closed_early and sizes:
+            assert next(done) == 0
+            done.close()
+            assert not working
+        else:
+            assert list(done) == list(range(len(sizes)))
+    assert all(len(small) <= 1 for small in seen)
+
+
+def test_large_items_do_not_wait_for_each_other_where_small_ones_lie_between():
+    met = threading.Barrier(2, timeout=20)
+
+    def work(size):
+        if size > 1:
+            met.wait()
+        return size
+
+    sizes = [2**30, 1, 1, 2**30, 1] * 3 + [2**30, 2**30]
+    with Workers(2) as workers:
+        done = workers.in_order(
+            work, sizes, memory=lambda n: 0, announce=_nothing, nbytes=lambda size: size
+        )
+        assert list(done) == sizes
+
+
 def test_items_are_announced_before_they_are_worked_on():
     events = []
     with Workers(2) as workers:

@@ -56,6 +56,9 @@ _CHUNK = 64 * 2**20
 _PIECE = 2**20
 """Bytes copied at once where they pass through this process."""
 
+_MAPPED = 2**16
+"""Bytes; what is smaller is read sooner than it is mapped."""
+
 _AHEAD = 2**20
 """Bytes; what is smaller is not worth a word to the system before it is read."""
 
@@ -128,9 +131,10 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """Return one tensor, in the dtype it is stored in.
 
-        A tensor of a model is a window of its file, mapped into memory: what is not looked at is
-        not read, and what was read takes no memory that the system could not have back. It is not
-        to be written to. If the file is cut off while it is looked at, the system ends the process.
+        A large tensor of a model is a window of its file, mapped into memory: what is not looked
+        at is not read, and what was read takes no memory that the system could not have back. It is
+        not to be written to. If the file is cut off while it is looked at, the system ends the
+        process.
 
         Raises:
             StarmergeError: The file is shorter than it was.
@@ -140,7 +144,8 @@ class Checkpoint:
             return info.tensor
         if not info.size:
             return torch.empty(info.shape, dtype=info.dtype)
-        window = _window(info) if self._mapped else _content(info)
+        mapped = self._mapped and info.nbytes >= _MAPPED
+        window = _window(info) if mapped else _content(info)
         return torch.frombuffer(window, dtype=torch.uint8).view(info.dtype).view(info.shape)
 
     def copy(self, name: str, target: int, offset: int) -> None:

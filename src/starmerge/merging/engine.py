@@ -208,7 +208,11 @@ def _in_order(
             prefetch(info)
 
     return workers.in_order(
-        work, tensors, memory=lambda tensor: tensor.memory(plan.pipeline), announce=announce
+        work,
+        tensors,
+        memory=lambda tensor: tensor.memory(plan.pipeline),
+        announce=announce,
+        nbytes=lambda tensor: tensor.bytes_to_read,
     )
 
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import groupby, islice
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -28,7 +29,13 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 _WINDOW = 4
-"""Items per thread that are in work, wait, or are done and wait for their turn."""
+"""Groups of items per thread that are in work, wait, or are done and wait for their turn."""
+
+_SMALL = 2**22
+"""Bytes of a small item, to read and to work with: it costs more Python than arithmetic."""
+
+_GROUP = 64
+"""Most small items in a group: few enough that the progress shows."""
 
 
 class Workers:
@@ -72,11 +79,15 @@ class Workers:
         *,
         memory: Callable[[_Item], int],
         announce: Callable[[_Item], None],
+        nbytes: Callable[[_Item], int] | None = None,
     ) -> Generator[_Result]:
         """Yield ``work(item)`` for each item, in their order.
 
         If a call raises, or the iterator is closed early, no other begins, and those that have
         begun are waited for.
+
+        Small neighbours are worked on in groups, one group at a time: several threads would wait
+        for Python's lock, and lose more by handing it around than one of them needs for all.
 
         Args:
             work: Is called by the threads.
@@ -84,29 +95,53 @@ class Workers:
             memory: Estimates the bytes that an item takes while it is worked on.
             announce: Is told of an item as soon as it is waiting, so that its files can be read
                 ahead.
+            nbytes: Tells how many are read for an item; without, none counts as small.
         """
-        waiting: deque[Future[_Result]] = deque()
-        costs: dict[Future[_Result], int] = {}
+        waiting: deque[Future[list[_Result]]] = deque()
+        costs: dict[Future[list[_Result]], int] = {}
+        small: list[Future[list[_Result]]] = []
+
+        def is_small(item: _Item) -> bool:
+            return nbytes is not None and max(memory(item), nbytes(item)) <= _SMALL
+
         try:
-            for item in items:
-                cost = memory(item)
+            for group in _groups(items, is_small):
+                cost = max(map(memory, group))
                 while costs and sum(costs.values()) + cost > self.memory:
                     for done in wait(costs, return_when=FIRST_COMPLETED).done:
                         del costs[done]
-                announce(item)
-                future = self._pool.submit(work, item)
+                for item in group:
+                    announce(item)
+                if is_small(group[0]):
+                    wait(small)
+                future = self._pool.submit(_work_on, work, group)
+                if is_small(group[0]):
+                    small = [future]
                 waiting.append(future)
                 costs[future] = cost
                 while waiting and (waiting[0].done() or len(waiting) >= self.threads * _WINDOW):
-                    yield _head(waiting)
+                    yield from _head(waiting)
                     costs.pop(waiting.popleft(), None)
             while waiting:
-                yield _head(waiting)
+                yield from _head(waiting)
                 waiting.popleft()
         finally:
             for future in waiting:
                 future.cancel()
             wait(waiting)
+
+
+def _groups(
+    items: Iterable[_Item], is_small: Callable[[_Item], bool]
+) -> Iterator[tuple[_Item, ...]]:
+    """Put small neighbours together; others stay alone."""
+    for small, run in groupby(items, is_small):
+        while group := tuple(islice(run, _GROUP if small else 1)):
+            yield group
+
+
+def _work_on(work: Callable[[_Item], _Result], group: Sequence[_Item]) -> list[_Result]:
+    return [work(item) for item in group]
 
 
 def _head(waiting: Sequence[Future[_Result]]) -> _Result:
