@@ -104,13 +104,13 @@ class Runner:
         try:
             return work.get(limit)
         except TimeoutError:
-            self.stop()
+            self._pool.terminate()
             self._start()
             return Cost(math.inf, math.inf)
 
     def stop(self) -> None:
-        """End the process."""
-        self._pool.terminate()
+        """End the process, which is idle: to terminate it could wait for ever."""
+        self._pool.close()
         self._pool.join()
 
     def _start(self) -> None:
