@@ -12,9 +12,10 @@ BENCHMARKS ?= low_rank full_rank copying finetunes many_tensors sweep startup th
 demo: base
 	$(BIN)/starmerge demo run --output $(DEMO_OUTPUT) --rows $(ROWS) --overwrite
 
-# One BLAS thread: the tests' matrices are small, and threads only wait for each other.
+# Two processes of one BLAS thread each: the tests' matrices are small, and threads would only wait
+# for each other. A file's tests stay together, as they share what they load.
 test: base
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

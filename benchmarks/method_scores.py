@@ -33,11 +33,13 @@ from common import parser_of, print_machine
 from starmerge.demo.base_model import prepared_base
 from starmerge.demo.run import ADAPTERS
 from starmerge.errors import StarmergeError
-from starmerge.evaluation.metrics import Interval, Score
-from starmerge.evaluation.runner import BASE, Evaluation, evaluate
+from starmerge.evaluation.comparison import Difference, Interval
+from starmerge.evaluation.metrics import Score
+from starmerge.evaluation.runner import Evaluation, evaluate
 from starmerge.evaluation.scoring import SCORERS
-from starmerge.evaluation.task import Task
-from starmerge.evaluation.tasks import TASKS
+from starmerge.evaluation.sheets import AnyTask, Settings
+from starmerge.evaluation.subjects import BASE
+from starmerge.evaluation.tasks import find_task
 from starmerge.merging.engine import merge
 from starmerge.methods import METHODS, make_pipeline
 from starmerge.study.figures import plot_methods
@@ -94,17 +96,16 @@ class Setting:
 
     base: Path
     adapters: Mapping[str, Path]
-    scorer: str
-    rows: int
+    settings: Settings
 
     @property
-    def tasks(self) -> list[Task]:
+    def tasks(self) -> list[AnyTask]:
         """The tasks, one for each adapter."""
-        return [TASKS[name] for name in self.adapters]
+        return [find_task(name) for name in self.adapters]
 
-    def ask(self, model: Path, tasks: Sequence[Task]) -> Mapping[str, Score]:
+    def ask(self, model: Path, tasks: Sequence[AnyTask]) -> Mapping[str, Score]:
         """Score one model: as the base of an evaluation without others."""
-        return evaluate(model, {}, tasks, scorer=self.scorer, rows=self.rows).scores[BASE]
+        return evaluate(model, {}, tasks, self.settings).scores[BASE]
 
 
 # ------------------------------------------------------------------------------ Merging and asking
@@ -183,7 +184,7 @@ def record(contestant: Contestant, evaluation: Evaluation, seconds: float) -> di
     }
 
 
-def flat(key: str, interval: Interval | None) -> dict[str, float | None]:
+def flat(key: str, interval: Interval | Difference | None) -> dict[str, float | None]:
     """Return an interval as three entries of a record."""
     values = (None,) * 3 if interval is None else (interval.value, interval.low, interval.high)
     return dict(zip((key, f"{key}_low", f"{key}_high"), values, strict=True))
@@ -294,7 +295,7 @@ def main() -> int:
     """Merge, score, print."""
     options = parse_options()
     adapters = {path.name: path for path in sorted(ADAPTERS.iterdir()) if path.is_dir()}
-    setting = Setting(prepared_base(), adapters, options.scorer, options.rows)
+    setting = Setting(prepared_base(), adapters, Settings(options.scorer, rows=options.rows))
     print_machine()
     print(
         f"{len(adapters)} adapters of {setting.base.name}; scorer: {options.scorer}, "
@@ -302,9 +303,7 @@ def main() -> int:
     )
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
-    evaluation = evaluate(
-        setting.base, adapters, setting.tasks, scorer=setting.scorer, rows=setting.rows
-    )
+    evaluation = evaluate(setting.base, adapters, setting.tasks, setting.settings)
     records: list[dict[str, Any]] = []
     refused: dict[str, str] = {}
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:

@@ -7,7 +7,12 @@ line prints the message alone; a traceback appears only with ``--debug``.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class StarmergeError(Exception):
@@ -28,3 +33,36 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if matches:
         return f" Did you mean {matches[0]!r}?"
     return f" Known: {', '.join(known)}."
+
+
+def explain(error: ValidationError, known: Iterable[str] = ()) -> str:
+    """Return pydantic's findings as one line: ``eta: Input should be greater than 0 (got -1)``.
+
+    What the alternatives of one value say is joined by "or".
+
+    Args:
+        error: The findings.
+        known: Keys that may have been meant by unknown ones.
+    """
+    findings: dict[str, list[str]] = {}
+    given: dict[str, str] = {}
+    for finding in error.errors():
+        parts = [str(part) for part in finding["loc"]]
+        place = ".".join(part.rstrip("_") for part in parts if not _ALTERNATIVE.fullmatch(part))
+        message = finding["msg"].removeprefix("Value error, ")
+        if finding["type"] == "extra_forbidden" and known:
+            message = f"the key {place!r} is unknown.{nearest(parts[-1], known)}"
+            findings.setdefault("", []).append(message)
+            continue
+        if message not in findings.setdefault(place, []):
+            findings[place].append(message)
+        if finding["type"] != "missing" and not isinstance(finding["input"], dict | list):
+            given[place] = f" (got {finding['input']!r})"
+    return "; ".join(
+        f"{place + ': ' if place else ''}{' or '.join(messages)}{given.get(place, '')}"
+        for place, messages in findings.items()
+    )
+
+
+_ALTERNATIVE = re.compile(r"constrained-\w+|literal\[.*\]|number|list|patterns")
+"""What pydantic puts into the place of a value that may have several types."""

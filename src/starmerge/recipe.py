@@ -10,9 +10,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from starmerge.errors import UsageError, nearest
+from starmerge.errors import UsageError, explain, nearest
 from starmerge.mergekit_recipe import is_mergekit_recipe, translate
-from starmerge.methods.method import explain
 from starmerge.methods.pipeline import Pipeline, make_pipeline
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import MakeAdapter, MakeFinetune
@@ -133,6 +134,16 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
         (["methods", "starr"], 2, "Did you mean 'star'"),
         (["evaluate", "{base}", "--tasks", "digit"], 2, "Did you mean 'digits'"),
         (["evaluate", "{base}", "--tasks", "digits", "--scorer", "x"], 2, "generate, rank"),
+        (["evaluate", "{base}", "-t", "digits", "--matching", "x"], 2, "strict or reference"),
+        (["evaluate", "{base}", "-t", "digits", "--dtype", "int4"], 2, "bfloat16"),
+        (["evaluate", "{base}", "-t", "digits", "--backend", "x"], 2, "transformers or vllm"),
+        (["evaluate", "{base}", "-t", "digits", "--predictions", "csv"], 2, "parquet or jsonl"),
+        (["evaluate", "{base}", "-t", "digits", "-o", "{adapter}"], 2, "is not empty"),
+        (["evaluate", "{base}", "-t", "digits", "--data", "past=x.csv"], 2, "there is no file"),
+        (["evaluate", "{base}", "-t", "digits", "--data", "rows"], 2, "write NAME=PATH"),
+        (["evaluate", "{base}", "-t", "flan-t5/qqp"], 2, "--data qqp=rows.jsonl"),
+        (["suite", "flan"], 2, "flan-t5"),
+        (["tasks", "flan-t5/qqq"], 2, "Did you mean 'flan-t5/qqp'"),
         (["finetune", "{base}", "--task", "digits", "-o", "{base}"], 2, "not empty"),
         (["demo", "run", "--scorer", "x"], 2, "generate, rank"),
         (["merge", "", "{adapter}", "-o", "{out}"], 2, "path is empty"),
@@ -179,10 +190,19 @@ def test_lists_methods_for_people_and_programs(starmerge: Run) -> None:
     assert star["parameters"][0]["default"] == 40
 
 
+def test_lists_tasks_and_suites_and_shows_a_task_as_its_file(starmerge: Run) -> None:
+    listed = starmerge("tasks").stdout
+    assert all(f"{suite}/" in listed for suite in ("demo", "flan-t5", "llama-3.2", "mistral-nli"))
+    shown = yaml.safe_load(starmerge("tasks", "llama-3.2/cb").stdout)
+    assert shown["labels"] == {"0": ["yes"], "1": ["no"], "2": ["maybe"]}
+    assert "mistralai/Mistral-7B-Instruct-v0.2" in starmerge("suite").stdout
+    assert "Lots-of-LoRAs/Mistral-7B-Instruct" in starmerge("suite", "mistral-nli").stdout
+
+
 def test_every_command_explains_itself(starmerge: Run) -> None:
     top = starmerge("--help")
     assert top.returncode == 0
-    for command in ("merge", "evaluate", "finetune", "methods", "tasks", "demo"):
+    for command in ("merge", "evaluate", "suite", "finetune", "methods", "tasks", "demo"):
         assert command in top.stdout
         assert starmerge(command, "--help").returncode == 0
 

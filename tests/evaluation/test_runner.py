@@ -1,16 +1,27 @@
-"""Whole evaluations on the real model."""
+"""Whole evaluations on the real model: what shares the base, what is kept, what is compared."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import starmerge as sm
 from starmerge.demo.run import ADAPTERS
 from starmerge.errors import UsageError
+from starmerge.evaluation import subjects
+from starmerge.evaluation.cache import ScoreCache
+from starmerge.evaluation.results import load_results, write_results
 from starmerge.evaluation.runner import evaluate
-from starmerge.evaluation.table import differences, markdown
-from starmerge.evaluation.tasks import TASKS
+from starmerge.evaluation.sheets import Settings
+from starmerge.evaluation.sources import FileSource
+from starmerge.evaluation.table import differences, markdown, notes, report
+from starmerge.evaluation.task import Task
+from starmerge.evaluation.tasks import find_task
 from starmerge.study.figures import plot_scores
+
+FEW = Settings(rows=12)
 
 
 def test_scores_base_adapters_and_merges_on_the_same_rows(smollm2: Path, tmp_path: Path) -> None:
@@ -19,13 +30,13 @@ def test_scores_base_adapters_and_merges_on_the_same_rows(smollm2: Path, tmp_pat
     result = evaluate(
         smollm2,
         adapters | {"merged": merged, "copy": ADAPTERS / "language"},
-        [TASKS["language"], TASKS["sentiment"]],
-        rows=12,
+        [find_task("language"), find_task("sentiment")],
+        FEW,
     )
     assert list(result.scores) == ["base", "language", "sentiment", "merged", "copy"]
     assert list(result.scores["language"]) == ["language"]
     assert list(result.scores["merged"]) == ["language", "sentiment"]
-    assert result.tuned["language"].right == result.scores["copy"]["language"].right
+    assert result.tuned["language"].predictions == result.scores["copy"]["language"].predictions
     assert result.tuned["language"].value > result.scores["base"]["language"].value
     average = result.normalised("merged")
     assert average is not None
@@ -35,11 +46,13 @@ def test_scores_base_adapters_and_merges_on_the_same_rows(smollm2: Path, tmp_pat
     records = result.to_records()
     assert len(records) == 2 + 1 + 1 + 2 + 2
     assert all(record["n"] == 12 for record in records)
-    assert [entry["model"] for entry in result.to_json()["normalised_averages"]] == [
+    content = result.to_json()
+    assert [entry["model"] for entry in content["normalised_averages"]] == [
         "base",
         "merged",
         "copy",
     ]
+    assert {entry["task"] for entry in content["differences_by_task"]} == set(adapters)
 
     table = markdown(result).splitlines()
     assert [cell.strip() for cell in table[0].strip("|").split("|")] == [
@@ -53,18 +66,119 @@ def test_scores_base_adapters_and_merges_on_the_same_rows(smollm2: Path, tmp_pat
     assert len({len(line) for line in table}) == 1
     assert f"{average.value:.3f}" in table[-1]
     (sentence,) = differences(result)
-    assert sentence.startswith("copy − merged: ")
+    assert sentence.startswith("Normalised average: copy − merged: ")
     plot_scores(result, tmp_path / "chart.png", title="t")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
+    write_results(tmp_path / "results", result, report(result))
+    scores, predictions = load_results(tmp_path / "results")
+    assert len(scores) == len(records)
+    assert len(predictions) == 12 * len(records)
+    means = predictions.groupby(["model", "task"]).credit.mean()
+    for record in records:
+        assert means[record["model"], record["task"]] == pytest.approx(record["score"])
+
+
+def test_an_update_in_memory_scores_as_its_files_do_and_leaves_the_base(
+    smollm2: Path, tmp_path: Path
+) -> None:
+    adapters = {name: ADAPTERS / name for name in ("past", "plural")}
+    files = sm.merge(smollm2, adapters, output=tmp_path / "merged").path
+    update = sm.load_task_vectors(smollm2, adapters).merge(sm.Star())
+    result = evaluate(
+        smollm2,
+        {"past": ADAPTERS / "past", "files": files, "memory": update},
+        [find_task("past")],
+        Settings(rows=20),
+    )
+    alone = evaluate(smollm2, {}, [find_task("past")], Settings(rows=20))
+    assert result.scores["memory"] == result.scores["files"]
+    assert result.scores["memory"] != result.scores["base"] == alone.scores["base"]
+
+
+def test_what_is_kept_is_not_asked_again_and_never_stale(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ScoreCache(tmp_path / "cache")
+    adapter = shutil.copytree(ADAPTERS / "past", tmp_path / "past")
+    tasks = [find_task("past")]
+
+    def run(rows: int = 6, models: dict[str, Path] | None = None) -> object:
+        return evaluate(
+            smollm2, models or {"past": adapter}, tasks, Settings(rows=rows), cache=cache
+        ).scores
+
+    loaded = []
+    load = subjects.load_model
+    monkeypatch.setattr(
+        subjects, "load_model", lambda path, **options: loaded.append(path) or load(path, **options)
+    )
+    fresh = run()
+    assert loaded == [smollm2]
+    assert run() == fresh
+    elsewhere = shutil.copytree(adapter, tmp_path / "elsewhere")
+    assert run(models={"past": elsewhere}) == fresh
+    assert len(loaded) == 1, "the same content was asked again"
+
+    weights = load_file(adapter / "adapter_model.safetensors")
+    name = next(key for key in weights if ".lora_B." in key)
+    weights[name] = weights[name] * 1.01
+    save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    run()
+    assert len(loaded) == 2, "a changed weight was not asked"
+    config = json.loads((elsewhere / "adapter_config.json").read_text())
+    (elsewhere / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1}))
+    changed = run(models={"past": elsewhere})
+    assert len(loaded) == 3, "a changed scale was not asked"
+    assert changed != fresh
+    run(rows=7)
+    assert len(loaded) == 4, "other rows were not asked"
+
 
 def test_without_fine_tunes_there_is_no_normalised_average(smollm2: Path) -> None:
-    result = evaluate(smollm2, {"x": ADAPTERS / "past"}, [TASKS["language"]], rows=4, scorer="rank")
+    result = evaluate(
+        smollm2, {"x": ADAPTERS / "past"}, [find_task("language")], Settings("rank", rows=4)
+    )
     assert result.normalised("x") is None
     assert "normalised" not in markdown(result)
     assert differences(result) == []
 
 
-def test_a_model_must_not_be_called_base(smollm2: Path) -> None:
+def test_a_reader_is_told_of_short_contexts_reference_matching_and_constant_answers(
+    smollm2: Path, tmp_path: Path
+) -> None:
+    rows = [{"text": "word " * 9000, "label": n} for n in range(3)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = Task(
+        name="long",
+        source=FileSource(file=file),
+        prompt="{text}",
+        match="number",
+        metric="spearman",
+        max_new_tokens=2,
+    )
+    folder = tmp_path / "short"
+    shutil.copytree(smollm2, folder, symlinks=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 64}))
+    result = evaluate(folder, {}, [task], Settings(mode="reference"))
+    said = "\n".join(notes(result))
+    assert "Matching: reference" in said
+    assert "base, long: 3 of 3 prompts are longer than the model's context" in said
+    assert "the spearman of answers that are all alike is undefined" in said
+    assert "| long (spearman) | 3 | –" in markdown(result)
+
+
+def test_wrong_calls_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    task = find_task("language")
     with pytest.raises(UsageError, match="NAME=PATH"):
-        evaluate(smollm2, {"base": ADAPTERS / "past"}, [TASKS["language"]], rows=4)
+        evaluate(tmp_path, {"base": ADAPTERS / "past"}, [task], FEW)
+    with pytest.raises(UsageError, match="Two tasks are called 'language'"):
+        evaluate(tmp_path, {}, [task, task], FEW)
+    with pytest.raises(UsageError, match="gone does not exist"):
+        evaluate(tmp_path, {"x": "gone"}, [task], FEW)
+    with pytest.raises(UsageError, match="'rnak' is unknown. Did you mean 'rank'"):
+        Settings("rnak")
+    with pytest.raises(UsageError, match="strict or reference"):
+        Settings(mode="loose")  # type: ignore[arg-type]

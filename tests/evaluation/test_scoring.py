@@ -3,42 +3,84 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from starmerge.demo.run import ADAPTERS
 from starmerge.errors import UsageError
+from starmerge.evaluation.matching import read
 from starmerge.evaluation.models import AdapterSwitch, load_model
-from starmerge.evaluation.prompts import MAX_PROMPT_TOKENS, Prompter
-from starmerge.evaluation.scoring import _log_likelihoods, generate, rank
+from starmerge.evaluation.scoring import (
+    Answer,
+    LocalModel,
+    ask,
+    check_scorer,
+    predictions,
+    prompter_of,
+    scored,
+)
+from starmerge.evaluation.sources import FileSource
 from starmerge.evaluation.task import Example, Task
-from starmerge.evaluation.tasks import TASKS
-from tests.conftest import MakeAdapter
+from starmerge.evaluation.tasks import find_task
 
 
 @pytest.fixture(scope="module")
-def loaded(smollm2: Path) -> Iterator[tuple[Any, Any]]:
+def language(smollm2: Path) -> Iterator[LocalModel]:
     """Yield the base in float32, so that only batching can differ, with one adapter on it."""
-    model, tokenizer = load_model(smollm2)
-    switch = AdapterSwitch(model.float(), {"language": ADAPTERS / "language"})
+    model, tokenizer = load_model(smollm2, dtype="float32")
+    switch = AdapterSwitch(model, {"language": ADAPTERS / "language"})
     with switch.active("language") as active:
-        yield active, tokenizer
+        yield LocalModel(active, tokenizer)
 
 
 def _ignore(_: int) -> None:
     pass
 
 
-def test_generation_does_not_depend_on_the_batch(loaded: tuple[Any, Any]) -> None:
-    model, tokenizer = loaded
-    task = TASKS["language"]
+@pytest.mark.parametrize("scorer", ["generate", "rank"])
+def test_answers_do_not_depend_on_batch_and_order(language: LocalModel, scorer: str) -> None:
+    task = find_task("language")
     rows = task.examples("test", 12)
-    together = generate(model, tokenizer, task, rows, _ignore)
-    alone = [generate(model, tokenizer, task, [row], _ignore)[0] for row in rows]
-    assert together == alone
-    assert sum(answer.right for answer in together) >= 11
+    together = ask(language, task, rows, scorer, advance=_ignore)
+    alone = [ask(language, task, [row], scorer, advance=_ignore)[0] for row in rows]
+    backwards = ask(language, task, rows[::-1], scorer, batch_size=5, advance=_ignore)
+    assert together == alone == backwards[::-1]
+    assert scored(task, rows, together, scorer).value > 0.9
+
+
+def test_generation_is_that_of_the_library_up_to_where_it_stops(language: LocalModel) -> None:
+    task = find_task("language")
+    rows = task.examples("test", 6)
+    prompter = prompter_of(language)
+    answers = ask(language, task, rows, advance=_ignore)
+    whole = ask(language, task, rows, mode="reference", advance=_ignore)
+    for row, answer, full in zip(rows, answers, whole, strict=True):
+        ids = torch.tensor([prompter.prompt(task, row).ids])
+        with torch.inference_mode():
+            output = language.model.generate(
+                input_ids=ids, max_new_tokens=task.max_new_tokens, do_sample=False
+            )
+        text = language.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        assert full.response == text
+        assert text.startswith(answer.response)
+        assert read(task, text, row) == read(task, answer.response, row)
+
+
+def test_ranking_takes_the_choice_with_the_highest_likelihood(language: LocalModel) -> None:
+    task = find_task("country")  # the adapter was not made for it, so the choices are close
+    rows = task.examples("test", 4)
+    prompter = prompter_of(language)
+    for row, answer in zip(rows, ask(language, task, rows, "rank", advance=_ignore), strict=True):
+        prompt = list(prompter.prompt(task, row).ids)
+        likelihoods = {}
+        for choice in row.choices:
+            option = prompter.answer(choice)
+            with torch.inference_mode():
+                logits = language.model(input_ids=torch.tensor([prompt + option])).logits[0]
+            steps = logits.double().log_softmax(-1)[len(prompt) - 1 : -1]
+            likelihoods[choice] = float(steps[range(len(option)), option].sum())
+        assert answer.response == max(likelihoods, key=likelihoods.__getitem__)
 
 
 def test_greedy_is_greedy_whatever_the_model_asks_for(smollm2: Path, tmp_path: Path) -> None:
@@ -48,80 +90,47 @@ def test_greedy_is_greedy_whatever_the_model_asks_for(smollm2: Path, tmp_path: P
     config = json.loads((smollm2 / "generation_config.json").read_text())
     config |= {"repetition_penalty": 1.8, "num_beams": 3}
     (tmp_path / "generation_config.json").write_text(json.dumps(config))
-    rows = TASKS["past"].examples("test", 8)
+    task = find_task("past")
+    rows = task.examples("test", 6)
     answers = [
-        generate(*load_model(folder), TASKS["past"], rows, _ignore)
+        ask(LocalModel(*load_model(folder)), task, rows, advance=_ignore)
         for folder in (smollm2, tmp_path)
     ]
     assert answers[0] == answers[1]
 
 
-def test_likelihoods_are_those_of_the_whole_text(loaded: tuple[Any, Any]) -> None:
-    model, tokenizer = loaded
-    prompter = Prompter(tokenizer)
-    rows = [*TASKS["country"].examples("test", 2), *TASKS["past"].examples("test", 2)]
-    tasks = [TASKS["country"]] * 2 + [TASKS["past"]] * 2
-    prompts = [prompter.prompt(task, row) for task, row in zip(tasks, rows, strict=True)]
-    choices = [[prompter.answer(choice) for choice in row.choices] for row in rows]
-    with torch.inference_mode():
-        batched = _log_likelihoods(model, prompts, choices, tokenizer.pad_token_id)
-        for prompt, options, likelihoods in zip(prompts, choices, batched, strict=True):
-            for option, likelihood in zip(options, likelihoods, strict=True):
-                logits = model(input_ids=torch.tensor([prompt + option])).logits[0].double()
-                steps = logits.log_softmax(-1)[len(prompt) - 1 : -1]
-                expected = steps[range(len(option)), option].sum()
-                assert float(likelihood) == pytest.approx(float(expected), abs=2e-3)
-
-
-def test_ranking_picks_the_most_likely_choice(loaded: tuple[Any, Any]) -> None:
-    model, tokenizer = loaded
-    rows = TASKS["language"].examples("test", 12)
-    answers = rank(model, tokenizer, TASKS["language"], rows, _ignore)
-    assert sum(answer.right for answer in answers) >= 11
-    assert all(answer.text in row.choices for answer, row in zip(answers, rows, strict=True))
-
-
-def test_adapters_come_and_go_and_leave_the_base_alone(smollm2: Path) -> None:
-    model, tokenizer = load_model(smollm2)
-    ids = torch.tensor(
-        [Prompter(tokenizer).prompt(TASKS["past"], TASKS["past"].examples("test")[0])]
+def test_prompts_that_lose_a_part_are_marked(language: LocalModel) -> None:
+    task = Task(
+        name="t", source=FileSource(file=Path("r.jsonl")), prompt="{text}", labels=["a", "b"]
     )
-    with torch.inference_mode():
-        plain = model(input_ids=ids).logits
-        switch = AdapterSwitch(model, {name: ADAPTERS / name for name in ("past", "digits")})
-        outputs = {}
-        for name in ("past", "digits", None, "past"):
-            with switch.active(name) as active:
-                outputs.setdefault(name, []).append(active(input_ids=ids).logits)
-    assert torch.equal(outputs[None][0], plain)
-    assert torch.equal(outputs["past"][0], outputs["past"][1])
-    assert not torch.equal(outputs["past"][0], outputs["digits"][0])
-    assert not torch.equal(outputs["past"][0], plain)
+    rows = [
+        Example("1", {"text": "short"}, "a", ("a", "b")),
+        Example("2", {"text": "long " * 9000}, "a", ("a", "b")),
+    ]
+    short = LocalModel(language.model, language.tokenizer)
+    language.tokenizer.model_max_length = 64
+    try:
+        answers = ask(short, task, rows, advance=_ignore)
+    finally:
+        language.tokenizer.model_max_length = 8192
+    assert [answer.shortened for answer in answers] == [False, True]
+    assert scored(task, rows, answers).shortened == 1
 
 
-def test_prompts_have_one_beginning_and_keep_the_instruction(loaded: tuple[Any, Any]) -> None:
-    _, tokenizer = loaded
-    prompter = Prompter(tokenizer)
-    task = Task("t", "Which?", lambda _: iter(()), ("a",), "tests")
-    short = tokenizer.decode(prompter.prompt(task, Example("word", "a", ("a",))))
-    assert short.count("<|im_start|>user\nWhich?\nword<|im_end|>") == 1
-    assert short.endswith("<|im_start|>assistant\n")
-    long = prompter.prompt(task, Example("word " * 5000, "a", ("a",)))
-    assert MAX_PROMPT_TOKENS - 4 <= len(long) <= MAX_PROMPT_TOKENS
-    text = tokenizer.decode(long)
-    assert "Which?\nword" in text
-    assert text.endswith("<|im_start|>assistant\n")
-    assert prompter.answer("a")[-1] == tokenizer.eos_token_id
+def test_answers_are_read_by_the_mode_and_choices_are_not_read() -> None:
+    task = find_task("sentiment")
+    row = Example("1", {"input": "x"}, "negative", ("positive", "negative"))
+    answer = [Answer("not positive but negative")]
+    (strict,) = predictions(task, [row], answer)
+    (reference,) = predictions(task, [row], answer, mode="reference")
+    assert (strict.value, reference.value) == (None, "positive")
+    (ranked,) = predictions(task, [row], [Answer("negative")], "rank")
+    assert (ranked.value, ranked.credit) == ("negative", 1)
 
 
-def test_a_folder_that_is_no_language_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is not a causal language model"):
-        load_model(tmp_path)
-    with pytest.raises(UsageError, match="is an adapter. The base must be a whole model"):
-        load_model(ADAPTERS / "past")
-
-
-def test_an_adapter_of_another_model_is_refused(smollm2: Path, make_adapter: MakeAdapter) -> None:
-    model, _ = load_model(smollm2)
-    with pytest.raises(UsageError, match=r"PEFT cannot apply .*wrong to the base"):
-        AdapterSwitch(model, {"a": make_adapter("wrong")})
+def test_what_has_nothing_to_rank_is_refused() -> None:
+    task = Task(name="t", source=FileSource(file=Path("r.jsonl")), prompt="{text}", match="number")
+    row = Example("r/1", {"text": "x"}, "1.5")
+    check_scorer("generate", task, [row])
+    with pytest.raises(UsageError, match="row r/1: there are no answers to rank"):
+        check_scorer("rank", task, [row])

@@ -7,14 +7,15 @@ from xml.etree import ElementTree
 import matplotlib.pyplot as plt
 import pytest
 
-from starmerge.evaluation.metrics import Score, accuracy
+from starmerge.evaluation.metrics import Prediction, Score, score
 from starmerge.evaluation.runner import Evaluation
-from starmerge.evaluation.scoring import Answer
 from starmerge.study.figures import plot_methods
 
 
 def _score(right: int) -> Score:
-    return accuracy([Answer("", row < right, parsed=True) for row in range(20)])
+    return score(
+        [Prediction(str(row), "", "a", "a", float(row < right)) for row in range(20)], "accuracy"
+    )
 
 
 def _elements(chart: Path, tag: str) -> Iterator[ElementTree.Element]:
@@ -26,7 +27,9 @@ def test_methods_stand_by_their_score_the_best_on_top(tmp_path: Path) -> None:
     scores = {name: {"a": _score(round(20 * value))} for name, value in values.items()}
     chart = tmp_path / "chart.svg"
     with plt.rc_context({"svg.fonttype": "none"}):
-        evaluation = Evaluation("rank", scores | {"a": {"a": _score(20)}}, {"a": _score(20)})
+        evaluation = Evaluation(
+            "rank", "strict", scores | {"a": {"a": _score(20)}}, {"a": _score(20)}
+        )
         plot_methods(evaluation, chart, title="Eight adapters")
 
     texts = {element.text: element.attrib for element in _elements(chart, "text")}

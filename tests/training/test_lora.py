@@ -1,6 +1,8 @@
 """Fine-tuning: it learns, repeats itself, and leaves an adapter that can be merged."""
 
 import json
+import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -8,22 +10,29 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import starmerge as sm
-from starmerge.evaluation.task import Example, Task
+from starmerge.evaluation.sources import GeneratorSource
+from starmerge.evaluation.task import Task
 from starmerge.training.lora import LoraRecipe, finetune
 
 _COLOURS = ("red", "green", "blue", "black")
 
 
+def _rows(_: random.Random) -> Iterator[dict[str, str]]:
+    words = ("door", "car", "shoe", "bird", "lamp", "boat", "hat", "cup", "tree", "fish")
+    for colour in _COLOURS:
+        for first in words:
+            for second in words:
+                yield {"input": f"{colour} {first} {second}", "label": colour}
+
+
 def _task() -> Task:
     """Return a task that a rank-4 adapter learns in a few steps: the first word is the answer."""
-    words = ("door", "car", "shoe", "bird", "lamp", "boat", "hat", "cup", "tree", "fish")
-    rows = [
-        Example(f"{colour} {first} {second}", colour, _COLOURS)
-        for colour in _COLOURS
-        for first in words
-        for second in words
-    ]
-    return Task("first", "Repeat the colour.", lambda _: iter(rows), _COLOURS, "tests")
+    return Task(
+        name="first",
+        source=GeneratorSource(generator=_rows),
+        prompt="Repeat the colour.\n{input}",
+        labels=_COLOURS,
+    )
 
 
 _RECIPE = LoraRecipe(

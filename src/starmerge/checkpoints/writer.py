@@ -40,12 +40,24 @@ class OutputTensor:
     nbytes: int
 
 
-def check_output(path: Path, *, overwrite: bool) -> None:
+@dataclass(frozen=True)
+class Replaceable:
+    """A kind of folder that a later one may replace."""
+
+    name: str
+    marker: str
+    """File by which it is known."""
+
+
+MERGED_MODEL = Replaceable("merged model", REPORT)
+
+
+def check_output(path: Path, *, overwrite: bool, kind: Replaceable = MERGED_MODEL) -> None:
     """Make sure that a folder may appear under ``path``.
 
     Raises:
         UsageError: Something stands there already that may not be replaced, or the parent cannot
-            be written to. Only what a merge has written, with its report, is ever replaced.
+            be written to. Only a folder of the same kind, with its marker, is ever replaced.
     """
     if not path.resolve().name:
         raise UsageError(f"{path} is the root of the file system. Choose another output folder.")
@@ -59,9 +71,9 @@ def check_output(path: Path, *, overwrite: bool) -> None:
                 f"{path} exists and is not empty. Choose another folder, or replace it with "
                 "--overwrite."
             )
-        if not (path / REPORT).is_file():
+        if not (path / kind.marker).is_file():
             raise UsageError(
-                f"{path} holds no {REPORT}, so it is no merged model and is not overwritten. "
+                f"{path} holds no {kind.marker}, so it is no {kind.name} and is not overwritten. "
                 "Choose another folder, or delete it yourself."
             )
     parent = _nearest_parent(path)
@@ -84,7 +96,9 @@ def check_space(path: Path, wanted: int) -> None:
 
 
 @contextmanager
-def output_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def output_folder(
+    path: Path, *, overwrite: bool = False, kind: Replaceable = MERGED_MODEL
+) -> Iterator[Path]:
     """Yield a hidden folder beside ``path`` that takes its place when the block ends well.
 
     If the block raises, the folder is deleted; if the process is killed, it stays behind under its
@@ -94,7 +108,7 @@ def output_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         UsageError: Something that may not be replaced has appeared under ``path`` meanwhile.
         StarmergeError: The disk is full, or fails otherwise.
     """
-    check_output(path, overwrite=overwrite)
+    check_output(path, overwrite=overwrite, kind=kind)
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
@@ -107,7 +121,7 @@ def output_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             else:
                 member.chmod(0o666 & ~_UMASK)  # some libraries write files for the owner alone
         _sync(partial)
-        check_output(path, overwrite=overwrite)
+        check_output(path, overwrite=overwrite, kind=kind)
         replaced = partial.with_name(partial.name.replace(".partial-", ".replaced-", 1))
         if path.exists():
             path.rename(replaced)

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from starmerge.cli import asking
+
 app = typer.Typer(
     help="The embedded example: eight adapters of a small language model, merged and scored.",
     no_args_is_help=True,
@@ -34,19 +36,21 @@ def run(
         Path, typer.Option("--output", "-o", help="Folder for merged models, table and chart.")
     ] = Path("demo-output"),
     rows: Annotated[int, typer.Option(min=1, help="Held-out rows a task.")] = 100,
-    scorer: Annotated[
-        str, typer.Option(help="generate (greedy, 10 tokens) or rank (likelihood of the labels).")
-    ] = "generate",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what an earlier run left.")
-    ] = False,
+    scorer: asking.Scorer = "generate",
+    overwrite: asking.Overwrite = False,
+    no_cache: asking.NoCache = False,
 ) -> None:
     """Merge the adapters with average and STAR; score base, adapters and merges; draw a chart."""
-    from starmerge.cli.evaluate import check_scorer
     from starmerge.demo.run import run_demo
+    from starmerge.evaluation.sheets import Settings
 
-    check_scorer(scorer)
-    result = run_demo(output, rows=rows, scorer=scorer, overwrite=overwrite, progress=True)
+    result = run_demo(
+        output,
+        Settings(scorer, rows=rows),
+        cache=asking.cache_of(no_cache),
+        overwrite=overwrite,
+        progress=True,
+    )
     for name, merge in result.merges.items():
         print(f"{name}: {merge.report.summary()}")
     print(f"\n{result.table}\n")

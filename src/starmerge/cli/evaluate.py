@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from starmerge.errors import UsageError, nearest
+from starmerge.cli import asking
+from starmerge.errors import UsageError
 
-
-def check_scorer(scorer: str) -> None:
-    """Raise a UsageError unless there is such a scorer."""
-    from starmerge.evaluation.scoring import SCORERS
-
-    if scorer not in SCORERS:
-        raise UsageError(f"--scorer {scorer} is unknown.{nearest(scorer, SCORERS)}")
+if TYPE_CHECKING:
+    from starmerge.evaluation.sheets import AnyTask
 
 
 def evaluate(
@@ -23,7 +19,10 @@ def evaluate(
     tasks: Annotated[
         str,
         typer.Option(
-            "--tasks", "-t", help="Tasks, JSONL files or task folders, separated by commas."
+            "--tasks",
+            "-t",
+            help="Separated by commas: names of [b]starmerge tasks[/b], task files (.yaml), rows "
+            "(.jsonl, .csv, .parquet), folders with train.jsonl and test.jsonl, or lm-eval:NAME.",
         ),
     ],
     models: Annotated[
@@ -34,37 +33,78 @@ def evaluate(
             "called like a task is that task's own fine-tune, the upper bound.",
         ),
     ] = None,
-    scorer: Annotated[
-        str, typer.Option(help="generate (greedy, 10 tokens) or rank (likelihood of the labels).")
-    ] = "generate",
-    rows: Annotated[int, typer.Option(min=1, help="Held-out rows a task, at most.")] = 200,
-    json: Annotated[
-        Path | None, typer.Option("--json", help="File to write all scores to.")
+    task_folder: Annotated[
+        Path | None, typer.Option(help="Folder with task files of your own (.yaml), by their name.")
     ] = None,
+    data: asking.Data = None,
+    scorer: asking.Scorer = "generate",
+    matching: asking.Matching = "strict",
+    rows: asking.Rows = None,
+    batch_size: asking.BatchSize = None,
+    device: asking.Device = None,
+    dtype: asking.Dtype = "auto",
+    backend: asking.BackendName = "transformers",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for the results: table, scores and every prediction, for pandas.",
+        ),
+    ] = None,
+    predictions: Annotated[
+        str, typer.Option(help="Format of the predictions: parquet or jsonl.")
+    ] = "parquet",
+    overwrite: asking.Overwrite = False,
+    no_cache: asking.NoCache = False,
 ) -> None:
-    """Score a base, adapters on it and merged models on held-out rows.
+    """Score a base, adapters on it and merged models on the same rows of some tasks.
 
     Adapters are applied by PEFT without copying the base. Prints a Markdown table with 95 %
-    intervals and, where every task has its own fine-tune, normalised averages.
+    intervals, tests of the merges against each other and, where every task has its own fine-tune,
+    normalised averages.
 
-    Example: starmerge evaluate BASE adapters/digits adapters/past merged -t digits,past
+    Example: starmerge evaluate BASE adapters/digits adapters/past merged -t digits,past -o scores
     """
-    check_scorer(scorer)
-    from starmerge.checkpoints.writer import write_json
+    from starmerge.evaluation.results import check_results, write_results
     from starmerge.evaluation.runner import evaluate as run
-    from starmerge.evaluation.table import LEGEND, differences, markdown
-    from starmerge.evaluation.tasks import find_task
+    from starmerge.evaluation.sheets import Settings
+    from starmerge.evaluation.table import report
     from starmerge.recipe import parse_models
 
-    chosen = [find_task(name) for name in tasks.split(",")]
+    settings = Settings(scorer, matching, rows, batch_size, device, dtype, backend)  # type: ignore[arg-type]
+    if predictions not in ("parquet", "jsonl"):
+        raise UsageError(f"--predictions is parquet or jsonl, not {predictions}.")
+    if output is not None:
+        check_results(output, overwrite=overwrite)
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    chosen = _tasks(names, task_folder, asking.pairs(data, "--data"))
     entries = parse_models(models or [])
     named = {entry["name"]: entry["path"] for entry in entries}
     if len(named) < len(entries):
         raise UsageError("Two models have the same name. Give each its own with NAME=PATH.")
-    if json is not None and (json.is_dir() or not json.absolute().parent.is_dir()):
-        raise UsageError(f"--json {json}: give a file in a folder that exists.")
-    result = run(base, named, chosen, scorer=scorer, rows=rows, progress=True)
-    print("\n\n".join([markdown(result), LEGEND, *differences(result)]))
-    if json is not None:
-        write_json(json, result.to_json())
-        print(f"\nScores: {json}")
+    result = run(base, named, chosen, settings, cache=asking.cache_of(no_cache), progress=True)
+    table = report(result)
+    print(table)
+    if output is not None:
+        write_results(
+            output,
+            result,
+            table,
+            predictions=predictions,  # type: ignore[arg-type]
+            overwrite=overwrite,
+        )
+        print(f"\nResults: {output}")
+
+
+def _tasks(names: list[str], folder: Path | None, rows_of: dict[str, Path]) -> list[AnyTask]:
+    """Find tasks by their names; those of the harness, which have its prefix, come last."""
+    from starmerge.evaluation.lm_eval import PREFIX, load_tasks
+    from starmerge.evaluation.tasks import find_task, folder_tasks, with_rows_of
+
+    plain = [name for name in names if not name.startswith(PREFIX)]
+    # The folder is the harness's where all tasks are: it may hold its files, or ours.
+    own = folder_tasks(folder).values() if folder is not None and plain else ()
+    found = with_rows_of({name: find_task(name, own) for name in plain}, rows_of)
+    harness = [name for name in names if name.startswith(PREFIX)]
+    return [*found, *(load_tasks(harness, folder) if harness else ())]

@@ -17,8 +17,8 @@ def finetune(
         typer.Option(
             "--task",
             "-t",
-            help="A task of the registry (see [b]starmerge tasks[/b]), a JSONL file with rows "
-            '{"input": ..., "label": ...}, or a folder with train.jsonl and test.jsonl.',
+            help="A name of [b]starmerge tasks[/b], a task file (.yaml), rows with input and label "
+            "(.jsonl, .csv, .parquet), or a folder with train.jsonl and test.jsonl.",
         ),
     ],
     output: Annotated[
@@ -49,6 +49,7 @@ def finetune(
     from starmerge.checkpoints.source import resolve
     from starmerge.checkpoints.writer import check_output
     from starmerge.errors import UsageError
+    from starmerge.evaluation.task import Task
     from starmerge.evaluation.tasks import find_task
     from starmerge.training.lora import AdapterDtype, LoraRecipe
     from starmerge.training.lora import finetune as train
@@ -58,6 +59,8 @@ def finetune(
         raise UsageError(f"--dtype {dtype} is not one of {', '.join(known)}.")
     check_output(output, overwrite=False)
     chosen = find_task(task)
+    if not isinstance(chosen, Task):
+        raise UsageError(f"{task} is a task of images: starmerge trains language models.")
     source = resolve(base)
     recipe = LoraRecipe(
         rank=rank,
@@ -83,7 +86,7 @@ def finetune(
     tail = result.losses[-20:]
     print(
         f"{chosen.name}: training loss {sum(tail) / len(tail):.3f} over the last {len(tail)} "
-        f"steps, held-out accuracy {result.score.value:.3f} "
+        f"steps, held-out {result.score.metric} {result.score.value:.3f} "
         f"[{result.score.low:.3f}, {result.score.high:.3f}], n = {result.score.n}"
     )
     print(f"Adapter: {output}")

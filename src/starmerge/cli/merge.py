@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from starmerge.cli.parameters import parameters
 from starmerge.errors import UsageError, nearest
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def merge(
         content: dict[str, Any] = {"base": base, "any_base": any_base}
         content |= {key: v for key, v in (("method", method), ("dtype", dtype)) if v is not None}
         content["models"] = _weighted(parse_models(models or []), weight or [])
-        content["parameters"] = _parameters(parameter or [])
+        content["parameters"] = parameters(parameter or [])
         recipe = make_recipe(content, where="The command line")
     plan = make_plan(recipe, output, overwrite=overwrite)
     workers = Workers(threads, memory)
@@ -129,22 +130,6 @@ def merge(
     result = run(plan, threads=threads, memory=memory, progress=True)
     print(f"{plan.recipe.method}: {result.report.summary()}")
     print(f"Model: {result.path} ({time.monotonic() - started:.1f} s)")
-
-
-def _parameters(arguments: list[str]) -> dict[str, Any]:
-    """Read KEY=VALUE, the value as JSON where it is some."""
-    values: dict[str, Any] = {}
-    for text in arguments:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise UsageError(f"-p {text}: a parameter is given as KEY=VALUE, as in -p eta=40.")
-        if key in values:
-            raise UsageError(f"-p {key} is given twice. Leave one out.")
-        try:
-            values[key] = json.loads(value)
-        except json.JSONDecodeError:
-            values[key] = value
-    return values
 
 
 def _weighted(models: list[dict[str, str]], arguments: list[str]) -> list[dict[str, Any]]:

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
 
-def tasks() -> None:
-    """List the tasks to fine-tune on and to evaluate.
+import typer
 
-    A path to a JSONL file or task folder stands wherever a task's name does.
+
+def tasks(
+    name: Annotated[str | None, typer.Argument(help="A task, to show all of it.")] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="Folder with task files of your own (.yaml), by their name.")
+    ] = None,
+) -> None:
+    """List the tasks to fine-tune on and to evaluate, or show one as its file has it.
+
+    What is shown of a task is a task file: change it, keep it, and name it wherever a task's name
+    stands. Rows (.jsonl, .csv, .parquet) with input and label are a task as they are.
     """
-    from starmerge.evaluation.tasks import TASKS
+    from rich.console import Console
+    from rich.table import Table
 
-    for name, task in sorted(TASKS.items()):
-        answers = f"{len(task.labels)} labels" if task.labels else "open answers"
-        print(f"{name:<12}{answers:<14}{task.source:<16}{task.instruction}")
+    from starmerge.evaluation.task_file import as_yaml
+    from starmerge.evaluation.tasks import find_task, folder_tasks, registry
+
+    own = folder_tasks(task_folder) if task_folder is not None else {}
+    if name is not None:
+        print(as_yaml(find_task(name, own.values())), end="")
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("task", no_wrap=True)
+    table.add_column("answers", no_wrap=True)
+    table.add_column("what")
+    for full, task in {**own, **registry()}.items():
+        table.add_row(full, task.answers, task.description)
+    Console().print(table)

@@ -5,28 +5,42 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from starmerge.checkpoints.source import read_json
+from starmerge.checkpoints.tensors import open_checkpoint
 from starmerge.errors import UsageError
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-def load_model(path: Path, **options: Any) -> tuple[Any, Any]:
-    """Load a causal language model and its tokenizer, in the dtype it is stored in.
 
-    The model goes to the GPU if there is one. The input of its head is made contiguous: a slice of
-    the hidden states otherwise takes a copying path on CPUs that doubles the time of a prefill.
+def load_model(
+    path: Path, *, device: str | None = None, dtype: Dtype = "auto", **options: Any
+) -> tuple[Any, Any]:
+    """Load a language model, causal or encoder-decoder, and its tokenizer.
+
+    Its generation is set to be greedy. The input of its head is made contiguous: a slice of the
+    hidden states otherwise takes a copying path on CPUs that doubles the time of a prefill.
+
+    Args:
+        path: Folder of a whole model.
+        device: "cpu", "cuda", "cuda:1", ...; None: the GPU if there is one.
+        dtype: "auto" is the stored one, but float32 where the device would only emulate it.
+        options: More arguments of ``from_pretrained``.
 
     Raises:
-        UsageError: transformers is not installed, or the folder is not a causal language model.
+        UsageError: transformers is not installed, the folder is not a language model, is broken or
+            would run code of its own, or there is no such device.
     """
     try:
         from transformers import (  # noqa: PLC0415
+            AutoConfig,
             AutoModelForCausalLM,
+            AutoModelForSeq2SeqLM,
             AutoTokenizer,
-            GenerationConfig,
         )
         from transformers.utils import logging  # noqa: PLC0415
     except ImportError as error:
@@ -37,19 +51,79 @@ def load_model(path: Path, **options: Any) -> tuple[Any, Any]:
     logging.disable_progress_bar()
     if (path / "adapter_config.json").is_file():
         raise UsageError(f"{path} is an adapter. The base must be a whole model.")
+    place = device_of(device)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(f"{path} is not a causal language model: {reason}") from error
+        number = getattr(torch, dtype_name(path, dtype, place.type))
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model, report = kind.from_pretrained(
+            path, dtype=number, trust_remote_code=False, output_loading_info=True, **options
+        )
+    except Exception as error:  # whatever transformers, tokenizers and safetensors raise
+        reason = " ".join(str(error).split()[:60]) or type(error).__name__
+        raise UsageError(f"{path} is not a language model, or is broken: {reason}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UsageError(
+            f"{path} lacks the tensor {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            + ". Fetch it again, or save it anew: without them its answers would be random."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    # Greedy means greedy: no beams, penalties or samples that the model's own config asks for.
-    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
-    model.get_output_embeddings().register_forward_pre_hook(_contiguous_input)
+    model = model.to(place).eval()
+    model.generation_config = _greedy(model, tokenizer)
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_contiguous_input)
     return model, tokenizer
+
+
+def device_kind(device: str | None) -> str:
+    """Return the kind of a device, such as "cuda" for "cuda:1"; None is the GPU if there is one."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device.partition(":")[0]
+
+
+def device_name(device: str | None) -> str:
+    """Return what a device is called: "cpu", or the name of the GPU."""
+    kind = device_kind(device)
+    return torch.cuda.get_device_name(device) if kind == "cuda" else kind
+
+
+def dtype_name(path: Path, dtype: Dtype, device: str) -> str:
+    """Return the dtype in which a model will compute on a kind of device.
+
+    "auto" is the dtype that its config names, or that of its first tensor; but float32 where the
+    device computes that one only slowly, in place of another.
+
+    Raises:
+        StarmergeError: The folder has no config, or neither a dtype in it nor weights beside it.
+    """
+    if dtype != "auto":
+        return dtype
+    config = read_json(path / "config.json")
+    named = config.get("dtype") or config.get("torch_dtype")
+    if named is None:
+        checkpoint = open_checkpoint(path)
+        dtypes = (checkpoint[name].dtype for name in checkpoint)
+        named = str(next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32))
+    stored = str(named).removeprefix("torch.")
+    return stored if _computes_in(stored, device) else "float32"
+
+
+def context_length(model: Any, tokenizer: Any) -> int | None:
+    """Return how many tokens a model can read; None where neither it nor its tokenizer says.
+
+    The positions that a model has, or what its tokenizer says if that is less. A model with
+    relative positions (T5) has no number of its own.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    # A tokenizer that was not told its length has one of 10³⁰.
+    told = tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else None
+    return min((length for length in (positions, told) if length), default=None)
 
 
 class AdapterSwitch:
@@ -80,6 +154,12 @@ class AdapterSwitch:
             except Exception as error:  # whatever PEFT, transformers and safetensors raise
                 reason = " ".join(str(error).split("\n\t")[:2])
                 raise UsageError(f"PEFT cannot apply {path} to the base: {reason}") from error
+            config = self._model.peft_config[slot]
+            if config.is_prompt_learning:
+                raise UsageError(
+                    f"{path} is an adapter of the kind {config.peft_type.value}, which puts tokens "
+                    "of its own before a prompt. Only those that change weights can be asked."
+                )
         self._model.eval()
 
     @contextmanager
@@ -97,3 +177,52 @@ class AdapterSwitch:
 
 def _contiguous_input(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (inputs[0].contiguous(), *inputs[1:])
+
+
+def device_of(name: str | None) -> torch.device:
+    """Return a device; None is the GPU if there is one.
+
+    Raises:
+        UsageError: There is no such device, or it cannot be used.
+    """
+    try:
+        return torch.empty(0, device=name or device_kind(None)).device
+    except (RuntimeError, AssertionError) as error:  # torch raises either
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"Device {name!r} cannot be used: {reason}") from error
+
+
+def _computes_in(dtype: str, device: str) -> bool:
+    """Tell whether a kind of device computes in a dtype, rather than in another in its place."""
+    if device == "cuda":
+        return dtype != "bfloat16" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if device != "cpu" or dtype not in ("bfloat16", "float16"):
+        return True
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    # What torch itself asks before it gives a product of such matrices to oneDNN. Its own kernels
+    # are many times slower than those of float32.
+    if dtype == "bfloat16":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def _greedy(model: Any, tokenizer: Any) -> Any:
+    """Return how a model generates: the tokens it needs, and no beams, penalties or samples."""
+    from transformers import GenerationConfig  # noqa: PLC0415
+
+    own, config = model.generation_config, model.config
+    greedy = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    if config.is_encoder_decoder:
+        starts = (own.decoder_start_token_id, getattr(config, "decoder_start_token_id", None))
+        start = next((token for token in (*starts, own.bos_token_id) if token is not None), None)
+        if start is None:
+            raise UsageError(
+                f"{config.name_or_path} does not say which token its decoder starts with. Set "
+                "decoder_start_token_id in its config.json (T5: 0)."
+            )
+        greedy.decoder_start_token_id = start
+    return greedy

@@ -6,54 +6,135 @@ One place for training and evaluation, so that an adapter is asked as it was tau
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
+from starmerge.errors import UsageError
 from starmerge.evaluation.task import Example, Task
 
-MAX_PROMPT_TOKENS = 1024
-"""Longest prompt. A longer input loses its own end, never the instruction or the template."""
-
-PINNED_DATE = "01 Jan 2025"
+PINNED_DATE = datetime(2025, 1, 1)
 """Date given to chat templates that print one, so that a score does not depend on the day."""
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """What a model is asked."""
+
+    ids: tuple[int, ...]
+    """Token ids."""
+    shortened: bool
+    """Whether the passage lost its end, because the model's context is too short for it."""
+
+
+@dataclass(frozen=True)
 class Prompter:
-    """Turns rows into prompts and answers for one tokenizer.
+    """Turns rows into prompts and answers for one model.
 
     A tokenizer with a chat template gets the row as one user message and the generation prompt; one
-    without gets the bare text and a line break. Special tokens come from the template alone, so
-    no prompt starts with two BOS tokens.
+    without gets the bare text, for a decoder with a line break. Special tokens come from the
+    template alone, so no prompt starts with two BOS tokens.
+
+    Args:
+        tokenizer: The model's.
+        context: Tokens that the model can attend to; None if there is no limit.
+        is_encoder_decoder: Whether the prompt goes to an encoder.
     """
 
     tokenizer: Any
+    context: int | None = None
+    is_encoder_decoder: bool = False
 
-    def prompt(self, task: Task, example: Example) -> list[int]:
-        """Return the token ids of a row's prompt, at most :data:`MAX_PROMPT_TOKENS` of them."""
-        ids = self._encode(task.instruction, example.input)
-        excess = len(ids) - MAX_PROMPT_TOKENS
-        if excess > 0:
-            text = self.tokenizer(example.input, add_special_tokens=False)["input_ids"]
-            kept = self.tokenizer.decode(text[: max(0, len(text) - excess)])
-            ids = self._encode(task.instruction, kept)
-        return ids
+    def prompt(self, task: Task, example: Example, new: int | None = None) -> Prompt:
+        """Return a row's prompt. A passage that is too long loses its end, never the instruction.
+
+        Args:
+            task: The task.
+            example: The row.
+            new: Tokens that must fit in behind it; by default the task's ``max_new_tokens``.
+
+        Raises:
+            UsageError: The task asks for a chat template that the tokenizer lacks, or even without
+                the passage the prompt is too long.
+        """
+        ids = self._encode(task, task.ask(example.fields))
+        limit = self._limit(task.max_new_tokens if new is None else new)
+        if limit is None or len(ids) <= limit:
+            return Prompt(tuple(ids), shortened=False)
+        whole = self._encode(task, task.ask(example.fields, passage=""))
+        if len(whole) >= limit:
+            raise UsageError(
+                f"Task {task.name}, row {example.id}: the prompt has {len(ids)} tokens, "
+                f"{len(whole)} of them beside the passage, and the model takes {limit}. Shorten "
+                "the prompt, or name the field that may be shortened (passage)."
+            )
+        passage = self.tokenizer(task.passage_text(example.fields), add_special_tokens=False)
+        kept = passage["input_ids"][: limit - len(whole)]
+        while len(ids) > limit:  # where pieces meet, they may take more tokens than apart
+            text = self.tokenizer.decode(kept, skip_special_tokens=True)
+            ids = self._encode(task, task.ask(example.fields, passage=text))
+            kept = kept[: len(kept) - max(1, len(ids) - limit)]
+        return Prompt(tuple(ids), shortened=True)
 
     def answer(self, text: str) -> list[int]:
         """Return the token ids of an answer, ended by the end-of-sequence token."""
-        lead = "" if self.tokenizer.chat_template else " "
+        lead = "" if self.tokenizer.chat_template or self.is_encoder_decoder else " "
         ids: list[int] = self.tokenizer(lead + text, add_special_tokens=False)["input_ids"]
         return [*ids, self.tokenizer.eos_token_id]
 
-    def _encode(self, instruction: str, text: str) -> list[int]:
-        content = f"{instruction}\n{text}" if instruction else text
-        if not self.tokenizer.chat_template:
-            ids: list[int] = self.tokenizer(content + "\n")["input_ids"]
+    def _limit(self, new: int) -> int | None:
+        if self.context is None or self.is_encoder_decoder:
+            return self.context
+        return self.context - new
+
+    def _encode(self, task: Task, content: str) -> list[int]:
+        has_template = bool(self.tokenizer.chat_template)
+        if task.chat.startswith("template") and not has_template:
+            raise UsageError(
+                f"Task {task.name} wants a chat template, and the model's tokenizer has none. "
+                "Set chat to auto or none, or use the model's chat version."
+            )
+        if task.chat == "none" or not has_template:
+            end = "" if self.is_encoder_decoder else "\n"
+            ids: list[int] = self.tokenizer(content + end)["input_ids"]
             return ids
-        rendered = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            tokenize=False,
-            add_generation_prompt=True,
-            date_string=PINNED_DATE,
-        )
+        rendered = self._rendered(task, content)
         chat: list[int] = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         return chat
+
+    def _rendered(self, task: Task, content: str) -> str:
+        """Return a prompt in the chat template.
+
+        Raises:
+            UsageError: The template is broken, or refuses the message.
+        """
+        from jinja2 import TemplateError  # noqa: PLC0415  (comes with transformers)
+
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}],
+                tokenize=False,
+                add_generation_prompt=task.chat != "template-without-generation-prompt",
+                # Templates take the date from the one or the other.
+                date_string=f"{PINNED_DATE:%d %b %Y}",
+                chat_template=_PINNED_CLOCK + self.tokenizer.get_chat_template(),
+            )
+        except TemplateError as error:
+            raise UsageError(
+                f"Task {task.name}: the tokenizer's chat template refuses the prompt: {error}. "
+                "Set the task's chat to none, or mend the template."
+            ) from error
+        return text
+
+
+def _pinned_clock() -> str:
+    """Return the beginning of a chat template that replaces its function ``strftime_now``."""
+    parts = (
+        f"replace('%{code}', '{PINNED_DATE.strftime('%' + code)}')" for code in "aAbBdHIjmMpSyY"
+    )
+    return (
+        f"{{% macro strftime_now(format) %}}{{{{ format | {' | '.join(parts)} }}}}{{% endmacro %}}"
+        "{{ '' }}"  # without it, the template's first line break would go
+    )
+
+
+_PINNED_CLOCK = _pinned_clock()

@@ -1,29 +1,29 @@
-"""An evaluation: a base, its fine-tunes and its merges, each asked the same held-out rows."""
+"""An evaluation: a base, its fine-tunes and its merges, each asked the same rows."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from starmerge.checkpoints.source import resolve
 from starmerge.errors import UsageError
-from starmerge.evaluation.metrics import (
+from starmerge.evaluation.cache import ScoreCache, score_key
+from starmerge.evaluation.comparison import (
+    Difference,
     Interval,
-    Score,
-    accuracy,
+    by_task,
     difference,
     normalised_average,
 )
-from starmerge.evaluation.models import AdapterSwitch, load_model
-from starmerge.evaluation.scoring import SCORERS
-from starmerge.evaluation.task import Example, Task
+from starmerge.evaluation.metrics import Score
+from starmerge.evaluation.models import device_kind, device_name, dtype_name
+from starmerge.evaluation.scoring import Advance
+from starmerge.evaluation.sheets import AnyTask, Settings, Sheet, prepare
+from starmerge.evaluation.subjects import BASE, Group, Update, check_backend, groups
 from starmerge.progress import progress_bar
-
-BASE = "base"
-"""Name of the base in every evaluation."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Evaluation:
     """Scores by model and task."""
 
     scorer: str
+    mode: str
     scores: Mapping[str, Mapping[str, Score]]
     """By model, the base first, and task."""
     tuned: Mapping[str, Score]
@@ -50,9 +51,13 @@ class Evaluation:
         """Return a model's normalised average; None unless every task has its fine-tune."""
         return normalised_average(self.scores[model], self.tuned)
 
-    def difference(self, first: str, second: str) -> Interval | None:
+    def difference(self, first: str, second: str) -> Difference | None:
         """Return the paired difference of two models' normalised averages, first − second."""
         return difference(self.scores[first], self.scores[second], self.tuned)
+
+    def by_task(self, first: str, second: str) -> dict[str, Difference]:
+        """Return the paired difference of two models' scores on each task, first − second."""
+        return by_task(self.scores[first], self.scores[second])
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return a flat record for each score: ``pandas.DataFrame(evaluation.to_records())``."""
@@ -61,22 +66,26 @@ class Evaluation:
                 "model": model,
                 "task": task,
                 "scorer": self.scorer,
-                "accuracy": score.value,
+                "matching": self.mode,
+                "metric": score.metric,
+                "score": score.value,
                 "low": score.low,
                 "high": score.high,
                 "n": score.n,
                 "unparsed": score.unparsed,
+                "shortened": score.shortened,
             }
             for model, scores in self.scores.items()
             for task, score in scores.items()
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything for a JSON file; intervals are of 95 %."""
-        models = [BASE, *self.others]
-        averages = {model: self.normalised(model) for model in models}
+        """Return all but the single predictions for a JSON file; intervals are of 95 %."""
+        averages = {model: self.normalised(model) for model in (BASE, *self.others)}
+        pairs = [(a, b) for n, a in enumerate(self.others) for b in self.others[:n]]
         return {
             "scorer": self.scorer,
+            "matching": self.mode,
             "scores": self.to_records(),
             "normalised_averages": [
                 {"model": model, "value": a.value, "low": a.low, "high": a.high}
@@ -84,77 +93,149 @@ class Evaluation:
                 if a is not None
             ],
             "differences": [
-                {"model": model, "from": other, "value": d.value, "low": d.low, "high": d.high}
-                for model in self.others
-                for other in self.others
-                if model != other and (d := self.difference(model, other)) is not None
+                _comparison(model, other, None, found)
+                for model, other in pairs
+                if (found := self.difference(model, other)) is not None
+            ],
+            "differences_by_task": [
+                _comparison(model, other, task, found)
+                for model, other in pairs
+                for task, found in self.by_task(model, other).items()
             ],
         }
 
 
+def _comparison(model: str, other: str, task: str | None, found: Difference) -> dict[str, Any]:
+    return {
+        "model": model,
+        "from": other,
+        **({} if task is None else {"task": task}),
+        "value": found.value,
+        "low": found.low,
+        "high": found.high,
+        "p_value": found.p_value,
+        "test": found.test,
+        "n": found.n,
+    }
+
+
 def evaluate(
     base: str | Path,
-    models: Mapping[str, str | Path],
-    tasks: Sequence[Task],
+    models: Mapping[str, str | Path | Update],
+    tasks: Sequence[AnyTask],
+    settings: Settings = Settings(),  # noqa: B008  (it is frozen)
     *,
-    scorer: str = "generate",
-    rows: int = 200,
+    cache: ScoreCache | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """Score a base, adapters on it and whole models on the same rows of some tasks.
+    """Score a base, adapters on it, updates of it and whole models on the same rows of some tasks.
 
     A model called like one of the tasks is that task's own fine-tune, the upper bound of the
     normalised average, and is asked that task only. Every other model is asked all tasks.
 
+    The base is loaded once: adapters are switched on and off by PEFT, updates in memory are added
+    to its weights and taken back. What the cache knows is not asked again.
+
     Args:
         base: The base: a folder or a Hub id.
-        models: Adapters (applied by PEFT, sharing the base's weights) and whole models by name.
+        models: What is scored, by name: folders or Hub ids of adapters and whole models, updates
+            of the base's tensors in memory.
         tasks: The tasks.
-        scorer: "generate" or "rank" (:mod:`starmerge.evaluation.scoring`).
-        rows: Held-out rows a task, at most.
+        settings: How they are asked.
+        cache: Where answers are kept; None: nowhere.
         progress: Whether to show a progress bar.
 
     Raises:
         UsageError: A model that cannot be found or loaded, a model called "base", two tasks of one
-            name.
+            name, a task without rows or without answers to rank, tasks of text and of images.
+        StarmergeError: A model computes a NaN.
     """
-    if BASE in models:
-        raise UsageError(f"A model is called {BASE!r}, which is the base's name. Use NAME=PATH.")
+    sheets = check(tasks, settings)
+    subjects = groups(
+        base,
+        models,
+        kind=next(iter(sheets.values())).kind,
+        device=settings.device,
+        dtype=settings.dtype,
+        backend=settings.backend,
+    )
+    asked = {
+        name: [sheet for task, sheet in sheets.items() if name == task or name not in sheets]
+        for name in (BASE, *models)
+    }
+    scores: dict[str, dict[str, Score]] = {}
+    total = sum(sheet.size for own in asked.values() for sheet in own)
+    with progress_bar("evaluating", total, show=progress) as advance:
+        while subjects:
+            group = subjects.pop(0)  # what the one before has loaded goes with it
+            gc.collect()  # models hold themselves in circles
+            for name in group.names:
+                scores[name] = _scores(name, group, asked[name], settings, cache, advance)
+    tuned = {name: scores[name][name] for name in models if name in sheets}
+    return Evaluation(
+        settings.scorer, settings.mode, {name: scores[name] for name in (BASE, *models)}, tuned
+    )
+
+
+def check(tasks: Sequence[AnyTask], settings: Settings) -> dict[str, Sheet]:
+    """Read the rows of tasks, and make sure that they can be asked together.
+
+    Raises:
+        UsageError: Two tasks of one name, a task without rows or without answers to rank, tasks of
+            text and of images, a backend or device that is not there.
+    """
     names = [task.name for task in tasks]
     twice = [task for task in names if names.count(task) > 1]
     if twice:
-        raise UsageError(f"Two tasks are called {twice[0]!r}. Rename one of their files.")
-    paths = {name: resolve(path).path for name, path in models.items()}
-    adapters = {n: p for n, p in paths.items() if (p / "adapter_config.json").is_file()}
-    wholes = {name: path for name, path in paths.items() if name not in adapters}
-    examples = {task.name: task.examples("test", rows) for task in tasks}
-    asked = {
-        name: [task for task in tasks if name in (task.name, BASE) or name not in examples]
-        for name in (BASE, *models)
+        raise UsageError(f"Two tasks are called {twice[0]!r}. Evaluate them one after the other.")
+    sheets = {task.name: prepare(task, settings) for task in tasks}
+    if len({sheet.kind for sheet in sheets.values()}) != 1:
+        raise UsageError("Give tasks, all of text or all of images: no model can do both.")
+    check_backend(settings.backend, settings.device)
+    return sheets
+
+
+def _scores(
+    name: str,
+    group: Group,
+    sheets: Sequence[Sheet],
+    settings: Settings,
+    cache: ScoreCache | None,
+    advance: Advance,
+) -> dict[str, Score]:
+    """Score one model, by the answers that are kept or by asking it."""
+    scores = {}
+    keys = {
+        sheet.name: _key(name, group, sheet, settings) if cache is not None else None
+        for sheet in sheets
     }
-    total = sum(len(examples[task.name]) for own in asked.values() for task in own)
-    scores: dict[str, dict[str, Score]] = {}
-    with progress_bar("evaluating", total, show=progress) as advance:
+    with ExitStack() as stack:
+        model = None
+        for sheet in sheets:
+            key = keys[sheet.name]
+            answers = cache.get(key) if cache is not None and key is not None else None
+            if answers is None:
+                if model is None:
+                    model = stack.enter_context(group.active(name))
+                answers = sheet.ask(model, settings.batch_size, advance)
+                # What was rewritten while it was asked is kept under no key.
+                if cache is not None and key and key == _key(name, group, sheet, settings):
+                    cache.put(key, answers)
+            else:
+                advance(sheet.size)
+            scores[sheet.name] = sheet.score(answers)
+    return scores
 
-        def ask(name: str, model: Any, tokenizer: Any) -> None:
-            scores[name] = {
-                task.name: accuracy(_answers(model, tokenizer, task, examples[task.name]))
-                for task in asked[name]
-            }
 
-        def _answers(model: Any, tokenizer: Any, task: Task, rows: Sequence[Example]) -> list[Any]:
-            return SCORERS[scorer](model, tokenizer, task, rows, advance)
-
-        model, tokenizer = load_model(resolve(base).path)
-        switch = AdapterSwitch(model, adapters)
-        for name in (None, *adapters):
-            with switch.active(name) as active:
-                ask(name or BASE, active, tokenizer)
-        del model, switch, active
-        for name, path in wholes.items():
-            gc.collect()
-            model, tokenizer = load_model(path)
-            ask(name, model, tokenizer)
-            del model
-    tuned = {name: scores[name][name] for name in models if name in examples}
-    return Evaluation(scorer, {name: scores[name] for name in (BASE, *models)}, tuned)
+def _key(name: str, group: Group, sheet: Sheet, settings: Settings) -> str | None:
+    """Return the key of a model's answers to a task; None for a model in memory."""
+    folders = group.folders(name)
+    if folders is None:
+        return None
+    device = device_kind(settings.device)
+    return score_key(
+        folders,
+        {**sheet.asked, "backend": settings.backend},
+        device=device_name(settings.device),
+        dtype=dtype_name(folders[0], settings.dtype, device),
+    )

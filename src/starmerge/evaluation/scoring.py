@@ -1,181 +1,247 @@
-"""The two scorers: greedy generation and likelihood ranking.
+"""The two scorers: greedy generation and likelihood ranking of a row's answers.
 
-Each asks one loaded model all rows of one task and returns one :class:`Answer` a row. Rows are
-batched by length and results come back in the order of the rows; neither the batch size nor the
-order changes what is computed, up to the rounding of the model's own arithmetic.
+Each asks one model all rows of one task. What comes back is raw: a response a row, in the order of
+the rows. Reading and scoring them is another matter, so that responses can be kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
+from starmerge.errors import UsageError
+from starmerge.evaluation import generation, ranking
+from starmerge.evaluation.matching import Mode, is_final, read
+from starmerge.evaluation.metrics import Prediction, Score, score
+from starmerge.evaluation.models import context_length
 from starmerge.evaluation.prompts import Prompter
 from starmerge.evaluation.task import Example, Task
 
-MAX_NEW_TOKENS = 10
-"""Length of an answer under the paper's rule (arXiv 2502.10339)."""
+SCORERS = {
+    "generate": "greedy generation, read by the task's matcher",
+    "rank": "the answer with the highest likelihood",
+}
+"""The scorers by the name the command line gives them."""
 
-BATCH_TOKENS = 4096
-"""Tokens in one batch, padding included."""
+Advance = Callable[[int], None]
+"""Is called with a number of rows that are done."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to one row."""
+    """What a model wrote when it was asked a row."""
 
-    text: str
-    """The generated text, or the label with the highest likelihood."""
-    right: bool
-    parsed: bool
-    """Whether an answer could be read at all; always true for likelihood ranking."""
+    response: str
+    shortened: bool = False
+    """Whether the passage was too long for the model's context and lost its end."""
 
 
-Scorer = Callable[[Any, Any, Task, Sequence[Example], Callable[[int], None]], list[Answer]]
-"""``scorer(model, tokenizer, task, examples, advance)``; ``advance(n)`` reports n rows done."""
+class Backend(Protocol):
+    """A loaded model that takes and gives tokens."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, of transformers."""
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model can attend to."""
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether prompts go to an encoder."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        is_final: Callable[[str], bool],
+        batch_size: int | None,
+        advance: Advance,
+    ) -> list[str]:
+        """Return the text that the model writes greedily after each prompt."""
+
+    def log_likelihoods(
+        self,
+        prompts: Sequence[Sequence[int]],
+        continuations: Sequence[Sequence[Sequence[int]]],
+        *,
+        batch_size: int | None,
+        advance: Advance,
+    ) -> list[list[float]]:
+        """Return the log-likelihood (nats) of each continuation of each prompt."""
 
 
-@torch.inference_mode()
-def generate(
-    model: Any,
-    tokenizer: Any,
+@dataclass(frozen=True)
+class LocalModel:
+    """A model of transformers in this process."""
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model can attend to."""
+        return context_length(self.model, self.tokenizer)
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether prompts go to an encoder."""
+        return bool(self.model.config.is_encoder_decoder)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        is_final: Callable[[str], bool],
+        batch_size: int | None,
+        advance: Advance,
+    ) -> list[str]:
+        """See :func:`starmerge.evaluation.generation.generate`."""
+        return generation.generate(
+            self.model,
+            self.tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            is_final=is_final,
+            batch_size=batch_size,
+            advance=advance,
+        )
+
+    def log_likelihoods(
+        self,
+        prompts: Sequence[Sequence[int]],
+        continuations: Sequence[Sequence[Sequence[int]]],
+        *,
+        batch_size: int | None,
+        advance: Advance,
+    ) -> list[list[float]]:
+        """See :func:`starmerge.evaluation.ranking.log_likelihoods`."""
+        return ranking.log_likelihoods(
+            self.model,
+            self.tokenizer,
+            prompts,
+            continuations,
+            batch_size=batch_size,
+            advance=advance,
+        )
+
+
+def prompter_of(model: Backend) -> Prompter:
+    """Return what makes rows into the tokens of a model."""
+    return Prompter(model.tokenizer, model.context, model.is_encoder_decoder)
+
+
+def check_scorer(scorer: str, task: Task, examples: Sequence[Example]) -> None:
+    """Make sure that a scorer can score a task.
+
+    Raises:
+        UsageError: A row has no answers to rank, or the score is of numbers.
+    """
+    if scorer == "rank":
+        for example in examples:
+            if not example.choices:
+                raise UsageError(
+                    f"Task {task.name}, row {example.id}: there are no answers to rank. Give the "
+                    "task labels or choices, or use the scorer generate."
+                )
+
+
+def ask(
+    model: Backend,
     task: Task,
     examples: Sequence[Example],
-    advance: Callable[[int], None],
+    scorer: str = "generate",
+    *,
+    mode: Mode = "strict",
+    batch_size: int | None = None,
+    advance: Advance,
 ) -> list[Answer]:
-    """Score by greedy generation of at most :data:`MAX_NEW_TOKENS` tokens.
+    """Ask a model the rows of a task.
 
-    A response is right when the right answer stands in it as a whole word (:meth:`Task.is_right`);
-    it is unparsed when no answer can be read from it.
+    Generation stops at the end of the text, at the task's ``max_new_tokens``, and, in the mode
+    ``strict``, as soon as nothing that may follow can change what is read. In ranking, a choice's
+    log-likelihood is the sum over its tokens and the end-of-sequence token: without the end, a
+    choice that begins another would always win against it. Of two that are equally likely, the
+    first counts.
+
+    Args:
+        model: The model.
+        task: The task.
+        examples: Its rows.
+        scorer: A name of :data:`SCORERS`.
+        mode: How the responses will be read.
+        batch_size: Rows asked at once, at most; None: as many as there is room for.
+        advance: Is told of rows that are done.
+
+    Returns:
+        What the model wrote, or the choice that is most likely; a row each.
     """
-    prompter = Prompter(tokenizer)
-    prompts = [prompter.prompt(task, example) for example in examples]
-    answers: dict[int, Answer] = {}
-    for batch in _batches(prompts, [1] * len(prompts)):
-        ids, mask = _left_padded(
-            [prompts[row] for row in batch], tokenizer.pad_token_id, model.device
+    prompter = prompter_of(model)
+    if scorer == "rank":
+        options = [[prompter.answer(choice) for choice in row.choices] for row in examples]
+        prompts = [
+            prompter.prompt(task, row, max(map(len, own)))
+            for row, own in zip(examples, options, strict=True)
+        ]
+        likelihoods = model.log_likelihoods(
+            [prompt.ids for prompt in prompts],
+            options,
+            batch_size=batch_size,
+            advance=advance,
         )
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            do_sample=False,
-            max_new_tokens=MAX_NEW_TOKENS,
-            pad_token_id=tokenizer.pad_token_id,
+        texts = [
+            example.choices[max(range(len(scores)), key=scores.__getitem__)]
+            for example, scores in zip(examples, likelihoods, strict=True)
+        ]
+    else:
+        prompts = [prompter.prompt(task, row) for row in examples]
+        texts = model.generate(
+            [prompt.ids for prompt in prompts],
+            max_new_tokens=task.max_new_tokens,
+            is_final=lambda text: mode == "strict" and is_final(task, text),
+            batch_size=batch_size,
+            advance=advance,
         )
-        texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-        for row, text in zip(batch, texts, strict=True):
-            right = task.is_right(text, examples[row])
-            parsed = right or task.read(text) is not None
-            answers[row] = Answer(text.strip(), right, parsed)
-        advance(len(batch))
-    return [answers[row] for row in range(len(examples))]
+    return [Answer(text, prompt.shortened) for text, prompt in zip(texts, prompts, strict=True)]
 
 
-@torch.inference_mode()
-def rank(
-    model: Any,
-    tokenizer: Any,
+def predictions(
     task: Task,
     examples: Sequence[Example],
-    advance: Callable[[int], None],
-) -> list[Answer]:
-    """Score by likelihood ranking: the choice with the highest log-probability is the answer.
+    answers: Sequence[Answer],
+    scorer: str = "generate",
+    mode: Mode = "strict",
+) -> list[Prediction]:
+    """Read the answers of one model to the rows of a task.
 
-    The log-probability of a choice is the sum over its tokens and the end-of-sequence token, given
-    the prompt; without the end, a choice that begins another would always win against it. The
-    prompt runs once a row, its key-value cache is shared by the row's choices.
+    An answer of ranking is one of the choices as it stands, and is not read.
     """
-    prompter = Prompter(tokenizer)
-    prompts = [prompter.prompt(task, example) for example in examples]
-    choices = [[prompter.answer(choice) for choice in example.choices] for example in examples]
-    answers: dict[int, Answer] = {}
-    for batch in _batches(prompts, [len(options) for options in choices]):
-        scores = _log_likelihoods(
-            model,
-            [prompts[row] for row in batch],
-            [choices[row] for row in batch],
-            tokenizer.pad_token_id,
+    found = []
+    for example, answer in zip(examples, answers, strict=True):
+        value: str | float | None
+        credit: float | None
+        if scorer == "rank":
+            value, credit = answer.response, float(answer.response == example.label)
+        else:
+            reading = read(task, answer.response, example, mode)
+            value, credit = reading.value, reading.credit
+        found.append(
+            Prediction(example.id, answer.response, value, example.label, credit, answer.shortened)
         )
-        for row, likelihoods in zip(batch, scores, strict=True):
-            best = examples[row].choices[int(likelihoods.argmax())]
-            answers[row] = Answer(best, best == examples[row].label, parsed=True)
-        advance(len(batch))
-    return [answers[row] for row in range(len(examples))]
+    return found
 
 
-SCORERS: dict[str, Scorer] = {"generate": generate, "rank": rank}
-"""The scorers by the name the command line gives them."""
-
-
-def _log_likelihoods(
-    model: Any, prompts: list[list[int]], choices: list[list[list[int]]], pad: int
-) -> list[Tensor]:
-    """Return, for each row, the log-probability (nats) of each of its choices."""
-    device = model.device
-    ids, mask = _left_padded(prompts, pad, device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    prefill = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, use_cache=True
-    )
-    first = prefill.logits[:, -1].float().log_softmax(-1)
-    flat = [choice for options in choices for choice in options]
-    width = max(map(len, flat))
-    owners, lengths, tokens = (
-        torch.tensor(values, device=device)
-        for values in (
-            [row for row, options in enumerate(choices) for _ in options],
-            [len(choice) for choice in flat],
-            [choice + [pad] * (width - len(choice)) for choice in flat],
-        )
-    )
-    total = first[owners, tokens[:, 0]]
-    if width > 1:
-        # The cache of each row, once for each of its choices; the choices but their last tokens.
-        cache = prefill.past_key_values
-        cache.batch_select_indices(owners)
-        steps = torch.arange(width - 1, device=device)
-        real = steps < lengths[:, None] - 1
-        logits = model(
-            input_ids=tokens[:, :-1],
-            attention_mask=torch.cat([mask[owners], real.long()], dim=1),
-            position_ids=positions[owners, -1:] + 1 + steps,
-            past_key_values=cache,
-        ).logits
-        gains = logits.float().log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
-        total = total + (gains * real).sum(-1)
-    return list(total.split([len(options) for options in choices]))
-
-
-def _batches(prompts: Sequence[Sequence[int]], copies: Sequence[int]) -> Iterator[list[int]]:
-    """Yield row numbers, longest prompts first, at most :data:`BATCH_TOKENS` tokens a batch.
-
-    ``copies`` says how often a row's prompt stands in memory (its choices share one forward pass,
-    but each has a copy of the cache).
-    """
-    batch: list[int] = []
-    width = cost = 0
-    for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True):
-        share = max(1, copies[row] // 2)
-        if batch and (cost + share) * width > BATCH_TOKENS:
-            yield batch
-            batch, cost = [], 0
-        if not batch:
-            width = len(prompts[row])
-        batch.append(row)
-        cost += share
-    if batch:
-        yield batch
-
-
-def _left_padded(
-    rows: Sequence[Sequence[int]], pad: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return token ids and attention mask, both (rows, longest), padded on the left."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
+def scored(
+    task: Task,
+    examples: Sequence[Example],
+    answers: Sequence[Answer],
+    scorer: str = "generate",
+    mode: Mode = "strict",
+) -> Score:
+    """Read answers and score them by the task's metric."""
+    labels = [words[0] for words in task.words]
+    return score(predictions(task, examples, answers, scorer, mode), task.metric, labels)

@@ -1,194 +1,360 @@
-"""What a task is: an instruction, rows with one right answer each, and how an answer is read.
+"""What a task is: where its rows come from, how they are asked, how answers are read and scored.
 
-A task is data plus two small functions (after inspect_ai's ``Task``): ``examples`` gives the rows,
-``read`` finds the answer in what a model wrote. Tasks come from the registry
-(:mod:`starmerge.evaluation.tasks`), from a JSONL file or from a folder.
+A task is data, after inspect_ai's ``Task``: a small YAML file, or the same as an object. Unknown
+keys are errors.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import random
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from string import Formatter
+from typing import Annotated, Any, Literal
+
+from blake3 import blake3
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from starmerge.errors import UsageError
+from starmerge.evaluation.sources import (
+    Data,
+    FileSource,
+    GeneratorSource,
+    HubSource,
+    Sample,
+    Split,
+    describe,
+    look_up,
+    read_rows,
+    text_of,
+)
 
-Split = Literal["train", "test"]
+Chat = Literal["auto", "none", "template", "template-without-generation-prompt"]
+"""Whether a prompt is a message of the tokenizer's chat template; auto: if it has one."""
 
-DATA_SEED = 42
-"""Seed of every row order and sample. Fixed: a task's rows are the same for every run and model."""
+Match = Literal["whole-word", "exact", "starts-with", "contains", "number", "token-f1"]
+"""How an answer is read; see :mod:`starmerge.evaluation.matching`."""
 
-TEST_SHARE = 0.2
-"""Share of the rows held out for testing, for tasks that come as one piece."""
+Metric = Literal["accuracy", "f1", "spearman", "pearson"]
+"""What a score is; see :mod:`starmerge.evaluation.metrics`."""
+
+_PATH = re.compile(r"\w+(\[\d+\]|\.\w+)*")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row: the ``input`` shown to the model, its right ``label``, the answers to rank."""
+    """One row of a task."""
 
-    input: str
+    id: str
+    """Where the row stands in its source: "validation/17"."""
+    fields: Mapping[str, Any]
+    """The row; the prompt is filled from it."""
     label: str
-    choices: tuple[str, ...]
-    """The candidate answers of likelihood ranking; contains ``label``."""
+    """The right answer in words: a label's first word, a text, or a number."""
+    choices: tuple[str, ...] = ()
+    """The answers to rank, the label among them; without any, the row cannot be ranked."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """A task with held-out rows.
+class Gold(Data):
+    """Where a row's right answer stands, if it is but a part of a field."""
 
-    Args:
-        name: Its name in tables, and the name by which an adapter is matched to it.
-        instruction: The sentence put before each input.
-        rows: Yields all rows, in a fixed order, each once; given a generator seeded by the task.
-        labels: The closed set of answers, or None when every row has its own.
-        answer: For open answers, a regular expression of what counts as an answer at all.
-        source: Where the rows come from.
-        splits: Rows that come already split, instead of ``rows``.
+    field: str
+    pattern: str
+    """Regular expression whose first group is the answer."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _has_a_group(cls, pattern: str) -> str:
+        try:
+            if re.compile(pattern).groups:
+                return pattern
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        raise ValueError("needs a group, in parentheses")
+
+
+def as_words(labels: object) -> object:
+    """Bring the shorter ways to write labels into the long one: data value → its words."""
+    if isinstance(labels, list | tuple):
+        labels = {label: label for label in labels}
+    if not isinstance(labels, Mapping):
+        return labels
+    for value in (*labels, *labels.values()):
+        if isinstance(value, bool):
+            raise ValueError(f"{str(value).lower()} stands for yes, no, true or false: quote it")
+    return {
+        str(value) if isinstance(value, int) else value: (words,)
+        if isinstance(words, str)
+        else words
+        for value, words in labels.items()
+    }
+
+
+class Task(Data):
+    """A task: rows with one right answer each.
+
+    Example:
+        .. code-block:: yaml
+
+            description: Do two questions ask the same thing?
+            source: {hub: nyu-mll/glue, config: qqp, split: validation, train_split: train}
+            sample: {kind: balanced, n: 1000}
+            prompt: |-
+              Do these questions ask the same thing? Answer yes or no.
+              {question1}
+              {question2}
+            labels: {"0": "no", "1": "yes"}
     """
 
-    name: str
-    instruction: str
-    rows: Callable[[random.Random], Iterator[Example]]
-    labels: tuple[str, ...] | None
-    source: str
+    kind: Literal["text"] = "text"
+    name: str = Field(min_length=1)
+    """In tables, and by which a fine-tune is matched to it."""
+    description: str = ""
+    source: HubSource | FileSource | GeneratorSource
+    sample: Sample = Sample()
+    prompt: str
+    """What is asked; ``{field}``, ``{field[0]}`` or ``{field.part}`` stand for those of a row."""
+    passage: str | None = None
+    """Field that loses its end when a prompt is too long; by default the longest of the row."""
+    chat: Chat = "auto"
+    gold: str | Gold = "label"
+    """Field of the right answer, such as ``label`` or ``output[0]``."""
+    labels: Annotated[dict[str, tuple[str, ...]] | None, BeforeValidator(as_words)] = None
+    """A closed set of answers: what the rows have in ``gold``, and the words that say so, the first
+    of which is trained on and ranked. Without, any text or number may be right."""
+    choices: str | None = None
+    """Field with a row's own answers to rank, for tasks without labels."""
+    match: Match = "whole-word"
+    """By default ``whole-word`` with labels and ``contains`` without."""
     answer: str = r"\w+"
-    splits: tuple[tuple[Example, ...], tuple[Example, ...]] | None = None
+    """For ``contains``: regular expression of what counts as an answer at all."""
+    range: tuple[float, float] | None = None
+    """Least and greatest answer, for ``number``."""
+    metric: Metric = "accuracy"
+    max_new_tokens: int = Field(default=10, ge=1)
+    """Length of an answer; 10 is the rule of arXiv 2502.10339."""
+    case_sensitive: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _match_by_labels(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("labels") is None:
+            return {"match": "contains", **data}
+        return data
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Task:
+        places = list(_placeholders(self.prompt))
+        if self.passage is not None and self.passage not in places:
+            raise ValueError(f"passage {self.passage!r} is not in the prompt: it has {places}")
+        closed = ("whole-word", "starts-with")
+        try:
+            re.compile(self.answer)
+        except re.error as error:
+            raise ValueError(f"answer: not a regular expression: {error}") from error
+        if self.labels is None and self.match in closed:
+            raise ValueError(f"match {self.match!r} needs labels")
+        if self.labels is not None:
+            if self.match not in (*closed, "exact"):
+                raise ValueError(f"match {self.match!r} is for tasks without labels")
+            if self.choices is not None:
+                raise ValueError("choices are for tasks without labels: labels are ranked")
+            check_words(self.labels)
+        if self.range is not None and self.match != "number":
+            raise ValueError("range is for match 'number'")
+        if self.metric in ("spearman", "pearson") and self.match != "number":
+            raise ValueError(f"metric {self.metric!r} needs match 'number'")
+        if self.metric == "f1" and self.labels is None and self.match != "token-f1":
+            raise ValueError("metric 'f1' needs labels, or match 'token-f1'")
+        if self.match == "token-f1" and self.metric != "f1":
+            raise ValueError("match 'token-f1' needs metric 'f1'")
+        return self
+
+    @property
+    def words(self) -> tuple[tuple[str, ...], ...]:
+        """The words of each label, in their order; none for tasks without labels."""
+        return tuple(self.labels.values()) if self.labels is not None else ()
+
+    @property
+    def answers(self) -> str:
+        """What is answered, in a word or two, for lists."""
+        return f"{len(self.words)} labels" if self.words else self.match
+
+    @property
+    def where(self) -> str:
+        """Where the rows come from, for lists."""
+        if isinstance(self.source, GeneratorSource):
+            return "made at run time"
+        return describe(self.source)
+
+    def beside(self, folder: Path) -> Task:
+        """Return the task with the paths of its source beginning at a folder."""
+        if not isinstance(self.source, FileSource):
+            return self
+        places = {
+            key: (folder / path).absolute()
+            for key in ("file", "train_file")
+            if (path := getattr(self.source, key)) is not None
+        }
+        return self.model_copy(update={"source": self.source.model_copy(update=places)})
 
     def examples(self, split: Split, limit: int | None = None) -> list[Example]:
-        """Return the rows of a split, shuffled with :data:`DATA_SEED`, at most ``limit``.
+        """Return the rows of a split, sampled and shuffled with the sample's seed.
 
-        Whether a row is held out depends on a hash of its input alone, so that neither a new
-        release of the package behind a task nor another limit can move a row between splits.
+        Args:
+            split: "test": the rows to score; "train": those to train on, of which all are taken.
+            limit: How many at most.
 
         Raises:
-            UsageError: The task has no such rows.
+            UsageError: There are no such rows, they cannot be had, or one lacks a field or has a
+                label that the task does not know.
         """
-        if self.splits is not None:
-            chosen = list(self.splits[0 if split == "train" else 1])
-        else:
-            unique = {row.input: row for row in self.rows(random.Random(DATA_SEED))}
-            chosen = [row for row in unique.values() if (split == "test") == _held_out(row.input)]
-        if not chosen:
+        rows = read_rows(self.source, split, self.name)
+        if not rows:
             raise UsageError(
-                f"Task {self.name} has too few rows: none are for {split}ing. Give more, or a "
-                "folder with train.jsonl and test.jsonl."
+                f"Task {self.name} has no rows for {split}ing in {describe(self.source)}. Give "
+                "more, or name a split or a file that has some."
             )
-        random.Random(DATA_SEED).shuffle(chosen)
-        return chosen[:limit]
+        found = [_example(self, place, fields) for place, fields in rows]
+        if split == "train":
+            return self.sample.shuffled(found)[:limit]
+        return self.sample.take(found, lambda row: row.label, limit)
 
-    def read(self, response: str) -> str | None:
-        """Return the answer that ``response`` gives, or None when it gives none.
+    def ask(self, fields: Mapping[str, Any], passage: str | None = None) -> str:
+        """Return the prompt of a row.
 
-        For a closed set of labels: the label that comes first in the response as a whole word,
-        whatever its case; where two start at one place, the longer one. ("no" is not found in
-        "know", nor "plausible" in "not plausible".) For open answers: the first match of
-        ``answer``.
+        Args:
+            fields: The row.
+            passage: What stands in place of the passage, if it is to be shortened.
+
+        Raises:
+            LookupError: The row lacks a field of the prompt.
         """
-        found = self._pattern.search(response)
-        return found.group(0) if found else None
+        place = self.passage_of(fields)
+        parts = []
+        for literal, name, _, _ in Formatter().parse(self.prompt):
+            parts.append(literal)
+            if name is not None and name == place and passage is not None:
+                parts.append(passage)
+            elif name is not None:
+                parts.append(text_of(look_up(fields, name)))
+        return "".join(parts)
 
-    def is_right(self, response: str, example: Example) -> bool:
-        """Tell whether ``response`` is right.
+    def passage_text(self, fields: Mapping[str, Any]) -> str:
+        """Return the passage of a row, which a too long prompt loses the end of."""
+        place = self.passage_of(fields)
+        return "" if place is None else text_of(look_up(fields, place))
 
-        With a closed set of labels the answer read must be the label. With open answers the label
-        must stand in the response as a whole word (the rule of arXiv 2502.10339, with whole words
-        in place of substrings); 12 does not stand in 12.5, and 12,345 is 12345.
-        """
-        if self.labels is not None:
-            answer = self.read(response)
-            return answer is not None and _same(answer, example.label)
-        return _whole_words((example.label,)).search(_without_separators(response)) is not None
+    def passage_of(self, fields: Mapping[str, Any]) -> str | None:
+        """Return which field a too long prompt is shortened by; None if it has no fields."""
+        if self.passage is not None:
+            return self.passage
+        places = list(_placeholders(self.prompt))
+        return max(places, key=lambda place: len(text_of(look_up(fields, place))), default=None)
 
-    @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        if self.labels is not None:
-            return _whole_words(self.labels)
-        return re.compile(self.answer)
+    def fingerprint(self, examples: list[Example]) -> str:
+        """Return a hash of all that decides what a model is asked, and how it is read."""
+        spec = self.model_dump(mode="json", exclude={"name", "description", "source", "sample"})
+        rows = [(row.id, dict(row.fields), row.label, row.choices) for row in examples]
+        content = json.dumps([spec, rows], sort_keys=True, default=str)
+        return str(blake3(content.encode()).hexdigest())
 
 
-def load_path(path: Path) -> Task:
-    """Read a task from a JSONL file, or from a folder with ``train.jsonl`` and ``test.jsonl``.
+def _placeholders(prompt: str) -> Iterator[str]:
+    for _, name, spec, conversion in Formatter().parse(prompt):
+        if name is not None:
+            if not _PATH.fullmatch(name) or spec or conversion:
+                raise ValueError(
+                    f"prompt: {{{name}}} is no field such as {{text}}, {{list[0]}} or "
+                    "{part.text}; write {{ and }} for braces"
+                )
+            yield name
 
-    Each line is ``{"input": ..., "label": ...}``; ``"choices": [...]`` where the answers to rank
-    differ from row to row. Without choices, the labels that occur are the closed set of answers.
-    A folder may hold the instruction in ``INSTRUCTION.txt``. A single file is split by a hash of
-    the input, one row in five held out.
+
+def check_words(labels: Mapping[str, tuple[str, ...]]) -> None:
+    """Make sure that there are two labels at least, each with words of its own.
 
     Raises:
-        UsageError: A missing file, a line that is not JSON, a row without input or label.
+        ValueError: There are fewer, one has no word, or two share one.
     """
-    if path.is_dir():
-        parts = [_read_rows(path / "train.jsonl"), _read_rows(path / "test.jsonl")]
-        instruction = path / "INSTRUCTION.txt"
-        text = instruction.read_text(encoding="utf-8").strip() if instruction.is_file() else ""
-    else:
-        parts, text = [_read_rows(path)], ""
-    raw = [row for part in parts for row in part]
-    open_answers = any("choices" in row for row in raw)
-    labels = None if open_answers else tuple(sorted({str(row["label"]) for row in raw}))
+    if len(labels) < 2:
+        raise ValueError("labels: there must be two at least")
+    owners: dict[str, str] = {}
+    for value, words in labels.items():
+        if not words or not all(word.strip() for word in words):
+            raise ValueError(f"labels: {value!r} has no word")
+        for word in words:
+            if owners.setdefault(word.casefold(), value) != value:
+                other = owners[word.casefold()]
+                raise ValueError(f"labels: {word!r} stands for both {other!r} and {value!r}")
 
-    def example(row: dict[str, object]) -> Example:
-        label = str(row["label"])
-        choices = row.get("choices", labels)
-        if not isinstance(choices, list | tuple) or label not in map(str, choices):
-            raise UsageError(
-                f"{path}: the row {row['input']!r} must list its label {label!r} in 'choices'."
-            )
-        return Example(str(row["input"]), label, tuple(map(str, choices)))
 
-    examples = [tuple(example(row) for row in part) for part in parts]
-    return Task(
-        name=path.stem if path.is_file() else path.name,
-        instruction=text,
-        rows=lambda _: iter(examples[0]),
-        labels=labels,
-        source=path.name,
-        splits=(examples[0], examples[1]) if len(examples) == 2 else None,
+def _example(task: Task, place: str, fields: dict[str, Any]) -> Example:
+    """Find a row's right answer, and make sure that it can be asked.
+
+    Raises:
+        UsageError: A field is missing, or the label is unknown.
+    """
+    where = f"Task {task.name}, row {place}"
+    try:
+        task.ask(fields).encode()
+        for path in _placeholders(task.prompt):
+            if look_up(fields, path) is None:
+                raise UsageError(f"{where}: the field {path!r} is empty (null).")
+        gold = _gold(task, fields, where)
+        own = look_up(fields, task.choices) if task.choices is not None else ()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{where}: the prompt holds half a character: {error}.") from error
+    except LookupError as error:
+        raise UsageError(
+            f"{where}: there is no field {error.args[0]!r}. It has: {', '.join(map(str, fields))}."
+        ) from error
+    if task.labels is not None:
+        words = _words_of(task, gold, where)
+        return Example(place, fields, words[0], tuple(words[0] for words in task.words))
+    if task.match == "number":
+        return Example(place, fields, _number(gold, where))
+    if not gold.strip():
+        raise UsageError(f"{where}: the right answer is empty.")
+    if isinstance(own, str) or not all(isinstance(choice, str) for choice in own):
+        raise UsageError(f"{where}: {task.choices!r} is no list of texts.")
+    choices = tuple(dict.fromkeys(own))
+    if choices and gold not in choices:
+        raise UsageError(f"{where}: the right answer {gold!r} is not in {task.choices!r}.")
+    return Example(place, fields, gold, choices)
+
+
+def _gold(task: Task, fields: dict[str, Any], where: str) -> str:
+    if not isinstance(task.gold, Gold):
+        return text_of(look_up(fields, task.gold))
+    text = text_of(look_up(fields, task.gold.field))
+    found = re.search(task.gold.pattern, text)
+    if found is None or found[1] is None:
+        raise UsageError(f"{where}: the pattern of 'gold' finds nothing in {text!r}.")
+    return str(found[1])
+
+
+def _words_of(task: Task, gold: str, where: str) -> tuple[str, ...]:
+    """Return the words of the label that the data has as ``gold``; it is never guessed."""
+    assert task.labels is not None
+    if gold in task.labels:
+        return task.labels[gold]
+    for value, words in task.labels.items():
+        if not task.case_sensitive and value.casefold() == gold.strip().casefold():
+            return words
+    raise UsageError(
+        f"{where}: the label {gold!r} is none of the task's: {', '.join(map(repr, task.labels))}."
     )
 
 
-def _read_rows(path: Path) -> list[dict[str, object]]:
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist. A task folder holds train.jsonl and test.jsonl.")
-    rows: list[dict[str, object]] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UsageError(f"{path}, line {number}: not JSON ({error}).") from error
-            if not isinstance(row, dict) or not {"input", "label"} <= row.keys():
-                raise UsageError(
-                    f"{path}, line {number}: a row is an object with 'input' and 'label'."
-                )
-            rows.append(row)
-    if not rows:
-        raise UsageError(f"{path} has no rows.")
-    return rows
-
-
-def _held_out(text: str) -> bool:
-    digest = hashlib.sha256(text.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < TEST_SHARE * 2**64
-
-
-def _same(first: str, second: str) -> bool:
-    return first.casefold().split() == second.casefold().split()
-
-
-def _without_separators(text: str) -> str:
-    """Take the commas out of numbers written like 12,345."""
-    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-
-
-def _whole_words(words: tuple[str, ...]) -> re.Pattern[str]:
-    """Return a pattern that finds the words, or numbers, as wholes, the longest first."""
-    longest_first = sorted(words, key=len, reverse=True)
-    alternatives = "|".join(r"\s+".join(map(re.escape, word.split())) for word in longest_first)
-    return re.compile(rf"(?<!\w)(?<!\d[.,])(?:{alternatives})(?!\w)(?![.,]\d)", re.IGNORECASE)
+def _number(gold: str, where: str) -> str:
+    try:
+        number = float(gold)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UsageError(f"{where}: the right answer {gold!r} is no number.")
+    return repr(number)

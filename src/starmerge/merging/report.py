@@ -12,14 +12,12 @@ from threading import Event
 from types import TracebackType
 from typing import Any
 
-from blake3 import blake3
-
+from starmerge.checkpoints.hashing import blake3_of
 from starmerge.merging.fold import Fold, Folded
 from starmerge.merging.plan import Plan, PlannedTensor
 from starmerge.methods.pipeline import Merged
 
 _PACKAGES = ("starmerge", "torch", "numpy")
-_CHUNK = 2**20
 _LITTLE = 0.9
 """Share of the update; when less survives, that is said."""
 
@@ -101,7 +99,7 @@ class InputHashes:
 
     def __enter__(self) -> InputHashes:
         self._hashes = {
-            key: {file.name: self._pool.submit(_blake3, file, self._stopped) for file in files}
+            key: {file.name: self._pool.submit(blake3_of, file, self._stopped) for file in files}
             for key, files in self._files.items()
         }
         return self
@@ -168,12 +166,3 @@ def make_report(
 def _input_files(plan: Plan) -> dict[str, list[Path]]:
     files = {"base": plan.base.checkpoint.files}
     return files | {f"model {model.name}": model.files for model in plan.models}
-
-
-def _blake3(file: Path, stopped: Event) -> str:
-    digest = blake3(max_threads=1)
-    with file.open("rb", buffering=0) as stream:
-        buffer = bytearray(_CHUNK)
-        while not stopped.is_set() and (count := stream.readinto(buffer)):
-            digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from starmerge.errors import UsageError, nearest
-from starmerge.methods.method import TensorContext, explain
+from starmerge.errors import UsageError, explain, nearest
+from starmerge.methods.method import TensorContext
 
 BASE = "base"
 """How settings call the base where it is one of the models to merge."""

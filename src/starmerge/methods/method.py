@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from torch import Tensor
 from typing_extensions import dataclass_transform
 
 from starmerge.deltas import Delta
-from starmerge.errors import UsageError, nearest
+from starmerge.errors import UsageError, explain, nearest
 from starmerge.spectral import Truncation
 
 
@@ -358,28 +357,3 @@ def make_method(name: str, parameters: Mapping[str, Any] | None = None) -> Metho
         return adapter.validate_python(fields)
     except ValidationError as error:
         raise UsageError(f"Method {name!r}: {explain(error)}") from error
-
-
-def explain(error: ValidationError) -> str:
-    """Return pydantic's findings as one line: ``eta: Input should be greater than 0 (got -1)``.
-
-    What the alternatives of one value say is joined by "or".
-    """
-    findings: dict[str, list[str]] = {}
-    given: dict[str, str] = {}
-    for finding in error.errors():
-        parts = [str(part) for part in finding["loc"]]
-        place = ".".join(part.rstrip("_") for part in parts if not _ALTERNATIVE.fullmatch(part))
-        message = finding["msg"].removeprefix("Value error, ")
-        if message not in findings.setdefault(place, []):
-            findings[place].append(message)
-        if finding["type"] != "missing" and not isinstance(finding["input"], dict | list):
-            given[place] = f" (got {finding['input']!r})"
-    return "; ".join(
-        f"{place + ': ' if place else ''}{' or '.join(messages)}{given.get(place, '')}"
-        for place, messages in findings.items()
-    )
-
-
-_ALTERNATIVE = re.compile(r"constrained-\w+|literal\[.*\]|number|list|patterns")
-"""What pydantic puts into the place of a value that may have several types."""

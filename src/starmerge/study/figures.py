@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from starmerge.evaluation.runner import BASE, Evaluation
+from starmerge.evaluation.runner import Evaluation
+from starmerge.evaluation.subjects import BASE
 
 COLOURS = ("#9aa5b1", "#2f6690", "#d98e04", "#3a7d44", "#a23b72", "#6a4c93")
 
 
 def plot_scores(evaluation: Evaluation, path: Path, *, title: str) -> None:
-    """Draw the accuracy of base, fine-tunes and merges on each task, as bars with intervals.
+    """Draw the scores of base, fine-tunes and merges on each task, as bars with intervals.
 
     The legend gives the normalised averages.
 
@@ -44,7 +45,7 @@ def plot_scores(evaluation: Evaluation, path: Path, *, title: str) -> None:
         )
     axes.set_xticks(range(len(tasks)), tasks)
     axes.set_ylim(0, 1)
-    axes.set_ylabel("accuracy, 95 % interval")
+    axes.set_ylabel("score, 95 % interval")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, loc="left")
     figure.legend(

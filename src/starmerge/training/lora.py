@@ -17,10 +17,9 @@ from torch import Tensor
 
 from starmerge.checkpoints.writer import output_folder
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.evaluation.metrics import Score, accuracy
+from starmerge.evaluation.metrics import Score
 from starmerge.evaluation.models import load_model
-from starmerge.evaluation.prompts import Prompter
-from starmerge.evaluation.scoring import generate
+from starmerge.evaluation.scoring import LocalModel, ask, prompter_of, scored
 from starmerge.evaluation.task import Task
 from starmerge.progress import progress_bar
 
@@ -57,7 +56,7 @@ class Finetuned:
     losses: tuple[float, ...]
     """Mean cross-entropy (nats per answer token), step by step."""
     score: Score
-    """Accuracy by greedy generation on held-out rows, of the adapter as stored."""
+    """By greedy generation on held-out rows, of the adapter as stored."""
 
 
 def finetune(
@@ -110,7 +109,8 @@ def finetune(
         if parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, recipe.dtype))
     with progress_bar(f"scoring {task.name}", len(examples), show=progress) as advance:
-        score = accuracy(generate(adapted.eval(), tokenizer, task, examples, advance))
+        answers = ask(LocalModel(adapted.eval(), tokenizer), task, examples, advance=advance)
+    score = scored(task, examples, answers)
     # Only the adapter: "auto" would ask the Hub for the base's vocabulary.
     result = Finetuned(tuple(losses), score)
     with output_folder(output) as folder:
@@ -125,9 +125,9 @@ def _train(
     """Run the training loop; return the loss of each step."""
     from transformers import get_linear_schedule_with_warmup  # noqa: PLC0415
 
-    prompter = Prompter(tokenizer)
+    prompter = prompter_of(LocalModel(model, tokenizer))
     examples = task.examples("train", recipe.rows)
-    rows = [(prompter.prompt(task, row), prompter.answer(row.label)) for row in examples]
+    rows = [(list(prompter.prompt(task, row).ids), prompter.answer(row.label)) for row in examples]
     steps = recipe.epochs * -(-len(rows) // recipe.batch_size)
     optimizer = torch.optim.AdamW(
         (parameter for parameter in model.parameters() if parameter.requires_grad),
@@ -196,10 +196,10 @@ def _write_card(
         f"{settings}; {recipe.epochs} epoch(s), at most {recipe.rows} rows, batch "
         f"{recipe.batch_size}, learning rate {recipe.learning_rate:g}, seed {recipe.seed}, "
         f"stored in {recipe.dtype}.",
-        f"- Task: {task.instruction or task.name} (rows from {task.source})",
+        f"- Task: {task.description or task.name} (rows from {task.where})",
         f"- Training loss over the last {len(tail)} steps: {sum(tail) / len(tail):.3f} "
         "nats per answer token",
-        f"- Held-out accuracy (greedy, 10 tokens): {score.value:.3f} "
+        f"- Held-out {score.metric} (greedy, {task.max_new_tokens} tokens): {score.value:.3f} "
         f"[{score.low:.3f}, {score.high:.3f}], n = {score.n}",
     ]
     if command is not None:

@@ -1,36 +1,139 @@
-"""The registry of tasks: one file per kind of data, every task a function that yields its rows.
-
-No row is stored in the project. Each task makes its rows at run time from a small package of the
-``demo`` extra, the same rows in every run.
-"""
+"""The registry of tasks: YAML files, in a folder for each suite; finding a task by its name."""
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 
 from starmerge.errors import UsageError, nearest
-from starmerge.evaluation.task import Task, load_path
-from starmerge.evaluation.tasks.registry import TASKS
+from starmerge.evaluation.sources import FileSource, read_file
+from starmerge.evaluation.task import Task
+from starmerge.evaluation.task_file import DataTask, load_task
 
-for _module in ("numbers", "places", "words"):
-    importlib.import_module(f"{__name__}.{_module}")
+FOLDER = Path(__file__).parent
+
+HELD_OUT = 0.2
+"""Share of a bare file of rows that is held out for testing."""
 
 
-def find_task(name: str) -> Task:
-    """Return a task by its registered name, or read it from a JSONL file or a folder.
+@cache
+def registry() -> dict[str, DataTask]:
+    """Return every task that comes with the package, by suite and name: "demo/past"."""
+    files = sorted(FOLDER.glob("*/*.yaml"))
+    return {f"{file.parent.name}/{file.stem}": load_task(file) for file in files}
+
+
+def folder_tasks(folder: Path) -> dict[str, DataTask]:
+    """Read the task files of a folder, by name.
 
     Raises:
-        UsageError: There is no such task and no such path.
+        UsageError: There are none, two have one name, or one is broken.
     """
-    if name in TASKS:
-        return TASKS[name]
+    files = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
+    if not files:
+        raise UsageError(f"{folder} holds no task files (*.yaml).")
+    tasks: dict[str, DataTask] = {}
+    for file in files:
+        task = load_task(file)
+        if task.name in tasks:
+            raise UsageError(f"{folder}: two files hold a task called {task.name!r}. Rename one.")
+        tasks[task.name] = task
+    return tasks
+
+
+def find_task(name: str, own: Iterable[DataTask] = ()) -> DataTask:
+    """Find a task by its name, or read it from a file or a folder.
+
+    Args:
+        name: "llama-3.2/mrpc"; "past", if one suite alone has a task of that name; a task file
+            (.yaml); rows (.jsonl, .csv, .parquet) with ``input`` and ``label``; or a folder with
+            train.jsonl and test.jsonl.
+        own: Tasks of the user's, which go before those of the package.
+
+    Raises:
+        UsageError: There is no such task and no such path, the name is of several, or the file is
+            broken.
+    """
+    mine = {task.name: task for task in own}
+    if name in mine:
+        return mine[name]
+    if name in registry():
+        return registry()[name]
+    alike = [full for full in registry() if full.partition("/")[2] == name]
+    if len(alike) == 1:
+        return registry()[alike[0]]
+    if alike:
+        raise UsageError(f"{name!r} is the name of several tasks: {', '.join(alike)}. Choose one.")
     path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        return load_task(path)
     if path.exists():
-        return load_path(path)
+        return task_of_rows(path)
+    known = {*mine, *registry(), *(full.partition("/")[2] for full in registry())}
     raise UsageError(
-        f"No task is called {name!r}, and no such file or folder exists.{nearest(name, TASKS)}"
+        f"No task is called {name!r}, and no such file or folder exists.{nearest(name, known)}"
     )
 
 
-__all__ = ["TASKS", "find_task"]
+def with_rows_of(tasks: Mapping[str, DataTask], files: Mapping[str, Path]) -> list[DataTask]:
+    """Return tasks of which some have the rows of a file in place of their own, all to be scored.
+
+    For datasets that cannot be had, or are newer elsewhere. The columns must be the same.
+
+    Args:
+        tasks: By the name they were asked for.
+        files: JSONL, CSV or Parquet, by that name or by the task's own.
+
+    Raises:
+        UsageError: A file is for none of the tasks, or for one of images.
+    """
+    replaced = dict(tasks)
+    for name, file in files.items():
+        meant = [full for full, task in tasks.items() if name in (full, task.name)]
+        if not meant:
+            raise UsageError(f"--data {name}=…: no such task is asked.{nearest(name, tasks)}")
+        task = tasks[meant[0]]
+        if not isinstance(task, Task):
+            raise UsageError(f"--data {name}=…: it is a task of images; change its file instead.")
+        replaced[meant[0]] = task.model_copy(update={"source": FileSource(file=file)})
+    return list(replaced.values())
+
+
+def task_of_rows(path: Path) -> Task:
+    """Make a task of a bare file of rows, or of a folder with ``train.jsonl`` and ``test.jsonl``.
+
+    Each row has ``input`` and ``label``, and ``choices``, a list, where the answers to rank differ
+    from row to row. Without choices, the labels that occur are the closed set of answers. A folder
+    may hold the instruction in ``INSTRUCTION.txt``; it stands before each input. Of a single file
+    one row in five is held out, by a hash of the input.
+
+    Raises:
+        UsageError: A missing file, a broken line, a row without input or label.
+    """
+    instruction = path / "INSTRUCTION.txt"
+    if path.is_dir():
+        source = FileSource(file=path / "test.jsonl", train_file=path / "train.jsonl")
+        files = [path / "train.jsonl", path / "test.jsonl"]
+    else:
+        source, files = FileSource(file=path, held_out=HELD_OUT), [path]
+    labels: dict[str, None] = {}
+    is_open = False
+    for file in files:
+        for number, row in enumerate(read_file(file), start=1):
+            if not {"input", "label"} <= row.keys():
+                raise UsageError(f"{file}, row {number}: a row has 'input' and 'label'.")
+            labels[str(row["label"])] = None
+            is_open |= "choices" in row
+    text = instruction.read_text(encoding="utf-8").strip() if instruction.is_file() else ""
+    head = text.replace("{", "{{").replace("}", "}}") + "\n" if text else ""
+    return Task(
+        name=path.name if path.is_dir() else path.stem,
+        source=source,
+        prompt=head + "{input}",
+        labels=None if is_open else {label: (label,) for label in sorted(labels)},
+        choices="choices" if is_open else None,
+    )
+
+
+__all__ = ["find_task", "folder_tasks", "registry", "task_of_rows", "with_rows_of"]

@@ -1,4 +1,4 @@
-"""Tasks about English words, from the packages lemminflect and vaderSentiment."""
+"""Rows about English words, from the packages lemminflect and vaderSentiment."""
 
 from __future__ import annotations
 
@@ -6,20 +6,13 @@ import gzip
 import random
 from collections.abc import Iterator
 
-from starmerge.evaluation.task import Example
-from starmerge.evaluation.tasks.registry import package, task
+from starmerge.evaluation.generators.package import package
 
 _PARTS_OF_SPEECH = {"noun": "noun", "verb": "verb", "adjective": "adj", "adverb": "adv"}
 """Our labels and lemminflect's categories."""
 
 
-@task(
-    "sentiment",
-    instruction="Is this word positive or negative?",
-    source="vaderSentiment",
-    labels=("positive", "negative"),
-)
-def sentiment(rng: random.Random) -> Iterator[Example]:
+def sentiment(rng: random.Random) -> Iterator[dict[str, object]]:
     """The sign of a word's mean rating in VADER's lexicon, where it is at least 1 of 4."""
     module = package("vaderSentiment.vaderSentiment")
     lexicon = module.SentimentIntensityAnalyzer().lexicon
@@ -31,54 +24,36 @@ def sentiment(rng: random.Random) -> Iterator[Example]:
     size = min(map(len, labelled.values()))
     for label, members in labelled.items():
         for word in rng.sample(members, size):
-            yield Example(word, label, ("positive", "negative"))
+            yield {"input": word, "label": label}
 
 
-@task(
-    "past",
-    instruction="Write the past tense of this verb.",
-    source="lemminflect",
-    answer=r"[A-Za-z]+",
-)
-def past(rng: random.Random) -> Iterator[Example]:
+def past(rng: random.Random) -> Iterator[dict[str, object]]:
     """Base form to past tense; the wrong choices are misspelt or other forms of the verb."""
     inflect = package("lemminflect").getInflection
     for verb in _lemmas("verb"):
         label = inflect(verb, "VBD")[0]
         wrong = {verb, verb + "ed", verb + "d", verb + verb[-1] + "ed", *inflect(verb, "VBG")}
-        yield Example(verb, label, (label, *sorted(wrong - {label})))
+        yield {"input": verb, "label": label, "choices": [label, *sorted(wrong - {label})]}
 
 
-@task(
-    "plural",
-    instruction="Write the plural of this noun.",
-    source="lemminflect",
-    answer=r"[A-Za-z]+",
-)
-def plural(rng: random.Random) -> Iterator[Example]:
+def plural(rng: random.Random) -> Iterator[dict[str, object]]:
     """Singular to plural; the wrong choices are misspelt or the singular itself."""
     inflect = package("lemminflect").getInflection
     for noun in _lemmas("noun"):
         label = inflect(noun, "NNS")[0]
         wrong = {noun, noun + "s", noun + "es", noun[:-1] + "ies"}
         if label.isalpha() and label != noun:
-            yield Example(noun, label, (label, *sorted(wrong - {label})))
+            yield {"input": noun, "label": label, "choices": [label, *sorted(wrong - {label})]}
 
 
-@task(
-    "pos",
-    instruction="Is this word a noun, verb, adjective or adverb?",
-    source="lemminflect",
-    labels=tuple(_PARTS_OF_SPEECH),
-)
-def part_of_speech(rng: random.Random) -> Iterator[Example]:
+def part_of_speech(rng: random.Random) -> Iterator[dict[str, object]]:
     """The part of speech of a dictionary word that has only one."""
     every = {label: set(_lemmas(category)) for label, category in _PARTS_OF_SPEECH.items()}
     for label, words in every.items():
         others = set[str]().union(*(every[other] for other in every if other != label))
         only = sorted(words - others)
         for word in rng.sample(only, min(1000, len(only))):
-            yield Example(word, label, tuple(_PARTS_OF_SPEECH))
+            yield {"input": word, "label": label}
 
 
 def _lemmas(category: str) -> list[str]:

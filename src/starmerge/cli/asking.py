@@ -1,0 +1,97 @@
+"""Options of the commands that ask models something."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from starmerge.errors import UsageError
+
+if TYPE_CHECKING:
+    from starmerge.evaluation.cache import ScoreCache
+
+Scorer = Annotated[
+    str,
+    typer.Option(help="generate (greedy, the paper's rule) or rank (likelihood of the answers)."),
+]
+Matching = Annotated[
+    str,
+    typer.Option(
+        help="How responses are read: strict (whole words), or reference: by the first substring "
+        "as the paper's scripts do, for comparison with published numbers."
+    ),
+]
+Rows = Annotated[
+    int | None,
+    typer.Option(min=1, help="Rows of a task, at most.", show_default="all of its sample"),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Rows asked at once, at most.", show_default="as many as fit"
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Where models run: cpu, cuda, cuda:1.", show_default="the GPU, if any"),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Of the models' weights: auto (as stored, where the processor computes in it), "
+        "float32, bfloat16 or float16."
+    ),
+]
+BackendName = Annotated[
+    str,
+    typer.Option("--backend", help="transformers, or vllm: on a GPU, with the extra of that name."),
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="TASK=FILE",
+        help="Score the rows of a file (.jsonl, .csv, .parquet) in place of the task's own, which "
+        "have the same columns. Repeatable.",
+    ),
+]
+NoCache = Annotated[
+    bool,
+    typer.Option(
+        "--no-cache",
+        help="Ask everything anew. Else what a model has answered before is taken from the cache, "
+        "by the content of its files and of the task.",
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what an earlier run has left there.")
+]
+
+
+def cache_of(no_cache: bool) -> ScoreCache | None:
+    """Return the user's cache of answers, unless none is wanted."""
+    from starmerge.evaluation.cache import ScoreCache
+
+    return None if no_cache else ScoreCache()
+
+
+def pairs(arguments: Sequence[str] | None, option: str) -> dict[str, Path]:
+    """Read what an option gives as NAME=PATH.
+
+    Raises:
+        UsageError: There is no equals sign, no such file, or one name twice.
+    """
+    found: dict[str, Path] = {}
+    for argument in arguments or ():
+        name, equals, path = argument.partition("=")
+        if not equals or not name:
+            raise UsageError(f"{option} {argument}: write NAME=PATH.")
+        if not Path(path).is_file():
+            raise UsageError(f"{option} {argument}: there is no file {path}.")
+        if name in found:
+            raise UsageError(f"{option} {name} is given twice. Leave one out.")
+        found[name] = Path(path)
+    return found

@@ -1,0 +1,48 @@
+"""The option ``--parameter``, of every command that merges."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from starmerge.errors import UsageError
+
+
+def parameters(arguments: list[str]) -> dict[str, Any]:
+    """Read KEY=VALUE, the value as JSON where it is some."""
+    values: dict[str, Any] = {}
+    for text in arguments:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"-p {text}: a parameter is given as KEY=VALUE, as in -p eta=40.")
+        if key in values:
+            raise UsageError(f"-p {key} is given twice. Leave one out.")
+        try:
+            values[key] = json.loads(value)
+        except json.JSONDecodeError:
+            values[key] = value
+    return values
+
+
+def parameters_of(method: str, given: dict[str, Any], methods: list[str]) -> dict[str, Any]:
+    """Return what is given for one of several methods.
+
+    Args:
+        method: The method, or a chain.
+        given: All parameters: METHOD.KEY, or KEY where there is one method.
+        methods: All methods.
+
+    Raises:
+        UsageError: A parameter names none of the methods, and there are several.
+    """
+    mine = {}
+    for key, value in given.items():
+        owner = next((name for name in methods if key.startswith(f"{name}.")), None)
+        if owner is None and len(methods) > 1:
+            raise UsageError(
+                f"-p {key}: of which method? Write METHOD.KEY=VALUE with one of "
+                f"{', '.join(methods)}."
+            )
+        if owner in (None, method):
+            mine[key.removeprefix(f"{method}.") if owner else key] = value
+    return mine

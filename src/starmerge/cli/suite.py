@@ -1,0 +1,105 @@
+"""``starmerge suite``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from starmerge.cli import asking
+from starmerge.cli.parameters import parameters, parameters_of
+
+
+def suite(
+    name: Annotated[
+        str | None, typer.Argument(help="A suite, or the YAML file of one.", show_default="list")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for the merged models and the results."),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            "-m",
+            help="How to merge: one of [b]starmerge methods[/b] or a chain. Repeatable.",
+            show_default="average, star",
+        ),
+    ] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--parameter",
+            "-p",
+            metavar="METHOD.KEY=VALUE",
+            help="A parameter of a method, repeatable; KEY=VALUE where there is one method.",
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="The base: a folder or a Hub id.", show_default="the suite's own"),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            "-t",
+            help="Some of the tasks, separated by commas; their fine-tunes alone are merged.",
+            show_default="all",
+        ),
+    ] = None,
+    data: asking.Data = None,
+    scorer: asking.Scorer = "generate",
+    matching: asking.Matching = "strict",
+    rows: asking.Rows = None,
+    batch_size: asking.BatchSize = None,
+    device: asking.Device = None,
+    dtype: asking.Dtype = "auto",
+    backend: asking.BackendName = "transformers",
+    overwrite: asking.Overwrite = False,
+    no_cache: asking.NoCache = False,
+) -> None:
+    """Repeat a published experiment: merge a suite's fine-tunes, score them and the merges.
+
+    Base, fine-tunes and datasets come from the Hub, or from its cache. Without a name the suites
+    are listed, without an output one is shown.
+
+    Example: starmerge suite llama-3.2 -m average -m star --output llama
+    """
+    from starmerge.evaluation.sheets import Settings
+    from starmerge.evaluation.suites import find_suite, suites
+    from starmerge.methods.pipeline import make_pipeline
+    from starmerge.study.suite import run_suite
+
+    if name is None:
+        for known in suites().values():
+            print(f"{known.name:<12} {known.description} {len(known.tasks)} tasks, {known.base}")
+        return
+    chosen = find_suite(name)
+    if output is None:
+        print(f"{chosen.name}: {chosen.description}\nBase: {chosen.base}")
+        for task in chosen.tasks:
+            print(f"  {task:<24} {chosen.models.get(task.rpartition('/')[2], '')}")
+        print(f"{chosen.notes}\nRun it: starmerge suite {name} --output FOLDER")
+        return
+    methods = method or ["average", "star"]
+    given = parameters(parameter or [])
+    result = run_suite(
+        chosen,
+        output,
+        methods=[make_pipeline(name, parameters_of(name, given, methods)) for name in methods],
+        base=base,
+        tasks=tasks.split(",") if tasks is not None else None,
+        rows_of=asking.pairs(data, "--data"),
+        settings=Settings(scorer, matching, rows, batch_size, device, dtype, backend),  # type: ignore[arg-type]
+        cache=asking.cache_of(no_cache),
+        overwrite=overwrite,
+        progress=True,
+    )
+    for label, merged in result.merges.items():
+        print(f"{label}: {merged.report.summary()}")
+    print(f"\n{result.table}\n")
+    print(f"Results: {result.results}")
+    print(f"Chart: {result.chart}")

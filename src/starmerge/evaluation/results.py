@@ -1,0 +1,181 @@
+"""A folder of results: scores, every prediction, the table; written whole, read by pandas.
+
+- ``scores.json``: all scores, averages and differences; null where one is undefined
+- ``scores.csv``: the scores, one a line
+- ``predictions.parquet`` or ``predictions.jsonl``: each row of each task, as each model answered it
+- ``table.md``: the table for people
+
+The columns of the predictions are ``model``, ``task``, ``id``, ``response``, ``value`` (what was
+read in the response, as text; null where nothing could be), ``number`` (the same, where it is a
+number), ``gold``, ``credit`` and ``shortened``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from starmerge.checkpoints.source import read_json
+from starmerge.checkpoints.writer import Replaceable, check_output, output_folder, write_json
+from starmerge.errors import StarmergeError, UsageError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+    from starmerge.evaluation.runner import Evaluation
+
+_SCORES = "scores.json"
+_CSV = "scores.csv"
+_PARQUET = "predictions.parquet"
+_JSONL = "predictions.jsonl"
+_TABLE = "table.md"
+_MEMBERS = (_SCORES, _CSV, _PARQUET, _JSONL, _TABLE, "chart.*")
+_RESULTS = Replaceable("results folder", _SCORES)
+
+
+class Results(NamedTuple):
+    """What stands in a results folder."""
+
+    scores: pd.DataFrame
+    """A row for each model and task."""
+    predictions: pd.DataFrame
+    """A row for each row of a task, task and model."""
+
+
+def check_results(folder: Path, *, overwrite: bool) -> None:
+    """Make sure that results may be written to ``folder``: to be called before models are asked.
+
+    Raises:
+        UsageError: Something stands there that may not be replaced. Only a results folder is, and
+            only if it holds nothing else.
+    """
+    check_output(folder, overwrite=overwrite, kind=_RESULTS)
+    for member in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not any(fnmatchcase(member.name, pattern) for pattern in _MEMBERS):
+            raise UsageError(
+                f"{folder} holds {member.name}, which is no part of results, and is not "
+                "overwritten. Choose another folder, or take it away."
+            )
+
+
+def write_results(
+    folder: Path,
+    evaluation: Evaluation,
+    table: str,
+    *,
+    predictions: Literal["parquet", "jsonl"] = "parquet",
+    overwrite: bool = False,
+) -> None:
+    """Write an evaluation into a folder, which appears whole or not at all.
+
+    Args:
+        folder: Where to.
+        evaluation: What to write.
+        table: Its table, in Markdown.
+        predictions: Format of the predictions.
+        overwrite: Replace the results that stand there.
+
+    Raises:
+        UsageError: Something stands there that may not be replaced.
+        StarmergeError: The disk is full, or fails otherwise.
+    """
+    import pandas as pd  # noqa: PLC0415
+    import pyarrow as pa  # noqa: PLC0415
+    import pyarrow.parquet as pq  # noqa: PLC0415
+
+    check_results(folder, overwrite=overwrite)
+    rows = list(_predictions(evaluation))
+    with output_folder(folder, overwrite=overwrite, kind=_RESULTS) as partial:
+        write_json(partial / _SCORES, without_nan(evaluation.to_json()))
+        pd.DataFrame(evaluation.to_records()).to_csv(partial / _CSV, index=False)
+        if predictions == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows, _schema()), partial / _PARQUET)
+        else:
+            lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
+            text = "".join(f"{line}\n" for line in lines)
+            (partial / _JSONL).write_text(text, encoding="utf-8", newline="\n")
+        (partial / _TABLE).write_text(f"{table.rstrip()}\n", encoding="utf-8")
+
+
+def load_results(folder: Path) -> Results:
+    """Read what :func:`write_results` has written.
+
+    Raises:
+        UsageError: ``folder`` is no results folder.
+        StarmergeError: A file of it is missing or broken.
+    """
+    import pandas as pd  # noqa: PLC0415
+
+    if not (folder / _SCORES).is_file():
+        raise UsageError(f"{folder} holds no {_SCORES}, so it is no results folder.")
+    records = read_json(folder / _SCORES).get("scores")
+    if not isinstance(records, list):
+        raise StarmergeError(f"{folder / _SCORES} holds no list of scores. Was it changed?")
+    scores = [
+        {name: math.nan if value is None else value for name, value in record.items()}
+        for record in records
+    ]
+    return Results(pd.DataFrame(scores), _read_predictions(folder).to_pandas())
+
+
+def without_nan(content: Any) -> Any:
+    """Return content for JSON with None in place of NaN and infinities, which JSON lacks."""
+    if isinstance(content, dict):
+        return {key: without_nan(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def _predictions(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
+    for model, scores in evaluation.scores.items():
+        for task, score in scores.items():
+            for prediction in score.predictions:
+                value = prediction.value
+                yield {
+                    "model": model,
+                    "task": task,
+                    "id": prediction.id,
+                    "response": prediction.response,
+                    "value": None if value is None else str(value),
+                    "number": without_nan(value) if isinstance(value, int | float) else None,
+                    "gold": prediction.gold,
+                    "credit": without_nan(prediction.credit),
+                    "shortened": prediction.shortened,
+                }
+
+
+def _schema() -> pa.Schema:
+    import pyarrow as pa  # noqa: PLC0415
+
+    texts = ("model", "task", "id", "response", "value")
+    return pa.schema(
+        [
+            *((name, pa.string()) for name in texts),
+            ("number", pa.float64()),
+            ("gold", pa.string()),
+            ("credit", pa.float64()),
+            ("shortened", pa.bool_()),
+        ]
+    )
+
+
+def _read_predictions(folder: Path) -> pa.Table:
+    import pyarrow as pa  # noqa: PLC0415
+    import pyarrow.parquet as pq  # noqa: PLC0415
+
+    file = folder / (_PARQUET if (folder / _PARQUET).is_file() else _JSONL)
+    try:
+        if file.name == _PARQUET:
+            return pq.ParquetFile(file).read()
+        with file.open(encoding="utf-8") as lines:
+            return pa.Table.from_pylist([json.loads(line) for line in lines], _schema())
+    except FileNotFoundError as error:
+        raise StarmergeError(f"{folder} holds neither {_PARQUET} nor {_JSONL}.") from error
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise StarmergeError(f"{file} cannot be read: {error}") from error

@@ -1,0 +1,196 @@
+"""A task made ready to be asked: one way to ask each kind, and to score what was answered.
+
+What a model answers is kept as plain records, a row each, so that it can be stored and read anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol, get_args
+
+from starmerge.errors import UsageError, nearest
+from starmerge.evaluation.cache import Record
+from starmerge.evaluation.classification import classify, predicted
+from starmerge.evaluation.images import ImageTask
+from starmerge.evaluation.lm_eval import HarnessTask
+from starmerge.evaluation.matching import Mode
+from starmerge.evaluation.metrics import Prediction, Score, score
+from starmerge.evaluation.models import Dtype
+from starmerge.evaluation.scoring import (
+    SCORERS,
+    Advance,
+    Answer,
+    LocalModel,
+    ask,
+    check_scorer,
+    scored,
+)
+from starmerge.evaluation.task import Example, Task
+
+AnyTask = Task | ImageTask | HarnessTask
+"""Every kind of task that can be asked."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How models are asked."""
+
+    scorer: str = "generate"
+    """A name of :data:`starmerge.evaluation.scoring.SCORERS`; for tasks of text."""
+    mode: Mode = "strict"
+    """How responses are read; "reference" for comparison with published numbers."""
+    rows: int | None = None
+    """Rows of a task, at most; None: all of its sample."""
+    batch_size: int | None = None
+    """Rows asked at once, at most; None: as many as there is room for."""
+    device: str | None = None
+    """Such as "cpu" or "cuda:1"; None: the GPU if there is one."""
+    dtype: Dtype = "auto"
+    """Of the models' weights; "auto": as they are stored, where the processor computes in it."""
+
+    backend: str = "transformers"
+    """What computes: transformers, or vllm (tasks of text, on a GPU)."""
+
+    def __post_init__(self) -> None:
+        if self.scorer not in SCORERS:
+            raise UsageError(
+                f"The scorer {self.scorer!r} is unknown.{nearest(self.scorer, SCORERS)}"
+            )
+        if self.mode not in ("strict", "reference"):
+            raise UsageError(f"Matching is strict or reference, not {self.mode!r}.")
+        if self.backend not in ("transformers", "vllm"):
+            raise UsageError(f"The backend is transformers or vllm, not {self.backend!r}.")
+        if self.dtype not in get_args(Dtype):
+            raise UsageError(
+                f"The dtype {self.dtype!r} is unknown.{nearest(self.dtype, get_args(Dtype))}"
+            )
+
+
+class Sheet(Protocol):
+    """A task with its rows, ready to be asked."""
+
+    kind: Literal["text", "image"]
+    """What kind of model can be asked."""
+
+    @property
+    def name(self) -> str:
+        """The task's."""
+
+    @property
+    def size(self) -> int:
+        """Number of rows."""
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Return all that decides what a model is asked, for a key of answers."""
+
+    def ask(self, model: Any, batch_size: int | None, advance: Advance) -> list[Record]:
+        """Ask a loaded model; return what it answers, a row each."""
+
+    def score(self, records: Sequence[Record]) -> Score:
+        """Score what a model answered."""
+
+
+def prepare(task: AnyTask, settings: Settings) -> Sheet:
+    """Read the rows of a task and make it ready to be asked.
+
+    Raises:
+        UsageError: The rows cannot be had, or the scorer cannot score them.
+    """
+    if isinstance(task, Task):
+        return _TextSheet(task, task.examples("test", settings.rows), settings)
+    if isinstance(task, ImageTask):
+        return _ImageSheet(task, task.examples("test", settings.rows))
+    return _HarnessSheet(task, settings.rows)
+
+
+class _TextSheet:
+    kind: Literal["text", "image"] = "text"
+
+    def __init__(self, task: Task, examples: list[Example], settings: Settings) -> None:
+        check_scorer(settings.scorer, task, examples)
+        self.name, self.size = task.name, len(examples)
+        self._task, self._examples, self._settings = task, examples, settings
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        return {
+            "task": self._task.fingerprint(self._examples),
+            "scorer": self._settings.scorer,
+            # Read strictly, a response ends as soon as its reading is certain.
+            "mode": self._settings.mode,
+        }
+
+    def ask(self, model: Any, batch_size: int | None, advance: Advance) -> list[Record]:
+        answers = ask(
+            model,
+            self._task,
+            self._examples,
+            self._settings.scorer,
+            mode=self._settings.mode,
+            batch_size=batch_size,
+            advance=advance,
+        )
+        return [asdict(answer) for answer in answers]
+
+    def score(self, records: Sequence[Record]) -> Score:
+        answers = [Answer(**record) for record in records]
+        return scored(
+            self._task, self._examples, answers, self._settings.scorer, self._settings.mode
+        )
+
+
+class _ImageSheet:
+    kind: Literal["text", "image"] = "image"
+
+    def __init__(self, task: ImageTask, examples: list[Example]) -> None:
+        self.name, self.size = task.name, len(examples)
+        self._task, self._examples = task, examples
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        return {"task": self._task.fingerprint(self._examples)}
+
+    def ask(self, model: Any, batch_size: int | None, advance: Advance) -> list[Record]:
+        classifier, processor = model
+        answers = classify(
+            classifier,
+            processor,
+            self._task,
+            self._examples,
+            batch_size=batch_size,
+            advance=advance,
+        )
+        return [{"response": answer.response} for answer in answers]
+
+    def score(self, records: Sequence[Record]) -> Score:
+        found = [
+            predicted(example, record["response"])
+            for example, record in zip(self._examples, records, strict=True)
+        ]
+        return score(found, self._task.metric, [words[0] for words in self._task.words])
+
+
+class _HarnessSheet:
+    kind: Literal["text", "image"] = "text"
+
+    def __init__(self, task: HarnessTask, rows: int | None) -> None:
+        self.name, self._task, self._rows = task.name, task, rows
+        self.size = task.size(rows)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        return {"task": self._task.fingerprint(self._rows)}
+
+    def ask(self, model: Any, batch_size: int | None, advance: Advance) -> list[Record]:
+        if not isinstance(model, LocalModel):
+            raise UsageError(f"{self.name} is asked by its harness, on transformers alone.")
+        answers = self._task.ask(
+            model.model, model.tokenizer, rows=self._rows, batch_size=batch_size
+        )
+        advance(self.size)
+        return [asdict(answer) for answer in answers]
+
+    def score(self, records: Sequence[Record]) -> Score:
+        return self._task.score([Prediction(**record) for record in records])

@@ -1,0 +1,126 @@
+"""A suite from one end to the other: merge its fine-tunes, score base, fine-tunes and merges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from starmerge.checkpoints.source import resolve
+from starmerge.errors import UsageError
+from starmerge.evaluation.cache import ScoreCache
+from starmerge.evaluation.results import check_results, write_results
+from starmerge.evaluation.runner import Evaluation, check, evaluate
+from starmerge.evaluation.sheets import Settings
+from starmerge.evaluation.suites import Suite
+from starmerge.evaluation.table import report
+from starmerge.evaluation.task_file import DataTask
+from starmerge.evaluation.tasks import find_task, with_rows_of
+from starmerge.merging.engine import MergeResult, merge
+from starmerge.methods.pipeline import Pipeline, as_pipeline
+from starmerge.study.figures import plot_scores
+
+RESULTS = "results"
+"""Folder of the scores, beside those of the merges."""
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """What came out of a suite."""
+
+    evaluation: Evaluation
+    merges: dict[str, MergeResult]
+    table: str
+    """The scores in Markdown, how the merges differ, and what was published."""
+    results: Path
+    """The folder of the scores."""
+    chart: Path
+
+
+def run_suite(
+    suite: Suite,
+    output: Path,
+    *,
+    methods: Sequence[str | Pipeline] = ("average", "star"),
+    base: str | Path | None = None,
+    tasks: Sequence[str] | None = None,
+    rows_of: Mapping[str, Path] | None = None,
+    settings: Settings = Settings(),  # noqa: B008  (it is frozen)
+    cache: ScoreCache | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> SuiteResult:
+    """Merge a suite's fine-tunes by some methods, score everything, write table and chart.
+
+    Args:
+        suite: The suite.
+        output: Folder for the merged models, a folder each, and the results.
+        methods: How to merge: names of methods or chains, or chains with parameters.
+        base: The base, in place of the suite's.
+        tasks: Some of the suite's tasks; their fine-tunes alone are merged.
+        rows_of: Files with the rows of some tasks, for datasets that cannot be had.
+        settings: How models are asked.
+        cache: Where answers are kept.
+        overwrite: Replace what an earlier run has left at ``output``.
+        progress: Whether to show progress bars.
+
+    Raises:
+        UsageError: An unknown method or task, a taken folder, a dataset that cannot be had.
+        StarmergeError: A model cannot be had, or is broken.
+    """
+    found = with_rows_of(_chosen(suite, tasks), rows_of or {})
+    pipelines = {pipeline.name: pipeline for pipeline in map(as_pipeline, methods)}
+    if len(pipelines) < len(methods):
+        raise UsageError("A method is given twice. Run the suite once for each of its settings.")
+    check_results(output / RESULTS, overwrite=overwrite)
+    check(found, settings)  # before hours of merging
+    for task in found:
+        if task.name not in suite.models:
+            raise UsageError(f"The suite {suite.name} names no model for its task {task.name}.")
+    start = resolve(suite.base if base is None else base).path
+    models = {task.name: resolve(suite.models[task.name]).path for task in found}
+    merges = {
+        name: merge(
+            start, models, pipeline, output=output / name, overwrite=overwrite, progress=progress
+        )
+        for name, pipeline in pipelines.items()
+    }
+    evaluation = evaluate(
+        start,
+        models | {name: result.path for name, result in merges.items()},
+        found,
+        settings,
+        cache=cache,
+        progress=progress,
+    )
+    published = _published(suite) if tasks is None else ()
+    table = "\n\n".join([report(evaluation), *published])
+    results = output / RESULTS
+    write_results(results, evaluation, table, overwrite=overwrite)
+    chart = results / "chart.png"
+    plot_scores(
+        evaluation, chart, title=f"{suite.name}: {len(models)} fine-tunes of {base or suite.base}"
+    )
+    return SuiteResult(evaluation, merges, table, results, chart)
+
+
+def _chosen(suite: Suite, names: Sequence[str] | None) -> dict[str, DataTask]:
+    """Return the chosen tasks, by the suite's own names."""
+    tasks = {name: find_task(name) for name in suite.tasks}
+    if names is None:
+        return tasks
+    short = {task.name: name for name, task in tasks.items()}
+    full = [short.get(name.strip(), name.strip()) for name in names]
+    for name in full:
+        if name not in tasks:
+            raise UsageError(f"{name!r} is no task of {suite.name}: {', '.join(short)}.")
+    return {name: tasks[name] for name in full}
+
+
+def _published(suite: Suite) -> list[str]:
+    """Return what was published, as lines to put beside the table."""
+    return [
+        f"Published (arXiv 2502.10339, {of}; normalised averages in percent, read by the first "
+        "substring): " + ", ".join(f"{name} {value:g}" for name, value in values.items()) + "."
+        for of, values in suite.published.items()
+    ]
