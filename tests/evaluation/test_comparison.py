@@ -332,6 +332,20 @@ def test_undefined_tasks_and_those_of_one_model_are_not_corrected_for() -> None:
     assert math.isnan(results["b"].p_value)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 6])
+def test_few_rows_prove_nothing_whatever_the_metric(n: int) -> None:
+    def all_alike(credit: float) -> Score:
+        rows = [Prediction(str(row), "", "x", "y", credit) for row in range(n)]
+        return score(rows, "f1")
+
+    found = paired(all_alike(1.0), all_alike(0.0))
+    assert found.p_value >= 2.0 ** (1 - n)
+    assert found.clear == (n == 6)
+    whole = difference({"a": all_alike(1.0)}, {"a": all_alike(0.0)}, {"a": all_alike(1.0)})
+    assert whole is not None
+    assert whole.clear == (n == 6)
+
+
 def test_words_name_the_better_model() -> None:
     words = in_words(paired(_accuracy([0] * 30), _accuracy([1] * 30)), "ties", "star")
     assert words == (

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from peft import PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from starmerge.demo.run import ADAPTERS
 from starmerge.errors import StarmergeError, UsageError
@@ -188,3 +190,36 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path, make_adapter: Ma
     model, _ = load_model(store("gpt2", tmp_path / "base"))
     with pytest.raises(UsageError, match=r"PEFT cannot apply .*wrong to the base"):
         AdapterSwitch(model, {"a": make_adapter("wrong")})
+
+
+def test_a_model_that_lacks_a_tensor_is_not_filled_at_random(tmp_path: Path) -> None:
+    folder = store("llama", tmp_path / "base")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"base lacks the tensor model\.norm\.weight"):
+        load_model(folder)
+
+
+def test_a_model_that_is_cut_off_or_brings_code_is_refused(tmp_path: Path) -> None:
+    folder = store("llama", tmp_path / "base")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UsageError, match="base is not a language model, or is broken"):
+        load_model(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own"}))
+    (folder / "code.py").write_text("raise SystemExit('the code was run')")
+    with pytest.raises(UsageError, match="base is not a language model, or is broken"):
+        load_model(folder)
+
+
+def test_adapters_that_put_tokens_before_a_prompt_are_refused(tmp_path: Path) -> None:
+    folder = store("llama", tmp_path / "base")
+    model, _ = load_model(folder)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    get_peft_model(model, config).save_pretrained(tmp_path / "tuned", save_embedding_layers=False)
+    plain, _ = load_model(folder)
+    with pytest.raises(UsageError, match="of the kind PROMPT_TUNING, which puts tokens"):
+        AdapterSwitch(plain, {"tuned": tmp_path / "tuned"})

@@ -71,6 +71,22 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         read_file(tmp_path / "rows.csv")
 
 
+def test_rows_that_no_program_can_read_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes('{"text": "naïve"}'.encode("latin-1"))
+    with pytest.raises(UsageError, match="is not UTF-8: .* Save it as UTF-8"):
+        read_file(file)
+    file.write_text('{"text": ' + "[" * 100_000)
+    with pytest.raises(UsageError, match="line 1: not JSON"):
+        read_file(file)
+    (tmp_path / "rows.csv").write_text("text,text\na,b\n")
+    with pytest.raises(UsageError, match="two columns have one name"):
+        read_file(tmp_path / "rows.csv")
+    (tmp_path / "rows.csv").write_text("text,label\n" + "x" * 200_000 + ",1\n")
+    (row,) = read_file(tmp_path / "rows.csv")
+    assert len(row["text"]) == 200_000
+
+
 def _dataset(folder: Path, count: int = 50) -> str:
     folder.mkdir()
     for split in ("train", "test"):
@@ -128,6 +144,16 @@ def test_generators_are_seeded_and_each_row_is_taken_once() -> None:
     }
 
 
+def broken(rng: random.Random) -> Iterator[dict[str, object]]:
+    yield {"input": "x"}
+    raise ZeroDivisionError("no numbers left")
+
+
+def test_a_generator_that_fails_is_named() -> None:
+    with pytest.raises(UsageError, match=r"Task t: .*broken failed: ZeroDivisionError: no numbers"):
+        read_rows(GeneratorSource(generator=broken), "test", "t")
+
+
 @pytest.mark.parametrize("name", ["nomodule:f", "json:nothing", "json", ":f"])
 def test_a_generator_that_cannot_be_imported_is_named(name: str) -> None:
     with pytest.raises(UsageError, match="cannot be imported"):
@@ -159,6 +185,9 @@ def test_a_balanced_sample_has_as_many_of_each_label(labels: list[str], n: int, 
     assert set(counts) == set(labels)
     assert len(set(taken)) == len(taken)
     assert taken == Sample(kind="balanced", n=n, seed=seed).take(rows, lambda row: row[1])
+    fewer = Sample(kind="balanced", n=n, seed=seed).take(rows, lambda row: row[1], limit=7)
+    share = max(1, min(n, 7 // len(set(labels)), *Counter(labels).values()))
+    assert set(Counter(label for _, label in fewer).values()) == {share}
     everything = Sample(seed=seed).take(rows, lambda row: row[1])
     assert sorted(everything) == rows
     assert Sample(kind="random", n=n, seed=seed).take(rows, lambda row: row[1]) == everything[:n]

@@ -90,6 +90,9 @@ def test_a_task_is_written_as_it_was_read(tmp_path: Path) -> None:
         ({"range": [0, 5]}, "range is for match 'number'"),
         ({"gold": {"field": "a", "pattern": "b"}}, "needs a group"),
         ({"gold": {"field": "a", "pattern": "(b"}}, "not a regular expression"),
+        ({"answer": "(("}, "answer: not a regular expression"),
+        ({"kind": ["text"]}, "is unknown"),
+        ({"source": []}, "source holds keys"),
         ({"max_new_tokens": 0}, "max_new_tokens: Input should be greater"),
     ],
 )
@@ -167,6 +170,26 @@ def test_numbers_and_own_choices_are_checked(tmp_path: Path) -> None:
         _task(file, match="number").examples("test")
     with pytest.raises(UsageError, match="the right answer 'high' is not in 'options'"):
         _task(file, choices="options").examples("test")
+
+
+def test_a_letter_of_a_text_is_no_part_of_a_list(tmp_path: Path) -> None:
+    file = _jsonl(tmp_path / "r.jsonl", [{"text": "x", "output": "Alice"}])
+    with pytest.raises(UsageError, match=re.escape("there is no field 'output[0]'")):
+        _task(file, gold="output[0]").examples("test")
+    with pytest.raises(UsageError, match=re.escape("there is no field 'text[0]'")):
+        _task(file, prompt="{text[0]}", gold="output").examples("test")
+
+
+def test_what_cannot_be_asked_is_named(tmp_path: Path) -> None:
+    file = _jsonl(tmp_path / "r.jsonl", [{"text": None, "label": "a"}])
+    with pytest.raises(UsageError, match=r"row r.jsonl/1: the field 'text' is empty \(null\)"):
+        _task(file).examples("test")
+    file.write_text('{"text": "\\ud800", "label": "a"}\n')
+    with pytest.raises(UsageError, match="row r.jsonl/1: the prompt holds half a character"):
+        _task(file).examples("test")
+    file.write_text('{"text": "x", "label": NaN}\n')
+    with pytest.raises(UsageError, match="the right answer 'nan' is no number"):
+        _task(file, match="number").examples("test")
 
 
 def test_a_fingerprint_knows_rows_and_wording_but_no_names(tmp_path: Path) -> None:

@@ -39,6 +39,17 @@ KINDS: dict[str, Callable[[], Any]] = {
     "mistral-wide": lambda: transformers.MistralForCausalLM(
         transformers.MistralConfig(**SIZES, **HEADS, sliding_window=64)
     ),
+    # A window that the cache does not know of.
+    "gpt-neo": lambda: transformers.GPTNeoForCausalLM(
+        transformers.GPTNeoConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            attention_types=[[["global", "local"], 1]],
+            window_size=6,
+        )
+    ),
     # Layers with and without a window.
     "gemma2": lambda: transformers.Gemma2ForCausalLM(
         transformers.Gemma2Config(
