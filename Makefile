@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ROWS ?= 100
 DEMO_OUTPUT ?= demo-output
-BENCHMARKS ?= low_rank full_rank copying finetunes many_tensors sweep startup threads star_adapters
+BENCHMARKS ?= low_rank full_rank copying finetunes many_tensors sweep startup threads star_adapters evaluation
 
 .PHONY: demo test lint types base docs bench clean
 
@@ -37,7 +37,7 @@ docs: $(VENV)/ready
 bench: base
 	for script in $(BENCHMARKS); do \
 		case $$script in \
-			low_rank|full_rank|startup) place= ;; \
+			low_rank|full_rank|startup|evaluation) place= ;; \
 			*) place='$(addprefix --scratch=,$(SCRATCH))' ;; \
 		esac; \
 		printf '\n== benchmarks/%s.py %s %s\n\n' $$script '$(FULL)' "$$place"; \

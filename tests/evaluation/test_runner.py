@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import starmerge as sm
 from starmerge.demo.run import ADAPTERS
-from starmerge.errors import UsageError
+from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation import subjects
 from starmerge.evaluation.cache import ScoreCache
 from starmerge.evaluation.results import load_results, write_results
@@ -182,3 +182,13 @@ def test_wrong_calls_are_refused_before_a_model_is_loaded(tmp_path: Path) -> Non
         Settings("rnak")
     with pytest.raises(UsageError, match="strict or reference"):
         Settings(mode="loose")  # type: ignore[arg-type]
+
+
+def test_a_model_of_nan_is_named_with_its_task(smollm2: Path, tmp_path: Path) -> None:
+    adapter = shutil.copytree(ADAPTERS / "past", tmp_path / "broken")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    name = next(key for key in weights if ".lora_B." in key)
+    weights[name] = weights[name] * float("nan")
+    save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(StarmergeError, match="Model broken, task past: .*NaN or infinite"):
+        evaluate(smollm2, {"broken": adapter}, [find_task("past")], Settings(rows=2))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from starmerge.errors import UsageError
+from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation.cache import ScoreCache, score_key
 from starmerge.evaluation.comparison import (
     Difference,
@@ -217,7 +217,12 @@ def _scores(
             if answers is None:
                 if model is None:
                     model = stack.enter_context(group.active(name))
-                answers = sheet.ask(model, settings.batch_size, advance)
+                try:
+                    answers = sheet.ask(model, settings.batch_size, advance)
+                except UsageError:
+                    raise
+                except StarmergeError as error:  # a NaN, for example: adapters bear the base's name
+                    raise StarmergeError(f"Model {name}, task {sheet.name}: {error}") from error
                 # What was rewritten while it was asked is kept under no key.
                 if cache is not None and key and key == _key(name, group, sheet, settings):
                     cache.put(key, answers)
