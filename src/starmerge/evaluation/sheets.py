@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol, get_args
 
 from starmerge.errors import UsageError, nearest
@@ -113,7 +114,7 @@ class _TextSheet:
         self.name, self.size = task.name, len(examples)
         self._task, self._examples, self._settings = task, examples, settings
 
-    @property
+    @cached_property
     def asked(self) -> dict[str, Any]:
         return {
             "task": self._task.fingerprint(self._examples),
@@ -148,7 +149,7 @@ class _ImageSheet:
         self.name, self.size = task.name, len(examples)
         self._task, self._examples = task, examples
 
-    @property
+    @cached_property
     def asked(self) -> dict[str, Any]:
         return {"task": self._task.fingerprint(self._examples)}
 
@@ -179,7 +180,7 @@ class _HarnessSheet:
         self.name, self._task, self._rows = task.name, task, rows
         self.size = task.size(rows)
 
-    @property
+    @cached_property
     def asked(self) -> dict[str, Any]:
         return {"task": self._task.fingerprint(self._rows)}
 
