@@ -148,6 +148,15 @@ def test_what_has_no_part_in_answers_does_not_count(model: tuple[Path, Path], na
     assert _key(*model) == key
 
 
+def test_a_file_of_a_subfolder_counts(model: tuple[Path, Path]) -> None:
+    shard = model[1] / "weights" / "model-1.safetensors"
+    shard.parent.mkdir()
+    shard.write_text("one")
+    key = _key(*model)
+    shard.write_text("other")
+    assert _key(*model) != key
+
+
 @pytest.mark.parametrize("package", ["torch", "transformers", "tokenizers", "peft", "starmerge"])
 def test_another_version_of_a_package_is_a_miss(
     model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str

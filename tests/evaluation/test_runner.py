@@ -12,8 +12,9 @@ from starmerge.demo.run import ADAPTERS
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation import subjects
 from starmerge.evaluation.cache import ScoreCache
+from starmerge.evaluation.metrics import Prediction, score
 from starmerge.evaluation.results import load_results, write_results
-from starmerge.evaluation.runner import evaluate
+from starmerge.evaluation.runner import Evaluation, evaluate
 from starmerge.evaluation.sheets import Settings
 from starmerge.evaluation.sources import FileSource
 from starmerge.evaluation.table import differences, markdown, notes, report
@@ -192,3 +193,35 @@ def test_a_model_of_nan_is_named_with_its_task(smollm2: Path, tmp_path: Path) ->
     save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(StarmergeError, match="Model broken, task past: .*NaN or infinite"):
         evaluate(smollm2, {"broken": adapter}, [find_task("past")], Settings(rows=2))
+
+
+def test_what_is_rewritten_while_it_is_asked_is_not_kept(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ScoreCache(tmp_path / "cache")
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in smollm2.iterdir():
+        (base / file.name).symlink_to(file)
+    load = subjects.load_model
+
+    def load_and_rewrite(path: Path, **options: object) -> object:
+        loaded = load(path, **options)
+        (base / "generation_config.json").unlink()
+        return loaded
+
+    def run() -> int:
+        evaluate(base, {}, [find_task("past")], Settings(rows=2), cache=cache)
+        return len(list(cache.folder.glob("*.jsonl")))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subjects, "load_model", load_and_rewrite)
+        assert run() == 0
+    assert run() == 1
+
+
+def test_names_do_not_break_the_table() -> None:
+    scores = {"a|b\nc": score([Prediction("1", "x", "x", "x", 1.0)], "accuracy")}
+    table = markdown(Evaluation("generate", "strict", {"base": scores}, {})).splitlines()
+    assert len(table) == 3
+    assert "a\\|b c" in table[2]

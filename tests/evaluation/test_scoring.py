@@ -117,6 +117,22 @@ def test_prompts_that_lose_a_part_are_marked(language: LocalModel) -> None:
     assert scored(task, rows, answers).shortened == 1
 
 
+def test_a_prompt_leaves_room_for_the_longest_answer_to_rank(language: LocalModel) -> None:
+    task = Task(
+        name="t", source=FileSource(file=Path("r.jsonl")), prompt="{text}", choices="options"
+    )
+    row = Example("1", {"text": "long " * 90}, "a", ("a", "many words " * 10))
+    language.tokenizer.model_max_length = 130
+    try:
+        (short,) = ask(
+            language, task, [Example("2", row.fields, "a", ("a", "b"))], "rank", advance=_ignore
+        )
+        (long,) = ask(language, task, [row], "rank", advance=_ignore)
+    finally:
+        language.tokenizer.model_max_length = 8192
+    assert (short.shortened, long.shortened) == (False, True)
+
+
 def test_answers_are_read_by_the_mode_and_choices_are_not_read() -> None:
     task = find_task("sentiment")
     row = Example("1", {"input": "x"}, "negative", ("positive", "negative"))
