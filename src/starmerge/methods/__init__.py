@@ -31,6 +31,7 @@ from starmerge.methods.own_response import OwnResponse
 from starmerge.methods.pipeline import Merged, Pipeline, as_pipeline, make_pipeline
 from starmerge.methods.scale import Scale
 from starmerge.methods.sce import Sce
+from starmerge.methods.shares import Shares
 from starmerge.methods.slerp import Slerp
 from starmerge.methods.star import Star
 from starmerge.methods.svc import Svc
@@ -69,6 +70,7 @@ __all__ = [
     "PostStep",
     "Scale",
     "Sce",
+    "Shares",
     "Slerp",
     "Star",
     "Svc",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -72,34 +72,64 @@ class OwnResponse(PostStep):
         """Measure the responses; see :meth:`PostStep.survey`."""
 
         def products(merged: Delta, deltas: Deltas, tensor: TensorContext) -> Tensor:
-            found = torch.zeros(3, len(tensor.tasks), dtype=torch.float64)
-            found[2] = torch.tensor(tensor.weights, dtype=torch.float64)
-            for t, tau_t in deltas.items():
-                found[0, t], found[1, t] = merged.inner(tau_t), tau_t.frobenius() ** 2
-            return found
+            return own_products(merged, deltas.items(), tensor)
 
-        inner = energy = weights = torch.zeros((), dtype=torch.float64)
-        for found in walk(products):
-            inner, energy, weights = inner + found[0], energy + found[1], found[2]
-        # Factors whose terms cancel leave rounding, to which any merge responds without measure.
-        alive = energy > CANCELLED**2 * energy.max()
-        r = torch.where(alive, inner / torch.where(alive, energy, 1.0), 0.0)
-        if alive.any() and sums_to_zero(weights[alive].tolist()):
-            raise UsageError(
-                "own_response: the weights of the models that change anything sum to zero, and the "
-                "mean response is divided by their sum. Change one, or leave own_response out."
-            )
-        mean = float((weights * r)[alive].sum() / weights[alive].sum()) if alive.any() else 0.0
+        responses, mean = own_responses(walk(products), self.name)
         if not (math.isfinite(mean) and mean > 0):
             raise StarmergeError(
                 f"own_response: the mean response of the tasks to the merge is {mean:.3g}, so no "
                 f"positive factor makes it {self.c:g}. Leave the step out, or look for tasks that "
                 "cancel."
             )
-        return Response(r.tolist(), self.c / mean)
+        return Response(responses, self.c / mean)
 
     def apply(
         self, merged: Delta, deltas: Deltas, tensor: TensorContext, survey: Response
     ) -> Delta:
         """Scale one tensor; see :meth:`PostStep.apply`."""
         return merged.scaled(survey.factor)
+
+
+def own_products(
+    merged: Delta, deltas: Iterable[tuple[int, Delta]], tensor: TensorContext
+) -> Tensor:
+    """Return what one tensor adds to the own responses: ⟨M, τ_t⟩, ‖τ_t‖² and w_t, (3, T) float64.
+
+    Args:
+        merged: M.
+        deltas: t and τ_t of the tasks that count.
+        tensor: The tensor.
+    """
+    found = torch.zeros(3, len(tensor.tasks), dtype=torch.float64)
+    found[2] = torch.tensor(tensor.weights, dtype=torch.float64)
+    for t, tau_t in deltas:
+        found[0, t], found[1, t] = merged.inner(tau_t), tau_t.frobenius() ** 2
+    return found
+
+
+def own_responses(products: Iterable[Tensor], name: str) -> tuple[list[float], float]:
+    """Return the own response of each task over the whole model, and their weighted mean.
+
+    Args:
+        products: Of each tensor, :func:`own_products`.
+        name: The method, for the error message.
+
+    Returns:
+        r_t by task, 0 for a zero task vector; and the mean over the others, 0 if there are none.
+
+    Raises:
+        UsageError: The weights of the tasks that change anything sum to zero.
+    """
+    inner = energy = weights = torch.zeros((), dtype=torch.float64)
+    for found in products:
+        inner, energy, weights = inner + found[0], energy + found[1], found[2]
+    # Factors whose terms cancel leave rounding, to which any merge responds without measure.
+    alive = energy > CANCELLED**2 * energy.max()
+    r = torch.where(alive, inner / torch.where(alive, energy, 1.0), 0.0)
+    if alive.any() and sums_to_zero(weights[alive].tolist()):
+        raise UsageError(
+            f"{name}: the weights of the models that change anything sum to zero, and the "
+            "mean response is divided by their sum. Change one, or leave the method out."
+        )
+    mean = float((weights * r)[alive].sum() / weights[alive].sum()) if alive.any() else 0.0
+    return r.tolist(), mean

@@ -1,0 +1,141 @@
+"""Two-sided shares: each task speaks where both the inputs and the outputs are its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from starmerge.deltas import Delta, LowRank
+from starmerge.errors import UsageError
+from starmerge.methods.method import Deltas, TensorContext, Walk, method
+from starmerge.methods.own_response import Response, own_products, own_responses
+from starmerge.methods.spectral_merge import SpectralMerge, is_averaged
+from starmerge.spectral import CoreSpace, svd_matrix
+
+
+@method("shares")
+class Shares(SpectralMerge):
+    """Give each task its share of every input direction and of every output direction.
+
+    C_t = τ_tᵀτ_t/‖τ_t‖² says how strongly task t uses each input direction of a tensor, and
+    P_t = τ_tτ_tᵀ/‖τ_t‖² each output direction. With S_C = Σ_t w_t C_t + ρ c I, c being the mean
+    eigenvalue of Σ_t w_t C_t, the task's share of the inputs is R_t = w_t C_t S_C⁻¹, and that of
+    the outputs is L_t = w_t S_P⁻¹ P_t. Over the tasks both sum to almost I. The update is
+
+        M = f · Σ_t L_tᵖ τ_t R_tᵖ,  ½ ≤ p ≤ 1,
+
+    where R_tᵖ = W⁻¹ (W w_t C_t W)ᵖ W with W = S_C^(-½), and L_tᵖ likewise. A direction that one
+    task alone uses stays whole, and one that all tasks use alike is averaged. A tensor that a
+    single task changes stays that task's. The weights w_t decide how directions that several tasks
+    use are divided; a common factor of them cancels.
+
+    The factor f makes the mean over tasks of the own response ⟨M, τ_t⟩/‖τ_t‖², taken over all
+    matrices of the model, the number ``response``; the tasks' responses differ by a few percent.
+
+    Source: our own; docs/results.md has the evidence. ``covariance`` uses one of the two sides, and
+    ``tsv_m`` makes the directions of the tasks orthogonal but divides none of them.
+    Cost: an SVD a task, of r_t triplets, and two eigendecompositions a tensor, in Core Space for
+    adapters; all of it twice, as the factor is found first.
+    When to use: adapters of any origin and number. Full fine-tunes: ``denoise+shares``.
+    """
+
+    power: Annotated[
+        float, Field(ge=0.5, le=1, description="p, the power of the shares, from 0.5 to 1")
+    ] = 0.5
+    ridge: Annotated[
+        float, Field(ge=0, description="ρ, as a share of the mean eigenvalue; 0: pseudo-inverse")
+    ] = 0.1
+    response: Annotated[
+        Literal["auto"] | Annotated[float, Field(gt=0)],
+        Field(description="mean own response of the tasks; auto: by the number of tasks"),
+    ] = "auto"
+
+    def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
+        """Refuse negative weights; see :meth:`Method.check`."""
+        if min(weights) < 0:
+            raise UsageError(
+                "shares: a weight is negative, and a share of a direction is none. Give weights "
+                "from 0 up."
+            )
+
+    def survey(self, walk: Walk) -> Response:
+        """Measure the own responses of the tasks; see :meth:`Merge.survey`."""
+
+        def products(deltas: Deltas, tensor: TensorContext) -> Tensor:
+            held = {t: delta for t, delta in deltas.items() if tensor.weights[t]}
+            if not held or is_averaged(list(held.values()), tensor, embeddings=self.embeddings):
+                return own_products(_NOTHING, (), tensor)
+            merged = super(Shares, self).merge(Deltas.of(held), tensor, None)
+            own = ((t, delta.scaled(1 / tensor.weights[t])) for t, delta in held.items())
+            return own_products(merged, own, tensor)
+
+        responses, mean = own_responses(walk(products), self.name)
+        tasks = sum(r != 0 for r in responses)
+        target = own_response_of(tasks) if self.response == "auto" else self.response
+        # Matrices that nobody changes have no response to scale.
+        return Response(responses, target / mean if mean > 0 else 1.0)
+
+    def merge(self, deltas: Deltas, tensor: TensorContext, survey: Response) -> Delta:
+        """Merge one tensor; see :meth:`Merge.merge`."""
+        merged = super().merge(deltas, tensor, None)
+        averaged = is_averaged(list(deltas), tensor, embeddings=self.embeddings)
+        return merged if averaged else merged.scaled(survey.factor)
+
+    def merge_matrices(
+        self, tau: list[Tensor], weights: list[float], space: CoreSpace, tensor: TensorContext
+    ) -> Tensor:
+        """Merge one tensor; see :meth:`SpectralMerge.merge_matrices`."""
+        if len(tau) == 1:
+            return tau[0] / weights[0]
+        svds = [svd_matrix(tau_t, space.floor) for tau_t in tau]
+        # √w_t σ_k/‖τ_t‖, the roots of the eigenvalues of w_t C_t and of w_t P_t.
+        roots = [
+            w**0.5 * svd.S / torch.linalg.vector_norm(svd.S)
+            for w, svd in zip(weights, svds, strict=True)
+        ]
+        rows = self._weigh([svd.V for svd in svds], roots)
+        columns = self._weigh([svd.U for svd in svds], roots)
+        merged = torch.zeros_like(tau[0])
+        for w, svd, root, right, left in zip(weights, svds, roots, rows, columns, strict=True):
+            # L_tᵖ τ_t R_tᵖ, of which U_t and V_t have cancelled.
+            merged.addmm_(left.T * (root * svd.S / w * root), right)
+        return merged
+
+    def _weigh(self, vectors: list[Tensor], roots: list[Tensor]) -> list[Tensor]:
+        """Return (X Xᵀ)^(p−1) X W of each task, (r_t, q), for one side of the tensor.
+
+        With X = D V_tᵀ W, where D² holds the nonzero eigenvalues of w_t C_t and V_t their vectors,
+        R_tᵖ = W⁻¹ Xᵀ (X Xᵀ)^(p−1) X W: a root of r_t × r_t in place of one of q × q.
+
+        Args:
+            vectors: V_t (q, r_t) of each task, or U_t for the output side.
+            roots: The diagonal of D (r_t,) of each task.
+        """
+        factors = [(V * root).T for V, root in zip(vectors, roots, strict=True)]
+        stacked = torch.cat(factors)
+        values, Q = torch.linalg.eigh(stacked.T @ stacked)
+        ridge = self.ridge * float(values.sum()) / min(stacked.shape)
+        # Directions that no task has have no share, also when there is no ridge.
+        known = values > 1e-12 * values.max()
+        W = (Q * torch.where(known, values + ridge, torch.inf).rsqrt()) @ Q.T
+        weighed = []
+        for factor in factors:
+            X = factor @ W
+            if self.power != 1:
+                P, s, Qh = torch.linalg.svd(X, full_matrices=False)
+                X = (P * torch.where(s > 1e-12 * s[:1], s ** (2 * self.power - 1), 0.0)) @ Qh
+            weighed.append(X @ W)
+        return weighed
+
+
+def own_response_of(tasks: int) -> float:
+    """Return the mean own response that serves best for a number of tasks."""
+    return 1.0 if tasks < 2 else 0.75
+
+
+_NOTHING = LowRank(torch.zeros(1, 0), torch.zeros(0, 1))
+"""Stands for the merge of a tensor that has no task vectors to respond."""

@@ -1,0 +1,229 @@
+"""Two-sided shares against their float64 reference, and what a share means."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from starmerge.deltas import Dense, LowRank
+from starmerge.errors import UsageError
+from starmerge.merging.in_memory import merge_state
+from starmerge.methods import Shares, make_method
+from starmerge.methods.shares import own_response_of
+from tests.oracles import samples, shares, spectral
+
+WEIGHTS = [1.0, 0.5, 2.0, 4.0]
+
+
+def matrices(deltas):
+    return [samples.exact(delta) for delta in deltas]
+
+
+def scaled(merged, deltas, response, weights=None):
+    """The merge of one tensor, with the factor that gives the mean own response."""
+    weights = [1.0] * len(deltas) if weights is None else weights
+    r = shares.responses([{"weight": delta} for delta in deltas], {"weight": merged})
+    alive = [(w, r_t) for w, r_t, delta in zip(weights, r, deltas, strict=True) if np.any(delta)]
+    mean = sum(w * r_t for w, r_t in alive) / sum(w for w, _ in alive)
+    return response / mean * merged
+
+
+@pytest.mark.parametrize("ridge", [0.1, 1.0])
+@pytest.mark.parametrize("power", [0.5, 0.7, 1.0])
+@pytest.mark.parametrize("dtype", samples.DTYPES)
+@pytest.mark.parametrize("kind", samples.KINDS)
+@pytest.mark.parametrize(("m", "n"), spectral.SHAPES)
+def test_shares_are_the_reference(m, n, kind, dtype, power, ridge):
+    deltas = samples.task_deltas(kind, m, n, dtype=dtype)
+    found = spectral.merged(Shares(power=power, ridge=ridge, response=0.6), deltas)
+    expected = scaled(shares.shares(matrices(deltas), power, ridge), matrices(deltas), 0.6)
+    spectral.assert_close(found, expected, deltas)
+
+
+@samples.SEARCH
+@given(samples.task_lists(), st.sampled_from([0.5, 1.0]))
+def test_every_shape_rank_and_dtype(deltas, power):
+    tau = matrices(deltas)
+    size = sum(np.linalg.norm(delta) for delta in tau)
+    assume(size > 0)
+    for delta in tau:
+        # None of the spectra ends so near to rounding that the rank is open.
+        values = np.linalg.svd(delta, compute_uv=False) / size
+        assume(not np.any((values > 1e-13) & (values < 1e-5)))
+    merged = shares.shares(tau, power)
+    r = shares.responses([{"weight": delta} for delta in tau], {"weight": merged})
+    assume(np.mean([r_t for r_t, delta in zip(r, tau, strict=True) if np.any(delta)]) > 1e-2)
+    found = spectral.merged(Shares(power=power, response=1.0), deltas)
+    spectral.assert_close(found, scaled(merged, tau, 1.0), deltas, condition=1e8, times=4)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+@pytest.mark.parametrize("kind", samples.KINDS)
+def test_weights_divide_what_several_tasks_use(kind, power):
+    deltas = samples.task_deltas(kind, 30, 20)
+    for weights in (WEIGHTS, [1.0, 0.0, 2.0, 4.0]):
+        found = spectral.merged(Shares(power=power, response=0.9), deltas, weights)
+        merged = shares.shares(matrices(deltas), power, weights=weights)
+        kept = [
+            d if w else np.zeros_like(d) for w, d in zip(weights, matrices(deltas), strict=True)
+        ]
+        spectral.assert_close(found, scaled(merged, kept, 0.9, weights), deltas, times=2)
+
+
+@pytest.mark.parametrize("kind", samples.KINDS)
+def test_a_common_factor_of_the_weights_cancels(kind):
+    deltas = samples.task_deltas(kind, 30, 20)
+    found = spectral.merged(Shares(), deltas, [8.0 * w for w in WEIGHTS])
+    expected = spectral.merged(Shares(), deltas, WEIGHTS)
+    spectral.assert_close(found, expected, deltas, times=2)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+@pytest.mark.parametrize("kind", samples.KINDS)
+def test_one_task_comes_back_at_full_strength(kind, power):
+    for delta in samples.task_deltas(kind, 30, 20):
+        found = spectral.merged(Shares(power=power), [delta])
+        spectral.assert_close(found, samples.exact(delta), [delta], times=2)
+        found = spectral.merged(Shares(power=power), [delta], [2.0])
+        spectral.assert_close(found, samples.exact(delta), [delta], times=2)
+
+
+def shrunk(delta, power, copies=1):
+    """A task of which there are some copies: the ridge leaves a part of each direction.
+
+    sigma_k becomes sigma_k (s^2 / (s^2 + 0.1 * mean))^p on either side, s^2 being its share of
+    |delta|^2, and the mean eigenvalue that of the copies over their directions.
+    """
+    U, sigma, Vt = np.linalg.svd(delta, full_matrices=False)
+    rank = int(np.sum(sigma > 1e-9 * sigma[0]))
+    kept, s2 = sigma[:rank], copies * sigma[:rank] ** 2 / np.sum(sigma**2)
+    for side in delta.shape:
+        kept = kept * (s2 / (s2 + 0.1 * copies / min(side, copies * rank))) ** power
+    return (U[:, :rank] * kept) @ Vt[:rank]
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+@pytest.mark.parametrize("copies", [2, 3])
+@pytest.mark.parametrize("kind", ["low-rank", "dense"])
+def test_copies_of_one_task_are_that_task_but_for_the_ridge(kind, copies, power):
+    delta = samples.task_deltas(kind, 30, 20)[3]
+    exact = samples.exact(delta)
+    found = spectral.merged(Shares(power=power, ridge=0.0, response=1.0), [delta] * copies)
+    spectral.assert_close(found, exact, [delta] * copies, condition=1e6)
+    found = spectral.merged(Shares(power=power, response=1.0), [delta] * copies)
+    expected = scaled(shrunk(exact, power, copies), [exact], 1.0)
+    spectral.assert_close(found, expected, [delta] * copies, times=2)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_orthogonal_tasks_come_back_untouched_but_for_the_ridge(power):
+    deltas = spectral.orthogonal_tasks()
+    expected = sum(matrices(deltas))
+    found = spectral.merged(Shares(power=power, ridge=0.0, response=1.0), deltas)
+    spectral.assert_close(found, expected, deltas, condition=1e6)
+    found = spectral.merged(Shares(power=power, response=1.0), deltas)
+    expected = sum(shrunk(delta, power) for delta in matrices(deltas))
+    spectral.assert_close(found, scaled(expected, matrices(deltas), 1.0), deltas, times=2)
+
+
+@pytest.mark.parametrize("kind", samples.KINDS)
+def test_rotations_and_factors_go_through(kind):
+    deltas = samples.task_deltas(kind, 30, 20)
+    Q, R = samples.orthogonal(30, seed=5), samples.orthogonal(20, seed=6)
+    turned = [Dense(torch.from_numpy(-3.0 * Q @ delta @ R)) for delta in matrices(deltas)]
+    found = spectral.merged(Shares(), turned)
+    expected = -3.0 * Q @ spectral.merged(Shares(), deltas) @ R
+    spectral.assert_close(found, expected, turned, times=8)
+
+
+@pytest.mark.parametrize("kind", samples.KINDS)
+def test_the_order_of_the_tasks_does_not_matter(kind):
+    deltas = samples.task_deltas(kind, 30, 20)
+    order = [2, 0, 3, 1]
+    found = spectral.merged(Shares(), [deltas[t] for t in order], [WEIGHTS[t] for t in order])
+    spectral.assert_close(found, spectral.merged(Shares(), deltas, WEIGHTS), deltas, times=2)
+
+
+@pytest.mark.parametrize("m, n", spectral.SHAPES)
+def test_factors_and_matrices_merge_alike(m, n):
+    deltas = samples.task_deltas("low-rank", m, n)
+    found = spectral.merged(Shares(), spectral.as_dense(deltas))
+    spectral.assert_close(found, spectral.merged(Shares(), deltas), deltas, times=2)
+
+
+def test_one_factor_for_the_whole_model():
+    first = samples.task_deltas("low-rank", 30, 20)
+    second = [delta.scaled(0.25) for delta in samples.task_deltas("mixed", 12, 40, seed=100)]
+    models = [{"first": a, "second": b} for a, b in zip(first, second, strict=True)]
+    del models[1]["first"], models[2]["second"]
+    found = merge_state(models, Shares(response=0.6))
+    tau = [{name: samples.exact(delta) for name, delta in model.items()} for model in models]
+    merged = {
+        name: shares.shares([model[name] for model in tau if name in model]) for name in found
+    }
+    factor = 0.6 / np.mean(shares.responses(tau, merged))
+    for name, delta in found.items():
+        deltas = [model[name] for model in models if name in model]
+        spectral.assert_close(samples.exact(delta), factor * merged[name], deltas, times=2)
+
+
+def test_vectors_are_averaged_and_have_no_part_in_the_factor():
+    deltas = samples.task_deltas("low-rank", 30, 20)
+    models = [{"w": delta, "b": samples.dense(5, seed=t)} for t, delta in enumerate(deltas)]
+    found = merge_state(models, Shares(response=0.5))
+    expected = sum(samples.exact(model["b"]) for model in models) / 4
+    np.testing.assert_allclose(samples.exact(found["b"]), expected, rtol=0, atol=1e-6)
+    alone = spectral.merged(Shares(response=0.5), deltas)
+    np.testing.assert_array_equal(samples.exact(found["w"]), alone)
+
+
+def test_models_that_do_nothing():
+    zeros = [spectral.zero(30, 20)] * 3
+    assert not spectral.merged(Shares(), zeros).any()
+    deltas = samples.task_deltas("low-rank", 30, 20)
+    found = spectral.merged(Shares(response=0.7), [*deltas, zeros[0], None])
+    spectral.assert_close(found, spectral.merged(Shares(response=0.7), deltas), deltas)
+    alone = spectral.merged(Shares(), [deltas[0], zeros[0]])
+    spectral.assert_close(alone, samples.exact(deltas[0]), deltas, times=2)
+
+
+def test_by_default_the_response_goes_by_the_number_of_tasks_that_do_something():
+    deltas = samples.task_deltas("low-rank", 30, 20)
+    for count in (2, 3, 4):
+        found = spectral.merged(Shares(), [*deltas[:count], spectral.zero(30, 20)])
+        target = own_response_of(count)
+        expected = spectral.merged(Shares(response=target), deltas[:count])
+        spectral.assert_close(found, expected, deltas, times=2)
+    assert own_response_of(1) == 1.0
+
+
+@pytest.mark.parametrize("kind", samples.KINDS)
+def test_nearly_equal_tasks_are_not_blown_up(kind):
+    deltas = samples.task_deltas(kind, 30, 20)
+    near = [Dense(torch.from_numpy(samples.exact(d) * (1 + 1e-6) + 1e-9)) for d in deltas]
+    found = spectral.merged(Shares(response=1.0), [*deltas, *near])
+    alone = spectral.merged(Shares(response=1.0), deltas)
+    assert np.linalg.norm(found - alone) < 0.2 * np.linalg.norm(alone)
+
+
+def test_negative_weights_are_refused():
+    deltas = samples.task_deltas("low-rank")
+    with pytest.raises(UsageError, match="a weight is negative"):
+        spectral.merge(Shares(), deltas, [1, -1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value"),
+    [("power", 0.4), ("power", 1.1), ("ridge", -1), ("response", 0), ("response", "much")],
+)
+def test_parameters_out_of_range_are_refused(parameter, value):
+    with pytest.raises(UsageError, match=parameter):
+        make_method("shares", {parameter: value})
+
+
+def test_factors_that_are_huge_or_tiny():
+    deltas = [LowRank(d.B, d.A, d.scale * 1e6) for d in samples.task_deltas("low-rank", 30, 20)]
+    deltas[1] = LowRank(deltas[1].B, deltas[1].A, 1e-8)
+    found = spectral.merged(Shares(), deltas)
+    assert np.all(np.isfinite(found))
