@@ -13,6 +13,7 @@ from starmerge.methods.iso import IsoC, IsoCts
 from starmerge.methods.karcher import Karcher
 from starmerge.methods.knots import Knots
 from starmerge.methods.linear import Linear
+from starmerge.methods.lines import Lines
 from starmerge.methods.mergekit import Mergekit
 from starmerge.methods.metagpt import MetaGpt
 from starmerge.methods.method import (
@@ -33,12 +34,14 @@ from starmerge.methods.scale import Scale
 from starmerge.methods.sce import Sce
 from starmerge.methods.slerp import Slerp
 from starmerge.methods.star import Star
+from starmerge.methods.subspace_boosting import SubspaceBoosting
 from starmerge.methods.svc import Svc
 from starmerge.methods.tall_masks import TallMasks
 from starmerge.methods.task_arithmetic import TaskArithmetic
 from starmerge.methods.ties import Ties
 from starmerge.methods.trim import Trim
 from starmerge.methods.tsv_m import TsvM
+from starmerge.methods.wudi import Wudi
 
 __all__ = [
     "METHODS",
@@ -57,6 +60,7 @@ __all__ = [
     "Karcher",
     "Knots",
     "Linear",
+    "Lines",
     "Merge",
     "Merged",
     "Mergekit",
@@ -71,6 +75,7 @@ __all__ = [
     "Sce",
     "Slerp",
     "Star",
+    "SubspaceBoosting",
     "Svc",
     "TallMasks",
     "TaskArithmetic",
@@ -79,6 +84,7 @@ __all__ = [
     "Transform",
     "Trim",
     "TsvM",
+    "Wudi",
     "as_pipeline",
     "make_method",
     "make_pipeline",
