@@ -20,7 +20,8 @@ from tests.conftest import MakeAdapter, MakeFinetune
 _IN_MEMORY = sorted(
     name
     for name, method in METHODS.items()
-    if not (issubclass(method, Merge) and (method.needs_base or name in ("emr", "mergekit")))
+    if not (issubclass(method, Merge) and method.needs_base)
+    and name not in ("emr", "mergekit", "lines")
 )
 _EMBEDDINGS_COUNT = {"knots", "star+ties"}
 """Their global thresholds depend on what embeddings are, which only files tell."""

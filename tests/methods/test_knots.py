@@ -194,6 +194,15 @@ def test_a_task_of_zeros_does_not_vote():
     assert_is(found, samples.exact(delta), [delta])
 
 
+def test_it_trims_as_the_defining_repository_does():
+    deltas = samples.task_deltas("low-rank", 30, 20)
+    found = spectral.merge(make_method("knots"), deltas)
+    assert_is(found, knots.knots(matrices(deltas), on="sv"), deltas)
+    assert (
+        spectral.merged("knots", deltas).tolist() != spectral.merged(Knots(on="v"), deltas).tolist()
+    )
+
+
 @pytest.mark.parametrize("parameters", [{"k": 0}, {"k": 101}, {"on": "u"}, {"scope": "layer"}])
 def test_parameters_out_of_range_are_refused(parameters):
     with pytest.raises(UsageError, match=next(iter(parameters))):

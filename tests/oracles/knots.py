@@ -1,7 +1,7 @@
 """KnOTS (arXiv 2410.19735): TIES in the joint left basis of all tasks.
 
-[delta_1 ... delta_T] = U diag(sigma) [V_1 ... V_T], V_t of shape (rank, n). TIES merges the V_t
-("v"), or the diag(sigma) V_t as the defining repository's experiments do ("sv").
+[delta_1 ... delta_T] = U diag(sigma) [V_1 ... V_T], V_t of shape (rank, n). TIES merges the
+diag(sigma) V_t as the defining repository does ("sv"), or the V_t ("v").
 
 A zero sum of the trimmed entries gives zero: the majority sign of TIES is no property of the
 deltas here, since the sign of a row of V is the SVD's choice.
@@ -52,12 +52,12 @@ def disjoint_mean(coordinates, weights):
     return np.divide(total, members, out=np.zeros_like(total), where=members > 0.0)
 
 
-def knots(deltas, k=20.0, lam=1.0, on="v", weights=None):
+def knots(deltas, k=20.0, lam=1.0, on="sv", weights=None):
     """lam * U diag(sigma) V_merged for one tensor, trimmed within it."""
     return knots_of_model([deltas], k, lam, on, weights, trim="local")[0]
 
 
-def knots_of_model(tensors, k=20.0, lam=1.0, on="v", weights=None, trim="global"):
+def knots_of_model(tensors, k=20.0, lam=1.0, on="sv", weights=None, trim="global"):
     """The merged matrix of every tensor; `tensors` holds the task list of each.
 
     With trim="global" a task has one threshold, over its coordinates in all tensors.

@@ -74,6 +74,7 @@ def merge_state(
         context = TensorContext(name, shape, is_embedding=False, tasks=tasks, weights=factors)
         return Deltas.of(members), context
 
+    pipeline.check_tensors([inputs(name)[1] for name in names], [])
     with Workers(threads) as workers:
         return merge_all(pipeline, names, inputs, workers)
 

@@ -121,7 +121,8 @@ class PlannedTensor:
         has_dense = None in ranks or any(step.makes_dense for step in pipeline.transforms)
         if spectral and not has_dense and total_rank < min(m, n):
             # Bases of all columns and rows, the task vectors in them, and as much to work with.
-            return 8 * (3 * count * total_rank**2 + 2 * total_rank * (m + n))
+            bases = 8 * (3 * count * total_rank**2 + 2 * total_rank * (m + n))
+            return bases + (4 * size if pipeline.merge.makes_dense else 0)
         if not (spectral or has_dense or pipeline.merge.makes_dense):
             return 0
         # A task vector that was computed and the float32 sum; panels of all tasks.
@@ -264,7 +265,7 @@ def check_merge(
     tasks = [model.name for model in models]
     pipeline.check(tasks, weights, [tensor.source.name for tensor in merged])
     left = [t for t in tensors if not t.models and t.source.dtype in MERGEABLE]
-    pipeline.merge.check_tensors(
+    pipeline.check_tensors(
         [tensor.context(tasks, weights, None) for tensor in merged],
         [tensor.context(tasks, weights, None) for tensor in left],
     )

@@ -13,6 +13,7 @@ from starmerge.methods.iso import IsoC, IsoCts
 from starmerge.methods.karcher import Karcher
 from starmerge.methods.knots import Knots
 from starmerge.methods.linear import Linear
+from starmerge.methods.lines import Lines
 from starmerge.methods.mergekit import Mergekit
 from starmerge.methods.metagpt import MetaGpt
 from starmerge.methods.method import (
@@ -34,12 +35,14 @@ from starmerge.methods.sce import Sce
 from starmerge.methods.shares import Shares
 from starmerge.methods.slerp import Slerp
 from starmerge.methods.star import Star
+from starmerge.methods.subspace_boosting import SubspaceBoosting
 from starmerge.methods.svc import Svc
 from starmerge.methods.tall_masks import TallMasks
 from starmerge.methods.task_arithmetic import TaskArithmetic
 from starmerge.methods.ties import Ties
 from starmerge.methods.trim import Trim
 from starmerge.methods.tsv_m import TsvM
+from starmerge.methods.wudi import Wudi
 
 __all__ = [
     "METHODS",
@@ -58,6 +61,7 @@ __all__ = [
     "Karcher",
     "Knots",
     "Linear",
+    "Lines",
     "Merge",
     "Merged",
     "Mergekit",
@@ -73,6 +77,7 @@ __all__ = [
     "Shares",
     "Slerp",
     "Star",
+    "SubspaceBoosting",
     "Svc",
     "TallMasks",
     "TaskArithmetic",
@@ -81,6 +86,7 @@ __all__ = [
     "Transform",
     "Trim",
     "TsvM",
+    "Wudi",
     "as_pipeline",
     "make_method",
     "make_pipeline",

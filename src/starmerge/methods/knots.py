@@ -33,21 +33,23 @@ class _Aligned:
 class Knots(Merge):
     """Express all task vectors in one basis, and merge their coordinates with TIES.
 
-    [τ_1 … τ_T] = U Σ [V_1 … V_T]; the update is λ U Σ V̄, where V̄ is what TIES makes of the V_t: the
-    k % largest of each, signs elected, the mean of those that agree. ``on="sv"`` trims Σ V_t
-    instead, as the published experiments do. Where entries cancel exactly, V̄ is zero: signs of
-    singular vectors are any, so there is no majority of them.
+    [τ_1 … τ_T] = U Σ [V_1 … V_T]; the update is λ U X, where X is what TIES makes of the Σ V_t: the
+    k % largest of each, signs elected, the mean of those that agree. ``on="v"`` trims the V_t
+    instead and multiplies by Σ then, so that small directions count as much as large ones. Where
+    entries cancel exactly, X is zero: signs of singular vectors are any, so there is no majority of
+    them.
 
-    Source: arXiv 2410.19735; defining repository github.com/gstoica27/KnOTS, which tunes k and λ.
-    Cost: an SVD of all task vectors together; for adapters in factor space, and V̄ of rank ρ ≤ Σr.
-    The V_t are dense: ρ·n numbers a task. With a global trim, two more passes.
+    Source: arXiv 2410.19735, which writes of the V_t; defining repository
+    github.com/gstoica27/KnOTS, which trims Σ V_t, and tunes k and λ.
+    Cost: an SVD of all task vectors together; for adapters in factor space, and X of rank ρ ≤ Σr.
+    The Σ V_t are dense: ρ·n numbers a task. With a global trim, two more passes.
     When to use: adapters whose task vectors point into different subspaces.
     """
 
     k: Percent = 20.0
     scope: Scope = "global"
     lambda_: Annotated[float, Field(description="factor of the merged update")] = 1.0
-    on: Annotated[Literal["v", "sv"], Field(description="what is trimmed: V_t, or Σ V_t")] = "v"
+    on: Annotated[Literal["v", "sv"], Field(description="what is trimmed: V_t, or Σ V_t")] = "sv"
 
     averages = True
     decomposes = True

@@ -44,7 +44,7 @@ class Linear(Merge):
         self._check_sum(weights)
 
     def check_tensors(self, merged: Sequence[TensorContext], left: Sequence[TensorContext]) -> None:
-        """Refuse to leave tensors as they are in a sum; see :meth:`Merge.check_tensors`."""
+        """Refuse to leave tensors as they are in a sum; see :meth:`Method.check_tensors`."""
         for tensor in merged:
             self._check_sum(tensor.weights)
         for tensor in left:

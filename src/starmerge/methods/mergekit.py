@@ -117,7 +117,7 @@ class Mergekit(Merge):
             counted[self.merge_method].check(inputs, (1.0,) * len(inputs), tensors)
 
     def check_tensors(self, merged: Sequence[TensorContext], left: Sequence[TensorContext]) -> None:
-        """Resolve the settings of all tensors; see :meth:`Merge.check_tensors`."""
+        """Resolve the settings of all tensors; see :meth:`Method.check_tensors`."""
         counts = {tensor.layer[1] for tensor in (*merged, *left) if tensor.layer is not None}
         if self.layers is not None and self.layers not in counts:
             raise UsageError(

@@ -142,6 +142,20 @@ class Method(ABC):
             UsageError: They do not fit.
         """
 
+    def check_tensors(  # noqa: B027
+        self, merged: Sequence[TensorContext], left: Sequence[TensorContext]
+    ) -> None:
+        """Compare the parameters with each tensor, before anything is read.
+
+        Args:
+            merged: The tensors that some model changes, without their values.
+            left: Those of the base, of a dtype that could be merged, which no model changes: they
+                stay as they are. None of them is known where deltas in memory are merged.
+
+        Raises:
+            UsageError: They do not fit.
+        """
+
 
 class Transform(Method):
     """A step that changes each task vector by itself."""
@@ -190,18 +204,6 @@ class Merge(Method):
         What it adds to the base holds parts of the base then, and no post-step follows.
         """
         return False
-
-    def check_tensors(self, merged: Sequence[TensorContext], left: Sequence[TensorContext]) -> None:
-        """Compare the parameters with each tensor of the base, before anything is read.
-
-        Args:
-            merged: The tensors that some model changes, without their values.
-            left: Those of a dtype that could be merged which no model changes: they stay as they
-                are.
-
-        Raises:
-            UsageError: They do not fit.
-        """
 
     def survey(self, walk: Walk) -> Any:
         """Go through the model before the merge; what is returned comes back in :meth:`merge`."""

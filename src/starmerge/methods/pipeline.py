@@ -138,6 +138,15 @@ class Pipeline:
         for step in (*self.transforms, self.merge, *self.post_steps):
             step.check(tasks, weights, tensors)
 
+    def check_tensors(self, merged: Sequence[TensorContext], left: Sequence[TensorContext]) -> None:
+        """Compare the parameters with each tensor; see :meth:`Method.check_tensors`.
+
+        Raises:
+            UsageError: They do not fit.
+        """
+        for step in (*self.transforms, self.merge, *self.post_steps):
+            step.check_tensors(merged, left)
+
     def prepare(self, walk: Walk) -> Prepared:
         """Let each method go through the model that its predecessors leave it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -12,6 +13,7 @@ from starmerge.errors import UsageError
 from starmerge.methods.iso import IsoC, IsoCts
 from starmerge.methods.method import Deltas, Merge, PostStep, TensorContext, method
 from starmerge.methods.spectral_merge import is_averaged
+from starmerge.methods.subspace_boosting import SubspaceBoosting
 from starmerge.spectral import core_space, svd_matrix
 from starmerge.spectral.core_space import FLOAT32_NOISE
 
@@ -30,8 +32,8 @@ class Svc(PostStep):
 
     Source: arXiv 2602.05536, Algorithm 1; defining repository github.com/lyymuwu/SVC.
     Cost: an SVD a tensor, in Core Space where the merge and all task vectors are low-rank.
-    When to use: after sums such as ``task_arithmetic``. Refused after ``iso_c`` and ``iso_cts``:
-    where all singular values are equal, the directions are any.
+    When to use: after sums such as ``task_arithmetic``. Refused after ``iso_c``, ``iso_cts`` and
+    ``subspace_boosting``: where singular values are equal, the directions are any.
     """
 
     alpha: Annotated[
@@ -47,6 +49,14 @@ class Svc(PostStep):
             raise UsageError(
                 f"svc: all singular values of what {merge.name} makes are equal, so the directions "
                 "that svc would calibrate are any. Leave svc out; own_response finds one factor."
+            )
+
+    def check_before(self, steps: Sequence[PostStep]) -> None:
+        """Refuse an update with equal singular values; see :meth:`PostStep.check_before`."""
+        if any(isinstance(step, SubspaceBoosting) for step in steps):
+            raise UsageError(
+                "svc: subspace_boosting made small singular values equal, so the directions that "
+                "svc would calibrate are any. Put svc before it, or leave one out."
             )
 
     def apply(self, merged: Delta, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
