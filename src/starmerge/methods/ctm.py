@@ -44,8 +44,9 @@ class Ctm(SpectralMerge):
     Different from there: a threshold that keeps ⌈k %⌉ entries, not one more; without a rank the
     largest rank of the tensor's task vectors; adapters of different ranks, and full fine-tunes,
     which are compressed only if a rank is given.
-    Cost: two SVDs an iteration, of some tens, in Core Space for adapters; for full fine-tunes of
-    m × T·r, so hours at 4096 × 4096.
+    Cost: an SVD a task, and two in each of three or more iterations, in Core Space for adapters.
+    For full fine-tunes one SVD of all task vectors side by side and small ones, if a rank is given;
+    without, several of that size.
     When to use: adapters, where the result must be one of low rank.
     """
 
