@@ -38,9 +38,9 @@ class Ctm(SpectralMerge):
     majority of them.
 
     Source: arXiv 2606.03723 (Compress then Merge); defining repository
-    github.com/ZhengbaoHe/compress-then-merge, with the iteration and its tolerance 1e-6. β = 0.25
-    is that of its published command, the paper finds no difference from 0 to 0.75; k and λ are
-    tuned on validation data there, and here those of TIES.
+    github.com/ZhengbaoHe/compress-then-merge, from which the formulas, the iteration and its
+    tolerance 1e-6 are. β = 0.25 is that of its published command, and values from 0 to 0.75 are
+    said to serve alike; k and λ are tuned on validation data there, and here those of TIES.
     Different from there: a threshold that keeps ⌈k %⌉ entries, not one more; without a rank the
     largest rank of the tensor's task vectors; adapters of different ranks, and full fine-tunes,
     which are compressed only if a rank is given.

@@ -30,18 +30,19 @@ class DcMerge(SpectralMerge):
     the mean of the entries that agree. Its blocks on the diagonal stay, one for each task's r_t
     directions: the update is α Ũ (mask ∘ M̄) Ṽᵀ.
 
-    ``triplets="all"`` keeps all triplets of a task, as for adapters in the paper; ``"share"`` at
-    most ⌊min(m, n)/T⌋, as there for full fine-tunes, which it does not smooth: use
+    ``triplets="all"`` keeps all triplets of a task, as the repository does for adapters;
+    ``"share"`` at most ⌊min(m, n)/T⌋, as it does for full fine-tunes, which it does not smooth: use
     ``triplets=share smoothing=none``.
 
     Source: arXiv 2603.06242; defining repository github.com/Tobeginwith/DC-Merge, from which the
-    formulas are. Its scripts for vision tune α on validation data; 1 is no such number.
+    formulas and the defaults are. Its α is tuned on validation data, from 0.1 to 3; 1 is neutral.
     Different from there: at least r_t entries of M_t stay where the repository keeps at least one.
     For the weights in its experiments, 8 to 20 tasks, that is the same; of two adapters of rank 16,
     k = 0.1 % is one entry. Directions that no task has are left out, where LAPACK's choice of them
     came in.
     Cost: an SVD a task and two of all kept vectors, in Core Space for adapters.
-    When to use: adapters with steep spectra, of which a sum keeps little but the first directions.
+    When to use: adapters with steep spectra, of which a sum keeps little but the first directions;
+    with ``own_response`` after it, which finds the factor that α should be.
     """
 
     alpha: Annotated[float, Field(description="factor of the merged update")] = 1.0

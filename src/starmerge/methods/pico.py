@@ -50,8 +50,8 @@ class Pico(Transform):
     it. A full fine-tune counts with B_t = τ_t and A_t = I. Vectors and embeddings are left as they
     are: the rows of an embedding are tokens, not outputs.
 
-    Source: arXiv 2604.16826, section 4; defining repository github.com/yixuantt/Pico. Computed
-    without an SVD, as S = (I + (T − 1) B Bᵀ/‖B‖²)⁻¹.
+    Source: arXiv 2604.16826; defining repository github.com/yixuantt/Pico, from which the formulas
+    are. Computed without an SVD, as S = (I + (T − 1) B Bᵀ/‖B‖²)⁻¹.
     Different from there: full fine-tunes, and T tensor by tensor, where the repository leaves
     layers alone that an adapter lacks. Its command line restores the norm of each adapter by
     itself, in place of the norm of the merge.
