@@ -86,6 +86,7 @@ CHAINS = (
     Contestant("iso_c+own_response"),
     Contestant("iso_cts+own_response"),
     Contestant("tsv_m+own_response"),
+    Contestant("pico+task_arithmetic+mean_norm"),
 )
 """Chains and parameters worth seeing beside the methods with their defaults."""
 

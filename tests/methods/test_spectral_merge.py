@@ -7,21 +7,23 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from starmerge.deltas import Dense, LowRank
-from starmerge.methods import Ace, Cart, Covariance, IsoC, IsoCts, Knots, TsvM
+from starmerge.methods import Ace, Cart, Covariance, Ctm, DcMerge, IsoC, IsoCts, Knots, TsvM
 from tests.oracles import bounds, linear, samples, spectral
 
 TSV = [TsvM(), TsvM(triplets="all"), TsvM(triplets=2, alpha=0.7)]
 ISO = [IsoC(), IsoCts()]
 CART = [Cart(), Cart(rank=0.4), Cart(rank=2, lambda_=0.5)]
 COVARIANCE = [Covariance(side="input"), Covariance(side="output"), Covariance(ridge=0.01)]
+DC = [DcMerge(), DcMerge(smoothing="linear", k=20), DcMerge(smoothing="none", triplets="share")]
+CTM = [Ctm(), Ctm(rank=3), Ctm(rank=5, beta=0.0, rule="sum")]
 KNOTS = [Knots(k=40), Knots(k=100), Knots(k=40, on="sv", scope="local")]
 
-HOMOGENEOUS = [*TSV, *ISO, *CART, *COVARIANCE]
+HOMOGENEOUS = [*TSV, *ISO, *CART, *COVARIANCE, *DC, *CTM]
 ROTATED = HOMOGENEOUS
-TRANSPOSED = [*TSV, IsoC(), *CART, Covariance()]
+TRANSPOSED = [*TSV, IsoC(), *CART, Covariance(), *DC]
 ALL = [*HOMOGENEOUS, Ace(), *KNOTS]
 
-LEFT_ALONE = [*TSV, *ISO, *COVARIANCE, Ace(), *KNOTS]
+LEFT_ALONE = [*TSV, *ISO, *COVARIANCE, *DC, *CTM, Ace(), *KNOTS]
 """Methods in which a task that leaves a tensor alone takes no share of it."""
 
 
@@ -236,7 +238,9 @@ def in_context(method, deltas, **given):
 
 
 @pytest.mark.parametrize("kind", ["dense", "mixed"])
-@pytest.mark.parametrize("kind_of_merge", [TsvM, IsoC, IsoCts, Cart, Covariance, Ace, Knots])
+@pytest.mark.parametrize(
+    "kind_of_merge", [TsvM, DcMerge, Ctm, IsoC, IsoCts, Cart, Covariance, Ace, Knots]
+)
 def test_embeddings_of_full_finetunes_are_averaged(kind_of_merge, kind):
     deltas = samples.task_deltas(kind)
     method = kind_of_merge(scope="local") if kind_of_merge is Knots else kind_of_merge()
@@ -245,7 +249,7 @@ def test_embeddings_of_full_finetunes_are_averaged(kind_of_merge, kind):
     assert np.all(np.abs(found - expected) <= bounds.weighted_sum(deltas, 1 / 4))
 
 
-@pytest.mark.parametrize("kind_of_merge", [TsvM, IsoC, IsoCts, Cart, Covariance, Ace])
+@pytest.mark.parametrize("kind_of_merge", [TsvM, DcMerge, Ctm, IsoC, IsoCts, Cart, Covariance, Ace])
 def test_embeddings_are_merged_on_request_and_those_of_adapters_always(kind_of_merge):
     full, factored = samples.task_deltas("dense"), samples.task_deltas("low-rank")
     found = in_context(kind_of_merge(embeddings="merge"), full, is_embedding=True)

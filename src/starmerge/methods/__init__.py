@@ -5,7 +5,9 @@ from starmerge.methods.average import Average
 from starmerge.methods.breadcrumbs import Breadcrumbs
 from starmerge.methods.cart import Cart
 from starmerge.methods.covariance import Covariance
+from starmerge.methods.ctm import Ctm
 from starmerge.methods.dare import Dare
+from starmerge.methods.dc_merge import DcMerge
 from starmerge.methods.della import Della
 from starmerge.methods.denoise import Denoise
 from starmerge.methods.emr import Emr
@@ -29,6 +31,7 @@ from starmerge.methods.method import (
 from starmerge.methods.model_stock import ModelStock
 from starmerge.methods.nuslerp import NuSlerp
 from starmerge.methods.own_response import OwnResponse
+from starmerge.methods.pico import MeanNorm, Pico
 from starmerge.methods.pipeline import Merged, Pipeline, as_pipeline, make_pipeline
 from starmerge.methods.scale import Scale
 from starmerge.methods.sce import Sce
@@ -51,7 +54,9 @@ __all__ = [
     "Breadcrumbs",
     "Cart",
     "Covariance",
+    "Ctm",
     "Dare",
+    "DcMerge",
     "Della",
     "Deltas",
     "Denoise",
@@ -62,6 +67,7 @@ __all__ = [
     "Knots",
     "Linear",
     "Lines",
+    "MeanNorm",
     "Merge",
     "Merged",
     "Mergekit",
@@ -70,6 +76,7 @@ __all__ = [
     "ModelStock",
     "NuSlerp",
     "OwnResponse",
+    "Pico",
     "Pipeline",
     "PostStep",
     "Scale",

@@ -1,8 +1,8 @@
 """What a merging method is, and the registry of all of them.
 
 A merge is a chain (:mod:`starmerge.methods.pipeline`): transforms, each of which changes every task
-vector by itself; one merge, which makes a single update of them; post-steps, which change that
-update. All three are methods, made by the decorator :func:`method`.
+vector; one merge, which makes a single update of them; post-steps, which change that update. All
+three are methods, made by the decorator :func:`method`.
 """
 
 from __future__ import annotations
@@ -158,13 +158,25 @@ class Method(ABC):
 
 
 class Transform(Method):
-    """A step that changes each task vector by itself."""
+    """A step that changes each task vector."""
 
     kind = "transform"
 
     def survey(self, walk: Walk) -> Any:
-        """Go through the model before the merge; what is returned comes back in :meth:`apply`."""
+        """Go through the model before the merge; what is returned comes back in :meth:`look`."""
         return None
+
+    def look(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Any:
+        """Look at all task vectors of one tensor; what is returned comes back in :meth:`apply`.
+
+        By default what the survey found: most transforms change each task vector by itself.
+
+        Args:
+            deltas: τ_t of the tasks that change the tensor, as the steps before leave them.
+            tensor: The tensor.
+            survey: What :meth:`survey` found.
+        """
+        return survey
 
     @abstractmethod
     def apply(
@@ -176,7 +188,7 @@ class Transform(Method):
             delta: The task vector.
             task: The task's number t.
             tensor: The tensor.
-            survey: What :meth:`survey` found.
+            survey: What :meth:`look` found in it, by default what :meth:`survey` did.
 
         Returns:
             The new task vector, of the same shape, and what was done where it was truncated.

@@ -218,15 +218,20 @@ class Prepared:
         What the transforms kept of each is put into ``truncations`` when it is read.
         """
 
-        def change(task: int, delta: Delta) -> Delta:
-            for transform, survey in zip(self.pipeline.transforms, self.surveys, strict=False):
-                delta, truncation = transform.apply(delta, task, tensor, survey)
-                if truncation is not None:
-                    truncations[task] = truncation
+        def apply(transform: Transform, local: Any, task: int, delta: Delta) -> Delta:
+            changed, truncation = transform.apply(delta, task, tensor, local)
+            if truncation is not None:
+                truncations[task] = truncation
+            return changed
+
+        def weigh(task: int, delta: Delta) -> Delta:
             weight = tensor.weights[task] if weighted else 1.0
             return delta if weight == 1 else delta.scaled(weight)
 
-        return deltas.map(change)
+        for transform, survey in zip(self.pipeline.transforms, self.surveys, strict=False):
+            local = transform.look(deltas, tensor, survey)
+            deltas = deltas.map(partial(apply, transform, local))
+        return deltas.map(weigh)
 
 
 def make_pipeline(name: str, parameters: Mapping[str, Any] | None = None) -> Pipeline:

@@ -46,7 +46,8 @@ class SpectralMerge(Merge):
         if not tau:
             return space.delta(torch.zeros_like(space.matrices[0]))
         weights = [tensor.weights[t] for t in tau]
-        return space.delta(self.merge_matrices(list(tau.values()), weights, space, tensor))
+        merged = self.merge_matrices(list(tau.values()), weights, space, tensor)
+        return space.delta(merged) if isinstance(merged, Tensor) else space.product(*merged)
 
     def space(self, deltas: Sequence[Delta]) -> CoreSpace:
         """Return the space to merge in."""
@@ -55,7 +56,7 @@ class SpectralMerge(Merge):
     @abstractmethod
     def merge_matrices(
         self, tau: list[Tensor], weights: list[float], space: CoreSpace, tensor: TensorContext
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Merge the task vectors of one tensor in common orthonormal bases.
 
         Args:
@@ -65,7 +66,8 @@ class SpectralMerge(Merge):
             tensor: The tensor.
 
         Returns:
-            The merged matrix (p, q), float64.
+            The merged matrix (p, q), float64; or factors (p, r) and (q, r) of left · rightᵀ, of
+            which the update then has the rank r.
         """
 
 

@@ -17,6 +17,7 @@ from starmerge.methods.entrywise import entries_of, panels
 from starmerge.methods.method import Deltas, TensorContext, Transform, Walk, method
 from starmerge.selection import SAMPLE, Tally, bracket, histogram, kth_largest, share_of
 from starmerge.spectral import Truncation
+from starmerge.spectral.core_space import FLOAT64_NOISE
 
 Scope = Annotated[
     Literal["global", "local"],
@@ -72,6 +73,24 @@ def trimmed(entries: Tensor, threshold: float) -> Tensor:
     # What is shrunk are magnitudes up to a number; they are those below the next.
     below = np.nextafter(np.float32(threshold), np.float32(0))
     return torch.hardshrink(entries, float(below))
+
+
+def largest_entries(matrix: Tensor, count: int, noise: float) -> Tensor:
+    """Return a matrix of computed coordinates of which only the largest entries stay.
+
+    Args:
+        matrix: float64.
+        count: How many entries stay, and with them what equals the last one but for the rounding of
+            float64.
+        noise: What the rounding of the task vectors may make of a zero, as a share of the norm;
+            entries that are no larger go.
+    """
+    if not matrix.numel():
+        return matrix
+    magnitudes, norm = matrix.abs(), torch.linalg.vector_norm(matrix)
+    last = magnitudes.flatten().kthvalue(max(1, matrix.numel() - count + 1)).values
+    large = (magnitudes >= last - FLOAT64_NOISE * norm) & (magnitudes > noise * norm)
+    return torch.where(large, matrix, 0.0)
 
 
 def global_thresholds(walk: Walk, k: float) -> list[float]:

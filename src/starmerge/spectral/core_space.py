@@ -61,6 +61,17 @@ class CoreSpace:
         left = matrix if self.U is None else self.U @ matrix
         return Dense(left.float()) if self.V is None else LowRank(left.float(), self.V.T.float())
 
+    def product(self, left: Tensor, right: Tensor) -> Delta:
+        """Return what left · rightᵀ, (p, r) and (q, r), is as a delta (m, n) of rank r.
+
+        It is rounded to float32 once, and dense if r is m or n.
+        """
+        if left.shape[1] >= min(self.shape):
+            return self.delta(left @ right.T)
+        B = left if self.U is None else self.U @ left
+        A = right if self.V is None else self.V @ right
+        return LowRank(B.float(), A.T.float())
+
 
 def core_space(deltas: Sequence[Delta]) -> CoreSpace:
     """Bring deltas of one shape into common orthonormal bases, exactly to float64.
