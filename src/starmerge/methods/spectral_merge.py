@@ -13,7 +13,7 @@ from torch import Tensor
 
 from starmerge.deltas import Delta, Dense, total
 from starmerge.methods.method import Deltas, Merge, TensorContext
-from starmerge.spectral import CoreSpace, core_space
+from starmerge.spectral import CoreSpace, core_space, on_best_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,22 +41,29 @@ class SpectralMerge(Merge):
         held = dict(deltas.items())
         if is_averaged(list(held.values()), tensor, embeddings=self.embeddings):
             return total(held.values()).scaled(1 / tensor.total_weight)
-        space = self.space(list(held.values()))
-        tau = {t: C for t, C in zip(held, space.matrices, strict=True) if C.any()}
-        if not tau:
-            return space.delta(torch.zeros_like(space.matrices[0]))
-        weights = [tensor.weights[t] for t in tau]
-        return space.delta(self.merge_matrices(list(tau.values()), weights, space, tensor))
 
-    def space(self, deltas: Sequence[Delta]) -> CoreSpace:
-        """Return the space to merge in."""
-        return core_space(deltas)
+        def merged(device: torch.device) -> Delta:
+            space = self.space(list(held.values()), device)
+            tau = {t: C for t, C in zip(held, space.matrices, strict=True) if C.any()}
+            if not tau:
+                return space.delta(torch.zeros_like(space.matrices[0]))
+            weights = [tensor.weights[t] for t in tau]
+            return space.delta(self.merge_matrices(list(tau.values()), weights, space, tensor))
+
+        return on_best_device(list(held.values()), merged)
+
+    def space(self, deltas: Sequence[Delta], device: torch.device) -> CoreSpace:
+        """Return the space to merge in, on a device."""
+        return core_space(deltas, device)
 
     @abstractmethod
     def merge_matrices(
         self, tau: list[Tensor], weights: list[float], space: CoreSpace, tensor: TensorContext
     ) -> Tensor:
         """Merge the task vectors of one tensor in common orthonormal bases.
+
+        They may lie on a GPU, and so must everything that is put together with them: make tensors
+        of them (``tau[0].new_zeros(…)``, ``torch.eye(…, device=tau[0].device)``).
 
         Args:
             tau: (p, q) float64 each: w_t · τ_t of the tasks for which it is not zero.
@@ -65,7 +72,7 @@ class SpectralMerge(Merge):
             tensor: The tensor.
 
         Returns:
-            The merged matrix (p, q), float64.
+            The merged matrix (p, q), float64, on their device.
         """
 
 
