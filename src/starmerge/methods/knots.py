@@ -82,7 +82,7 @@ class Knots(Merge):
             for t, V_t in coordinates.items()
         ]
         V = torch.stack([V_t.tensor for V_t in coordinates.values()]).double()
-        large = V.abs() >= torch.tensor(floors, dtype=V.dtype)[:, None, None]
+        large = V.abs() >= V.new_tensor(floors)[:, None, None]
         w = [tensor.weights[t] for t in coordinates]
         merged = self.lambda_ * elected_mean(torch.where(large, V, 0.0), w, majority=0.0)
         S = aligned.S if self.on == "v" else torch.ones_like(aligned.S)
