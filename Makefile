@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ROWS ?= 100
 DEMO_OUTPUT ?= demo-output
-BENCHMARKS ?= low_rank full_rank copying finetunes many_tensors sweep startup threads star_adapters evaluation
+BENCHMARKS ?= low_rank full_rank copying finetunes many_tensors sweep startup threads star_adapters evaluation gpu
 
 .PHONY: demo test lint types base docs bench clean
 

@@ -20,6 +20,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from starmerge.device import ready
+
 
 @dataclass(frozen=True, eq=False)
 class Core:
@@ -60,6 +62,11 @@ class LowRank:
     def shape(self) -> tuple[int, int]:
         """(m, n)."""
         return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors lie."""
+        return self.B.device
 
     @property
     def rank(self) -> int:
@@ -176,6 +183,11 @@ class Dense:
         return self.tensor.dtype
 
     @property
+    def device(self) -> torch.device:
+        """Where the tensor lies."""
+        return self.tensor.device
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(m, n) of the tensor as a matrix."""
         return matrix_shape(self.layout)
@@ -244,7 +256,7 @@ class Dense:
 
     def singular_values(self) -> Tensor:
         """Return the singular values (min(m, n),), float64, descending."""
-        values: Tensor = torch.linalg.svdvals(self.matrix.double())
+        values: Tensor = torch.linalg.svdvals(ready(self.matrix.double()))
         return values
 
 
@@ -282,6 +294,11 @@ class Stored(Dense):
         """float32, or float64 if one of the tensors is so."""
         dtypes = [self.base.dtype, *(tuned.dtype for _, tuned in self.terms)]
         return wide(reduce(torch.promote_types, dtypes))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors lie."""
+        return self.base.device
 
     @property
     def tensor(self) -> Tensor:
@@ -469,7 +486,7 @@ def _orthonormal(gram: Tensor, length: int) -> tuple[Tensor, Tensor]:
     Returns:
         root (r, p) and inverse (r, p), such that X = (X @ inverse) @ rootᵀ; p is the rank.
     """
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = torch.linalg.eigh(ready(gram))
     # Rounding errors of a sum of `length` products add up like a walk; measured eigenvalues of
     # directions that are not there reach 0.14·√length·eps, whatever r, and 1·eps in small ones.
     noise = max(16.0, math.sqrt(length)) * torch.finfo(gram.dtype).eps

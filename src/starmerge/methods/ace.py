@@ -44,11 +44,11 @@ class Ace(SpectralMerge):
         float, Field(ge=0, le=1, description="share of the triplets in the spectral refinement")
     ] = 0.3
 
-    def space(self, deltas: Sequence[Delta]) -> CoreSpace:
+    def space(self, deltas: Sequence[Delta], device: torch.device) -> CoreSpace:
         """Return a space that holds the vectors of ones too; the means are taken along them."""
         m, n = deltas[0].shape
         one_m, one_n = (torch.ones(shape, dtype=torch.float32) for shape in ((m, 1), (1, n)))
-        space = core_space([*deltas, LowRank(one_m, one_n)])
+        space = core_space([*deltas, LowRank(one_m, one_n)], device)
         return replace(space, matrices=space.matrices[:-1])
 
     def merge_matrices(
@@ -56,7 +56,7 @@ class Ace(SpectralMerge):
     ) -> Tensor:
         """Merge one tensor; see :meth:`SpectralMerge.merge_matrices`."""
         m, n = space.shape
-        one_m, one_n = _ones(space.U, m), _ones(space.V, n)
+        one_m, one_n = _ones(space.U, tau[0].new_ones(m)), _ones(space.V, tau[0].new_ones(n))
         centred = [tau_t - torch.outer(one_m, one_m @ tau_t) / m for tau_t in tau]
         norms = [space.noise * torch.linalg.vector_norm(tau_t) for tau_t in tau]
         kept = [t for t, W_t in enumerate(centred) if torch.linalg.vector_norm(W_t) > norms[t]]
@@ -71,7 +71,7 @@ class Ace(SpectralMerge):
         S_hat = [W_t.T @ W_t for W_t in centred]
         scale = [float(S.trace()) if heterogeneous else 1.0 for S in S_hat]
         S_tilde = [S / s for S, s in zip(S_hat, scale, strict=True)]
-        I = torch.eye(tau[0].shape[1], dtype=torch.float64)  # noqa: E741
+        I = torch.eye(len(one_n), dtype=one_n.dtype, device=one_n.device)  # noqa: E741
         S = [S_t + self.epsilon / s * I for S_t, s in zip(S_tilde, scale, strict=True)]
         prior = torch.outer(one_n, one_n @ sum_of(S_tilde)) / n
         if heterogeneous:
@@ -88,7 +88,6 @@ class Ace(SpectralMerge):
         return W + refinement
 
 
-def _ones(basis: Tensor | None, length: int) -> Tensor:
-    """Return the vector of ones in a basis that spans it."""
-    ones = torch.ones(length, dtype=torch.float64)
+def _ones(basis: Tensor | None, ones: Tensor) -> Tensor:
+    """Return a vector of ones in a basis that spans it."""
     return ones if basis is None else basis.T @ ones

@@ -60,7 +60,7 @@ class Covariance(SpectralMerge):
     def _solve(self, tau: list[Tensor], weights: list[float], n: int) -> Tensor:
         """Return M for the input side; tau carry their weights, n is the true width."""
         size = tau[0].shape[1]
-        G, right = torch.zeros(size, size, dtype=torch.float64), torch.zeros_like(tau[0])
+        G, right = tau[0].new_zeros(size, size), torch.zeros_like(tau[0])
         for w, tau_t in zip(weights, tau, strict=True):
             unit = tau_t / torch.linalg.vector_norm(tau_t)
             C_t = unit.T @ unit
@@ -95,7 +95,7 @@ def mean_cosine(unit: list[Tensor]) -> float:
         return 0.0
     if n <= m:
         # ‖Σ Ĉ_t‖² = T + Σ_{s≠t} ⟨Ĉ_s, Ĉ_t⟩ for Ĉ_t = C_t/‖C_t‖.
-        summed = torch.zeros(n, n, dtype=torch.float64)
+        summed = unit[0].new_zeros(n, n)
         for tau_t in unit:
             C_t = tau_t.T @ tau_t
             summed += C_t / torch.linalg.vector_norm(C_t)

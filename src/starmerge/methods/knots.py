@@ -14,7 +14,7 @@ from starmerge.methods.method import Deltas, Merge, TensorContext, Walk, method
 from starmerge.methods.spectral_merge import is_averaged
 from starmerge.methods.ties import elected_mean
 from starmerge.methods.trim import Percent, Scope, global_thresholds, local_threshold
-from starmerge.spectral import core_space, svd_matrix
+from starmerge.spectral import core_space, on_best_device, svd_matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,7 @@ class Knots(Merge):
             for t, V_t in coordinates.items()
         ]
         V = torch.stack([V_t.tensor for V_t in coordinates.values()]).double()
-        large = V.abs() >= torch.tensor(floors, dtype=V.dtype)[:, None, None]
+        large = V.abs() >= V.new_tensor(floors)[:, None, None]
         w = [tensor.weights[t] for t in coordinates]
         merged = self.lambda_ * elected_mean(torch.where(large, V, 0.0), w, majority=0.0)
         S = aligned.S if self.on == "v" else torch.ones_like(aligned.S)
@@ -96,18 +96,23 @@ class Knots(Merge):
         return {t: Dense((aligned.S[:, None] * V.tensor).float()) for t, V in aligned.V.items()}
 
     def _align(self, deltas: dict[int, Delta]) -> _Aligned:
-        space = core_space(list(deltas.values()))
-        X = torch.cat(space.matrices, dim=1)
-        if X.shape[1] > X.shape[0]:
-            # X = Rᵀ Qᵀ has the U and Σ of Rᵀ; Σ⁻¹ Uᵀ X is V.
-            X = torch.linalg.qr(X.T, mode="r").R.T
-        joint = svd_matrix(X, space.floor)
-        V = {}
-        for t, C in zip(deltas, space.matrices, strict=True):
-            # V_t is Σ⁻¹ Uᵀ τ_t. Rounding in the rows that τ_t does not have would vote on signs: of
-            # the arithmetic, or of the entries of a dense τ_t.
-            rows = joint.U.T @ C
-            none = torch.linalg.vector_norm(rows, dim=1) <= space.noise * torch.linalg.norm(C)
-            V_t = torch.where(none, 0.0, 1 / joint.S)[:, None] * rows
-            V[t] = Dense((V_t if space.V is None else V_t @ space.V.T).float())
-        return _Aligned(joint.U if space.U is None else space.U @ joint.U, joint.S, V)
+        def aligned(device: torch.device) -> _Aligned:
+            space = core_space(list(deltas.values()), device)
+            X = torch.cat(space.matrices, dim=1)
+            if X.shape[1] > X.shape[0]:
+                # X = Rᵀ Qᵀ has the U and Σ of Rᵀ; Σ⁻¹ Uᵀ X is V.
+                X = torch.linalg.qr(X.T, mode="r").R.T
+            joint = svd_matrix(X, space.floor)
+            V = {}
+            for t, C in zip(deltas, space.matrices, strict=True):
+                # V_t is Σ⁻¹ Uᵀ τ_t. Rounding in the rows that τ_t does not have would vote on
+                # signs: of the arithmetic, or of the entries of a dense τ_t.
+                rows = joint.U.T @ C
+                none = torch.linalg.vector_norm(rows, dim=1) <= space.noise * torch.linalg.norm(C)
+                V_t = torch.where(none, 0.0, 1 / joint.S)[:, None] * rows
+                whole = V_t if space.V is None else V_t @ space.V.T
+                V[t] = Dense(whole.float().to(space.home))
+            U = joint.U if space.U is None else space.U @ joint.U
+            return _Aligned(U.to(space.home), joint.S.to(space.home), V)
+
+        return on_best_device(list(deltas.values()), aligned)

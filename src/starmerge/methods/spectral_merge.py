@@ -13,7 +13,7 @@ from torch import Tensor
 
 from starmerge.deltas import Delta, Dense, total
 from starmerge.methods.method import Deltas, Merge, TensorContext
-from starmerge.spectral import CoreSpace, core_space
+from starmerge.spectral import CoreSpace, core_space, on_best_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,23 +41,30 @@ class SpectralMerge(Merge):
         held = dict(deltas.items())
         if is_averaged(list(held.values()), tensor, embeddings=self.embeddings):
             return total(held.values()).scaled(1 / tensor.total_weight)
-        space = self.space(list(held.values()))
-        tau = {t: C for t, C in zip(held, space.matrices, strict=True) if C.any()}
-        if not tau:
-            return space.delta(torch.zeros_like(space.matrices[0]))
-        weights = [tensor.weights[t] for t in tau]
-        merged = self.merge_matrices(list(tau.values()), weights, space, tensor)
-        return space.delta(merged) if isinstance(merged, Tensor) else space.product(*merged)
 
-    def space(self, deltas: Sequence[Delta]) -> CoreSpace:
-        """Return the space to merge in."""
-        return core_space(deltas)
+        def merge_on(device: torch.device) -> Delta:
+            space = self.space(list(held.values()), device)
+            tau = {t: C for t, C in zip(held, space.matrices, strict=True) if C.any()}
+            if not tau:
+                return space.delta(torch.zeros_like(space.matrices[0]))
+            weights = [tensor.weights[t] for t in tau]
+            merged = self.merge_matrices(list(tau.values()), weights, space, tensor)
+            return space.delta(merged) if isinstance(merged, Tensor) else space.product(*merged)
+
+        return on_best_device(list(held.values()), merge_on)
+
+    def space(self, deltas: Sequence[Delta], device: torch.device) -> CoreSpace:
+        """Return the space to merge in, on a device."""
+        return core_space(deltas, device)
 
     @abstractmethod
     def merge_matrices(
         self, tau: list[Tensor], weights: list[float], space: CoreSpace, tensor: TensorContext
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Merge the task vectors of one tensor in common orthonormal bases.
+
+        They may lie on a GPU, and so must everything that is put together with them: make tensors
+        of them (``tau[0].new_zeros(…)``, ``torch.eye(…, device=tau[0].device)``).
 
         Args:
             tau: (p, q) float64 each: w_t · τ_t of the tasks for which it is not zero.
@@ -66,8 +73,8 @@ class SpectralMerge(Merge):
             tensor: The tensor.
 
         Returns:
-            The merged matrix (p, q), float64; or factors (p, r) and (q, r) of left · rightᵀ, of
-            which the update then has the rank r.
+            The merged matrix (p, q), float64, on their device; or factors (p, r) and (q, r) of
+            left · rightᵀ, of which the update then has the rank r.
         """
 
 

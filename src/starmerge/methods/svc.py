@@ -14,7 +14,7 @@ from starmerge.methods.iso import IsoC, IsoCts
 from starmerge.methods.method import Deltas, Merge, PostStep, TensorContext, method
 from starmerge.methods.spectral_merge import is_averaged
 from starmerge.methods.subspace_boosting import SubspaceBoosting
-from starmerge.spectral import core_space, svd_matrix
+from starmerge.spectral import core_space, on_best_device, svd_matrix
 from starmerge.spectral.core_space import FLOAT32_NOISE
 
 
@@ -66,14 +66,18 @@ class Svc(PostStep):
             return merged
         T = len(tensor.tasks)
         alpha = self.alpha or 1 / T
-        space = core_space([merged, *held])
-        M, *tau = space.matrices
-        svd = svd_matrix(M, space.noise * float(torch.linalg.vector_norm(M)))
-        total = torch.full_like(svd.S, (T - len(tau)) * alpha)
-        for tau_t in tau:
-            response = svd.U.T @ tau_t
-            energy = response.square().sum(1)
-            silent = energy <= (FLOAT32_NOISE * torch.linalg.vector_norm(tau_t)) ** 2
-            s = (svd.S[:, None] * svd.V.T * response).sum(1) / torch.where(silent, 1.0, energy)
-            total += torch.where(silent, 0.0, s).clamp(min=alpha)
-        return space.delta((svd.U * (svd.S * T / total)) @ svd.V.T)
+
+        def calibrated(device: torch.device) -> Delta:
+            space = core_space([merged, *held], device)
+            M, *tau = space.matrices
+            svd = svd_matrix(M, space.noise * float(torch.linalg.vector_norm(M)))
+            total = torch.full_like(svd.S, (T - len(tau)) * alpha)
+            for tau_t in tau:
+                response = svd.U.T @ tau_t
+                energy = response.square().sum(1)
+                silent = energy <= (FLOAT32_NOISE * torch.linalg.vector_norm(tau_t)) ** 2
+                s = (svd.S[:, None] * svd.V.T * response).sum(1) / torch.where(silent, 1.0, energy)
+                total += torch.where(silent, 0.0, s).clamp(min=alpha)
+            return space.delta((svd.U * (svd.S * T / total)) @ svd.V.T)
+
+        return on_best_device([merged, *held], calibrated)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from starmerge.deltas import Delta, LowRank
-from starmerge.spectral.core_space import CoreSpace, core_space
+from starmerge.spectral.core_space import CoreSpace, core_space, on_best_device
 from starmerge.spectral.dense import polar, svd_matrix
 from starmerge.spectral.factored import svd_factored
 from starmerge.spectral.gram import GramSVD, svd_dense
@@ -48,6 +48,7 @@ __all__ = [
     "floor_of",
     "kept_rank",
     "noise_floor",
+    "on_best_device",
     "polar",
     "remembered",
     "rounding_noise",

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from starmerge.deltas import Delta, Dense, LowRank
+from starmerge.device import CPU, is_large, ready, run
+
+_T = TypeVar("_T")
 
 FLOAT64_NOISE = 1e-10
 """What float64 arithmetic may add to a singular value, and more, as a share of the norm."""
@@ -39,6 +43,8 @@ class CoreSpace:
     """(n, q) float64, orthonormal columns; None for the coordinates there are, q = n."""
     noise: float
     """Singular values below this share of the task vectors' norms are rounding."""
+    home: torch.device = CPU
+    """Where the deltas lie. The matrices and bases lie on the device that works with them."""
 
     @property
     def floor(self) -> float:
@@ -51,33 +57,67 @@ class CoreSpace:
     def delta(self, matrix: Tensor) -> Delta:
         """Return what a matrix (p, q) of this space is as a delta (m, n), rounded to float32 once.
 
-        The shorter of p and q becomes the rank; a delta is dense if that is m or n.
+        The shorter of p and q becomes the rank; a delta is dense if that is m or n. It lies where
+        the deltas do, whatever device the matrix is on.
         """
         if matrix.shape[0] <= matrix.shape[1]:
-            right = matrix if self.V is None else matrix @ self.V.T
-            return (
-                Dense(right.float()) if self.U is None else LowRank(self.U.float(), right.float())
-            )
-        left = matrix if self.U is None else self.U @ matrix
-        return Dense(left.float()) if self.V is None else LowRank(left.float(), self.V.T.float())
+            right = self._stored(matrix if self.V is None else matrix @ self.V.T)
+            return Dense(right) if self.U is None else LowRank(self._stored(self.U), right)
+        left = self._stored(matrix if self.U is None else self.U @ matrix)
+        return Dense(left) if self.V is None else LowRank(left, self._stored(self.V.T))
+
+    def _stored(self, matrix: Tensor) -> Tensor:
+        return matrix.float().to(self.home)
 
     def product(self, left: Tensor, right: Tensor) -> Delta:
         """Return what left · rightᵀ, (p, r) and (q, r), is as a delta (m, n) of rank r.
 
-        It is rounded to float32 once, and dense if r is m or n.
+        It is rounded to float32 once, and dense if r is m or n. It lies where the deltas do.
         """
         if left.shape[1] >= min(self.shape):
             return self.delta(left @ right.T)
         B = left if self.U is None else self.U @ left
         A = right if self.V is None else self.V @ right
-        return LowRank(B.float(), A.T.float())
+        return LowRank(self._stored(B), self._stored(A.T))
 
 
-def core_space(deltas: Sequence[Delta]) -> CoreSpace:
+def on_best_device(deltas: Sequence[Delta], work: Callable[[torch.device], _T]) -> _T:
+    """Return ``work(device)`` for the device on which to merge one tensor's deltas in Core Space.
+
+    That is the card where one of them is dense and the matrix large. Adapters, whose matrices in
+    Core Space are small, stay where they are. See :func:`starmerge.device.run`.
+
+    Args:
+        deltas: One or more, of one shape.
+        work: Calls :func:`core_space` with the device. All that it makes on it, it makes of the
+            matrices there (``C.new_zeros``, ``torch.zeros_like``), and it returns deltas.
+    """
+    is_dense = any(isinstance(delta, Dense) for delta in deltas)
+    shape = deltas[0].shape
+    need = _need(shape, len(deltas)) if is_dense and is_large(shape) else None
+    return run(work, home=deltas[0].device, need=need)
+
+
+def _need(shape: tuple[int, int], count: int) -> int:
+    """Return the bytes that merging ``count`` dense deltas takes, more or less.
+
+    At 1024² and four deltas the peaks of memory of all methods on the CPU were 13 (``iso_c``) to 39
+    matrices (``iso_cts``) of float64; here it is 40. ``covariance`` and ``ace`` make square ones
+    of either side.
+    """
+    m, n = shape
+    return 8 * ((4 * count + 16) * m * n + 8 * max(m, n) ** 2)
+
+
+def core_space(deltas: Sequence[Delta], device: torch.device | None = None) -> CoreSpace:
     """Bring deltas of one shape into common orthonormal bases, exactly to float64.
 
     By QR of the factors side by side. Cost: O((m + n)R²) for a total rank R, against the matrices
     themselves if one of the deltas is dense.
+
+    Args:
+        deltas: One or more.
+        device: Where the matrices and bases are to lie; by default where the deltas do.
 
     Raises:
         ValueError: There is no delta, or their shapes differ.
@@ -86,25 +126,27 @@ def core_space(deltas: Sequence[Delta]) -> CoreSpace:
     if len(shapes) != 1:
         raise ValueError(f"The deltas have no common shape: {sorted(shapes)}.")
     m, n = next(iter(shapes))
+    home = deltas[0].device
+    device = home if device is None else device
     low = [delta for delta in deltas if isinstance(delta, LowRank)]
     if len(low) < len(deltas):
-        matrices = [_matrix(delta) for delta in deltas]
+        matrices = [_matrix(delta, device) for delta in deltas]
         noise = max(map(_noise, deltas))
         # Of a few matrices much longer than high, the rows span a part of their space.
         U, lefts = _common_basis(matrices) if m > n else (None, matrices)
         if U is not None:
-            return CoreSpace(lefts, (m, n), U, None, noise)
+            return CoreSpace(lefts, (m, n), U, None, noise, home)
         V, rights = _common_basis([matrix.T for matrix in matrices]) if n > m else (None, [])
         if V is not None:
-            return CoreSpace([right.T for right in rights], (m, n), None, V, noise)
-        return CoreSpace(matrices, (m, n), None, None, noise)
-    U, lefts = _common_basis([delta.B for delta in low])
-    V, rights = _common_basis([delta.A.T for delta in low])
+            return CoreSpace([right.T for right in rights], (m, n), None, V, noise, home)
+        return CoreSpace(matrices, (m, n), None, None, noise, home)
+    U, lefts = _common_basis([delta.B.to(device) for delta in low])
+    V, rights = _common_basis([delta.A.T.to(device) for delta in low])
     matrices = [
         _product(left, right, delta.scale)
         for left, right, delta in zip(lefts, rights, low, strict=True)
     ]
-    return CoreSpace(matrices, (m, n), U, V, FLOAT64_NOISE)
+    return CoreSpace(matrices, (m, n), U, V, FLOAT64_NOISE, home)
 
 
 def _common_basis(factors: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
@@ -113,14 +155,16 @@ def _common_basis(factors: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor
     ranks = [factor.shape[1] for factor in wide]
     if sum(ranks) >= wide[0].shape[0]:
         return None, wide
-    Q, R = torch.linalg.qr(torch.cat(wide, dim=1))
+    Q, R = torch.linalg.qr(ready(torch.cat(wide, dim=1)))
     return Q, list(R.split(ranks, dim=1))
 
 
-def _matrix(delta: Delta) -> Tensor:
+def _matrix(delta: Delta, device: torch.device) -> Tensor:
+    # Moved in the width that they have, and widened there.
     if isinstance(delta, LowRank):
-        return _product(delta.B.double(), delta.A.double().T, delta.scale)
-    return delta.matrix.double()
+        B, A = delta.B.to(device), delta.A.to(device)
+        return _product(B.double(), A.double().T, delta.scale)
+    return delta.matrix.to(device).double()
 
 
 def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from starmerge.device import ready
 from starmerge.spectral.svd import SVD
 
 
@@ -15,7 +16,7 @@ def svd_matrix(matrix: Tensor, floor: float = -1.0) -> SVD:
         matrix: Of a size at which LAPACK will do, such as one in Core Space.
         floor: What counts as zero; whatever is negative keeps all min(m, n) triplets.
     """
-    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    U, S, Vh = torch.linalg.svd(ready(matrix), full_matrices=False)
     rank = int((floor < S).sum())
     return SVD(U[:, :rank], S[:rank], Vh[:rank].T)
 
@@ -30,7 +31,7 @@ def polar(matrix: Tensor, noise: float = 1e-10) -> Tensor:
         matrix: (m, n) float64.
         noise: How well X is known, as a share of σ_1.
     """
-    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    U, S, Vh = torch.linalg.svd(ready(matrix), full_matrices=False)
     kept = noise * S[:1].sum() < S
     factor: Tensor = U[:, kept] @ Vh[kept]
     return factor

@@ -38,14 +38,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import copy
+from functools import partial
 from threading import Lock
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from starmerge.deltas import Dense, wide
+from starmerge.device import is_large, run
 from starmerge.spectral import lapack
 from starmerge.spectral.dense import svd_matrix
 from starmerge.spectral.svd import SVD, Decomposition, UncertainError, log_exact
@@ -66,7 +69,7 @@ Measured at gaps down to 1e-11 were 3 % of that bound at most.
 SMALL = 128
 """Sides shorter than this are left to the exact SVD, which is as fast there."""
 
-CPU = torch.device("cpu")
+_T = TypeVar("_T")
 
 _PRECISION_LOCK = Lock()
 
@@ -74,8 +77,8 @@ _PRECISION_LOCK = Lock()
 def svd_dense(delta: Dense, floor: float = -1.0) -> Decomposition:
     """Return the decomposition of a full matrix: lazy where it is large, exact where it must be.
 
-    On a GPU, if torch has one with room for it (CUDA_VISIBLE_DEVICES hides it); what comes from
-    there may differ in the last digits.
+    Large ones go to a GPU, if torch has one (:mod:`starmerge.device`); what comes back may differ
+    in the last digits.
 
     When to use: for deltas of full fine-tunes. Cost: see :class:`GramSVD`; nothing for a matrix of
     zeros, which has no triplets.
@@ -89,21 +92,24 @@ def svd_dense(delta: Dense, floor: float = -1.0) -> Decomposition:
     """
     if delta.is_zero():
         m, n = delta.shape
-        empty = torch.zeros(0, dtype=torch.float64)
+        empty = torch.zeros(0, dtype=torch.float64, device=delta.device)
         return SVD(empty.new_zeros(m, 0), empty, empty.new_zeros(n, 0))
     if min(delta.shape) >= SMALL:
         try:
-            return _gram_svd(delta, floor)
+            return GramSVD(delta, floor)
         except UncertainError as reason:
             log_exact(reason)
-    return svd_matrix(delta.matrix.double(), floor)
+    return _exact_svd(delta, floor)
 
 
-def _gram_svd(delta: Dense, floor: float) -> GramSVD:
-    if torch.cuda.is_available():
-        with suppress(torch.OutOfMemoryError):
-            return GramSVD(delta, floor, device=torch.device("cuda"))
-    return GramSVD(delta, floor)
+def _exact_svd(delta: Dense, floor: float) -> SVD:
+    """Return the exact SVD, where the delta lies."""
+
+    def decompose(device: torch.device) -> SVD:
+        return svd_matrix(delta.matrix.to(device).double(), floor).to(delta.device)
+
+    m, n = delta.shape
+    return run(decompose, home=delta.device, need=60 * m * n if is_large(delta.shape) else None)
 
 
 class GramSVD:
@@ -116,12 +122,11 @@ class GramSVD:
     still to be subtracted): 8p² bytes as long as this object lives, 8·256·p while it is made and
     while triplets are; for k of them 12pk + 4qk of a float32 delta, 16pk + 8qk of a float64 one. An
     exact SVD, where it is needed, takes up to 60pq, and 8p(p + q) bytes as long as this object
-    lives.
+    lives. On a GPU nothing stays between the calls.
 
     Args:
         delta: Not empty. Its tensors are kept, but not the object itself.
         floor: Singular values up to this are left out; none if it is negative.
-        device: Where to compute. What is returned lies on the CPU.
         eigen: Decomposes the Gram matrix, which it may overwrite; chosen by the device if not
             given.
 
@@ -135,28 +140,18 @@ class GramSVD:
         delta: Dense,
         floor: float = -1.0,
         *,
-        device: torch.device = CPU,
         eigen: Callable[[Tensor], Eigen] | None = None,
     ) -> None:
         # A copy, of the object only: what is remembered for a delta must not keep it alive.
         self._delta, self._floor, self._lock = copy(delta), floor, Lock()
-        self._device = device
         self._exact: SVD | None = None
-        X = self._short_side_first()
-        low, high = X.aminmax()
-        peak = max(-float(low), float(high))
-        if not math.isfinite(peak) or peak == 0:
-            raise UncertainError(f"The largest entry is {peak}.")
-        exponent = math.frexp(peak)[1] - 1
-        self._scale = 2.0 ** min(-exponent, 1022)
-        gram, energy = _gram(X, self._scale)
-        solve = eigen or (Tridiagonal if device == CPU else FullEigen)
-        self._eigen = solve(gram)
+        self._home = delta.device
+        self._eigen, self._scale, energy = self._run(partial(self._decompose, eigen))
         values = self._eigen.values.clamp(min=0)
         _check("energy of the singular values", abs(float(values.sum()) / energy - 1), 1e-10)
         self._sigma, self._doubt = values.sqrt(), _doubt(values)
-        S = (self._sigma / self._scale).cpu()
-        error = (torch.minimum(self._doubt / self._sigma, self._doubt.sqrt()) / self._scale).cpu()
+        S = self._sigma / self._scale
+        error = torch.minimum(self._doubt / self._sigma, self._doubt.sqrt()) / self._scale
         if floor >= 0 and bool(((S - floor).abs() < error).any()):
             raise UncertainError("A singular value is as close to the floor as its own error.")
         above = int((floor < S).sum())
@@ -164,20 +159,33 @@ class GramSVD:
 
     def first(self, k: int) -> SVD:
         """Return the first k triplets; see :meth:`Decomposition.first`."""
-        try:
-            return self._first(k)
-        except torch.OutOfMemoryError as error:
-            raise UncertainError("The GPU's memory is full.") from error
+        return self._run(partial(self._first, k))
 
-    def _first(self, k: int) -> SVD:
-        X, sigma = self._short_side_first(), self._sigma[: min(k, len(self.S))]
-        self._check_cut(len(sigma))
-        U = self._eigen.vectors(len(sigma)) if len(sigma) else sigma.new_zeros(len(X), 0)
+    def _decompose(
+        self, eigen: Callable[[Tensor], Eigen] | None, device: torch.device
+    ) -> tuple[Eigen, float, float]:
+        """Return (scale · X)(scale · X)ᵀ decomposed, the scale, and the trace by itself."""
+        X = self._short_side_first(device)
+        low, high = X.aminmax()
+        peak = max(-float(low), float(high))
+        if not math.isfinite(peak) or peak == 0:
+            raise UncertainError(f"The largest entry is {peak}.")
+        exponent = math.frexp(peak)[1] - 1
+        scale = 2.0 ** min(-exponent, 1022)
+        gram, energy = _gram(X, scale)
+        by_device = Tridiagonal if device.type == "cpu" else partial(FullEigen, home=self._home)
+        return (eigen or by_device)(gram), scale, energy
+
+    def _first(self, k: int, device: torch.device) -> SVD:
+        k = min(k, len(self.S))
+        self._check_cut(k)
+        X, sigma = self._short_side_first(device), self._sigma[:k].to(device)
+        U = self._eigen.vectors(k).to(device) if k else sigma.new_zeros(len(X), 0)
         with _full_float32(X.device):
             left = U.to(X.dtype, copy=True)
             overlap = left.T @ left
             W = left.mul_(self._scale).T @ X
-        if len(sigma):
+        if k:
             overlap.diagonal().sub_(1)
             _check("vectors' orthonormality", float(overlap.abs().max()), 1e-5)
             norms = torch.linalg.vector_norm(W, dim=1, dtype=torch.float64)
@@ -185,14 +193,14 @@ class GramSVD:
             share = float(norms.square().sum() / sigma.square().sum())
             _check("energy of the kept subspace", abs(1 - share), 1e-6)
             self._check_on_signs(X, U, W)
-        U, V = U.cpu(), W.div_(sigma[:, None]).T.cpu()
+        U, V = U.to(self._home), W.div_(sigma[:, None]).T.to(self._home)
         return SVD(V, self.S[:k], U) if self._is_tall else SVD(U, self.S[:k], V)
 
     def exact(self) -> SVD:
         """Return the exact SVD, made once; see :meth:`Decomposition.exact`."""
         with self._lock:
             if self._exact is None:
-                self._exact = svd_matrix(self._delta.matrix.double(), self._floor)
+                self._exact = _exact_svd(self._delta, self._floor)
             return self._exact
 
     def _check_cut(self, k: int) -> None:
@@ -204,7 +212,8 @@ class GramSVD:
 
     def _check_on_signs(self, X: Tensor, U: Tensor, W: Tensor) -> None:
         """Check W = Uᵀ X and X Xᵀ U = U Σ², times a vector of random signs, in float64."""
-        sigma, size = self._sigma[: U.shape[1]], _norm(self._sigma[: U.shape[1]])
+        sigma = self._sigma[: U.shape[1]].to(U.device)
+        size = _norm(sigma)
         generator = torch.Generator().manual_seed(0)
         z = (2.0 * torch.randint(2, sigma.shape, generator=generator) - 1).to(sigma)
         # One by one, since BLAS is slow at matrices of two columns.
@@ -215,7 +224,7 @@ class GramSVD:
             back.addmv_(panel, panel.T @ scaled)
         wrong = _norm(z.to(W.dtype) @ W - product)
         _check("products", wrong / size, PRODUCT[W.dtype])
-        rounding = _norm(self._doubt[: len(z)] / sigma)
+        rounding = _norm(self._doubt[: len(z)].to(sigma.device) / sigma)
         _check("vectors' residuals", _norm(back - U @ (sigma * z)) / size, rounding / size)
 
     @property
@@ -223,9 +232,15 @@ class GramSVD:
         m, n = self._delta.shape
         return m > n
 
-    def _short_side_first(self) -> Tensor:
+    def _run(self, work: Callable[[torch.device], _T]) -> _T:
+        p, q = sorted(self._delta.shape)
+        # X, and products of its size; the Gram matrix, its vectors and what finding them takes.
+        need = 2 * wide(self._delta.dtype).itemsize * p * q + 48 * p * p + 8 * PANEL * p
+        return run(work, home=self._home, need=need if is_large((p, q)) else None)
+
+    def _short_side_first(self, device: torch.device) -> Tensor:
         matrix = self._delta.matrix
-        matrix = matrix.to(self._device, wide(matrix.dtype))
+        matrix = matrix.to(device, wide(matrix.dtype))
         return matrix.T if self._is_tall else matrix
 
 

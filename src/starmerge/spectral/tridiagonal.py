@@ -92,11 +92,13 @@ class FullEigen:
 
     Args:
         gram: (p, p) float64. Only its upper triangle is read.
+        home: Where values and vectors are kept; by default where the matrix lies.
     """
 
-    def __init__(self, gram: Tensor) -> None:
-        values, self._vectors = torch.linalg.eigh(gram, UPLO="U")
-        self.values = values.flip(0)
+    def __init__(self, gram: Tensor, home: torch.device | None = None) -> None:
+        values, vectors = torch.linalg.eigh(gram, UPLO="U")
+        self._vectors = vectors.to(home or gram.device)
+        self.values = values.flip(0).to(home or gram.device)
 
     def vectors(self, k: int) -> Tensor:
         """Return the eigenvectors (p, k) of the k largest eigenvalues."""
