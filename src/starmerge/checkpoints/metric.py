@@ -221,6 +221,14 @@ def open_metric(path: str | Path) -> Metric:
     return Metric(file, checkpoint, parsed)
 
 
+def is_metric(path: Path) -> bool:
+    """Tell whether a file is a metric, whole or damaged, of whatever version."""
+    try:
+        return KEY in open_safetensors(path).metadata
+    except StarmergeError:
+        return False
+
+
 def _check_entries(damaged: str, checkpoint: Checkpoint, entries: Sequence[_Entry]) -> None:
     """Make sure that entries and tensors belong together, one to one."""
     unused = dict.fromkeys(checkpoint)

@@ -81,8 +81,13 @@ def check_output(path: Path, *, overwrite: bool, kind: Replaceable = MERGED_MODE
         raise UsageError(f"{path} cannot be created: {parent} is not writable.")
 
 
-def check_space(path: Path, wanted: int) -> None:
+def check_space(path: Path, wanted: int, *, advice: str = "a smaller --dtype") -> None:
     """Make sure that the disk of ``path`` has ``wanted`` bytes free.
+
+    Args:
+        path: The output.
+        wanted: Its bytes.
+        advice: What to choose if it has less.
 
     Raises:
         StarmergeError: It has less.
@@ -91,7 +96,7 @@ def check_space(path: Path, wanted: int) -> None:
     if free < wanted:
         raise StarmergeError(
             f"{path} needs {wanted / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free. "
-            "Choose another disk, or a smaller --dtype."
+            f"Choose another disk, or {advice}."
         )
 
 
