@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from starmerge import Calibrated, Metric, StarmergeError, UsageError, calibrate, open_metric
-from starmerge.calibration import text
+from starmerge.calibration import moments, text
 from starmerge.calibration.text import Reading, Writer
 from starmerge.checkpoints.base import open_base
 from starmerge.checkpoints.source import resolve
@@ -158,7 +158,9 @@ def test_how_much_is_read_at_once_changes_nothing_but_rounding(
     folder = store(kind, tmp_path / "base")
     files = []
     for at_once in (1, 60, 10_000):
-        monkeypatch.setattr(text, "AT_ONCE", at_once)
+        monkeypatch.setattr(moments, "READ_AT_ONCE", at_once)
+        monkeypatch.setattr(text, "READ_AT_ONCE", at_once)
+        monkeypatch.setattr(text, "WRITTEN_AT_ONCE", at_once)
         files.append(tmp_path / f"{at_once}.safetensors")
         calibrate(folder, files[-1], sequences=7, length=12, seed=5)
     contents = [_content(file) for file in files]

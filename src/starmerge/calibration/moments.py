@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from starmerge.calibration.modules import Linear
-from starmerge.calibration.text import Advance, Reading, batches
+from starmerge.calibration.text import READ_AT_ONCE, Advance, Reading, batches
 from starmerge.checkpoints.metric import Side
 from starmerge.errors import StarmergeError
 from starmerge.evaluation.prefill import arguments_of, last_logits
+from starmerge.spectral import lapack
 from starmerge.spectral.cholesky import pivoted_root
 
 
@@ -80,8 +81,7 @@ class Sum:
             shape = (self._size, self._size)
             self._gram = torch.zeros(shape, dtype=torch.float64, device=rows.device)
         for part in (*self._kept, rows):
-            exact = part.double()
-            self._gram.addmm_(exact.T, exact)
+            _add_products(self._gram, part.double())
         self._kept.clear()
 
     def root(self) -> Tensor:
@@ -96,6 +96,16 @@ class Sum:
         mean = self._gram.div_(self.tokens).cpu()
         self._gram = None
         return pivoted_root(mean).float()
+
+
+def _add_products(gram: Tensor, rows: Tensor) -> None:
+    """Add Σ x xᵀ over rows (tokens, n), float64, to the upper triangle of a matrix (n, n)."""
+    if gram.device.type == "cpu":
+        n, rows = len(gram), rows.contiguous()
+        # The upper triangle by rows is the lower one by columns, as Fortran sees it.
+        lapack.call("dsyrk", "L", "N", n, len(rows), 1.0, rows, n, 1.0, gram, n)
+    else:
+        gram.addmm_(rows.T, rows)
 
 
 @dataclass
@@ -135,24 +145,24 @@ class _Watch:
     def _hook(self, linear: Linear) -> Callable[..., None]:
         def look(_: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
             inputs: Tensor = next(iter((*arguments, *named.values())))
+            seen = self.seen[linear.tensor]
+            seen.calls.append(self._number(linear, inputs))
+            seen.tokens += inputs.numel() // linear.size
+            self._saw(linear, inputs)
+
+        return look
+
+    def _number(self, linear: Linear, inputs: Tensor) -> int:
+        """Return a tensor's number: the same as before only if it is the same and unchanged."""
+        key = id(inputs), inputs._version
+        number, known = self._numbers.get(key, (0, None))
+        if known is None or known() is not inputs:
             if not inputs.isfinite().all():
                 raise StarmergeError(
                     f"The input of {linear.tensor.removesuffix('.weight')} has a NaN or an "
                     "infinity. The base's weights are broken, or too large for their dtype: look "
                     "at them, or try --dtype float32."
                 )
-            seen = self.seen[linear.tensor]
-            seen.calls.append(self._number(inputs))
-            seen.tokens += inputs.numel() // linear.size
-            self._saw(linear, inputs)
-
-        return look
-
-    def _number(self, inputs: Tensor) -> int:
-        """Return a tensor's number: the same as before only if it is the same and unchanged."""
-        key = id(inputs), inputs._version
-        number, known = self._numbers.get(key, (0, None))
-        if known is None or known() is not inputs:
             self._count = number = self._count + 1
             self._numbers[key] = number, weakref.ref(inputs)
         return number
@@ -221,7 +231,8 @@ def collect(
     head = model.get_output_embeddings()
     all_logits = any(linear.module is head for linear in linears)
     with _Watch(linears, saw) as watch:
-        for rows in batches([(len(each.ids), len(each.decoder)) for each in readings]):
+        lengths = [(len(each.ids), len(each.decoder)) for each in readings]
+        for rows in batches(lengths, READ_AT_ONCE):
             batch = [readings[row] for row in rows]
             _read(model, batch, all_logits=all_logits)
             watch.forget()

@@ -28,8 +28,11 @@ from starmerge.evaluation.prompts import Prompter
 from starmerge.evaluation.sources import read_file
 from starmerge.evaluation.task import Example, Task
 
-AT_ONCE = 2048
-"""Tokens that a model reads or writes at once, at most, unless one sequence has more."""
+READ_AT_ONCE = 2048
+"""Tokens that a model reads at once, at most, unless one sequence has more."""
+
+WRITTEN_AT_ONCE = 8192
+"""Tokens in the memory of a model that writes; for each there are keys and values."""
 
 _ROUNDS = 10
 """Passes in which an encoder fills all masks of a sequence."""
@@ -229,7 +232,7 @@ class Writer:
         """
         numbers = self._uniform(len(prompts), stream)
         written: list[list[int]] = [[] for _ in prompts]
-        for rows in batches([(len(prompt), self.length) for prompt in prompts]):
+        for rows in batches([(len(prompt), self.length) for prompt in prompts], WRITTEN_AT_ONCE):
             ids = torch.tensor([prompts[row] for row in rows], device=self._model.device)
             draw = _Draw(numbers[rows], rows, self._model)
             options = self._model.generation_config
@@ -261,7 +264,7 @@ class Writer:
         orders, numbers = self._uniform(sequences, 0).argsort(-1), self._uniform(sequences, 1)
         special = torch.tensor(tokenizer.all_special_ids, device=model.device)
         readings = []
-        for rows in batches([(len(start),)] * sequences):
+        for rows in batches([(len(start),)] * sequences, READ_AT_ONCE):
             ids = start.expand(len(rows), -1).clone()
             for chosen in orders[rows].tensor_split(_ROUNDS, dim=-1):
                 if not chosen.numel():
@@ -311,14 +314,15 @@ def drawn(logits: Tensor, numbers: Tensor) -> Tensor:
     return found.clamp_(max=logits.shape[-1] - 1)
 
 
-def batches(lengths: Sequence[tuple[int, ...]]) -> list[list[int]]:
-    """Return the numbers of sequences that are read at once, all of one length.
+def batches(lengths: Sequence[tuple[int, ...]], tokens: int) -> list[list[int]]:
+    """Return the numbers of sequences that go through a model at once, all of one length.
 
     Sequences of one length need no padding, which would have to be kept out of every sum and would
     change what some models compute.
 
     Args:
         lengths: Of each sequence: tokens of the encoder and the decoder, or of the one there is.
+        tokens: How many at once, at most, unless one sequence has more.
     """
     alike: dict[tuple[int, ...], list[int]] = {}
     for number, length in enumerate(lengths):
@@ -326,7 +330,7 @@ def batches(lengths: Sequence[tuple[int, ...]]) -> list[list[int]]:
     return [
         rows[start : start + size]
         for length, rows in alike.items()
-        for size in [max(1, AT_ONCE // sum(length))]
+        for size in [max(1, tokens // sum(length))]
         for start in range(0, len(rows), size)
     ]
 
