@@ -402,19 +402,13 @@ def test_what_has_no_moment_is_named(tmp_path: Path) -> None:
     notes = calibrate(store("mamba", tmp_path / "b"), tmp_path / "b.st", texts=words).notes
     assert "backbone.layers.0.mixer.conv1d.weight and 1 more: convolutions" in " ".join(notes)
     assert "lm_head.weight: tied to another module's" in notes
-    folder = store("bert classifier", tmp_path / "c")
-    model = transformers.BertForSequenceClassification.from_pretrained(folder)
-    model.bert.pooler.add_module("unused", torch.nn.Linear(3, 3))
-    save_file(
-        {**load_file(folder / "model.safetensors"), "bert.pooler.unused.weight": torch.ones(3, 3)},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    from starmerge.calibration.modules import linears_of
-
-    linears, notes = linears_of(model, open_base(resolve(folder)))
-    assert "bert.pooler.unused.weight" in {linear.tensor for linear in linears}
-    assert not notes
+    # Queries of tokens with global attention, of which there are none.
+    result = calibrate(store("longformer bert", tmp_path / "c"), tmp_path / "c.st", texts=words)
+    never = "longformer.encoder.layer.0.attention.self.query_global.weight and 5 more"
+    assert f"{never}: never reached by the text" in result.notes
+    metric = open_metric(tmp_path / "c.st")
+    assert not metric.has("longformer.encoder.layer.0.attention.self.query_global.weight")
+    assert metric.has("longformer.encoder.layer.0.attention.self.query.weight")
 
 
 def test_names_are_those_of_the_files(tmp_path: Path) -> None:
@@ -498,6 +492,8 @@ def _refusals(tmp_path: Path) -> dict[str, Callable[[], object]]:
     no_start = store("llama", tmp_path / "no-start")
     edit_json(no_start / "tokenizer_config.json", bos_token=None, eos_token=None)
     broken = _write(tmp_path / "broken.jsonl", ["{"])
+    content = ["kind: image-classification", "source: {folder: images}"]
+    images = _write(tmp_path / "images.yaml", content)
 
     def run(*, folder: Path = base, **options: Any) -> Callable[[], object]:
         return lambda: calibrate(folder, tmp_path / "out", **({"texts": line} | options))
@@ -532,6 +528,11 @@ def _refusals(tmp_path: Path) -> dict[str, Callable[[], object]]:
                 "own": _write(tmp_path / "own.yaml", [f"source: {{file: {rows}}}", "prompt: x"])
             }
         ),
+        "Prompts demo/past=past: the moments are given twice": run(
+            prompts={"past": "past", "demo/past": "past"}
+        ),
+        "Prompts demo/=past: the moments have no name": run(prompts={"demo/": "past"}),
+        "is a task of images, which has no prompts": run(prompts={"a": images}),
         "'mrpc' is the name of several tasks": run(prompts={"mrpc": rows}),
     }
 

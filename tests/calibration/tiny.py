@@ -52,6 +52,15 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "bert": lambda: transformers.BertForMaskedLM(_BERT),
     "bert classifier": lambda: transformers.BertForSequenceClassification(_BERT),
+    "longformer bert": lambda: transformers.LongformerForMaskedLM(
+        transformers.LongformerConfig(
+            **SIZES,
+            num_attention_heads=4,
+            intermediate_size=48,
+            max_position_embeddings=64,
+            attention_window=[4, 4],
+        )
+    ),
     "albert": lambda: transformers.AlbertForMaskedLM(
         transformers.AlbertConfig(
             vocab_size=VOCABULARY,

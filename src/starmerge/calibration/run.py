@@ -216,7 +216,7 @@ def calibrate(
         raise UsageError(f"The dtype {dtype!r} is unknown.{nearest(dtype, get_args(Dtype))}")
     bound = None if memory is None else Workers(memory=memory).memory
     given = None if texts is None else texts_of(Path(texts))[:sequences]
-    tasks = [_task_of(name, what) for name, what in (prompts or {}).items()]
+    tasks = _tasks_of(prompts or {})
     opened = open_base(resolve(base))
     model, tokenizer = load_text_model(opened.source.path, device=device, dtype=dtype)
     writer = Writer(model, tokenizer, seed=seed, length=length or LENGTH)
@@ -225,7 +225,7 @@ def calibrate(
     else:
         assert texts is not None
         common = _of_file(writer, Path(texts), given, length, seed)
-    sources = (common, *(_of_task(writer, name, task, rows, seed) for name, task in tasks))
+    sources = (common, *(_of_task(writer, name, task, rows, seed) for name, task in tasks.items()))
     linears, notes = linears_of(model, opened)
     if not linears:
         raise UsageError(f"{base} has no linear modules, so there are no moments to take.")
@@ -396,21 +396,27 @@ def _tokens(writer: Writer, readings: Sequence[Reading]) -> int:
     return max(written, sum(len(reading.ids) for reading in readings))
 
 
-def _task_of(name: str, what: str | Path | Task) -> tuple[str, Task]:
-    """Find the task that is meant; return it with the name of its moments.
+def _tasks_of(prompts: Mapping[str, str | Path | Task]) -> dict[str, Task]:
+    """Find the tasks that are meant, by the names of their moments: those of the tasks alone.
 
     Raises:
-        UsageError: There is none, or it is a task of images.
+        UsageError: There is none of a name, it is one of images, or two have one name.
     """
-    if not isinstance(what, Task):
-        if Path(what).suffix.lower() in _ROWS_OF:
-            what = task_of_prompts(name, Path(what))
-        else:
-            found = find_task(str(what))
-            if not isinstance(found, Task):
-                raise UsageError(f"{what} is a task of images, which has no prompts.")
-            what = found
-    return name.rpartition("/")[2], what
+    tasks: dict[str, Task] = {}
+    for name, what in prompts.items():
+        short = name.rpartition("/")[2]
+        if not short or short in tasks:
+            fault = "are given twice" if short else "have no name"
+            raise UsageError(f"Prompts {name}={what}: the moments {fault}. Choose another name.")
+        found = what
+        if not isinstance(found, Task) and Path(found).suffix.lower() in _ROWS_OF:
+            found = task_of_prompts(name, Path(found))
+        elif not isinstance(found, Task):
+            found = find_task(str(found))  # type: ignore[assignment]
+        if not isinstance(found, Task):
+            raise UsageError(f"{what} is a task of images, which has no prompts.")
+        tasks[short] = found
+    return tasks
 
 
 def _check_output(output: Path, *, overwrite: bool) -> None:
