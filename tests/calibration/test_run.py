@@ -509,11 +509,17 @@ def _refusals(tmp_path: Path) -> dict[str, Callable[[], object]]:
         "takes 64 tokens: 2 at the beginning and 80 more are too many. Lower --length": run(
             folder=store("bert", tmp_path / "bert"), texts=None
         ),
+        "a T5Model, cannot read a text by itself: You must specify": run(
+            folder=store("bare t5", tmp_path / "t5")
+        ),
         "gone does not exist": run(folder=tmp_path / "gone"),
         "t.csv is neither .txt .* nor .jsonl": run(texts=tmp_path / "t.csv"),
         "gone.txt does not exist": run(texts=tmp_path / "gone.txt"),
         "empty.txt has no text": run(texts=_write(tmp_path / "empty.txt", ["", " "])),
         "rows.jsonl, row 1: there is no text under 'text'": run(texts=rows),
+        "half.jsonl, text 1 holds half a character": run(
+            texts=_write(tmp_path / "half.jsonl", ['{"text": "\\ud800"}'])
+        ),
         "broken.jsonl, line 1: not JSON": run(texts=broken),
         "sequences is 0. Give a whole number": run(sequences=0),
         "length is -1": run(length=-1),

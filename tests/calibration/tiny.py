@@ -40,6 +40,7 @@ MODELS: dict[str, Callable[[], Any]] = {
             decoder_start_token_id=START,
         )
     ),
+    "bare t5": lambda: transformers.T5Model(transformers.T5Config(vocab_size=VOCABULARY, **T5)),
     "bart": lambda: transformers.BartForConditionalGeneration(
         transformers.BartConfig(
             vocab_size=VOCABULARY,

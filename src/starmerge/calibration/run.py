@@ -22,7 +22,7 @@ from starmerge.checkpoints.hashing import remembered_blake3_of
 from starmerge.checkpoints.metric import MetricWriter, is_metric
 from starmerge.checkpoints.source import resolve
 from starmerge.checkpoints.writer import check_output_file, check_space, output_file
-from starmerge.errors import UsageError, nearest
+from starmerge.errors import StarmergeError, UsageError, nearest
 from starmerge.evaluation.models import Dtype, load_text_model
 from starmerge.evaluation.task import Task
 from starmerge.evaluation.tasks import find_task, task_of_prompts
@@ -79,7 +79,8 @@ class _Source:
 
     task: str | None
     """Whose text; None: the text for all tasks."""
-    sequences: int
+    written: int
+    """Sequences that are written, and answers, for a progress bar."""
     tokens: int
     """Tokens of the encoder or of the decoder, at most: whichever reads more."""
     readings: Callable[[Advance], list[Reading]]
@@ -229,7 +230,15 @@ def calibrate(
     linears, notes = linears_of(model, opened)
     if not linears:
         raise UsageError(f"{base} has no linear modules, so there are no moments to take.")
-    groups, calls = find_groups(model, linears, writer.probe())
+    try:
+        groups, calls = find_groups(model, linears, writer.probe())
+    except StarmergeError:
+        raise
+    except Exception as error:  # whatever the model's own code raises
+        raise UsageError(
+            f"{base}, a {type(model).__name__}, cannot read a text by itself: "
+            f"{' '.join(str(error).split()) or type(error).__name__}"
+        ) from error
     record = {
         **common.record,
         "prompts": {source.task: source.record for source in sources[1:]},
@@ -275,7 +284,7 @@ def _run(plan: _Plan, *, progress: bool) -> Calibrated:
         reached: dict[str | None, set[str]] = {}
         for source in plan.sources:
             what = f"writing for {source.task}" if source.task else "writing"
-            with progress_bar(what, source.sequences, show=progress) as advance:
+            with progress_bar(what, source.written, show=progress) as advance:
                 readings = source.readings(advance)
             if source.task is None:
                 tokens = sum(len(each.ids) + len(each.decoder) for each in readings)
@@ -333,7 +342,7 @@ def _own(writer: Writer, sequences: int, length: int, seed: int) -> _Source:
         words += f" after {beginning}" if writer.kind == "causal" else " in place of masks"
     return _Source(
         task=None,
-        sequences=sequences,
+        written=2 * sequences if writer.kind == "encoder-decoder" else sequences,
         tokens=sequences * each,
         readings=partial(writer.own, sequences),
         record={"kind": "self-written", "sequences": sequences, "length": length, "seed": seed},
@@ -349,7 +358,7 @@ def _of_file(
     tokens = _tokens(writer, readings)
     return _Source(
         task=None,
-        sequences=len(readings),
+        written=len(readings),
         tokens=tokens,
         readings=partial(writer.answered, readings),
         record={
@@ -377,7 +386,7 @@ def _of_task(writer: Writer, name: str, task: Task, rows: int, seed: int) -> _So
     tokens = _tokens(writer, readings)
     return _Source(
         task=name,
-        sequences=len(readings),
+        written=len(readings),
         tokens=tokens,
         readings=partial(writer.answered, readings),
         record={

@@ -116,7 +116,7 @@ class Writer:
 
         Args:
             sequences: How many.
-            advance: Called with a number of sequences that are done.
+            advance: Called with a number of sequences that are written, answers counting too.
 
         Raises:
             UsageError: As :meth:`beginning`.
@@ -131,9 +131,10 @@ class Writer:
             return [
                 Reading((*reading.ids, *new)) for reading, new in zip(begun, written, strict=True)
             ]
-        first = self._written([reading.ids for reading in begun], lambda _: None, stream=0)
+        first = self._written([reading.ids for reading in begun], advance, stream=0)
         texts = self._tokenizer.batch_decode(first, skip_special_tokens=True)
-        return self.answered([Reading(tuple(self._encoded(text))) for text in texts], advance)
+        read = [Reading(tuple(self._encoded(text, self.length))) for text in texts]
+        return self.answered(read, advance)
 
     def answered(self, readings: Sequence[Reading], advance: Advance) -> list[Reading]:
         """Return readings with what the decoder reads, having written to them: up to its end token.
@@ -366,6 +367,11 @@ def texts_of(file: Path) -> list[str]:
             texts = file.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise UsageError(f"{file} is not UTF-8: {error}. Save it as UTF-8.") from error
+    for number, text in enumerate(texts, start=1):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"{file}, text {number} holds half a character: {error}.") from error
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise UsageError(f"{file} has no text.")
