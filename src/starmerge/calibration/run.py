@@ -27,7 +27,7 @@ from starmerge.evaluation.models import Dtype, load_text_model
 from starmerge.evaluation.task import Task
 from starmerge.evaluation.tasks import find_task, task_of_prompts
 from starmerge.merging.workers import Workers
-from starmerge.progress import progress_bar
+from starmerge.progress import bytes_in_words, progress_bar
 
 SEQUENCES = 128
 """Sequences that a base writes by itself, if nothing else is asked for."""
@@ -69,7 +69,7 @@ class Calibrated:
         tasks = f", and of the tasks {', '.join(self.tasks)}" if self.tasks else ""
         return (
             f"{self.entries} moments of {self.tensors} tensors, from {self.tokens} tokens{tasks}; "
-            f"{_size(self.nbytes)}, {self.seconds:.1f} s"
+            f"{bytes_in_words(self.nbytes)}, {self.seconds:.1f} s"
         )
 
 
@@ -147,8 +147,8 @@ class _Plan:
             [
                 *(source.words for source in self.sources),
                 f"Modules: {count}, with {len(self.groups)} inputs",
-                f"Sums: {_size(peak)} of memory beside the model; passes over the text: {most}",
-                f"File: {_size(self.nbytes)} at most",
+                f"Sums: {bytes_in_words(peak)} of memory beside the model; passes over the text: {most}",
+                f"File: {bytes_in_words(self.nbytes)} at most",
             ]
         )
 
@@ -447,7 +447,3 @@ def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
     return Workers().memory
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
