@@ -208,7 +208,6 @@ def test_calibrates_says_what_it_will_do_and_what_it_did(starmerge: Run, tmp_pat
     finished = starmerge(*command, cwd=tmp_path)
     assert finished.returncode == 2
     assert "m.safetensors exists" in finished.stderr
-    assert starmerge(*command, "--overwrite", cwd=tmp_path).returncode == 0
 
 
 def test_debug_shows_where_an_error_comes_from(starmerge: Run, tmp_path: Path) -> None:

@@ -141,13 +141,14 @@ class _Plan:
             for source, parts in passes
             for part in parts
         )
+        memory = bytes_in_words(peak)
         count = sum(len(group.members) for group in self.groups)
         most = max(len(parts) for _, parts in passes)
         return "\n".join(
             [
                 *(source.words for source in self.sources),
                 f"Modules: {count}, with {len(self.groups)} inputs",
-                f"Sums: {bytes_in_words(peak)} of memory beside the model; passes over the text: {most}",
+                f"Sums: {memory} of memory beside the model; passes over the text: {most}",
                 f"File: {bytes_in_words(self.nbytes)} at most",
             ]
         )
