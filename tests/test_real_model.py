@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import starmerge as sm
+from starmerge.checkpoints.base import open_base
+from starmerge.checkpoints.source import resolve
 from starmerge.demo.run import ADAPTERS
 
 _TEXT = "Write the past tense of this verb.\nswim"
@@ -80,6 +82,53 @@ def _star(delta: torch.Tensor) -> torch.Tensor:
     r = int((S.cumsum(0) < 0.4 * S.sum()).sum()) + 1
     kept: torch.Tensor = U[:, :r] * (S[:r] * S.sum() / S[:r].sum()) @ Vh[:r]
     return kept
+
+
+def test_a_metric_has_the_moments_of_what_the_model_reads(smollm2: Path, tmp_path: Path) -> None:
+    texts = ["Paris is the capital of France.", "def f(x): return x + 1", _TEXT.replace("\n", " ")]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    file = tmp_path / "metric.safetensors"
+    result = sm.calibrate(
+        smollm2, file, texts=tmp_path / "texts.txt", prompts={"past": "past"}, rows=2
+    )
+    metric = sm.open_metric(file)
+    metric.check_base(open_base(resolve(smollm2)))
+    assert result.tensors == 30 * 7
+    assert metric.tasks == ("past",)
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    names = [f"model.layers.{layer}.{part}" for layer in (0, 29) for part in ("self_attn", "mlp")]
+    seen: dict[str, list[torch.Tensor]] = {}
+    for name, module in model.named_modules():
+        if name.rpartition(".")[0] in names and isinstance(module, torch.nn.Linear):
+            seen[name] = []
+            module.register_forward_pre_hook(
+                lambda _, given, inputs=seen[name]: inputs.append(given[0][0].double())
+            )
+    with torch.inference_mode():
+        for text in texts:
+            model(input_ids=torch.tensor([tokenizer(text)["input_ids"]]))
+    assert len(seen) == 2 * 7
+    for name, inputs in seen.items():
+        rows = torch.cat(inputs)
+        moment = metric.moment(f"{name}.weight")
+        assert (
+            moment.tokens == len(rows) == sum(len(tokenizer(text)["input_ids"]) for text in texts)
+        )
+        expected, ours = rows.T @ rows / len(rows), moment.root.double().T @ moment.root.double()
+        # In bfloat16 a batch of one and another may round apart, layer by layer.
+        assert _relative(ours, expected) < 0.02, name
+
+
+def test_a_base_writes_text_for_its_own_metric(smollm2: Path, tmp_path: Path) -> None:
+    made = []
+    for name in ("a", "b"):
+        sm.calibrate(smollm2, tmp_path / name, sequences=2, length=6, seed=1)
+        made.append((tmp_path / name).read_bytes())
+    assert made[0] == made[1]
+    # The template's head has 24 tokens.
+    name = "model.layers.3.mlp.down_proj.weight"
+    assert sm.open_metric(tmp_path / "a").moment(name).root.shape == (2 * 30, 1536)
 
 
 def test_an_adapter_folded_into_a_stored_model_is_truncated_as_it_was(

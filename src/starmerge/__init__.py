@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from starmerge.calibration.run import Calibrated, calibrate
+    from starmerge.checkpoints.metric import Metric, open_metric
     from starmerge.deltas import Delta, Dense, LowRank
     from starmerge.errors import StarmergeError, UsageError
     from starmerge.merging.apply import Applied, apply
@@ -63,6 +65,7 @@ __all__ = [
     "Applied",
     "Average",
     "Breadcrumbs",
+    "Calibrated",
     "Cart",
     "Covariance",
     "Ctm",
@@ -84,6 +87,7 @@ __all__ = [
     "MergeResult",
     "MetaGpt",
     "Method",
+    "Metric",
     "ModelStock",
     "NuSlerp",
     "OwnResponse",
@@ -106,24 +110,30 @@ __all__ = [
     "UsageError",
     "Wudi",
     "apply",
+    "calibrate",
     "load_task_vectors",
     "merge",
     "merge_state",
+    "open_metric",
 ]
 
 _HOMES = {
     "Applied": "merging.apply",
+    "Calibrated": "calibration.run",
     "Delta": "deltas",
     "Dense": "deltas",
     "LowRank": "deltas",
     "MergeResult": "merging.engine",
+    "Metric": "checkpoints.metric",
     "StarmergeError": "errors",
     "TaskVectors": "merging.task_vectors",
     "UsageError": "errors",
     "apply": "merging.apply",
+    "calibrate": "calibration.run",
     "load_task_vectors": "merging.task_vectors",
     "merge": "merging.engine",
     "merge_state": "merging.in_memory",
+    "open_metric": "checkpoints.metric",
 }
 """Where the names live that are not methods."""
 

@@ -1,4 +1,4 @@
-"""The progress bar of everything that takes more than a few seconds."""
+"""What a long run tells its user: a progress bar, and how much there is to do."""
 
 from __future__ import annotations
 
@@ -40,3 +40,8 @@ def progress_bar(
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=total)
         yield lambda units: bar.advance(task, units)
+
+
+def bytes_in_words(count: int) -> str:
+    """Write a number of bytes for people: "1.25 GB", "0.3 MB"."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

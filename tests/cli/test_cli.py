@@ -13,6 +13,8 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
+from starmerge import open_metric
+from tests.calibration.tiny import store
 from tests.conftest import MakeAdapter, MakeFinetune
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -142,6 +144,16 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
         (["evaluate", "{base}", "-t", "digits", "--data", "past=x.csv"], 2, "there is no file"),
         (["evaluate", "{base}", "-t", "digits", "--data", "rows"], 2, "write NAME=PATH"),
         (["evaluate", "{base}", "-t", "flan-t5/qqp"], 2, "--data qqp=rows.jsonl"),
+        (
+            ["calibrate", "{base}", "-o", "{out}", "--texts", "gone.txt"],
+            2,
+            "gone.txt does not exist",
+        ),
+        (["calibrate", "{base}", "-o", "{out}", "--dtype", "int4"], 2, "bfloat16"),
+        (["calibrate", "{base}", "-o", "{out}", "--prompts", "digit"], 2, "Did you mean 'digits'"),
+        (["calibrate", "{base}", "-o", "{out}", "--prompts", "a="], 2, "write TASK or TASK=ROWS"),
+        (["calibrate", "{base}", "-o", "{adapter}"], 2, "is a folder or a link"),
+        (["calibrate", "{adapter}", "-o", "{out}"], 2, "is an adapter"),
         (["suite", "flan"], 2, "flan-t5"),
         (["tasks", "flan-t5/qqq"], 2, "Did you mean 'flan-t5/qqp'"),
         (["finetune", "{base}", "--task", "digits", "-o", "{base}"], 2, "not empty"),
@@ -174,6 +186,30 @@ def test_refusals_are_one_line_with_the_right_code(
     assert not (tmp_path / "out").exists()
 
 
+def test_calibrates_says_what_it_will_do_and_what_it_did(starmerge: Run, tmp_path: Path) -> None:
+    base = store("llama", tmp_path / "base")
+    (tmp_path / "sql.jsonl").write_text('{"input": "w5 w6"}\n{"input": "w7"}\n')
+    options = ["--prompts", "sql=sql.jsonl", "--prompts", "past=sql.jsonl", "--sequences", "4"]
+    options += ["--length", "9", "--seed", "3", "--memory", "10kB", "--device", "cpu"]
+    command = ["calibrate", base, "-o", "m.safetensors", *options]
+    finished = starmerge(*command, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    for words in (
+        "Text: 4 sequences that the base writes, of 9 tokens after 1",
+        "Task sql: 2 prompts, 3 tokens",
+        "Modules: 15, with 9 inputs",
+        "passes over the text: 9",
+        "File: 0.1 MB at most",
+        "27 moments of 15 tensors, from 40 tokens, and of the tasks sql, past",
+        "Metric: m.safetensors",
+    ):
+        assert words in finished.stdout, finished.stdout
+    assert open_metric(tmp_path / "m.safetensors").tasks == ("sql", "past")
+    finished = starmerge(*command, cwd=tmp_path)
+    assert finished.returncode == 2
+    assert "m.safetensors exists" in finished.stderr
+
+
 def test_debug_shows_where_an_error_comes_from(starmerge: Run, tmp_path: Path) -> None:
     finished = starmerge("--debug", "merge", "gone", "gone", "-o", tmp_path / "out")
     assert "Traceback" in finished.stderr
@@ -202,7 +238,8 @@ def test_lists_tasks_and_suites_and_shows_a_task_as_its_file(starmerge: Run) -> 
 def test_every_command_explains_itself(starmerge: Run) -> None:
     top = starmerge("--help")
     assert top.returncode == 0
-    for command in ("merge", "evaluate", "suite", "finetune", "methods", "tasks", "demo"):
+    commands = "merge", "calibrate", "evaluate", "suite", "finetune", "methods", "tasks", "demo"
+    for command in commands:
         assert command in top.stdout
         assert starmerge(command, "--help").returncode == 0
 

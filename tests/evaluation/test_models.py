@@ -20,6 +20,7 @@ from starmerge.evaluation.models import (
     device_kind,
     dtype_name,
     load_model,
+    load_text_model,
 )
 from tests.conftest import MakeAdapter, edit_json
 from tests.evaluation import tiny_models
@@ -61,6 +62,25 @@ def test_a_model_of_any_kind_is_loaded_and_answers(
         for each in (model, make(kind))
     ]
     assert texts[0] == texts[1]
+
+
+def test_a_model_of_text_that_does_not_write_is_loaded_as_its_config_says(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    for name, kind in {
+        "masked": transformers.BertForMaskedLM,
+        "classifier": transformers.BertForSequenceClassification,
+        "bare": transformers.BertModel,
+    }.items():
+        kind(config).save_pretrained(tmp_path / name)
+        tiny_models.tokenizer().save_pretrained(tmp_path / name)
+        model, _ = load_text_model(tmp_path / name, device="cpu")
+        assert type(model) is kind
+        assert not model.training
+    model, _ = load_text_model(store("t5", tmp_path / "t5"), device="cpu")
+    assert isinstance(model, transformers.T5ForConditionalGeneration)
+    assert model.generation_config.decoder_start_token_id == tiny_models.PAD
 
 
 def test_greedy_is_greedy_whatever_the_model_asks_for(tmp_path: Path) -> None:

@@ -14,7 +14,13 @@ from starmerge.evaluation.matching import read
 from starmerge.evaluation.sources import FileSource, Sample
 from starmerge.evaluation.task import Gold, Task
 from starmerge.evaluation.task_file import as_yaml, load_task
-from starmerge.evaluation.tasks import find_task, folder_tasks, registry, with_rows_of
+from starmerge.evaluation.tasks import (
+    find_task,
+    folder_tasks,
+    registry,
+    task_of_prompts,
+    with_rows_of,
+)
 
 GENERATED = [name for name in registry() if name.startswith(("demo/", "results/"))]
 
@@ -292,3 +298,33 @@ def test_rows_of_a_file_stand_in_for_a_dataset_that_cannot_be_had(tmp_path: Path
         )
         == 10
     )
+
+
+def test_questions_need_no_answer(tmp_path: Path) -> None:
+    rows = _jsonl(tmp_path / "rows.jsonl", [{"text": f"x{number}"} for number in range(9)])
+    task = _task(rows, labels=("yes", "no"))
+    asked = task.questions("test", 4)
+    assert len({row.id for row in asked}) == 4
+    assert {row.label for row in asked} == {""}
+    assert all(task.ask(row.fields).startswith("x") for row in asked)
+    with pytest.raises(UsageError, match="no field 'label'"):
+        task.examples("test")
+    with pytest.raises(UsageError, match="names no rows to train on"):
+        task.questions("train")
+    _jsonl(rows, [{"other": "x"}])
+    with pytest.raises(UsageError, match=r"Task t, row rows.jsonl/1: there is no field 'text'"):
+        task.questions("test")
+
+
+def test_prompts_of_a_file_are_asked_as_the_task_of_that_name_asks(tmp_path: Path) -> None:
+    rows = _jsonl(tmp_path / "rows.jsonl", [{"input": f"w{number}"} for number in range(50)])
+    own, past = task_of_prompts("mine", rows), task_of_prompts("past", rows)
+    assert len(own.questions("train")) == len(past.questions("train")) == 50
+    assert own.ask({"input": "swim"}) == "swim"
+    assert past.ask({"input": "swim"}) == find_task("past").ask({"input": "swim"})
+    _jsonl(rows, [{"input": f"w{number}", "label": "x"} for number in range(50)])
+    training = {row.id for row in task_of_prompts("mine", rows).questions("train")}
+    testing = {row.id for row in task_of_prompts("mine", rows).questions("test")}
+    assert len(training) + len(testing) == 50
+    assert 0 < len(testing) < 25
+    assert not training & testing

@@ -15,7 +15,7 @@ import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,11 +105,19 @@ class Checkpoint:
         tensors: What the headers say.
         mapped: Whether tensors are mapped into memory rather than read. Each that is in use then
             takes a file descriptor: not for hundreds of adapters.
+        metadata: The texts that the header of a single safetensors file holds beside its tensors.
     """
 
-    def __init__(self, tensors: Iterable[_Stored | _Unpickled], *, mapped: bool) -> None:
+    def __init__(
+        self,
+        tensors: Iterable[_Stored | _Unpickled],
+        *,
+        mapped: bool,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         self._tensors = {tensor.name: tensor for tensor in tensors}
         self._mapped = mapped
+        self.metadata = dict(metadata or {})
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -287,7 +295,8 @@ def open_safetensors(file: Path) -> Checkpoint:
     Raises:
         StarmergeError: The file is missing, truncated or broken.
     """
-    return Checkpoint(_read_safetensors(file), mapped=False)
+    metadata, tensors = _read_header(file)
+    return Checkpoint(tensors, mapped=False, metadata=metadata)
 
 
 def open_pickle(file: Path) -> Checkpoint:
@@ -300,6 +309,11 @@ def open_pickle(file: Path) -> Checkpoint:
 
 
 def _read_safetensors(file: Path) -> list[_Stored]:
+    return _read_header(file)[1]
+
+
+def _read_header(file: Path) -> tuple[dict[str, str], list[_Stored]]:
+    """Return the metadata of a safetensors file, and its tensors in their order."""
     broken = f"{file} is not a complete safetensors file"
     try:
         size = file.stat().st_size
@@ -308,7 +322,7 @@ def _read_safetensors(file: Path) -> list[_Stored]:
             if 8 + length > size or length > _LONGEST_HEADER:
                 raise StarmergeError(f"{broken}: its header is cut off. Fetch it again.")
             header = json.loads(stream.read(length), object_pairs_hook=_without_duplicates)
-        header.pop("__metadata__", None)
+        metadata = dict(header.pop("__metadata__", None) or {})
         tensors = []
         for name, entry in header.items():
             start, end = entry["data_offsets"]
@@ -345,7 +359,7 @@ def _read_safetensors(file: Path) -> list[_Stored]:
         end += stored.nbytes
     if end != size:
         raise StarmergeError(f"{broken}: {size - end} bytes follow the last tensor.")
-    return tensors
+    return metadata, tensors
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

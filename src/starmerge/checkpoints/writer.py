@@ -81,8 +81,13 @@ def check_output(path: Path, *, overwrite: bool, kind: Replaceable = MERGED_MODE
         raise UsageError(f"{path} cannot be created: {parent} is not writable.")
 
 
-def check_space(path: Path, wanted: int) -> None:
+def check_space(path: Path, wanted: int, *, advice: str = "a smaller --dtype") -> None:
     """Make sure that the disk of ``path`` has ``wanted`` bytes free.
+
+    Args:
+        path: The output.
+        wanted: Its bytes.
+        advice: What to choose if it has less.
 
     Raises:
         StarmergeError: It has less.
@@ -91,7 +96,7 @@ def check_space(path: Path, wanted: int) -> None:
     if free < wanted:
         raise StarmergeError(
             f"{path} needs {wanted / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free. "
-            "Choose another disk, or a smaller --dtype."
+            f"Choose another disk, or {advice}."
         )
 
 
@@ -132,7 +137,7 @@ def output_folder(
                 replaced.rename(path)
             raise
         shutil.rmtree(replaced, ignore_errors=True)
-        _sync(path.parent, files=False)
+        _sync_one(path.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise StarmergeError(
@@ -140,6 +145,56 @@ def output_folder(
         ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def check_output_file(path: Path, *, overwrite: bool) -> None:
+    """Make sure that a file may appear under ``path``.
+
+    Raises:
+        UsageError: Something stands there already that may not be replaced, or the folder cannot be
+            written to.
+    """
+    if path.is_symlink() or path.is_dir() or not path.resolve().name:
+        raise UsageError(f"{path} is a folder or a link. Give the file to write.")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists. Choose another file, or replace it with --overwrite.")
+    parent = _nearest_parent(path)
+    if not os.access(parent, os.W_OK):
+        raise UsageError(f"{path} cannot be created: {parent} is not writable.")
+
+
+@contextmanager
+def output_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a hidden file beside ``path`` that takes its place when the block ends well.
+
+    If the block raises, the file is deleted; if the process is killed, it stays behind under its
+    hidden name, ``.NAME.partial-…``. What stood under ``path`` is replaced only at the end.
+
+    Raises:
+        UsageError: Something that may not be replaced has appeared under ``path`` meanwhile.
+        StarmergeError: The disk is full, or fails otherwise.
+    """
+    check_output_file(path, overwrite=overwrite)
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
+    os.close(descriptor)
+    partial = Path(name)
+    try:
+        partial.chmod(0o666 & ~_UMASK)
+        yield partial
+        _sync_one(partial)
+        check_output_file(path, overwrite=overwrite)
+        partial.replace(path)
+        _sync_one(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StarmergeError(
+            f"{path} was not made: {error}. Nothing was left there; what stood there is kept."
+        ) from error
+    except BaseException:
+        partial.unlink(missing_ok=True)
         raise
 
 
@@ -332,13 +387,17 @@ _UMASK = _umask()
 """Read once: to read it is to set it, for all threads."""
 
 
-def _sync(folder: Path, *, files: bool = True) -> None:
-    """Make a folder's names, and its files, survive a power cut, where the system can."""
-    members = [file for file in folder.iterdir() if file.is_file()] if files else []
-    for path in [*members, folder]:
-        with contextlib.suppress(OSError):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+def _sync(folder: Path) -> None:
+    """Make a folder's files and their names survive a power cut, where the system can."""
+    for path in [*(file for file in folder.iterdir() if file.is_file()), folder]:
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

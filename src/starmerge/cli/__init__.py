@@ -11,7 +11,7 @@ import warnings
 import typer
 
 from starmerge import __version__
-from starmerge.cli import demo, evaluate, finetune, merge, methods, suite, tasks
+from starmerge.cli import calibrate, demo, evaluate, finetune, merge, methods, suite, tasks
 from starmerge.errors import StarmergeError, UsageError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(merge.merge)
+app.command()(calibrate.calibrate)
 app.command()(evaluate.evaluate)
 app.command()(suite.suite)
 app.command()(finetune.finetune)

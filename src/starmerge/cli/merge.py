@@ -11,6 +11,7 @@ import typer
 
 from starmerge.cli.parameters import parameters
 from starmerge.errors import UsageError, nearest
+from starmerge.progress import bytes_in_words
 
 if TYPE_CHECKING:
     from starmerge.merging.plan import Plan
@@ -169,17 +170,15 @@ def _print_plan(plan: Plan, workers: Workers) -> None:
         shown = "full" if not bounds else "–".join(map(str, dict.fromkeys((bounds[0], bounds[-1]))))
         count = str(len(model.tensors))
         weight = f"{entry.weight:g}"
-        table.add_row(escape(model.name), weight, model.kind, count, shown, _size(read))
+        table.add_row(escape(model.name), weight, model.kind, count, shown, bytes_in_words(read))
     console.print(table)
     for key, value in plan.recipe.parameters.items():
         console.print(f"{key}: {json.dumps(value, ensure_ascii=False)}", markup=False)
     merged = len(plan.merged)
     console.print(f"Tensors: {merged} merged, {len(plan.tensors) - merged} left as they are")
-    console.print(f"Read: {_size(plan.bytes_to_read)}; write: {_size(plan.bytes_to_write)}")
-    peak = _size(plan.memory(workers.threads, workers.memory))
+    console.print(
+        f"Read: {bytes_in_words(plan.bytes_to_read)}; write: {bytes_in_words(plan.bytes_to_write)}"
+    )
+    peak = bytes_in_words(plan.memory(workers.threads, workers.memory))
     console.print(f"Memory for tensors: about {peak}; threads: {workers.threads}")
     console.print(f"Output: {plan.output} (nothing written)")
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

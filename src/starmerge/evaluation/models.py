@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -35,29 +35,100 @@ def load_model(
         UsageError: transformers is not installed, the folder is not a language model, is broken or
             would run code of its own, or there is no such device.
     """
+    model, tokenizer = _load(path, _generative, device=device, dtype=dtype, **options)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.generation_config = _greedy(model, tokenizer)
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_contiguous_input)
+    return model, tokenizer
+
+
+def load_text_model(
+    path: Path, *, device: str | None = None, dtype: Dtype = "auto"
+) -> tuple[Any, Any]:
+    """Load a model of text of any kind, and its tokenizer.
+
+    Those that write are loaded by :func:`load_model`; encoders and classifiers as the class that
+    their config names.
+
+    Args:
+        path: Folder of a whole model.
+        device: "cpu", "cuda", "cuda:1", ...; None: the GPU if there is one.
+        dtype: "auto" is the stored one, but float32 where the device would only emulate it.
+
+    Raises:
+        UsageError: transformers is not installed, the folder is not a model of text, is broken or
+            would run code of its own, or there is no such device.
+    """
+    config = read_json(path / "config.json")
+    named = (config.get("architectures") or [None])[0]
+    if "vocab_size" not in (config.get("text_config") or config) and "image_size" in config:
+        raise UsageError(f"{path} ({named}) is a model of images, and a model of text is wanted.")
+    if named in _generative_classes() or not hasattr(_transformers(), str(named)):
+        return load_model(path, device=device, dtype=dtype)
+    return _load(path, lambda _: getattr(_transformers(), named), device=device, dtype=dtype)
+
+
+def _transformers() -> Any:
+    """Return the library.
+
+    Raises:
+        UsageError: It is not installed.
+    """
     try:
-        from transformers import (  # noqa: PLC0415
-            AutoConfig,
-            AutoModelForCausalLM,
-            AutoModelForSeq2SeqLM,
-            AutoTokenizer,
-        )
-        from transformers.utils import logging  # noqa: PLC0415
+        import transformers  # noqa: PLC0415  (slow to import)
     except ImportError as error:
         raise UsageError(
             "Evaluating and training need transformers and PEFT: install starmerge with its extra "
             "'eval'."
         ) from error
-    logging.disable_progress_bar()
+    return transformers
+
+
+def _generative(config: Any) -> Any:
+    """Return the class that loads a language model."""
+    transformers = _transformers()
+    if config.is_encoder_decoder:
+        return transformers.AutoModelForSeq2SeqLM
+    return transformers.AutoModelForCausalLM
+
+
+def _generative_classes() -> set[str]:
+    """Return the names of all models that write, as configs have them."""
+    _transformers()
+    from transformers.models.auto import modeling_auto as auto  # noqa: PLC0415
+
+    return {
+        *auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(),
+    }
+
+
+def _load(
+    path: Path,
+    class_of: Callable[[Any], Any],
+    *,
+    device: str | None,
+    dtype: Dtype,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """Load a model by the class that fits its config, and its tokenizer.
+
+    Raises:
+        UsageError: As :func:`load_model`.
+    """
+    transformers = _transformers()
+    transformers.utils.logging.disable_progress_bar()
     if (path / "adapter_config.json").is_file():
         raise UsageError(f"{path} is an adapter. The base must be a whole model.")
     place = device_of(device)
     try:
         number = getattr(torch, dtype_name(path, dtype, place.type))
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model, report = kind.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model, report = class_of(config).from_pretrained(
             path, dtype=number, trust_remote_code=False, output_loading_info=True, **options
         )
     except Exception as error:  # whatever transformers, tokenizers and safetensors raise
@@ -70,14 +141,7 @@ def load_model(
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
             + ". Fetch it again, or save it anew: without them its answers would be random."
         )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model = model.to(place).eval()
-    model.generation_config = _greedy(model, tokenizer)
-    head = model.get_output_embeddings()
-    if head is not None:
-        head.register_forward_pre_hook(_contiguous_input)
-    return model, tokenizer
+    return model.to(place).eval(), tokenizer
 
 
 def device_kind(device: str | None) -> str:

@@ -163,7 +163,9 @@ def reader(model: Any, tokenizer: Any, prompts: Prompts, *, new: int) -> Reader 
         token, _ = _encode(model, [prompts[0][:1]], pad)
         return _EncoderReader(model, pad, new, _bytes(token.cache.cross_attention_cache))
     lengths = [len(prompt) for prompt in prompts]
-    if "position_ids" not in _arguments(model) or _minds_its_neighbours(model, max(lengths) + new):
+    if "position_ids" not in arguments_of(model) or _minds_its_neighbours(
+        model, max(lengths) + new
+    ):
         return None
     beginning = _beginning(prompts)[: min(lengths) - 1]
     texts = _CausalTexts.none(model)
@@ -238,10 +240,10 @@ def _beginning(prompts: Prompts) -> list[int]:
 
 def last_logits(model: Any, columns: int) -> dict[str, int]:
     """Return the argument that saves a model the logits of other columns, if it knows it."""
-    return {"logits_to_keep": columns} if "logits_to_keep" in _arguments(model) else {}
+    return {"logits_to_keep": columns} if "logits_to_keep" in arguments_of(model) else {}
 
 
-def _arguments(model: Any) -> frozenset[str]:
+def arguments_of(model: Any) -> frozenset[str]:
     """Return the names of what a model can be called with, below adapters on it."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return frozenset(inspect.signature(base.forward).parameters)

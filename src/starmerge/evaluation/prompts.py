@@ -15,6 +15,9 @@ from starmerge.evaluation.task import Example, Task
 PINNED_DATE = datetime(2025, 1, 1)
 """Date given to chat templates that print one, so that a score does not depend on the day."""
 
+_MESSAGE = "The-user's-message"
+"""Stands for a message, to see what a chat template puts before it."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -97,12 +100,35 @@ class Prompter:
             end = "" if self.is_encoder_decoder else "\n"
             ids: list[int] = self.tokenizer(content + end)["input_ids"]
             return ids
-        rendered = self._rendered(task, content)
+        wants_answer = task.chat != "template-without-generation-prompt"
+        rendered = self._rendered(f"Task {task.name}", content, answer=wants_answer)
         chat: list[int] = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         return chat
 
-    def _rendered(self, task: Task, content: str) -> str:
+    def beginning(self) -> list[int]:
+        """Return the tokens of the chat template that stand before a user's message.
+
+        Returns:
+            Token ids; none where the tokenizer has no chat template, or the template no beginning.
+
+        Raises:
+            UsageError: The template is broken, or refuses the message.
+        """
+        if not self.tokenizer.chat_template:
+            return []
+        head, found, _ = self._rendered("The base", _MESSAGE, answer=False).partition(_MESSAGE)
+        if not found:
+            return []
+        ids: list[int] = self.tokenizer(head, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _rendered(self, where: str, content: str, *, answer: bool) -> str:
         """Return a prompt in the chat template.
+
+        Args:
+            where: What asks, for errors.
+            content: The user's message.
+            answer: Whether the head of an answer follows it.
 
         Raises:
             UsageError: The template is broken, or refuses the message.
@@ -113,15 +139,15 @@ class Prompter:
             text: str = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}],
                 tokenize=False,
-                add_generation_prompt=task.chat != "template-without-generation-prompt",
+                add_generation_prompt=answer,
                 # Templates take the date from the one or the other.
                 date_string=f"{PINNED_DATE:%d %b %Y}",
                 chat_template=_PINNED_CLOCK + self.tokenizer.get_chat_template(),
             )
         except TemplateError as error:
             raise UsageError(
-                f"Task {task.name}: the tokenizer's chat template refuses the prompt: {error}. "
-                "Set the task's chat to none, or mend the template."
+                f"{where}: the tokenizer's chat template refuses the prompt: {error}. Set the "
+                "task's chat to none, or mend the template."
             ) from error
         return text
 

@@ -24,6 +24,7 @@ from starmerge.evaluation.sources import (
     FileSource,
     GeneratorSource,
     HubSource,
+    Row,
     Sample,
     Split,
     describe,
@@ -212,16 +213,36 @@ class Task(Data):
             UsageError: There are no such rows, they cannot be had, or one lacks a field or has a
                 label that the task does not know.
         """
+        found = [_example(self, place, fields) for place, fields in self._rows(split)]
+        if split == "train":
+            return self.sample.shuffled(found)[:limit]
+        return self.sample.take(found, lambda row: row.label, limit)
+
+    def questions(self, split: Split, limit: int | None = None) -> list[Example]:
+        """Return rows to ask without looking at their answers, which they need not have.
+
+        They come shuffled with the sample's seed. Their label is the empty text.
+
+        Args:
+            split: "test": the rows to score; "train": those to train on.
+            limit: How many at most.
+
+        Raises:
+            UsageError: There are no such rows, they cannot be had, or one lacks a field.
+        """
+        rows = self.sample.shuffled(self._rows(split))[:limit]
+        for place, fields in rows:
+            _check_prompt(self, place, fields)
+        return [Example(place, fields, "") for place, fields in rows]
+
+    def _rows(self, split: Split) -> list[Row]:
         rows = read_rows(self.source, split, self.name)
         if not rows:
             raise UsageError(
                 f"Task {self.name} has no rows for {split}ing in {describe(self.source)}. Give "
                 "more, or name a split or a file that has some."
             )
-        found = [_example(self, place, fields) for place, fields in rows]
-        if split == "train":
-            return self.sample.shuffled(found)[:limit]
-        return self.sample.take(found, lambda row: row.label, limit)
+        return rows
 
     def ask(self, fields: Mapping[str, Any], passage: str | None = None) -> str:
         """Return the prompt of a row.
@@ -298,20 +319,12 @@ def _example(task: Task, place: str, fields: dict[str, Any]) -> Example:
     Raises:
         UsageError: A field is missing, or the label is unknown.
     """
-    where = f"Task {task.name}, row {place}"
+    where = _check_prompt(task, place, fields)
     try:
-        task.ask(fields).encode()
-        for path in _placeholders(task.prompt):
-            if look_up(fields, path) is None:
-                raise UsageError(f"{where}: the field {path!r} is empty (null).")
         gold = _gold(task, fields, where)
         own = look_up(fields, task.choices) if task.choices is not None else ()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"{where}: the prompt holds half a character: {error}.") from error
     except LookupError as error:
-        raise UsageError(
-            f"{where}: there is no field {error.args[0]!r}. It has: {', '.join(map(str, fields))}."
-        ) from error
+        raise _no_field(where, fields, error) from error
     if task.labels is not None:
         words = _words_of(task, gold, where)
         return Example(place, fields, words[0], tuple(words[0] for words in task.words))
@@ -325,6 +338,30 @@ def _example(task: Task, place: str, fields: dict[str, Any]) -> Example:
     if choices and gold not in choices:
         raise UsageError(f"{where}: the right answer {gold!r} is not in {task.choices!r}.")
     return Example(place, fields, gold, choices)
+
+
+def _check_prompt(task: Task, place: str, fields: dict[str, Any]) -> str:
+    """Make sure that a row can be asked; return what errors call it.
+
+    Raises:
+        UsageError: A field of the prompt is missing or empty, or is no text.
+    """
+    where = f"Task {task.name}, row {place}"
+    try:
+        task.ask(fields).encode()
+        for path in _placeholders(task.prompt):
+            if look_up(fields, path) is None:
+                raise UsageError(f"{where}: the field {path!r} is empty (null).")
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{where}: the prompt holds half a character: {error}.") from error
+    except LookupError as error:
+        raise _no_field(where, fields, error) from error
+    return where
+
+
+def _no_field(where: str, fields: dict[str, Any], error: LookupError) -> UsageError:
+    known = ", ".join(map(str, fields))
+    return UsageError(f"{where}: there is no field {error.args[0]!r}. It has: {known}.")
 
 
 def _gold(task: Task, fields: dict[str, Any], where: str) -> str:

@@ -136,4 +136,36 @@ def task_of_rows(path: Path) -> Task:
     )
 
 
-__all__ = ["find_task", "folder_tasks", "registry", "task_of_rows", "with_rows_of"]
+def task_of_prompts(name: str, path: Path) -> Task:
+    """Make a task of which only the prompts are wanted, of rows that need no label.
+
+    Args:
+        name: Its name. Where that is a task's, the rows are asked as that task asks, and have its
+            columns; else they have ``input``.
+        path: JSONL, CSV or Parquet. All its rows are taken; but where there are labels and the
+            name is no task's, the rows that :func:`task_of_rows` holds out for testing are not.
+
+    Raises:
+        UsageError: A missing file, a broken line, a task of images, a name of several tasks.
+    """
+    if name in registry() or any(full.partition("/")[2] == name for full in registry()):
+        task = find_task(name)
+        if not isinstance(task, Task):
+            raise UsageError(f"{name} is a task of images, which has no prompts.")
+        return task.model_copy(update={"source": FileSource(file=path, train_file=path)})
+    labelled = all("label" in row for row in read_file(path))
+    if labelled:
+        source = FileSource(file=path, held_out=HELD_OUT)
+    else:
+        source = FileSource(file=path, train_file=path)
+    return Task(name=name, source=source, prompt="{input}")
+
+
+__all__ = [
+    "find_task",
+    "folder_tasks",
+    "registry",
+    "task_of_prompts",
+    "task_of_rows",
+    "with_rows_of",
+]
