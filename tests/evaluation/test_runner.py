@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -134,6 +135,45 @@ def test_what_is_kept_is_not_asked_again_and_never_stale(
     assert changed != fresh
     run(rows=7)
     assert len(loaded) == 4, "other rows were not asked"
+
+
+def test_updates_in_memory_are_kept_by_their_content(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ScoreCache(tmp_path / "cache")
+    adapters = {name: ADAPTERS / name for name in ("past", "plural", "pos")}
+    loaded = []
+    load = subjects.load_model
+    monkeypatch.setattr(
+        subjects, "load_model", lambda path, **options: loaded.append(path) or load(path, **options)
+    )
+
+    def run(method: sm.Method, base: Path = smollm2, **options: Any) -> tuple[object, bool]:
+        """Merge from the files anew; return the scores, and whether a model was loaded."""
+        before = len(loaded)
+        update = sm.load_task_vectors(base, adapters, any_base=True).merge(method, **options)
+        result = evaluate(base, {"m": update}, [find_task("past")], Settings(rows=3), cache=cache)
+        return result.scores["m"], len(loaded) > before
+
+    fresh, asked = run(sm.Star())
+    assert asked
+    assert run(sm.Star()) == (fresh, False)
+    copy = shutil.copytree(smollm2, tmp_path / "copy")
+    assert run(sm.Star(), base=copy) == (fresh, False)
+    assert run(sm.Star(), threads=2) == (fresh, False)
+    for method, options in (
+        (sm.Star(eta=41), {}),
+        (sm.Star(), {"weights": [1, 1, 1.01]}),
+        (sm.Star(), {"models": ["pos", "plural", "past"]}),
+        (sm.Star(), {"models": ["past", "plural"]}),
+    ):
+        again, asked = run(method, **options)  # type: ignore[arg-type]
+        assert asked, (method, options)
+        assert run(method, **options) == (again, False)  # type: ignore[arg-type]
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 1.01
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert run(sm.Star(), base=copy)[1], "another base was not asked"
 
 
 def test_without_fine_tunes_there_is_no_normalised_average(smollm2: Path) -> None:
