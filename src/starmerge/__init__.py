@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         Trim,
         TsvM,
     )
+    from starmerge.study.choose import Choice, choose
 
 __version__ = "0.1.0"
 
@@ -56,6 +57,7 @@ __all__ = [
     "Average",
     "Breadcrumbs",
     "Cart",
+    "Choice",
     "Covariance",
     "Dare",
     "Della",
@@ -90,6 +92,7 @@ __all__ = [
     "TsvM",
     "UsageError",
     "apply",
+    "choose",
     "load_task_vectors",
     "merge",
     "merge_state",
@@ -97,6 +100,7 @@ __all__ = [
 
 _HOMES = {
     "Applied": "merging.apply",
+    "Choice": "study.choose",
     "Delta": "deltas",
     "Dense": "deltas",
     "LowRank": "deltas",
@@ -105,6 +109,7 @@ _HOMES = {
     "TaskVectors": "merging.task_vectors",
     "UsageError": "errors",
     "apply": "merging.apply",
+    "choose": "study.choose",
     "load_task_vectors": "merging.task_vectors",
     "merge": "merging.engine",
     "merge_state": "merging.in_memory",

@@ -11,7 +11,7 @@ import warnings
 import typer
 
 from starmerge import __version__
-from starmerge.cli import demo, evaluate, finetune, merge, methods, suite, tasks
+from starmerge.cli import choose, demo, evaluate, finetune, merge, methods, suite, tasks
 from starmerge.errors import StarmergeError, UsageError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 app.command()(merge.merge)
 app.command()(evaluate.evaluate)
+app.command()(choose.choose)
 app.command()(suite.suite)
 app.command()(finetune.finetune)
 app.command()(methods.methods)
