@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,7 +175,8 @@ def write_recipe(recipe: Recipe, file: Path, *, overwrite: bool = False) -> None
         partial.write_text(placed.to_yaml(), encoding="utf-8")
         partial.replace(file)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise StarmergeError(f"{file} was not written: {error}.") from error
 
 

@@ -95,7 +95,8 @@ def race(
     Without a budget nothing else stops a candidate: some that are equally good all come to the last
     round, and the race costs what asking them everything costs. With one, the rows that are left
     are shared out equally among the rounds that are left, as in successive halving
-    (arXiv 1502.07943), and as many candidates go on as a round's share pays for, the best ones.
+    (arXiv 1502.07943), and as many candidates go on as a round's share pays for, the best ones; or
+    more, if the budget pays for all their rounds.
 
     The order of the names decides nothing but which of the ties is first.
 
@@ -126,8 +127,8 @@ def race(
                 stopped[name] = "behind"
         ranked = [name for name in ranked if name not in stopped]
         if budget is not None:
-            left = len(costs) - number - 1
-            affordable = (budget - spent) // (costs[number + 1] * left)
+            left, rest = budget - spent, costs[number + 1 :]
+            affordable = max(left // (len(rest) * rest[0]), left // sum(rest))
             stopped |= dict.fromkeys(ranked[max(1, affordable) :], "budget")
         alive = [name for name in alive if name not in stopped]
         if len(alive) == 1:
