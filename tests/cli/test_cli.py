@@ -142,6 +142,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
         (["evaluate", "{base}", "-t", "digits", "--data", "past=x.csv"], 2, "there is no file"),
         (["evaluate", "{base}", "-t", "digits", "--data", "rows"], 2, "write NAME=PATH"),
         (["evaluate", "{base}", "-t", "flan-t5/qqp"], 2, "--data qqp=rows.jsonl"),
+        (["choose", "{base}", "{adapter}", "-t", "digits", "-m", "star"], 2, "two candidates"),
+        (["choose", "{base}", "{adapter}", "-t", "digits", "-o", "{out}"], 2, "ends in .yaml"),
         (["suite", "flan"], 2, "flan-t5"),
         (["tasks", "flan-t5/qqq"], 2, "Did you mean 'flan-t5/qqp'"),
         (["finetune", "{base}", "--task", "digits", "-o", "{base}"], 2, "not empty"),
@@ -202,7 +204,7 @@ def test_lists_tasks_and_suites_and_shows_a_task_as_its_file(starmerge: Run) -> 
 def test_every_command_explains_itself(starmerge: Run) -> None:
     top = starmerge("--help")
     assert top.returncode == 0
-    for command in ("merge", "evaluate", "suite", "finetune", "methods", "tasks", "demo"):
+    for command in ("merge", "evaluate", "choose", "suite", "finetune", "methods", "tasks", "demo"):
         assert command in top.stdout
         assert starmerge(command, "--help").returncode == 0
 

@@ -5,20 +5,25 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ResNetConfig, ResNetForImageClassification
 
 import starmerge as sm
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation import sheets, subjects
 from starmerge.evaluation.cache import ScoreCache
+from starmerge.evaluation.images import ArraySource, ImageTask
+from starmerge.evaluation.lm_eval import load_tasks
 from starmerge.evaluation.runner import evaluate
 from starmerge.evaluation.sheets import Settings
-from starmerge.evaluation.sources import FileSource
+from starmerge.evaluation.sources import FileSource, Sample
 from starmerge.evaluation.spare import spare_sheet
 from starmerge.merging.engine import run
 from starmerge.merging.plan import make_plan
@@ -255,3 +260,67 @@ def test_the_default_candidates_differ_and_auto_is_one_as_soon_as_it_is_a_method
             assert [candidate_name(chain) for chain in default_candidates()] == ["auto", *names]
         finally:
             del METHODS["auto"]
+
+
+# ---------------------------------------------------------------------- Other models, other tasks
+
+
+def test_full_fine_tunes_of_an_image_classifier_race(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=3
+    )
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "base")
+    pixels = np.random.default_rng(0).random((120, 8, 8, 3))
+    models, tasks = {}, []
+    for name in ("one", "two"):
+        tuned = ResNetForImageClassification.from_pretrained(tmp_path / "base")
+        with torch.no_grad():
+            for parameter in tuned.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+        models[name] = tmp_path / name
+        tuned.save_pretrained(models[name])
+
+        # Labels are what the fine-tune answers where no class is excluded.
+        def task(labels: NDArray[Any], name: str = name, **options: Any) -> ImageTask:
+            np.savez(tmp_path / f"{name}.npz", images=pixels, labels=labels)
+            source = ArraySource(array=tmp_path / f"{name}.npz")
+            return ImageTask(name=name, source=source, **options)
+
+        whole = task(np.arange(120) % 3)
+        answered = evaluate(tmp_path / "base", {name: models[name]}, [whole]).tuned[name]
+        read = {p.id: p.response.removeprefix("LABEL_") for p in answered.predictions}
+        labels = np.array([int(read[f"images/{n}"]) for n in range(120)])
+        assert len(set(labels)) > 1
+        tasks.append(task(labels, sample=Sample(kind="random", n=60)))
+    candidates = ["average", sm.TaskArithmetic(alpha=-1)]
+    choice = choose(tmp_path / "base", models, tasks, candidates, settings=Settings(rows=40))
+    assert choice.is_normalised, "a fine-tune does not answer its own labels"
+    assert choice.chosen == "average"
+    assert "Rows of one, two: held out" in choice.report
+
+
+def test_tasks_of_the_harness_race_on_the_rows_that_are_scored(
+    world: World, tmp_path: Path
+) -> None:
+    rows = [{"q": f"w{20 + n} w2", "o": ["w10", "w11", "w13"], "a": n % 3} for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = {
+        "task": "words",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{o}}",
+        "doc_to_target": "a",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "words.yaml").write_text(json.dumps(content))
+    tasks = load_tasks(["lm-eval:words"], tmp_path)
+    choice = choose(world.base, world.adapters, tasks, FEW)
+    assert "Rows of lm-eval:words: those that `starmerge evaluate` scores" in choice.report
+    assert not choice.is_normalised
+    evaluation = evaluate(world.base, {}, tasks)
+    assert choice.base is not None
+    assert choice.base.value == evaluation.scores["base"]["lm-eval:words"].value
