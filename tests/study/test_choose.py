@@ -19,6 +19,7 @@ import starmerge as sm
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation import sheets, subjects
 from starmerge.evaluation.cache import ScoreCache
+from starmerge.evaluation.comparison import Difference, Interval
 from starmerge.evaluation.images import ArraySource, ImageTask
 from starmerge.evaluation.lm_eval import load_tasks
 from starmerge.evaluation.runner import evaluate
@@ -29,9 +30,10 @@ from starmerge.merging.engine import run
 from starmerge.merging.plan import make_plan
 from starmerge.methods.average import Average
 from starmerge.methods.method import METHODS, method
-from starmerge.recipe import load_recipe, write_recipe
+from starmerge.recipe import load_recipe, make_recipe, write_recipe
 from starmerge.study.candidates import candidate_name, default_candidates, named_candidates
-from starmerge.study.choose import choose
+from starmerge.study.choose import Choice, choose
+from starmerge.study.race import Outcome, Standing
 from tests.evaluation.tiny_world import ALL, World, make_world
 
 RANK = Settings("rank", rows=16)
@@ -199,6 +201,38 @@ def test_the_command_line_prints_the_race_and_writes_the_recipe(
     assert finished.returncode == 0, finished.stderr
     content = json.loads(finished.stdout)
     assert content["recipe"]["method"] == load_recipe(recipe).method
+
+
+def _choice(stopped: dict[str, str | None], best: str, chosen: str, p_value: float = 1.0) -> Choice:
+    """Return a choice among candidates that were stopped or not, in the order given."""
+    average, gap = Interval(0.5, 0.4, 0.6), Difference(-0.01, -0.05, 0.02, p_value, "t", 50)
+    standings = tuple(
+        Standing(name, 1, 8, average, None if name == best else gap, why)  # type: ignore[arg-type]
+        for name, why in stopped.items()
+    )
+    ties = tuple(name for name, why in stopped.items() if why is None)
+    recipe = make_recipe({"base": "a/b", "models": ["c/d"]})
+    outcome = Outcome(standings, best, ties, chosen)
+    return Choice(recipe, outcome, True, average, None, {}, ())
+
+
+def test_the_sentence_says_how_sure_the_choice_is() -> None:
+    clear = _choice({"a": None, "b": "behind"}, "a", "a")
+    assert clear.sentence == "a is clearly better than all others: took it."
+    ties = _choice({"a": None, "b": None, "c": None, "d": "behind"}, "b", "b")
+    assert ties.sentence == "No clear difference between a, b and c: took b, the best."
+    first = _choice({"a": None, "b": None}, "b", "a", p_value=0.73)
+    assert first.sentence == (
+        "No clear difference between a and b: took a, given before the best, b, whose lead is as "
+        "likely as not chance (p = 0.73)."
+    )
+    short = _choice({"a": None, "b": "budget", "c": "budget"}, "a", "a")
+    assert short.sentence == (
+        "Took a, the best that the budget left. The budget stopped b and c, not clearly behind."
+    )
+    assert "a is not clearly better than the base" in short.report
+    assert "| clearly behind |" in ties.table
+    assert "| by the budget " in short.table
 
 
 # --------------------------------------------------------------------------------- What is refused

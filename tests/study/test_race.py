@@ -102,7 +102,7 @@ def test_a_tie_that_lags_by_more_than_chance_is_told_but_not_taken() -> None:
     rows = np.arange(40)
     answers = {"lagging": (rows < 20)[None], "leading": (rows < 24)[None]}
     outcome, _ = _race(answers, 40)
-    assert outcome.ties == ("lagging", "leading")  # four rows all one way: p = 1/8
+    assert outcome.ties == ("lagging", "leading")  # four rows, all one way: p ≥ 1/8
     assert outcome.chosen == "leading"
     answers["lagging"] = ((rows < 23) | (rows == 30))[None]  # one row this way, one the other
     assert _race(answers, 40)[0].chosen == "lagging"

@@ -65,19 +65,23 @@ class Choice:
     def sentence(self) -> str:
         """What was chosen, and how sure that is."""
         ties, best = self.outcome.ties, self.outcome.best
-        unsure = [s.name for s in self.outcome.standings if s.stopped == "budget"]
-        if len(ties) == 1:
-            spared = f" but {', '.join(unsure)}, which the budget stopped" if unsure else ""
-            return f"{best} is clearly better than all others{spared}: took it."
-        others = f"{', '.join(ties[:-1])} and {ties[-1]}"
-        why = "the best"
         gap = next(s.gap for s in self.outcome.standings if s.name == self.chosen)
-        if gap is not None:
-            why = (
-                f"given before the best, {best}, whose lead is as likely as not chance "
-                f"(p = {gap.p_value:.2g})"
-            )
-        return f"No clear difference between {others}: took {self.chosen}, {why}."
+        unsure = [s.name for s in self.outcome.standings if s.stopped == "budget"]
+        if len(ties) > 1:
+            why = "the best"
+            if gap is not None:
+                why = (
+                    f"given before the best, {best}, whose lead is as likely as not chance "
+                    f"(p = {gap.p_value:.2g})"
+                )
+            verdict = f"No clear difference between {_listed(ties)}: took {self.chosen}, {why}."
+        elif unsure:
+            verdict = f"Took {best}, the best that the budget left."
+        else:
+            verdict = f"{best} is clearly better than all others: took it."
+        if unsure:
+            verdict += f" The budget stopped {_listed(unsure)}, not clearly behind."
+        return verdict
 
     @property
     def table(self) -> str:
@@ -146,6 +150,10 @@ class Choice:
 
 
 _STOPPED = {None: "", "behind": "clearly behind", "budget": "by the budget"}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _gap_cell(gap: Difference | None) -> str:

@@ -58,8 +58,8 @@ class Standing:
     """Its average less that of the race's best on the same rows, paired; None for the best itself,
     and where an average is undefined."""
     stopped: Literal["behind", "budget"] | None
-    """Why it did not reach the last round: it was clearly behind, or there were too few rows left
-    in the budget."""
+    """Why its last round was its last: it was clearly behind, or there were too few rows left in
+    the budget. None if neither happened up to the end of the race."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class Outcome:
     best: str
     """The candidate with the highest average in the last round."""
     ties: tuple[str, ...]
-    """The best, and those of the last round that show no clear difference from it (paired, 95 %);
-    in the order in which the candidates were given."""
+    """The best, and those that nothing stopped: they show no clear difference from it. In the order
+    in which the candidates were given."""
     chosen: str
     """The first given of those whose lag behind the best is as likely as not chance (p ≥ 0.5): a
     candidate that is merely not clearly behind may well be worse."""
@@ -119,15 +119,14 @@ def race(
         ceiling = ceilings[number]
         ranked = _ranked({name: history[name][number] for name in alive}, ceiling)
         best = ranked[0]
-        if number == len(costs) - 1:
-            break
         champion = history[best][number]
         for name in ranked[1:]:
             if is_behind(history[name][number], champion, ceiling, level=level):
                 stopped[name] = "behind"
         ranked = [name for name in ranked if name not in stopped]
-        if budget is not None:
-            left, rest = budget - spent, costs[number + 1 :]
+        rest = costs[number + 1 :]
+        if budget is not None and rest:
+            left = budget - spent
             affordable = max(left // (len(rest) * rest[0]), left // sum(rest))
             stopped |= dict.fromkeys(ranked[max(1, affordable) :], "budget")
         alive = [name for name in alive if name not in stopped]
@@ -139,7 +138,7 @@ def race(
         )
         for name in names
     ]
-    ties = [s for s in standings if s.stopped is None and not (s.gap and s.gap.clear)]
+    ties = [standing for standing in standings if standing.stopped is None]
     chosen = next(s.name for s in ties if s.gap is None or s.gap.p_value >= EVEN)
     order = sorted(
         standings, key=lambda s: (-s.rounds, -(s.average.value if s.average else 0), s.name != best)
