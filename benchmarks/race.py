@@ -7,7 +7,8 @@ The fine-tune of each task, the ceiling, answers 90 % of its rows. For each sett
 - *best stopped*: races in which a candidate with the highest true skill was stopped for being
   clearly behind. Of equally good candidates, each counts: the share is of candidates.
 - *behind later*: races whose choice a race with four times the rows puts clearly behind another
-  candidate (paired, 95 %), whatever its own sentence says.
+  candidate (paired, 95 %).
+- *first tie*: the same, had the first given of all ties been taken.
 - *regret*: the mean of the best true average less that of the choice, and its 95th percentile.
 - *asked*: rows asked, as a share of asking every candidate all rows.
 """
@@ -110,12 +111,12 @@ def main() -> int:
     options = parser.parse_args()
     print_machine()
     print(f"{options.races} races of 8 candidates, {options.tasks} tasks of {options.rows} rows\n")
-    print("| setting | best stopped | behind later | regret, 95 % | asked |")
-    print("|---|---:|---:|---:|---:|")
+    print("| setting | best stopped | behind later | first tie | regret, 95 % | asked |")
+    print("|---|---:|---:|---:|---:|---:|")
     for setting in SETTINGS:
         skills = np.array(setting.skills)
         top = {str(number) for number in np.flatnonzero(skills == skills.max())}
-        stopped, behind, regrets, asked = 0, 0, [], []
+        stopped, behind, first_behind, regrets, asked = 0, 0, 0, [], []
         for seed in range(options.races):
             generator = np.random.default_rng(seed)
             right = answers(setting.skills, options.tasks, 4 * options.rows, generator)
@@ -123,12 +124,14 @@ def main() -> int:
             stopped += sum(s.name in top and s.stopped == "behind" for s in outcome.standings)
             chosen = int(outcome.chosen)
             behind += is_clearly_behind(right, chosen, 4 * options.rows)
+            first_behind += is_clearly_behind(right, int(outcome.ties[0]), 4 * options.rows)
             regrets.append(float(skills.max() - skills[chosen]) / CEILING)
             whole = len(skills) * options.tasks * options.rows
             asked.append(sum(s.rows for s in outcome.standings) / whole)
         rate = stopped / (options.races * len(top))
         print(
-            f"| {setting.name} | {rate:.1%} | {behind / options.races:.1%} "
+            f"| {setting.name} | {rate:.1%} | {behind / options.races:.0%} "
+            f"| {first_behind / options.races:.0%} "
             f"| {np.mean(regrets):.3f}, {np.quantile(regrets, 0.95):.3f} | {np.mean(asked):.0%} |",
             flush=True,
         )
