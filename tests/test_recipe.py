@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from starmerge.errors import UsageError
-from starmerge.recipe import load_recipe, make_recipe, parse_models
+from starmerge.errors import StarmergeError, UsageError
+from starmerge.recipe import load_recipe, make_recipe, parse_models, write_recipe
 
 _EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
 
@@ -87,3 +87,43 @@ def test_models_can_be_named_on_the_command_line(tmp_path: Path) -> None:
 def test_examples_are_valid_and_name_models_that_are_there(path: Path) -> None:
     recipe = load_recipe(path)
     assert all(Path(entry.path).is_dir() for entry in recipe.models)
+
+
+def test_a_recipe_is_written_for_whoever_reads_it_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("base", "made/inside"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    recipe = make_recipe(
+        {"base": "base", "models": ["made/inside", "org/model@main"], "method": "star+ties"}
+    )
+    file = Path("made/recipe.yaml")
+    write_recipe(recipe, file)
+    content = yaml.safe_load(file.read_text())
+    assert content["base"] == str(tmp_path / "base")
+    assert [model["path"] for model in content["models"]] == ["inside", "org/model@main"]
+    monkeypatch.chdir("/")
+    read = load_recipe(tmp_path / file)
+    assert read.base == str(tmp_path / "base")
+    assert read.models[0].path == str(tmp_path / "made" / "inside")
+    assert read.make_pipeline() == recipe.make_pipeline()
+
+
+def test_a_recipe_replaces_nothing_unasked(tmp_path: Path) -> None:
+    recipe = make_recipe({"base": "a/b", "models": ["c/d"]})
+    file = tmp_path / "new" / "recipe.yaml"
+    write_recipe(recipe, file)
+    with pytest.raises(UsageError, match="exists.*--overwrite"):
+        write_recipe(recipe, file)
+    file.write_text("old")
+    write_recipe(recipe, file, overwrite=True)
+    assert load_recipe(file) == recipe
+    assert [path.name for path in file.parent.iterdir()] == ["recipe.yaml"]
+    with pytest.raises(UsageError, match="ends in .yaml"):
+        write_recipe(recipe, tmp_path / "recipe.json")
+    with pytest.raises(UsageError, match="is a folder"):
+        (tmp_path / "folder.yaml").mkdir()
+        write_recipe(recipe, tmp_path / "folder.yaml")
+    with pytest.raises(StarmergeError, match="was not written"):
+        write_recipe(recipe, file / "recipe.yaml")

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         TsvM,
         Wudi,
     )
+    from starmerge.study.choose import Choice, choose
 
 __version__ = "0.1.0"
 
@@ -67,6 +68,7 @@ __all__ = [
     "Breadcrumbs",
     "Calibrated",
     "Cart",
+    "Choice",
     "Covariance",
     "Ctm",
     "Dare",
@@ -111,6 +113,7 @@ __all__ = [
     "Wudi",
     "apply",
     "calibrate",
+    "choose",
     "load_task_vectors",
     "merge",
     "merge_state",
@@ -120,6 +123,7 @@ __all__ = [
 _HOMES = {
     "Applied": "merging.apply",
     "Calibrated": "calibration.run",
+    "Choice": "study.choose",
     "Delta": "deltas",
     "Dense": "deltas",
     "LowRank": "deltas",
@@ -130,6 +134,7 @@ _HOMES = {
     "UsageError": "errors",
     "apply": "merging.apply",
     "calibrate": "calibration.run",
+    "choose": "study.choose",
     "load_task_vectors": "merging.task_vectors",
     "merge": "merging.engine",
     "merge_state": "merging.in_memory",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from starmerge.errors import UsageError, explain, nearest
+from starmerge.errors import StarmergeError, UsageError, explain, nearest
 from starmerge.mergekit_recipe import is_mergekit_recipe, translate
 from starmerge.methods.pipeline import Pipeline, make_pipeline
 
@@ -128,6 +129,55 @@ def load_recipe(path: Path) -> Recipe:
 
     models = [entry.model_copy(update={"path": beside(entry.path)}) for entry in recipe.models]
     return recipe.model_copy(update={"base": beside(recipe.base), "models": models})
+
+
+def check_recipe_file(file: Path, *, overwrite: bool) -> None:
+    """Make sure that a recipe may be written to ``file``: to be called before long work.
+
+    Raises:
+        UsageError: It is no YAML file by its name, something else stands there, or a file that may
+            not be replaced.
+    """
+    if file.suffix not in (".yaml", ".yml"):
+        raise UsageError(f"{file}: a recipe's file ends in .yaml, by which a merge knows it.")
+    if file.is_dir() or file.is_symlink():
+        raise UsageError(f"{file} is a folder or a link. Choose another name.")
+    if file.exists() and not overwrite:
+        raise UsageError(f"{file} exists. Choose another file, or replace it with --overwrite.")
+    if file.parent.exists() and not os.access(file.parent, os.W_OK):
+        raise UsageError(f"{file} cannot be created: {file.parent} is not writable.")
+
+
+def write_recipe(recipe: Recipe, file: Path, *, overwrite: bool = False) -> None:
+    """Write a recipe in YAML, such that :func:`load_recipe` reads it back from anywhere.
+
+    Folders within the file's own are written relative to it, others in full. The file appears
+    whole or not at all.
+
+    Raises:
+        UsageError: As for :func:`check_recipe_file`.
+        StarmergeError: The disk is full, or fails otherwise.
+    """
+    check_recipe_file(file, overwrite=overwrite)
+    folder = file.parent.absolute()
+
+    def beside(reference: str) -> str:
+        path = Path(reference).expanduser().absolute()
+        if not path.exists():
+            return reference
+        return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+
+    models = [entry.model_copy(update={"path": beside(entry.path)}) for entry in recipe.models]
+    placed = recipe.model_copy(update={"base": beside(recipe.base), "models": models})
+    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_text(placed.to_yaml(), encoding="utf-8")
+        partial.replace(file)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise StarmergeError(f"{file} was not written: {error}.") from error
 
 
 def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Recipe:

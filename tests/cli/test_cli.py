@@ -154,6 +154,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
         (["calibrate", "{base}", "-o", "{out}", "--prompts", "a="], 2, "write TASK or TASK=ROWS"),
         (["calibrate", "{base}", "-o", "{adapter}"], 2, "is a folder or a link"),
         (["calibrate", "{adapter}", "-o", "{out}"], 2, "is an adapter"),
+        (["choose", "{base}", "{adapter}", "-t", "digits", "-m", "star"], 2, "two candidates"),
+        (["choose", "{base}", "{adapter}", "-t", "digits", "-o", "{out}"], 2, "ends in .yaml"),
         (["suite", "flan"], 2, "flan-t5"),
         (["tasks", "flan-t5/qqq"], 2, "Did you mean 'flan-t5/qqp'"),
         (["finetune", "{base}", "--task", "digits", "-o", "{base}"], 2, "not empty"),
@@ -238,8 +240,8 @@ def test_lists_tasks_and_suites_and_shows_a_task_as_its_file(starmerge: Run) -> 
 def test_every_command_explains_itself(starmerge: Run) -> None:
     top = starmerge("--help")
     assert top.returncode == 0
-    commands = "merge", "calibrate", "evaluate", "suite", "finetune", "methods", "tasks", "demo"
-    for command in commands:
+    commands = ["merge", "calibrate", "evaluate", "choose", "suite", "finetune", "methods", "tasks"]
+    for command in [*commands, "demo"]:
         assert command in top.stdout
         assert starmerge(command, "--help").returncode == 0
 

@@ -1,9 +1,11 @@
-"""Parameters of several methods at once."""
+"""Parameters of several methods at once, and of one in a word."""
 
 import pytest
 
-from starmerge.cli.parameters import parameters_of
+from starmerge.cli.parameters import chain, parameters_of
 from starmerge.errors import UsageError
+from starmerge.methods.pipeline import make_pipeline
+from starmerge.study.candidates import candidate_name
 
 
 def test_parameters_are_those_of_their_method() -> None:
@@ -14,3 +16,37 @@ def test_parameters_are_those_of_their_method() -> None:
     assert parameters_of("star", {"eta": 30}, ["star"]) == {"eta": 30}
     with pytest.raises(UsageError, match="-p eta: of which method"):
         parameters_of("star", {"eta": 30}, methods)
+
+
+@pytest.mark.parametrize(
+    ("text", "parameters"),
+    [
+        ("star", {}),
+        ("star:eta=60", {"eta": 60}),
+        ("star:eta=[20, 60],noise_floor=off", {"eta": [20, 60], "noise_floor": "off"}),
+        (
+            'star:eta={"a": 20, "b": 60},rescale=false',
+            {"eta": {"a": 20, "b": 60}, "rescale": False},
+        ),
+        ("star+ties:star.eta=60,ties.k=30", {"star.eta": 60, "ties.k": 30}),
+    ],
+)
+def test_a_chain_has_its_parameters_after_a_colon(text: str, parameters: dict[str, object]) -> None:
+    made = chain(text)
+    assert made == make_pipeline(text.partition(":")[0], parameters)
+    assert chain(candidate_name(made)) == made
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("star:", "parameters follow the colon"),
+        ("star:eta", "given as KEY=VALUE"),
+        ("star:eta=20,eta=60", "-p eta is given twice"),
+        ("star:alpha=1", "no parameter 'alpha'"),
+        ("stra:eta=1", "Did you mean 'star'"),
+    ],
+)
+def test_a_wrong_chain_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        chain(text)

@@ -20,9 +20,12 @@ from transformers import (
 
 import starmerge.demo
 from starmerge.errors import StarmergeError, UsageError
+from starmerge.evaluation.cache import Record
 from starmerge.evaluation.lm_eval import HarnessTask, load_tasks
 from starmerge.evaluation.metrics import Score
 from starmerge.evaluation.models import AdapterSwitch
+from starmerge.evaluation.scoring import LocalModel
+from starmerge.evaluation.sheets import Settings, Sheet, prepare
 
 KINDS = ["an animal", "a colour", "a number"]
 QUESTIONS = [
@@ -230,6 +233,22 @@ def test_rows_are_the_first_ones(folder: Path, smollm2_on_cpu: tuple[Any, Any]) 
     task = load(folder, "likely")
     few = scored(task, *smollm2_on_cpu, rows=2).predictions
     assert few == scored(task, *smollm2_on_cpu).predictions[:2]
+
+
+@pytest.mark.parametrize("name", ["likely", "choices"])
+def test_rows_may_be_asked_part_by_part(
+    name: str, folder: Path, smollm2_on_cpu: tuple[Any, Any]
+) -> None:
+    whole = prepare(load(folder, name), Settings())
+    model = LocalModel(*smollm2_on_cpu)
+    parts = [whole.part(0, 1), whole.part(1, 3), whole.part(3, 99)]
+    assert [part.size for part in parts] == [1, 2, whole.size - 3]
+    assert len({json.dumps(part.asked) for part in (whole, *parts)}) == 4
+
+    def ask(sheet: Sheet) -> list[Record]:
+        return sheet.ask(model, None, lambda rows: None)
+
+    assert [record for part in parts for record in ask(part)] == ask(whole)
 
 
 @pytest.mark.parametrize("name", ["likely", "sums"])

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -12,7 +14,7 @@ from starmerge.demo.run import ADAPTERS
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation import subjects
 from starmerge.evaluation.cache import ScoreCache
-from starmerge.evaluation.metrics import Prediction, score
+from starmerge.evaluation.metrics import Prediction, Score, score
 from starmerge.evaluation.results import load_results, write_results
 from starmerge.evaluation.runner import Evaluation, evaluate
 from starmerge.evaluation.sheets import Settings
@@ -21,6 +23,7 @@ from starmerge.evaluation.table import differences, markdown, notes, report
 from starmerge.evaluation.task import Task
 from starmerge.evaluation.tasks import find_task
 from starmerge.study.figures import plot_scores
+from tests.evaluation.tiny_world import make_world
 
 FEW = Settings(rows=12)
 
@@ -134,6 +137,52 @@ def test_what_is_kept_is_not_asked_again_and_never_stale(
     assert changed != fresh
     run(rows=7)
     assert len(loaded) == 4, "other rows were not asked"
+
+
+def test_updates_in_memory_are_kept_by_their_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world(tmp_path / "world")
+    cache = ScoreCache(tmp_path / "cache")
+    loaded = []
+    load = subjects.load_model
+    monkeypatch.setattr(
+        subjects, "load_model", lambda path, **options: loaded.append(path) or load(path, **options)
+    )
+
+    def run(
+        method: sm.Method, base: Path = world.base, **options: Any
+    ) -> tuple[Mapping[str, Score], bool]:
+        """Merge from the files anew; return the scores, and whether a model was loaded."""
+        before = len(loaded)
+        update = sm.load_task_vectors(base, world.adapters).merge(method, **options)
+        settings = Settings("rank", rows=20)
+        result = evaluate(base, {"m": update}, world.tasks, settings, cache=cache)
+        return result.scores["m"], len(loaded) > before
+
+    fresh, asked = run(sm.Star())
+    assert asked
+    assert run(sm.Star()) == (fresh, False)
+    copy = shutil.copytree(world.base, tmp_path / "copy")
+    assert run(sm.Star(), base=copy) == (fresh, False)
+    assert run(sm.Star(), threads=2) == (fresh, False)
+    different = []
+    for method, options in (
+        (sm.Star(eta=60), {}),
+        (sm.Star(), {"weights": [1, 4]}),
+        (sm.Star(), {"models": ["two", "one"]}),
+        (sm.Star(), {"models": ["one"]}),
+        (sm.TaskArithmetic(alpha=-1), {}),
+    ):
+        again, asked = run(method, **options)  # type: ignore[arg-type]
+        assert asked, (method, options)
+        assert run(method, **options) == (again, False)  # type: ignore[arg-type]
+        different.append(again != fresh)
+    assert different[2:] == [False, True, True], "the order of models changes rounding at most"
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 1.01
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert run(sm.Star(), base=copy)[1], "another base was not asked"
 
 
 def test_without_fine_tunes_there_is_no_normalised_average(smollm2: Path) -> None:

@@ -11,7 +11,7 @@ import warnings
 import typer
 
 from starmerge import __version__
-from starmerge.cli import calibrate, demo, evaluate, finetune, merge, methods, suite, tasks
+from starmerge.cli import calibrate, choose, demo, evaluate, finetune, merge, methods, suite, tasks
 from starmerge.errors import StarmergeError, UsageError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.command()(merge.merge)
 app.command()(calibrate.calibrate)
 app.command()(evaluate.evaluate)
+app.command()(choose.choose)
 app.command()(suite.suite)
 app.command()(finetune.finetune)
 app.command()(methods.methods)

@@ -12,7 +12,20 @@ from starmerge.errors import UsageError
 
 if TYPE_CHECKING:
     from starmerge.evaluation.cache import ScoreCache
+    from starmerge.evaluation.sheets import AnyTask
 
+Tasks = Annotated[
+    str,
+    typer.Option(
+        "--tasks",
+        "-t",
+        help="Separated by commas: names of [b]starmerge tasks[/b], task files (.yaml), rows "
+        "(.jsonl, .csv, .parquet), folders with train.jsonl and test.jsonl, or lm-eval:NAME.",
+    ),
+]
+TaskFolder = Annotated[
+    Path | None, typer.Option(help="Folder with task files of your own (.yaml), by their name.")
+]
 Scorer = Annotated[
     str,
     typer.Option(help="generate (greedy, the paper's rule) or rank (likelihood of the answers)."),
@@ -95,3 +108,17 @@ def pairs(arguments: Sequence[str] | None, option: str) -> dict[str, Path]:
             raise UsageError(f"{option} {name} is given twice. Leave one out.")
         found[name] = Path(path)
     return found
+
+
+def tasks_of(tasks: str, folder: Path | None, data: Sequence[str] | None) -> list[AnyTask]:
+    """Find the tasks of an option; those of the harness, which have its prefix, come last."""
+    from starmerge.evaluation.lm_eval import PREFIX, load_tasks
+    from starmerge.evaluation.tasks import find_task, folder_tasks, with_rows_of
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    plain = [name for name in names if not name.startswith(PREFIX)]
+    # The folder is the harness's where all tasks are: it may hold its files, or ours.
+    own = folder_tasks(folder).values() if folder is not None and plain else ()
+    found = with_rows_of({name: find_task(name, own) for name in plain}, pairs(data, "--data"))
+    harness = [name for name in names if name.startswith(PREFIX)]
+    return [*found, *(load_tasks(harness, folder) if harness else ())]

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from starmerge.cli import asking
 from starmerge.errors import UsageError
 
-if TYPE_CHECKING:
-    from starmerge.evaluation.sheets import AnyTask
-
 
 def evaluate(
     base: Annotated[str, typer.Argument(help="The base: a folder or a Hub id.")],
-    tasks: Annotated[
-        str,
-        typer.Option(
-            "--tasks",
-            "-t",
-            help="Separated by commas: names of [b]starmerge tasks[/b], task files (.yaml), rows "
-            "(.jsonl, .csv, .parquet), folders with train.jsonl and test.jsonl, or lm-eval:NAME.",
-        ),
-    ],
+    tasks: asking.Tasks,
     models: Annotated[
         list[str] | None,
         typer.Argument(
@@ -33,9 +22,7 @@ def evaluate(
             "called like a task is that task's own fine-tune, the upper bound.",
         ),
     ] = None,
-    task_folder: Annotated[
-        Path | None, typer.Option(help="Folder with task files of your own (.yaml), by their name.")
-    ] = None,
+    task_folder: asking.TaskFolder = None,
     data: asking.Data = None,
     scorer: asking.Scorer = "generate",
     matching: asking.Matching = "strict",
@@ -77,8 +64,7 @@ def evaluate(
         raise UsageError(f"--predictions is parquet or jsonl, not {predictions}.")
     if output is not None:
         check_results(output, overwrite=overwrite)
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    chosen = _tasks(names, task_folder, asking.pairs(data, "--data"))
+    chosen = asking.tasks_of(tasks, task_folder, data)
     entries = parse_models(models or [])
     named = {entry["name"]: entry["path"] for entry in entries}
     if len(named) < len(entries):
@@ -95,16 +81,3 @@ def evaluate(
             overwrite=overwrite,
         )
         print(f"\nResults: {output}")
-
-
-def _tasks(names: list[str], folder: Path | None, rows_of: dict[str, Path]) -> list[AnyTask]:
-    """Find tasks by their names; those of the harness, which have its prefix, come last."""
-    from starmerge.evaluation.lm_eval import PREFIX, load_tasks
-    from starmerge.evaluation.tasks import find_task, folder_tasks, with_rows_of
-
-    plain = [name for name in names if not name.startswith(PREFIX)]
-    # The folder is the harness's where all tasks are: it may hold its files, or ours.
-    own = folder_tasks(folder).values() if folder is not None and plain else ()
-    found = with_rows_of({name: find_task(name, own) for name in plain}, rows_of)
-    harness = [name for name in names if name.startswith(PREFIX)]
-    return [*found, *(load_tasks(harness, folder) if harness else ())]

@@ -1,11 +1,18 @@
-"""The option ``--parameter``, of every command that merges."""
+"""Methods and their parameters, as the commands that merge take them."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+import re
+from typing import TYPE_CHECKING, Any
 
 from starmerge.errors import UsageError
+
+if TYPE_CHECKING:
+    from starmerge.methods.pipeline import Pipeline
+
+_NEXT = re.compile(r",(?=[\w.]+=)")
+"""A comma after which a parameter begins; those of a list or mapping are none."""
 
 
 def parameters(arguments: list[str]) -> dict[str, Any]:
@@ -46,3 +53,18 @@ def parameters_of(method: str, given: dict[str, Any], methods: list[str]) -> dic
         if owner in (None, method):
             mine[key.removeprefix(f"{method}.") if owner else key] = value
     return mine
+
+
+def chain(text: str) -> Pipeline:
+    """Read a chain with its parameters, ``CHAIN[:KEY=VALUE,...]``.
+
+    Raises:
+        UsageError: A parameter without a value, or given twice; as for
+            :func:`starmerge.methods.make_pipeline`.
+    """
+    from starmerge.methods.pipeline import make_pipeline
+
+    name, colon, settings = text.partition(":")
+    if colon and not settings:
+        raise UsageError(f"-m {text}: parameters follow the colon, as in star:eta=60.")
+    return make_pipeline(name, parameters(_NEXT.split(settings)) if settings else {})

@@ -14,12 +14,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from blake3 import blake3
 
+from starmerge import deltas
 from starmerge.checkpoints.hashing import remembered_blake3_of
 from starmerge.checkpoints.writer import REPORT
+from starmerge.merging import apply, fold
 
 _PACKAGES = (
     "starmerge",
@@ -51,6 +54,9 @@ _NO_PART = (
 )
 """Files of a model's folder that have no part in its answers; what is not known has one."""
 
+_ADDING = (deltas, fold, apply)
+"""What adds an update to the weights of a loaded model."""
+
 _NAME = re.compile(r"[0-9a-f]{64}\.jsonl")
 _PARTIAL = ".partial-"
 
@@ -59,12 +65,21 @@ Record = Mapping[str, Any]
 """What a model answered to a row, as JSON can hold it."""
 
 
-def score_key(folders: Sequence[Path], asked: Mapping[str, Any], *, device: str, dtype: str) -> str:
+def score_key(
+    folders: Sequence[Path],
+    asked: Mapping[str, Any],
+    *,
+    device: str,
+    dtype: str,
+    update: str | None = None,
+) -> str:
     """Return a hash of all that decides a model's answers to a task.
 
-    These are the content of the model's files, but not their place; what is asked, device and
-    dtype, as they are given; the versions of the packages that compute; and the code of
-    :mod:`starmerge.evaluation` itself, so that nothing is stale between two releases either.
+    These are the content of the model's files, but not their place, and of what is added to its
+    weights in memory; what is asked, device and dtype, as they are given; the versions of the
+    packages that compute; and the code of :mod:`starmerge.evaluation` itself, so that nothing is
+    stale between two releases either. Of an update in memory the content decides, whatever merged
+    it, and the code that adds it to the weights.
 
     Args:
         folders: What makes the model: a whole model's folder, a base's and its adapter's.
@@ -72,14 +87,17 @@ def score_key(folders: Sequence[Path], asked: Mapping[str, Any], *, device: str,
             hold it.
         device: Kind of the device, such as "cpu".
         dtype: Of the weights as they are computed with, such as "bfloat16".
+        update: The hash of what is added to the model's weights in memory, by
+            :func:`starmerge.checkpoints.hashing.blake3_of_update`.
     """
     content = {
         "model": [_model_files(folder) for folder in folders],
+        "update": update,
         "asked": dict(asked),
         "device": device,
         "dtype": dtype,
         "versions": {name: _version(name) for name in _PACKAGES},
-        "code": _code(),
+        "code": _code(*([] if update is None else _ADDING)),
     }
     return blake3(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -171,9 +189,11 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _code() -> list[str]:
+def _code(*modules: ModuleType) -> list[str]:
+    """Return the hashes of the files of this package, and of some modules."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
-    return [remembered_blake3_of(file) for file in files]
+    others = [Path(str(module.__file__)) for module in modules]
+    return [remembered_blake3_of(file) for file in [*files, *others]]
 
 
 def _user_folder() -> Path:

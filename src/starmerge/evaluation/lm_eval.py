@@ -60,19 +60,21 @@ class HarnessTask:
         own = self.task.config.process_results is None
         return "accuracy" if own and self.measure in _RIGHT_OR_WRONG else self.measure
 
-    def fingerprint(self, rows: int | None) -> str:
+    def fingerprint(self, rows: int | None, skipped: int = 0) -> str:
         """Return a hash of all that decides what a model is asked, and what a row earns.
 
         Args:
             rows: How many of the first rows are asked; None for all.
+            skipped: How many of those are left out at the beginning.
         """
         from lm_eval import __version__  # noqa: PLC0415
 
         self._seed()
+        which = self._which(rows, skipped)
         with _without_bars():
-            self.task.build_all_requests(limit=rows)
+            self.task.build_all_requests(**which)
         asked = [request.args for request in self.task.instances]
-        gold = [self.task.doc_to_target(doc) for _, doc in self.task.doc_iterator(limit=rows)]
+        gold = [self.task.doc_to_target(doc) for _, doc in self.task.doc_iterator(**which)]
         content = [__version__, self.measure, self.task.dump_config(), asked, gold]
         return str(blake3(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest())
 
@@ -81,7 +83,13 @@ class HarnessTask:
         return sum(1 for _ in self.task.doc_iterator(limit=rows))
 
     def ask(
-        self, model: Any, tokenizer: Any, *, rows: int | None = None, batch_size: int | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        rows: int | None = None,
+        skipped: int = 0,
+        batch_size: int | None = None,
     ) -> list[Prediction]:
         """Ask a model the task.
 
@@ -93,6 +101,8 @@ class HarnessTask:
             tokenizer: The model's.
             rows: How many of the first rows to ask; None for all. They are the ones that the
                 harness takes with ``--limit``.
+            skipped: How many of those to leave out at the beginning. Few-shot examples are drawn
+                as if the rows began there.
             batch_size: Rows at once.
 
         Raises:
@@ -103,6 +113,10 @@ class HarnessTask:
         from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
 
         self._seed()
+        name = self.task.task_name
+        which = self._which(rows, skipped)
+        if skipped:
+            which = {"samples": {name: which["samples"]}}
         try:
             with _without_bars():
                 harness = HFLM(
@@ -110,10 +124,10 @@ class HarnessTask:
                 )
                 samples = evaluate(
                     lm=harness,
-                    task_dict={"tasks": {self.task.task_name: self.task}},
-                    limit=rows,
+                    task_dict={"tasks": {name: self.task}},
                     bootstrap_iters=0,
-                )["samples"][self.task.task_name]
+                    **which,
+                )["samples"][name]
         except Exception as error:  # whatever a task's own code raises
             reason = " ".join(str(error).split()) or type(error).__name__
             raise StarmergeError(f"{self.name}: lm-evaluation-harness failed: {reason}") from error
@@ -125,6 +139,12 @@ class HarnessTask:
         if self.metric == "accuracy":
             return score(predictions, "accuracy")
         return replace(score(predictions, "f1"), metric=self.metric)  # the mean of the credits
+
+    def _which(self, rows: int | None, skipped: int) -> dict[str, Any]:
+        """Return the rows as the harness's functions take them."""
+        if not skipped:
+            return {"limit": rows}
+        return {"samples": list(range(skipped, self.size(rows)))}
 
     def _seed(self) -> None:
         """Set all that the harness draws from, so that each model gets the same prompts."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.evaluation.cache import ScoreCache, score_key
+from starmerge.evaluation.cache import Record, ScoreCache, score_key
 from starmerge.evaluation.comparison import (
     Difference,
     Interval,
@@ -170,15 +170,28 @@ def evaluate(
             group = subjects.pop(0)  # what the one before has loaded goes with it
             gc.collect()  # models hold themselves in circles
             for name in group.names:
-                scores[name] = _scores(name, group, asked[name], settings, cache, advance)
+                found = answers(name, group, asked[name], settings, cache, advance)
+                scores[name] = {
+                    sheet.name: sheet.score(records)
+                    for sheet, records in zip(asked[name], found, strict=True)
+                }
     tuned = {name: scores[name][name] for name in models if name in sheets}
     return Evaluation(
         settings.scorer, settings.mode, {name: scores[name] for name in (BASE, *models)}, tuned
     )
 
 
-def check(tasks: Sequence[AnyTask], settings: Settings) -> dict[str, Sheet]:
+def check(
+    tasks: Sequence[AnyTask],
+    settings: Settings,
+    prepared: Callable[[AnyTask, Settings], Sheet] = prepare,
+) -> dict[str, Sheet]:
     """Read the rows of tasks, and make sure that they can be asked together.
+
+    Args:
+        tasks: The tasks.
+        settings: How they are asked.
+        prepared: Reads the rows of a task; by default those to score.
 
     Raises:
         UsageError: Two tasks of one name, a task without rows or without answers to rank, tasks of
@@ -188,59 +201,59 @@ def check(tasks: Sequence[AnyTask], settings: Settings) -> dict[str, Sheet]:
     twice = [task for task in names if names.count(task) > 1]
     if twice:
         raise UsageError(f"Two tasks are called {twice[0]!r}. Evaluate them one after the other.")
-    sheets = {task.name: prepare(task, settings) for task in tasks}
+    sheets = {task.name: prepared(task, settings) for task in tasks}
     if len({sheet.kind for sheet in sheets.values()}) != 1:
         raise UsageError("Give tasks, all of text or all of images: no model can do both.")
     check_backend(settings.backend, settings.device)
     return sheets
 
 
-def _scores(
+def answers(
     name: str,
     group: Group,
     sheets: Sequence[Sheet],
     settings: Settings,
     cache: ScoreCache | None,
     advance: Advance,
-) -> dict[str, Score]:
-    """Score one model, by the answers that are kept or by asking it."""
-    scores = {}
-    keys = {
-        sheet.name: _key(name, group, sheet, settings) if cache is not None else None
-        for sheet in sheets
-    }
+) -> list[list[Record]]:
+    """Return what one model answers to some sheets: from the cache, or by asking it.
+
+    Raises:
+        UsageError: The model cannot be loaded, or the sheet does not fit it.
+        StarmergeError: It computes a NaN.
+    """
+    found = []
+    keys = [_key(name, group, sheet, settings) if cache is not None else None for sheet in sheets]
     with ExitStack() as stack:
         model = None
-        for sheet in sheets:
-            key = keys[sheet.name]
-            answers = cache.get(key) if cache is not None and key is not None else None
-            if answers is None:
+        for sheet, key in zip(sheets, keys, strict=True):
+            records = cache.get(key) if cache is not None and key is not None else None
+            if records is None:
                 if model is None:
                     model = stack.enter_context(group.active(name))
                 try:
-                    answers = sheet.ask(model, settings.batch_size, advance)
+                    records = sheet.ask(model, settings.batch_size, advance)
                 except UsageError:
                     raise
                 except StarmergeError as error:  # a NaN, for example: adapters bear the base's name
                     raise StarmergeError(f"Model {name}, task {sheet.name}: {error}") from error
                 # What was rewritten while it was asked is kept under no key.
                 if cache is not None and key and key == _key(name, group, sheet, settings):
-                    cache.put(key, answers)
+                    cache.put(key, records)
             else:
                 advance(sheet.size)
-            scores[sheet.name] = sheet.score(answers)
-    return scores
+            found.append(records)
+    return found
 
 
-def _key(name: str, group: Group, sheet: Sheet, settings: Settings) -> str | None:
-    """Return the key of a model's answers to a task; None for a model in memory."""
+def _key(name: str, group: Group, sheet: Sheet, settings: Settings) -> str:
+    """Return the key of a model's answers to a task."""
     folders = group.folders(name)
-    if folders is None:
-        return None
     device = device_kind(settings.device)
     return score_key(
         folders,
         {**sheet.asked, "backend": settings.backend},
         device=device_name(settings.device),
         dtype=dtype_name(folders[0], settings.dtype, device),
+        update=group.update(name),
     )

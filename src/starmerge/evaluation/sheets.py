@@ -86,6 +86,9 @@ class Sheet(Protocol):
     def asked(self) -> dict[str, Any]:
         """Return all that decides what a model is asked, for a key of answers."""
 
+    def part(self, start: int, stop: int) -> Sheet:
+        """Return a sheet of the rows from one number up to another, which it leaves out."""
+
     def ask(self, model: Any, batch_size: int | None, advance: Advance) -> list[Record]:
         """Ask a loaded model; return what it answers, a row each."""
 
@@ -94,16 +97,25 @@ class Sheet(Protocol):
 
 
 def prepare(task: AnyTask, settings: Settings) -> Sheet:
-    """Read the rows of a task and make it ready to be asked.
+    """Read the rows of a task that are to be scored, and make it ready to be asked.
 
     Raises:
         UsageError: The rows cannot be had, or the scorer cannot score them.
     """
+    if isinstance(task, HarnessTask):
+        return _HarnessSheet(task, settings.rows)
+    return sheet_of(task, task.examples("test", settings.rows), settings)
+
+
+def sheet_of(task: Task | ImageTask, examples: list[Example], settings: Settings) -> Sheet:
+    """Make a task with some rows ready to be asked.
+
+    Raises:
+        UsageError: The scorer cannot score them.
+    """
     if isinstance(task, Task):
-        return _TextSheet(task, task.examples("test", settings.rows), settings)
-    if isinstance(task, ImageTask):
-        return _ImageSheet(task, task.examples("test", settings.rows))
-    return _HarnessSheet(task, settings.rows)
+        return _TextSheet(task, examples, settings)
+    return _ImageSheet(task, examples)
 
 
 class _TextSheet:
@@ -122,6 +134,9 @@ class _TextSheet:
             # Read strictly, a response ends as soon as its reading is certain.
             "mode": self._settings.mode,
         }
+
+    def part(self, start: int, stop: int) -> _TextSheet:
+        return _TextSheet(self._task, self._examples[start:stop], self._settings)
 
     def ask(self, model: Any, batch_size: int | None, advance: Advance) -> list[Record]:
         answers = ask(
@@ -153,6 +168,9 @@ class _ImageSheet:
     def asked(self) -> dict[str, Any]:
         return {"task": self._task.fingerprint(self._examples)}
 
+    def part(self, start: int, stop: int) -> _ImageSheet:
+        return _ImageSheet(self._task, self._examples[start:stop])
+
     def ask(self, model: Any, batch_size: int | None, advance: Advance) -> list[Record]:
         classifier, processor = model
         answers = classify(
@@ -176,19 +194,27 @@ class _ImageSheet:
 class _HarnessSheet:
     kind: Literal["text", "image"] = "text"
 
-    def __init__(self, task: HarnessTask, rows: int | None) -> None:
-        self.name, self._task, self._rows = task.name, task, rows
-        self.size = task.size(rows)
+    def __init__(self, task: HarnessTask, rows: int | None, skipped: int = 0) -> None:
+        self.name, self._task, self._rows, self._skipped = task.name, task, rows, skipped
+        self.size = task.size(rows) - skipped
 
     @cached_property
     def asked(self) -> dict[str, Any]:
-        return {"task": self._task.fingerprint(self._rows)}
+        return {"task": self._task.fingerprint(self._rows, self._skipped)}
+
+    def part(self, start: int, stop: int) -> _HarnessSheet:
+        stop = min(stop, self.size)
+        return _HarnessSheet(self._task, self._skipped + stop, self._skipped + start)
 
     def ask(self, model: Any, batch_size: int | None, advance: Advance) -> list[Record]:
         if not isinstance(model, LocalModel):
             raise UsageError(f"{self.name} is asked by its harness, on transformers alone.")
         answers = self._task.ask(
-            model.model, model.tokenizer, rows=self._rows, batch_size=batch_size
+            model.model,
+            model.tokenizer,
+            rows=self._rows,
+            skipped=self._skipped,
+            batch_size=batch_size,
         )
         advance(self.size)
         return [asdict(answer) for answer in answers]

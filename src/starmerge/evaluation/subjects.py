@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from starmerge.checkpoints.hashing import blake3_of_update
 from starmerge.checkpoints.source import resolve
 from starmerge.deltas import Delta
 from starmerge.errors import UsageError
@@ -33,12 +34,15 @@ class Group(Protocol):
     def names(self) -> list[str]:
         """The models, in the order in which they are to be asked."""
 
-    def folders(self, name: str) -> list[Path] | None:
-        """Return the folders whose content makes a model; None for one in memory."""
+    def folders(self, name: str) -> list[Path]:
+        """Return the folders whose content makes a model, that of the loaded model first."""
+
+    def update(self, name: str) -> str | None:
+        """Return the hash of what is added to the folders' weights in memory; None: nothing."""
 
     @contextmanager
     def active(self, name: str) -> Iterator[Any]:
-        """Yield a model, loaded; one at a time, each name once."""
+        """Yield a model, loaded; one at a time."""
 
 
 Loader = Callable[[Path], tuple[Any, Any]]
@@ -47,6 +51,9 @@ Loader = Callable[[Path], tuple[Any, Any]]
 
 class OnBase:
     """The base, then updates of it, then adapters on it: the base is loaded once.
+
+    Base and updates may be asked again and again, but not after an adapter, nor may an update
+    change while the group is in use.
 
     Args:
         base: Its folder.
@@ -66,6 +73,7 @@ class OnBase:
     ) -> None:
         self._base, self._updates, self._adapters = base, updates, adapters
         self._load, self._wrap = load, wrap
+        self._hashes: dict[str, str] = {}
         self._loaded: tuple[Any, Any] | None = None
         self._switch: AdapterSwitch | None = None
 
@@ -77,11 +85,15 @@ class OnBase:
         """
         return [BASE, *self._updates, *self._adapters]
 
-    def folders(self, name: str) -> list[Path] | None:
-        """Return those of the base, and of an adapter; None for an update."""
-        if name in self._updates:
-            return None
+    def folders(self, name: str) -> list[Path]:
+        """Return those of the base, and of an adapter."""
         return [self._base, self._adapters[name]] if name in self._adapters else [self._base]
+
+    def update(self, name: str) -> str | None:
+        """Return the hash of an update, which is computed once; None for the others."""
+        if name in self._updates and name not in self._hashes:
+            self._hashes[name] = blake3_of_update(self._updates[name])
+        return self._hashes.get(name)
 
     @contextmanager
     def active(self, name: str) -> Iterator[Any]:
@@ -124,9 +136,12 @@ class Whole:
         """The one."""
         return [self._name]
 
-    def folders(self, name: str) -> list[Path] | None:
+    def folders(self, name: str) -> list[Path]:
         """Return those that decide the model's answers."""
         return self._folders
+
+    def update(self, name: str) -> None:
+        """Return None: the model is as its files have it."""
 
     @contextmanager
     def active(self, name: str) -> Iterator[Any]:
@@ -153,9 +168,12 @@ class OnVllm:
         """The model, then the adapters."""
         return [self._name, *self._adapters]
 
-    def folders(self, name: str) -> list[Path] | None:
+    def folders(self, name: str) -> list[Path]:
         """Return the model's folder, and that of an adapter."""
         return [self._path, self._adapters[name]] if name in self._adapters else [self._path]
+
+    def update(self, name: str) -> None:
+        """Return None: the models are as their files have them."""
 
     @contextmanager
     def active(self, name: str) -> Iterator[Any]:

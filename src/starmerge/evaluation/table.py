@@ -37,9 +37,9 @@ def markdown(evaluation: Evaluation) -> str:
         rows.append([title, str(n), *(cells.get(task, "") for cells in columns.values())])
     averages = {model: evaluation.normalised(model) for model in (BASE, *evaluation.others)}
     if any(averages.values()):
-        cells = [_interval(averages[c]) if c in averages else "1" for c in columns]
+        cells = [interval_cell(averages[c]) if c in averages else "1" for c in columns]
         rows.append(["**normalised average**", "", *(f"**{cell}**" for cell in cells)])
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def differences(evaluation: Evaluation) -> list[str]:
@@ -107,13 +107,15 @@ def _cell(score: Score) -> str:
     return f"{text} u {score.unparsed:.0%}" if score.unparsed else text
 
 
-def _interval(interval: Interval | None) -> str:
+def interval_cell(interval: Interval | None) -> str:
+    """Return an average with its interval for people, "–" where there is none."""
     if interval is None:
         return "–"
     return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table, the first row its head, with columns of one width."""
     rows = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [

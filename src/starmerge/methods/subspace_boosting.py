@@ -12,7 +12,7 @@ from starmerge.errors import UsageError
 from starmerge.methods.iso import IsoC, IsoCts
 from starmerge.methods.method import Deltas, Merge, PostStep, TensorContext, method
 from starmerge.methods.spectral_merge import is_averaged
-from starmerge.spectral import core_space, kept_rank, svd_matrix
+from starmerge.spectral import core_space, kept_rank, on_best_device, svd_matrix
 from starmerge.spectral.core_space import FLOAT32_NOISE
 
 
@@ -58,10 +58,14 @@ class SubspaceBoosting(PostStep):
         """Lift one tensor's singular values; see :meth:`PostStep.apply`."""
         if is_averaged([merged], tensor, embeddings="average"):
             return merged
-        space = core_space([merged])
-        (M,) = space.matrices
-        svd = svd_matrix(M, FLOAT32_NOISE * float(torch.linalg.vector_norm(M)))
-        r = kept_rank(svd.S, 100 * self.beta)
-        if r == len(svd.S):
-            return merged
-        return space.delta((svd.U * svd.S.clamp(min=svd.S[r - 1])) @ svd.V.T)
+
+        def boosted(device: torch.device) -> Delta:
+            space = core_space([merged], device)
+            (M,) = space.matrices
+            svd = svd_matrix(M, FLOAT32_NOISE * float(torch.linalg.vector_norm(M)))
+            r = kept_rank(svd.S, 100 * self.beta)
+            if r == len(svd.S):
+                return merged
+            return space.delta((svd.U * svd.S.clamp(min=svd.S[r - 1])) @ svd.V.T)
+
+        return on_best_device([merged], boosted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from starmerge.errors import UsageError
 from starmerge.methods.entrywise import panels
 from starmerge.methods.method import Deltas, Merge, TensorContext, method
 from starmerge.methods.spectral_merge import is_averaged
-from starmerge.spectral import core_space
+from starmerge.spectral import core_space, on_best_device
 
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8
 """Adam's decay rates and ε, as its paper has them."""
@@ -70,7 +70,14 @@ class Wudi(Merge):
         held = dict(deltas.items())
         if is_averaged(list(held.values()), tensor, embeddings=self.embeddings):
             return total(held.values()).scaled(1 / tensor.total_weight)
-        space = core_space(list(held.values()))
+        return on_best_device(
+            list(held.values()), lambda device: self._minimised(held, tensor, device)
+        )
+
+    def _minimised(
+        self, held: Mapping[int, Delta], tensor: TensorContext, device: torch.device
+    ) -> Delta:
+        space = core_space(list(held.values()), device)
         # In Core Space ∇L/2 = M G − R, with G = Σ w_t C_t, R = Σ w_t τ_t C_t, C_t = τ_tᵀτ_t/‖τ_t‖².
         start = torch.zeros_like(space.matrices[0])
         R, G = torch.zeros_like(start), start.new_zeros(start.shape[1], start.shape[1])
@@ -81,7 +88,7 @@ class Wudi(Merge):
                 start += tau_t
                 G.add_(C_t, alpha=tensor.weights[t])
                 R.addmm_(tau_t, C_t)
-        merged = torch.empty(space.shape, dtype=torch.float32)
+        merged = torch.empty(space.shape, dtype=torch.float32, device=space.home)
         for rows in panels(space.shape):
             M, R_rows = (X[rows] if space.U is None else space.U[rows] @ X for X in (start, R))
             merged[rows] = self._stepped(M, G, R_rows, space.V).float()

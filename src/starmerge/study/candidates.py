@@ -1,0 +1,80 @@
+"""The candidates of a race: which take part unless others are given, and what they are called."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from starmerge.errors import UsageError
+from starmerge.merging.in_memory import check_static
+from starmerge.methods.method import METHODS, Method
+from starmerge.methods.pipeline import Pipeline, as_pipeline, make_pipeline
+
+_DEFAULTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("auto", {}),
+    ("star", {}),
+    ("average", {}),
+    ("task_arithmetic", {"alpha": 0.2}),
+    ("task_arithmetic", {"alpha": 0.3}),
+    ("task_arithmetic", {"alpha": 0.5}),
+    ("tsv_m", {}),
+    ("covariance+own_response", {}),
+)
+"""The default candidates, in the order in which they are preferred where rows cannot tell; the
+place to add one. A chain with a method that is not registered takes no part."""
+
+
+def default_candidates() -> list[Pipeline]:
+    """Return the candidates that race unless others are given."""
+    return [
+        make_pipeline(chain, parameters)
+        for chain, parameters in _DEFAULTS
+        if METHODS.keys() >= set(chain.split("+"))
+    ]
+
+
+def candidate_name(pipeline: Pipeline) -> str:
+    """Return a candidate's name: its chain, and the parameters that are not the defaults.
+
+    As the command line takes it: ``star:eta=60``.
+    """
+    usual = make_pipeline(pipeline.name).parameters()
+    own = {
+        key: value if isinstance(value, str) else json.dumps(value, default=str)
+        for key, value in pipeline.parameters().items()
+        if value != usual[key]
+    }
+    settings = ",".join(f"{key}={value}" for key, value in own.items())
+    return f"{pipeline.name}:{settings}" if settings else pipeline.name
+
+
+def named_candidates(
+    candidates: Sequence[str | Method | Pipeline] | None,
+) -> dict[str, Pipeline]:
+    """Return candidates by name, in their order; by default :func:`default_candidates`.
+
+    Raises:
+        UsageError: There are fewer than two, two are the same, one is unknown or makes a model for
+            each task.
+    """
+    if isinstance(candidates, str | Method | Pipeline):
+        candidates = [candidates]
+    chains = default_candidates() if candidates is None else list(map(as_pipeline, candidates))
+    found: dict[str, Pipeline] = {}
+    for chain in chains:
+        check_static(chain)
+        name = candidate_name(chain)
+        if name in found:
+            raise UsageError(
+                f"The candidate {name} is given twice: a chain with the same parameters. Leave one "
+                "out."
+            )
+        found[name] = chain
+    if len(found) < 2:
+        raise UsageError(
+            f"A race needs two candidates at least, and there is {len(found) or 'none'}"
+            f"{''.join(f' ({name})' for name in found)}. Give more, or merge at once with "
+            "`starmerge merge`."
+        )
+    return found

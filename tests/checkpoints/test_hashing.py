@@ -1,0 +1,79 @@
+"""The hash of an update in memory: of its content, and of nothing else."""
+
+from collections.abc import Callable
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from starmerge.checkpoints.hashing import blake3_of_update
+from starmerge.deltas import Delta, Dense, LowRank, Stored
+
+B, A = torch.randn(6, 2), torch.randn(2, 5)
+W, BASE = torch.randn(6, 5), torch.randn(6, 5)
+MATRIX = torch.arange(30.0).reshape(6, 5)
+
+MAKE: dict[str, Callable[[], dict[str, Delta]]] = {
+    "factors": lambda: {"w": LowRank(B, A)},
+    "scaled": lambda: {"w": LowRank(B, A, 0.5)},
+    "another name": lambda: {"v": LowRank(B, A)},
+    "other factors": lambda: {"w": LowRank(B, -A)},
+    "dense": lambda: {"w": Dense(MATRIX)},
+    "another shape": lambda: {"w": Dense(MATRIX.reshape(5, 6))},
+    "more dimensions": lambda: {"w": Dense(MATRIX.reshape(6, 5, 1))},
+    "transposed": lambda: {"w": Dense(MATRIX.T)},
+    "narrower": lambda: {"w": Dense(MATRIX.bfloat16())},
+    "half": lambda: {"w": Dense(MATRIX.half())},
+    "a difference": lambda: {"w": Stored([(1.0, W)], BASE)},
+    "a part of it": lambda: {"w": Stored([(1.0, W)], BASE, 0.5)},
+    "other weights": lambda: {"w": Stored([(0.5, W)], BASE)},
+    "another base": lambda: {"w": Stored([(1.0, W)], W)},
+    "two models": lambda: {"w": Stored([(1.0, W), (1.0, BASE)], BASE)},
+    "two tensors": lambda: {"v": Dense(MATRIX[:3]), "w": Dense(MATRIX[3:])},
+    "cut elsewhere": lambda: {"v": Dense(MATRIX[:2]), "w": Dense(MATRIX[2:])},
+    "a number": lambda: {"w": Dense(torch.tensor(1.0))},
+    "no entries": lambda: {"w": Dense(torch.empty(0, 5))},
+    "nothing": lambda: {},
+}
+
+
+def test_equal_content_has_one_hash_and_other_content_another() -> None:
+    hashes = {name: blake3_of_update(make()) for name, make in MAKE.items()}
+    assert {name: blake3_of_update(make()) for name, make in MAKE.items()} == hashes
+    for first, second in combinations(hashes, 2):
+        assert hashes[first] != hashes[second], (first, second)
+
+
+def test_strides_and_the_order_of_tensors_do_not_count() -> None:
+    spread = torch.empty(6, 10)[:, ::2].copy_(MATRIX)
+    assert not spread.is_contiguous()
+    assert blake3_of_update({"w": Dense(spread)}) == blake3_of_update({"w": Dense(MATRIX)})
+    both = {"v": Dense(MATRIX), "w": Dense(W)}
+    assert blake3_of_update(dict(reversed(both.items()))) == blake3_of_update(both)
+
+
+def test_long_rows_that_must_be_copied_are_hashed_whole() -> None:
+    wide = torch.randn(600_000, 3).T  # 2.4 MB a row, none of them contiguous
+    assert blake3_of_update({"w": Dense(wide)}) == blake3_of_update({"w": Dense(wide.contiguous())})
+
+
+@given(
+    place=st.integers(0, 29),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_the_last_bit_of_every_entry_counts(place: int, dtype: torch.dtype) -> None:
+    matrix = MATRIX.to(dtype)
+    changed = matrix.clone()
+    changed.view(-1).view(torch.uint8)[place * dtype.itemsize] ^= 1
+    assert blake3_of_update({"w": Dense(changed)}) != blake3_of_update({"w": Dense(matrix)})
+
+
+@pytest.mark.parametrize("kind", ["B", "A"])
+def test_each_factor_counts(kind: str) -> None:
+    factors = {"B": B, "A": A}
+    before = blake3_of_update({"w": LowRank(**factors)})
+    factors[kind] = factors[kind].clone()
+    factors[kind][-1, -1] += 1
+    assert blake3_of_update({"w": LowRank(**factors)}) != before
