@@ -14,7 +14,7 @@ from starmerge.errors import UsageError
 from starmerge.methods.method import Deltas, PostStep, TensorContext, Transform, method
 from starmerge.methods.own_response import OwnResponse
 from starmerge.methods.scale import Scale
-from starmerge.spectral import Truncation
+from starmerge.spectral import Truncation, on_best_device
 from starmerge.spectral.core_space import FLOAT32_NOISE
 
 
@@ -27,6 +27,11 @@ class _Calibration:
     """(m, m) or (R, R) float64, lower triangle."""
     B: Tensor | None
     """(m, R) float64, for the second; else None."""
+
+    def to(self, device: torch.device) -> _Calibration:
+        """Return S on a device."""
+        B = None if self.B is None else self.B.to(device)
+        return _Calibration(self.c, self.cholesky.to(device), B)
 
     def __call__(self, X: Tensor) -> Tensor:
         """Return S · X for X (m, k), float64."""
@@ -66,28 +71,10 @@ class Pico(Transform):
         """Find S of one tensor, None for the identity; see :meth:`Transform.look`."""
         if len(tensor.shape) < 2 or tensor.is_embedding:
             return None
-        T, factors, G = 0, list[Tensor](), torch.zeros((), dtype=torch.float64)
-        for tau_t in deltas:
-            if tau_t.is_zero():
-                continue
-            T += 1
-            if isinstance(tau_t, LowRank):
-                factors.append(tau_t.B.double() * tau_t.scale)
-            else:
-                X = tau_t.matrix.double()
-                G = G + X @ X.T
-        if T < 2:
+        held = [tau_t for tau_t in deltas if not tau_t.is_zero()]
+        if len(held) < 2:
             return None
-        if not G.ndim:
-            B = torch.cat(factors, dim=1)
-            c = (T - 1) / float(B.square().sum())
-            if B.shape[1] < B.shape[0]:
-                return _Calibration(c, _cholesky(B.T @ B, c), B)
-            return _Calibration(c, _cholesky(B @ B.T, c), None)
-        for B_t in factors:
-            G.addmm_(B_t, B_t.T)
-        c = (T - 1) / float(G.trace())
-        return _Calibration(c, _cholesky(G, c), None)
+        return on_best_device(held, lambda device: _calibration(held, device))
 
     def apply(
         self, delta: Delta, task: int, tensor: TensorContext, survey: _Calibration | None
@@ -95,9 +82,38 @@ class Pico(Transform):
         """Calibrate one delta; see :meth:`Transform.apply`."""
         if survey is None:
             return delta, None
-        if isinstance(delta, LowRank):
-            return LowRank(survey(delta.B.double()).float(), delta.A, delta.scale), None
-        return Dense(survey(delta.matrix.double()).float()), None
+        calibration = survey
+
+        def calibrated(device: torch.device) -> Delta:
+            S = calibration.to(device)
+            if isinstance(delta, LowRank):
+                B = S(delta.B.to(device).double())
+                return LowRank(B.float().to(delta.device), delta.A, delta.scale)
+            return Dense(S(delta.matrix.to(device).double()).float().to(delta.device))
+
+        return on_best_device([delta], calibrated), None
+
+
+def _calibration(held: Sequence[Delta], device: torch.device) -> _Calibration:
+    """Find S of the task vectors that are not zero; it lies where they do."""
+    T, m = len(held), held[0].shape[0]
+    if all(isinstance(tau_t, LowRank) for tau_t in held):
+        B = torch.cat([_output_factor(tau_t).to(device).double() for tau_t in held], dim=1)
+        c = (T - 1) / float(B.square().sum())
+        if B.shape[1] < m:
+            return _Calibration(c, _cholesky(B.T @ B, c), B).to(held[0].device)
+        return _Calibration(c, _cholesky(B @ B.T, c), None).to(held[0].device)
+    G = torch.zeros(m, m, dtype=torch.float64, device=device)
+    for tau_t in held:
+        B_t = _output_factor(tau_t).to(device).double()
+        G.addmm_(B_t, B_t.T)
+    c = (T - 1) / float(G.trace())
+    return _Calibration(c, _cholesky(G, c), None).to(held[0].device)
+
+
+def _output_factor(delta: Delta) -> Tensor:
+    """Return B (m, r) of an adapter with its scale, or the matrix (m, n) of a full fine-tune."""
+    return delta.B.double() * delta.scale if isinstance(delta, LowRank) else delta.matrix
 
 
 def _cholesky(G: Tensor, c: float) -> Tensor:
