@@ -55,11 +55,13 @@ def test_own_response_is_the_reference(kind, dtype, weights, merge):
     assert after == pytest.approx(0.6, rel=1e-6)
 
 
-def test_the_default_is_three_quarters():
-    deltas = models("low-rank")
-    found = merge_state(deltas, "covariance+own_response")
-    tau = [exact(model, found) for model in deltas]
-    assert own_response.mean_response(tau, exact(found, found)) == pytest.approx(0.75, rel=1e-6)
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_default_is_the_eighth_root_of_the_number_of_tasks_that_do_something(count):
+    deltas = samples.task_deltas("low-rank", 30, 20)[:count]
+    found = spectral.merged("covariance+own_response", [*deltas, spectral.zero(30, 20), None])
+    tau = [{"w": samples.exact(delta)} for delta in deltas]
+    after = own_response.mean_response(tau, {"w": found})
+    assert after == pytest.approx(count ** (-1 / 8), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", samples.KINDS)
@@ -99,13 +101,14 @@ def test_a_task_whose_factors_cancel_does_not_count():
 
 def test_one_task_gets_c_of_itself():
     delta = samples.low_rank(30, 20, 4)
-    found = spectral.merged("average+own_response", [delta])
+    chain = make_pipeline("average+own_response", {"c": 0.75})
+    found = spectral.merged(chain, [delta])
     np.testing.assert_allclose(found, 0.75 * samples.exact(delta), rtol=1e-10, atol=1e-12)
 
 
 def test_the_responses_are_to_the_models_and_not_to_what_transforms_left_of_them():
     deltas = models("low-rank")
-    found = merge_state(deltas, make_pipeline("star+average+own_response"))
+    found = merge_state(deltas, make_pipeline("star+average+own_response", {"c": 0.75}))
     tau = [exact(model, found) for model in deltas]
     assert own_response.mean_response(tau, exact(found, found)) == pytest.approx(0.75, rel=1e-6)
 
@@ -143,14 +146,14 @@ def test_nothing_but_zeros_is_refused(zero):
 def test_a_merge_that_disagrees_with_one_task_only_is_not_refused():
     first, second = samples.low_rank(9, 7, 2, seed=1), samples.low_rank(9, 7, 2, seed=2)
     deltas = [{"w": first}, {"w": second}, {"w": second.scaled(-0.75)}]
-    found = merge_state(deltas, "average+own_response")
+    found = merge_state(deltas, make_pipeline("average+own_response", {"c": 0.75}))
     tau = [exact(model, found) for model in deltas]
     assert own_response.mean_response(tau, exact(found, found)) == pytest.approx(0.75, rel=1e-6)
 
 
 @pytest.mark.parametrize("c", [0, -0.5])
 def test_c_must_be_positive(c):
-    with pytest.raises(UsageError, match="c: Input should be greater than 0"):
+    with pytest.raises(UsageError, match="c: Input should be 'auto' or Input should be greater than 0"):
         make_pipeline("average+own_response", {"c": c})
 
 

@@ -10,7 +10,6 @@ from starmerge.deltas import Dense, LowRank
 from starmerge.errors import UsageError
 from starmerge.merging.in_memory import merge_state
 from starmerge.methods import Shares, make_method
-from starmerge.methods.shares import own_response_of
 from tests.oracles import samples, shares, spectral
 
 WEIGHTS = [1.0, 0.5, 2.0, 4.0]
@@ -188,14 +187,41 @@ def test_models_that_do_nothing():
     spectral.assert_close(alone, samples.exact(deltas[0]), deltas, times=2)
 
 
-def test_by_default_the_response_goes_by_the_number_of_tasks_that_do_something():
-    deltas = samples.task_deltas("low-rank", 30, 20)
-    for count in (2, 3, 4):
-        found = spectral.merged(Shares(), [*deltas[:count], spectral.zero(30, 20)])
-        target = own_response_of(count)
-        expected = spectral.merged(Shares(response=target), deltas[:count])
-        spectral.assert_close(found, expected, deltas, times=2)
-    assert own_response_of(1) == 1.0
+@pytest.mark.parametrize("weights", [None, WEIGHTS, [1.0, 0.0, 2.0, 4.0]])
+@pytest.mark.parametrize("kind", samples.KINDS)
+def test_the_default_factor_is_the_reference(kind, weights):
+    first = samples.task_deltas(kind, 30, 20)
+    second = [delta.scaled(0.25) for delta in samples.task_deltas(kind, 12, 40, seed=100)]
+    models = [{"first": a, "second": b} for a, b in zip(first, second, strict=True)]
+    del models[1]["first"], models[2]["second"]
+    models[3]["zero"] = spectral.zero(9, 7)
+    found = merge_state(models, Shares(), weights=weights)
+    tau = [{name: samples.exact(delta) for name, delta in model.items()} for model in models]
+    merged = {}
+    for name in found:
+        own = [t for t, model in enumerate(tau) if name in model]
+        of = [weights[t] for t in own] if weights else None
+        merged[name] = shares.shares([tau[t][name] for t in own], weights=of)
+    factor = shares.factor(tau, merged, weights)
+    for name, delta in found.items():
+        deltas = [model[name] for model in models if name in model]
+        spectral.assert_close(samples.exact(delta), factor * merged[name], deltas, times=4)
+
+
+@pytest.mark.parametrize("copies", [1, 2, 5])
+def test_tasks_that_agree_or_have_nothing_in_common_are_not_scaled_down(copies):
+    delta = samples.task_deltas("low-rank", 30, 20)[3]
+    found = spectral.merged(Shares(ridge=0.0), [delta] * copies)
+    spectral.assert_close(found, samples.exact(delta), [delta] * copies, condition=1e6)
+    apart = spectral.orthogonal_tasks(tasks=1 + copies)
+    found = spectral.merged(Shares(ridge=0.0), apart)
+    spectral.assert_close(found, sum(matrices(apart)), apart, condition=1e6)
+
+
+def test_tasks_that_disagree_are_scaled_down():
+    deltas = [samples.low_rank(30, 20, 8, seed=t) for t in range(8)]
+    whole = spectral.merged(Shares(response=1.0), deltas)
+    assert np.linalg.norm(spectral.merged(Shares(), deltas)) < 0.95 * np.linalg.norm(whole)
 
 
 @pytest.mark.parametrize("kind", samples.KINDS)

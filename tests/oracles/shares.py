@@ -57,3 +57,23 @@ def responses(models, merged):
         energy = sum(float(np.sum(model[name] ** 2)) for name in model)
         found.append(inner / energy if energy else 0.0)
     return found
+
+
+def factor(models, merged, weights=None):
+    """sqrt(f_1 f_2): all of the tasks' own response, and the best fit on their own inputs."""
+    weights = [1.0] * len(models) if weights is None else weights
+    r, top, bottom, whole = responses(models, merged), 0.0, 0.0, 0.0
+    mean = 0.0
+    for w, r_t, model in zip(weights, r, models, strict=True):
+        if not w or not any(np.any(delta) for delta in model.values()):
+            continue
+        cross = own = both = 0.0
+        for name, delta in model.items():
+            if np.any(delta):
+                C = delta.T @ delta / np.linalg.norm(delta) ** 2
+                cross += np.trace(merged[name] @ C @ delta.T)
+                own += np.trace(delta @ C @ delta.T)
+                both += np.trace(merged[name] @ C @ merged[name].T)
+        top, bottom = top + w * cross / own, bottom + w * both / own
+        mean, whole = mean + w * r_t, whole + w
+    return float(np.sqrt(top / bottom * whole / mean))

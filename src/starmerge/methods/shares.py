@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from starmerge.deltas import Delta, LowRank
+from starmerge.deltas import Delta, LowRank, outer
 from starmerge.errors import UsageError
 from starmerge.methods.method import Deltas, TensorContext, Walk, method
 from starmerge.methods.own_response import Response, own_products, own_responses
@@ -33,8 +34,12 @@ class Shares(SpectralMerge):
     single task changes stays that task's. The weights w_t decide how directions that several tasks
     use are divided; a common factor of them cancels.
 
-    The factor f makes the mean over tasks of the own response ⟨M, τ_t⟩/‖τ_t‖², taken over all
-    matrices of the model, the number ``response``; the tasks' responses differ by a few percent.
+    The own response of a task is r_t = ⟨M, τ_t⟩/‖τ_t‖² over all matrices of the model; the tasks'
+    differ by a few percent. The factor f makes their mean the number ``response``. By default f is
+    the geometric mean of two factors: of f_1 = 1/mean(r_t), with which the tasks find all of
+    themselves in M, and of f_2, which minimises Σ_t w_t ‖(f_2 M − τ_t) C_t^½‖²/‖τ_t C_t^½‖²: on the
+    inputs of task t, M comes nearest to τ_t. Both are 1 for tasks that are equal or share no
+    direction; the more the tasks disagree, the smaller is f_2.
 
     Source: our own; docs/results.md has the evidence. ``covariance`` uses one of the two sides, and
     ``tsv_m`` makes the directions of the tasks orthogonal but divides none of them.
@@ -51,7 +56,7 @@ class Shares(SpectralMerge):
     ] = 0.1
     response: Annotated[
         Literal["auto"] | Annotated[float, Field(gt=0)],
-        Field(description="mean own response of the tasks; auto: by the number of tasks"),
+        Field(description="mean own response of the tasks; auto: by how much they disagree"),
     ] = "auto"
 
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
@@ -68,16 +73,41 @@ class Shares(SpectralMerge):
         def products(deltas: Deltas, tensor: TensorContext) -> Tensor:
             held = {t: delta for t, delta in deltas.items() if tensor.weights[t]}
             if not held or is_averaged(list(held.values()), tensor, embeddings=self.embeddings):
-                return own_products(_NOTHING, (), tensor)
+                return torch.cat([own_products(_NOTHING, (), tensor), _no_inputs(tensor)])
             merged = super(Shares, self).merge(Deltas.of(held), tensor, None)
-            own = ((t, delta.scaled(1 / tensor.weights[t])) for t, delta in held.items())
-            return own_products(merged, own, tensor)
+            own = {t: delta.scaled(1 / tensor.weights[t]) for t, delta in held.items()}
+            inputs = self._on_inputs(merged, own, tensor)
+            return torch.cat([own_products(merged, own.items(), tensor), inputs])
 
-        responses, mean = own_responses(walk(products), self.name)
-        tasks = sum(r != 0 for r in responses)
-        target = own_response_of(tasks) if self.response == "auto" else self.response
-        # Matrices that nobody changes have no response to scale.
-        return Response(responses, target / mean if mean > 0 else 1.0)
+        found = list(walk(products))
+        responses, _, mean = own_responses((rows[:3] for rows in found), self.name)
+        if mean <= 0:  # nothing is changed
+            return Response(responses, 1.0)
+        if self.response != "auto":
+            return Response(responses, self.response / mean)
+        agreeing, own, merged = torch.stack(found)[:, 3:].sum(0)
+        weights, alive = found[0][2], own > 0
+        share = (weights / torch.where(alive, own, torch.inf))[alive]
+        nearest = float((share * agreeing[alive]).sum() / (share * merged[alive]).sum())
+        return Response(responses, math.sqrt(nearest / mean))
+
+    def _on_inputs(
+        self, merged: Delta, deltas: Mapping[int, Delta], tensor: TensorContext
+    ) -> Tensor:
+        """Return ⟨M, τ_t⟩, ‖τ_t‖² and ‖M‖² on the inputs of each task, (3, T) float64.
+
+        ⟨X, Y⟩ on these inputs is tr(X C_t Yᵀ) = ⟨X τ_tᵀ, Y τ_tᵀ⟩/‖τ_t‖².
+        """
+        found = _no_inputs(tensor)
+        if self.response == "auto":
+            for t, tau_t in deltas.items():
+                energy = tau_t.frobenius() ** 2
+                if energy:
+                    of_merged, of_task = outer(merged, tau_t), outer(tau_t, tau_t)
+                    found[0, t] = of_merged.inner(of_task) / energy
+                    found[1, t] = of_task.frobenius() ** 2 / energy
+                    found[2, t] = of_merged.frobenius() ** 2 / energy
+        return found
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Response) -> Delta:
         """Merge one tensor; see :meth:`Merge.merge`."""
@@ -132,9 +162,8 @@ class Shares(SpectralMerge):
         return weighed
 
 
-def own_response_of(tasks: int) -> float:
-    """Return the mean own response that serves best for a number of tasks."""
-    return 1.0 if tasks < 2 else 0.75
+def _no_inputs(tensor: TensorContext) -> Tensor:
+    return torch.zeros(3, len(tensor.tasks), dtype=torch.float64)
 
 
 _NOTHING = LowRank(torch.zeros(1, 0), torch.zeros(0, 1))
