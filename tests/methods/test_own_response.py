@@ -153,7 +153,9 @@ def test_a_merge_that_disagrees_with_one_task_only_is_not_refused():
 
 @pytest.mark.parametrize("c", [0, -0.5])
 def test_c_must_be_positive(c):
-    with pytest.raises(UsageError, match="c: Input should be 'auto' or Input should be greater than 0"):
+    with pytest.raises(
+        UsageError, match="c: Input should be 'auto' or Input should be greater than 0"
+    ):
         make_pipeline("average+own_response", {"c": c})
 
 

@@ -10,9 +10,10 @@ import numpy as np
 ZERO = 1e-10
 
 
-def rank(matrix, reference):
-    """Number of singular values above ZERO * reference."""
-    return int(np.sum(np.linalg.svd(matrix, compute_uv=False) > ZERO * reference))
+def rank(matrix):
+    """Number of singular values above ZERO * |matrix|."""
+    values = np.linalg.svd(matrix, compute_uv=False)
+    return int(np.sum(values > ZERO * np.linalg.norm(matrix)))
 
 
 def symmetric_power(matrix, power):
@@ -25,10 +26,9 @@ def symmetric_power(matrix, power):
 def input_shares(deltas, weights, ridge, power):
     """R_t^p of each task, (n, n)."""
     n = deltas[0].shape[1]
-    size = sum(np.linalg.norm(delta) for delta in deltas)
     unit = [delta / np.linalg.norm(delta) for delta in deltas]
     C = [w * tau.T @ tau for w, tau in zip(weights, unit, strict=True)]
-    directions = min(n, sum(rank(delta, size) for delta in deltas))
+    directions = min(n, sum(map(rank, deltas)))
     S = sum(C) + ridge * np.trace(sum(C)) / directions * np.eye(n)
     inner, outer = symmetric_power(S, -0.5), symmetric_power(S, 0.5)
     return [outer @ symmetric_power(inner @ C_t @ inner, power) @ inner for C_t in C]

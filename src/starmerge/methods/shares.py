@@ -121,12 +121,10 @@ class Shares(SpectralMerge):
         """Merge one tensor; see :meth:`SpectralMerge.merge_matrices`."""
         if len(tau) == 1:
             return tau[0] / weights[0]
-        svds = [svd_matrix(tau_t, space.floor) for tau_t in tau]
+        norms = [float(torch.linalg.vector_norm(tau_t)) for tau_t in tau]
+        svds = [svd_matrix(C, space.noise * norm) for C, norm in zip(tau, norms, strict=True)]
         # √w_t σ_k/‖τ_t‖, the roots of the eigenvalues of w_t C_t and of w_t P_t.
-        roots = [
-            w**0.5 * svd.S / torch.linalg.vector_norm(svd.S)
-            for w, svd in zip(weights, svds, strict=True)
-        ]
+        roots = [w**0.5 * svd.S / norm for w, svd, norm in zip(weights, svds, norms, strict=True)]
         rows = self._weigh([svd.V for svd in svds], roots)
         columns = self._weigh([svd.U for svd in svds], roots)
         merged = torch.zeros_like(tau[0])
