@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from starmerge.merging.task_vectors import TaskVectors, load_task_vectors
     from starmerge.methods import (
         Ace,
+        Auto,
         Average,
         Breadcrumbs,
         Cart,
@@ -64,6 +65,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Ace",
     "Applied",
+    "Auto",
     "Average",
     "Breadcrumbs",
     "Calibrated",

@@ -23,8 +23,8 @@ _IN_MEMORY = sorted(
     if name not in ("emr", "mergekit", "lines")
     and not (issubclass(method, Merge) and make_method(name).needs_base)
 )
-_EMBEDDINGS_COUNT = {"knots", "star+ties"}
-"""Their global thresholds depend on what embeddings are, which only files tell."""
+_EMBEDDINGS_COUNT = {"auto", "knots", "shares", "star+ties"}
+"""Global thresholds and factors that depend on what embeddings are, which only files tell."""
 _CHAINS = ["star+ties", "dare+average", "dare+ties", "star+task_arithmetic+svc", "tsv_m+scale"]
 
 
@@ -106,7 +106,7 @@ def test_the_report_says_what_the_methods_found(
     assert sum(findings["metagpt"]["lambdas"]) == pytest.approx(1)
     assert len(findings["own_response"]["responses"]) == 3
     assert report["recipe"]["method"] == "trim+metagpt+own_response"
-    assert report["recipe"]["parameters"]["own_response.c"] == 0.75
+    assert report["recipe"]["parameters"]["own_response.c"] == "auto"
 
 
 def test_own_response_is_what_it_says_over_the_whole_model(
@@ -126,7 +126,7 @@ def test_own_response_is_what_it_says_over_the_whole_model(
             update = (merged[tensor].double() - base[tensor].double()).numpy()
             inner, energy = inner + np.sum(update * tau), energy + np.sum(tau * tau)
         responses.append(inner / energy)
-    assert np.mean(responses) == pytest.approx(0.75, rel=1e-3)
+    assert np.mean(responses) == pytest.approx(2 ** (-1 / 8), rel=1e-3)
 
 
 def test_a_model_that_changes_nothing_is_named(

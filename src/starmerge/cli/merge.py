@@ -40,7 +40,7 @@ def merge(
         typer.Option(
             "--method",
             "-m",
-            help="One of [b]starmerge methods[/b], or a chain of them: star+ties.",
+            help="[b]auto[/b], one of [b]starmerge methods[/b], or a chain of them: star+ties.",
             show_default="star",
         ),
     ] = None,
@@ -174,6 +174,8 @@ def _print_plan(plan: Plan, workers: Workers) -> None:
     console.print(table)
     for key, value in plan.recipe.parameters.items():
         console.print(f"{key}: {json.dumps(value, ensure_ascii=False)}", markup=False)
+    if plan.reason is not None:
+        console.print(plan.reason, markup=False)
     merged = len(plan.merged)
     console.print(f"Tensors: {merged} merged, {len(plan.tensors) - merged} left as they are")
     console.print(

@@ -44,7 +44,8 @@ def merge_state(
             weights do not fit them.
         ValueError: Two models disagree on the shape of a tensor, or one has a NaN or an infinity.
     """
-    pipeline = as_pipeline(method)
+    has_dense = any(isinstance(delta, Dense) for model in deltas for delta in model.values())
+    pipeline, _ = as_pipeline(method).chosen(has_dense=has_dense)
     check_static(pipeline)
     if pipeline.merge.needs_base:
         raise UsageError(

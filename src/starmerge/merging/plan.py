@@ -150,6 +150,8 @@ class Plan:
     tensors: tuple[PlannedTensor, ...]
     output: Path
     overwrite: bool
+    reason: str | None
+    """Why the methods are these, where the recipe left it to ``auto``."""
 
     @property
     def merged(self) -> list[PlannedTensor]:
@@ -199,6 +201,10 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
     pipeline = recipe.make_pipeline()
     check_output(output, overwrite=overwrite)
     base, models = open_models(recipe)
+    pipeline, reason = pipeline.chosen(has_dense=has_dense(models))
+    if reason is not None:
+        chosen = {"method": pipeline.name, "parameters": pipeline.parameters()}
+        recipe = recipe.model_copy(update=chosen)
     for source in (*(model.source for model in models), base.source):
         _check_apart(output, source)
     is_static = pipeline.merge.is_static
@@ -206,7 +212,7 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
     check_merge(pipeline, models, [entry.weight for entry in recipe.models], tensors)
     if not is_static:
         check_task_names([model.name for model in models])
-    plan = Plan(recipe, pipeline, base, models, tensors, output, overwrite)
+    plan = Plan(recipe, pipeline, base, models, tensors, output, overwrite, reason)
     check_space(output, plan.bytes_to_write)
     return plan
 
@@ -224,6 +230,11 @@ def open_models(recipe: Recipe) -> tuple[Base, tuple[FineTune, ...]]:
         for entry in recipe.models
     )
     return base, models
+
+
+def has_dense(models: Iterable[FineTune]) -> bool:
+    """Tell whether one of some models is a full fine-tune, or changes a tensor as a whole."""
+    return any(model.rank(tensor) is None for model in models for tensor in model.tensors)
 
 
 def lay_out(

@@ -63,6 +63,8 @@ class MergeReport:
                 text += " (with dtype float32 all of it would)"
         else:
             text += "; the update is zero"
+        if self.content["reason"] is not None:
+            text += f". {self.content['reason'].removesuffix('.')}"
         for name in self.content["unchanged"]:
             text += f". {name} changes nothing: all its deltas are zero, and it counts as a model"
         return text + "."
@@ -144,6 +146,7 @@ def make_report(
             "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
             | {"python": platform.python_version()},
             "recipe": plan.recipe.model_dump(),
+            "reason": plan.reason,
             "findings": dict(findings),
             "unchanged": [model.name for t, model in enumerate(plan.models) if t not in changing],
             "inputs": [

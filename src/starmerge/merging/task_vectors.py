@@ -14,7 +14,7 @@ from starmerge.deltas import Delta, LowRank, Stored
 from starmerge.errors import UsageError, nearest
 from starmerge.merging.checks import check_delta, check_weights
 from starmerge.merging.in_memory import check_static, merge_all
-from starmerge.merging.plan import check_merge, lay_out, open_models
+from starmerge.merging.plan import check_merge, has_dense, lay_out, open_models
 from starmerge.merging.workers import Workers
 from starmerge.methods.method import Deltas, Method, TensorContext
 from starmerge.methods.pipeline import Pipeline, as_pipeline
@@ -127,9 +127,9 @@ class TaskVectors:
                 the weights do not fit.
             StarmergeError: None of the models changes anything.
         """
-        pipeline = as_pipeline(method)
-        check_static(pipeline)
         chosen = self.models if models is None else self._chosen(models)
+        pipeline, _ = as_pipeline(method).chosen(has_dense=has_dense(chosen))
+        check_static(pipeline)
         tasks = [model.name for model in chosen]
         factors = check_weights(weights, len(chosen))
         tensors = lay_out(self.base, chosen)

@@ -1,6 +1,7 @@
 """The merging methods: one paper, one file."""
 
 from starmerge.methods.ace import Ace
+from starmerge.methods.auto import Auto
 from starmerge.methods.average import Average
 from starmerge.methods.breadcrumbs import Breadcrumbs
 from starmerge.methods.cart import Cart
@@ -50,6 +51,7 @@ from starmerge.methods.wudi import Wudi
 __all__ = [
     "METHODS",
     "Ace",
+    "Auto",
     "Average",
     "Breadcrumbs",
     "Cart",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
 from typing import Annotated, Literal
@@ -11,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from starmerge.deltas import Delta
 from starmerge.methods.method import TensorContext, method
 from starmerge.methods.spectral_merge import SpectralMerge
 from starmerge.methods.ties import elected_mean
@@ -60,6 +62,10 @@ class DcMerge(SpectralMerge):
         Field(description="triplets kept of each task: share, all, or a number"),
     ] = "all"
 
+    def extra_memory(self, deltas: Sequence[Delta]) -> int:
+        """Return the bytes of the M_t, which are Σr × Σr; see :class:`SpectralMerge`."""
+        return 8 * (2 * len(deltas) + 8) * sum(delta.rank for delta in deltas) ** 2
+
     def merge_matrices(
         self, tau: list[Tensor], weights: list[float], space: CoreSpace, tensor: TensorContext
     ) -> Tensor:
@@ -89,5 +95,5 @@ class DcMerge(SpectralMerge):
             return S
         linear = self.smoothing == "linear"
         ratio = min(self.rho, float(S[0] / S[-1])) if linear else 1.0
-        share = torch.linspace(ratio, 1.0, len(S), dtype=torch.float64)
+        share = torch.linspace(ratio, 1.0, len(S), dtype=S.dtype, device=S.device)
         return share * (S.sum() / share.sum())

@@ -25,7 +25,8 @@ class Denoise(Transform):
 
     A fine-tune stored in bfloat16 or float16 has rounded weights, and its δ a floor of noise of
     full rank. Methods that raise small singular values, such as ``iso_c`` and ``tsv_m``, raise the
-    noise with them. Here every triplet below the floor goes, and the others stay as they are;
+    noise with them. Here every triplet below the floor goes, and the others stay as they are, as
+    factors where they are few, so that a spectral merge after it works in their Core Space;
     adapters, whose factors have no such noise, and deltas of which the floor explains less than
     half stay whole. ``star`` does the same by itself.
 
@@ -52,7 +53,10 @@ class Denoise(Transform):
             if not floor.applies or floor.above == len(S):
                 return delta, Truncation(len(S), float(S.sum()), float(S.sum()), 1.0, floor)
             above = decomposed.first(floor.above)
-            kept = Dense(above.compose(above.S).to_dense())
+            kept: Delta = above.compose(above.S)
+            m, n = delta.shape
+            if floor.above * (m + n) >= m * n:  # factors would have more entries than the matrix
+                kept = Dense(kept.to_dense())
             after = float(above.S.sum())
             return kept, Truncation(floor.above, float(S.sum()), after, 1.0, floor)
 

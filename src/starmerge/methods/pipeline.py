@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from starmerge.deltas import Delta
 from starmerge.errors import UsageError, nearest
+from starmerge.methods.auto import Auto
 from starmerge.methods.average import Average
 from starmerge.methods.method import (
     Deltas,
@@ -76,6 +77,10 @@ class Pipeline:
                 f"{', '.join(f'{step.name} ({step.kind})' for step in steps)}."
             )
         merge = next((step for step in steps if isinstance(step, Merge)), Average())
+        if isinstance(merge, Auto) and len(steps) > 1:
+            raise UsageError(
+                f"{names}: auto chooses a whole chain by itself. Write auto alone, or the chain."
+            )
         post_steps = tuple(step for step in steps if isinstance(step, PostStep))
         for number, step in enumerate(post_steps):
             if not merge.is_static:
@@ -92,6 +97,17 @@ class Pipeline:
             step.check_merge(merge)
             step.check_before(post_steps[:number])
         return cls(tuple(step for step in steps if isinstance(step, Transform)), merge, post_steps)
+
+    def chosen(self, *, has_dense: bool) -> tuple[Pipeline, str | None]:
+        """Return the chain to merge with, and the reason if it is one that ``auto`` stands for.
+
+        Args:
+            has_dense: Whether one of the models is a full fine-tune.
+        """
+        if not isinstance(self.merge, Auto):
+            return self, None
+        choice = self.merge.choose(has_dense=has_dense)
+        return Pipeline.of(choice.steps), choice.reason
 
     @property
     def steps(self) -> tuple[Method, ...]:

@@ -51,7 +51,12 @@ class SpectralMerge(Merge):
             merged = self.merge_matrices(list(tau.values()), weights, space, tensor)
             return space.delta(merged) if isinstance(merged, Tensor) else space.product(*merged)
 
-        return on_best_device(list(held.values()), merge_on)
+        given = list(held.values())
+        return on_best_device(given, merge_on, extra=self.extra_memory(given))
+
+    def extra_memory(self, deltas: Sequence[Delta]) -> int:
+        """Return the bytes that merging takes beside what merges in Core Space usually do."""
+        return 0
 
     def space(self, deltas: Sequence[Delta], device: torch.device) -> CoreSpace:
         """Return the space to merge in, on a device."""

@@ -104,10 +104,10 @@ def elected_mean(
     """
     # The sign of the sum, of the majority where that is zero.
     gamma = task_sum(tau).sign_().to(tau[0].dtype).mul_(2).add_(majority).sign_()
-    whole = torch.zeros(gamma.shape, dtype=torch.float64)
+    whole = gamma.new_zeros(gamma.shape, dtype=torch.float64)
     # Where each task counts once, float32 is exact.
     alike = all(abs(w) == 1 for w in weights)
-    mass = torch.zeros(gamma.shape, dtype=torch.float32 if alike else torch.float64)
+    mass = gamma.new_zeros(gamma.shape, dtype=torch.float32 if alike else torch.float64)
     for tau_t, w in zip(tau, weights, strict=True):
         # |τ̂_t| where it has the sign, else 0.
         agreeing = torch.mul(tau_t, gamma).clamp_(min=0)

@@ -81,7 +81,9 @@ class CoreSpace:
         return LowRank(self._stored(B), self._stored(A.T))
 
 
-def on_best_device(deltas: Sequence[Delta], work: Callable[[torch.device], _T]) -> _T:
+def on_best_device(
+    deltas: Sequence[Delta], work: Callable[[torch.device], _T], *, extra: int = 0
+) -> _T:
     """Return ``work(device)`` for the device on which to merge one tensor's deltas in Core Space.
 
     That is the card where one of them is dense and the matrix large. Adapters, whose matrices in
@@ -91,10 +93,11 @@ def on_best_device(deltas: Sequence[Delta], work: Callable[[torch.device], _T]) 
         deltas: One or more, of one shape.
         work: Calls :func:`core_space` with the device. All that it makes on it, it makes of the
             matrices there (``C.new_zeros``, ``torch.zeros_like``), and it returns deltas.
+        extra: Bytes that it takes beside what merges in Core Space usually do.
     """
     is_dense = any(isinstance(delta, Dense) for delta in deltas)
     shape = deltas[0].shape
-    need = _need(shape, len(deltas)) if is_dense and is_large(shape) else None
+    need = _need(shape, len(deltas)) + extra if is_dense and is_large(shape) else None
     return run(work, home=deltas[0].device, need=need)
 
 
