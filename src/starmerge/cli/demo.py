@@ -40,7 +40,7 @@ def run(
     overwrite: asking.Overwrite = False,
     no_cache: asking.NoCache = False,
 ) -> None:
-    """Merge the adapters with average and STAR; score base, adapters and merges; draw a chart."""
+    """Merge the adapters with average, STAR and auto; score everything; draw a chart."""
     from starmerge.demo.run import run_demo
     from starmerge.evaluation.sheets import Settings
 

@@ -25,7 +25,7 @@ def suite(
             "--method",
             "-m",
             help="How to merge: one of [b]starmerge methods[/b] or a chain. Repeatable.",
-            show_default="average, star",
+            show_default="average, star, auto",
         ),
     ] = None,
     parameter: Annotated[
@@ -84,7 +84,7 @@ def suite(
             print(f"  {task:<24} {chosen.models.get(task.rpartition('/')[2], '')}")
         print(f"{chosen.notes}\nRun it: starmerge suite {name} --output FOLDER")
         return
-    methods = method or ["average", "star"]
+    methods = method or ["average", "star", "auto"]
     given = parameters(parameter or [])
     result = run_suite(
         chosen,

@@ -41,7 +41,7 @@ def run_suite(
     suite: Suite,
     output: Path,
     *,
-    methods: Sequence[str | Pipeline] = ("average", "star"),
+    methods: Sequence[str | Pipeline] = ("average", "star", "auto"),
     base: str | Path | None = None,
     tasks: Sequence[str] | None = None,
     rows_of: Mapping[str, Path] | None = None,
