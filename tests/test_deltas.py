@@ -415,5 +415,7 @@ def test_outer_is_the_product_with_the_transpose(kinds):
     expected = samples.exact(left) @ samples.exact(right).T
     np.testing.assert_allclose(samples.exact(found), expected, rtol=0, atol=1e-12)
     assert isinstance(found, LowRank) == ("low-rank" in kinds)
+    if kinds == ("low-rank", "low-rank"):
+        assert found.rank == outer(right, left).rank == min(left.rank, right.rank)
     with pytest.raises(ValueError, match="shape"):
         outer(left, samples.low_rank(9, 8, 2))

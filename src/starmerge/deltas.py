@@ -363,7 +363,7 @@ Delta: TypeAlias = LowRank | Dense
 def outer(left: Delta, right: Delta) -> Delta:
     """Return the product left · rightᵀ of deltas of one shape (m, n), (m, m), in float64.
 
-    It is low-rank if one of them is.
+    It is low-rank if one of them is, of the smaller of their ranks.
 
     Raises:
         ValueError: Their shapes differ.
@@ -372,8 +372,10 @@ def outer(left: Delta, right: Delta) -> Delta:
     if isinstance(right, LowRank):
         B = right.B.double()
         if isinstance(left, LowRank):
-            core = left.A.double() @ right.A.double().T
-            return LowRank(left.B.double(), core @ B.T, left.scale * right.scale)
+            core, scale = left.A.double() @ right.A.double().T, left.scale * right.scale
+            if left.rank < right.rank:
+                return LowRank(left.B.double(), core @ B.T, scale)
+            return LowRank(left.B.double() @ core, B.T, scale)
         return LowRank(left.matrix.double() @ right.A.double().T, B.T, right.scale)
     if isinstance(left, LowRank):
         return LowRank(left.B.double(), left.A.double() @ right.matrix.double().T, left.scale)
