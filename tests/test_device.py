@@ -308,10 +308,12 @@ def test_every_spectral_method_gives_the_same_on_the_card(method, kind, shape, p
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("side", ["columns", "rows"])
-@pytest.mark.parametrize("method", ["tsv_m", "iso_c", "covariance", "shares", "cart"])
-def test_whitened_inputs_give_the_same_on_the_card(method, side, shape, put_in, caplog):
-    deltas = fine_tunes(shape)
-    inputs, _ = metric.inputs_of(shape[side == "columns"], side=side)
+@pytest.mark.parametrize("method", ["tsv_m", "iso_c", "covariance", "shares", "cart", "regmean"])
+def test_merges_with_a_metric_give_the_same_on_the_card(method, side, shape, put_in, caplog):
+    deltas = fine_tunes(shape, "mixed" if method == "regmean" else "dense")
+    n = shape[side == "columns"]
+    roots = [metric.one_root(n, 3 + 20 * t, t) for t in range(4)]
+    inputs, _ = metric.inputs_of(n, side=side, roots=roots)
     expected = samples.exact(merge_one(method, deltas, inputs=inputs).delta)
     asked = []
 
