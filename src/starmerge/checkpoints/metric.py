@@ -128,6 +128,18 @@ class Metric:
             )
         return Moment(root, entry.tokens)
 
+    def nbytes(self, tensor: str, task: str | None = None) -> int:
+        """Return the bytes of a moment's root, 4 k n.
+
+        Args:
+            tensor: The tensor's name in the base's files.
+            task: Of which task's prompts; None: of the text for all tasks.
+
+        Raises:
+            UsageError: The file has no such moment.
+        """
+        return self._checkpoint[self._entry(tensor, task).key].nbytes
+
     def side(self, tensor: str) -> Side:
         """Return on which side of the base's stored tensor the input lies.
 

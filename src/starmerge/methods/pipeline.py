@@ -105,9 +105,24 @@ class Pipeline:
         return "+".join(step.name for step in self.steps)
 
     @property
+    def all_steps(self) -> tuple[Method, ...]:
+        """All methods in their order, a merge by average too."""
+        return (*self.transforms, self.merge, *self.post_steps)
+
+    @property
     def decomposes(self) -> bool:
         """Whether a method takes SVDs of dense deltas."""
         return any(step.decomposes for step in self.steps)
+
+    @property
+    def uses_metric(self) -> bool:
+        """Whether a method works in whitened inputs where there is a metric."""
+        return any(step.uses_metric for step in self.steps)
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether a method needs moments of every task's own inputs."""
+        return any(step.needs_moments for step in self.steps)
 
     @property
     def holds_all(self) -> bool:
@@ -135,7 +150,7 @@ class Pipeline:
                 f"The weights sum to zero, and {self.merge.name} divides by their sum. Change one, "
                 "or choose a merge that only adds, such as task_arithmetic."
             )
-        for step in (*self.transforms, self.merge, *self.post_steps):
+        for step in self.all_steps:
             step.check(tasks, weights, tensors)
 
     def check_tensors(self, merged: Sequence[TensorContext], left: Sequence[TensorContext]) -> None:
@@ -144,7 +159,7 @@ class Pipeline:
         Raises:
             UsageError: They do not fit.
         """
-        for step in (*self.transforms, self.merge, *self.post_steps):
+        for step in self.all_steps:
             step.check_tensors(merged, left)
 
     def prepare(self, walk: Walk) -> Prepared:
@@ -181,11 +196,9 @@ class Prepared:
     @property
     def findings(self) -> dict[str, Any]:
         """What the methods that looked at the whole model found, by method, as plain data."""
-        chain = self.pipeline
-        methods = (*chain.transforms, chain.merge, *chain.post_steps)
         return {
             method.name: asdict(found) if is_dataclass(found) else found  # type: ignore[arg-type]
-            for method, found in zip(methods, self.surveys, strict=True)
+            for method, found in zip(self.pipeline.all_steps, self.surveys, strict=True)
             if found is not None
         }
 
