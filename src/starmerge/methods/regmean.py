@@ -35,9 +35,10 @@ class RegMean(Merge):
     ``embeddings`` says "merge", are averaged.
 
     Source: arXiv 2212.09849, section 3; defining repository github.com/bloomberg/
-    dataless-model-merging. Different from there: each Σ_t is divided by its trace, so that a task
-    with large inputs does not count more; and the ridge, without which inputs that no prompt has
-    would leave M open. In those it makes M the weighted mean.
+    dataless-model-merging. Different from there: the inputs are those of the base on the task's
+    prompts, not of each fine-tune on its training data; each Σ_t is divided by its trace, so that a
+    task with large inputs does not count more; and the ridge, without which directions that no
+    prompt reaches would leave M open.
     Cost: where the prompts have k tokens together and an input n entries, O(n k²) a tensor for
     k < n, else O(n³); an adapter's update stays low-rank. The moments of all tasks are held.
     When to use: whenever a handful of prompts of each task can be had.
