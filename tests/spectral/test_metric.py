@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from starmerge.deltas import Dense, LowRank
+from starmerge.deltas import Dense, LowRank, Stored
 from starmerge.methods import METHODS, Ctm, IsoCts, Shares, Star, make_method, make_pipeline
 from starmerge.methods.spectral_merge import SpectralMerge
 from starmerge.spectral.metric import RIDGE, Whitening
@@ -170,6 +170,25 @@ def test_the_truncation_says_what_was_kept_in_whitened_inputs():
         assert truncation.nuclear_before == pytest.approx(values.sum(), rel=1e-9)
         share = np.cumsum(values) / values.sum()
         assert truncation.rank == int(np.argmax(share >= 0.4)) + 1
+
+
+def test_the_noise_of_a_stored_finetune_is_dropped_before_its_inputs_are_whitened():
+    base = samples.normal(60, 50, seed=1).bfloat16()
+    update = samples.low_rank(60, 50, 3, seed=2, scale=0.05).to_dense()
+    delta = Stored([(1.0, (base.float() + update).bfloat16())], base)
+    inputs, _ = metric.inputs_of(50)
+    found = merge_one(Star(eta=99.5), [delta], base=base, inputs=inputs)
+    noise = found.truncations[0].noise
+    assert noise.applies
+    assert noise.above == 3
+    assert found.truncations[0].rank <= 3
+    expected = merge_one(
+        make_pipeline("denoise+star", {"eta": 99.5}), [delta], base=base, inputs=inputs
+    )
+    np.testing.assert_array_equal(samples.exact(found.delta), samples.exact(expected.delta))
+    left = merge_one(Star(eta=99.5, noise_floor="off"), [delta], base=base, inputs=inputs)
+    assert left.truncations[0].noise is None
+    assert left.truncations[0].rank > 3
 
 
 @pytest.mark.parametrize("name", ["average", "ties", "denoise", "ace", "knots", "wudi"])
