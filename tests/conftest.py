@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from starmerge.checkpoints.hashing import blake3_of
+from starmerge.checkpoints.metric import MetricWriter
 from starmerge.demo.base_model import prepared_base
+from starmerge.spectral.moment import Side
 
 # How long an example takes depends on the machine, not on the code.
 settings.register_profile("starmerge", deadline=None)
@@ -28,6 +31,7 @@ settings.load_profile("starmerge")
 
 MakeAdapter = Callable[..., Path]
 MakeFinetune = Callable[..., Path]
+MakeMetric = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
@@ -80,6 +84,45 @@ def make_finetune(tiny_base: Path, tmp_path: Path) -> MakeFinetune:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text((tiny_base / "config.json").read_text())
         return folder
+
+    return make
+
+
+@pytest.fixture
+def make_metric(tiny_base: Path, tmp_path: Path) -> MakeMetric:
+    """Return a function that writes random moments of the inputs of a base's linear layers."""
+
+    def make(
+        *,
+        base: Path = tiny_base,
+        tasks: Sequence[str] = (),
+        without: Sequence[str] = (),
+        rows: Collection[str] = (),
+        name: str = "metric.safetensors",
+    ) -> Path:
+        weights = base / "model.safetensors"
+        tensors = {
+            key: tensor.shape[key not in rows]
+            for key, tensor in load_file(weights).items()
+            if tensor.ndim == 2 and "emb" not in key and "wte" not in key and "wpe" not in key
+        }
+        generator = torch.Generator().manual_seed(0)
+        with MetricWriter(
+            tmp_path / name,
+            base=(base.name, {weights.name: blake3_of(weights)}),
+            made_from={"kind": "texts"},
+            tensors=list(tensors),
+            tasks=tasks,
+        ) as writer:
+            for task in (None, *tasks):
+                for key, n in tensors.items():
+                    if key in without:
+                        continue
+                    root = torch.randn(n if task is None else 3, n, generator=generator)
+                    root[0] *= 10
+                    side: Side = "rows" if key in rows else "columns"
+                    writer.add(root, [key], side=side, task=task, tokens=100)
+        return tmp_path / name
 
     return make
 

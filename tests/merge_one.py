@@ -18,7 +18,15 @@ def given(deltas):
 
 
 def merge_one(
-    method, deltas, *, tasks=None, shape=None, is_embedding=False, weights=None, base=None
+    method,
+    deltas,
+    *,
+    tasks=None,
+    shape=None,
+    is_embedding=False,
+    weights=None,
+    base=None,
+    inputs=None,
 ):
     """Merge the deltas of the first of `tasks` models; the others leave the tensor alone."""
     deltas = list(deltas)
@@ -30,9 +38,11 @@ def merge_one(
         tasks=tuple(map(str, range(count))),
         weights=(1.0,) * count if weights is None else tuple(weights),
         base=base,
+        inputs=inputs,
     )
     chain = as_pipeline(method)
     chain.check(tensor.tasks, tensor.weights, [tensor.name])
+    chain.check_tensors([tensor], [])
     prepared = chain.prepare(lambda look: iter([look(given(deltas), tensor)]))
     merged = prepared.merge(given(deltas), tensor)
     return Result(merged.delta, tuple(merged.truncations.get(t) for t in range(len(deltas))))

@@ -17,7 +17,8 @@ from starmerge.deltas import Dense, LowRank
 from starmerge.device import CPU, SHARE, Accelerator, run
 from starmerge.methods import METHODS
 from starmerge.spectral import GramSVD, UncertainError, svd, svd_dense, truncate_and_rescale
-from tests.oracles import samples, spectra
+from tests.merge_one import merge_one
+from tests.oracles import metric, samples, spectra
 from tests.oracles.card import CARD, LAZY, Card
 
 SPECTRAL = sorted(name for name, method in METHODS.items() if method.decomposes)
@@ -303,6 +304,35 @@ def test_every_spectral_method_gives_the_same_on_the_card(method, kind, shape, p
     # The same arithmetic, but for cart's eigenvectors: there by LAPACK, here by torch.
     close = 1e-6 if method == "cart" else 0
     np.testing.assert_allclose(found, expected, rtol=0, atol=close * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("side", ["columns", "rows"])
+@pytest.mark.parametrize("method", ["tsv_m", "iso_c", "covariance", "shares", "cart", "regmean"])
+def test_merges_with_a_metric_give_the_same_on_the_card(method, side, shape, put_in, caplog):
+    deltas = fine_tunes(shape, "mixed" if method == "regmean" else "dense")
+    n = shape[side == "columns"]
+    roots = [metric.one_root(n, 3 + 20 * t, t) for t in range(4)]
+    inputs, _ = metric.inputs_of(n, side=side, roots=roots)
+    expected = samples.exact(merge_one(method, deltas, inputs=inputs).delta)
+    asked = []
+
+    class Asked(Card):
+        def visit(self, need):
+            asked.append(need)
+            return super().visit(need)
+
+    card = put_in(Asked())
+    found = merge_one(method, deltas, inputs=inputs).delta
+    assert not caplog.records  # such as: Again on the CPU
+    assert found.device == CPU
+    assert card.visits
+    assert card.used == 0
+    assert card.peak <= max(asked)
+    close = 1e-5 if method == "cart" else 1e-12
+    np.testing.assert_allclose(
+        samples.exact(found), expected, rtol=0, atol=close * np.abs(expected).max()
+    )
 
 
 @pytest.mark.parametrize("method", SPECTRAL)

@@ -44,6 +44,7 @@ ROUTINES: tuple[Callable[[Tensor], object], ...] = (
     torch.linalg.qr,
     torch.linalg.cholesky,
     lambda matrix: torch.linalg.solve(matrix, matrix),
+    lambda matrix: torch.linalg.solve_triangular(matrix, matrix, upper=True),
     lambda matrix: matrix @ matrix,
 )
 """What this package calls of torch's linear algebra on a GPU."""

@@ -41,6 +41,7 @@ class Recipe(BaseModel):
           - {path: adapters/language, name: language, weight: 2}
         method: star
         parameters: {eta: 40}
+        metric: metric.safetensors
         dtype: keep
     """
 
@@ -53,6 +54,11 @@ class Recipe(BaseModel):
     )
     parameters: dict[str, Any] = Field(
         default={}, description="the method's parameters: eta, or star.eta where several have it"
+    )
+    metric: str | None = Field(
+        default=None,
+        min_length=1,
+        description="a file of `starmerge calibrate`: spectral methods merge in whitened inputs",
     )
     dtype: Dtype = Field(default="keep", description="dtype of the merged floating-point tensors")
     any_base: bool = Field(
@@ -128,7 +134,9 @@ def load_recipe(path: Path) -> Recipe:
         return str(local) if local.exists() else reference
 
     models = [entry.model_copy(update={"path": beside(entry.path)}) for entry in recipe.models]
-    return recipe.model_copy(update={"base": beside(recipe.base), "models": models})
+    metric = None if recipe.metric is None else beside(recipe.metric)
+    found = {"base": beside(recipe.base), "models": models, "metric": metric}
+    return recipe.model_copy(update=found)
 
 
 def check_recipe_file(file: Path, *, overwrite: bool) -> None:
@@ -168,7 +176,9 @@ def write_recipe(recipe: Recipe, file: Path, *, overwrite: bool = False) -> None
         return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
     models = [entry.model_copy(update={"path": beside(entry.path)}) for entry in recipe.models]
-    placed = recipe.model_copy(update={"base": beside(recipe.base), "models": models})
+    metric = None if recipe.metric is None else beside(recipe.metric)
+    places = {"base": beside(recipe.base), "models": models, "metric": metric}
+    placed = recipe.model_copy(update=places)
     partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from starmerge import open_metric
 from tests.calibration.tiny import store
-from tests.conftest import MakeAdapter, MakeFinetune
+from tests.conftest import MakeAdapter, MakeFinetune, MakeMetric
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -302,3 +302,30 @@ def test_a_disk_that_fails_in_the_middle_loses_nothing(
     assert "Traceback" not in finished.stderr
     assert (out / "merge_report.json").read_text() == "kept"
     assert {path.name for path in tmp_path.iterdir()} == {"out", "adapter"}
+
+
+def test_merges_with_a_metric(
+    starmerge: Run,
+    tiny_base: Path,
+    make_adapter: MakeAdapter,
+    make_metric: MakeMetric,
+    tmp_path: Path,
+) -> None:
+    one, two, out = make_adapter("one", seed=1), make_adapter("two", seed=2), tmp_path / "out"
+    metric = make_metric(tasks=["one", "two", "three"])
+    command = ("merge", tiny_base, one, two, "-o", out, "--metric", metric)
+    planned = starmerge(*command, "-m", "regmean", "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    told = " ".join(planned.stdout.split())
+    assert "merged in the tasks' own inputs" in told
+    assert "Note: its prompts of three are of no model." in told
+    assert not out.exists()
+    done = starmerge(*command, "-m", "tsv_m")
+    assert done.returncode == 0, done.stderr
+    assert "merged in whitened inputs (metric.safetensors)" in done.stdout
+    refused = starmerge(*command, "-m", "ties", "--overwrite")
+    assert refused.returncode == 2
+    assert "ties has no use for a metric" in refused.stderr
+    recipe = starmerge("merge", tmp_path / "r.yaml", "-o", out, "--metric", metric)
+    assert recipe.returncode == 2
+    assert "--metric" in recipe.stderr

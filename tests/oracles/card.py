@@ -26,6 +26,7 @@ LAZY = {
     "linalg_qr",
     "linalg_cholesky_ex",
     "_linalg_solve_ex",
+    "linalg_solve_triangular",
 }
 """What torch loads its CUDA linear algebra for."""
 

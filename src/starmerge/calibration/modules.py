@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from starmerge.checkpoints.base import Base
-from starmerge.checkpoints.metric import Side
 from starmerge.checkpoints.names import match_names
+from starmerge.spectral.moment import Side
 
 
 @dataclass(frozen=True)

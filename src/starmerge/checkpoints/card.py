@@ -21,6 +21,7 @@ def write_card(
     summary: str,
     *,
     library: str = "transformers",
+    metric: str | None = None,
 ) -> None:
     """Write ``README.md`` with the metadata the Hub reads and the recipe that repeats the merge.
 
@@ -32,18 +33,20 @@ def write_card(
         recipe: The recipe in YAML.
         summary: What came out, in a sentence or two.
         library: What loads the folder.
+        metric: Name of the file with the moments of inputs, if the merge had one.
     """
     hub_ids = [source.name for source in (base.source, *(m.source for m in models)) if source.name]
     data: dict[str, Any] = {"library_name": library, "tags": ["merge", "starmerge"]}
     if hub_ids:
         data = {"base_model": hub_ids, **data, "base_model_relation": "merge"}
     rows = "\n".join(f"| {model.name} | {model.kind} | `{model.source}` |" for model in models)
+    means = f"with the moments of inputs in `{metric}`" if metric else "without data"
     text = "\n\n".join(
         [
             f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---",
             f"# {title}",
             f"A merge of {len(models)} fine-tunes of `{base.source.name or base.source}`, made "
-            "by starmerge without data and without training.",
+            f"by starmerge {means} and without training.",
             summary,
             f"| model | kind | from |\n|---|---|---|\n{rows}",
             f"Recipe (`starmerge merge recipe.yaml -o OUT` repeats it):\n\n```yaml\n{recipe}```",

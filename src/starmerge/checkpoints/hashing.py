@@ -38,10 +38,14 @@ def blake3_of(file: Path, stopped: Event | None = None) -> str:
     return digest.hexdigest()
 
 
-def remembered_blake3_of(file: Path) -> str:
+def remembered_blake3_of(file: Path, stopped: Event | None = None) -> str:
     """Return the BLAKE3 of a file's content, read once a process while the file stays as it is.
 
     A file is known again by device, inode, size, and the times of its last changes.
+
+    Args:
+        file: The file.
+        stopped: As for :func:`blake3_of`; nothing is remembered then.
     """
     status = file.stat()
     changed = max(status.st_mtime_ns, status.st_ctime_ns)
@@ -49,8 +53,8 @@ def remembered_blake3_of(file: Path) -> str:
     if key in _remembered:
         return _remembered[key]
     is_settled = changed < time.time_ns() - _SETTLED
-    digest = blake3_of(file)
-    if is_settled:
+    digest = blake3_of(file, stopped)
+    if is_settled and not (stopped and stopped.is_set()):
         _remembered[key] = digest
     return digest
 

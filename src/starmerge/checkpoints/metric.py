@@ -20,7 +20,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -36,16 +36,12 @@ from starmerge.checkpoints.tensors import (
     write_at,
 )
 from starmerge.errors import StarmergeError, UsageError, explain
-from starmerge.spectral.moment import Moment
+from starmerge.spectral.moment import Moment, Side
 
 KEY = "starmerge_metric"
 """Of the JSON text in the file's metadata."""
 
 VERSION = 1
-
-Side = Literal["columns", "rows"]
-"""Which side of the stored matrix the input lies on: the columns of a weight that is stored as
-(out, in), as those of linear layers are; the rows of one stored as (in, out), as GPT-2's are."""
 
 
 class _Part(BaseModel):
@@ -131,6 +127,18 @@ class Metric:
                 "or an infinity. Make the file anew with `starmerge calibrate`."
             )
         return Moment(root, entry.tokens)
+
+    def nbytes(self, tensor: str, task: str | None = None) -> int:
+        """Return the bytes of a moment's root, 4 k n.
+
+        Args:
+            tensor: The tensor's name in the base's files.
+            task: Of which task's prompts; None: of the text for all tasks.
+
+        Raises:
+            UsageError: The file has no such moment.
+        """
+        return self._checkpoint[self._entry(tensor, task).key].nbytes
 
     def side(self, tensor: str) -> Side:
         """Return on which side of the base's stored tensor the input lies.

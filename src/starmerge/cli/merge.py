@@ -59,6 +59,14 @@ def merge(
             "--weight", "-w", metavar="NAME=NUMBER", help="A model's weight, repeatable; else 1."
         ),
     ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="What [b]starmerge calibrate[/b] wrote for this base: spectral methods merge in "
+            "whitened inputs, and regmean knows the tasks' prompts.",
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -108,15 +116,16 @@ def merge(
     from starmerge.recipe import load_recipe, make_recipe, parse_models
 
     if Path(base).suffix in (".yaml", ".yml") and not Path(base).is_dir():
-        if models or method or parameter or weight or dtype or any_base:
+        if models or method or parameter or weight or metric or dtype or any_base:
             raise UsageError(
                 "A recipe says everything itself: give it without models and without "
-                "--method, --parameter, --weight, --dtype and --any-base."
+                "--method, --parameter, --weight, --metric, --dtype and --any-base."
             )
         recipe = load_recipe(Path(base))
     else:
         content: dict[str, Any] = {"base": base, "any_base": any_base}
-        content |= {key: v for key, v in (("method", method), ("dtype", dtype)) if v is not None}
+        given = {"method": method, "metric": metric, "dtype": dtype}
+        content |= {key: value for key, value in given.items() if value is not None}
         content["models"] = _weighted(parse_models(models or []), weight or [])
         content["parameters"] = parameters(parameter or [])
         recipe = make_recipe(content, where="The command line")
@@ -176,6 +185,13 @@ def _print_plan(plan: Plan, workers: Workers) -> None:
         console.print(f"{key}: {json.dumps(value, ensure_ascii=False)}", markup=False)
     if plan.reason is not None:
         console.print(plan.reason, markup=False)
+    if plan.metric is not None:
+        file = plan.metric.file
+        size = bytes_in_words(file.stat().st_size)
+        console.print(f"Metric: {file} ({size}); merged in {plan.use_of_metric}", markup=False)
+        if plan.unused_prompts:
+            unused = ", ".join(plan.unused_prompts)
+            console.print(f"Note: its prompts of {unused} are of no model.", markup=False)
     merged = len(plan.merged)
     console.print(f"Tensors: {merged} merged, {len(plan.tensors) - merged} left as they are")
     console.print(

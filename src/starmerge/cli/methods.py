@@ -36,6 +36,8 @@ def methods(
         described_one = _described(chosen[0])
         text = re.sub(r":\w+:|``|`", "", described_one["description"])
         print(f"{name}: {described_one['kind']}\n\n{text}\n")
+        if chosen[0].uses_metric:
+            print("With --metric FILE (of starmerge calibrate) it works in whitened inputs.\n")
         for parameter in described_one["parameters"]:
             default = jsonlib.dumps(parameter.get("default"))
             shown = "" if default == "null" else f"={default.strip(chr(34))}"

@@ -48,6 +48,7 @@ def merge(
     *,
     output: str | Path,
     weights: Sequence[float] | None = None,
+    metric: str | Path | None = None,
     dtype: Dtype = "keep",
     any_base: bool = False,
     overwrite: bool = False,
@@ -66,6 +67,8 @@ def merge(
         method: A method such as ``Star(eta=40)``, a chain of some, or a name such as "star+ties".
         output: The folder to create.
         weights: Factors of the task vectors, one for each model; by default all are 1.
+        metric: A file of :func:`starmerge.calibrate` for this base: spectral methods then merge in
+            whitened inputs.
         dtype: Dtype of the floating-point tensors; "keep" keeps each as it is.
         any_base: Accept adapters whose config names another base.
         overwrite: Replace what stands at ``output``.
@@ -93,6 +96,7 @@ def merge(
             ],
             "method": pipeline.name,
             "parameters": pipeline.parameters(),
+            "metric": None if metric is None else str(metric),
             "dtype": dtype,
             "any_base": any_base,
         }
@@ -210,7 +214,7 @@ def _in_order(
     return workers.in_order(
         work,
         tensors,
-        memory=lambda tensor: tensor.memory(plan.pipeline),
+        memory=plan.memory_of,
         announce=announce,
         nbytes=lambda tensor: tensor.bytes_to_read,
     )
@@ -269,6 +273,7 @@ def _write_side_files(plan: Plan, folder: Path, report: MergeReport) -> None:
         plan.recipe.to_yaml(),
         summary,
         library=library,
+        metric=None if plan.metric is None else plan.metric.file.name,
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from starmerge.checkpoints.adapter import Adapter
 from starmerge.checkpoints.base import Base, open_base
 from starmerge.checkpoints.emr_task import check_task_names, mask_layout
+from starmerge.checkpoints.metric import Metric, open_metric
 from starmerge.checkpoints.models import FineTune, open_model
 from starmerge.checkpoints.source import Source, resolve
 from starmerge.checkpoints.tensors import MERGEABLE, TensorInfo
@@ -19,6 +20,13 @@ from starmerge.checkpoints.writer import OutputTensor, check_output, check_space
 from starmerge.deltas import matrix_shape
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.fold import FOLD_ENTRIES
+from starmerge.merging.metric import (
+    check_metric,
+    inputs_of,
+    is_whitened,
+    unused_tasks,
+    wanted,
+)
 from starmerge.methods.entrywise import PANEL_ENTRIES
 from starmerge.methods.method import TensorContext
 from starmerge.methods.pipeline import Pipeline
@@ -38,6 +46,8 @@ class PlannedTensor:
     is_embedding: bool
     layer: tuple[int, int] | None = None
     """Which of how many layers it belongs to; see :func:`layers`."""
+    metric: Metric | None = None
+    """What knows the moments of its inputs, where a method asks for them."""
 
     @property
     def output(self) -> OutputTensor:
@@ -77,20 +87,26 @@ class PlannedTensor:
             weights: Their weights.
             base: The base's tensor, if it has been read.
         """
+        name = self.source.name
         return TensorContext(
-            self.source.name,
+            name,
             self.source.shape,
             self.is_embedding,
             tasks=tuple(tasks),
             weights=tuple(weights),
             base=base,
             layer=self.layer,
+            inputs=None if self.metric is None else inputs_of(self.metric, name, tasks),
         )
 
-    def memory(self, pipeline: Pipeline) -> int:
+    def memory(self, pipeline: Pipeline, tasks: Sequence[str]) -> int:
         """Estimate the bytes in memory while it is merged.
 
         Without the libraries, and without what the system may have back, as the windows of files.
+
+        Args:
+            pipeline: The chain.
+            tasks: Names of all models of the merge.
         """
         if self.is_copied:
             return 0
@@ -107,6 +123,7 @@ class PlannedTensor:
             24 * min(FOLD_ENTRIES, size)
             + 12 * factors
             + self._working_memory(pipeline)
+            + self._metric_memory(pipeline, tasks)
             # The unified vector before and after it is rounded, and one task's mask.
             + (0 if pipeline.merge.is_static else size * (4 + 4 + 1))
         )
@@ -135,6 +152,22 @@ class PlannedTensor:
             dense += 28 * size + 8 * min(m, n) ** 2
         return dense
 
+    def _metric_memory(self, pipeline: Pipeline, tasks: Sequence[str]) -> int:
+        """Estimate what is made of the moments of its inputs."""
+        if self.metric is None:
+            return 0
+        name, shape = self.source.name, self.source.shape
+        n = shape[self.metric.side(name) == "columns"]
+        # Roots in float64; Σ, its root, and a copy while that is made.
+        roots = [2 * self.metric.nbytes(name, task) for task in wanted(pipeline, tasks)]
+        if not pipeline.needs_moments:
+            return sum(roots) + 24 * n**2
+        # All roots side by side, as far as they are no longer than a square matrix; the sum of
+        # products, one more, and a task vector.
+        side_by_side = min(sum(roots), 8 * n**2)
+        dense = 0 if all(map(self._is_low_rank, self.models.values())) else 24 * self.source.size
+        return max(roots) + 4 * side_by_side + dense + (24 * n**2 if pipeline.uses_metric else 0)
+
     def _is_low_rank(self, model: FineTune) -> bool:
         return model.rank(self.source.name) is not None
 
@@ -150,8 +183,26 @@ class Plan:
     tensors: tuple[PlannedTensor, ...]
     output: Path
     overwrite: bool
-    reason: str | None
+    reason: str | None = None
     """Why the methods are these, where the recipe left it to ``auto``."""
+    metric: Metric | None = None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the models."""
+        return tuple(entry.name for entry in self.recipe.models)
+
+    @property
+    def use_of_metric(self) -> str:
+        """In words, in whose inputs the merge is made."""
+        whitened = ["whitened inputs"] if self.pipeline.uses_metric else []
+        own = ["the tasks' own inputs"] if self.pipeline.needs_moments else []
+        return " and ".join([*whitened, *own])
+
+    @property
+    def unused_prompts(self) -> list[str]:
+        """Tasks of the metric whose prompts the chain would use, if a model had their name."""
+        return unused_tasks(self.metric, self.pipeline, self.tasks) if self.metric else []
 
     @property
     def merged(self) -> list[PlannedTensor]:
@@ -179,29 +230,33 @@ class Plan:
             threads: How many tensors are merged at once.
             limit: Bytes that they may take together; the largest of them may take more, alone.
         """
-        each = sorted((tensor.memory(self.pipeline) for tensor in self.tensors), reverse=True)
+        each = sorted(map(self.memory_of, self.tensors), reverse=True)
         return max(each[0], min(limit, sum(each[:threads]))) if each else 0
+
+    def memory_of(self, tensor: PlannedTensor) -> int:
+        """Estimate the bytes in memory while a tensor is merged."""
+        return tensor.memory(self.pipeline, self.tasks)
 
     def context(self, tensor: PlannedTensor, base: Tensor | None) -> TensorContext:
         """Return what the methods are told of a tensor, given the base's, if it has been read."""
-        entries = self.recipe.models
-        tasks, weights = [entry.name for entry in entries], [entry.weight for entry in entries]
-        return tensor.context(tasks, weights, base)
+        return tensor.context(self.tasks, [entry.weight for entry in self.recipe.models], base)
 
 
 def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
     """Open everything a recipe names, check it against each other, and lay out the output.
 
-    Reads configs and headers only.
+    Reads configs and headers only; with a metric, at the end, all of the base, to hash it.
 
     Raises:
-        UsageError: A wrong parameter, another base, an output folder that is taken.
+        UsageError: A wrong parameter, another base, an output folder that is taken, a metric that
+            does not fit.
         StarmergeError: A missing, unknown or misshapen tensor, a broken file, a disk too small.
     """
     pipeline = recipe.make_pipeline()
     check_output(output, overwrite=overwrite)
+    metric = None if recipe.metric is None else open_metric(recipe.metric)
     base, models = open_models(recipe)
-    pipeline, reason = pipeline.chosen(has_dense=has_dense(models))
+    pipeline, reason = choose(pipeline, models, metric)
     if reason is not None:
         chosen = {"method": pipeline.name, "parameters": pipeline.parameters()}
         recipe = recipe.model_copy(update=chosen)
@@ -209,10 +264,11 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
         _check_apart(output, source)
     is_static = pipeline.merge.is_static
     tensors = lay_out(base, models, dtype=recipe.dtype, is_static=is_static)
-    check_merge(pipeline, models, [entry.weight for entry in recipe.models], tensors)
+    weights = [entry.weight for entry in recipe.models]
+    tensors = check_merge(pipeline, base, models, weights, tensors, metric)
     if not is_static:
         check_task_names([model.name for model in models])
-    plan = Plan(recipe, pipeline, base, models, tensors, output, overwrite, reason)
+    plan = Plan(recipe, pipeline, base, models, tensors, output, overwrite, reason, metric)
     check_space(output, plan.bytes_to_write)
     return plan
 
@@ -232,9 +288,15 @@ def open_models(recipe: Recipe) -> tuple[Base, tuple[FineTune, ...]]:
     return base, models
 
 
-def has_dense(models: Iterable[FineTune]) -> bool:
-    """Tell whether one of some models is a full fine-tune, or changes a tensor as a whole."""
-    return any(model.rank(tensor) is None for model in models for tensor in model.tensors)
+def choose(
+    pipeline: Pipeline, models: Collection[FineTune], metric: Metric | None
+) -> tuple[Pipeline, str | None]:
+    """Return the chain that merges some models, and the reason if ``auto`` stands for it."""
+    return pipeline.chosen(
+        has_dense=any(model.rank(name) is None for model in models for name in model.tensors),
+        has_metric=metric is not None,
+        has_prompts=metric is not None and {model.name for model in models} <= set(metric.tasks),
+    )
 
 
 def lay_out(
@@ -259,15 +321,21 @@ def lay_out(
 
 def check_merge(
     pipeline: Pipeline,
+    base: Base,
     models: Sequence[FineTune],
     weights: Sequence[float],
     tensors: Sequence[PlannedTensor],
-) -> None:
-    """Compare a chain, the models with their weights and the tensors with each other.
+    metric: Metric | None,
+) -> tuple[PlannedTensor, ...]:
+    """Compare a chain, the models with their weights, the tensors and a metric with each other.
+
+    Returns:
+        The tensors, those whose inputs matter to the chain with the metric.
 
     Raises:
-        UsageError: The parameters do not fit; two adapters replace whole modules.
-        StarmergeError: No model changes anything.
+        UsageError: The parameters do not fit; two adapters replace whole modules; the metric lacks
+            a moment, or is of another base.
+        StarmergeError: No model changes anything; the metric is damaged.
     """
     _check_saved_modules(models)
     merged = [tensor for tensor in tensors if tensor.models]
@@ -275,11 +343,24 @@ def check_merge(
         raise StarmergeError("None of the models changes any tensor of the base.")
     tasks = [model.name for model in models]
     pipeline.check(tasks, weights, [tensor.source.name for tensor in merged])
-    left = [t for t in tensors if not t.models and t.source.dtype in MERGEABLE]
+    planned = tuple(tensors)
+    if metric is not None:
+        check_metric(metric, base, pipeline, tasks, tensors)
+        planned = tuple(
+            replace(tensor, metric=metric)
+            if tensor.models and is_whitened(tensor, pipeline)
+            else tensor
+            for tensor in tensors
+        )
     pipeline.check_tensors(
-        [tensor.context(tasks, weights, None) for tensor in merged],
-        [tensor.context(tasks, weights, None) for tensor in left],
+        [t.context(tasks, weights, None) for t in planned if t.models],
+        [
+            t.context(tasks, weights, None)
+            for t in planned
+            if not t.models and t.source.dtype in MERGEABLE
+        ],
     )
+    return planned
 
 
 def layers(names: Iterable[str]) -> dict[str, tuple[int, int]]:

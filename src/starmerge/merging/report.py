@@ -12,7 +12,8 @@ from threading import Event
 from types import TracebackType
 from typing import Any
 
-from starmerge.checkpoints.hashing import blake3_of
+from starmerge.checkpoints.hashing import remembered_blake3_of
+from starmerge.checkpoints.source import Source
 from starmerge.merging.fold import Fold, Folded
 from starmerge.merging.plan import Plan, PlannedTensor
 from starmerge.methods.pipeline import Merged
@@ -55,6 +56,9 @@ class MergeReport:
         """Return the report in a sentence."""
         copied = self.content["tensors_copied"]
         text = f"{len(self.tensors)} tensors merged, {copied} left as they are"
+        metric = self.content["metric"]
+        if metric is not None:
+            text += f"; merged in {metric['use']} ({metric['file']})"
         if self.mean_rank is not None:
             text += f"; mean rank kept {self.mean_rank:.1f}"
         if any(record["update_norm"] for record in self.tensors):
@@ -65,6 +69,9 @@ class MergeReport:
             text += "; the update is zero"
         if self.content["reason"] is not None:
             text += f". {self.content['reason'].removesuffix('.')}"
+        if metric is not None and metric["unused_prompts"]:
+            unused = ", ".join(metric["unused_prompts"])
+            text += f". The metric's prompts of {unused} are of no model that is merged"
         for name in self.content["unchanged"]:
             text += f". {name} changes nothing: all its deltas are zero, and it counts as a model"
         return text + "."
@@ -101,7 +108,10 @@ class InputHashes:
 
     def __enter__(self) -> InputHashes:
         self._hashes = {
-            key: {file.name: self._pool.submit(blake3_of, file, self._stopped) for file in files}
+            key: {
+                file.name: self._pool.submit(remembered_blake3_of, file, self._stopped)
+                for file in files
+            }
             for key, files in self._files.items()
         }
         return self
@@ -141,6 +151,16 @@ def make_report(
     """
     sources = [("base", "base", plan.base.source)]
     sources += [(model.name, model.kind, model.source) for model in plan.models]
+    metric = None
+    if plan.metric is not None:
+        file = plan.metric.file
+        sources.append((file.name, "metric", Source(str(file), file, None, None)))
+        metric = {
+            "file": file.name,
+            "use": plan.use_of_metric,
+            "made_from": dict(plan.metric.made_from),
+            "unused_prompts": plan.unused_prompts,
+        }
     return MergeReport(
         {
             "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
@@ -148,6 +168,7 @@ def make_report(
             "recipe": plan.recipe.model_dump(),
             "reason": plan.reason,
             "findings": dict(findings),
+            "metric": metric,
             "unchanged": [model.name for t, model in enumerate(plan.models) if t not in changing],
             "inputs": [
                 {
@@ -168,4 +189,5 @@ def make_report(
 
 def _input_files(plan: Plan) -> dict[str, list[Path]]:
     files = {"base": plan.base.checkpoint.files}
-    return files | {f"model {model.name}": model.files for model in plan.models}
+    files |= {f"model {model.name}": model.files for model in plan.models}
+    return files if plan.metric is None else files | {"metric": [plan.metric.file]}

@@ -9,12 +9,13 @@ from pathlib import Path
 from torch import Tensor
 
 from starmerge.checkpoints.base import Base
+from starmerge.checkpoints.metric import Metric, open_metric
 from starmerge.checkpoints.models import FineTune
 from starmerge.deltas import Delta, LowRank, Stored
 from starmerge.errors import UsageError, nearest
 from starmerge.merging.checks import check_delta, check_weights
 from starmerge.merging.in_memory import check_static, merge_all
-from starmerge.merging.plan import check_merge, has_dense, lay_out, open_models
+from starmerge.merging.plan import check_merge, choose, lay_out, open_models
 from starmerge.merging.workers import Workers
 from starmerge.methods.method import Deltas, Method, TensorContext
 from starmerge.methods.pipeline import Pipeline, as_pipeline
@@ -105,6 +106,7 @@ class TaskVectors:
         *,
         models: Sequence[str] | None = None,
         weights: Sequence[float] | None = None,
+        metric: str | Path | Metric | None = None,
         threads: int | None = None,
     ) -> dict[str, Delta]:
         """Merge all models or some, as :func:`starmerge.merge` does with their files.
@@ -115,6 +117,8 @@ class TaskVectors:
             method: A method, a chain of some, or a name such as "star+ties".
             models: Names of the models to merge, in this order; by default all.
             weights: Factors of the task vectors, one for each model merged; by default all are 1.
+            metric: A metric of the base, or its file: spectral methods then merge in whitened
+                inputs. The base's files are hashed, once a process.
             threads: How many tensors are merged at once; by default as many as for
                 :func:`starmerge.merge`.
 
@@ -123,17 +127,18 @@ class TaskVectors:
             :func:`starmerge.apply` does so. Dense results are matrices (m, n).
 
         Raises:
-            UsageError: A model that is not there, or there twice; the method, its parameters or
-                the weights do not fit.
-            StarmergeError: None of the models changes anything.
+            UsageError: A model that is not there, or there twice; the method, its parameters, the
+                weights or the metric do not fit.
+            StarmergeError: None of the models changes anything; the metric is damaged.
         """
         chosen = self.models if models is None else self._chosen(models)
-        pipeline, _ = as_pipeline(method).chosen(has_dense=has_dense(chosen))
+        opened = open_metric(metric) if isinstance(metric, str | Path) else metric
+        pipeline, _ = choose(as_pipeline(method), chosen, opened)
         check_static(pipeline)
         tasks = [model.name for model in chosen]
         factors = check_weights(weights, len(chosen))
         tensors = lay_out(self.base, chosen)
-        check_merge(pipeline, chosen, factors, tensors)
+        tensors = check_merge(pipeline, self.base, chosen, factors, tensors, opened)
         planned = {tensor.source.name: tensor for tensor in tensors if tensor.models}
 
         def inputs(name: str) -> tuple[Deltas, TensorContext]:
@@ -144,7 +149,7 @@ class TaskVectors:
             return Deltas.of({t: self.deltas[m.name][name] for t, m in changing.items()}), context
 
         def memory(name: str) -> int:
-            return planned[name].memory(pipeline)
+            return planned[name].memory(pipeline, tasks)
 
         with Workers(threads) as workers:
             return merge_all(pipeline, planned, inputs, workers, memory)

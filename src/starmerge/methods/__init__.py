@@ -34,6 +34,7 @@ from starmerge.methods.nuslerp import NuSlerp
 from starmerge.methods.own_response import OwnResponse
 from starmerge.methods.pico import MeanNorm, Pico
 from starmerge.methods.pipeline import Merged, Pipeline, as_pipeline, make_pipeline
+from starmerge.methods.regmean import RegMean
 from starmerge.methods.scale import Scale
 from starmerge.methods.sce import Sce
 from starmerge.methods.shares import Shares
@@ -81,6 +82,7 @@ __all__ = [
     "Pico",
     "Pipeline",
     "PostStep",
+    "RegMean",
     "Scale",
     "Sce",
     "Shares",

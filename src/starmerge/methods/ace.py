@@ -15,6 +15,7 @@ from starmerge.methods.iso import sum_of
 from starmerge.methods.method import TensorContext, method
 from starmerge.methods.spectral_merge import SpectralMerge
 from starmerge.spectral import CoreSpace, core_space, svd_matrix
+from starmerge.spectral.metric import Whitening
 
 
 @method("ace")
@@ -44,11 +45,17 @@ class Ace(SpectralMerge):
         float, Field(ge=0, le=1, description="share of the triplets in the spectral refinement")
     ] = 0.3
 
-    def space(self, deltas: Sequence[Delta], device: torch.device) -> CoreSpace:
+    # The prior is taken along the vector of ones, which a rotation of the inputs does not leave
+    # alone: other roots of Σ would give other merges.
+    uses_metric = False
+
+    def space(
+        self, deltas: Sequence[Delta], device: torch.device, whitening: Whitening | None
+    ) -> CoreSpace:
         """Return a space that holds the vectors of ones too; the means are taken along them."""
         m, n = deltas[0].shape
         one_m, one_n = (torch.ones(shape, dtype=torch.float32) for shape in ((m, 1), (1, n)))
-        space = core_space([*deltas, LowRank(one_m, one_n)], device)
+        space = core_space([*deltas, LowRank(one_m, one_n)], device, whitening)
         return replace(space, matrices=space.matrices[:-1])
 
     def merge_matrices(

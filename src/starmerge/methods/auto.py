@@ -8,7 +8,10 @@ from typing import Any
 from starmerge.deltas import Delta
 from starmerge.methods.denoise import Denoise
 from starmerge.methods.method import Deltas, Merge, Method, TensorContext, method
+from starmerge.methods.own_response import OwnResponse
+from starmerge.methods.regmean import RegMean
 from starmerge.methods.shares import Shares
+from starmerge.methods.tsv_m import TsvM
 
 
 @dataclass(frozen=True)
@@ -24,30 +27,38 @@ class Choice:
 class Auto(Merge):
     """Take the merge that keeps most, as far as starmerge knows, for the models at hand.
 
-    For adapters that is ``shares``, for full fine-tunes ``denoise+shares``: no other method was
-    better in the studies of docs/results.md, for 2 to 16 models, of one origin or of many, on some
-    modules or on all. The rest is found in the task vectors by ``shares`` itself: which
-    directions several tasks use, and how much the merge must be scaled down for it. So a merge with
-    ``auto`` is one with that chain: report and card name the chain, and not ``auto``.
+    For adapters that is ``shares``, for full fine-tunes ``denoise+shares``; with a metric of the
+    inputs ``tsv_m+own_response``, and with one that has prompts of every task ``regmean``.
+    docs/results.md has the evidence. How much of each direction is whose, and by how much the merge
+    must be scaled down, these methods find in the task vectors. A merge with ``auto`` is one with
+    that chain: report and card name the chain, and not ``auto``.
 
     Source: our own.
     Cost: that of the chain.
     When to use: always, to begin with.
     """
 
-    def choose(self, *, has_dense: bool) -> Choice:
+    def choose(
+        self, *, has_dense: bool, has_metric: bool = False, has_prompts: bool = False
+    ) -> Choice:
         """Return the chain for some models.
 
         Args:
             has_dense: Whether one of them is a full fine-tune.
+            has_metric: Whether there is a metric of the inputs.
+            has_prompts: Whether that has moments of each model's own prompts.
         """
-        if has_dense:
-            return Choice(
-                (Denoise(), Shares()),
-                "auto takes denoise+shares: it keeps most of full fine-tunes, and the rounding of "
-                "their stored weights has to go first.",
-            )
-        return Choice((Shares(),), "auto takes shares: it keeps most of adapters.")
+        before: tuple[Method, ...] = (Denoise(),) if has_dense else ()
+        models = "full fine-tunes" if has_dense else "adapters"
+        if has_prompts:
+            steps: tuple[Method, ...] = (RegMean(),)
+            why = "there are prompts of every task"
+        elif has_metric:
+            steps, why = (*before, TsvM(), OwnResponse()), "there is a metric of the inputs"
+        else:
+            steps, why = (*before, Shares()), "nothing is known of the inputs"
+        name = "+".join(step.name for step in steps)
+        return Choice(steps, f"auto takes {name}: the models are {models}, and {why}.")
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Never called: the chain that is chosen merges."""

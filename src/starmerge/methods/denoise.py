@@ -45,22 +45,30 @@ class Denoise(Transform):
         if isinstance(delta, LowRank) or is_averaged([delta], tensor, embeddings="average"):
             return delta, None
         rounding = rounding_of(delta, tensor)
-        if rounding is None:
-            return delta, None
+        return (delta, None) if rounding is None else above_floor(delta, rounding)
 
-        def above_floor(decomposed: Decomposition) -> tuple[Delta, Truncation]:
-            S, floor = decomposed.S, floor_of(decomposed, rounding)
-            if not floor.applies or floor.above == len(S):
-                return delta, Truncation(len(S), float(S.sum()), float(S.sum()), 1.0, floor)
-            above = decomposed.first(floor.above)
-            kept: Delta = above.compose(above.S)
-            m, n = delta.shape
-            if floor.above * (m + n) >= m * n:  # factors would have more entries than the matrix
-                kept = Dense(kept.to_dense())
-            after = float(above.S.sum())
-            return kept, Truncation(floor.above, float(S.sum()), after, 1.0, floor)
 
-        return certainly(svd(delta), above_floor)
+def above_floor(delta: Delta, rounding: Rounding) -> tuple[Delta, Truncation]:
+    """Return what is left of a dense delta above its floor, and what was done.
+
+    Args:
+        delta: The delta.
+        rounding: The noise in it.
+    """
+
+    def cut(decomposed: Decomposition) -> tuple[Delta, Truncation]:
+        S, floor = decomposed.S, floor_of(decomposed, rounding)
+        if not floor.applies or floor.above == len(S):
+            return delta, Truncation(len(S), float(S.sum()), float(S.sum()), 1.0, floor)
+        above = decomposed.first(floor.above)
+        kept: Delta = above.compose(above.S)
+        m, n = delta.shape
+        if floor.above * (m + n) >= m * n:  # factors would have more entries than the matrix
+            kept = Dense(kept.to_dense())
+        after = float(above.S.sum())
+        return kept, Truncation(floor.above, float(S.sum()), after, 1.0, floor)
+
+    return certainly(svd(delta), cut)
 
 
 def rounding_of(delta: Delta, tensor: TensorContext) -> Rounding | None:

@@ -23,6 +23,7 @@ from typing_extensions import dataclass_transform
 from starmerge.deltas import Delta
 from starmerge.errors import UsageError, explain, nearest
 from starmerge.spectral import Truncation
+from starmerge.spectral.metric import Inputs
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class TensorContext:
     """The base's tensor, where there is one: deltas in memory have none."""
     layer: tuple[int, int] | None = None
     """Which of how many layers it belongs to, counted from 0; None outside of layers."""
+    inputs: Inputs | None = field(default=None, repr=False)
+    """What a metric says of its inputs, where the merge has one."""
 
     @property
     def total_weight(self) -> float:
@@ -116,6 +119,10 @@ class Method(ABC):
     """Whether it takes SVDs of dense deltas, which takes memory for their factors."""
     makes_dense: ClassVar[bool] = False
     """Whether what it makes of low-rank deltas is dense."""
+    uses_metric: ClassVar[bool] = False
+    """Whether it works in whitened inputs where the merge has a metric."""
+    needs_moments: ClassVar[bool] = False
+    """Whether it needs a metric with moments of every task's own inputs."""
 
     @classmethod
     def parameter_names(cls) -> dict[str, str]:

@@ -98,15 +98,21 @@ class Pipeline:
             step.check_before(post_steps[:number])
         return cls(tuple(step for step in steps if isinstance(step, Transform)), merge, post_steps)
 
-    def chosen(self, *, has_dense: bool) -> tuple[Pipeline, str | None]:
+    def chosen(
+        self, *, has_dense: bool, has_metric: bool = False, has_prompts: bool = False
+    ) -> tuple[Pipeline, str | None]:
         """Return the chain to merge with, and the reason if it is one that ``auto`` stands for.
 
         Args:
             has_dense: Whether one of the models is a full fine-tune.
+            has_metric: Whether there is a metric of the inputs.
+            has_prompts: Whether that has moments of each model's own prompts.
         """
         if not isinstance(self.merge, Auto):
             return self, None
-        choice = self.merge.choose(has_dense=has_dense)
+        choice = self.merge.choose(
+            has_dense=has_dense, has_metric=has_metric, has_prompts=has_prompts
+        )
         return Pipeline.of(choice.steps), choice.reason
 
     @property
@@ -121,9 +127,24 @@ class Pipeline:
         return "+".join(step.name for step in self.steps)
 
     @property
+    def all_steps(self) -> tuple[Method, ...]:
+        """All methods in their order, a merge by average too."""
+        return (*self.transforms, self.merge, *self.post_steps)
+
+    @property
     def decomposes(self) -> bool:
         """Whether a method takes SVDs of dense deltas."""
         return any(step.decomposes for step in self.steps)
+
+    @property
+    def uses_metric(self) -> bool:
+        """Whether a method works in whitened inputs where there is a metric."""
+        return any(step.uses_metric for step in self.steps)
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether a method needs moments of every task's own inputs."""
+        return any(step.needs_moments for step in self.steps)
 
     @property
     def holds_all(self) -> bool:
@@ -151,7 +172,7 @@ class Pipeline:
                 f"The weights sum to zero, and {self.merge.name} divides by their sum. Change one, "
                 "or choose a merge that only adds, such as task_arithmetic."
             )
-        for step in (*self.transforms, self.merge, *self.post_steps):
+        for step in self.all_steps:
             step.check(tasks, weights, tensors)
 
     def check_tensors(self, merged: Sequence[TensorContext], left: Sequence[TensorContext]) -> None:
@@ -160,7 +181,7 @@ class Pipeline:
         Raises:
             UsageError: They do not fit.
         """
-        for step in (*self.transforms, self.merge, *self.post_steps):
+        for step in self.all_steps:
             step.check_tensors(merged, left)
 
     def prepare(self, walk: Walk) -> Prepared:
@@ -197,11 +218,9 @@ class Prepared:
     @property
     def findings(self) -> dict[str, Any]:
         """What the methods that looked at the whole model found, by method, as plain data."""
-        chain = self.pipeline
-        methods = (*chain.transforms, chain.merge, *chain.post_steps)
         return {
             method.name: asdict(found) if is_dataclass(found) else found  # type: ignore[arg-type]
-            for method, found in zip(methods, self.surveys, strict=True)
+            for method, found in zip(self.pipeline.all_steps, self.surveys, strict=True)
             if found is not None
         }
 

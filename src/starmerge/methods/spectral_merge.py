@@ -14,6 +14,7 @@ from torch import Tensor
 from starmerge.deltas import Delta, Dense, total
 from starmerge.methods.method import Deltas, Merge, TensorContext
 from starmerge.spectral import CoreSpace, core_space, on_best_device
+from starmerge.spectral.metric import Whitening
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,9 @@ class SpectralMerge(Merge):
     are embeddings of full fine-tunes, whose rows are tokens and not directions. Fine-tunes that
     were stored in bfloat16 or float16 have rounding noise in all directions: :mod:`denoise
     <starmerge.methods.denoise>` them first.
+
+    With a metric it sees them in whitened inputs (:mod:`starmerge.spectral.metric`), and what it
+    makes there is brought back.
     """
 
     embeddings: Annotated[
@@ -35,6 +39,7 @@ class SpectralMerge(Merge):
     averages: ClassVar[bool] = True
     decomposes: ClassVar[bool] = True
     holds_all: ClassVar[bool] = True
+    uses_metric: ClassVar[bool] = True
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Merge one tensor; see :meth:`Merge.merge`."""
@@ -42,8 +47,11 @@ class SpectralMerge(Merge):
         if is_averaged(list(held.values()), tensor, embeddings=self.embeddings):
             return total(held.values()).scaled(1 / tensor.total_weight)
 
+        inputs = tensor.inputs if self.uses_metric else None
+        whitening = inputs.whitening if inputs is not None else None
+
         def merge_on(device: torch.device) -> Delta:
-            space = self.space(list(held.values()), device)
+            space = self.space(list(held.values()), device, whitening)
             tau = {t: C for t, C in zip(held, space.matrices, strict=True) if C.any()}
             if not tau:
                 return space.delta(torch.zeros_like(space.matrices[0]))
@@ -52,15 +60,20 @@ class SpectralMerge(Merge):
             return space.delta(merged) if isinstance(merged, Tensor) else space.product(*merged)
 
         given = list(held.values())
-        return on_best_device(given, merge_on, extra=self.extra_memory(given))
+        beside = self.extra_memory(given)
+        if whitening is not None:
+            beside += 3 * whitening.L.nbytes
+        return on_best_device(given, merge_on, beside=beside)
 
     def extra_memory(self, deltas: Sequence[Delta]) -> int:
         """Return the bytes that merging takes beside what merges in Core Space usually do."""
         return 0
 
-    def space(self, deltas: Sequence[Delta], device: torch.device) -> CoreSpace:
+    def space(
+        self, deltas: Sequence[Delta], device: torch.device, whitening: Whitening | None
+    ) -> CoreSpace:
         """Return the space to merge in, on a device."""
-        return core_space(deltas, device)
+        return core_space(deltas, device, whitening)
 
     @abstractmethod
     def merge_matrices(

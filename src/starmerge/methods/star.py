@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
@@ -10,10 +11,10 @@ from pydantic import Discriminator, Field, Tag
 
 from starmerge.deltas import Delta, Dense, LowRank
 from starmerge.errors import UsageError
-from starmerge.methods.denoise import rounding_of
+from starmerge.methods.denoise import above_floor, rounding_of
 from starmerge.methods.method import TensorContext, Transform, method
 from starmerge.methods.spectral_merge import is_averaged
-from starmerge.spectral import Truncation, svd, truncate_and_rescale
+from starmerge.spectral import Rounding, Truncation, svd, truncate_and_rescale
 
 Percent = Annotated[float, Field(gt=0, le=100)]
 
@@ -47,6 +48,10 @@ class Star(Transform):
     The weights of a fine-tune stored in bfloat16 or float16 are rounded, and the rounding adds a
     floor of noise to the spectrum, which would inflate the nuclear norm and the rank. Singular
     values below it are dropped first (:mod:`starmerge.spectral.noise`); adapters have none.
+
+    With a metric the spectrum is that of the task vector in whitened inputs
+    (:mod:`starmerge.spectral.metric`), where the noise would have another shape: what lies below
+    its floor is dropped before.
 
     Source: arXiv 2502.10339, its rank rule and its default η = 40; defining repository
     github.com/IBM/STAR. Different from there: an all-zero delta stays zero instead of NaN, and
@@ -82,6 +87,7 @@ class Star(Transform):
     ] = "average"
 
     decomposes = True
+    uses_metric = True
 
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
         """Compare a list or patterns of η with the models and tensors; see :meth:`Method.check`."""
@@ -107,16 +113,29 @@ class Star(Transform):
         """Truncate and rescale one delta; see :meth:`Transform.apply`."""
         if is_averaged([delta], tensor, embeddings=self.embeddings):
             return delta, None
-        kept, truncation = truncate_and_rescale(
+        rounding = rounding_of(delta, tensor) if self.noise_floor == "auto" else None
+        if tensor.inputs is None:
+            kept, truncation = self._truncated(delta, task, tensor, rounding)
+        else:
+            whitening, floor = tensor.inputs.whitening, None
+            if rounding is not None:
+                delta, cut = above_floor(delta, rounding)
+                floor = cut.noise
+            kept, truncation = self._truncated(whitening.whiten(delta), task, tensor, None)
+            kept, truncation = whitening.restore(kept), replace(truncation, noise=floor)
+        # What is kept of a full matrix may have more factor entries than the matrix itself.
+        return kept if isinstance(delta, LowRank) else Dense(kept.to_dense()), truncation
+
+    def _truncated(
+        self, delta: Delta, task: int, tensor: TensorContext, rounding: Rounding | None
+    ) -> tuple[LowRank, Truncation]:
+        return truncate_and_rescale(
             svd(delta),
             eta=self._eta(task, tensor),
             rank=self.rank,
             rescale=self.rescale,
-            rounding=rounding_of(delta, tensor) if self.noise_floor == "auto" else None,
+            rounding=rounding,
         )
-        # What is kept of a full matrix may have more factor entries than the matrix itself.
-        result = kept if isinstance(delta, LowRank) else Dense(kept.to_dense())
-        return result, truncation
 
     def _eta(self, task: int, tensor: TensorContext) -> float:
         if isinstance(self.eta, dict):

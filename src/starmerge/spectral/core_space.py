@@ -11,6 +11,7 @@ from torch import Tensor
 
 from starmerge.deltas import Delta, Dense, LowRank
 from starmerge.device import CPU, is_large, ready, run
+from starmerge.spectral.metric import Whitening
 
 _T = TypeVar("_T")
 
@@ -45,6 +46,9 @@ class CoreSpace:
     """Singular values below this share of the task vectors' norms are rounding."""
     home: torch.device = CPU
     """Where the deltas lie. The matrices and bases lie on the device that works with them."""
+    whitening: Whitening | None = None
+    """Brought the deltas into whitened inputs, of which :meth:`delta` and :meth:`product` bring
+    their results back; on the device of the matrices."""
 
     @property
     def floor(self) -> float:
@@ -61,13 +65,17 @@ class CoreSpace:
         the deltas do, whatever device the matrix is on.
         """
         if matrix.shape[0] <= matrix.shape[1]:
-            right = self._stored(matrix if self.V is None else matrix @ self.V.T)
-            return Dense(right) if self.U is None else LowRank(self._stored(self.U), right)
-        left = self._stored(matrix if self.U is None else self.U @ matrix)
-        return Dense(left) if self.V is None else LowRank(left, self._stored(self.V.T))
+            right = matrix if self.V is None else matrix @ self.V.T
+            return self._stored(Dense(right) if self.U is None else LowRank(self.U, right))
+        left = matrix if self.U is None else self.U @ matrix
+        return self._stored(Dense(left) if self.V is None else LowRank(left, self.V.T))
 
-    def _stored(self, matrix: Tensor) -> Tensor:
-        return matrix.float().to(self.home)
+    def _stored(self, delta: Delta) -> Delta:
+        if self.whitening is not None:
+            delta = self.whitening.restore(delta)
+        if isinstance(delta, LowRank):
+            return LowRank(delta.B.float().to(self.home), delta.A.float().to(self.home))
+        return Dense(delta.tensor.float().to(self.home))
 
     def product(self, left: Tensor, right: Tensor) -> Delta:
         """Return what left · rightᵀ, (p, r) and (q, r), is as a delta (m, n) of rank r.
@@ -78,11 +86,11 @@ class CoreSpace:
             return self.delta(left @ right.T)
         B = left if self.U is None else self.U @ left
         A = right if self.V is None else self.V @ right
-        return LowRank(self._stored(B), self._stored(A.T))
+        return self._stored(LowRank(B, A.T))
 
 
 def on_best_device(
-    deltas: Sequence[Delta], work: Callable[[torch.device], _T], *, extra: int = 0
+    deltas: Sequence[Delta], work: Callable[[torch.device], _T], *, beside: int = 0
 ) -> _T:
     """Return ``work(device)`` for the device on which to merge one tensor's deltas in Core Space.
 
@@ -93,11 +101,11 @@ def on_best_device(
         deltas: One or more, of one shape.
         work: Calls :func:`core_space` with the device. All that it makes on it, it makes of the
             matrices there (``C.new_zeros``, ``torch.zeros_like``), and it returns deltas.
-        extra: Bytes that it takes beside what merges in Core Space usually do.
+        beside: Bytes that the work takes besides what merges of such deltas take.
     """
     is_dense = any(isinstance(delta, Dense) for delta in deltas)
     shape = deltas[0].shape
-    need = _need(shape, len(deltas)) + extra if is_dense and is_large(shape) else None
+    need = beside + _need(shape, len(deltas)) if is_dense and is_large(shape) else None
     return run(work, home=deltas[0].device, need=need)
 
 
@@ -112,7 +120,11 @@ def _need(shape: tuple[int, int], count: int) -> int:
     return 8 * ((4 * count + 16) * m * n + 8 * max(m, n) ** 2)
 
 
-def core_space(deltas: Sequence[Delta], device: torch.device | None = None) -> CoreSpace:
+def core_space(
+    deltas: Sequence[Delta],
+    device: torch.device | None = None,
+    whitening: Whitening | None = None,
+) -> CoreSpace:
     """Bring deltas of one shape into common orthonormal bases, exactly to float64.
 
     By QR of the factors side by side. Cost: O((m + n)R²) for a total rank R, against the matrices
@@ -121,6 +133,7 @@ def core_space(deltas: Sequence[Delta], device: torch.device | None = None) -> C
     Args:
         deltas: One or more.
         device: Where the matrices and bases are to lie; by default where the deltas do.
+        whitening: Brings the deltas into whitened inputs first.
 
     Raises:
         ValueError: There is no delta, or their shapes differ.
@@ -131,25 +144,31 @@ def core_space(deltas: Sequence[Delta], device: torch.device | None = None) -> C
     m, n = next(iter(shapes))
     home = deltas[0].device
     device = home if device is None else device
+    # Of the deltas as they came: how well their entries are known, whitening does not change. It
+    # multiplies rounding, which lies in all directions, by √c, and task vectors by √(ρc) at least.
+    noise = max(map(_noise, deltas))
     low = [delta for delta in deltas if isinstance(delta, LowRank)]
+    if whitening is not None:
+        whitening = whitening.to(device)
     if len(low) < len(deltas):
-        matrices = [_matrix(delta, device) for delta in deltas]
-        noise = max(map(_noise, deltas))
+        matrices = [_matrix(delta, device, whitening) for delta in deltas]
         # Of a few matrices much longer than high, the rows span a part of their space.
         U, lefts = _common_basis(matrices) if m > n else (None, matrices)
         if U is not None:
-            return CoreSpace(lefts, (m, n), U, None, noise, home)
+            return CoreSpace(lefts, (m, n), U, None, noise, home, whitening)
         V, rights = _common_basis([matrix.T for matrix in matrices]) if n > m else (None, [])
         if V is not None:
-            return CoreSpace([right.T for right in rights], (m, n), None, V, noise, home)
-        return CoreSpace(matrices, (m, n), None, None, noise, home)
-    U, lefts = _common_basis([delta.B.to(device) for delta in low])
-    V, rights = _common_basis([delta.A.T.to(device) for delta in low])
+            C = [right.T for right in rights]
+            return CoreSpace(C, (m, n), None, V, noise, home, whitening)
+        return CoreSpace(matrices, (m, n), None, None, noise, home, whitening)
+    low = [_moved(delta, device, whitening) for delta in low]
+    U, lefts = _common_basis([delta.B for delta in low])
+    V, rights = _common_basis([delta.A.T for delta in low])
     matrices = [
         _product(left, right, delta.scale)
         for left, right, delta in zip(lefts, rights, low, strict=True)
     ]
-    return CoreSpace(matrices, (m, n), U, V, FLOAT64_NOISE, home)
+    return CoreSpace(matrices, (m, n), U, V, noise, home, whitening)
 
 
 def _common_basis(factors: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
@@ -162,12 +181,18 @@ def _common_basis(factors: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor
     return Q, list(R.split(ranks, dim=1))
 
 
-def _matrix(delta: Delta, device: torch.device) -> Tensor:
-    # Moved in the width that they have, and widened there.
+def _matrix(delta: Delta, device: torch.device, whitening: Whitening | None) -> Tensor:
     if isinstance(delta, LowRank):
-        B, A = delta.B.to(device), delta.A.to(device)
-        return _product(B.double(), A.double().T, delta.scale)
-    return delta.matrix.to(device).double()
+        moved = _moved(delta, device, whitening)
+        return _product(moved.B.double(), moved.A.double().T, delta.scale)
+    # Moved in the width that it has, and widened there.
+    matrix = delta.matrix.to(device)
+    return matrix.double() if whitening is None else whitening.whiten(Dense(matrix)).matrix
+
+
+def _moved(delta: LowRank, device: torch.device, whitening: Whitening | None) -> LowRank:
+    moved = LowRank(delta.B.to(device), delta.A.to(device), delta.scale)
+    return moved if whitening is None else whitening.whiten(moved)
 
 
 def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
+
+Side = Literal["columns", "rows"]
+"""Which side of the stored matrix the input lies on: the columns of a weight that is stored as
+(out, in), as those of linear layers are; the rows of one stored as (in, out), as GPT-2's are."""
 
 
 @dataclass(frozen=True, eq=False)

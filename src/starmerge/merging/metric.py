@@ -1,0 +1,123 @@
+"""The metric of a merge: whether it fits methods, models and base, and what methods get of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from starmerge.checkpoints.base import Base
+from starmerge.checkpoints.metric import Metric
+from starmerge.errors import UsageError
+from starmerge.methods.method import METHODS, Method
+from starmerge.methods.pipeline import Pipeline
+from starmerge.spectral.metric import Inputs
+from starmerge.spectral.moment import Moment
+
+if TYPE_CHECKING:
+    from starmerge.merging.plan import PlannedTensor
+
+_SHOWN = 3
+"""Tensors that an error message names."""
+
+
+def check_metric(
+    metric: Metric,
+    base: Base,
+    pipeline: Pipeline,
+    tasks: Sequence[str],
+    tensors: Sequence[PlannedTensor],
+) -> None:
+    """Compare a metric with the merge that it is given to.
+
+    Reads nothing but the base's weights, at the end, to hash them; those only once a process.
+
+    Args:
+        metric: The metric.
+        base: The base.
+        pipeline: The chain.
+        tasks: Names of the models.
+        tensors: The tensors of the output.
+
+    Raises:
+        UsageError: No method of the chain uses a metric; it lacks the moments of a tensor or of a
+            model's own task; it is of another base.
+        StarmergeError: A moment does not fit its tensor.
+    """
+    if not _users(pipeline):
+        known = sorted(
+            name for name, found in METHODS.items() if found.uses_metric or found.needs_moments
+        )
+        raise UsageError(
+            f"{pipeline.name} has no use for a metric. Leave the metric out, or choose a chain "
+            f"with one of the methods that use it: {', '.join(known)}."
+        )
+    if pipeline.needs_moments:
+        _check_tasks(metric, pipeline, tasks)
+    merged = [tensor for tensor in tensors if tensor.models and is_whitened(tensor, pipeline)]
+    for task in wanted(pipeline, tasks):
+        lacking = [t.source.name for t in merged if not metric.has(t.source.name, task)]
+        if lacking:
+            shown = ", ".join(lacking[:_SHOWN])
+            more = f" and {len(lacking) - _SHOWN} more" if len(lacking) > _SHOWN else ""
+            of = "" if task is None else f" in the prompts of {task}"
+            raise UsageError(
+                f"{metric.file} has no moment of the inputs{of} of {shown}{more}, which the models "
+                f"change. Make a metric whose text reaches these modules (starmerge calibrate "
+                f"{base.source} -o FILE --texts …; embeddings never have a moment), or merge "
+                "without a metric."
+            )
+    metric.check_base(base)
+
+
+def wanted(pipeline: Pipeline, tasks: Sequence[str]) -> Iterator[str | None]:
+    """Yield whose moments a chain asks for: None for the text for all tasks, or a task's name."""
+    if pipeline.uses_metric:
+        yield None
+    if pipeline.needs_moments:
+        yield from tasks
+
+
+def unused_tasks(metric: Metric, pipeline: Pipeline, tasks: Sequence[str]) -> list[str]:
+    """Return the tasks of a metric whose prompts a chain would use, if a model had their name."""
+    return [t for t in metric.tasks if t not in tasks] if pipeline.needs_moments else []
+
+
+def is_whitened(tensor: PlannedTensor, pipeline: Pipeline) -> bool:
+    """Tell whether a chain asks for the moment of the inputs of a tensor.
+
+    Vectors have no inputs, kernels no moments; embeddings of full fine-tunes are averaged unless a
+    method merges them.
+    """
+    if len(tensor.source.shape) != 2:
+        return False
+    averaged = all(getattr(step, "embeddings", None) == "average" for step in _users(pipeline))
+    has_dense = any(model.rank(tensor.source.name) is None for model in tensor.models.values())
+    return not (tensor.is_embedding and has_dense and averaged)
+
+
+def inputs_of(metric: Metric, tensor: str, tasks: Sequence[str]) -> Inputs:
+    """Return what a metric knows of the inputs of a tensor, to be read when it is asked for."""
+
+    def read(task: int | None) -> Moment:
+        return metric.moment(tensor, None if task is None else tasks[task])
+
+    return Inputs(metric.side(tensor), read)
+
+
+def _users(pipeline: Pipeline) -> list[Method]:
+    return [step for step in pipeline.all_steps if step.uses_metric or step.needs_moments]
+
+
+def _check_tasks(metric: Metric, pipeline: Pipeline, tasks: Sequence[str]) -> None:
+    name = next(step.name for step in pipeline.all_steps if step.needs_moments)
+    lacking = [task for task in tasks if task not in metric.tasks]
+    if not lacking:
+        return
+    prompts = " ".join(f"--prompts {task}=FILE" for task in lacking[:_SHOWN])
+    known = ", ".join(metric.tasks)
+    has = f"has prompts of {known} alone" if known else "was made without prompts of tasks"
+    raise UsageError(
+        f"{name} needs the inputs of every model's own task, and {metric.file} {has}: there are "
+        f"none for {', '.join(lacking)}. Name the models as the tasks are named (NAME=PATH), or "
+        f"make a metric with prompts of all (starmerge calibrate BASE -o FILE {prompts} …)."
+    )
