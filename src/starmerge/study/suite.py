@@ -98,9 +98,8 @@ def run_suite(
     results = output / RESULTS
     write_results(results, evaluation, table, overwrite=overwrite)
     chart = results / "chart.png"
-    plot_scores(
-        evaluation, chart, title=f"{suite.name}: {len(models)} fine-tunes of {base or suite.base}"
-    )
+    name = Path(base or suite.base).name
+    plot_scores(evaluation, chart, title=f"{suite.name}: {len(models)} fine-tunes of {name}")
     return SuiteResult(evaluation, merges, table, results, chart)
 
 
