@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.metric import Metric
 from starmerge.errors import UsageError
-from starmerge.methods.method import METHODS, Method
+from starmerge.methods.method import METHODS
 from starmerge.methods.pipeline import Pipeline
 from starmerge.spectral.metric import Inputs
 from starmerge.spectral.moment import Moment
-
-if TYPE_CHECKING:
-    from starmerge.merging.plan import PlannedTensor
 
 _SHOWN = 3
 """Tensors that an error message names."""
@@ -25,7 +21,7 @@ def check_metric(
     base: Base,
     pipeline: Pipeline,
     tasks: Sequence[str],
-    tensors: Sequence[PlannedTensor],
+    tensors: Sequence[str],
 ) -> None:
     """Compare a metric with the merge that it is given to.
 
@@ -36,14 +32,14 @@ def check_metric(
         base: The base.
         pipeline: The chain.
         tasks: Names of the models.
-        tensors: The tensors of the output.
+        tensors: Names of the tensors of whose inputs the chain asks for the moment.
 
     Raises:
         UsageError: No method of the chain uses a metric; it lacks the moments of a tensor or of a
             model's own task; it is of another base.
         StarmergeError: A moment does not fit its tensor.
     """
-    if not _users(pipeline):
+    if not pipeline.metric_users:
         known = sorted(
             name for name, found in METHODS.items() if found.uses_metric or found.needs_moments
         )
@@ -53,9 +49,8 @@ def check_metric(
         )
     if pipeline.needs_moments:
         _check_tasks(metric, pipeline, tasks)
-    merged = [tensor for tensor in tensors if tensor.models and is_whitened(tensor, pipeline)]
     for task in wanted(pipeline, tasks):
-        lacking = [t.source.name for t in merged if not metric.has(t.source.name, task)]
+        lacking = [name for name in tensors if not metric.has(name, task)]
         if lacking:
             shown = ", ".join(lacking[:_SHOWN])
             more = f" and {len(lacking) - _SHOWN} more" if len(lacking) > _SHOWN else ""
@@ -82,19 +77,6 @@ def unused_tasks(metric: Metric, pipeline: Pipeline, tasks: Sequence[str]) -> li
     return [t for t in metric.tasks if t not in tasks] if pipeline.needs_moments else []
 
 
-def is_whitened(tensor: PlannedTensor, pipeline: Pipeline) -> bool:
-    """Tell whether a chain asks for the moment of the inputs of a tensor.
-
-    Vectors have no inputs, kernels no moments; embeddings of full fine-tunes are averaged unless a
-    method merges them.
-    """
-    if len(tensor.source.shape) != 2:
-        return False
-    averaged = all(getattr(step, "embeddings", None) == "average" for step in _users(pipeline))
-    has_dense = any(model.rank(tensor.source.name) is None for model in tensor.models.values())
-    return not (tensor.is_embedding and has_dense and averaged)
-
-
 def inputs_of(metric: Metric, tensor: str, tasks: Sequence[str]) -> Inputs:
     """Return what a metric knows of the inputs of a tensor, to be read when it is asked for."""
 
@@ -102,10 +84,6 @@ def inputs_of(metric: Metric, tensor: str, tasks: Sequence[str]) -> Inputs:
         return metric.moment(tensor, None if task is None else tasks[task])
 
     return Inputs(metric.side(tensor), read)
-
-
-def _users(pipeline: Pipeline) -> list[Method]:
-    return [step for step in pipeline.all_steps if step.uses_metric or step.needs_moments]
 
 
 def _check_tasks(metric: Metric, pipeline: Pipeline, tasks: Sequence[str]) -> None:

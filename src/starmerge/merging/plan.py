@@ -23,7 +23,6 @@ from starmerge.merging.fold import FOLD_ENTRIES
 from starmerge.merging.metric import (
     check_metric,
     inputs_of,
-    is_whitened,
     unused_tasks,
     wanted,
 )
@@ -98,6 +97,19 @@ class PlannedTensor:
             layer=self.layer,
             inputs=None if self.metric is None else inputs_of(self.metric, name, tasks),
         )
+
+    def is_whitened(self, pipeline: Pipeline) -> bool:
+        """Tell whether a chain asks for the moment of its inputs.
+
+        Vectors have no inputs, kernels no moments; embeddings of full fine-tunes are averaged
+        unless a method merges them.
+        """
+        if len(self.source.shape) != 2 or not self.models:
+            return False
+        users = pipeline.metric_users
+        averaged = all(getattr(step, "embeddings", None) == "average" for step in users)
+        has_dense = any(model.rank(self.source.name) is None for model in self.models.values())
+        return not (self.is_embedding and has_dense and averaged)
 
     def memory(self, pipeline: Pipeline, tasks: Sequence[str]) -> int:
         """Estimate the bytes in memory while it is merged.
@@ -345,12 +357,10 @@ def check_merge(
     pipeline.check(tasks, weights, [tensor.source.name for tensor in merged])
     planned = tuple(tensors)
     if metric is not None:
-        check_metric(metric, base, pipeline, tasks, tensors)
+        whitened = {t.source.name: t for t in tensors if t.is_whitened(pipeline)}
+        check_metric(metric, base, pipeline, tasks, list(whitened))
         planned = tuple(
-            replace(tensor, metric=metric)
-            if tensor.models and is_whitened(tensor, pipeline)
-            else tensor
-            for tensor in tensors
+            replace(t, metric=metric) if t.source.name in whitened else t for t in tensors
         )
     pipeline.check_tensors(
         [t.context(tasks, weights, None) for t in planned if t.models],

@@ -137,6 +137,11 @@ class Pipeline:
         return any(step.decomposes for step in self.steps)
 
     @property
+    def metric_users(self) -> tuple[Method, ...]:
+        """The methods that work in whitened inputs or with moments of the tasks' own inputs."""
+        return tuple(step for step in self.all_steps if step.uses_metric or step.needs_moments)
+
+    @property
     def uses_metric(self) -> bool:
         """Whether a method works in whitened inputs where there is a metric."""
         return any(step.uses_metric for step in self.steps)
