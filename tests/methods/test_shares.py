@@ -258,3 +258,23 @@ def test_factors_that_are_huge_or_tiny():
     deltas[1] = LowRank(deltas[1].B, deltas[1].A, 1e-8)
     found = spectral.merged(Shares(), deltas)
     assert np.all(np.isfinite(found))
+
+
+@pytest.mark.parametrize("ratio", [1e5, 1e10, 1e20])
+@pytest.mark.parametrize("kind", ["low-rank", "dense"])
+def test_a_task_that_is_tiny_beside_another_stops_no_merge(kind, ratio):
+    for seed in range(8):
+        large, small = (
+            samples.task_deltas(kind, 40, 30, seed=2 * seed + 50 * t)[t] for t in (0, 1)
+        )
+        found = spectral.merged(Shares(), [large, small.scaled(1 / ratio)])
+        assert np.all(np.isfinite(found))
+
+
+def test_a_task_whose_factors_cancel_has_no_part_in_the_factor():
+    generator = torch.Generator().manual_seed(0)
+    B, A = torch.randn(30, 2, generator=generator), torch.randn(2, 20, generator=generator)
+    rounding = LowRank(torch.cat([B, -B], 1), torch.cat([A, A]))
+    deltas = samples.task_deltas("low-rank", 30, 20)
+    found = spectral.merged(Shares(), [rounding, *deltas])
+    spectral.assert_close(found, spectral.merged(Shares(), deltas), deltas, times=2)

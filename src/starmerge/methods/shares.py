@@ -16,6 +16,7 @@ from starmerge.methods.method import Deltas, TensorContext, Walk, method
 from starmerge.methods.own_response import Response, own_products, own_responses
 from starmerge.methods.spectral_merge import SpectralMerge, is_averaged
 from starmerge.spectral import CoreSpace, svd_matrix
+from starmerge.spectral.core_space import CANCELLED
 
 
 @method("shares")
@@ -86,9 +87,12 @@ class Shares(SpectralMerge):
         if self.response != "auto":
             return Response(responses, self.response / mean)
         agreeing, own, merged = torch.stack(found)[:, 3:].sum(0)
-        weights, alive = found[0][2], own > 0
+        # Factors whose terms cancel leave rounding, which is no input to come near on.
+        weights, alive = found[0][2], own > CANCELLED**2 * own.max()
         share = (weights / torch.where(alive, own, torch.inf))[alive]
         nearest = float((share * agreeing[alive]).sum() / (share * merged[alive]).sum())
+        if nearest <= 0:  # beside M some task is so small that its response is chance
+            return Response(responses, 1.0)
         return Response(responses, math.sqrt(nearest / mean))
 
     def _on_inputs(
