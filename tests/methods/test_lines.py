@@ -275,4 +275,4 @@ def test_own_response_after_it_sets_the_scale():
         / sum(np.sum(x * x) for x in model.values())
         for model in tau
     ]
-    assert np.mean(responses) == pytest.approx(0.75, rel=1e-6)
+    assert np.mean(responses) == pytest.approx(len(deltas) ** (-1 / 8), rel=1e-6)

@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from starmerge.deltas import Dense, LowRank
-from starmerge.errors import UsageError
+from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.in_memory import merge_state
 from starmerge.methods import Shares, make_method
 from tests.oracles import bounds, samples, shares, spectral
@@ -278,3 +278,47 @@ def test_a_task_whose_factors_cancel_has_no_part_in_the_factor():
     deltas = samples.task_deltas("low-rank", 30, 20)
     found = spectral.merged(Shares(), [rounding, *deltas])
     spectral.assert_close(found, spectral.merged(Shares(), deltas), deltas, times=2)
+
+
+def test_tasks_that_oppose_each_other_leave_the_scale():
+    small, large = np.diag([1.0, 0.1]), np.diag([-10.0, 3.0])
+    deltas = [Dense(torch.from_numpy(delta)) for delta in (small, large)]
+    expected = shares.shares([small, large], 0.5)
+    r = shares.responses([{"weight": small}, {"weight": large}], {"weight": expected})
+    assert np.mean(r) < 0
+    np.testing.assert_allclose(spectral.merged(Shares(), deltas), expected, rtol=1e-6)
+    with pytest.raises(StarmergeError, match=r"is -.* no positive factor makes it 0\.7\. Leave"):
+        spectral.merged(Shares(response=0.7), deltas)
+
+
+def test_the_inputs_of_tasks_may_oppose_where_the_mean_response_does_not():
+    rng = np.random.default_rng(16)
+    for _ in range(200):
+        tau = [np.diag(rng.standard_normal(4) * 10 ** rng.uniform(-1, 1, 4)) for _ in range(3)]
+        merged = shares.shares(tau, 0.5)
+        r = shares.responses([{"weight": delta} for delta in tau], {"weight": merged})
+        on_inputs = sum(
+            np.sum(merged @ delta.T * (delta @ delta.T)) / np.linalg.norm(delta @ delta.T) ** 2
+            for delta in tau
+        )
+        if np.mean(r) > 1e-3 and on_inputs < -1e-3:
+            break
+    else:
+        raise AssertionError("no such tasks were drawn")
+    found = spectral.merged(Shares(), [Dense(torch.from_numpy(delta)) for delta in tau])
+    np.testing.assert_allclose(found, merged, rtol=1e-5, atol=1e-6 * np.linalg.norm(merged))
+
+
+@pytest.mark.parametrize("chain", ["shares", "covariance+own_response"])
+def test_what_rounding_leaves_of_opposed_adapters_is_not_blown_up(chain):
+    generator = torch.Generator().manual_seed(0)
+    B, A = (torch.randn(shape, generator=generator) for shape in ((50, 3), (3, 40)))
+    Q = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64)).Q
+    turned = LowRank((B.double() @ Q).float(), (-Q.T @ A.double()).float())
+    deltas = [{"weight": LowRank(B, A)}, {"weight": turned}]
+    if chain == "shares":
+        left = merge_state(deltas, chain)["weight"].frobenius()
+        assert left < 1e-5 * turned.frobenius()
+    else:
+        with pytest.raises(StarmergeError, match="is 0, so no positive factor"):
+            merge_state(deltas, chain)

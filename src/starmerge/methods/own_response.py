@@ -22,7 +22,7 @@ from starmerge.methods.method import (
     sums_to_zero,
 )
 from starmerge.methods.scale import Scale
-from starmerge.spectral.core_space import CANCELLED
+from starmerge.spectral.core_space import CANCELLED, FLOAT32_NOISE
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,7 @@ class OwnResponse(PostStep):
 
         responses, count, mean = own_responses(walk(products), self.name)
         c = max(1, count) ** -0.125 if self.c == "auto" else self.c
-        if not (math.isfinite(mean) and mean > 0):
-            raise StarmergeError(
-                f"own_response: the mean response of the tasks to the merge is {mean:.3g}, so no "
-                f"positive factor makes it {c:.3g}. Leave the step out, or look for tasks that "
-                "cancel."
-            )
-        return Response(responses, c / mean)
+        return Response(responses, factor_to(c, mean, self.name, "Leave the step out"))
 
     def apply(
         self, merged: Delta, deltas: Deltas, tensor: TensorContext, survey: Response
@@ -123,7 +117,8 @@ def own_responses(products: Iterable[Tensor], name: str) -> tuple[list[float], i
         name: The method, for the error message.
 
     Returns:
-        r_t by task, 0 for a zero task vector; how many are not zero; and their mean, 0 of none.
+        r_t by task, 0 for a zero task vector; how many are not zero; and their mean, 0 of none and
+        where they cancel but for the rounding of float32.
 
     Raises:
         UsageError: The weights of the tasks that change anything sum to zero.
@@ -139,5 +134,29 @@ def own_responses(products: Iterable[Tensor], name: str) -> tuple[list[float], i
             f"{name}: the weights of the models that change anything sum to zero, and the "
             "mean response is divided by their sum. Change one, or leave the method out."
         )
-    mean = float((weights * r)[alive].sum() / weights[alive].sum()) if alive.any() else 0.0
+    if not alive.any():
+        return r.tolist(), 0, 0.0
+    parts = (weights * r)[alive]
+    cancels = parts.sum().abs() < FLOAT32_NOISE * parts.abs().sum()
+    mean = 0.0 if cancels else float(parts.sum() / weights[alive].sum())
     return r.tolist(), int(alive.sum()), mean
+
+
+def factor_to(c: float, mean: float, name: str, remedy: str) -> float:
+    """Return the factor that makes the mean own response of a merge a number.
+
+    Args:
+        c: The number.
+        mean: The mean response of the merge as it is, of :func:`own_responses`.
+        name: The method, for the error message.
+        remedy: A way out, for the error message.
+
+    Raises:
+        StarmergeError: The mean response is not positive.
+    """
+    if not (math.isfinite(mean) and mean > 0):
+        raise StarmergeError(
+            f"{name}: the mean response of the tasks to the merge is {mean:.3g}, so no positive "
+            f"factor makes it {c:.3g}. {remedy}, or look for tasks that cancel."
+        )
+    return c / mean

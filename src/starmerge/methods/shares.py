@@ -13,7 +13,7 @@ from torch import Tensor
 from starmerge.deltas import Delta, LowRank, outer
 from starmerge.errors import UsageError
 from starmerge.methods.method import Deltas, TensorContext, Walk, method
-from starmerge.methods.own_response import Response, own_products, own_responses
+from starmerge.methods.own_response import Response, factor_to, own_products, own_responses
 from starmerge.methods.spectral_merge import SpectralMerge, is_averaged
 from starmerge.spectral import CoreSpace, svd_matrix
 from starmerge.spectral.core_space import CANCELLED
@@ -40,7 +40,8 @@ class Shares(SpectralMerge):
     the geometric mean of two factors: of f_1 = 1/mean(r_t), with which the tasks find all of
     themselves in M, and of f_2, which minimises Σ_t w_t ‖(f_2 M − τ_t) C_t^½‖²/‖τ_t C_t^½‖²: on the
     inputs of task t, M comes nearest to τ_t. Both are 1 for tasks that are equal or share no
-    direction; the more the tasks disagree, the smaller is f_2.
+    direction; the more the tasks disagree, the smaller is f_2. Where tasks oppose each other so
+    much that one of the two is not positive, f is 1.
 
     Source: our own; docs/results.md has the evidence. ``covariance`` uses one of the two sides, and
     ``tsv_m`` makes the directions of the tasks orthogonal but divides none of them.
@@ -81,18 +82,20 @@ class Shares(SpectralMerge):
             return torch.cat([own_products(merged, own.items(), tensor), inputs])
 
         found = list(walk(products))
-        responses, _, mean = own_responses((rows[:3] for rows in found), self.name)
-        if mean <= 0:  # nothing is changed
+        responses, count, mean = own_responses((rows[:3] for rows in found), self.name)
+        if count == 0:  # no matrix is changed
             return Response(responses, 1.0)
         if self.response != "auto":
-            return Response(responses, self.response / mean)
+            remedy = "Leave response out"
+            return Response(responses, factor_to(self.response, mean, self.name, remedy))
         agreeing, own, merged = torch.stack(found)[:, 3:].sum(0)
         # Factors whose terms cancel leave rounding, which is no input to come near on.
         weights, alive = found[0][2], own > CANCELLED**2 * own.max()
         share = (weights / torch.where(alive, own, torch.inf))[alive]
-        nearest = float((share * agreeing[alive]).sum() / (share * merged[alive]).sum())
-        if nearest <= 0:  # beside M some task is so small that its response is chance
+        agreement = float((share * agreeing[alive]).sum())
+        if mean <= 0 or agreement <= 0:  # the tasks oppose each other
             return Response(responses, 1.0)
+        nearest = agreement / float((share * merged[alive]).sum())
         return Response(responses, math.sqrt(nearest / mean))
 
     def _on_inputs(
