@@ -78,8 +78,8 @@ class Pool:
     role: str
     """"development" or "held-out"."""
     about: str
-    shipped: bool
-    """Whether the adapters come with the package."""
+    folder: str | None
+    """Name of the folder that has the adapters; None: they come with the package."""
     recipes: Mapping[str, LoraRecipe]
     """By task; of the pool's own adapters."""
     included: Pool | None
@@ -92,7 +92,7 @@ class Pool:
 
     def folders(self, pools: Path) -> dict[str, Path]:
         """Return where the adapters lie, by task."""
-        own = ADAPTERS if self.shipped else pools / self.name
+        own = ADAPTERS if self.folder is None else pools / self.folder
         others = self.included.folders(pools) if self.included else {}
         return others | {task: own / task for task in self.recipes}
 
@@ -131,7 +131,7 @@ class Study:
                 name,
                 pool["role"],
                 pool["about"],
-                pool.get("shipped", False),
+                None if pool.get("shipped") else pool.get("folder", name),
                 {task: _recipe(pool["lora"] | own) for task, own in pool["models"].items()},
                 self.pools[pool["includes"]] if "includes" in pool else None,
             )
@@ -224,12 +224,14 @@ def as_score(bits: str) -> Score:
 
 def train(pool: Pool, pools: Path, base: Path) -> None:
     """Train the adapters of a pool that are not there, and say how each is made."""
-    source = resolve(base)
-    if pool.shipped:
+    if pool.included:
+        train(pool.included, pools, base)
+    if pool.folder is None:
         print(f"{pool.name}: its adapters come with the package.")
         return
+    source = resolve(base)
     for task, recipe in pool.recipes.items():
-        output = pools / pool.name / task
+        output = pools / pool.folder / task
         command = as_command(task, recipe, output)
         print(command, flush=True)
         if not output.exists():
@@ -370,13 +372,13 @@ class Laboratory:
     def _nats(self, update: Update) -> list[float]:
         """Return the mean −log p of a token of each text, in nats, with an update of the base."""
         model, start, texts = self._reader
+        nats = []
         with apply(model, update):
-            ids = torch.tensor([text.ids for text in texts], device=model.device)
-            logits = model(input_ids=ids).logits[:, start - 1 : -1].double()
-        nats = torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2), ids[:, start:], reduction="none"
-        )
-        return [round(value, 4) for value in nats.mean(1).tolist()]
+            for text in texts:
+                ids = torch.tensor([text.ids], device=model.device)
+                logits = model(input_ids=ids).logits[0, start - 1 : -1].double()
+                nats.append(float(torch.nn.functional.cross_entropy(logits, ids[0, start:])))
+        return [round(value, 4) for value in nats]
 
 
 def _head(key: tuple[str, int, int, str], tasks: Sequence[str], scorer: str) -> dict[str, Any]:
@@ -478,8 +480,8 @@ def tables(study: Study, store: Store) -> str:
     parts = []
     found = by_place(study, store)
     for (name, scorer), columns in found.items():
-        rows = study.scorers[scorer]["rows"]
         pool = study.pools[name]
+        rows = next(iter(columns[0].tuned.values())).n
         parts.append(f"### {name}, scorer {scorer}, {rows} rows a task")
         parts.append(f"{pool.role}: {pool.about}.")
         parts.append(averages_table(columns))
