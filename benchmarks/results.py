@@ -66,6 +66,8 @@ NEUTRAL = "neutral"
 """Stands in the store in place of a scorer where text of the base was read."""
 REFERENCES = ("star", "average")
 AUTO = "auto"
+SHOWN = ("average", "star", AUTO)
+"""Methods that are shown task by task."""
 
 # ------------------------------------------------------------------------------------ The study
 
@@ -538,7 +540,7 @@ def best_table(found: Mapping[tuple[str, str], Sequence[Comparison]]) -> str:
 
 def accuracy_table(column: Comparison) -> str:
     """Return the accuracies of base, fine-tunes and merges: a row for each task."""
-    names = [m for m in ("average", "star", AUTO) if m in column.scores]
+    names = [m for m in SHOWN if m in column.scores]
     lines = [
         f"| {column.pool}, {column.scorer}, n = {column.count} | {BASE} | {TUNED} | "
         + " | ".join(names)
@@ -608,13 +610,13 @@ def _shown(value: Interval | Difference) -> str:
 # --------------------------------------------------------------------------------------- Figures
 
 DRAWN = {
-    "average": "#7a8793",
-    "star": COLOURS[2],
-    AUTO: COLOURS[1],
-    "tsv_m": COLOURS[3],
-    "covariance+own_response": COLOURS[4],
+    "average": COLOURS[2],
+    "star": COLOURS[3],
+    AUTO: COLOURS[4],
+    "tsv_m": COLOURS[5],
+    "covariance+own_response": "#1b9aaa",
 }
-"""Methods with a colour of their own; the others are thin and grey."""
+"""Methods with a colour of their own, that of the bars; the others are thin and grey."""
 
 
 def figures(study: Study, store: Store, folder: Path) -> None:
@@ -622,11 +624,9 @@ def figures(study: Study, store: Store, folder: Path) -> None:
     found = by_place(study, store)
     plot_counts(found, folder / "results_by_count.png")
     plot_gains(found, folder / "results_differences.png")
-    of_rank = [columns for (_, scorer), columns in found.items() if scorer == "rank"]
-    column = max((columns[-1] for columns in of_rank), key=lambda c: c.count)
-    shown = {BASE: column.base} | {
-        method: column.scores[method] for method in ("average", "star", AUTO)
-    }
+    whole = [c for cs in found.values() for c in cs if all(m in c.scores for m in SHOWN)]
+    column = max(whole, key=lambda c: (c.count, c.scorer == "rank"))
+    shown = {BASE: column.base} | {method: column.scores[method] for method in SHOWN}
     plot_scores(
         Evaluation(column.scorer, "strict", shown, column.tuned),
         folder / "results_by_task.png",
@@ -642,7 +642,7 @@ def plot_counts(found: Mapping[tuple[str, str], Sequence[Comparison]], path: Pat
     figure, axes = plt.subplots(
         1,
         len(panels),
-        figsize=(4.6 * len(panels) + 0.4, 4.6),
+        figsize=(4.2 * len(panels) + 2.8, 4.2),
         sharey=True,
         layout="constrained",
         squeeze=False,
@@ -686,7 +686,7 @@ def plot_counts(found: Mapping[tuple[str, str], Sequence[Comparison]], path: Pat
         for panel in axes[0]
         for line, text in zip(*panel.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(lines.values(), lines.keys(), loc="outside right center", frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -697,11 +697,15 @@ def plot_gains(found: Mapping[tuple[str, str], Sequence[Comparison]], path: Path
 
     blocks = [c for columns in found.values() for c in columns if "star" in c.scores]
     rows = [(c, m) for c in blocks for m in c.scores if m in DRAWN and m != "star"]
-    figure, axes = plt.subplots(figsize=(7.5, 0.24 * len(rows) + 1.6), layout="constrained")
+    figure, axes = plt.subplots(
+        figsize=(7.5, 0.21 * (len(rows) + len(blocks)) + 1), layout="constrained"
+    )
     places, names, place = [], [], 0.0
     for number, (column, method) in enumerate(rows):
-        if number and rows[number - 1][0] is not column:
-            place += 0.8
+        if not number or rows[number - 1][0] is not column:
+            places.append(place)
+            names.append(f"{column.pool}, {column.scorer}, n = {column.count}")
+            place += 1
         gain = column.gain(method, "star")
         axes.errorbar(
             gain.value,
@@ -713,11 +717,14 @@ def plot_gains(found: Mapping[tuple[str, str], Sequence[Comparison]], path: Path
             linewidth=1.4,
         )
         places.append(place)
-        names.append(f"{column.pool}, {column.scorer}, n = {column.count}   {method}")
+        names.append(method)
         place += 1
     axes.axvline(0, color=DRAWN["star"], linewidth=1, zorder=0)
-    axes.set_yticks(places, names, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_yticks(places, names, fontsize=9)
+    for label in axes.get_yticklabels():
+        if label.get_text() not in DRAWN:
+            label.set_fontweight("bold")
+    axes.set_ylim(place - 0.3, -0.7)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("normalised average − that of star, paired 95 % interval")
     axes.spines[["top", "right", "left"]].set_visible(False)
