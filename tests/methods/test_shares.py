@@ -322,3 +322,17 @@ def test_what_rounding_leaves_of_opposed_adapters_is_not_blown_up(chain):
     else:
         with pytest.raises(StarmergeError, match="is 0, so no positive factor"):
             merge_state(deltas, chain)
+
+
+@pytest.mark.parametrize("kind", ["low-rank", "dense"])
+def test_a_tensor_of_one_task_has_its_own_strength_whatever_the_weight(kind):
+    deltas = samples.task_deltas(kind, 30, 20)
+    alone = samples.task_deltas(kind, 12, 40, seed=100)[1]
+    models = [{"w": delta} for delta in deltas]
+    models[2]["alone"] = alone  # of weight 2
+    found = merge_state(models, Shares(response=0.6), weights=WEIGHTS)
+    tau = [{name: samples.exact(delta) for name, delta in model.items()} for model in models]
+    merged = {"w": shares.shares(matrices(deltas), weights=WEIGHTS), "alone": tau[2]["alone"]}
+    r = shares.responses(tau, merged)
+    factor = 0.6 * sum(WEIGHTS) / np.dot(WEIGHTS, r)
+    spectral.assert_close(samples.exact(found["alone"]), factor * merged["alone"], [alone], times=4)

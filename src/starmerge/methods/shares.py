@@ -47,7 +47,9 @@ class Shares(SpectralMerge):
     ``tsv_m`` makes the directions of the tasks orthogonal but divides none of them.
     Cost: an SVD a task, of r_t triplets, and two eigendecompositions a tensor, in Core Space for
     adapters; all of it twice, as the factor is found first.
-    When to use: adapters of any origin and number. Full fine-tunes: ``denoise+shares``.
+    When to use: adapters of any origin and number. Full fine-tunes: ``denoise+shares``. If a task
+    vector is many times smaller than the others, f_2 is ruled by it and the merge comes out too
+    small: give ``response``.
     """
 
     power: Annotated[
