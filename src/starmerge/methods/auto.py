@@ -49,7 +49,7 @@ class Auto(Merge):
             has_prompts: Whether that has moments of each model's own prompts.
         """
         before: tuple[Method, ...] = (Denoise(),) if has_dense else ()
-        models = "full fine-tunes" if has_dense else "adapters"
+        models = "models that hold whole tensors" if has_dense else "adapters alone"
         if has_prompts:
             steps: tuple[Method, ...] = (RegMean(),)
             why = "there are prompts of every task"
@@ -58,7 +58,7 @@ class Auto(Merge):
         else:
             steps, why = (*before, Shares()), "nothing is known of the inputs"
         name = "+".join(step.name for step in steps)
-        return Choice(steps, f"auto takes {name}: the models are {models}, and {why}.")
+        return Choice(steps, f"auto takes {name}: there are {models}, and {why}.")
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Never called: the chain that is chosen merges."""
