@@ -1,14 +1,12 @@
 """Deltas against dense float64 arrays: norms, inner products, spectra, sums."""
 
-from itertools import product
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starmerge.deltas import Dense, LowRank, Stored, matrix_shape, outer, total
+from starmerge.deltas import Dense, LowRank, Stored, matrix_shape, total
 from tests.oracles import bounds, samples
 from tests.oracles import deltas as oracle
 
@@ -406,16 +404,3 @@ def test_weighted_stored_differences_keep_their_weights_in_a_sum():
     summed = total(parts)
     assert isinstance(summed, Stored)
     assert torch.equal(summed.scaled(3).matrix, torch.full((2, 3), 3 * (2.0 * 1 - 0.5 * 8)))
-
-
-@pytest.mark.parametrize("kinds", list(product(["low-rank", "dense"], repeat=2)))
-def test_outer_is_the_product_with_the_transpose(kinds):
-    left, right = (samples.task_deltas(kind, 9, 7)[t] for t, kind in enumerate(kinds))
-    found = outer(left, right)
-    expected = samples.exact(left) @ samples.exact(right).T
-    np.testing.assert_allclose(samples.exact(found), expected, rtol=0, atol=1e-12)
-    assert isinstance(found, LowRank) == ("low-rank" in kinds)
-    if kinds == ("low-rank", "low-rank"):
-        assert found.rank == outer(right, left).rank == min(left.rank, right.rank)
-    with pytest.raises(ValueError, match="shape"):
-        outer(left, samples.low_rank(9, 8, 2))

@@ -360,28 +360,6 @@ class Stored(Dense):
 Delta: TypeAlias = LowRank | Dense
 
 
-def outer(left: Delta, right: Delta) -> Delta:
-    """Return the product left · rightᵀ of deltas of one shape (m, n), (m, m), in float64.
-
-    It is low-rank if one of them is, of the smaller of their ranks.
-
-    Raises:
-        ValueError: Their shapes differ.
-    """
-    _check_same_shape(left, right)
-    if isinstance(right, LowRank):
-        B = right.B.double()
-        if isinstance(left, LowRank):
-            core, scale = left.A.double() @ right.A.double().T, left.scale * right.scale
-            if left.rank < right.rank:
-                return LowRank(left.B.double(), core @ B.T, scale)
-            return LowRank(left.B.double() @ core, B.T, scale)
-        return LowRank(left.matrix.double() @ right.A.double().T, B.T, right.scale)
-    if isinstance(left, LowRank):
-        return LowRank(left.B.double(), left.A.double() @ right.matrix.double().T, left.scale)
-    return Dense(left.matrix.double() @ right.matrix.double().T)
-
-
 def total(deltas: Iterable[Delta]) -> Delta:
     """Return the sum of one tensor's deltas, taking them one at a time.
 

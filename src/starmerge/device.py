@@ -43,6 +43,7 @@ ROUTINES: tuple[Callable[[Tensor], object], ...] = (
     torch.linalg.svdvals,
     torch.linalg.qr,
     torch.linalg.cholesky,
+    lambda matrix: torch.cholesky_solve(matrix, matrix),
     lambda matrix: torch.linalg.solve(matrix, matrix),
     lambda matrix: torch.linalg.solve_triangular(matrix, matrix, upper=True),
     lambda matrix: matrix @ matrix,

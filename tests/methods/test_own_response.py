@@ -178,3 +178,15 @@ def test_a_merge_that_overflows_is_refused():
     chain = make_pipeline("task_arithmetic+own_response", {"alpha": 1e39})
     with pytest.raises(StarmergeError, match="own_response: the mean response .* is inf,"):
         merge_state([{"w": samples.dense(9, 7)}], chain)
+
+
+def test_what_rounding_leaves_of_a_task_and_its_opposite_is_not_blown_up():
+    generator = torch.Generator().manual_seed(0)
+    B, A = (torch.randn(shape, generator=generator) for shape in ((50, 3), (3, 40)))
+    for seed in range(8):
+        Q = torch.from_numpy(samples.orthogonal(3, seed=seed))
+        turned = LowRank((B.double() @ Q).float(), (-Q.T @ A.double()).float())
+        deltas = [{"weight": LowRank(B, A)}, {"weight": turned}]
+        for merge in ("tsv_m", "covariance", "iso_c", "average"):
+            with pytest.raises(StarmergeError, match="is 0, so no positive factor"):
+                merge_state(deltas, f"{merge}+own_response")

@@ -281,32 +281,41 @@ def test_a_task_whose_factors_cancel_has_no_part_in_the_factor():
 
 
 def test_tasks_that_oppose_each_other_leave_the_scale():
-    small, large = np.diag([1.0, 0.1]), np.diag([-10.0, 3.0])
-    deltas = [Dense(torch.from_numpy(delta)) for delta in (small, large)]
-    expected = shares.shares([small, large], 0.5)
-    r = shares.responses([{"weight": small}, {"weight": large}], {"weight": expected})
-    assert np.mean(r) < 0
-    np.testing.assert_allclose(spectral.merged(Shares(), deltas), expected, rtol=1e-6)
-    with pytest.raises(StarmergeError, match=r"is -.* no positive factor makes it 0\.7\. Leave"):
-        spectral.merged(Shares(response=0.7), deltas)
-
-
-def test_the_inputs_of_tasks_may_oppose_where_the_mean_response_does_not():
     rng = np.random.default_rng(16)
-    for _ in range(200):
+    for _ in range(400):
         tau = [np.diag(rng.standard_normal(4) * 10 ** rng.uniform(-1, 1, 4)) for _ in range(3)]
         merged = shares.shares(tau, 0.5)
-        r = shares.responses([{"weight": delta} for delta in tau], {"weight": merged})
-        on_inputs = sum(
-            np.sum(merged @ delta.T * (delta @ delta.T)) / np.linalg.norm(delta @ delta.T) ** 2
-            for delta in tau
-        )
-        if np.mean(r) > 1e-3 and on_inputs < -1e-3:
+        agreement = sum(np.sum(merged * delta) for delta in tau)
+        if agreement < -1e-3 * np.sum(np.square(tau)):
             break
     else:
         raise AssertionError("no such tasks were drawn")
     found = spectral.merged(Shares(), [Dense(torch.from_numpy(delta)) for delta in tau])
     np.testing.assert_allclose(found, merged, rtol=1e-5, atol=1e-6 * np.linalg.norm(merged))
+
+
+def test_no_factor_gives_tasks_that_oppose_each_other_a_positive_response():
+    small, large = np.diag([1.0, 0.1]), np.diag([-10.0, 3.0])
+    merged = shares.shares([small, large], 0.5)
+    r = shares.responses([{"weight": small}, {"weight": large}], {"weight": merged})
+    assert np.mean(r) < 0
+    deltas = [Dense(torch.from_numpy(delta)) for delta in (small, large)]
+    with pytest.raises(StarmergeError, match=r"is -.* no positive factor makes it 0\.7\. Leave"):
+        spectral.merged(Shares(response=0.7), deltas)
+
+
+@pytest.mark.parametrize("ratio", [10.0, 1e3, 1e6])
+@pytest.mark.parametrize("kind", ["low-rank", "dense"])
+def test_a_small_task_does_not_take_strength_from_a_large_one(kind, ratio):
+    large, small = samples.task_deltas(kind, 40, 30)[:2]
+    found = spectral.merged(Shares(), [large, small.scaled(1 / ratio)])
+    exact = samples.exact(large)
+    strength = np.sum(found * exact) / np.sum(exact**2)
+    assert 0.6 < strength < 1.2
+    expected = shares.shares([exact, samples.exact(small) / ratio], 0.5)
+    models = [{"weight": exact}, {"weight": samples.exact(small) / ratio}]
+    factor = shares.factor(models, {"weight": expected})
+    spectral.assert_close(found, factor * expected, [large, small], times=4)
 
 
 @pytest.mark.parametrize("chain", ["shares", "covariance+own_response"])

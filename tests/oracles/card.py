@@ -25,6 +25,7 @@ LAZY = {
     "_linalg_svd",
     "linalg_qr",
     "linalg_cholesky_ex",
+    "cholesky_solve",
     "_linalg_solve_ex",
     "linalg_solve_triangular",
 }

@@ -60,20 +60,15 @@ def responses(models, merged):
 
 
 def factor(models, merged, weights=None):
-    """sqrt(f_1 f_2): all of the tasks' own response, and the best fit on their own inputs."""
+    """sqrt(f_1 f_2): all of the task vectors, and the best fit on the tasks' own inputs."""
     weights = [1.0] * len(models) if weights is None else weights
-    r, top, bottom, whole = responses(models, merged), 0.0, 0.0, 0.0
-    mean = 0.0
-    for w, r_t, model in zip(weights, r, models, strict=True):
-        if not w or not any(np.any(delta) for delta in model.values()):
-            continue
-        cross = own = both = 0.0
+    energy, agreement, cross, both = 0.0, 0.0, 0.0, 0.0
+    for w, model in zip(weights, models, strict=True):
         for name, delta in model.items():
             if np.any(delta):
-                C = delta.T @ delta / np.linalg.norm(delta) ** 2
-                cross += np.trace(merged[name] @ C @ delta.T)
-                own += np.trace(delta @ C @ delta.T)
-                both += np.trace(merged[name] @ C @ merged[name].T)
-        top, bottom = top + w * cross / own, bottom + w * both / own
-        mean, whole = mean + w * r_t, whole + w
-    return float(np.sqrt(top / bottom * whole / mean))
+                M, C = merged[name], delta.T @ delta / np.linalg.norm(delta) ** 2
+                energy += w * np.sum(delta**2)
+                agreement += w * np.sum(M * delta)
+                cross += w * np.trace(M @ C @ delta.T)
+                both += w * np.trace(M @ C @ M.T)
+    return float(np.sqrt(energy / agreement * cross / both))

@@ -10,8 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from starmerge.errors import UsageError
-from starmerge.methods.method import TensorContext, method
+from starmerge.methods.method import TensorContext, method, refuse_negative
 from starmerge.methods.spectral_merge import SpectralMerge
 from starmerge.spectral import CoreSpace
 
@@ -42,11 +41,7 @@ class Covariance(SpectralMerge):
 
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
         """Refuse negative weights; see :meth:`Method.check`."""
-        if min(weights) < 0:
-            raise UsageError(
-                "covariance: a weight is negative, and the method minimises a weighted sum of "
-                "squares. Give weights from 0 up."
-            )
+        refuse_negative(self, weights, "the method minimises a weighted sum of squares")
 
     def merge_matrices(
         self, tau: list[Tensor], weights: list[float], space: CoreSpace, tensor: TensorContext

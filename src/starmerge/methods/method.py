@@ -345,6 +345,18 @@ def refuse_weights(
             )
 
 
+def refuse_negative(method: Method, weights: Sequence[float], reason: str) -> None:
+    """Refuse negative weights, for methods whose sums they would break.
+
+    Raises:
+        UsageError: A weight is negative.
+    """
+    if min(weights) < 0:
+        raise UsageError(
+            f"{method.name}: a weight is negative, and {reason}. Give weights from 0 up."
+        )
+
+
 def find_method(name: str) -> type[Method]:
     """Return a method's class by its name.
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, reduce
 from typing import Annotated, Literal
 
 import torch
@@ -78,12 +80,13 @@ class OwnResponse(PostStep):
     def survey(self, walk: MergedWalk) -> Response:
         """Measure the responses; see :meth:`PostStep.survey`."""
 
-        def products(merged: Delta, deltas: Deltas, tensor: TensorContext) -> Tensor:
-            return own_products(merged, deltas.items(), tensor)
+        def products(merged: Delta, deltas: Deltas, tensor: TensorContext) -> OwnProducts:
+            return OwnProducts.of(merged, deltas.items(), tensor)
 
-        responses, count, mean = own_responses(walk(products), self.name)
-        c = max(1, count) ** -0.125 if self.c == "auto" else self.c
-        return Response(responses, factor_to(c, mean, self.name, "Leave the step out"))
+        found = total_products(walk(products))
+        c = max(1, int(found.alive.sum())) ** -0.125 if self.c == "auto" else self.c
+        mean = found.mean_response(self.name)
+        return Response(found.responses, factor_to(c, mean, self.name, "Leave the step out"))
 
     def apply(
         self, merged: Delta, deltas: Deltas, tensor: TensorContext, survey: Response
@@ -92,54 +95,102 @@ class OwnResponse(PostStep):
         return merged.scaled(survey.factor)
 
 
-def own_products(
-    merged: Delta, deltas: Iterable[tuple[int, Delta]], tensor: TensorContext
-) -> Tensor:
-    """Return what one tensor adds to the own responses: ⟨M, τ_t⟩, ‖τ_t‖² and w_t, (3, T) float64.
+@dataclass(frozen=True, eq=False)
+class OwnProducts:
+    """What the own responses are made of, over some tensors."""
 
-    Args:
-        merged: M.
-        deltas: t and τ_t of the tasks that count.
-        tensor: The tensor.
-    """
-    found = torch.zeros(3, len(tensor.tasks), dtype=torch.float64)
-    found[2] = torch.tensor(tensor.weights, dtype=torch.float64)
-    for t, tau_t in deltas:
-        found[0, t], found[1, t] = merged.inner(tau_t), tau_t.frobenius() ** 2
-    return found
+    inner: Tensor
+    """⟨M, τ_t⟩ by task, (T,) float64."""
+    energy: Tensor
+    """‖τ_t‖² by task."""
+    weights: Tensor
+    """w_t by task."""
+    merged: float
+    """‖M‖²."""
 
+    @classmethod
+    def of(
+        cls, merged: Delta, deltas: Iterable[tuple[int, Delta]], tensor: TensorContext
+    ) -> OwnProducts:
+        """Return the products of one tensor.
 
-def own_responses(products: Iterable[Tensor], name: str) -> tuple[list[float], int, float]:
-    """Return the own response of each task over the whole model, and their weighted mean.
+        Args:
+            merged: M.
+            deltas: t and τ_t of the tasks that change the tensor.
+            tensor: The tensor.
+        """
+        inner, energy = torch.zeros(2, len(tensor.tasks), dtype=torch.float64)
+        weights = torch.tensor(tensor.weights, dtype=torch.float64)
+        for t, tau_t in deltas:
+            inner[t], energy[t] = merged.inner(tau_t), tau_t.frobenius() ** 2
+        return cls(inner, energy, weights, merged.frobenius() ** 2)
 
-    Args:
-        products: Of each tensor, :func:`own_products`.
-        name: The method, for the error message.
-
-    Returns:
-        r_t by task, 0 for a zero task vector; how many are not zero; and their mean, 0 of none and
-        where they cancel but for the rounding of float32.
-
-    Raises:
-        UsageError: The weights of the tasks that change anything sum to zero.
-    """
-    inner = energy = weights = torch.zeros((), dtype=torch.float64)
-    for found in products:
-        inner, energy, weights = inner + found[0], energy + found[1], found[2]
-    # Factors whose terms cancel leave rounding, to which any merge responds without measure.
-    alive = energy > CANCELLED**2 * energy.max()
-    r = torch.where(alive, inner / torch.where(alive, energy, 1.0), 0.0)
-    if alive.any() and sums_to_zero(weights[alive].tolist()):
-        raise UsageError(
-            f"{name}: the weights of the models that change anything sum to zero, and the "
-            "mean response is divided by their sum. Change one, or leave the method out."
+    def __add__(self, other: OwnProducts) -> OwnProducts:
+        """Return the products over the tensors of both, which are of the same tasks."""
+        return OwnProducts(
+            self.inner + other.inner,
+            self.energy + other.energy,
+            self.weights,
+            self.merged + other.merged,
         )
-    if not alive.any():
-        return r.tolist(), 0, 0.0
-    parts = (weights * r)[alive]
-    cancels = parts.sum().abs() < FLOAT32_NOISE * parts.abs().sum()
-    mean = 0.0 if cancels else float(parts.sum() / weights[alive].sum())
-    return r.tolist(), int(alive.sum()), mean
+
+    @cached_property
+    def alive(self) -> Tensor:
+        """Which task vectors are more than rounding, (T,) bool.
+
+        Factors whose terms cancel leave rounding, to which any merge responds without measure.
+        """
+        return (self.energy > 0) & (self.energy > CANCELLED**2 * self.energy.max())
+
+    @property
+    def responses(self) -> list[float]:
+        """r_t = ⟨M, τ_t⟩/‖τ_t‖² by task; 0 where the task vector is rounding."""
+        return self._r.tolist()
+
+    def mean_response(self, name: str) -> float:
+        """Return the weighted mean of the r_t; 0 if no task is alive.
+
+        It is 0 too where it is no more than the rounding of M to float32.
+
+        Args:
+            name: The method, for the error message.
+
+        Raises:
+            UsageError: The weights of the tasks that are alive sum to zero.
+        """
+        weights = self.weights[self.alive]
+        if not len(weights):
+            return 0.0
+        if sums_to_zero(weights.tolist()):
+            raise UsageError(
+                f"{name}: the weights of the models that change anything sum to zero, and the "
+                "mean response is divided by their sum. Change one, or leave the method out."
+            )
+        parts = weights * self._r[self.alive]
+        rounding = weights.abs().sum() * math.sqrt(self.merged / self.energy.max())
+        return _unless_rounding(parts, rounding) / float(weights.sum())
+
+    def agreement(self) -> float:
+        """Return Σ_t w_t⟨M, τ_t⟩; 0 where it is no more than the rounding of M to float32."""
+        weights = self.weights[self.alive]
+        rounding = weights.abs().sum() * math.sqrt(self.merged * self.energy.max())
+        return _unless_rounding(weights * self.inner[self.alive], rounding)
+
+    @property
+    def _r(self) -> Tensor:
+        return torch.where(self.alive, self.inner / torch.where(self.alive, self.energy, 1.0), 0.0)
+
+
+def _unless_rounding(parts: Tensor, largest: Tensor) -> float:
+    """Return Σ parts, or 0 where that is the rounding of its parts or of what they could be."""
+    found = parts.sum()
+    is_rounding = found.abs() < FLOAT32_NOISE * max(parts.abs().sum(), largest)
+    return 0.0 if is_rounding else float(found)
+
+
+def total_products(products: Iterable[OwnProducts]) -> OwnProducts:
+    """Return the products over all tensors of a model; there is one at least."""
+    return reduce(operator.add, products)
 
 
 def factor_to(c: float, mean: float, name: str, remedy: str) -> float:
@@ -147,7 +198,7 @@ def factor_to(c: float, mean: float, name: str, remedy: str) -> float:
 
     Args:
         c: The number.
-        mean: The mean response of the merge as it is, of :func:`own_responses`.
+        mean: The mean response of the merge as it is, of :meth:`OwnProducts.mean_response`.
         name: The method, for the error message.
         remedy: A way out, for the error message.
 

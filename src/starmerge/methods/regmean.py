@@ -12,7 +12,7 @@ from torch import Tensor
 
 from starmerge.deltas import Delta, Dense, LowRank, total
 from starmerge.errors import UsageError
-from starmerge.methods.method import Deltas, Merge, TensorContext, method
+from starmerge.methods.method import Deltas, Merge, TensorContext, method, refuse_negative
 from starmerge.methods.spectral_merge import is_averaged
 from starmerge.spectral import on_best_device
 from starmerge.spectral.moment import Moment, Side
@@ -61,11 +61,7 @@ class RegMean(Merge):
 
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
         """Refuse negative weights; see :meth:`Method.check`."""
-        if min(weights) < 0:
-            raise UsageError(
-                "regmean: a weight is negative, and the method minimises a weighted sum of "
-                "squares. Give weights from 0 up."
-            )
+        refuse_negative(self, weights, "the method minimises a weighted sum of squares")
 
     def check_tensors(self, merged: Sequence[TensorContext], left: Sequence[TensorContext]) -> None:
         """Refuse a merge without moments; see :meth:`Method.check_tensors`."""

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from starmerge.deltas import Delta, LowRank, outer
-from starmerge.errors import UsageError
-from starmerge.methods.method import Deltas, TensorContext, Walk, method
-from starmerge.methods.own_response import Response, factor_to, own_products, own_responses
+from starmerge.deltas import Delta, LowRank
+from starmerge.methods.method import Deltas, TensorContext, Walk, method, refuse_negative
+from starmerge.methods.own_response import OwnProducts, Response, factor_to, total_products
 from starmerge.methods.spectral_merge import SpectralMerge, is_averaged
-from starmerge.spectral import CoreSpace, svd_matrix
-from starmerge.spectral.core_space import CANCELLED
+from starmerge.spectral import SVD, CoreSpace, svd_matrix
 
 
 @method("shares")
@@ -35,21 +33,19 @@ class Shares(SpectralMerge):
     single task changes stays that task's. The weights w_t decide how directions that several tasks
     use are divided; a common factor of them cancels.
 
-    The own response of a task is r_t = ⟨M, τ_t⟩/‖τ_t‖² over all matrices of the model; the tasks'
-    differ by a few percent. The factor f makes their mean the number ``response``. By default f is
-    the geometric mean of two factors: of f_1 = 1/mean(r_t), with which the tasks find all of
-    themselves in M, and of f_2, which minimises Σ_t w_t ‖(f_2 M − τ_t) C_t^½‖²/‖τ_t C_t^½‖²: on the
-    inputs of task t, M comes nearest to τ_t. Both are 1 for tasks that are equal or share no
-    direction; the more the tasks disagree, the smaller is f_2. Where tasks oppose each other so
-    much that one of the two is not positive, f is 1.
+    The factor f is the geometric mean of f_1 = Σ_t w_t‖τ_t‖²/Σ_t w_t⟨M, τ_t⟩, with which the tasks
+    find all of themselves in M, and of f_2, which minimises Σ_t w_t ‖(f_2 M − τ_t) C_t^½‖²: on the
+    inputs of the tasks, M comes nearest to them. The sums go over all matrices of the model; M is
+    here the update without f. Both are 1 for tasks that are equal or share no direction; the more
+    the tasks disagree, the smaller is f_2. A task vector much smaller than the others changes
+    neither. Where tasks oppose each other so much that one of the two is not positive, f is 1. With
+    a number as ``response``, f makes it the mean of the own responses r_t = ⟨M, τ_t⟩/‖τ_t‖².
 
     Source: our own; docs/results.md has the evidence. ``covariance`` uses one of the two sides, and
     ``tsv_m`` makes the directions of the tasks orthogonal but divides none of them.
     Cost: an SVD a task, of r_t triplets, and two eigendecompositions a tensor, in Core Space for
     adapters; all of it twice, as the factor is found first.
-    When to use: adapters of any origin and number. Full fine-tunes: ``denoise+shares``. If a task
-    vector is many times smaller than the others, f_2 is ruled by it and the merge comes out too
-    small: give ``response``.
+    When to use: adapters of any origin and number. Full fine-tunes: ``denoise+shares``.
     """
 
     power: Annotated[
@@ -65,58 +61,40 @@ class Shares(SpectralMerge):
 
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
         """Refuse negative weights; see :meth:`Method.check`."""
-        if min(weights) < 0:
-            raise UsageError(
-                "shares: a weight is negative, and a share of a direction is none. Give weights "
-                "from 0 up."
-            )
+        refuse_negative(self, weights, "a share of a direction is none")
 
     def survey(self, walk: Walk) -> Response:
-        """Measure the own responses of the tasks; see :meth:`Merge.survey`."""
+        """Find the factor; see :meth:`Merge.survey`."""
 
-        def products(deltas: Deltas, tensor: TensorContext) -> Tensor:
-            held = {t: delta for t, delta in deltas.items() if tensor.weights[t]}
-            if not held or is_averaged(list(held.values()), tensor, embeddings=self.embeddings):
-                return torch.cat([own_products(_NOTHING, (), tensor), _no_inputs(tensor)])
-            merged = super(Shares, self).merge(Deltas.of(held), tensor, None)
-            own = {t: delta.scaled(1 / tensor.weights[t]) for t, delta in held.items()}
-            inputs = self._on_inputs(merged, own, tensor)
-            return torch.cat([own_products(merged, own.items(), tensor), inputs])
+        def look_at(deltas: Deltas, tensor: TensorContext) -> tuple[OwnProducts, Tensor]:
+            held = dict(deltas.items())
+            on_inputs = torch.zeros(2, len(tensor.tasks), dtype=torch.float64)
 
-        found = list(walk(products))
-        responses, count, mean = own_responses((rows[:3] for rows in found), self.name)
-        if count == 0:  # no matrix is changed
-            return Response(responses, 1.0)
-        if self.response != "auto":
-            remedy = "Leave response out"
-            return Response(responses, factor_to(self.response, mean, self.name, remedy))
-        agreeing, own, merged = torch.stack(found)[:, 3:].sum(0)
-        # Factors whose terms cancel leave rounding, which is no input to come near on.
-        weights, alive = found[0][2], own > CANCELLED**2 * own.max()
-        share = (weights / torch.where(alive, own, torch.inf))[alive]
-        agreement = float((share * agreeing[alive]).sum())
-        if mean <= 0 or agreement <= 0:  # the tasks oppose each other
-            return Response(responses, 1.0)
-        nearest = agreement / float((share * merged[alive]).sum())
-        return Response(responses, math.sqrt(nearest / mean))
+            def look(space: CoreSpace, tau: dict[int, Tensor]) -> OwnProducts:
+                if not tau:
+                    return OwnProducts.of(_NOTHING, (), tensor)
+                weights = [tensor.weights[t] for t in tau]
+                svds = _svds(tau.values(), space)
+                M = self._merged(list(tau.values()), weights, svds)
+                for t, weight, svd in zip(tau, weights, svds, strict=True):
+                    on_inputs[:, t] = _on_inputs(M, svd, weight)
+                own = [(t, held[t].scaled(1 / tensor.weights[t])) for t in tau]
+                return OwnProducts.of(space.delta(M), own, tensor)
 
-    def _on_inputs(
-        self, merged: Delta, deltas: Mapping[int, Delta], tensor: TensorContext
-    ) -> Tensor:
-        """Return ⟨M, τ_t⟩, ‖τ_t‖² and ‖M‖² on the inputs of each task, (3, T) float64.
+            if is_averaged(list(held.values()), tensor, embeddings=self.embeddings):
+                return OwnProducts.of(_NOTHING, (), tensor), on_inputs
+            return self.in_space(held, tensor, look), on_inputs
 
-        ⟨X, Y⟩ on these inputs is tr(X C_t Yᵀ) = ⟨X τ_tᵀ, Y τ_tᵀ⟩/‖τ_t‖².
-        """
-        found = _no_inputs(tensor)
+        found = list(walk(look_at))
+        own = total_products(products for products, _ in found)
         if self.response == "auto":
-            for t, tau_t in deltas.items():
-                energy = tau_t.frobenius() ** 2
-                if energy:
-                    of_merged, of_task = outer(merged, tau_t), outer(tau_t, tau_t)
-                    found[0, t] = of_merged.inner(of_task) / energy
-                    found[1, t] = of_task.frobenius() ** 2 / energy
-                    found[2, t] = of_merged.frobenius() ** 2 / energy
-        return found
+            factor = _nearest(own, torch.stack([on_inputs for _, on_inputs in found]).sum(0))
+        elif own.alive.any():
+            mean = own.mean_response(self.name)
+            factor = factor_to(self.response, mean, self.name, "Leave response out")
+        else:  # no matrix is changed
+            factor = 1.0
+        return Response(own.responses, factor)
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Response) -> Delta:
         """Merge one tensor; see :meth:`Merge.merge`."""
@@ -128,12 +106,14 @@ class Shares(SpectralMerge):
         self, tau: list[Tensor], weights: list[float], space: CoreSpace, tensor: TensorContext
     ) -> Tensor:
         """Merge one tensor; see :meth:`SpectralMerge.merge_matrices`."""
+        return self._merged(tau, weights, _svds(tau, space))
+
+    def _merged(self, tau: list[Tensor], weights: list[float], svds: list[SVD]) -> Tensor:
+        """Return M, of w_t · τ_t and their SVDs."""
         if len(tau) == 1:
             return tau[0] / weights[0]
-        norms = [float(torch.linalg.vector_norm(tau_t)) for tau_t in tau]
-        svds = [svd_matrix(C, space.noise * norm) for C, norm in zip(tau, norms, strict=True)]
         # √w_t σ_k/‖τ_t‖, the roots of the eigenvalues of w_t C_t and of w_t P_t.
-        roots = [w**0.5 * svd.S / norm for w, svd, norm in zip(weights, svds, norms, strict=True)]
+        roots = [w**0.5 * svd.S / svd.S.norm() for w, svd in zip(weights, svds, strict=True)]
         rows = self._weigh([svd.V for svd in svds], roots)
         columns = self._weigh([svd.U for svd in svds], roots)
         merged = torch.zeros_like(tau[0])
@@ -169,8 +149,32 @@ class Shares(SpectralMerge):
         return weighed
 
 
-def _no_inputs(tensor: TensorContext) -> Tensor:
-    return torch.zeros(3, len(tensor.tasks), dtype=torch.float64)
+def _svds(tau: Iterable[Tensor], space: CoreSpace) -> list[SVD]:
+    norms = [float(torch.linalg.vector_norm(tau_t)) for tau_t in tau]
+    return [svd_matrix(C, space.noise * norm) for C, norm in zip(tau, norms, strict=True)]
+
+
+def _on_inputs(M: Tensor, svd: SVD, weight: float) -> Tensor:
+    """Return w_t tr(M C_t τ_tᵀ) and w_t tr(M C_t Mᵀ), (2,) float64, with the SVD of w_t · τ_t."""
+    share = svd.S / svd.S.norm()
+    MV = M @ svd.V
+    agreeing = (share**2 * svd.S * (svd.U * MV).sum(0)).sum()
+    return torch.stack([agreeing, weight * (MV * share).square().sum()])
+
+
+def _nearest(own: OwnProducts, on_inputs: Tensor) -> float:
+    """Return f = √(f_1 f_2); 1 where tasks oppose each other, or none changes a matrix.
+
+    Args:
+        own: The products over the whole model.
+        on_inputs: Those of :func:`_on_inputs`, (2, T).
+    """
+    agreeing, of_merged = on_inputs[:, own.alive].sum(1).tolist()
+    agreement = own.agreement()
+    if min(agreement, agreeing) <= 0:
+        return 1.0
+    whole = float((own.weights * own.energy)[own.alive].sum())
+    return math.sqrt(whole / agreement * agreeing / of_merged)
 
 
 _NOTHING = LowRank(torch.zeros(1, 0), torch.zeros(0, 1))

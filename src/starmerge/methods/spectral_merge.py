@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -15,6 +15,8 @@ from starmerge.deltas import Delta, Dense, total
 from starmerge.methods.method import Deltas, Merge, TensorContext
 from starmerge.spectral import CoreSpace, core_space, on_best_device
 from starmerge.spectral.metric import Whitening
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,23 +49,42 @@ class SpectralMerge(Merge):
         if is_averaged(list(held.values()), tensor, embeddings=self.embeddings):
             return total(held.values()).scaled(1 / tensor.total_weight)
 
-        inputs = tensor.inputs if self.uses_metric else None
-        whitening = inputs.whitening if inputs is not None else None
-
-        def merge_on(device: torch.device) -> Delta:
-            space = self.space(list(held.values()), device, whitening)
-            tau = {t: C for t, C in zip(held, space.matrices, strict=True) if C.any()}
+        def merge_in(space: CoreSpace, tau: dict[int, Tensor]) -> Delta:
             if not tau:
                 return space.delta(torch.zeros_like(space.matrices[0]))
             weights = [tensor.weights[t] for t in tau]
             merged = self.merge_matrices(list(tau.values()), weights, space, tensor)
             return space.delta(merged) if isinstance(merged, Tensor) else space.product(*merged)
 
-        given = list(held.values())
+        return self.in_space(held, tensor, merge_in)
+
+    def in_space(
+        self,
+        deltas: Mapping[int, Delta],
+        tensor: TensorContext,
+        work: Callable[[CoreSpace, dict[int, Tensor]], _T],
+    ) -> _T:
+        """Return ``work(space, tau)``, on the best device, for one tensor's deltas.
+
+        Args:
+            deltas: w_t · τ_t by task; one or more.
+            tensor: The tensor.
+            work: Is called with the space to merge in and, by task, the matrices there that are not
+                zero, (p, q) float64.
+        """
+        given = list(deltas.values())
+        inputs = tensor.inputs if self.uses_metric else None
+        whitening = inputs.whitening if inputs is not None else None
+
+        def work_on(device: torch.device) -> _T:
+            space = self.space(given, device, whitening)
+            tau = {t: C for t, C in zip(deltas, space.matrices, strict=True) if C.any()}
+            return work(space, tau)
+
         beside = self.extra_memory(given)
         if whitening is not None:
             beside += 3 * whitening.L.nbytes
-        return on_best_device(given, merge_on, beside=beside)
+        return on_best_device(given, work_on, beside=beside)
 
     def extra_memory(self, deltas: Sequence[Delta]) -> int:
         """Return the bytes that merging takes beside what merges in Core Space usually do."""

@@ -10,9 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from starmerge.deltas import Delta, Dense, total
-from starmerge.errors import UsageError
 from starmerge.methods.entrywise import panels
-from starmerge.methods.method import Deltas, Merge, TensorContext, method
+from starmerge.methods.method import Deltas, Merge, TensorContext, method, refuse_negative
 from starmerge.methods.spectral_merge import is_averaged
 from starmerge.spectral import core_space, on_best_device
 
@@ -59,11 +58,7 @@ class Wudi(Merge):
 
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
         """Refuse negative weights; see :meth:`Method.check`."""
-        if min(weights) < 0:
-            raise UsageError(
-                "wudi: a weight is negative, and the method lessens a weighted sum of squares. "
-                "Give weights from 0 up."
-            )
+        refuse_negative(self, weights, "the method lessens a weighted sum of squares")
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Merge one tensor; see :meth:`Merge.merge`."""
