@@ -27,6 +27,7 @@ from starmerge.spectral.metric import Inputs
 from tests.calibration.tiny import store
 from tests.conftest import MakeAdapter, MakeFinetune, MakeMetric
 from tests.merge_one import merge_one
+from tests.oracles import samples
 
 _Q = "model.layers.0.self_attn.q_proj.weight"
 _V = "model.layers.1.self_attn.v_proj.weight"
@@ -297,6 +298,43 @@ def test_embeddings_of_full_finetunes_need_a_moment_only_where_they_are_merged(
     }
     with pytest.raises(UsageError, match=r"inputs of model.embed_tokens.weight"):
         make_plan(make_recipe(recipe), tmp_path / "out")
+
+
+@pytest.mark.usefixtures("unread")
+def test_an_adapter_on_embeddings_needs_their_moment_which_no_metric_has(
+    tiny_base: Path, make_adapter: MakeAdapter, make_metric: MakeMetric, tmp_path: Path
+) -> None:
+    models = {"one": make_adapter("one", target_modules=["q_proj", "embed_tokens"])}
+    for method in ("star", "tsv_m"):
+        with pytest.raises(UsageError, match=r"inputs of model.embed_tokens.weight"):
+            _plan(tiny_base, models, tmp_path / "out", method, make_metric())
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_auto_goes_by_the_prompts_of_the_metric(
+    full: bool,
+    tiny_base: Path,
+    adapters: dict[str, Path],
+    make_finetune: MakeFinetune,
+    make_metric: MakeMetric,
+    tmp_path: Path,
+) -> None:
+    models = {**adapters, **({"full": make_finetune("full", seed=3)} if full else {})}
+    whitened = "denoise+tsv_m+own_response" if full else "tsv_m+own_response"
+    for tasks, chain, why in (
+        ([], whitened, "there is a metric of the inputs."),
+        (["two"], whitened, f"without prompts of one{', full' if full else ''}."),
+        ([*models], "regmean", "there are prompts of every task."),
+    ):
+        metric = make_metric(tasks=tasks, name=f"{len(tasks)}.safetensors")
+        plan = _plan(tiny_base, models, tmp_path / "out", "auto", metric)
+        assert plan.pipeline.name == chain
+        assert plan.reason is not None
+        assert plan.reason.endswith(why)
+        vectors = sm.load_task_vectors(tiny_base, models)
+        merged = vectors.merge("auto", metric=metric)
+        for name, delta in vectors.merge(chain, metric=metric).items():
+            np.testing.assert_array_equal(samples.exact(merged[name]), samples.exact(delta))
 
 
 @pytest.mark.usefixtures("unread")

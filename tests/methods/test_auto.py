@@ -24,19 +24,26 @@ def test_in_memory_it_is_the_chain_for_the_kind_of_the_models(kind, weights):
     np.testing.assert_array_equal(found, spectral.merged(chain, deltas, weights))
 
 
-def test_the_choice_goes_by_kind_and_metric_and_not_by_order():
-    names = {
-        choice: make_pipeline("auto").chosen(**dict(zip(KNOWN, choice, strict=True)))[0].name
-        for choice in [(d, m, p) for d in (0, 1) for m, p in ((0, 0), (1, 0), (1, 1))]
-    }
-    assert names == {
-        (0, 0, 0): "shares",
-        (1, 0, 0): "denoise+shares",
-        (0, 1, 0): "tsv_m+own_response",
-        (1, 1, 0): "denoise+tsv_m+own_response",
-        (0, 1, 1): "regmean",
-        (1, 1, 1): "regmean",
-    }
+@pytest.mark.parametrize("has_dense", [False, True])
+@pytest.mark.parametrize(
+    ("prompts", "chain", "why"),
+    [
+        (None, "shares", "nothing is known of the inputs."),
+        ([], "tsv_m+own_response", "there is a metric of the inputs."),
+        (["b"], "tsv_m+own_response", "a metric of the inputs, without prompts of a, c."),
+        (["c", "a", "b", "d"], "regmean", "there are prompts of every task."),
+    ],
+)
+def test_the_choice_goes_by_kind_and_metric(has_dense, prompts, chain, why):
+    found, reason = make_pipeline("auto").chosen(
+        ["a", "b", "c"], has_dense=has_dense, prompts=prompts
+    )
+    before = "denoise+" if has_dense and chain != "regmean" else ""
+    assert found.name == before + chain
+    assert reason.endswith(why)
+
+
+def test_the_choice_does_not_go_by_order():
     deltas = samples.task_deltas("mixed", 30, 20)
     first = spectral.merged("auto", deltas)
     for order in list(permutations(range(4)))[1::7]:
@@ -44,12 +51,9 @@ def test_the_choice_goes_by_kind_and_metric_and_not_by_order():
         spectral.assert_close(found, first, deltas, times=2)
 
 
-KNOWN = ("has_dense", "has_metric", "has_prompts")
-
-
 def test_other_chains_stay_as_they_are():
     chain = make_pipeline("star+ties")
-    assert chain.chosen(has_dense=True, has_metric=True) == (chain, None)
+    assert chain.chosen(has_dense=True, prompts=[]) == (chain, None)
 
 
 @pytest.mark.parametrize("copies", [1, 2, 10])

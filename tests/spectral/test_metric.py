@@ -67,10 +67,12 @@ def test_a_delta_goes_and_comes_back(kind, side):
         assert energy == pytest.approx(np.trace(products), rel=1e-12)
 
 
-def test_rounding_the_factors_of_a_restored_delta_loses_no_more_than_rounding_itself():
+@pytest.mark.parametrize("side", SIDES)
+def test_rounding_the_factors_of_a_restored_delta_loses_no_more_than_rounding_itself(side):
     n = 60
-    inputs, _ = metric.inputs_of(n, k=1)  # one direction has all but the ridge
-    (delta,) = samples.task_deltas("low-rank", 20, n)[2:3]
+    inputs, _ = metric.inputs_of(n, k=1, side=side)  # one direction has all but the ridge
+    shape = (20, n) if side == "columns" else (n, 20)
+    (delta,) = samples.task_deltas("low-rank", *shape)[2:3]
     restored = inputs.whitening.restore(inputs.whitening.whiten(delta))
     rounded = LowRank(restored.B.float(), restored.A.float(), restored.scale)
     tau = samples.exact(delta)

@@ -305,9 +305,9 @@ def choose(
 ) -> tuple[Pipeline, str | None]:
     """Return the chain that merges some models, and the reason if ``auto`` stands for it."""
     return pipeline.chosen(
+        [model.name for model in models],
         has_dense=any(model.rank(name) is None for model in models for name in model.tensors),
-        has_metric=metric is not None,
-        has_prompts=metric is not None and {model.name for model in models} <= set(metric.tasks),
+        prompts=None if metric is None else metric.tasks,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,26 +40,28 @@ class Auto(Merge):
     """
 
     def choose(
-        self, *, has_dense: bool, has_metric: bool = False, has_prompts: bool = False
+        self, models: Sequence[str] = (), *, has_dense: bool, prompts: Collection[str] | None = None
     ) -> Choice:
         """Return the chain for some models.
 
         Args:
+            models: Their names.
             has_dense: Whether one of them is a full fine-tune.
-            has_metric: Whether there is a metric of the inputs.
-            has_prompts: Whether that has moments of each model's own prompts.
+            prompts: Those of whose prompts the metric has moments; None: there is no metric.
         """
         before: tuple[Method, ...] = (Denoise(),) if has_dense else ()
-        models = "models that hold whole tensors" if has_dense else "adapters alone"
-        if has_prompts:
-            steps: tuple[Method, ...] = (RegMean(),)
-            why = "there are prompts of every task"
-        elif has_metric:
-            steps, why = (*before, TsvM(), OwnResponse()), "there is a metric of the inputs"
-        else:
+        kind = "models that hold whole tensors" if has_dense else "adapters alone"
+        lacking = [model for model in models if prompts is not None and model not in prompts]
+        if prompts is None:
             steps, why = (*before, Shares()), "nothing is known of the inputs"
+        elif prompts and not lacking:
+            steps, why = (RegMean(),), "there are prompts of every task"
+        else:
+            steps, why = (*before, TsvM(), OwnResponse()), "there is a metric of the inputs"
+            if prompts:
+                why += f", without prompts of {', '.join(lacking)}"
         name = "+".join(step.name for step in steps)
-        return Choice(steps, f"auto takes {name}: there are {models}, and {why}.")
+        return Choice(steps, f"auto takes {name}: there are {kind}, and {why}.")
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Never called: the chain that is chosen merges."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -99,20 +99,18 @@ class Pipeline:
         return cls(tuple(step for step in steps if isinstance(step, Transform)), merge, post_steps)
 
     def chosen(
-        self, *, has_dense: bool, has_metric: bool = False, has_prompts: bool = False
+        self, models: Sequence[str] = (), *, has_dense: bool, prompts: Collection[str] | None = None
     ) -> tuple[Pipeline, str | None]:
         """Return the chain to merge with, and the reason if it is one that ``auto`` stands for.
 
         Args:
-            has_dense: Whether one of the models is a full fine-tune.
-            has_metric: Whether there is a metric of the inputs.
-            has_prompts: Whether that has moments of each model's own prompts.
+            models: Names of the models.
+            has_dense: Whether one of them is a full fine-tune.
+            prompts: Those of whose prompts the metric has moments; None: there is no metric.
         """
         if not isinstance(self.merge, Auto):
             return self, None
-        choice = self.merge.choose(
-            has_dense=has_dense, has_metric=has_metric, has_prompts=has_prompts
-        )
+        choice = self.merge.choose(models, has_dense=has_dense, prompts=prompts)
         return Pipeline.of(choice.steps), choice.reason
 
     @property

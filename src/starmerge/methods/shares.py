@@ -144,7 +144,7 @@ class Shares(SpectralMerge):
             X = factor @ W
             if self.power != 1:
                 P, s, Qh = torch.linalg.svd(X, full_matrices=False)
-                X = (P * torch.where(s > 1e-12 * s[:1], s ** (2 * self.power - 1), 0.0)) @ Qh
+                X = (P * s ** (2 * self.power - 1)) @ Qh
             weighed.append(X @ W)
         return weighed
 
