@@ -108,3 +108,14 @@ def test_recipe_report_and_card_have_the_chain_and_the_reason(
     merged = vectors.merge("auto")
     for name, delta in vectors.merge(chain).items():
         np.testing.assert_array_equal(samples.exact(merged[name]), samples.exact(delta))
+
+
+def test_what_the_chain_refuses_is_told_with_the_reason_for_the_chain(
+    tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    models = [make_adapter("one", seed=1), make_adapter("two", seed=2)]
+    message = r"shares: a weight is negative.*\(auto takes shares: there are adapters alone"
+    with pytest.raises(UsageError, match=message):
+        sm.merge(tiny_base, models, Auto(), output=tmp_path / "out", weights=[2, -1])
+    with pytest.raises(UsageError, match=r"from 0 up\.$"):
+        sm.merge(tiny_base, models, "shares", output=tmp_path / "out", weights=[2, -1])

@@ -248,6 +248,7 @@ def test_the_sentence_says_how_sure_the_choice_is() -> None:
         (["star", "average", sm.Star(eta=60), sm.Star(eta=60)], "star:eta=60.0 is given twice"),
         (["star", "averge"], "Did you mean 'average'"),
         (["star", "emr"], "emr makes a model for each task"),
+        (["star", "regmean"], r"regmean merges by a metric of the inputs.*merge --metric"),
     ],
 )
 def test_wrong_candidates_are_refused_before_anything_is_read(

@@ -277,7 +277,10 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
     is_static = pipeline.merge.is_static
     tensors = lay_out(base, models, dtype=recipe.dtype, is_static=is_static)
     weights = [entry.weight for entry in recipe.models]
-    tensors = check_merge(pipeline, base, models, weights, tensors, metric)
+    try:
+        tensors = check_merge(pipeline, base, models, weights, tensors, metric)
+    except UsageError as error:  # names a method that the user did not ask for
+        raise UsageError(f"{error} ({reason})" if reason else str(error)) from error
     if not is_static:
         check_task_names([model.name for model in models])
     plan = Plan(recipe, pipeline, base, models, tensors, output, overwrite, reason, metric)

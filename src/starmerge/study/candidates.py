@@ -55,8 +55,8 @@ def named_candidates(
     """Return candidates by name, in their order; by default :func:`default_candidates`.
 
     Raises:
-        UsageError: There are fewer than two, two are the same, one is unknown or makes a model for
-            each task.
+        UsageError: There are fewer than two, two are the same, one is unknown, makes a model for
+            each task or needs a metric.
     """
     if isinstance(candidates, str | Method | Pipeline):
         candidates = [candidates]
@@ -65,6 +65,11 @@ def named_candidates(
     for chain in chains:
         check_static(chain)
         name = candidate_name(chain)
+        if chain.needs_moments:
+            raise UsageError(
+                f"The candidate {name} merges by a metric of the inputs, and a race has none. "
+                "Leave it out, or merge at once with `starmerge merge --metric`."
+            )
         if name in found:
             raise UsageError(
                 f"The candidate {name} is given twice: a chain with the same parameters. Leave one "
