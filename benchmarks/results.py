@@ -56,7 +56,7 @@ from starmerge.merging.apply import apply
 from starmerge.merging.task_vectors import TaskVectors, load_task_vectors
 from starmerge.methods import make_pipeline
 from starmerge.study.figures import COLOURS, plot_scores
-from starmerge.training.lora import LoraRecipe, finetune
+from starmerge.training.finetuning import TrainingRecipe, finetune
 
 HERE = Path(__file__).parent
 STUDY, STORE = HERE / "results.yaml", HERE / "results.jsonl"
@@ -82,7 +82,7 @@ class Pool:
     about: str
     folder: str | None
     """Name of the folder that has the adapters; None: they come with the package."""
-    recipes: Mapping[str, LoraRecipe]
+    recipes: Mapping[str, TrainingRecipe]
     """By task; of the pool's own adapters."""
     included: Pool | None
     """A pool whose adapters belong to this one too."""
@@ -148,8 +148,8 @@ class Study:
         ]
 
 
-def _recipe(options: Mapping[str, Any]) -> LoraRecipe:
-    return LoraRecipe(**{**options, **_tuples(options)})
+def _recipe(options: Mapping[str, Any]) -> TrainingRecipe:
+    return TrainingRecipe(**{**options, **_tuples(options)})
 
 
 def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,13 +248,15 @@ def train(pool: Pool, pools: Path, base: Path) -> None:
             )
 
 
-def as_command(task: str, recipe: LoraRecipe, output: Path) -> str:
+def as_command(task: str, recipe: TrainingRecipe, output: Path) -> str:
     """Return the ``starmerge finetune`` that trains an adapter."""
-    default = LoraRecipe()
+    default = TrainingRecipe()
     options = []
-    for option in ("seed", "rank", "alpha", "targets", "dtype"):
+    for option in ("full", "seed", "rank", "alpha", "targets", "dtype"):
         value = getattr(recipe, option)
-        if option == "seed" or value != getattr(default, option):
+        if value is True:
+            options.append(f"--{option}")
+        elif option == "seed" or value != getattr(default, option):
             text = ",".join(value) if isinstance(value, tuple) else f"{value}"
             options += [f"--{option}", text]
     rest = shlex.join(["-t", task, "-o", str(output), *options])

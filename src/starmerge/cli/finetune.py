@@ -22,27 +22,34 @@ def finetune(
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder to create for the adapter.")
+        Path, typer.Option("--output", "-o", help="Folder to create for adapter or model.")
     ],
+    full: Annotated[
+        bool, typer.Option("--full", help="Train all weights and save a whole model, no adapter.")
+    ] = False,
     rank: Annotated[int, typer.Option("--rank", "-r", min=1, help="Rank of the adapter.")] = 16,
     alpha: Annotated[float, typer.Option(help="Scale: the update is alpha/rank · B·A.")] = 32,
     targets: Annotated[
         str, typer.Option(help="Modules to adapt, separated by commas.")
     ] = "q_proj,v_proj",
-    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Highest learning rate.", show_default="1e-3; with --full 5e-5"),
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training rows.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 8,
     rows: Annotated[int, typer.Option(min=1, help="Training rows at most.")] = 1000,
     test_rows: Annotated[int, typer.Option(min=1, help="Held-out rows to score.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of the initial A and of the row order.")] = 0,
     dtype: Annotated[
-        str, typer.Option(help="Dtype to store the adapter in: float32, bfloat16 or float16.")
+        str, typer.Option(help="Dtype to store what is trained in: float32, bfloat16 or float16.")
     ] = "float32",
 ) -> None:
-    """Train a LoRA adapter on a task and score it on held-out rows.
+    """Train a LoRA adapter, or all weights, on a task and score the result on held-out rows.
 
     The adapter trains in float32 on the base's own dtype, with the loss on the answer alone. It is
-    saved in PEFT's layout, with a card that says how it was made and what it scores.
+    saved in PEFT's layout, with a card that says how it was made and what it scores. --full trains
+    the whole model in float32, for which memory must hold its weights four times.
 
     Example: starmerge finetune HuggingFaceTB/SmolLM2-135M-Instruct -t digits -o adapters/digits
     """
@@ -51,10 +58,10 @@ def finetune(
     from starmerge.errors import UsageError
     from starmerge.evaluation.task import Task
     from starmerge.evaluation.tasks import find_task
-    from starmerge.training.lora import AdapterDtype, LoraRecipe
-    from starmerge.training.lora import finetune as train
+    from starmerge.training.finetuning import StoredDtype, TrainingRecipe
+    from starmerge.training.finetuning import finetune as train
 
-    known = AdapterDtype.__args__  # type: ignore[attr-defined]
+    known = StoredDtype.__args__  # type: ignore[attr-defined]
     if dtype not in known:
         raise UsageError(f"--dtype {dtype} is not one of {', '.join(known)}.")
     check_output(output, overwrite=False)
@@ -62,7 +69,14 @@ def finetune(
     if not isinstance(chosen, Task):
         raise UsageError(f"{task} is a task of images: starmerge trains language models.")
     source = resolve(base)
-    recipe = LoraRecipe(
+    adapter = TrainingRecipe()
+    if full and (rank, alpha, targets) != (adapter.rank, adapter.alpha, ",".join(adapter.targets)):
+        raise UsageError(
+            "--rank, --alpha and --targets are an adapter's, and with --full there is none. Leave "
+            "them out."
+        )
+    recipe = TrainingRecipe(
+        full=full,
         rank=rank,
         alpha=alpha,
         targets=tuple(targets.split(",")),
@@ -89,4 +103,4 @@ def finetune(
         f"steps, held-out {result.score.metric} {result.score.value:.3f} "
         f"[{result.score.low:.3f}, {result.score.high:.3f}], n = {result.score.n}"
     )
-    print(f"Adapter: {output}")
+    print(f"{'Model' if full else 'Adapter'}: {output}")

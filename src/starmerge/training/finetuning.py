@@ -1,7 +1,8 @@
-"""Fine-tuning: a LoRA adapter for one task, with PEFT.
+"""Fine-tuning on one task: of a LoRA adapter, with PEFT, or of the whole model.
 
-The recipe is made for small models on small machines: the base stays in the dtype it is stored in,
-the adapter trains in float32, and the loss and the LM head see the answer's positions only.
+The recipe is made for small models on small machines: under an adapter the base stays in the dtype
+it is stored in, all that is trained is float32, and the loss and the LM head see the answer's
+positions only.
 """
 
 from __future__ import annotations
@@ -23,20 +24,24 @@ from starmerge.evaluation.scoring import LocalModel, ask, prompter_of, scored
 from starmerge.evaluation.task import Task
 from starmerge.progress import progress_bar
 
-AdapterDtype = Literal["float32", "bfloat16", "float16"]
+StoredDtype = Literal["float32", "bfloat16", "float16"]
 
 WARMUP = 0.06
 """Share of the steps in which the learning rate rises."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraRecipe:
+class TrainingRecipe:
     """The settings of one fine-tuning run; the defaults learn short tasks in one epoch."""
 
+    full: bool = False
+    """Whether all weights are trained; else an adapter is."""
     rank: int = 16
     alpha: float = 32
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    learning_rate: float = 1e-3
+    """Rank, scale and modules are the adapter's."""
+    learning_rate: float | None = None
+    """The highest; None: 1e-3 for an adapter, 5e-5 for all weights."""
     epochs: int = 1
     batch_size: int = 8
     rows: int = 1000
@@ -45,8 +50,15 @@ class LoraRecipe:
     """Held-out rows scored at the end."""
     seed: int = 0
     """Seeds the adapter's initial A and the order of the rows."""
-    dtype: AdapterDtype = "float32"
-    """Dtype in which the adapter is stored."""
+    dtype: StoredDtype = "float32"
+    """Dtype in which what was trained is stored."""
+
+    @property
+    def highest_rate(self) -> float:
+        """The learning rate after the warm-up."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 5e-5 if self.full else 1e-3
 
 
 @dataclass(frozen=True)
@@ -56,27 +68,27 @@ class Finetuned:
     losses: tuple[float, ...]
     """Mean cross-entropy (nats per answer token), step by step."""
     score: Score
-    """By greedy generation on held-out rows, of the adapter as stored."""
+    """By greedy generation on held-out rows, of what is stored."""
 
 
 def finetune(
     base: Path,
     task: Task,
     output: Path,
-    recipe: LoraRecipe,
+    recipe: TrainingRecipe,
     *,
     base_name: str | None = None,
     command: str | None = None,
     progress: bool = False,
 ) -> Finetuned:
-    """Train a LoRA adapter on a task's training rows and save it in PEFT's layout.
+    """Train on a task's training rows; save an adapter in PEFT's layout, or a whole model.
 
     Args:
         base: Folder of a causal language model.
         task: The task; its test rows are never trained on.
         output: Folder to create.
         recipe: The settings.
-        base_name: Name of the base to store in the adapter's config; default: the folder.
+        base_name: Name of the base for the adapter's config and the card; default: the folder.
         command: The command that repeats the run, for the card.
         progress: Whether to show a progress bar.
 
@@ -85,14 +97,42 @@ def finetune(
             too few rows.
         StarmergeError: The loss became NaN or infinite.
     """
-    from peft import LoraConfig, get_peft_model  # noqa: PLC0415
-
     examples = task.examples("test", recipe.test_rows)
     # The CPU's flash attention has a slow backward pass.
-    model, tokenizer = load_model(base, attn_implementation="eager")
+    model, tokenizer = load_model(
+        base, dtype="float32" if recipe.full else "auto", attn_implementation="eager"
+    )
     # PEFT stores this name in the adapter's config.
     model.name_or_path = base_name or str(base)
     torch.manual_seed(recipe.seed)
+    adapted = model if recipe.full else _adapted(model, recipe)
+    losses = _train(model, tokenizer, task, recipe, progress=progress)
+
+    stored = getattr(torch, recipe.dtype)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            rounded = parameter.data.to(stored)
+            # A whole model answers in float32, with the values that are stored.
+            parameter.data = rounded.float() if recipe.full else rounded
+    with progress_bar(f"scoring {task.name}", len(examples), show=progress) as advance:
+        answers = ask(LocalModel(adapted.eval(), tokenizer), task, examples, advance=advance)
+    score = scored(task, examples, answers)
+    result = Finetuned(tuple(losses), score)
+    with output_folder(output) as folder:
+        if recipe.full:
+            model.to(stored).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        else:
+            # Only the adapter: "auto" would ask the Hub for the base's vocabulary.
+            adapted.save_pretrained(folder, save_embedding_layers=False)
+        _write_card(folder, task, recipe, result, model.name_or_path, command)
+    return result
+
+
+def _adapted(model: Any, recipe: TrainingRecipe) -> Any:
+    """Put an adapter into a model, whose own weights are trained no more, and return both."""
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415
+
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,
@@ -100,27 +140,13 @@ def finetune(
         task_type="CAUSAL_LM",
     )
     try:
-        adapted = get_peft_model(model, config)
+        return get_peft_model(model, config)
     except ValueError as error:
-        raise UsageError(f"{base} cannot be adapted: {error}") from error
-    losses = _train(adapted, tokenizer, task, recipe, progress=progress)
-
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(getattr(torch, recipe.dtype))
-    with progress_bar(f"scoring {task.name}", len(examples), show=progress) as advance:
-        answers = ask(LocalModel(adapted.eval(), tokenizer), task, examples, advance=advance)
-    score = scored(task, examples, answers)
-    # Only the adapter: "auto" would ask the Hub for the base's vocabulary.
-    result = Finetuned(tuple(losses), score)
-    with output_folder(output) as folder:
-        adapted.save_pretrained(folder, save_embedding_layers=False)
-        _write_card(folder, task, recipe, result, model.name_or_path, command)
-    return result
+        raise UsageError(f"{model.name_or_path} cannot be adapted: {error}") from error
 
 
 def _train(
-    model: Any, tokenizer: Any, task: Task, recipe: LoraRecipe, *, progress: bool
+    model: Any, tokenizer: Any, task: Task, recipe: TrainingRecipe, *, progress: bool
 ) -> list[float]:
     """Run the training loop; return the loss of each step."""
     from transformers import get_linear_schedule_with_warmup  # noqa: PLC0415
@@ -131,7 +157,7 @@ def _train(
     steps = recipe.epochs * -(-len(rows) // recipe.batch_size)
     optimizer = torch.optim.AdamW(
         (parameter for parameter in model.parameters() if parameter.requires_grad),
-        lr=recipe.learning_rate,
+        lr=recipe.highest_rate,
         weight_decay=0.0,
     )
     schedule = get_linear_schedule_with_warmup(optimizer, int(WARMUP * steps), steps)
@@ -169,32 +195,34 @@ def _loss(model: Any, rows: Sequence[tuple[list[int], list[int]]], pad: int) -> 
         ids[row, :end] = torch.tensor(prompt + answer)
         mask[row, :end] = 1
         answers[row, len(prompt) : end] = 1
-    causal = model.get_base_model()
-    hidden = causal.get_decoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+    hidden = model.get_decoder()(input_ids=ids, attention_mask=mask).last_hidden_state
     # The state before each answer token predicts it.
-    logits = causal.get_output_embeddings()(hidden[:, :-1][answers[:, 1:].bool()])
+    logits = model.get_output_embeddings()(hidden[:, :-1][answers[:, 1:].bool()])
     return torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][answers[:, 1:].bool()])
 
 
 def _write_card(
     output: Path,
     task: Task,
-    recipe: LoraRecipe,
+    recipe: TrainingRecipe,
     result: Finetuned,
     base_name: str,
     command: str | None,
 ) -> None:
-    """Replace PEFT's template card by one that says how the adapter was made."""
+    """Write a card that says how the model was made, in the place of PEFT's template."""
     from huggingface_hub import ModelCard, ModelCardData  # noqa: PLC0415
 
-    data = ModelCardData(base_model=base_name, library_name="peft", tags=["lora", "starmerge"])
+    library, tags = ("transformers", []) if recipe.full else ("peft", ["lora"])
+    data = ModelCardData(base_model=base_name, library_name=library, tags=[*tags, "starmerge"])
     score, tail = result.score, result.losses[-20:]
-    settings = f"LoRA r {recipe.rank}, alpha {recipe.alpha:g}, on {', '.join(recipe.targets)}"
+    targets = ", ".join(recipe.targets)
+    adapter = f"LoRA r {recipe.rank}, alpha {recipe.alpha:g}, on {targets}"
+    settings = "All weights" if recipe.full else adapter
     lines = [
         f"---\n{data.to_yaml()}\n---",
         f"# {task.name}",
         f"{settings}; {recipe.epochs} epoch(s), at most {recipe.rows} rows, batch "
-        f"{recipe.batch_size}, learning rate {recipe.learning_rate:g}, seed {recipe.seed}, "
+        f"{recipe.batch_size}, learning rate {recipe.highest_rate:g}, seed {recipe.seed}, "
         f"stored in {recipe.dtype}.",
         f"- Task: {task.description or task.name} (rows from {task.where})",
         f"- Training loss over the last {len(tail)} steps: {sum(tail) / len(tail):.3f} "

@@ -1,4 +1,4 @@
-"""Fine-tuning: it learns, repeats itself, and leaves an adapter that can be merged."""
+"""Fine-tuning: it learns, repeats itself, and leaves what can be merged."""
 
 import json
 import random
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import starmerge as sm
 from starmerge.evaluation.sources import GeneratorSource
 from starmerge.evaluation.task import Task
-from starmerge.training.lora import LoraRecipe, finetune
+from starmerge.training.finetuning import TrainingRecipe, finetune
 
 _COLOURS = ("red", "green", "blue", "black")
 
@@ -35,7 +35,7 @@ def _task() -> Task:
     )
 
 
-_RECIPE = LoraRecipe(
+_RECIPE = TrainingRecipe(
     rank=4, alpha=16, learning_rate=5e-3, rows=96, test_rows=16, batch_size=8, dtype="bfloat16"
 )
 
@@ -72,9 +72,25 @@ def test_learns_repeats_itself_and_can_be_merged(smollm2: Path, tmp_path: Path) 
 
 def test_another_seed_gives_another_adapter(smollm2: Path, tmp_path: Path) -> None:
     for seed in (1, 2):
-        recipe = LoraRecipe(rank=2, rows=8, test_rows=1, seed=seed)
+        recipe = TrainingRecipe(rank=2, rows=8, test_rows=1, seed=seed)
         finetune(smollm2, _task(), tmp_path / str(seed), recipe)
     first, second = (
         load_file(tmp_path / name / "adapter_model.safetensors") for name in ("1", "2")
     )
     assert all(not torch.equal(first[key], second[key]) for key in first if "lora_A" in key)
+
+
+def test_all_weights_are_trained_and_stored(smollm2: Path, tmp_path: Path) -> None:
+    recipe = TrainingRecipe(full=True, rows=24, test_rows=2, dtype="bfloat16")
+    result = finetune(smollm2, _task(), tmp_path / "full", recipe, base_name="the/base")
+    assert result.losses[-1] < result.losses[0]
+    card = ModelCard.load(tmp_path / "full" / "README.md")
+    assert (card.data.base_model, card.data.library_name) == ("the/base", "transformers")
+    assert "All weights; 1 epoch(s)" in card.text
+    assert "learning rate 5e-05" in card.text
+    weights = load_file(tmp_path / "full" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    vectors = sm.load_task_vectors(smollm2, [tmp_path / "full"])
+    merged = vectors.merge("average")
+    assert len(merged) == len(weights)
+    assert not any(delta.is_zero() for name, delta in merged.items() if "proj" in name)
