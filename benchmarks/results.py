@@ -133,8 +133,8 @@ class Study:
                 name,
                 pool["role"],
                 pool["about"],
-                None if pool.get("shipped") else pool.get("folder", name),
-                {task: _recipe(pool["lora"] | own) for task, own in pool["models"].items()},
+                None if pool.get("shipped") else name,
+                {task: _recipe(pool["options"] | own) for task, own in pool["models"].items()},
                 self.pools[pool["includes"]] if "includes" in pool else None,
             )
         self.runs = [
@@ -483,17 +483,20 @@ def tables(study: Study, store: Store) -> str:
     """Return the Markdown tables of docs/results.md."""
     parts = []
     found = by_place(study, store)
+    if found:
+        parts += [
+            "### auto beside star, average and the best other method",
+            differences_table(found),
+        ]
     for (name, scorer), columns in found.items():
         pool = study.pools[name]
         rows = next(iter(columns[0].tuned.values())).n
         parts.append(f"### {name}, scorer {scorer}, {rows} rows a task")
         parts.append(f"{pool.role}: {pool.about}.")
         parts.append(averages_table(columns))
-        parts += [gains_table(columns, reference) for reference in REFERENCES]
         reasons = {m: why for column in columns for m, why in column.refused.items()}
         parts += [f"- {method} is refused: {why}" for method, why in reasons.items()]
     if found:
-        parts += ["### auto and the best other method", best_table(found)]
         parts.append("### Accuracy, task by task")
         parts += [accuracy_table(columns[-1]) for columns in found.values()]
     neutral = neutral_table(study, store)
@@ -511,32 +514,21 @@ def averages_table(columns: Sequence[Comparison]) -> str:
     return "\n".join(lines)
 
 
-def gains_table(columns: Sequence[Comparison], reference: str) -> str:
-    """Return the paired differences to a reference; clear ones are bold."""
-    lines = [_header(f"− {reference}", columns)]
-    for method in _methods(columns):
-        if method != reference:
-            both = [_has(c, method) and _has(c, reference) for c in columns]
-            cells = [
-                _shown(c.gain(method, reference)) if has else "–"
-                for c, has in zip(columns, both, strict=True)
-            ]
-            lines.append(_line(method, cells))
-    return "\n".join(lines)
-
-
-def best_table(found: Mapping[tuple[str, str], Sequence[Comparison]]) -> str:
-    """Return auto's paired difference to whichever other method did best on the same rows."""
+def differences_table(found: Mapping[tuple[str, str], Sequence[Comparison]]) -> str:
+    """Return auto's paired differences to the references, and to the best method of all others."""
     lines = [
-        "| pool | scorer | n | methods | best other | auto − best other |",
-        "|---|---|---:|---:|---|---:|",
+        "| pool | scorer | n | "
+        + "".join(f"{AUTO} − {reference} | " for reference in REFERENCES)
+        + f"methods | best other | {AUTO} − best other |",
+        "|---|---|---:|" + "---:|" * len(REFERENCES) + "---:|---|---:|",
     ]
     for (name, scorer), columns in found.items():
         for column in columns:
-            if AUTO in column.scores and len(column.scores) > 1:
+            if {AUTO, *REFERENCES} <= column.scores.keys():
                 best = column.best(without=AUTO)
-                cells = [scorer, column.count, len(column.scores), f"`{best}`"]
-                lines.append(_line(name, [*cells, _shown(column.gain(AUTO, best))], code=False))
+                gains = [_shown(column.gain(AUTO, other)) for other in (*REFERENCES, best)]
+                cells = [scorer, column.count, *gains[:-1], len(column.scores), f"`{best}`"]
+                lines.append(_line(name, [*cells, gains[-1]], code=False))
     return "\n".join(lines)
 
 
