@@ -8,7 +8,7 @@ from typing import Any
 
 from starmerge.errors import UsageError
 from starmerge.merging.in_memory import check_static
-from starmerge.methods.method import METHODS, Method
+from starmerge.methods.method import Method
 from starmerge.methods.pipeline import Pipeline, as_pipeline, make_pipeline
 
 _DEFAULTS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -22,16 +22,12 @@ _DEFAULTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("covariance+own_response", {}),
 )
 """The default candidates, in the order in which they are preferred where rows cannot tell; the
-place to add one. A chain with a method that is not registered takes no part."""
+place to add one."""
 
 
 def default_candidates() -> list[Pipeline]:
     """Return the candidates that race unless others are given."""
-    return [
-        make_pipeline(chain, parameters)
-        for chain, parameters in _DEFAULTS
-        if METHODS.keys() >= set(chain.split("+"))
-    ]
+    return [make_pipeline(chain, parameters) for chain, parameters in _DEFAULTS]
 
 
 def candidate_name(pipeline: Pipeline) -> str:
