@@ -10,7 +10,7 @@ from starmerge.deltas import Dense, LowRank
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.in_memory import merge_state
 from starmerge.methods import Shares, make_method
-from tests.oracles import bounds, samples, shares, spectral
+from tests.oracles import bounds, own_response, samples, shares, spectral
 
 WEIGHTS = [1.0, 0.5, 2.0, 4.0]
 
@@ -21,11 +21,8 @@ def matrices(deltas):
 
 def scaled(merged, deltas, response, weights=None):
     """The merge of one tensor, with the factor that gives the mean own response."""
-    weights = [1.0] * len(deltas) if weights is None else weights
-    r = shares.responses([{"weight": delta} for delta in deltas], {"weight": merged})
-    alive = [(w, r_t) for w, r_t, delta in zip(weights, r, deltas, strict=True) if np.any(delta)]
-    mean = sum(w * r_t for w, r_t in alive) / sum(w for w, _ in alive)
-    return response / mean * merged
+    tau = [{"weight": delta} for delta in deltas]
+    return own_response.factor(tau, {"weight": merged}, response, weights) * merged
 
 
 @pytest.mark.parametrize("ridge", [0.1, 1.0])
@@ -51,13 +48,13 @@ def test_every_shape_rank_and_dtype(deltas, power):
         values = np.linalg.svd(delta, compute_uv=False) / norm
         assume(not np.any((values > 1e-13) & (values < 1e-5)))
     merged = shares.shares(tau, power)
-    r = shares.responses([{"weight": delta} for delta in tau], {"weight": merged})
-    mean = np.mean([r_t for r_t, delta in zip(r, tau, strict=True) if np.any(delta)])
-    assume(mean > 1e-3 * max(map(abs, r)))
+    mean = own_response.mean_response([{"weight": d} for d in tau], {"weight": merged})
+    whole = np.sqrt(np.sum(np.square(tau)))
+    assume(mean * whole > 1e-3 * np.linalg.norm(merged))
     found = spectral.merged(Shares(power=power, response=1.0), deltas)
     expected = scaled(merged, tau, 1.0)
     # The responses are those of the update in float32: <dM, tau_t> <= u |M| |tau_t|.
-    factor = bounds.U32 * np.linalg.norm(merged) * np.mean(1 / np.array(norms)) / mean
+    factor = bounds.U32 * np.linalg.norm(merged) * sum(norms) / whole**2 / mean
     error = np.linalg.norm(found - expected) - 2 * factor * np.linalg.norm(expected)
     assert error <= 4 * spectral.rounding(expected, deltas, 1e8)
 
@@ -166,7 +163,8 @@ def test_one_factor_for_the_whole_model():
     merged = {
         name: shares.shares([model[name] for model in tau if name in model]) for name in found
     }
-    factor = 0.6 / np.mean(shares.responses(tau, merged))
+    full = [{name: model.get(name, 0 * merged[name]) for name in merged} for model in tau]
+    factor = own_response.factor(full, merged, 0.6)
     for name, delta in found.items():
         deltas = [model[name] for model in models if name in model]
         spectral.assert_close(samples.exact(delta), factor * merged[name], deltas, times=2)
@@ -295,13 +293,40 @@ def test_tasks_that_oppose_each_other_leave_the_scale():
 
 
 def test_no_factor_gives_tasks_that_oppose_each_other_a_positive_response():
-    small, large = np.diag([1.0, 0.1]), np.diag([-10.0, 3.0])
-    merged = shares.shares([small, large], 0.5)
-    r = shares.responses([{"weight": small}, {"weight": large}], {"weight": merged})
-    assert np.mean(r) < 0
-    deltas = [Dense(torch.from_numpy(delta)) for delta in (small, large)]
-    with pytest.raises(StarmergeError, match=r"is -.* no positive factor makes it 0\.7\. Leave"):
-        spectral.merged(Shares(response=0.7), deltas)
+    rng = np.random.default_rng(16)
+    found = 0
+    for _ in range(400):
+        tau = [np.diag(rng.standard_normal(4) * 10 ** rng.uniform(-1, 1, 4)) for _ in range(3)]
+        merged = shares.shares(tau, 0.5)
+        mean = own_response.mean_response([{"w": delta} for delta in tau], {"w": merged})
+        if mean < -1e-3:
+            deltas = [Dense(torch.from_numpy(delta)) for delta in tau]
+            with pytest.raises(StarmergeError, match=r"no positive factor makes it 0\.7\. Leave"):
+                spectral.merged(Shares(response=0.7), deltas)
+            found += 1
+    assert found
+
+
+@pytest.mark.parametrize("kind", ["low-rank", "dense"])
+def test_a_task_that_turns_into_the_opposite_of_another_takes_its_strength_away_gradually(kind):
+    delta = samples.task_deltas(kind, 40, 30)[0]
+    exact = samples.exact(delta)
+    strengths = []
+    for part in (0.0, 0.5, 0.9, 0.99, 0.999, 1.0):
+        found = spectral.merged(Shares(), [delta, delta.scaled(-part)])
+        strengths.append(np.sum(found * exact) / np.sum(exact**2))
+    assert strengths == sorted(strengths, reverse=True)
+    assert strengths[0] == pytest.approx(1.0, abs=1e-6)
+    assert strengths[3:] == pytest.approx([0.0, 0.0, 0.0], abs=0.02)
+
+
+@pytest.mark.parametrize("copies", [1, 3, 7])
+@pytest.mark.parametrize("kind", ["low-rank", "dense"])
+def test_small_copies_of_a_task_leave_it_whole(kind, copies):
+    delta = samples.task_deltas(kind, 40, 30)[0]
+    found = spectral.merged(Shares(ridge=0.0), [delta, *[delta.scaled(1e-3)] * copies])
+    exact = samples.exact(delta)
+    assert np.linalg.norm(found - exact) <= 0.01 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("ratio", [10.0, 1e3, 1e6])
@@ -329,7 +354,7 @@ def test_what_rounding_leaves_of_opposed_adapters_is_not_blown_up(chain):
         left = merge_state(deltas, chain)["weight"].frobenius()
         assert left < 1e-5 * turned.frobenius()
     else:
-        with pytest.raises(StarmergeError, match="is 0, so no positive factor"):
+        with pytest.raises(StarmergeError, match="look for tasks that cancel"):
             merge_state(deltas, chain)
 
 
@@ -342,6 +367,6 @@ def test_a_tensor_of_one_task_has_its_own_strength_whatever_the_weight(kind):
     found = merge_state(models, Shares(response=0.6), weights=WEIGHTS)
     tau = [{name: samples.exact(delta) for name, delta in model.items()} for model in models]
     merged = {"w": shares.shares(matrices(deltas), weights=WEIGHTS), "alone": tau[2]["alone"]}
-    r = shares.responses(tau, merged)
-    factor = 0.6 * sum(WEIGHTS) / np.dot(WEIGHTS, r)
+    full = [{name: model.get(name, 0 * merged[name]) for name in merged} for model in tau]
+    factor = own_response.factor(full, merged, 0.6, WEIGHTS)
     spectral.assert_close(samples.exact(found["alone"]), factor * merged["alone"], [alone], times=4)

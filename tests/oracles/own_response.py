@@ -12,19 +12,14 @@ def inner(left, right):
 
 
 def mean_response(models, merged, weights=None):
-    """Weighted mean of <merged, delta_t> / |delta_t|^2 over the tasks that are not zero."""
+    """sum_t w_t <merged, delta_t> / sum_t |w_t| |delta_t|^2."""
     weights = [1.0] * len(models) if weights is None else weights
-    total, weight = 0.0, 0.0
-    for w, model in zip(weights, models, strict=True):
-        energy = inner(model, model)
-        if energy > 0.0:
-            total += w * inner(merged, model) / energy
-            weight += w
-    return total / weight
+    agreement = sum(w * inner(m, merged) for w, m in zip(weights, models, strict=True))
+    return agreement / sum(abs(w) * inner(m, m) for w, m in zip(weights, models, strict=True))
 
 
 def factor(models, merged, c=0.75, weights=None):
-    """f with mean_t f <merged, delta_t> / |delta_t|^2 = c."""
+    """f with which the mean response of f merged is c."""
     return c / mean_response(models, merged, weights)
 
 

@@ -49,26 +49,25 @@ def shares(deltas, power=0.5, ridge=0.1, weights=None):
     return sum(L_t @ tau @ R_t for L_t, tau, R_t in zip(L, taus, R, strict=True))
 
 
-def responses(models, merged):
-    """<M, delta_t> / |delta_t|^2 over the tensors of a model; zero for a task without any."""
-    found = []
-    for model in models:
-        inner = sum(float(np.sum(merged[name] * model[name])) for name in model)
-        energy = sum(float(np.sum(model[name] ** 2)) for name in model)
-        found.append(inner / energy if energy else 0.0)
-    return found
-
-
 def factor(models, merged, weights=None):
     """sqrt(f_1 f_2): all of the task vectors, and the best fit on the tasks' own inputs."""
     weights = [1.0] * len(models) if weights is None else weights
     energy, agreement, cross, both = 0.0, 0.0, 0.0, 0.0
-    for w, model in zip(weights, models, strict=True):
-        for name, delta in model.items():
-            if np.any(delta):
-                M, C = merged[name], delta.T @ delta / np.linalg.norm(delta) ** 2
-                energy += w * np.sum(delta**2)
-                agreement += w * np.sum(M * delta)
-                cross += w * np.trace(M @ C @ delta.T)
-                both += w * np.trace(M @ C @ M.T)
-    return float(np.sqrt(energy / agreement * cross / both))
+    for name, M in merged.items():
+        of = [
+            (w, model[name])
+            for w, model in zip(weights, models, strict=True)
+            if w and name in model and np.any(model[name])
+        ]
+        whole = sum(np.sum(delta**2) for _, delta in of)
+        for w, delta in of:
+            inputs = delta.T @ delta / whole  # the task's part times C_t
+            energy += w * np.sum(delta**2)
+            agreement += w * np.sum(M * delta)
+            cross += w * np.trace(M @ inputs @ delta.T)
+            both += w * np.trace(M @ inputs @ M.T)
+    tasks = sum(
+        bool(w) and any(np.any(delta) for delta in model.values())
+        for w, model in zip(weights, models, strict=True)
+    )
+    return float(min(tasks, np.sqrt(energy / agreement * cross / both)))

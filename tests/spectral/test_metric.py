@@ -10,7 +10,7 @@ from starmerge.methods.spectral_merge import SpectralMerge
 from starmerge.spectral.metric import RIDGE, Whitening
 from starmerge.spectral.moment import Moment
 from tests.merge_one import merge_one
-from tests.oracles import bounds, metric, samples, spectral
+from tests.oracles import bounds, metric, own_response, samples, spectral
 
 SIDES = ["columns", "rows"]
 WHITENED = sorted(name for name, found in METHODS.items() if found.uses_metric)
@@ -105,16 +105,20 @@ def test_every_method_merges_as_with_the_symmetric_root(m, n, name, kind, side):
     deltas = samples.task_deltas(kind, m, n)
     inputs, sigma = metric.inputs_of(length(m, n, side), side=side)
     weights = (1.0, 0.5, 2.0, 1.0)
-    method = Shares(response=0.6) if name == "shares" else make_method(name)
+    method = make_method(name)
     found = samples.exact(merge_one(method, deltas, weights=weights, inputs=inputs).delta)
     expected = oracle(method, deltas, sigma, side, weights=weights)
-    if name == "shares":  # whose factor is found in the weight's own coordinates
-        tau = matrices(deltas)
-        own = [np.sum(expected * t) / np.sum(t * t) for t in tau]
-        expected *= 0.6 / (np.dot(weights, own) / sum(weights))
     assert_close(found, expected, deltas, sigma)
     plain = samples.exact(merge_one(method, deltas, weights=weights).delta)
     assert np.linalg.norm(found - plain) > 1e-3 * np.linalg.norm(plain)
+
+
+def test_a_response_is_measured_in_the_weights_own_coordinates():
+    deltas = samples.task_deltas("low-rank", 30, 20)
+    inputs, _ = metric.inputs_of(20)
+    found = samples.exact(merge_one(Shares(response=0.6), deltas, inputs=inputs).delta)
+    tau = [{"weight": delta} for delta in matrices(deltas)]
+    assert own_response.mean_response(tau, {"weight": found}) == pytest.approx(0.6, rel=1e-6)
 
 
 @pytest.mark.parametrize("side", SIDES)

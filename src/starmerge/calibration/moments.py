@@ -203,7 +203,11 @@ def _grouped(linears: Sequence[Linear], watch: _Watch) -> list[Group]:
 
 
 def collect(
-    model: Any, groups: Sequence[Group], readings: Sequence[Reading], advance: Advance
+    model: Any,
+    groups: Sequence[Group],
+    readings: Sequence[Reading],
+    advance: Advance,
+    until: nn.Module | None = None,
 ) -> tuple[list[tuple[Group, Sum]], list[Group]]:
     """Have the model read, and sum up what modules get.
 
@@ -212,6 +216,7 @@ def collect(
         groups: The modules; each group takes one sum.
         readings: What is read.
         advance: Called with a number of tokens that have been read.
+        until: A part of the model after which nothing needs to be computed.
 
     Returns:
         The sums of the groups that were reached, and the groups that must be summed again, being
@@ -234,7 +239,7 @@ def collect(
         lengths = [(len(each.ids), len(each.decoder)) for each in readings]
         for rows in batches(lengths, READ_AT_ONCE):
             batch = [readings[row] for row in rows]
-            _read(model, batch, all_logits=all_logits)
+            _read(model, batch, all_logits=all_logits, until=until)
             watch.forget()
             advance(sum(len(each.ids) + len(each.decoder) for each in batch))
     done: list[tuple[Group, Sum]] = []
@@ -249,8 +254,14 @@ def collect(
     return done, again
 
 
+class _Enough(Exception):  # noqa: N818  (no error: it ends a pass)
+    """Raised after the last part of a model that is needed."""
+
+
 @torch.no_grad()  # and not inference_mode: its tensors do not tell whether they were changed
-def _read(model: Any, readings: Sequence[Reading], *, all_logits: bool) -> None:
+def _read(
+    model: Any, readings: Sequence[Reading], *, all_logits: bool, until: nn.Module | None = None
+) -> None:
     """Have a model read sequences of one length."""
     ids = torch.tensor([reading.ids for reading in readings], device=model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -260,4 +271,15 @@ def _read(model: Any, readings: Sequence[Reading], *, all_logits: bool) -> None:
     options: dict[str, int] = {} if all_logits else last_logits(model, 1)
     if "use_cache" in arguments_of(model):
         options["use_cache"] = False
-    model(**inputs, **options)
+
+    def end(*_: object) -> None:
+        raise _Enough
+
+    hook = until.register_forward_hook(end) if until is not None else None
+    try:
+        model(**inputs, **options)
+    except _Enough:
+        pass
+    finally:
+        if hook is not None:
+            hook.remove()

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from blake3 import blake3
+from torch import nn
 
+from starmerge.calibration.along import Along, Stage
 from starmerge.calibration.modules import linears_of, some
 from starmerge.calibration.moments import Group, Sum, collect, find_groups
+from starmerge.calibration.sources import (
+    Source,
+    own_text,
+    prompts_of_task,
+    tasks_of,
+    text_of_file,
+)
 from starmerge.calibration.text import Advance, Reading, Writer, texts_of
 from starmerge.checkpoints.base import Base, open_base
 from starmerge.checkpoints.hashing import remembered_blake3_of
@@ -25,9 +31,11 @@ from starmerge.checkpoints.writer import check_output_file, check_space, output_
 from starmerge.errors import StarmergeError, UsageError, nearest
 from starmerge.evaluation.models import Dtype, load_text_model
 from starmerge.evaluation.task import Task
-from starmerge.evaluation.tasks import find_task, task_of_prompts
+from starmerge.merging.task_vectors import load_task_vectors
 from starmerge.merging.workers import Workers
 from starmerge.progress import bytes_in_words, progress_bar
+from starmerge.recipe import model_entries
+from starmerge.spectral.moment import Moment
 
 SEQUENCES = 128
 """Sequences that a base writes by itself, if nothing else is asked for."""
@@ -40,8 +48,6 @@ ROWS = 16
 
 _PACKAGES = ("starmerge", "torch", "transformers", "tokenizers")
 """What decides the moments, by the names of the distributions."""
-
-_ROWS_OF = (".jsonl", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -74,24 +80,6 @@ class Calibrated:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """Text that moments are taken of."""
-
-    task: str | None
-    """Whose text; None: the text for all tasks."""
-    written: int
-    """Sequences that are written, and answers, for a progress bar."""
-    tokens: int
-    """Tokens of the encoder or of the decoder, at most: whichever reads more."""
-    readings: Callable[[Advance], list[Reading]]
-    """Returns what is read, having written what is missing."""
-    record: Mapping[str, Any]
-    """What the file says of it."""
-    words: str
-    """What people are told of it."""
-
-
-@dataclass(frozen=True)
 class _Plan:
     """A calibration, checked and ready to run."""
 
@@ -99,12 +87,14 @@ class _Plan:
     overwrite: bool
     base: Base
     model: Any
-    sources: tuple[_Source, ...]
+    sources: tuple[Source, ...]
     groups: tuple[Group, ...]
     calls: int
     """How many inputs a module gets for a token, at most."""
     memory: int
     """Bound of the sums, bytes."""
+    along: Along | None
+    """The merge that prompts are read along; None: the base reads them."""
     record: Mapping[str, Any]
     """What the file says of how it was made."""
     notes: tuple[str, ...]
@@ -116,10 +106,14 @@ class _Plan:
         return sum(
             group.root_bytes(source.tokens * self.calls)
             for source in self.sources
-            for group in self.groups
+            for group in self.groups_of(source)
         )
 
-    def passes(self, source: _Source, groups: Sequence[Group]) -> Iterator[list[Group]]:
+    def groups_of(self, source: Source) -> Sequence[Group]:
+        """Return the groups that get moments of a text."""
+        return self.groups if source.task is None or self.along is None else self.along.groups
+
+    def passes(self, source: Source, groups: Sequence[Group]) -> Iterator[list[Group]]:
         """Yield neighbours among groups whose sums fit into the memory, one at least."""
         part: list[Group] = []
         used = 0
@@ -135,7 +129,9 @@ class _Plan:
 
     def describe(self) -> str:
         """Say what will be read and how much will be written, in a few lines."""
-        passes = [(source, list(self.passes(source, self.groups))) for source in self.sources]
+        passes = [
+            (source, list(self.passes(source, self.groups_of(source)))) for source in self.sources
+        ]
         peak = max(
             sum(group.sum_bytes(source.tokens * self.calls) for group in part)
             for source, parts in passes
@@ -144,9 +140,11 @@ class _Plan:
         memory = bytes_in_words(peak)
         count = sum(len(group.members) for group in self.groups)
         most = max(len(parts) for _, parts in passes)
+        layers = [] if self.along is None else [self.along.describe()]
         return "\n".join(
             [
                 *(source.words for source in self.sources),
+                *layers,
                 f"Modules: {count}, with {len(self.groups)} inputs",
                 f"Sums: {memory} of memory beside the model; passes over the text: {most}",
                 f"File: {bytes_in_words(self.nbytes)} at most",
@@ -157,6 +155,7 @@ class _Plan:
 def calibrate(
     base: str | Path,
     output: str | Path,
+    models: str | Path | Sequence[str | Path] | Mapping[str, str | Path] = (),
     *,
     texts: str | Path | None = None,
     prompts: Mapping[str, str | Path | Task] | None = None,
@@ -164,6 +163,7 @@ def calibrate(
     length: int | None = None,
     rows: int = ROWS,
     seed: int = 0,
+    any_base: bool = False,
     memory: int | str | None = None,
     device: str | None = None,
     dtype: Dtype = "auto",
@@ -177,9 +177,15 @@ def calibrate(
     base writes it; of the prompts of tasks, moments are kept for each task beside. The file appears
     when it is complete.
 
+    With models, the prompts are not read by the base but by the model as far as it is merged, layer
+    by layer (RegMean++, arXiv 2508.03121): :mod:`starmerge.calibration.along`. ``regmean`` with
+    such a file keeps more, and the file serves the merge of just these models.
+
     Args:
         base: A folder or Hub id; a causal or encoder-decoder language model, or an encoder of text.
         output: The file to write, such as metric.safetensors.
+        models: The adapters and full fine-tunes that will be merged, named as their tasks are;
+            none: the base reads the prompts.
         texts: File of texts to read: .txt, a line a text, or .jsonl with ``text``; None: the base
             writes some.
         prompts: Tasks whose prompts are read, by the name that their moments get: a task, the name
@@ -193,6 +199,7 @@ def calibrate(
         rows: Prompts of each task, at most; of the rows to train on where a task tells them from
             those to score.
         seed: Of what the base writes.
+        any_base: Accept adapters whose config names another base.
         memory: Bytes for the sums, or a text such as "4GB"; where all sums take more, the base
             reads the text several times. By default a quarter of the machine's memory, or half of
             what is free on a GPU.
@@ -205,7 +212,8 @@ def calibrate(
 
     Raises:
         UsageError: The request is wrong: a file that is missing or of another kind, a base that
-            cannot write and is given no texts, a model of images, an output that is there.
+            cannot write and is given no texts, a model of images, an output that is there; models
+            that are not named as the prompts are, or cannot be merged.
         StarmergeError: An input or a logit of the base is not finite, or the disk is full.
     """
     output = Path(output)
@@ -218,16 +226,19 @@ def calibrate(
         raise UsageError(f"The dtype {dtype!r} is unknown.{nearest(dtype, get_args(Dtype))}")
     bound = None if memory is None else Workers(memory=memory).memory
     given = None if texts is None else texts_of(Path(texts))[:sequences]
-    tasks = _tasks_of(prompts or {})
+    tasks = tasks_of(prompts or {})
+    entries = model_entries(models)
+    _check_names([entry["name"] for entry in entries], list(tasks))
     opened = open_base(resolve(base))
     model, tokenizer = load_text_model(opened.source.path, device=device, dtype=dtype)
     writer = Writer(model, tokenizer, seed=seed, length=length or LENGTH)
     if given is None:
-        common = _own(writer, sequences or SEQUENCES, length or LENGTH, seed)
+        common = own_text(writer, sequences or SEQUENCES, length or LENGTH, seed)
     else:
         assert texts is not None
-        common = _of_file(writer, Path(texts), given, length, seed)
-    sources = (common, *(_of_task(writer, name, task, rows, seed) for name, task in tasks.items()))
+        common = text_of_file(writer, Path(texts), given, length, seed)
+    own = [prompts_of_task(writer, name, task, rows, seed) for name, task in tasks.items()]
+    sources = (common, *own)
     linears, notes = linears_of(model, opened)
     if not linears:
         raise UsageError(f"{base} has no linear modules, so there are no moments to take.")
@@ -240,8 +251,15 @@ def calibrate(
             f"{base}, a {type(model).__name__}, cannot read a text by itself: "
             f"{' '.join(str(error).split()) or type(error).__name__}"
         ) from error
+    along = None
+    if entries:
+        vectors = load_task_vectors(
+            base, {entry["name"]: entry["path"] for entry in entries}, any_base=any_base
+        )
+        along = Along(model, vectors, groups, is_read_once=calls == 1)
     record = {
         **common.record,
+        **({} if along is None else {"along": along.record()}),
         "prompts": {source.task: source.record for source in sources[1:]},
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
@@ -256,6 +274,7 @@ def calibrate(
         groups=tuple(groups),
         calls=calls,
         memory=bound or _free_memory(model.device),
+        along=along,
         record=record,
         notes=tuple(notes),
     )
@@ -271,7 +290,7 @@ def _run(plan: _Plan, *, progress: bool) -> Calibrated:
     hashes = {file.name: remembered_blake3_of(file) for file in plan.base.checkpoint.files}
     name = plan.base.source.name or plan.base.source.path.resolve().name
     notes = list(plan.notes)
-    entries = tokens = 0
+    entries = 0
     with (
         output_file(plan.output, overwrite=plan.overwrite) as partial_file,
         MetricWriter(
@@ -282,24 +301,20 @@ def _run(plan: _Plan, *, progress: bool) -> Calibrated:
             tasks=[source.task for source in plan.sources if source.task is not None],
         ) as file,
     ):
-        reached: dict[str | None, set[str]] = {}
+        texts = {}
         for source in plan.sources:
             what = f"writing for {source.task}" if source.task else "writing"
             with progress_bar(what, source.written, show=progress) as advance:
-                readings = source.readings(advance)
-            if source.task is None:
-                tokens = sum(len(each.ids) + len(each.decoder) for each in readings)
-            tensors = reached.setdefault(source.task, set())
-            for group, moment in _moments(plan, source, readings, progress=progress):
-                count = moment.tokens
-                file.add(
-                    moment.root(), group.tensors, side=group.side, task=source.task, tokens=count
-                )
-                tensors.update(group.tensors)
-                entries += 1
-            missing = [
-                tensor for group in plan.groups for tensor in group.tensors if tensor not in tensors
-            ]
+                texts[source.task] = source.readings(advance)
+        reached: dict[str | None, set[str]] = {source.task: set() for source in plan.sources}
+        for task, group, moment in _moments(plan, texts, progress=progress):
+            file.add(moment.root, group.tensors, side=group.side, task=task, tokens=moment.tokens)
+            reached[task].update(group.tensors)
+            entries += 1
+        for source in plan.sources:
+            groups = plan.groups_of(source)
+            tensors = [tensor for group in groups for tensor in group.tensors]
+            missing = [tensor for tensor in tensors if tensor not in reached[source.task]]
             if missing:
                 text = f"the prompts of {source.task}" if source.task else "the text"
                 notes.append(f"{some(missing)}: never reached by {text}")
@@ -309,124 +324,76 @@ def _run(plan: _Plan, *, progress: bool) -> Calibrated:
         entries=entries,
         tensors=len(reached[None]),
         tasks=tuple(source.task for source in plan.sources if source.task is not None),
-        tokens=tokens,
+        tokens=_length(texts[None]),
         seconds=time.monotonic() - started,
         notes=tuple(notes),
     )
 
 
 def _moments(
-    plan: _Plan, source: _Source, readings: Sequence[Reading], *, progress: bool
+    plan: _Plan, texts: Mapping[str | None, Sequence[Reading]], *, progress: bool
+) -> Iterator[tuple[str | None, Group, Moment]]:
+    """Yield the moments of all texts, each by its task."""
+    for source in plan.sources:
+        if source.task is None or plan.along is None:
+            what = f"reading for {source.task}" if source.task else "reading"
+            passes = list(plan.passes(source, plan.groups))
+            total = _length(texts[source.task]) * len(passes)
+            with progress_bar(what, total, show=progress) as advance:
+                for group, found in _sums(plan, source, plan.groups, texts[source.task], advance):
+                    yield source.task, group, Moment(found.root(), found.tokens)
+    if plan.along is None:
+        return
+    sources = {source.task: source for source in plan.sources if source.task is not None}
+    total = len(plan.along.stages) * sum(_length(texts[task]) for task in sources)
+    with progress_bar("reading layer by layer", total, show=progress) as advance:
+
+        def read(stage: Stage, task: str) -> Iterator[tuple[Group, Sum]]:
+            return _sums(plan, sources[task], stage.groups, texts[task], advance, stage.until)
+
+        yield from plan.along.moments(list(sources), read)
+
+
+def _sums(
+    plan: _Plan,
+    source: Source,
+    groups: Sequence[Group],
+    readings: Sequence[Reading],
+    advance: Advance,
+    until: nn.Module | None = None,
 ) -> Iterator[tuple[Group, Sum]]:
-    """Yield the sums of all groups that a text reaches, pass by pass."""
-    tokens = sum(len(each.ids) + len(each.decoder) for each in readings)
-    groups = list(plan.groups)
-    while groups:
-        parts = list(plan.passes(source, groups))
-        what = f"reading for {source.task}" if source.task else "reading"
-        groups = []
-        with progress_bar(what, tokens * len(parts), show=progress) as advance:
-            for part in parts:
-                done, again = collect(plan.model, part, readings, advance)
-                groups += again
-                yield from done
+    """Yield the sums of the groups that a text reaches, pass by pass."""
+    left = list(groups)
+    while left:
+        parts = list(plan.passes(source, left))
+        left = []
+        for part in parts:
+            done, again = collect(plan.model, part, readings, advance, until)
+            left += again
+            yield from done
 
 
-def _own(writer: Writer, sequences: int, length: int, seed: int) -> _Source:
-    """Return the text that the base writes by itself."""
-    beginning = len(writer.beginning())
-    if writer.kind == "encoder-decoder":
-        each, words = length, f"of {length} tokens at most, and what it answers to each"
-    else:
-        each = beginning + length
-        words = f"of {length} tokens"
-        words += f" after {beginning}" if writer.kind == "causal" else " in place of masks"
-    return _Source(
-        task=None,
-        written=2 * sequences if writer.kind == "encoder-decoder" else sequences,
-        tokens=sequences * each,
-        readings=partial(writer.own, sequences),
-        record={"kind": "self-written", "sequences": sequences, "length": length, "seed": seed},
-        words=f"Text: {sequences} sequences that the base writes, {words}",
-    )
+def _length(readings: Sequence[Reading]) -> int:
+    return sum(len(reading.ids) + len(reading.decoder) for reading in readings)
 
 
-def _of_file(
-    writer: Writer, file: Path, texts: Sequence[str], length: int | None, seed: int
-) -> _Source:
-    """Return the text of a file."""
-    readings = writer.texts(texts, length)
-    tokens = _tokens(writer, readings)
-    return _Source(
-        task=None,
-        written=len(readings),
-        tokens=tokens,
-        readings=partial(writer.answered, readings),
-        record={
-            "kind": "texts",
-            "file": file.name,
-            "blake3": remembered_blake3_of(file),
-            "sequences": len(readings),
-            "length": length,
-            "seed": seed,
-        },
-        words=f"Text: {len(readings)} texts of {file}, {tokens} tokens",
-    )
-
-
-def _of_task(writer: Writer, name: str, task: Task, rows: int, seed: int) -> _Source:
-    """Return the prompts of a task."""
-    try:
-        chosen = task.questions("train", rows)
-    except UsageError as error:
-        raise UsageError(
-            f"{error} Or give prompts from a file: --prompts {name}=rows.jsonl."
-        ) from error
-    readings = writer.prompts(task, chosen)
-    ids = json.dumps([reading.ids for reading in readings])
-    tokens = _tokens(writer, readings)
-    return _Source(
-        task=name,
-        written=len(readings),
-        tokens=tokens,
-        readings=partial(writer.answered, readings),
-        record={
-            "source": task.where,
-            "rows": len(readings),
-            "blake3": blake3(ids.encode()).hexdigest(),
-            "seed": seed,
-        },
-        words=f"Task {name}: {len(readings)} prompts, {tokens} tokens",
-    )
-
-
-def _tokens(writer: Writer, readings: Sequence[Reading]) -> int:
-    """Return how many tokens encoder or decoder read, at most: whichever reads more."""
-    written = writer.length * len(readings) if writer.kind == "encoder-decoder" else 0
-    return max(written, sum(len(reading.ids) for reading in readings))
-
-
-def _tasks_of(prompts: Mapping[str, str | Path | Task]) -> dict[str, Task]:
-    """Find the tasks that are meant, by the names of their moments: those of the tasks alone.
+def _check_names(models: Sequence[str], tasks: Sequence[str]) -> None:
+    """Make sure that models, if there are any, are those of the prompts.
 
     Raises:
-        UsageError: There is none of a name, it is one of images, or two have one name.
+        UsageError: A model has no prompts, or prompts no model.
     """
-    tasks: dict[str, Task] = {}
-    for name, what in prompts.items():
-        short = name.rpartition("/")[2]
-        if not short or short in tasks:
-            fault = "are given twice" if short else "have no name"
-            raise UsageError(f"Prompts {name}={what}: the moments {fault}. Choose another name.")
-        found = what
-        if not isinstance(found, Task) and Path(found).suffix.lower() in _ROWS_OF:
-            found = task_of_prompts(name, Path(found))
-        elif not isinstance(found, Task):
-            found = find_task(str(found))  # type: ignore[assignment]
-        if not isinstance(found, Task):
-            raise UsageError(f"{what} is a task of images, which has no prompts.")
-        tasks[short] = found
-    return tasks
+    alone = sorted(set(models) ^ set(tasks))
+    if models and alone:
+        name = alone[0]
+        fault = (
+            f"the model {name} has no prompts" if name in models else f"no model is called {name}"
+        )
+        raise UsageError(
+            f"The prompts are to be read along a merge of {', '.join(models)}, and {fault}. Give "
+            "each model prompts of its name (NAME=PATH, --prompts NAME=ROWS), or leave the models "
+            "out."
+        )
 
 
 def _check_output(output: Path, *, overwrite: bool) -> None:

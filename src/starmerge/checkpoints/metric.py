@@ -93,6 +93,14 @@ class Metric:
         return tuple(dict.fromkeys(name for name in names if name is not None))
 
     @property
+    def along(self) -> Mapping[str, Mapping[str, str]] | None:
+        """The BLAKE3 of the files, by model and file, whose merge the prompts were read along.
+
+        None: the base read them.
+        """
+        return self._content.made_from.get("along")
+
+    @property
     def made_from(self) -> Mapping[str, Any]:
         """The text, the seed, the settings and the versions that the moments come from."""
         return self._content.made_from

@@ -47,6 +47,9 @@ BatchSize = Annotated[
         min=1, metavar="N", help="Rows asked at once, at most.", show_default="as many as fit"
     ),
 ]
+AnyBase = Annotated[
+    bool, typer.Option("--any-base", help="Accept adapters that name another base.")
+]
 Device = Annotated[
     str | None,
     typer.Option(help="Where models run: cpu, cuda, cuda:1.", show_default="the GPU, if any"),

@@ -13,6 +13,16 @@ from starmerge.errors import UsageError
 
 def calibrate(
     base: Annotated[str, typer.Argument(help="The base: a folder or a Hub id.")],
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="The models that will be merged, as folders, Hub ids or NAME=PATH, named as their "
+            "prompts. These are then read by the model as far as it is merged, layer by layer: "
+            "[b]regmean[/b] keeps more with it.",
+            show_default="none: the base reads the prompts",
+        ),
+    ] = None,
+    *,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The file to write: metric.safetensors.")
     ],
@@ -52,6 +62,7 @@ def calibrate(
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Prompts of a task, at most.")] = 16,
     seed: Annotated[int, typer.Option(help="Of what the base writes.")] = 0,
+    any_base: asking.AnyBase = False,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -73,18 +84,22 @@ def calibrate(
     Example: starmerge calibrate BASE -o metric.safetensors
 
     Example: starmerge calibrate BASE -o metric.safetensors --prompts digits --prompts s=rows.csv
+
+    Example: starmerge calibrate BASE a/pos a/past -o m.safetensors --prompts pos --prompts past
     """
     from starmerge.calibration.run import calibrate as run
 
     result = run(
         base,
         output,
+        models or (),
         texts=texts,
         prompts=_tasks(prompts or []),
         sequences=sequences,
         length=length,
         rows=rows,
         seed=seed,
+        any_base=any_base,
         memory=memory,
         device=device,
         dtype=dtype,  # type: ignore[arg-type]

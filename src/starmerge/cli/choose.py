@@ -58,9 +58,7 @@ def choose(
     batch_size: asking.BatchSize = None,
     device: asking.Device = None,
     dtype: asking.Dtype = "auto",
-    any_base: Annotated[
-        bool, typer.Option("--any-base", help="Accept adapters that name another base.")
-    ] = False,
+    any_base: asking.AnyBase = False,
     output: Annotated[
         Path | None,
         typer.Option(

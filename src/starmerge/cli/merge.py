@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from starmerge.cli import asking
 from starmerge.cli.parameters import parameters
 from starmerge.errors import UsageError, nearest
 from starmerge.progress import bytes_in_words
@@ -73,9 +74,7 @@ def merge(
             help="Dtype of the output: keep, float32, bfloat16 or float16.", show_default="keep"
         ),
     ] = None,
-    any_base: Annotated[
-        bool, typer.Option("--any-base", help="Accept adapters that name another base.")
-    ] = False,
+    any_base: asking.AnyBase = False,
     threads: Annotated[
         int | None,
         typer.Option(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from starmerge.checkpoints.base import Base
+from starmerge.checkpoints.hashing import remembered_blake3_of
 from starmerge.checkpoints.metric import Metric
+from starmerge.checkpoints.models import FineTune
 from starmerge.errors import UsageError
 from starmerge.methods.method import METHODS
 from starmerge.methods.pipeline import Pipeline
@@ -20,7 +22,7 @@ def check_metric(
     metric: Metric,
     base: Base,
     pipeline: Pipeline,
-    tasks: Sequence[str],
+    models: Sequence[FineTune],
     tensors: Sequence[str],
 ) -> None:
     """Compare a metric with the merge that it is given to.
@@ -31,12 +33,12 @@ def check_metric(
         metric: The metric.
         base: The base.
         pipeline: The chain.
-        tasks: Names of the models.
+        models: The models.
         tensors: Names of the tensors of whose inputs the chain asks for the moment.
 
     Raises:
         UsageError: No method of the chain uses a metric; it lacks the moments of a tensor or of a
-            model's own task; it is of another base.
+            model's own task; it was made along a merge of other models; it is of another base.
         StarmergeError: A moment does not fit its tensor.
     """
     if not pipeline.metric_users:
@@ -47,8 +49,10 @@ def check_metric(
             f"{pipeline.name} has no use for a metric. Leave the metric out, or choose a chain "
             f"with one of the methods that use it: {', '.join(known)}."
         )
+    tasks = [model.name for model in models]
     if pipeline.needs_moments:
         _check_tasks(metric, pipeline, tasks)
+        _check_along(metric, models)
     for task in wanted(pipeline, tasks):
         lacking = [name for name in tensors if not metric.has(name, task)]
         if lacking:
@@ -99,3 +103,19 @@ def _check_tasks(metric: Metric, pipeline: Pipeline, tasks: Sequence[str]) -> No
         f"none for {', '.join(lacking)}. Name the models as the tasks are named (NAME=PATH), or "
         f"make a metric with prompts of all (starmerge calibrate BASE -o FILE {prompts} …)."
     )
+
+
+def _check_along(metric: Metric, models: Sequence[FineTune]) -> None:
+    if metric.along is None:
+        return
+    files = {
+        model.name: {file.name: remembered_blake3_of(file) for file in model.files}
+        for model in models
+    }
+    if files != metric.along:
+        others = sorted(name for name in files if files[name] != metric.along.get(name))
+        raise UsageError(
+            f"{metric.file} was made along a merge of {', '.join(metric.along)}, and this merge is "
+            f"of {', '.join(files)}{f', where {others[0]} is another model' if others else ''}. "
+            "Give starmerge calibrate the models that you merge, or none."
+        )

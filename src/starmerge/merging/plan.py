@@ -208,7 +208,8 @@ class Plan:
     def use_of_metric(self) -> str:
         """In words, in whose inputs the merge is made."""
         whitened = ["whitened inputs"] if self.pipeline.uses_metric else []
-        own = ["the tasks' own inputs"] if self.pipeline.needs_moments else []
+        along = ", along the merge" if self.metric is not None and self.metric.along else ""
+        own = [f"the tasks' own inputs{along}"] if self.pipeline.needs_moments else []
         return " and ".join([*whitened, *own])
 
     @property
@@ -279,8 +280,11 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
     weights = [entry.weight for entry in recipe.models]
     try:
         tensors = check_merge(pipeline, base, models, weights, tensors, metric)
-    except UsageError as error:  # names a method that the user did not ask for
-        raise UsageError(f"{error} ({reason})" if reason else str(error)) from error
+    except UsageError as error:
+        if reason is None:
+            raise
+        # It may name a method that the user did not ask for.
+        raise UsageError(f"{error} ({reason})") from error
     if not is_static:
         check_task_names([model.name for model in models])
     plan = Plan(recipe, pipeline, base, models, tensors, output, overwrite, reason, metric)
@@ -361,7 +365,7 @@ def check_merge(
     planned = tuple(tensors)
     if metric is not None:
         whitened = {t.source.name: t for t in tensors if t.is_whitened(pipeline)}
-        check_metric(metric, base, pipeline, tasks, list(whitened))
+        check_metric(metric, base, pipeline, models, list(whitened))
         planned = tuple(
             replace(t, metric=metric) if t.source.name in whitened else t for t in tensors
         )

@@ -21,10 +21,9 @@ from starmerge.methods.method import (
     PostStep,
     TensorContext,
     method,
-    sums_to_zero,
 )
 from starmerge.methods.scale import Scale
-from starmerge.spectral.core_space import CANCELLED, FLOAT32_NOISE
+from starmerge.spectral.core_space import CANCELLED
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,18 @@ class Response:
     """What the update is multiplied by."""
 
 
+LARGEST = 10.0
+"""No factor makes a merge so many times as large as all task vectors together."""
+
+
 @method("own_response")
 class OwnResponse(PostStep):
     """Scale the whole merge so that the tasks' own responses have the mean c.
 
     The response of task t is r_t = ⟨M, τ_t⟩/‖τ_t‖² over the whole model: 1 if M does to the task's
-    direction what its fine-tune did. The update becomes c · M / mean(r_t), the mean weighted by
-    w_t, over the tasks whose task vector is not zero.
+    direction what its fine-tune did. The update becomes c · M / r̄ with
+    r̄ = Σ_t w_t⟨M, τ_t⟩ / Σ_t |w_t|‖τ_t‖², the mean of the r_t for tasks of one size and weight. The
+    r_t of a small task vector means little, as the large ones do much to its direction.
 
     By default c = n^(−1/8) for n tasks whose task vector is not zero: 1 for one, 0.92 for two, 0.77
     for eight, 0.71 for sixteen. The more tasks, the more of an update is interference, and the less
@@ -52,7 +56,7 @@ class OwnResponse(PostStep):
     Source: our own; the rule is a fit to merges of 2 to 16 adapters (docs/results.md).
     Cost: the merge is made twice, once to look.
     When to use: after ``iso_c`` and ``covariance``, whose scale means nothing by itself. Refused
-    after ``scale``, and with weights that sum to zero.
+    after ``scale``. Tasks that cancel each other end the merge with an error.
     """
 
     c: Annotated[
@@ -69,14 +73,6 @@ class OwnResponse(PostStep):
                 "it serves nothing. Leave scale out, or put it after own_response."
             )
 
-    def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
-        """Refuse weights that sum to zero; see :meth:`Method.check`."""
-        if sums_to_zero(weights):
-            raise UsageError(
-                "own_response: the weights sum to zero, and the mean response is divided by their "
-                "sum. Change one, or leave own_response out."
-            )
-
     def survey(self, walk: MergedWalk) -> Response:
         """Measure the responses; see :meth:`PostStep.survey`."""
 
@@ -84,9 +80,8 @@ class OwnResponse(PostStep):
             return OwnProducts.of(merged, deltas.items(), tensor)
 
         found = total_products(walk(products))
-        c = max(1, int(found.alive.sum())) ** -0.125 if self.c == "auto" else self.c
-        mean = found.mean_response(self.name)
-        return Response(found.responses, factor_to(c, mean, self.name, "Leave the step out"))
+        c = max(1, int(found.counts.sum())) ** -0.125 if self.c == "auto" else self.c
+        return Response(found.responses, found.factor_to(c, self.name, "Leave the step out"))
 
     def apply(
         self, merged: Delta, deltas: Deltas, tensor: TensorContext, survey: Response
@@ -135,79 +130,54 @@ class OwnProducts:
         )
 
     @cached_property
-    def alive(self) -> Tensor:
-        """Which task vectors are more than rounding, (T,) bool.
+    def counts(self) -> Tensor:
+        """Which tasks count: their weight is not zero, their task vector no rounding, (T,) bool.
 
         Factors whose terms cancel leave rounding, to which any merge responds without measure.
         """
-        return (self.energy > 0) & (self.energy > CANCELLED**2 * self.energy.max())
+        known = (self.energy > 0) & (self.energy > CANCELLED**2 * self.energy.max())
+        return known & (self.weights != 0)
 
     @property
     def responses(self) -> list[float]:
-        """r_t = ⟨M, τ_t⟩/‖τ_t‖² by task; 0 where the task vector is rounding."""
-        return self._r.tolist()
+        """r_t = ⟨M, τ_t⟩/‖τ_t‖² by task; 0 for one that does not count."""
+        found = self.inner / torch.where(self.counts, self.energy, 1.0)
+        return torch.where(self.counts, found, 0.0).tolist()
 
-    def mean_response(self, name: str) -> float:
-        """Return the weighted mean of the r_t; 0 if no task is alive.
-
-        It is 0 too where it is no more than the rounding of M to float32.
+    def factor_to(self, c: float, name: str, remedy: str) -> float:
+        """Return the factor that makes Σ_t w_t⟨M, τ_t⟩ / Σ_t |w_t|‖τ_t‖² a number.
 
         Args:
+            c: The number.
             name: The method, for the error message.
+            remedy: A way out, for the error message.
 
         Raises:
-            UsageError: The weights of the tasks that are alive sum to zero.
+            StarmergeError: There is no such positive factor, or it would make the merge
+                :data:`LARGEST` times as large as all task vectors together.
         """
-        weights = self.weights[self.alive]
-        if not len(weights):
-            return 0.0
-        if sums_to_zero(weights.tolist()):
-            raise UsageError(
-                f"{name}: the weights of the models that change anything sum to zero, and the "
-                "mean response is divided by their sum. Change one, or leave the method out."
+        inner, energy, weights = (
+            values[self.counts] for values in (self.inner, self.energy, self.weights)
+        )
+        if not len(inner):
+            mean = 0.0
+        else:
+            mean = float((weights * inner).sum() / (weights.abs() * energy).sum())
+        if not (math.isfinite(mean) and mean > 0):
+            raise StarmergeError(
+                f"{name}: the mean response of the tasks to the merge is {mean:.3g}, so no "
+                f"positive factor makes it {c:.3g}. {remedy}, or look for tasks that cancel."
             )
-        parts = weights * self._r[self.alive]
-        rounding = weights.abs().sum() * math.sqrt(self.merged / self.energy.max())
-        return _unless_rounding(parts, rounding) / float(weights.sum())
-
-    def agreement(self) -> float:
-        """Return Σ_t w_t⟨M, τ_t⟩; 0 where it is no more than the rounding of M to float32."""
-        weights = self.weights[self.alive]
-        rounding = weights.abs().sum() * math.sqrt(self.merged * self.energy.max())
-        return _unless_rounding(weights * self.inner[self.alive], rounding)
-
-    @property
-    def _r(self) -> Tensor:
-        return torch.where(self.alive, self.inner / torch.where(self.alive, self.energy, 1.0), 0.0)
-
-
-def _unless_rounding(parts: Tensor, largest: Tensor) -> float:
-    """Return Σ parts, or 0 where that is the rounding of its parts or of what they could be."""
-    found = parts.sum()
-    is_rounding = found.abs() < FLOAT32_NOISE * max(parts.abs().sum(), largest)
-    return 0.0 if is_rounding else float(found)
+        size, together = math.sqrt(self.merged), float(energy.sqrt().sum())
+        if c / mean * size > LARGEST * together:
+            raise StarmergeError(
+                f"{name}: the mean response of the tasks to the merge is {mean:.3g}, and to make "
+                f"it {c:.3g} the merge would become {c / mean * size / together:.3g} times as "
+                f"large as all task vectors together. {remedy}, or look for tasks that cancel."
+            )
+        return c / mean
 
 
 def total_products(products: Iterable[OwnProducts]) -> OwnProducts:
     """Return the products over all tensors of a model; there is one at least."""
     return reduce(operator.add, products)
-
-
-def factor_to(c: float, mean: float, name: str, remedy: str) -> float:
-    """Return the factor that makes the mean own response of a merge a number.
-
-    Args:
-        c: The number.
-        mean: The mean response of the merge as it is, of :meth:`OwnProducts.mean_response`.
-        name: The method, for the error message.
-        remedy: A way out, for the error message.
-
-    Raises:
-        StarmergeError: The mean response is not positive.
-    """
-    if not (math.isfinite(mean) and mean > 0):
-        raise StarmergeError(
-            f"{name}: the mean response of the tasks to the merge is {mean:.3g}, so no positive "
-            f"factor makes it {c:.3g}. {remedy}, or look for tasks that cancel."
-        )
-    return c / mean

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from starmerge.deltas import Delta, LowRank
 from starmerge.methods.method import Deltas, TensorContext, Walk, method, refuse_negative
-from starmerge.methods.own_response import OwnProducts, Response, factor_to, total_products
+from starmerge.methods.own_response import OwnProducts, Response, total_products
 from starmerge.methods.spectral_merge import SpectralMerge, is_averaged
 from starmerge.spectral import SVD, CoreSpace, svd_matrix
 
@@ -34,12 +34,14 @@ class Shares(SpectralMerge):
     use are divided; a common factor of them cancels.
 
     The factor f is the geometric mean of f_1 = Σ_t w_t‖τ_t‖²/Σ_t w_t⟨M, τ_t⟩, with which the tasks
-    find all of themselves in M, and of f_2, which minimises Σ_t w_t ‖(f_2 M − τ_t) C_t^½‖²: on the
-    inputs of the tasks, M comes nearest to them. The sums go over all matrices of the model; M is
-    here the update without f. Both are 1 for tasks that are equal or share no direction; the more
-    the tasks disagree, the smaller is f_2. A task vector much smaller than the others changes
-    neither. Where tasks oppose each other so much that one of the two is not positive, f is 1. With
-    a number as ``response``, f makes it the mean of the own responses r_t = ⟨M, τ_t⟩/‖τ_t‖².
+    find all of themselves in M, and of f_2, which minimises Σ_t w_t e_t ‖(f_2 M − τ_t) C_t^½‖²: on
+    the inputs of the tasks, M comes nearest to them. The sums go over all matrices of the model,
+    e_t is the task's part of the ‖τ_t‖² of all tasks in a matrix, and M is the update without f.
+    Both factors are 1 for tasks that are equal or share no direction; the more the tasks disagree,
+    the smaller is f_2. A task vector much smaller than the others changes neither. f is T at most,
+    for T tasks, and 1 where tasks oppose each other so much that f_1 or f_2 is not positive. With a
+    number as ``response``, f is that of ``own_response`` with this c. With a metric, all but that
+    is measured in whitened inputs.
 
     Source: our own; docs/results.md has the evidence. ``covariance`` uses one of the two sides, and
     ``tsv_m`` makes the directions of the tasks orthogonal but divides none of them.
@@ -68,30 +70,27 @@ class Shares(SpectralMerge):
 
         def look_at(deltas: Deltas, tensor: TensorContext) -> tuple[OwnProducts, Tensor]:
             held = dict(deltas.items())
-            on_inputs = torch.zeros(2, len(tensor.tasks), dtype=torch.float64)
+            nothing = OwnProducts.of(_NOTHING, (), tensor), torch.zeros(4, dtype=torch.float64)
 
-            def look(space: CoreSpace, tau: dict[int, Tensor]) -> OwnProducts:
+            def look(space: CoreSpace, tau: dict[int, Tensor]) -> tuple[OwnProducts, Tensor]:
                 if not tau:
-                    return OwnProducts.of(_NOTHING, (), tensor)
+                    return nothing
                 weights = [tensor.weights[t] for t in tau]
                 svds = _svds(tau.values(), space)
                 M = self._merged(list(tau.values()), weights, svds)
-                for t, weight, svd in zip(tau, weights, svds, strict=True):
-                    on_inputs[:, t] = _on_inputs(M, svd, weight)
                 own = [(t, held[t].scaled(1 / tensor.weights[t])) for t in tau]
-                return OwnProducts.of(space.delta(M), own, tensor)
+                return OwnProducts.of(space.delta(M), own, tensor), _sums(M, weights, svds)
 
             if is_averaged(list(held.values()), tensor, embeddings=self.embeddings):
-                return OwnProducts.of(_NOTHING, (), tensor), on_inputs
-            return self.in_space(held, tensor, look), on_inputs
+                return nothing
+            return self.in_space(held, tensor, look)
 
         found = list(walk(look_at))
         own = total_products(products for products, _ in found)
         if self.response == "auto":
-            factor = _nearest(own, torch.stack([on_inputs for _, on_inputs in found]).sum(0))
-        elif own.alive.any():
-            mean = own.mean_response(self.name)
-            factor = factor_to(self.response, mean, self.name, "Leave response out")
+            factor = _factor(torch.stack([sums for _, sums in found]).sum(0), int(own.counts.sum()))
+        elif own.counts.any():
+            factor = own.factor_to(self.response, self.name, "Leave response out")
         else:  # no matrix is changed
             factor = 1.0
         return Response(own.responses, factor)
@@ -154,27 +153,34 @@ def _svds(tau: Iterable[Tensor], space: CoreSpace) -> list[SVD]:
     return [svd_matrix(C, space.noise * norm) for C, norm in zip(tau, norms, strict=True)]
 
 
-def _on_inputs(M: Tensor, svd: SVD, weight: float) -> Tensor:
-    """Return w_t tr(M C_t τ_tᵀ) and w_t tr(M C_t Mᵀ), (2,) float64, with the SVD of w_t · τ_t."""
-    share = svd.S / svd.S.norm()
-    MV = M @ svd.V
-    agreeing = (share**2 * svd.S * (svd.U * MV).sum(0)).sum()
-    return torch.stack([agreeing, weight * (MV * share).square().sum()])
+def _sums(M: Tensor, weights: Sequence[float], svds: Sequence[SVD]) -> Tensor:
+    """Return what one tensor adds to the sums of f_1 and f_2, (4,) float64 on the CPU.
 
-
-def _nearest(own: OwnProducts, on_inputs: Tensor) -> float:
-    """Return f = √(f_1 f_2); 1 where tasks oppose each other, or none changes a matrix.
+    Σ w_t‖τ_t‖², Σ w_t⟨M, τ_t⟩, Σ w_t e_t tr(M C_t τ_tᵀ) and Σ w_t e_t tr(M C_t Mᵀ).
 
     Args:
-        own: The products over the whole model.
-        on_inputs: Those of :func:`_on_inputs`, (2, T).
+        M: The merge, without f.
+        weights: w_t.
+        svds: Of w_t · τ_t.
     """
-    agreeing, of_merged = on_inputs[:, own.alive].sum(1).tolist()
-    agreement = own.agreement()
-    if min(agreement, agreeing) <= 0:
+    energies = [float((svd.S / w).square().sum()) for w, svd in zip(weights, svds, strict=True)]
+    sums = torch.zeros(4, dtype=torch.float64)
+    for w, svd, energy in zip(weights, svds, energies, strict=True):
+        MV = M @ svd.V
+        products = svd.S * (svd.U * MV).sum(0)  # w σ_k u_kᵀ M v_k
+        share = (svd.S / w).square() / sum(energies)  # e_t times the eigenvalues of C_t
+        of_merged = w * (share * MV.square().sum(0)).sum()
+        found = torch.stack([products.sum(), (share * products).sum(), of_merged])
+        sums += torch.cat([sums.new_tensor([w * energy]), found.cpu()])
+    return sums
+
+
+def _factor(sums: Tensor, tasks: int) -> float:
+    """Return f = √(f_1 f_2) of :func:`_sums` over all tensors, for so many tasks."""
+    energy, agreement, agreeing, of_merged = sums.tolist()
+    if min(agreement, agreeing) <= 0:  # tasks oppose each other, or none changes a matrix
         return 1.0
-    whole = float((own.weights * own.energy)[own.alive].sum())
-    return math.sqrt(whole / agreement * agreeing / of_merged)
+    return min(float(tasks), math.sqrt(energy / agreement * agreeing / of_merged))
 
 
 _NOTHING = LowRank(torch.zeros(1, 0), torch.zeros(0, 1))

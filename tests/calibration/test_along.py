@@ -1,0 +1,133 @@
+"""Prompts that are read along a merge (RegMean++), against a merge of our own, layer by layer."""
+
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
+
+import starmerge as sm
+from starmerge import calibrate, open_metric
+from tests.calibration.test_run import _inputs, _nothing, _readings, _write
+from tests.calibration.tiny import store, texts
+from tests.oracles import moments as of_moments
+from tests.oracles import regmean
+
+_TASKS = ("one", "two", "three")
+
+
+def _fine_tunes(base: Path, folder: Path) -> dict[str, Path]:
+    """Write fine-tunes in which every tensor differs from the base's."""
+    weights = load_file(base / "model.safetensors")
+    found = {}
+    for seed, task in enumerate(_TASKS):
+        generator = torch.Generator().manual_seed(seed)
+        tuned = {
+            name: tensor
+            + 0.2 * tensor.std(correction=0) * torch.randn(tensor.shape, generator=generator)
+            for name, tensor in weights.items()
+        }
+        found[task] = folder / task
+        found[task].mkdir()
+        for file in base.iterdir():
+            (found[task] / file.name).write_bytes(file.read_bytes())
+        save_file(tuned, found[task] / "model.safetensors", {"format": "pt"})
+    return found
+
+
+def _prompts(folder: Path) -> tuple[dict[str, list[str]], dict[str, Path]]:
+    words = {task: texts([3, 7, 5, 4], seed=20 + n) for n, task in enumerate(_TASKS)}
+    files = {
+        task: _write(folder / f"{task}.jsonl", [json.dumps({"input": line}) for line in lines])
+        for task, lines in words.items()
+    }
+    return words, files
+
+
+def _layer(name: str) -> str:
+    parts = name.split(".")
+    number = next((n for n, part in enumerate(parts) if part.isdecimal()), len(parts))
+    return ".".join(parts[: number + 1])
+
+
+def _merged_along(
+    model: Any, deltas: dict[str, dict[str, NDArray[np.float64]]], readings: dict[str, Any]
+) -> dict[tuple[str, str], NDArray[np.float64]]:
+    """Merge a model in place; return the moments by which each matrix was merged."""
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters())
+    linear = {
+        f"{name}.weight": isinstance(module, Conv1D)
+        for name, module in modules.items()
+        if isinstance(module, torch.nn.Linear | Conv1D) and f"{name}.weight" in parameters
+    }
+    tied = {
+        id(module.weight) for module in modules.values() if isinstance(module, torch.nn.Embedding)
+    }
+    linear = {name: rows for name, rows in linear.items() if id(parameters[name]) not in tied}
+
+    def add(name: str, update: NDArray[np.float64]) -> None:
+        parameters[name].data += torch.from_numpy(update).reshape(parameters[name].shape).float()
+
+    for name in parameters.keys() - linear.keys():
+        if name in deltas[_TASKS[0]]:
+            add(name, sum(deltas[task][name] for task in _TASKS) / len(_TASKS))
+    found = {}
+    for _, names in groupby(linear, _layer):
+        layer = list(names)
+        given = {task: _inputs(model, readings[task]) for task in _TASKS}
+        for name in layer:
+            sigmas = [of_moments.second_moment(given[task][name]) for task in _TASKS]
+            found |= {(name, task): sigma for task, sigma in zip(_TASKS, sigmas, strict=True)}
+            side = "rows" if linear[name] else "columns"
+            add(name, regmean.regmean([deltas[t][name] for t in _TASKS], sigmas, side=side))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["llama", "untied gpt2", "t5", "albert"])
+def test_moments_and_merge_are_those_of_a_merge_layer_by_layer(kind: str, tmp_path: Path) -> None:
+    base = store(kind, tmp_path / "base")
+    models = _fine_tunes(base, tmp_path)
+    words, files = _prompts(tmp_path)
+    common = _write(tmp_path / "t.txt", texts([6, 5]))
+    file = tmp_path / "m.safetensors"
+    calibrate(base, file, models, texts=common, prompts=files, length=6)
+
+    model, writer = _readings(base, length=6)
+    readings = {None: writer.answered(writer.texts(texts([6, 5]), 6), _nothing)}
+    readings |= {
+        task: writer.answered(writer.texts(lines, None), _nothing) for task, lines in words.items()
+    }
+    plain = _inputs(model, readings[None])
+    weights = load_file(base / "model.safetensors")
+    deltas = {
+        task: {
+            name: (tensor.double() - weights[name].double()).numpy()
+            for name, tensor in load_file(models[task] / "model.safetensors").items()
+        }
+        for task in _TASKS
+    }
+    expected = _merged_along(model, deltas, readings)
+    metric = open_metric(file)
+    assert metric.along is not None
+    for (name, task), sigma in expected.items():
+        root = metric.moment(name, task).root.double().numpy()
+        np.testing.assert_allclose(root.T @ root, sigma, rtol=0, atol=2e-4 * np.trace(sigma))
+    # The text for all tasks is read by the base.
+    for name in {name for name, _ in expected}:
+        root = metric.moment(name).root.double().numpy()
+        sigma = of_moments.second_moment(plain[name])
+        assert (np.abs(root.T @ root - sigma) <= of_moments.rounding(sigma)).all()
+
+    merged = sm.merge(base, models, "regmean", output=tmp_path / "out", metric=file)
+    found = load_file(merged.path / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        if name in found:
+            atol = 1e-3 * float(parameter.detach().abs().max())
+            torch.testing.assert_close(found[name], parameter.detach(), rtol=0, atol=atol)
