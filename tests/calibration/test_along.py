@@ -1,6 +1,7 @@
 """Prompts that are read along a merge (RegMean++), against a merge of our own, layer by layer."""
 
 import json
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 import starmerge as sm
-from starmerge import calibrate, open_metric
+from starmerge import UsageError, calibrate, open_metric
+from starmerge.calibration.sources import prompts_of_task, tasks_of
+from starmerge.checkpoints.base import open_base
+from starmerge.checkpoints.source import resolve
 from tests.calibration.test_run import _inputs, _nothing, _readings, _write
 from tests.calibration.tiny import store, texts
 from tests.oracles import moments as of_moments
@@ -41,13 +45,12 @@ def _fine_tunes(base: Path, folder: Path) -> dict[str, Path]:
     return found
 
 
-def _prompts(folder: Path) -> tuple[dict[str, list[str]], dict[str, Path]]:
+def _prompts(folder: Path) -> dict[str, Path]:
     words = {task: texts([3, 7, 5, 4], seed=20 + n) for n, task in enumerate(_TASKS)}
-    files = {
+    return {
         task: _write(folder / f"{task}.jsonl", [json.dumps({"input": line}) for line in lines])
         for task, lines in words.items()
     }
-    return words, files
 
 
 def _layer(name: str) -> str:
@@ -57,7 +60,10 @@ def _layer(name: str) -> str:
 
 
 def _merged_along(
-    model: Any, deltas: dict[str, dict[str, NDArray[np.float64]]], readings: dict[str, Any]
+    model: Any,
+    deltas: dict[str, dict[str, NDArray[np.float64]]],
+    readings: dict[str, Any],
+    averaged: Callable[[str], bool],
 ) -> dict[tuple[str, str], NDArray[np.float64]]:
     """Merge a model in place; return the moments by which each matrix was merged."""
     modules = dict(model.named_modules())
@@ -85,8 +91,12 @@ def _merged_along(
         for name in layer:
             sigmas = [of_moments.second_moment(given[task][name]) for task in _TASKS]
             found |= {(name, task): sigma for task, sigma in zip(_TASKS, sigmas, strict=True)}
+            updates = [deltas[task][name] for task in _TASKS]
             side = "rows" if linear[name] else "columns"
-            add(name, regmean.regmean([deltas[t][name] for t in _TASKS], sigmas, side=side))
+            if averaged(name):
+                add(name, sum(updates) / len(_TASKS))
+            else:
+                add(name, regmean.regmean(updates, sigmas, side=side))
     return found
 
 
@@ -94,16 +104,15 @@ def _merged_along(
 def test_moments_and_merge_are_those_of_a_merge_layer_by_layer(kind: str, tmp_path: Path) -> None:
     base = store(kind, tmp_path / "base")
     models = _fine_tunes(base, tmp_path)
-    words, files = _prompts(tmp_path)
+    files = _prompts(tmp_path)
     common = _write(tmp_path / "t.txt", texts([6, 5]))
     file = tmp_path / "m.safetensors"
     calibrate(base, file, models, texts=common, prompts=files, length=6)
 
     model, writer = _readings(base, length=6)
     readings = {None: writer.answered(writer.texts(texts([6, 5]), 6), _nothing)}
-    readings |= {
-        task: writer.answered(writer.texts(lines, None), _nothing) for task, lines in words.items()
-    }
+    for task, rows in tasks_of(files).items():
+        readings[task] = prompts_of_task(writer, task, rows, 16, 0).readings(_nothing)
     plain = _inputs(model, readings[None])
     weights = load_file(base / "model.safetensors")
     deltas = {
@@ -113,21 +122,91 @@ def test_moments_and_merge_are_those_of_a_merge_layer_by_layer(kind: str, tmp_pa
         }
         for task in _TASKS
     }
-    expected = _merged_along(model, deltas, readings)
+    expected = _merged_along(model, deltas, readings, open_base(resolve(base)).is_embedding)
     metric = open_metric(file)
     assert metric.along is not None
     for (name, task), sigma in expected.items():
         root = metric.moment(name, task).root.double().numpy()
-        np.testing.assert_allclose(root.T @ root, sigma, rtol=0, atol=2e-4 * np.trace(sigma))
+        np.testing.assert_allclose(
+            root.T @ root, sigma, rtol=0, atol=2e-4 * np.trace(sigma), err_msg=f"{name} {task}"
+        )
     # The text for all tasks is read by the base.
     for name in {name for name, _ in expected}:
         root = metric.moment(name).root.double().numpy()
         sigma = of_moments.second_moment(plain[name])
-        assert (np.abs(root.T @ root - sigma) <= of_moments.rounding(sigma)).all()
+        scale = np.sqrt(np.outer(np.diag(sigma), np.diag(sigma)))
+        assert (np.abs(root.T @ root - sigma) <= 200 * 2.0**-24 * scale).all()
 
     merged = sm.merge(base, models, "regmean", output=tmp_path / "out", metric=file)
     found = load_file(merged.path / "model.safetensors")
     for name, parameter in model.named_parameters():
         if name in found:
             atol = 1e-3 * float(parameter.detach().abs().max())
-            torch.testing.assert_close(found[name], parameter.detach(), rtol=0, atol=atol)
+            torch.testing.assert_close(
+                found[name],
+                parameter.detach(),
+                rtol=0,
+                atol=atol,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> tuple[Path, dict[str, Path], dict[str, Path], Path]:
+    """Return a base, its fine-tunes, their prompts and a file of texts."""
+    base = store("llama", tmp_path / "base")
+    texts_file = _write(tmp_path / "t.txt", texts([6, 5]))
+    return base, _fine_tunes(base, tmp_path), _prompts(tmp_path), texts_file
+
+
+def test_models_and_prompts_must_be_of_the_same_names(
+    world: tuple[Path, dict[str, Path], dict[str, Path], Path], tmp_path: Path
+) -> None:
+    base, models, prompts, common = world
+    file = tmp_path / "m.safetensors"
+    less = {name: path for name, path in prompts.items() if name != "two"}
+    for given, message in (
+        ((models, less), "one, two, three, and the model two has no prompts"),
+        (({"one": models["one"]}, prompts), "merge of one, and no model is called three"),
+        ((models, {}), "the model one has no prompts"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            calibrate(base, file, given[0], texts=common, prompts=given[1])
+    assert not file.exists()
+
+
+def test_a_metric_along_a_merge_serves_that_merge_alone(
+    world: tuple[Path, dict[str, Path], dict[str, Path], Path], tmp_path: Path
+) -> None:
+    base, models, prompts, common = world
+    file = tmp_path / "m.safetensors"
+    said: list[str] = []
+    calibrate(base, file, models, texts=common, prompts=prompts, announce=said.append)
+    assert "along a merge of one, two, three, in 3 steps" in said[0]
+    again = {name: models[name] for name in ("three", "one", "two")}
+    result = sm.merge(base, again, "auto", output=tmp_path / "out", metric=file)
+    assert result.report.content["recipe"]["method"] == "regmean"
+    assert "along the merge" in result.report.summary()
+    swapped = {"one": models["two"], "two": models["one"], "three": models["three"]}
+    with pytest.raises(UsageError, match="where one is another model"):
+        sm.merge(base, swapped, "regmean", output=tmp_path / "no", metric=file)
+    with pytest.raises(
+        UsageError, match="along a merge of one, two, three, and this .* of one, two"
+    ):
+        less = {name: models[name] for name in ("one", "two")}
+        sm.merge(base, less, "regmean", output=tmp_path / "no", metric=file)
+    # The text for all tasks was read by the base, whatever is merged.
+    sm.merge(base, less, "tsv_m", output=tmp_path / "whitened", metric=file)
+
+
+def test_how_much_is_read_at_once_changes_nothing_but_rounding(
+    world: tuple[Path, dict[str, Path], dict[str, Path], Path], tmp_path: Path
+) -> None:
+    base, models, prompts, common = world
+    found = []
+    for name, memory in (("a", None), ("b", 1)):
+        calibrate(base, tmp_path / name, models, texts=common, prompts=prompts, memory=memory)
+        found.append(open_metric(tmp_path / name))
+    name = "model.layers.1.mlp.down_proj.weight"
+    first, second = (metric.moment(name, "two").root.double() for metric in found)
+    torch.testing.assert_close(first.T @ first, second.T @ second, rtol=1e-4, atol=1e-6)

@@ -90,6 +90,8 @@ def test_all_weights_are_trained_and_stored(smollm2: Path, tmp_path: Path) -> No
     assert "learning rate 5e-05" in card.text
     weights = load_file(tmp_path / "full" / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    for name in ("generation_config.json", "tokenizer.json"):
+        assert (tmp_path / "full" / name).read_bytes() == (smollm2 / name).read_bytes()
     vectors = sm.load_task_vectors(smollm2, [tmp_path / "full"])
     merged = vectors.merge("average")
     assert len(merged) == len(weights)

@@ -79,12 +79,19 @@ class Along:
             for group in groups
             for member in group.members
         }
-        # Only what a model changes is merged, and only that needs moments.
-        self.groups = [
-            Group(members)
+        # Only what a model changes is merged and needs moments; and what reads the same in several
+        # layers, as cross-attention does, is merged layer by layer all the same.
+        order = {name: place for place, name in enumerate(parameters)}
+        parts = [
+            tuple(members)
             for group in groups
-            if (members := tuple(m for m in group.members if m.tensor in self._planned))
+            for _, members in groupby(
+                (member for member in group.members if member.tensor in self._planned),
+                lambda member: _layer(self._names[member.tensor]),
+            )
         ]
+        parts.sort(key=lambda members: order[self._names[members[0].tensor]])
+        self.groups = [Group(members) for members in parts]
         self.stages = [
             Stage(layer, tuple(parts), self._until(layer) if is_read_once else None)
             for layer, parts in groupby(self.groups, lambda g: _layer(self._names[g.tensors[0]]))

@@ -15,6 +15,9 @@ from starmerge.errors import StarmergeError, UsageError
 _OWN_FILES = ("config.json", "*.index.json", REPORT, "adapter_config.json")
 """Files beside the weights that a merged model gets anew or must not have."""
 
+_EMBEDDINGS = ("wte", "wpe", "relative_attention_bias")
+"""Parts of the names of embeddings that have no "embed" in them."""
+
 
 @dataclass(frozen=True)
 class Base:
@@ -38,12 +41,12 @@ class Base:
     def is_embedding(self, name: str) -> bool:
         """Tell whether each row of a tensor stands for a token or a position.
 
-        Such are the matrices with as many rows as the vocabulary, and those with "embed" or the
-        GPT-2 names wte and wpe in their name.
+        Such are the matrices with as many rows as the vocabulary, and those with "embed", the GPT-2
+        names wte and wpe or T5's relative_attention_bias in their name.
         """
         shape = self.checkpoint[name].shape
         parts = name.lower().split(".")
-        named = any("embed" in part or part in ("wte", "wpe") for part in parts)
+        named = any("embed" in part or part in _EMBEDDINGS for part in parts)
         return len(shape) == 2 and (named or self._has_vocabulary_rows(name))
 
     @cached_property

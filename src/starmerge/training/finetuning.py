@@ -8,6 +8,7 @@ positions only.
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from starmerge.checkpoints.base import open_base
+from starmerge.checkpoints.source import resolve
 from starmerge.checkpoints.writer import output_folder
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation.metrics import Score
@@ -121,7 +124,9 @@ def finetune(
     with output_folder(output) as folder:
         if recipe.full:
             model.to(stored).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            # Tokenizer and generation settings as the base has them: the model's are for asking.
+            for file in open_base(resolve(base)).side_files:
+                shutil.copyfile(file, folder / file.name)
         else:
             # Only the adapter: "auto" would ask the Hub for the base's vocabulary.
             adapted.save_pretrained(folder, save_embedding_layers=False)
