@@ -41,7 +41,9 @@ class RegMean(Merge):
     prompt reaches would leave M open.
     Cost: where the prompts have k tokens together and an input n entries, O(n k²) a tensor for
     k < n, else O(n³); an adapter's update stays low-rank. The moments of all tasks are held.
-    When to use: whenever a handful of prompts of each task can be had.
+    When to use: whenever a handful of prompts of each task can be had. With a metric that was made
+    along the merge (``starmerge calibrate BASE MODELS``) it is RegMean++ (arXiv 2508.03121), which
+    takes a layer's inputs from the model as merged so far, and keeps more.
     """
 
     off_diagonal: Annotated[
