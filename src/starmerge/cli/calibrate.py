@@ -16,9 +16,9 @@ def calibrate(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            help="The models that will be merged, as folders, Hub ids or NAME=PATH, named as their "
-            "prompts. These are then read by the model as far as it is merged, layer by layer: "
-            "[b]regmean[/b] keeps more with it.",
+            help="The models that will be merged: folders, Hub ids or NAME=PATH, named as their "
+            "prompts are. These are then read along the merge, layer by layer: [b]regmean[/b] "
+            "keeps more with such a file, which serves this merge alone.",
             show_default="none: the base reads the prompts",
         ),
     ] = None,
