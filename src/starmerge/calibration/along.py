@@ -127,7 +127,14 @@ class Along:
                         moment = Moment(total.root(), total.tokens)
                         found |= {(tensor, task): moment for tensor in group.tensors}
                         yield task, group, moment
-                merged.enter_context(self._merged({tensor for tensor, _ in found}, found))
+                # What the prompts of a task do not reach stays as the base has it.
+                reached = {
+                    tensor
+                    for group in stage.groups
+                    for tensor in group.tensors
+                    if all((tensor, task) in found for task in tasks)
+                }
+                merged.enter_context(self._merged(reached, found))
 
     def _until(self, layer: str) -> nn.Module:
         return self._model.get_submodule(layer.removesuffix(".weight"))
