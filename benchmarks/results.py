@@ -633,15 +633,19 @@ def plot_counts(found: Mapping[tuple[str, str], Sequence[Comparison]], path: Pat
     import matplotlib.pyplot as plt  # noqa: PLC0415  (slow to import)
 
     panels = {name: columns for (name, scorer), columns in found.items() if scorer == "rank"}
+    across = min(len(panels), 4)
+    down = -(-len(panels) // across)
     figure, axes = plt.subplots(
-        1,
-        len(panels),
-        figsize=(4.2 * len(panels) + 2.8, 4.2),
+        down,
+        across,
+        figsize=(3.6 * across + 2.8, 3.6 * down),
         sharey=True,
         layout="constrained",
         squeeze=False,
     )
-    for panel, (name, columns) in zip(axes[0], panels.items(), strict=True):
+    for panel in axes.flat[len(panels) :]:
+        panel.set_axis_off()
+    for panel, (name, columns) in zip(axes.flat, panels.items(), strict=False):
         methods = _methods(columns)
         # The coloured ones last, so that they lie above the others.
         for place, method in enumerate(sorted(methods, key=lambda m: m in DRAWN)):
@@ -674,10 +678,11 @@ def plot_counts(found: Mapping[tuple[str, str], Sequence[Comparison]], path: Pat
         panel.set_xlabel("models in a merge")
         panel.set_title(name, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("normalised average, 95 % interval")
+    for panel in axes[:, 0]:
+        panel.set_ylabel("normalised average, 95 % interval")
     lines = {
         text: line
-        for panel in axes[0]
+        for panel in axes.flat
         for line, text in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     figure.legend(lines.values(), lines.keys(), loc="outside right center", frameon=False)
