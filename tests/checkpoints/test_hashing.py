@@ -77,3 +77,13 @@ def test_each_factor_counts(kind: str) -> None:
     factors[kind] = factors[kind].clone()
     factors[kind][-1, -1] += 1
     assert blake3_of_update({"w": LowRank(**factors)}) != before
+
+
+def test_a_single_column_with_an_odd_stride_is_hashed_as_its_copy() -> None:
+    odd = torch.empty_strided((4, 1), (1, 576), dtype=torch.float64).copy_(torch.ones(4, 1))
+    plain = torch.ones(4, 1, dtype=torch.float64)
+    assert odd.is_contiguous()
+    row = torch.ones(1, 3)
+    assert blake3_of_update({"w": LowRank(odd, row)}) == blake3_of_update(
+        {"w": LowRank(plain, row)}
+    )

@@ -98,5 +98,6 @@ def _pieces(tensor: Tensor) -> Iterator[memoryview]:
         return
     step = len(rows) if rows.is_contiguous() else max(1, _CHUNK // rows[0].nbytes)
     for start in range(0, len(rows), step):
-        piece = rows[start : start + step].cpu().contiguous()
+        # Flat, as torch takes a single column for contiguous whatever its last stride is.
+        piece = rows[start : start + step].cpu().contiguous().flatten()
         yield piece.view(torch.uint8).numpy().data.cast("B")
