@@ -13,7 +13,7 @@ from starmerge.errors import UsageError
 from starmerge.merging.in_memory import merge_all, merge_state
 from starmerge.merging.workers import Workers
 from starmerge.methods import Deltas, Lines, TensorContext, make_method, make_pipeline
-from tests.oracles import bounds, lines, samples
+from tests.oracles import bounds, lines, own_response, samples
 
 LAYERS = {
     "encoder.0.q": (0, 3),
@@ -270,9 +270,5 @@ def test_own_response_after_it_sets_the_scale():
     deltas = models("low-rank")
     found = run(deltas, "task_arithmetic+lines+own_response")
     tau, M = [exact(model, found) for model in deltas], exact(found, found)
-    responses = [
-        sum(np.sum(M[name] * x) for name, x in model.items())
-        / sum(np.sum(x * x) for x in model.values())
-        for model in tau
-    ]
-    assert np.mean(responses) == pytest.approx(len(deltas) ** (-1 / 8), rel=1e-6)
+    mean = own_response.mean_response(tau, M)
+    assert mean == pytest.approx(len(deltas) ** (-1 / 8), rel=1e-6)

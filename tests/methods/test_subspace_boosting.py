@@ -16,7 +16,7 @@ from starmerge.methods import (
     make_method,
     make_pipeline,
 )
-from tests.oracles import samples, spectra, spectral, subspace_boosting
+from tests.oracles import own_response, samples, spectra, spectral, subspace_boosting
 
 MERGES = ["task_arithmetic", "average", "ties", "tsv_m"]
 BETAS = [0.01, 0.3, 0.7, 1.0]
@@ -134,9 +134,9 @@ def test_rotations_and_scale_carry_over(kind):
 def test_own_response_after_it_sets_the_scale():
     deltas = samples.task_deltas("low-rank", 30, 20)
     found = spectral.merged("task_arithmetic+subspace_boosting+own_response", deltas)
-    tau = list(map(samples.exact, deltas))
-    responses = [np.sum(found * tau_t) / np.sum(tau_t * tau_t) for tau_t in tau]
-    assert np.mean(responses) == pytest.approx(len(deltas) ** (-1 / 8), rel=1e-6)
+    tau = [{"w": samples.exact(delta)} for delta in deltas]
+    mean = own_response.mean_response(tau, {"w": found})
+    assert mean == pytest.approx(len(deltas) ** (-1 / 8), rel=1e-6)
 
 
 @pytest.mark.parametrize(
