@@ -169,6 +169,13 @@ def test_models_and_prompts_must_be_of_the_same_names(
         ((models, less), "one, two, three, and the model two has no prompts"),
         (({"one": models["one"]}, prompts), "merge of one, and no model is called three"),
         ((models, {}), "the model one has no prompts"),
+        (
+            (
+                [f"{name}={path}" for name, path in [*models.items(), ("one", models["two"])]],
+                prompts,
+            ),
+            "two models are called 'one'|same name",
+        ),
     ):
         with pytest.raises(UsageError, match=message):
             calibrate(base, file, given[0], texts=common, prompts=given[1])

@@ -14,16 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
 
 from torch import nn
 
 from starmerge.calibration.moments import Group, Sum
-from starmerge.checkpoints.hashing import remembered_blake3_of
 from starmerge.checkpoints.names import match_names
 from starmerge.deltas import Delta
-from starmerge.merging.apply import apply
-from starmerge.merging.plan import PlannedTensor, lay_out
+from starmerge.merging.apply import Applied, apply
+from starmerge.merging.plan import PlannedTensor, lay_out, layer_of
 from starmerge.merging.task_vectors import TaskVectors
 from starmerge.methods.method import Deltas
 from starmerge.methods.regmean import RegMean
@@ -33,11 +31,8 @@ from starmerge.spectral.moment import Moment
 
 @dataclass(frozen=True)
 class Stage:
-    """Neighbouring modules of one layer."""
+    """A step of the merge: the modules of one layer, or one module of none."""
 
-    layer: str
-    """Where the model has the layer, such as "model.layers.3"; of a module in no layer its own
-    name."""
     groups: tuple[Group, ...]
     until: nn.Module | None
     """The layer, after which a pass need not go on; None: it must."""
@@ -87,27 +82,21 @@ class Along:
             for group in groups
             for _, members in groupby(
                 (member for member in group.members if member.tensor in self._planned),
-                lambda member: _layer(self._names[member.tensor]),
+                lambda member: layer_of(self._names[member.tensor]),
             )
         ]
         parts.sort(key=lambda members: order[self._names[members[0].tensor]])
         self.groups = [Group(members) for members in parts]
+        self._sides = {member.tensor: member.side for members in parts for member in members}
         self.stages = [
-            Stage(layer, tuple(parts), self._until(layer) if is_read_once else None)
-            for layer, parts in groupby(self.groups, lambda g: _layer(self._names[g.tensors[0]]))
+            Stage(tuple(parts), self._module(layer) if is_read_once else None)
+            for layer, parts in groupby(self.groups, lambda g: layer_of(self._names[g.tensors[0]]))
         ]
 
     def describe(self) -> str:
         """Say in a line how prompts are read."""
         names = ", ".join(self._vectors.names)
         return f"Prompts are read along a merge of {names}, in {len(self.stages)} steps"
-
-    def record(self) -> dict[str, dict[str, str]]:
-        """Return the BLAKE3 of the models' files, by model and file."""
-        return {
-            model.name: {file.name: remembered_blake3_of(file) for file in model.files}
-            for model in self._vectors.models
-        }
 
     def moments(self, tasks: Sequence[str], read: Read) -> Iterator[tuple[str, Group, Moment]]:
         """Yield the moments of the tasks' prompts, layer by layer, and merge each layer after it.
@@ -136,10 +125,10 @@ class Along:
                 }
                 merged.enter_context(self._merged(reached, found))
 
-    def _until(self, layer: str) -> nn.Module:
+    def _module(self, layer: str) -> nn.Module:
         return self._model.get_submodule(layer.removesuffix(".weight"))
 
-    def _merged(self, tensors: set[str], moments: Mapping[tuple[str, str], Moment]) -> Any:
+    def _merged(self, tensors: set[str], moments: Mapping[tuple[str, str], Moment]) -> Applied:
         """Add the merge of some tensors to the model; return what takes it back."""
         update = {
             self._names[name]: self._merge(self._planned[name], moments)
@@ -152,20 +141,11 @@ class Along:
         name, tasks = tensor.source.name, self._vectors.names
         context = tensor.context(tasks, [1.0] * len(tasks), None)
         if moments:
-            side = next(
-                member.side
-                for group in self.groups
-                for member in group.members
-                if member.tensor == name
-            )
-            inputs = Inputs(side, lambda t: moments[name, tasks[t or 0]])
-            context = replace(context, inputs=inputs)
+
+            def read(task: int | None) -> Moment:
+                assert task is not None, "regmean reads the moments of tasks alone"
+                return moments[name, tasks[task]]
+
+            context = replace(context, inputs=Inputs(self._sides[name], read))
         deltas = {t: self._vectors.deltas[m.name][name] for t, m in tensor.models.items()}
         return RegMean().merge(Deltas.of(deltas), context, None)
-
-
-def _layer(name: str) -> str:
-    """Return the part of a name up to its first number, which is that of a layer."""
-    parts = name.split(".")
-    place = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
-    return ".".join(parts[: place + 1])

@@ -31,6 +31,7 @@ from starmerge.checkpoints.writer import check_output_file, check_space, output_
 from starmerge.errors import StarmergeError, UsageError, nearest
 from starmerge.evaluation.models import Dtype, load_text_model
 from starmerge.evaluation.task import Task
+from starmerge.merging.metric import hashes_of
 from starmerge.merging.task_vectors import load_task_vectors
 from starmerge.merging.workers import Workers
 from starmerge.progress import bytes_in_words, progress_bar
@@ -227,9 +228,10 @@ def calibrate(
     bound = None if memory is None else Workers(memory=memory).memory
     given = None if texts is None else texts_of(Path(texts))[:sequences]
     tasks = tasks_of(prompts or {})
-    entries = model_entries(models)
-    _check_names([entry["name"] for entry in entries], list(tasks))
+    names = [entry["name"] for entry in model_entries(models)]
+    _check_names(names, list(tasks))
     opened = open_base(resolve(base))
+    vectors = load_task_vectors(base, models, any_base=any_base) if names else None
     model, tokenizer = load_text_model(opened.source.path, device=device, dtype=dtype)
     writer = Writer(model, tokenizer, seed=seed, length=length or LENGTH)
     if given is None:
@@ -251,15 +253,10 @@ def calibrate(
             f"{base}, a {type(model).__name__}, cannot read a text by itself: "
             f"{' '.join(str(error).split()) or type(error).__name__}"
         ) from error
-    along = None
-    if entries:
-        vectors = load_task_vectors(
-            base, {entry["name"]: entry["path"] for entry in entries}, any_base=any_base
-        )
-        along = Along(model, vectors, groups, is_read_once=calls == 1)
+    along = Along(model, vectors, groups, is_read_once=calls == 1) if vectors else None
     record = {
         **common.record,
-        **({} if along is None else {"along": along.record()}),
+        **({"along": hashes_of(vectors.models)} if vectors else {}),
         "prompts": {source.task: source.record for source in sources[1:]},
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,

@@ -62,22 +62,15 @@ def text_of_file(
 ) -> Source:
     """Return the text of a file."""
     readings = writer.texts(texts, length)
-    tokens = _tokens(writer, readings)
-    return Source(
-        task=None,
-        written=len(readings),
-        tokens=tokens,
-        readings=partial(writer.answered, readings),
-        record={
-            "kind": "texts",
-            "file": file.name,
-            "blake3": remembered_blake3_of(file),
-            "sequences": len(readings),
-            "length": length,
-            "seed": seed,
-        },
-        words=f"Text: {len(readings)} texts of {file}, {tokens} tokens",
-    )
+    record = {
+        "kind": "texts",
+        "file": file.name,
+        "blake3": remembered_blake3_of(file),
+        "sequences": len(readings),
+        "length": length,
+        "seed": seed,
+    }
+    return _given(writer, readings, None, record, f"Text: {len(readings)} texts of {file}")
 
 
 def prompts_of_task(writer: Writer, name: str, task: Task, rows: int, seed: int) -> Source:
@@ -90,26 +83,29 @@ def prompts_of_task(writer: Writer, name: str, task: Task, rows: int, seed: int)
         ) from error
     readings = writer.prompts(task, chosen)
     ids = json.dumps([reading.ids for reading in readings])
-    tokens = _tokens(writer, readings)
+    record = {
+        "source": task.where,
+        "rows": len(readings),
+        "blake3": blake3(ids.encode()).hexdigest(),
+        "seed": seed,
+    }
+    return _given(writer, readings, name, record, f"Task {name}: {len(readings)} prompts")
+
+
+def _given(
+    writer: Writer, readings: list[Reading], task: str | None, record: dict[str, Any], words: str
+) -> Source:
+    """Return text that is there, to which only a decoder has to write."""
+    answers = writer.length * len(readings) if writer.kind == "encoder-decoder" else 0
+    tokens = max(answers, sum(len(reading.ids) for reading in readings))
     return Source(
-        task=name,
+        task=task,
         written=len(readings),
         tokens=tokens,
         readings=partial(writer.answered, readings),
-        record={
-            "source": task.where,
-            "rows": len(readings),
-            "blake3": blake3(ids.encode()).hexdigest(),
-            "seed": seed,
-        },
-        words=f"Task {name}: {len(readings)} prompts, {tokens} tokens",
+        record=record,
+        words=f"{words}, {tokens} tokens",
     )
-
-
-def _tokens(writer: Writer, readings: Sequence[Reading]) -> int:
-    """Return how many tokens encoder or decoder read, at most: whichever reads more."""
-    written = writer.length * len(readings) if writer.kind == "encoder-decoder" else 0
-    return max(written, sum(len(reading.ids) for reading in readings))
 
 
 def tasks_of(prompts: Mapping[str, str | Path | Task]) -> dict[str, Task]:

@@ -76,6 +76,14 @@ def wanted(pipeline: Pipeline, tasks: Sequence[str]) -> Iterator[str | None]:
         yield from tasks
 
 
+def hashes_of(models: Sequence[FineTune]) -> dict[str, dict[str, str]]:
+    """Return the BLAKE3 of the models' files, by model and file: of which merge a metric is."""
+    return {
+        model.name: {file.name: remembered_blake3_of(file) for file in model.files}
+        for model in models
+    }
+
+
 def unused_tasks(metric: Metric, pipeline: Pipeline, tasks: Sequence[str]) -> list[str]:
     """Return the tasks of a metric whose prompts a chain would use, if a model had their name."""
     return [t for t in metric.tasks if t not in tasks] if pipeline.needs_moments else []
@@ -108,10 +116,7 @@ def _check_tasks(metric: Metric, pipeline: Pipeline, tasks: Sequence[str]) -> No
 def _check_along(metric: Metric, models: Sequence[FineTune]) -> None:
     if metric.along is None:
         return
-    files = {
-        model.name: {file.name: remembered_blake3_of(file) for file in model.files}
-        for model in models
-    }
+    files = hashes_of(models)
     if files != metric.along:
         others = sorted(name for name in files if files[name] != metric.along.get(name))
         raise UsageError(

@@ -390,13 +390,18 @@ def layers(names: Iterable[str]) -> dict[str, tuple[int, int]]:
     places: dict[str, tuple[str, int]] = {}
     counts: dict[str, int] = {}
     for name in names:
-        parts = name.split(".")
-        place = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-        if place is not None:
-            prefix, index = ".".join(parts[:place]), int(parts[place])
-            places[name] = prefix, index
-            counts[prefix] = max(counts.get(prefix, 0), index + 1)
+        prefix, _, number = layer_of(name).rpartition(".")
+        if number.isdecimal():
+            places[name] = prefix, int(number)
+            counts[prefix] = max(counts.get(prefix, 0), int(number) + 1)
     return {name: (index, counts[prefix]) for name, (prefix, index) in places.items()}
+
+
+def layer_of(name: str) -> str:
+    """Return a tensor's name up to its first part that is a number, the layer; else all of it."""
+    parts = name.split(".")
+    place = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
+    return ".".join(parts[: place + 1])
 
 
 def _check_apart(output: Path, source: Source) -> None:

@@ -100,7 +100,8 @@ def on_best_device(
     Args:
         deltas: One or more, of one shape.
         work: Calls :func:`core_space` with the device. All that it makes on it, it makes of the
-            matrices there (``C.new_zeros``, ``torch.zeros_like``), and it returns deltas.
+            matrices there (``C.new_zeros``, ``torch.zeros_like``), and what it returns lies where
+            the deltas do, or on the CPU.
         beside: Bytes that the work takes besides what merges of such deltas take.
     """
     is_dense = any(isinstance(delta, Dense) for delta in deltas)
