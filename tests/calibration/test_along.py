@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import starmerge as sm
@@ -217,3 +219,27 @@ def test_how_much_is_read_at_once_changes_nothing_but_rounding(
     name = "model.layers.1.mlp.down_proj.weight"
     first, second = (metric.moment(name, "two").root.double() for metric in found)
     torch.testing.assert_close(first.T @ first, second.T @ second, rtol=1e-4, atol=1e-6)
+
+
+def test_only_what_the_models_change_has_moments_of_the_tasks(
+    world: tuple[Path, dict[str, Path], dict[str, Path], Path], tmp_path: Path
+) -> None:
+    base, _, prompts, common = world
+    adapters = {}
+    for seed, task in enumerate(_TASKS):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        adapters[task] = tmp_path / f"adapter-{task}"
+        adapted.save_pretrained(adapters[task])
+    file = tmp_path / "m.safetensors"
+    result = calibrate(base, file, adapters, texts=common, prompts=prompts, any_base=True)
+    assert result.notes == ()
+    metric = open_metric(file)
+    for name in ("self_attn.q_proj", "self_attn.v_proj"):
+        assert metric.has(f"model.layers.1.{name}.weight", "two")
+    for name in ("self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj"):
+        assert metric.has(f"model.layers.1.{name}.weight")
+        assert not metric.has(f"model.layers.1.{name}.weight", "two")
+    merged = sm.merge(base, adapters, "auto", output=tmp_path / "out", metric=file, any_base=True)
+    assert merged.report.content["recipe"]["method"] == "regmean"
