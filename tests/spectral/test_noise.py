@@ -15,7 +15,7 @@ from starmerge.checkpoints.models import open_model
 from starmerge.checkpoints.source import resolve
 from starmerge.spectral import kept_rank
 from starmerge.spectral.noise import (
-    PANEL_ROWS,
+    PANEL_ENTRIES,
     Rounding,
     noise_edge,
     noise_floor,
@@ -153,10 +153,10 @@ def test_a_matrix_without_entries_has_no_floor(shape):
 
 
 def test_panels_do_not_show():
-    base = normal(PANEL_ROWS + 9, 12, seed=10).to(torch.bfloat16)
-    delta = stored(base, 1e-3 * normal(PANEL_ROWS + 9, 12, seed=11), torch.bfloat16)
+    base = normal(PANEL_ENTRIES // 12 + 9, 12, seed=10).to(torch.bfloat16)
+    delta = stored(base, 1e-3 * normal(PANEL_ENTRIES // 12 + 9, 12, seed=11), torch.bfloat16)
     whole = rounding_noise(base, delta, torch.bfloat16)
-    cut = PANEL_ROWS - 100
+    cut = PANEL_ENTRIES // 12 - 100
     parts = [
         rounding_noise(base[rows], delta[rows], torch.bfloat16)
         for rows in (slice(cut), slice(cut, None))

@@ -41,8 +41,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-PANEL_ROWS = 64
-"""Rows of a weight that are looked at at once; about ten float64 copies of them are made."""
+PANEL_ENTRIES = 2**19
+"""Entries of a weight that are looked at at once; about ten float64 copies of them are made.
+
+A panel takes some thousand calls of torch, whatever its size, and threads that make small calls
+wait for each other's hold of Python's lock."""
 
 _INTEGERS = {
     torch.bfloat16: torch.int16,
@@ -99,8 +102,9 @@ class Floor:
 def rounding_noise(base: Tensor, delta: Tensor, dtype: torch.dtype) -> Rounding:
     """Return the variances of the noise that storing a fine-tune in a dtype left in its delta.
 
-    Works through panels of :data:`PANEL_ROWS` rows. The delta must be as it was
-    stored, not scaled or trimmed. Cost: for each row the work of some thousand entries, and O(mn).
+    Works through panels of some rows, :data:`PANEL_ENTRIES` entries or one row. The delta must be
+    as it was stored, not scaled or trimmed. Cost: for each row the work of some thousand entries,
+    and O(mn).
 
     Args:
         base: (m, n) the base, as it is stored, any floating dtype.
@@ -109,8 +113,9 @@ def rounding_noise(base: Tensor, delta: Tensor, dtype: torch.dtype) -> Rounding:
     """
     rows = torch.zeros(delta.shape[0], dtype=torch.float64)
     columns = torch.zeros(delta.shape[1], dtype=torch.float64)
-    for start in range(0, len(delta) if delta.numel() else 0, PANEL_ROWS):
-        panel = slice(start, start + PANEL_ROWS)
+    height = max(1, PANEL_ENTRIES // max(1, delta.shape[1]))
+    for start in range(0, len(delta) if delta.numel() else 0, height):
+        panel = slice(start, start + height)
         variances = _variances(base[panel], delta[panel].double(), dtype)
         rows[panel] = variances.sum(1)
         columns += variances.sum(0)
@@ -193,11 +198,11 @@ def _variances(base: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
     counts, ulp = counts[:, used], ulps[used]
 
     # Halve in log₂ s. As |q| ≤ 2|δ|, an energy needs an s of half its root mean square at least;
-    # and two of that or four of the largest ulp are enough.
+    # and two of that or four of the row's largest ulp are enough.
     energy = delta.square().sum(1)
     outside = (~on_grid).sum(1)
     mean_square = (energy - uniform_energy).clamp(min=0) / delta.shape[1]
-    high = torch.maximum(2 * mean_square.sqrt(), 4 * ulps[-1]).log2()
+    high = torch.maximum(2 * mean_square.sqrt(), 4 * ulps[code.amax(1)]).log2()
     low = torch.maximum((mean_square.sqrt() / 2).log2(), high - 60)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
