@@ -206,9 +206,9 @@ class Merge(Method):
     """The step that makes one update of all task vectors."""
 
     kind = "merge"
-    is_static: ClassVar[bool] = True
-    """Whether what it makes is one model; else it is a vector of which each task's model has a
-    part, and no post-step follows."""
+    outputs: ClassVar[tuple[str, ...]] = ("model", "adapter")
+    """Kinds of output that its update can be written as, the usual one first. Without "model" the
+    update is a vector of which each task's model has a part, and no post-step follows."""
     averages: ClassVar[bool] = False
     """Whether it divides by the sum of the weights, which then must not be zero."""
     holds_all: ClassVar[bool] = False

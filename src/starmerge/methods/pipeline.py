@@ -38,6 +38,8 @@ class Merged:
     """What is added to the base."""
     truncations: Mapping[int, Truncation]
     """By task, what a transform kept; of several, the last."""
+    inputs: Deltas
+    """The task vectors as the merge got them."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Pipeline:
             )
         post_steps = tuple(step for step in steps if isinstance(step, PostStep))
         for number, step in enumerate(post_steps):
-            if not merge.is_static:
+            if "model" not in merge.outputs:
                 raise UsageError(
                     f"{names}: {merge.name} makes a model for each task, and {step.name} follows "
                     "merges that make one for all. Leave it out."
@@ -227,21 +229,25 @@ class Prepared:
             if found is not None
         }
 
-    def merge(self, deltas: Deltas, tensor: TensorContext) -> Merged:
+    def merge(self, deltas: Deltas, tensor: TensorContext, *, holds_inputs: bool = False) -> Merged:
         """Merge the task vectors of one tensor.
 
         Args:
             deltas: τ_t of the tasks that change it, as the models have them.
             tensor: The tensor.
+            holds_inputs: Whether what the merge gets is held in memory, so that the caller may look
+                at it again without the transforms' work.
         """
         truncations: dict[int, Truncation] = {}
         chain, count = self.pipeline, len(self.pipeline.transforms)
         inputs = self.transformed(deltas, tensor, truncations, weighted=chain.merge.scaled_inputs)
+        if holds_inputs:
+            inputs = Deltas.of(dict(inputs.items()))
         merged = chain.merge.merge(inputs, tensor, self.surveys[count])
         surveys = self.surveys[count + 1 :]
         for step, survey in zip(chain.post_steps, surveys, strict=False):
             merged = step.apply(merged, deltas, tensor, survey)
-        return Merged(merged, truncations)
+        return Merged(merged, truncations, inputs)
 
     def transformed(
         self,
