@@ -251,7 +251,7 @@ class _AdapterWriting:
             info = adapter.checkpoint[key]
             layout.append(OutputTensor(name, info.dtype, info.shape, info.nbytes))
             sources[name] = _reader(adapter.checkpoint.read, key)
-        layout.sort(key=lambda tensor: -tensor.dtype.itemsize)
+        layout.sort(key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
         stem = WEIGHTS.removesuffix(".safetensors")
         whole = sum(tensor.nbytes for tensor in layout)
         with ShardWriter(self.folder, layout, stem=stem, shard_bytes=whole) as writer:
