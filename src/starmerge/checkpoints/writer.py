@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from starmerge.checkpoints.tensors import DTYPE_CODES, Checkpoint, raw_bytes, write_at
@@ -28,6 +29,10 @@ REPORT = "merge_report.json"
 
 SHARD_BYTES = 5 * 10**9
 """Largest shard, as transformers writes them; a larger tensor gets a shard of its own."""
+
+
+_PIECE = 2**20
+"""Bytes that are read back at once."""
 
 
 @dataclass(frozen=True)
@@ -215,11 +220,18 @@ class _Place:
     """Of its first byte."""
     left: int
     """Bytes still to be written."""
+    hashed: int
+    """Bytes that the digest knows: all, if the pieces came one after the other."""
+    digest: Any
+    """BLAKE3 of the first of them."""
+    lock: Lock
+    """Of the digest."""
 
 
 class ShardWriter:
     """Writes safetensors shards, each tensor into its place, in any order and by several threads.
 
+    Files that an interrupted run left in the folder are taken up: what is not written again stays.
     The headers come first in the files, so all names, dtypes and shapes are given at the start.
     Nothing is held in memory, and what is written goes on to the disk meanwhile.
 
@@ -263,7 +275,9 @@ class ShardWriter:
             write_at(file, memoryview(header), 0)
             offset = len(header)
             for tensor in tensors:
-                self._places[tensor.name] = _Place(tensor, file, offset, tensor.nbytes)
+                digest = blake3(max_threads=1)
+                place = _Place(tensor, file, offset, tensor.nbytes, 0, digest, Lock())
+                self._places[tensor.name] = place
                 offset += tensor.nbytes
             os.ftruncate(file, offset)
 
@@ -306,14 +320,52 @@ class ShardWriter:
                 f"{name} is planned as {place.tensor}; {tensor.dtype} {tuple(tensor.shape)} at "
                 f"entry {start} does not fit."
             )
-        write_at(place.file, raw_bytes(tensor.contiguous()), place.offset + offset)
+        content = raw_bytes(tensor.contiguous())
+        write_at(place.file, content, place.offset + offset)
+        with place.lock:
+            if offset == place.hashed:
+                place.digest.update(content)
+                place.hashed += tensor.nbytes
         self._wrote(place, tensor.nbytes)
 
     def copy(self, name: str, source: Checkpoint) -> None:
         """Write a tensor by copying its bytes from a checkpoint."""
         place = self._places[name]
         source.copy(name, place.file, place.offset)
+        place.hashed, place.digest = place.tensor.nbytes, _digest(place)
         self._wrote(place, place.tensor.nbytes)
+
+    def digest(self, name: str) -> str:
+        """Return the BLAKE3 of the bytes of a tensor that was written, in hexadecimal.
+
+        Bytes that came out of their order are read back for it.
+        """
+        place = self._places[name]
+        if place.hashed < place.tensor.nbytes:
+            place.hashed, place.digest = place.tensor.nbytes, _digest(place)
+        digest: str = place.digest.hexdigest()
+        return digest
+
+    def holds(self, name: str, digest: str) -> bool:
+        """Tell whether a tensor lies in its place already, by the BLAKE3 of its bytes."""
+        return _digest(self._places[name]).hexdigest() == digest
+
+    def take_up(self, name: str) -> None:
+        """Count a tensor that lies in its place already as written."""
+        self._places[name].left = 0
+
+    def sync(self) -> None:
+        """Make what was written survive a power cut."""
+        for file in self._files:
+            os.fsync(file)
+
+    @property
+    def digests(self) -> dict[str, dict[str, str]]:
+        """The BLAKE3 of every tensor's bytes, by the name of its file and its own."""
+        return {
+            self._name(number): {tensor.name: self.digest(tensor.name) for tensor in shard}
+            for number, shard in enumerate(self._shards)
+        }
 
     def _wrote(self, place: _Place, nbytes: int) -> None:
         with self._lock:
@@ -339,6 +391,15 @@ class ShardWriter:
             },
         }
         write_json(self._folder / f"{self._stem}.safetensors.index.json", index)
+
+
+def _digest(place: _Place) -> Any:
+    """Return the BLAKE3 of the bytes that lie in a tensor's place."""
+    digest = blake3(max_threads=1)
+    for start in range(0, place.tensor.nbytes, _PIECE):
+        count = min(_PIECE, place.tensor.nbytes - start)
+        digest.update(os.pread(place.file, count, place.offset + start))
+    return digest
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

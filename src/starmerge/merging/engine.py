@@ -16,6 +16,7 @@ from starmerge.checkpoints.tensors import prefetch
 from starmerge.checkpoints.writer import REPORT, output_folder, write_json
 from starmerge.deltas import Delta
 from starmerge.merging.checks import check_delta, check_weights
+from starmerge.merging.journal import Journal
 from starmerge.merging.layout import PlannedTensor
 from starmerge.merging.outputs import Writing
 from starmerge.merging.plan import Plan, make_plan
@@ -36,6 +37,8 @@ class MergeResult:
     path: Path
     """The folder of the merged model."""
     report: MergeReport
+    taken_up: int = 0
+    """Tensors that an earlier run, which was killed, had written."""
 
 
 def merge(
@@ -133,13 +136,15 @@ def run(
         InputHashes(plan) as hashes,
     ):
         merging = Merging(plan, workers, progress)
-        with plan.output.open(plan, folder) as writing:
-            records = merging.write(writing)
+        with plan.output.open(plan, folder) as writing, Journal(folder, writing) as journal:
+            records = merging.write(writing, journal)
         finished = writing.finish(records)
+        plan.check_unchanged()
         report = make_report(
             plan, finished, merging.findings, records, hashes.result(), merging.inputs.changing
         )
         write_json(folder / REPORT, report.content)
+        journal.end()
         write_card(
             folder / "README.md",
             plan.path.name,
@@ -150,7 +155,7 @@ def run(
             library=plan.output.library,
             metric=None if plan.metric is None else plan.metric.file.name,
         )
-    return MergeResult(plan.path, report)
+    return MergeResult(plan.path, report, journal.taken_up)
 
 
 class Merging:
@@ -162,8 +167,13 @@ class Merging:
         self.findings: dict[str, Any] = {}
         """What the methods found in the whole model."""
 
-    def write(self, writing: Writing) -> list[dict[str, Any]]:
-        """Merge all tensors and write them; return the records of those that are merged."""
+    def write(self, writing: Writing, journal: Journal | None = None) -> list[dict[str, Any]]:
+        """Merge all tensors and write them; return the records of those that are merged.
+
+        Args:
+            writing: The output.
+            journal: Knows what an earlier run has written, and is told what is.
+        """
         plan, records = self._plan, []
         prepared = plan.pipeline.prepare(
             partial(_walk, plan, self._workers, self.inputs, self._progress)
@@ -171,6 +181,11 @@ class Merging:
         self.findings = prepared.findings
 
         def write(tensor: PlannedTensor) -> dict[str, Any] | None:
+            entry = None if journal is None else journal.finished(tensor)
+            if entry is not None:
+                self.inputs.changing.update(entry.changing)
+                taken_up.append(tensor)
+                return entry.record
             if not tensor.models:
                 writing.leave(tensor)
                 return None
@@ -182,6 +197,7 @@ class Merging:
             )
             return tensor_record(plan, tensor, writing.put(tensor, base, merged), merged)
 
+        taken_up: list[PlannedTensor] = []
         size = sum(map(plan.output.nbytes, plan.tensors))
         with (
             progress_bar("merging", size, show=self._progress, in_bytes=True) as advance,
@@ -190,7 +206,11 @@ class Merging:
             for tensor, record in zip(plan.tensors, written, strict=True):
                 if record is not None:
                     records.append(record)
+                if journal is not None:
+                    journal.add(tensor, record, self.inputs.changing)
                 advance(plan.output.nbytes(tensor))
+        if journal is not None:
+            journal.taken_up = len(taken_up)
         return records
 
 

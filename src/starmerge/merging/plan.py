@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -38,6 +38,32 @@ class Plan(Contents):
     reason: str | None = None
     """Why the methods are these, where the recipe left it to ``auto``."""
     metric: Metric | None = None
+    states: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
+    """Of each input file device, inode, size and the times of its last changes, ns."""
+
+    @property
+    def files(self) -> dict[str, list[Path]]:
+        """The input files: the base's under "base", a model's under "model" and its name."""
+        files = {"base": self.base.checkpoint.files} if self.base.has_weights else {}
+        files |= {f"model {model.name}": model.files for model in self.models}
+        return files if self.metric is None else files | {"metric": [self.metric.file]}
+
+    def check_unchanged(self) -> None:
+        """Make sure that the input files are what they were when the plan was made.
+
+        Raises:
+            StarmergeError: One of them was changed, replaced or deleted.
+        """
+        for file, state in self.states.items():
+            try:
+                is_same = _state(file) == state
+            except OSError:
+                is_same = False
+            if not is_same:
+                raise StarmergeError(
+                    f"{file} was changed while it was merged, so what was made of it is neither "
+                    "the old nor the new. Begin again when nothing writes there."
+                )
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -120,7 +146,9 @@ def make_plan(recipe: Recipe, path: Path, *, overwrite: bool = False) -> Plan:
     plan = Plan(pipeline, base, models, tensors, recipe, output, path, overwrite, reason, metric)
     output.check(plan)
     check_space(path, plan.bytes_to_write)
-    return plan
+    beside = base.side_files if output.needs_base else []
+    files = {file for group in plan.files.values() for file in group}
+    return replace(plan, states={file: _state(file) for file in sorted(files | set(beside))})
 
 
 def open_models(recipe: Recipe) -> tuple[Base, tuple[FineTune, ...]]:
@@ -201,6 +229,11 @@ def check_merge(
         ],
     )
     return planned
+
+
+def _state(file: Path) -> tuple[int, ...]:
+    state = file.stat()
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
 def _check_apart(output: Path, source: Source) -> None:

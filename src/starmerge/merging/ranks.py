@@ -15,7 +15,7 @@ from torch import Tensor
 from starmerge.checkpoints.adapter_file import Module
 from starmerge.merging.engine import Merging
 from starmerge.merging.layout import Contents, PlannedTensor
-from starmerge.merging.outputs import Finished
+from starmerge.merging.outputs import Finished, Place
 from starmerge.merging.outputs.adapter import AdapterOutput, place_of
 from starmerge.merging.plan import Plan
 from starmerge.merging.workers import Workers
@@ -103,6 +103,10 @@ class _Measuring(AdapterOutput):
 @dataclass(frozen=True)
 class _Spectra:
     contents: Contents
+
+    def places(self, tensor: PlannedTensor) -> list[Place]:
+        """Return none."""
+        return []
 
     def leave(self, tensor: PlannedTensor) -> None:
         """Ignore a tensor that no model changes."""

@@ -7,7 +7,6 @@ import platform
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from threading import Event
 from types import TracebackType
 from typing import Any
@@ -18,6 +17,9 @@ from starmerge.merging.layout import PlannedTensor
 from starmerge.merging.outputs import Finished
 from starmerge.merging.plan import Plan
 from starmerge.methods.pipeline import Merged
+
+SCHEMA = 1
+"""Of the report: raised when a reader of an earlier one would misread it."""
 
 _PACKAGES = ("starmerge", "torch", "numpy")
 
@@ -65,6 +67,12 @@ class MergeReport:
         return text + "."
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of what computes a merge."""
+    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return packages | {"python": platform.python_version()}
+
+
 def tensor_record(
     plan: Plan, tensor: PlannedTensor, stored: Mapping[str, Any], merged: Merged
 ) -> dict[str, Any]:
@@ -96,7 +104,7 @@ class InputHashes:
     """
 
     def __init__(self, plan: Plan) -> None:
-        self._files = _input_files(plan)
+        self._files = plan.files
         self._pool = ThreadPoolExecutor(1, "hashes")
         self._stopped = Event()
 
@@ -159,8 +167,8 @@ def make_report(
         }
     return MergeReport(
         {
-            "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
-            | {"python": platform.python_version()},
+            "schema": SCHEMA,
+            "versions": versions(),
             "recipe": plan.recipe.model_dump(),
             "reason": plan.reason,
             "findings": {**findings, **finished.findings},
@@ -178,13 +186,8 @@ def make_report(
                 }
                 for key, (name, kind, source) in zip(hashes, sources, strict=True)
             ],
+            "digests": {file: dict(own) for file, own in finished.digests.items()},
             "tensors_copied": len(plan.tensors) - len(plan.merged),
             "tensors": list(tensors),
         }
     )
-
-
-def _input_files(plan: Plan) -> dict[str, list[Path]]:
-    files = {"base": plan.base.checkpoint.files} if plan.base.has_weights else {}
-    files |= {f"model {model.name}": model.files for model in plan.models}
-    return files if plan.metric is None else files | {"metric": [plan.metric.file]}

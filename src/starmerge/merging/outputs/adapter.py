@@ -30,7 +30,7 @@ from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.fold import FOLD_ENTRIES, factors_of, fold
 from starmerge.merging.layout import Contents, PlannedTensor
 from starmerge.merging.outputs.model import finite
-from starmerge.merging.outputs.output import Finished
+from starmerge.merging.outputs.output import Finished, Place
 from starmerge.methods.pipeline import Merged, Pipeline
 from starmerge.recipe import Dtype
 from starmerge.spectral import svd
@@ -121,7 +121,7 @@ class AdapterOutput:
         They go into a folder of their own, and into the adapter's file once the rank is known.
         """
         layout = [t for tensor in contents.tensors for t in self._layout(contents, tensor)]
-        (folder / _FACTORS).mkdir()
+        (folder / _FACTORS).mkdir(exist_ok=True)
         with ShardWriter(folder / _FACTORS, layout) as factors:
             writing = _AdapterWriting(self, contents, folder, factors)
             yield writing
@@ -157,6 +157,12 @@ class _AdapterWriting:
     contents: Contents
     folder: Path
     factors: ShardWriter
+
+    def places(self, tensor: PlannedTensor) -> list[Place]:
+        """Return those of the two factors, or of the whole weight."""
+        place = place_of(self.contents, tensor)
+        keys = place.keys() if isinstance(place, Module) else () if place is None else (place,)
+        return [(self.factors, key) for key in keys]
 
     def leave(self, tensor: PlannedTensor) -> None:
         """Never called: what no model changes has no place."""
@@ -215,7 +221,7 @@ class _AdapterWriting:
         modules = {name: place for name, place in places.items() if isinstance(place, Module)}
         whole = [place for place in places.values() if isinstance(place, str)]
         carried = _carried(self.contents)
-        self._assemble(r, carried)
+        digests = self._assemble(r, carried)
         adapters = [model for model in self.contents.models if isinstance(model, Adapter)]
         saved = [key.removeprefix(PREFIX) for key in (*whole, *carried)]
         config = adapter_config(
@@ -229,10 +235,16 @@ class _AdapterWriting:
         config["fan_in_fan_out"] |= any(adapter.config.fan_in_fan_out for adapter in adapters)
         write_adapter_config(self.folder, config)
         facts = {"rank": r, "error": error, "kept": 1 - error**2}
-        return Finished(_summary(r, error, records, carried), facts)
+        return Finished(_summary(r, error, records, carried), facts, digests=digests)
 
-    def _assemble(self, r: int, carried: Mapping[str, tuple[Adapter, str]]) -> None:
-        """Write all factors at rank r, and delete what they were collected in."""
+    def _assemble(
+        self, r: int, carried: Mapping[str, tuple[Adapter, str]]
+    ) -> dict[str, dict[str, str]]:
+        """Write all factors at rank r, and delete what they were collected in.
+
+        Returns:
+            The digests of what was written.
+        """
         collected = open_checkpoint(self.folder / _FACTORS)
         layout: list[OutputTensor] = []
         sources: dict[str, Callable[[], Tensor]] = {}
@@ -259,6 +271,7 @@ class _AdapterWriting:
                 writer.write(name, source())
         del collected
         shutil.rmtree(self.folder / _FACTORS)
+        return writer.digests
 
     def _others(self, modules: Mapping[str, Module]) -> list[str]:
         """Return the names of the base's modules that could be adapted and are not."""

@@ -19,7 +19,7 @@ from starmerge.errors import StarmergeError
 from starmerge.merging.checks import check_base
 from starmerge.merging.fold import FOLD_ENTRIES, Fold
 from starmerge.merging.layout import Contents, PlannedTensor
-from starmerge.merging.outputs.output import Finished
+from starmerge.merging.outputs.output import Finished, Place
 from starmerge.methods.pipeline import Merged
 from starmerge.recipe import Dtype
 
@@ -87,6 +87,10 @@ class _ModelWriting:
     folder: Path
     shards: ShardWriter
 
+    def places(self, tensor: PlannedTensor) -> list[Place]:
+        """Return the tensor's own."""
+        return [(self.shards, tensor.source.name)]
+
     def leave(self, tensor: PlannedTensor) -> None:
         """Copy the base's bytes, or convert them."""
         name, checkpoint = tensor.source.name, self.contents.base.checkpoint
@@ -109,7 +113,7 @@ class _ModelWriting:
         for file in self.contents.base.side_files:
             shutil.copyfile(file, self.folder / file.name)
         write_json(self.folder / "config.json", self._config())
-        return Finished(survival(records))
+        return Finished(survival(records), digests=self.shards.digests)
 
     def _config(self) -> dict[str, Any]:
         """Return the base's config, without its name and with the dtype of the output."""

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
+from starmerge.checkpoints.writer import ShardWriter
 from starmerge.merging.layout import Contents, Placing, PlannedTensor
 from starmerge.methods.pipeline import Merged
 
@@ -28,10 +29,19 @@ class Finished:
     """What the report holds of it, as plain data."""
     findings: Mapping[str, Any] = field(default_factory=dict)
     """What only the whole model told of a method, by the method's name."""
+    digests: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """BLAKE3 of the bytes of every tensor, by its file, relative to the folder, and its name."""
+
+
+Place: TypeAlias = tuple[ShardWriter, str]
+"""Where some of an output's bytes go: what writes them, and the name of the tensor there."""
 
 
 class Writing(Protocol):
     """An output that is being written. Threads put tensors into it, in any order."""
+
+    def places(self, tensor: PlannedTensor) -> Sequence[Place]:
+        """Return where a tensor goes, always in the same order."""
 
     def leave(self, tensor: PlannedTensor) -> None:
         """Write a tensor that no model changes."""

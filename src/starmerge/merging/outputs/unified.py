@@ -25,7 +25,7 @@ from starmerge.errors import StarmergeError
 from starmerge.merging.fold import FOLD_ENTRIES, Folded, fold
 from starmerge.merging.layout import Contents, PlannedTensor
 from starmerge.merging.outputs.model import survival
-from starmerge.merging.outputs.output import Finished
+from starmerge.merging.outputs.output import Finished, Place
 from starmerge.methods.emr import Rescalers, masks_of
 from starmerge.methods.pipeline import Merged
 from starmerge.recipe import Dtype
@@ -71,7 +71,7 @@ class UnifiedOutput:
     def open(self, contents: Contents, folder: Path) -> Iterator[_UnifiedWriting]:
         """Lay out the vector and the masks."""
         names = [model.name for model in contents.models]
-        (folder / UNIFIED).mkdir()
+        (folder / UNIFIED).mkdir(exist_ok=True)
         with ExitStack() as stack:
             layout = [
                 OutputTensor(t.source.name, t.dtype, t.source.shape, t.nbytes)
@@ -80,7 +80,7 @@ class UnifiedOutput:
             unified = stack.enter_context(ShardWriter(folder / UNIFIED, layout))
             masks = []
             for t, name in enumerate(names):
-                (folder / name).mkdir()
+                (folder / name).mkdir(exist_ok=True)
                 layouts = [mask_layout(p.source) for p in contents.tensors if t in p.models]
                 masks.append(stack.enter_context(mask_writer(folder / name, layouts)))
             yield _UnifiedWriting(contents, folder, names, unified, masks)
@@ -102,6 +102,11 @@ class _UnifiedWriting:
     names: Sequence[str]
     unified: ShardWriter
     masks: Sequence[ShardWriter]
+
+    def places(self, tensor: PlannedTensor) -> list[Place]:
+        """Return that in the unified vector, and those of the masks."""
+        name = tensor.source.name
+        return [(self.unified, name), *((self.masks[t], name) for t in tensor.models)]
 
     def leave(self, tensor: PlannedTensor) -> None:
         """Never called: what no model changes has no place."""
@@ -135,7 +140,13 @@ class _UnifiedWriting:
         for name, rescaler in rescalers.items():
             write_task(self.folder / name, name, self.contents.base, rescaler)
         found = {self.contents.pipeline.merge.name: {"rescalers": rescalers}}
-        return Finished(survival(records), findings=found)
+        writers = {UNIFIED: self.unified, **dict(zip(self.names, self.masks, strict=True))}
+        digests = {
+            f"{folder}/{file}": tensors
+            for folder, writer in writers.items()
+            for file, tensors in writer.digests.items()
+        }
+        return Finished(survival(records), findings=found, digests=digests)
 
 
 def _stored(merged: Merged, tensor: PlannedTensor) -> Folded:
