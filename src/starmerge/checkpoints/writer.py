@@ -323,6 +323,8 @@ class ShardWriter:
         content = raw_bytes(tensor.contiguous())
         write_at(place.file, content, place.offset + offset)
         with place.lock:
+            if place.hashed == place.tensor.nbytes:  # it is written anew
+                place.hashed, place.digest = 0, blake3(max_threads=1)
             if offset == place.hashed:
                 place.digest.update(content)
                 place.hashed += tensor.nbytes
@@ -348,7 +350,9 @@ class ShardWriter:
 
     def holds(self, name: str, digest: str) -> bool:
         """Tell whether a tensor lies in its place already, by the BLAKE3 of its bytes."""
-        return _digest(self._places[name]).hexdigest() == digest
+        place = self._places[name]
+        place.hashed, place.digest = place.tensor.nbytes, _digest(place)
+        return self.digest(name) == digest
 
     def take_up(self, name: str) -> None:
         """Count a tensor that lies in its place already as written."""

@@ -184,7 +184,7 @@ class Merging:
             entry = None if journal is None else journal.finished(tensor)
             if entry is not None:
                 self.inputs.changing.update(entry.changing)
-                taken_up.append(tensor)
+                taken_up.add(tensor.source.name)
                 return entry.record
             if not tensor.models:
                 writing.leave(tensor)
@@ -197,7 +197,7 @@ class Merging:
             )
             return tensor_record(plan, tensor, writing.put(tensor, base, merged), merged)
 
-        taken_up: list[PlannedTensor] = []
+        taken_up: set[str] = set()
         size = sum(map(plan.output.nbytes, plan.tensors))
         with (
             progress_bar("merging", size, show=self._progress, in_bytes=True) as advance,
@@ -206,7 +206,7 @@ class Merging:
             for tensor, record in zip(plan.tensors, written, strict=True):
                 if record is not None:
                     records.append(record)
-                if journal is not None:
+                if journal is not None and tensor.source.name not in taken_up:
                     journal.add(tensor, record, self.inputs.changing)
                 advance(plan.output.nbytes(tensor))
         if journal is not None:
