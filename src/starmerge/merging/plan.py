@@ -17,16 +17,16 @@ from starmerge.checkpoints.models import FineTune, open_model
 from starmerge.checkpoints.source import Source, resolve
 from starmerge.checkpoints.tensors import MERGEABLE, TensorInfo
 from starmerge.checkpoints.writer import OutputTensor, check_output, check_space
-from starmerge.deltas import matrix_shape
+from starmerge.deltas import matrix_shape, wide
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.merging.fold import FOLD_ENTRIES
+from starmerge.merging.fold import fold_bytes
 from starmerge.merging.metric import (
     check_metric,
     inputs_of,
     unused_tasks,
     wanted,
 )
-from starmerge.methods.entrywise import PANEL_ENTRIES
+from starmerge.methods.memory import DeltaShape, InputsShape, TensorShape
 from starmerge.methods.method import TensorContext
 from starmerge.methods.pipeline import Pipeline
 from starmerge.recipe import Dtype, Recipe
@@ -124,64 +124,70 @@ class PlannedTensor:
             return 0
         if not self.models:
             return self.output.nbytes
-        size = self.source.size
+        size, (m, n) = self.source.size, matrix_shape(self.source.shape)
         factors = sum(
             info.nbytes
             for model in self.models.values()
-            if self._is_low_rank(model)
+            if model.rank(self.source.name) is not None
             for info in model.inputs(self.source.name)
         )
         return (
-            24 * min(FOLD_ENTRIES, size)
-            + 12 * factors
-            + self._working_memory(pipeline)
-            + self._metric_memory(pipeline, tasks)
+            self._reading()
+            + factors
+            + pipeline.memory(self.as_read(pipeline, tasks))
+            + fold_bytes(m, n)
             # The unified vector before and after it is rounded, and one task's mask.
             + (0 if pipeline.merge.is_static else size * (4 + 4 + 1))
         )
 
-    def _working_memory(self, pipeline: Pipeline) -> int:
-        """Estimate what matrices and bases the methods make of the task vectors."""
-        size, count = self.source.size, len(self.models)
-        ranks = [model.rank(self.source.name) for model in self.models.values()]
-        total_rank = sum(rank for rank in ranks if rank is not None)
-        m, n = matrix_shape(self.source.shape)
-        spectral = pipeline.holds_all and pipeline.decomposes and min(m, n) > 1
-        has_dense = None in ranks or any(step.makes_dense for step in pipeline.transforms)
-        if spectral and not has_dense and total_rank < min(m, n):
-            # Bases of all columns and rows, the task vectors in them, and as much to work with.
-            bases = 8 * (3 * count * total_rank**2 + 2 * total_rank * (m + n))
-            return bases + (4 * size if pipeline.merge.makes_dense else 0)
-        if not (spectral or has_dense or pipeline.merge.makes_dense):
-            return 0
-        # A task vector that was computed and the float32 sum; panels of all tasks.
-        dense = size * (4 + 4) + 32 * min(PANEL_ENTRIES, count * size)
-        if pipeline.holds_all and has_dense:
-            dense += 4 * size * count
-        if spectral:
-            dense += 8 * size * (count + 5)
-        elif pipeline.decomposes and min(m, n) > 1:
-            dense += 28 * size + 8 * min(m, n) ** 2
-        return dense
+    def as_read(self, pipeline: Pipeline, tasks: Sequence[str]) -> TensorShape:
+        """Return what methods may know of the tensor to tell the memory that they need.
 
-    def _metric_memory(self, pipeline: Pipeline, tasks: Sequence[str]) -> int:
-        """Estimate what is made of the moments of its inputs."""
+        Args:
+            pipeline: The chain.
+            tasks: Names of all models of the merge.
+        """
+        width = wide(self.source.dtype).itemsize
+        return TensorShape(
+            self.source.shape,
+            self.is_embedding,
+            tuple(
+                DeltaShape(
+                    model.rank(self.source.name),
+                    width * self.source.size if self._is_computed(model) else 0,
+                )
+                for model in self.models.values()
+            ),
+            tasks=len(tasks),
+            width=width,
+            inputs=self._inputs_shape(pipeline, tasks),
+        )
+
+    def _inputs_shape(self, pipeline: Pipeline, tasks: Sequence[str]) -> InputsShape | None:
         if self.metric is None:
-            return 0
-        name, shape = self.source.name, self.source.shape
-        n = shape[self.metric.side(name) == "columns"]
-        # Roots in float64; Σ, its root, and a copy while that is made.
-        roots = [2 * self.metric.nbytes(name, task) for task in wanted(pipeline, tasks)]
-        if not pipeline.needs_moments:
-            return sum(roots) + 24 * n**2
-        # All roots side by side, as far as they are no longer than a square matrix; the sum of
-        # products, one more, and a task vector.
-        side_by_side = min(sum(roots), 8 * n**2)
-        dense = 0 if all(map(self._is_low_rank, self.models.values())) else 24 * self.source.size
-        return max(roots) + 4 * side_by_side + dense + (24 * n**2 if pipeline.uses_metric else 0)
+            return None
+        name = self.source.name
+        n = self.source.shape[self.metric.side(name) == "columns"]
+        rows = {
+            task: self.metric.nbytes(name, task) // (torch.float32.itemsize * n)
+            for task in wanted(pipeline, tasks)
+        }
+        own = tuple(rows[task] for task in tasks if task in rows)
+        return InputsShape(n, rows.get(None), own)
 
-    def _is_low_rank(self, model: FineTune) -> bool:
-        return model.rank(self.source.name) is not None
+    def _is_computed(self, model: FineTune) -> bool:
+        """Tell whether a dense delta is a matrix in memory, and no difference of stored tensors."""
+        name = self.source.name
+        read = [info.shape for info in model.inputs(name)]
+        return model.rank(name) is None and read != [self.source.shape]
+
+    def _reading(self) -> int:
+        """Return the bytes that computing a dense delta takes beside it, as DoRA's: its factors."""
+        name = self.source.name
+        return max(
+            8 * sum(info.nbytes for info in model.inputs(name)) if self._is_computed(model) else 0
+            for model in self.models.values()
+        )
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from starmerge.deltas import Delta, Dense
+from starmerge.methods.memory import DeltaShape, TensorShape, dense_shape
 from starmerge.methods.method import Deltas, Merge, TensorContext
 
 PANEL_ENTRIES = 2**20
@@ -27,8 +28,14 @@ class EntrywiseMerge(Merge):
     Adapters and differences of stored tensors never become whole matrices.
     """
 
-    holds_all: ClassVar[bool] = True
-    makes_dense: ClassVar[bool] = True
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        # The panels of all tasks, and the float32 result.
+        return tensor.held + panel_bytes(tensor) + 4 * tensor.size
+
+    def result(self, tensor: TensorShape) -> DeltaShape:
+        """Tell what is made; see :meth:`Merge.result`."""
+        return dense_shape(tensor)
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Merge one tensor; see :meth:`Merge.merge`."""
@@ -100,6 +107,23 @@ def panels(shape: tuple[int, int], tasks: int = 1, step: int = 1) -> Iterator[sl
     stride = step * max(1, entries // max(1, shape[1]))
     for start in range(0, shape[0], stride):
         yield slice(start, start + stride, step)
+
+
+def panel_bytes(tensor: TensorShape, at_once: int | None = None) -> int:
+    """Return the bytes of the panels of rows that are in work at a time.
+
+    Of each entry a float32 number for each task, and sixteen float64 ones that are made of them.
+    Factors become float64 each time that some of their rows are looked at: A as a whole.
+
+    Args:
+        tensor: The tensor.
+        at_once: How many tasks are looked at side by side; by default all.
+    """
+    m, n = tensor.matrix
+    count = len(tensor.deltas) if at_once is None else at_once
+    rows = min(m, max(1, min(_ENTRIES_OF_ONE, PANEL_ENTRIES // max(1, count)) // max(1, n)))
+    factor = 8 * n * max(delta.rank or 0 for delta in tensor.deltas)
+    return (4 * count + 8 * 16) * rows * n + factor
 
 
 def entries_of(delta: Delta, step: int = 1) -> Iterator[Tensor]:

@@ -13,6 +13,7 @@ from starmerge.deltas import Delta
 from starmerge.errors import UsageError, nearest
 from starmerge.methods.auto import Auto
 from starmerge.methods.average import Average
+from starmerge.methods.memory import TensorShape
 from starmerge.methods.method import (
     Deltas,
     Merge,
@@ -130,11 +131,6 @@ class Pipeline:
         return (*self.transforms, self.merge, *self.post_steps)
 
     @property
-    def decomposes(self) -> bool:
-        """Whether a method takes SVDs of dense deltas."""
-        return any(step.decomposes for step in self.steps)
-
-    @property
     def metric_users(self) -> tuple[Method, ...]:
         """The methods that work in whitened inputs or with moments of the tasks' own inputs."""
         return tuple(step for step in self.all_steps if step.uses_metric or step.needs_moments)
@@ -149,10 +145,27 @@ class Pipeline:
         """Whether a method needs moments of every task's own inputs."""
         return any(step.needs_moments for step in self.steps)
 
-    @property
-    def holds_all(self) -> bool:
-        """Whether a method holds the deltas of all tasks at once."""
-        return self.merge.holds_all or any(step.holds_all for step in self.post_steps)
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell how many bytes merging one tensor takes at most, beyond what is stored.
+
+        A transform works while the merge holds what the transforms before it have made. Post-steps
+        begin when the merge has let go of the task vectors.
+
+        Args:
+            tensor: What is known of the tensor before it is read.
+        """
+        given, transforming = tensor, 0
+        for transform in self.transforms:
+            transforming += tensor.one_by_one + transform.memory(tensor)
+            deltas = tuple(transform.result(delta, tensor) for delta in tensor.deltas)
+            tensor = dataclasses.replace(tensor, deltas=deltas)
+        peak = transforming + self.merge.memory(tensor)
+        merged = self.merge.result(tensor)
+        for step in self.post_steps:
+            given = dataclasses.replace(given, merged=merged)
+            peak = max(peak, merged.nbytes + step.memory(given))
+            merged = step.result(given)
+        return peak
 
     def parameters(self) -> dict[str, Any]:
         """Return all parameters; in a chain of several methods as ``star.eta``."""
