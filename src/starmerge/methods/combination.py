@@ -86,7 +86,7 @@ def combine_bytes(tensor: TensorShape, along: Along, *, with_base: bool) -> int:
     K = tensor.tasks + with_base
     products = 16 * tensor.matrix[1] * K * K if along == "columns" else 0
     # All vectors are stacked, in float32 and in float64, and multiplied by the coefficients.
-    stacked = panel_bytes(tensor, 6 * K)
+    stacked = panel_bytes(tensor, 2 * K, numbers=2 * K + 2)
     return tensor.held + stacked + products + 4 * tensor.size
 
 

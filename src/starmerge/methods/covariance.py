@@ -47,9 +47,10 @@ class Covariance(SpectralMerge):
     def matrix_memory(self, space: CoreShape) -> int:
         """Tell the bytes needed; see :meth:`SpectralMerge.matrix_memory`."""
         # A matrix of norm 1 for each task; the sum of the products and the last of them, and the
-        # result by its eigenvectors, as products come and go. On the longer side, which the method
-        # may choose: covariance and its sum, and what LAPACK's dsyevd takes, 3 matrices.
-        return (space.count + 5) * space.size + 8 * 5 * max(space.p, space.q) ** 2
+        # result by its eigenvectors, as products come and go. On the chosen side: a covariance,
+        # their sum, and the three matrices that LAPACK's dsyevd takes.
+        sides = {"input": space.q, "output": space.p, "auto": max(space.p, space.q)}
+        return (space.count + 5) * space.size + 8 * 5 * sides[self.side] ** 2
 
     def merge_matrices(
         self, tau: list[Tensor], weights: list[float], space: CoreSpace, tensor: TensorContext

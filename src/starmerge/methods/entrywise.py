@@ -109,21 +109,24 @@ def panels(shape: tuple[int, int], tasks: int = 1, step: int = 1) -> Iterator[sl
         yield slice(start, start + stride, step)
 
 
-def panel_bytes(tensor: TensorShape, at_once: int | None = None) -> int:
+def panel_bytes(tensor: TensorShape, count: int | None = None, *, numbers: int = 10) -> int:
     """Return the bytes of the panels of rows that are in work at a time.
 
-    Of each entry a float32 number for each task, and sixteen float64 ones that are made of them.
-    Factors become float64 each time that some of their rows are looked at: A as a whole.
+    Factors become float64 each time that some of their rows are looked at, A as a whole.
 
     Args:
         tensor: The tensor.
-        at_once: How many tasks are looked at side by side; by default all.
+        count: How many deltas are looked at side by side, in float32; by default those of all
+            tasks that change the tensor.
+        numbers: How many float64 numbers are made of each entry, at most.
     """
     m, n = tensor.matrix
-    count = len(tensor.deltas) if at_once is None else at_once
+    if count is None:
+        count = len(tensor.deltas)
     rows = min(m, max(1, min(_ENTRIES_OF_ONE, PANEL_ENTRIES // max(1, count)) // max(1, n)))
-    factor = 8 * n * max(delta.rank or 0 for delta in tensor.deltas)
-    return (4 * count + 8 * 16) * rows * n + factor
+    seen = [*tensor.deltas, *([] if tensor.merged is None else [tensor.merged])]
+    factor = 8 * n * max(delta.rank or 0 for delta in seen)
+    return (4 * count + 8 * numbers) * rows * n + factor
 
 
 def entries_of(delta: Delta, step: int = 1) -> Iterator[Tensor]:

@@ -84,7 +84,7 @@ class Lines(PostStep):
         """Tell the bytes needed; see :meth:`Method.memory`."""
         # The sum of the task vectors, each scaled before it is added, to compare with.
         summed = 0 if self.alpha is not None else tensor.one_by_one + total_bytes(tensor)
-        return max(scaled_shape(tensor).nbytes, summed + panel_bytes(tensor, 1))
+        return max(scaled_shape(tensor).nbytes, summed + panel_bytes(tensor, 1, numbers=4))
 
     def survey(self, walk: MergedWalk) -> Slope:
         """Find α and β; see :meth:`PostStep.survey`."""

@@ -145,10 +145,10 @@ class Mergekit(Merge):
         if self.merge_method not in FAMILY:
             return combine_bytes(tensor, "columns", with_base=True)
         # A mask for each task. While one is made: all entries, in float64 first where they have
-        # factors, and what ranks and draws them, a hundred bytes an entry at most.
-        thinning = 0 if FAMILY[self.merge_method].thinning == "none" else 100 * tensor.size
+        # factors, and what ranks and draws them, fifty bytes an entry at most.
+        thinning = 0 if FAMILY[self.merge_method].thinning == "none" else 50 * tensor.size
         masks = len(tensor.deltas) * tensor.size
-        panels = panel_bytes(tensor, 6 * len(tensor.deltas))
+        panels = panel_bytes(tensor, numbers=6 * len(tensor.deltas))
         return tensor.held + masks + max(thinning, panels + 4 * tensor.size)
 
     def result(self, tensor: TensorShape) -> DeltaShape:

@@ -140,7 +140,8 @@ class Method(ABC):
 
         At the peak of all that it does with the tensor, surveys included, beyond the task vectors
         as they are stored; those that it holds are part of it (:attr:`TensorShape.held`), and so is
-        what it returns. A post-step need not count the update that it is given.
+        what it returns. The chain counts a metric's whitening, and the update that a post-step is
+        given.
 
         Args:
             tensor: What is known of the tensor before it is read.
@@ -193,6 +194,16 @@ class Transform(Method):
             survey: What :meth:`survey` found.
         """
         return survey
+
+    def kept(self, tensor: TensorShape) -> int:
+        """Tell how many bytes what :meth:`look` returns takes as long as the tensor is in work.
+
+        They are a part of :meth:`memory`, too.
+
+        Args:
+            tensor: What is known of the tensor before it is read.
+        """
+        return 0
 
     @abstractmethod
     def result(self, delta: DeltaShape, tensor: TensorShape) -> DeltaShape:

@@ -85,6 +85,13 @@ class Pico(Transform):
         changed = 8 * 4 * tensor.size + tensor.looked_at if tensor.has_dense else 0
         return tensor.held + factor + sides + changed
 
+    def kept(self, tensor: TensorShape) -> int:
+        """Tell the bytes of S; see :meth:`Transform.kept`."""
+        m, R = tensor.matrix[0], tensor.total_rank
+        if len(tensor.shape) < 2 or tensor.is_embedding:
+            return 0
+        return 8 * m * m if tensor.has_dense or m <= R else 8 * R * (R + m)
+
     def result(self, delta: DeltaShape, tensor: TensorShape) -> DeltaShape:
         """Tell what is made; see :meth:`Transform.result`."""
         if len(tensor.shape) < 2 or tensor.is_embedding:

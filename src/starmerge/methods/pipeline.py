@@ -148,24 +148,28 @@ class Pipeline:
     def memory(self, tensor: TensorShape) -> int:
         """Tell how many bytes merging one tensor takes at most, beyond what is stored.
 
-        A transform works while the merge holds what the transforms before it have made. Post-steps
-        begin when the merge has let go of the task vectors.
+        While a transform works, the merge holds the task vectors that it has got before, or their
+        float32 sum. Post-steps begin when it has let go of them. The whitening of a metric stays as
+        long as the tensor is in work.
 
         Args:
             tensor: What is known of the tensor before it is read.
         """
-        given, transforming = tensor, 0
+        given, transforming, kept = tensor, 0, 0
         for transform in self.transforms:
             transforming += tensor.one_by_one + transform.memory(tensor)
+            kept += transform.kept(tensor)
             deltas = tuple(transform.result(delta, tensor) for delta in tensor.deltas)
             tensor = dataclasses.replace(tensor, deltas=deltas)
-        peak = transforming + self.merge.memory(tensor)
+        merging = self.merge.memory(tensor)
+        beside = min(merging, tensor.held + (4 * tensor.size if tensor.has_dense else 0))
+        peak = max(transforming + beside, kept + merging)
         merged = self.merge.result(tensor)
         for step in self.post_steps:
             given = dataclasses.replace(given, merged=merged)
             peak = max(peak, merged.nbytes + step.memory(given))
             merged = step.result(given)
-        return peak
+        return peak + tensor.whitening
 
     def parameters(self) -> dict[str, Any]:
         """Return all parameters; in a chain of several methods as ``star.eta``."""

@@ -100,8 +100,9 @@ class Shares(SpectralMerge):
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Response) -> Delta:
         """Merge one tensor; see :meth:`Merge.merge`."""
-        merged = super().merge(deltas, tensor, None)
-        averaged = is_averaged(list(deltas), tensor, embeddings=self.embeddings)
+        held = Deltas.of(dict(deltas.items()))  # read, and transformed, once
+        merged = super().merge(held, tensor, None)
+        averaged = is_averaged(list(held), tensor, embeddings=self.embeddings)
         return merged if averaged else merged.scaled(survey.factor)
 
     def memory(self, tensor: TensorShape) -> int:

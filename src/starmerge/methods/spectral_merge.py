@@ -51,7 +51,7 @@ class SpectralMerge(Merge):
             tensor = replace(tensor, inputs=None)
         space = self.core_shape(tensor)
         work = max(self.matrix_memory(space), space.leaving)
-        return tensor.held + tensor.whitening + max(space.making, space.nbytes + work)
+        return tensor.held + max(space.making, space.nbytes + work)
 
     def core_shape(self, tensor: TensorShape) -> CoreShape:
         """Return the sizes of the space to merge in; see :meth:`space`."""

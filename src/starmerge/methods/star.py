@@ -114,14 +114,14 @@ class Star(Transform):
         # Of factors: both in float64, the kept vectors, and these with their values.
         low = 4 * tensor.factors(max(delta.rank or 0 for delta in tensor.deltas))
         if not tensor.has_dense or will_average(tensor, embeddings=self.embeddings):
-            return tensor.whitening + low
+            return low
         # Whitened, and the noise taken off, a matrix becomes float64.
         width = 8 if tensor.whitening else tensor.width
         whitened = 24 * tensor.size if tensor.whitening else 0
         # The kept vectors once more, with their values; and the matrix of them.
         kept = tensor.factors(min(m, n)) + 4 * tensor.size
         work = svd_dense_bytes(m, n, width) + whitened + kept
-        return tensor.whitening + max(low, rounding_bytes(tensor) + work)
+        return max(low, rounding_bytes(tensor) + work)
 
     def result(self, delta: DeltaShape, tensor: TensorShape) -> DeltaShape:
         """Tell what is made; see :meth:`Transform.result`."""

@@ -51,7 +51,7 @@ class Trim(Transform):
 
     def memory(self, tensor: TensorShape) -> int:
         """Tell the bytes needed; see :meth:`Method.memory`."""
-        return 4 * tensor.size + panel_bytes(tensor, 1)
+        return 4 * tensor.size + panel_bytes(tensor, 1, numbers=6)
 
     def result(self, delta: DeltaShape, tensor: TensorShape) -> DeltaShape:
         """Tell what is made; see :meth:`Transform.result`."""

@@ -63,8 +63,9 @@ class Wudi(Merge):
         if will_average(tensor, embeddings=self.embeddings):
             return tensor.held + total_bytes(tensor)
         space = tensor.core()
-        # Start, R and a task vector of norm 1; G and its last term; panels; the float32 result.
-        work = 3 * space.size + 8 * 2 * space.q**2 + panel_bytes(tensor, 0) + 4 * tensor.size
+        # Start, R, and a task vector of norm 1 beside the last; G, and its last two terms; panels;
+        # the float32 result.
+        work = 4 * space.size + 8 * 3 * space.q**2 + panel_bytes(tensor, 0) + 4 * tensor.size
         return tensor.held + max(space.making, space.nbytes + work)
 
     def result(self, tensor: TensorShape) -> DeltaShape:

@@ -125,9 +125,9 @@ def rounding_noise(base: Tensor, delta: Tensor, dtype: torch.dtype) -> Rounding:
 def noise_bytes(m: int, n: int) -> int:
     """Return the bytes at the peak of :func:`rounding_noise`, beside the delta.
 
-    Sixteen float64 numbers for each entry of a panel.
+    Ten float64 numbers for each entry of a panel.
     """
-    return 8 * 16 * min(m * n, max(PANEL_ENTRIES, n))
+    return 8 * 10 * min(m * n, max(PANEL_ENTRIES, n))
 
 
 def noise_edge(rows: Tensor, columns: Tensor) -> float:
