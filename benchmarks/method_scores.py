@@ -60,7 +60,7 @@ class Contestant:
     @property
     def has_one_model(self) -> bool:
         """Whether what it makes is one model for all tasks."""
-        return make_pipeline(self.method, self.parameters).merge.is_static
+        return "model" in make_pipeline(self.method, self.parameters).merge.outputs
 
     @property
     def name(self) -> str:
@@ -137,7 +137,7 @@ class Arena:
         merge(setting.base, setting.adapters, pipeline, output=output)
         seconds = time.perf_counter() - begin
         try:
-            if not pipeline.merge.is_static:
+            if "model" not in pipeline.merge.outputs:
                 return self._ask_each(output), seconds
             weights = digest(output)
             if weights not in self._known:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from starmerge.deltas import Dense
 from starmerge.errors import UsageError
 from starmerge.merging.engine import run
-from starmerge.merging.plan import layers, make_plan
+from starmerge.merging.layout import layers
+from starmerge.merging.plan import make_plan
 from starmerge.methods import Sce
 from starmerge.methods.masks import chances_by_rank, l1_factor
 from starmerge.methods.mergekit_family import FAMILY, agree

@@ -16,6 +16,7 @@ from starmerge.mergekit_recipe import is_mergekit_recipe, translate
 from starmerge.methods.pipeline import Pipeline, make_pipeline
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
+OutputKind = Literal["model", "adapter", "unified"]
 
 
 class ModelEntry(BaseModel):
@@ -27,6 +28,28 @@ class ModelEntry(BaseModel):
     name: str = Field(min_length=1, description="its name in tables and reports")
     weight: float = Field(
         default=1.0, allow_inf_nan=False, description="factor of its task vector, w_t"
+    )
+
+
+class OutputEntry(BaseModel):
+    """What a merge is written as."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: OutputKind | None = Field(
+        default=None, description="model, adapter, or unified; by default what the method makes"
+    )
+    rank: int | None = Field(
+        default=None,
+        ge=1,
+        strict=True,
+        description="an adapter's rank; by default as high as its updates need",
+    )
+    max_error: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="refuse an adapter whose update is farther from the merge's, relative to it",
     )
 
 
@@ -47,7 +70,10 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    base: str = Field(description="the base model: a folder or a Hub id")
+    base: str | None = Field(
+        default=None,
+        description="the base model: a folder or a Hub id; adapters make an adapter without it",
+    )
     models: list[ModelEntry] = Field(min_length=1, description="the fine-tunes to merge")
     method: str = Field(
         default="star", description="a method of `starmerge methods`, or a chain: star+ties"
@@ -61,6 +87,9 @@ class Recipe(BaseModel):
         description="a file of `starmerge calibrate`: spectral methods merge in whitened inputs",
     )
     dtype: Dtype = Field(default="keep", description="dtype of the merged floating-point tensors")
+    output: OutputEntry = Field(
+        default=OutputEntry(), description="what is written: {kind: adapter, rank: 16}"
+    )
     any_base: bool = Field(
         default=False, description="accept adapters whose config names another base"
     )
@@ -100,7 +129,12 @@ class Recipe(BaseModel):
 
     def to_yaml(self) -> str:
         """Return the recipe in YAML, such that :func:`load_recipe` reads it back."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        content = self.model_dump()
+        content["output"] = {k: v for k, v in content["output"].items() if v is not None}
+        for key in ("base", "output"):
+            if not content[key]:
+                del content[key]
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -135,7 +169,8 @@ def load_recipe(path: Path) -> Recipe:
 
     models = [entry.model_copy(update={"path": beside(entry.path)}) for entry in recipe.models]
     metric = None if recipe.metric is None else beside(recipe.metric)
-    found = {"base": beside(recipe.base), "models": models, "metric": metric}
+    base = None if recipe.base is None else beside(recipe.base)
+    found = {"base": base, "models": models, "metric": metric}
     return recipe.model_copy(update=found)
 
 
@@ -177,7 +212,8 @@ def write_recipe(recipe: Recipe, file: Path, *, overwrite: bool = False) -> None
 
     models = [entry.model_copy(update={"path": beside(entry.path)}) for entry in recipe.models]
     metric = None if recipe.metric is None else beside(recipe.metric)
-    places = {"base": beside(recipe.base), "models": models, "metric": metric}
+    base = None if recipe.base is None else beside(recipe.base)
+    places = {"base": base, "models": models, "metric": metric}
     placed = recipe.model_copy(update=places)
     partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
     try:
@@ -207,6 +243,11 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
         recipe = Recipe.model_validate(dict(content))
     except ValidationError as error:
         raise UsageError(f"{where}: {explain(error)}") from error
+    if recipe.base is None and recipe.output.kind != "adapter":
+        raise UsageError(
+            f"{where} lacks the base. Only an adapter is made of adapters alone, without it "
+            "(--as adapter; output: {kind: adapter} in a recipe)."
+        )
     # With its defaults filled in, a recipe means the same under every later version.
     return recipe.model_copy(update={"parameters": recipe.make_pipeline().parameters()})
 

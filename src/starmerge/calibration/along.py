@@ -21,7 +21,7 @@ from starmerge.calibration.moments import Group, Sum
 from starmerge.checkpoints.names import match_names
 from starmerge.deltas import Delta
 from starmerge.merging.apply import Applied, apply
-from starmerge.merging.plan import PlannedTensor, lay_out, layer_of
+from starmerge.merging.layout import PlannedTensor, lay_out, layer_of
 from starmerge.merging.task_vectors import TaskVectors
 from starmerge.methods.method import Deltas
 from starmerge.methods.regmean import RegMean

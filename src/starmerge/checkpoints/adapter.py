@@ -9,18 +9,19 @@ the layout: github.com/huggingface/peft, ``tuners/lora/layer.py``.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from starmerge.checkpoints.adapter_config import AdapterConfig, read_adapter_config
+from starmerge.checkpoints.adapter_file import Module
 from starmerge.checkpoints.adapter_keys import AdapterKeys, ModuleKeys, sort_keys
 from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.dora import dora_delta
 from starmerge.checkpoints.finetuned import difference
-from starmerge.checkpoints.names import match_names
+from starmerge.checkpoints.names import completed, match_names, match_stored
 from starmerge.checkpoints.source import Source
 from starmerge.checkpoints.tensors import (
     MERGEABLE,
@@ -55,6 +56,9 @@ class Adapter:
     factors: dict[str, _Factors]
     replacements: dict[str, str]
     """Keys of the tensors that stand for the base's, by the base's names."""
+    config: AdapterConfig
+    carried: dict[str, str] = field(default_factory=dict)
+    """Keys of tensors of whole modules, by their names, where nothing is known of the base's."""
 
     @property
     def tensors(self) -> frozenset[str]:
@@ -63,8 +67,8 @@ class Adapter:
 
     @property
     def saved(self) -> frozenset[str]:
-        """Names of the base's tensors that it replaces, being those of ``modules_to_save``."""
-        return frozenset(self.replacements)
+        """Names of the tensors that it replaces, being those of ``modules_to_save``."""
+        return frozenset((*self.replacements, *self.carried))
 
     @property
     def files(self) -> list[Path]:
@@ -78,13 +82,28 @@ class Adapter:
         keys = self.factors[tensor].keys
         return [self.checkpoint[k] for k in (keys.a, keys.b, keys.magnitude, keys.copy) if k]
 
+    def needs_base(self, tensor: str) -> bool:
+        """Tell whether a tensor's delta is made, or checked, with the base's weight."""
+        if tensor in self.replacements:
+            return True
+        keys = self.factors[tensor].keys
+        return bool(keys.magnitude or keys.copy)
+
+    def module(self, tensor: str) -> Module | None:
+        """Return the module of a tensor as PEFT knows it; None where it is replaced whole."""
+        if tensor in self.replacements:
+            return None
+        factors = self.factors[tensor]
+        keys = factors.keys
+        return Module(keys.module, keys.is_embedding, factors.transposed and not keys.is_embedding)
+
     def rank(self, tensor: str) -> int | None:
         """Return the rank r of a tensor's factors, None where the delta is dense."""
         if tensor in self.replacements or self.factors[tensor].keys.magnitude:
             return None
         return self.checkpoint[self.factors[tensor].keys.a].shape[0]
 
-    def delta(self, tensor: str, base: Tensor) -> Delta:
+    def delta(self, tensor: str, base: Tensor | None) -> Delta:
         """Return s·B·A in factors, in the dtypes they are stored in.
 
         For a convolution that is the matrix (out, in·k), for an embedding and for layers stored
@@ -92,26 +111,28 @@ class Adapter:
 
         Args:
             tensor: Its name.
-            base: The base's tensor, any floating dtype.
+            base: The base's tensor, any floating dtype; None where it is not needed.
 
         Raises:
             StarmergeError: The adapter comes with a copy of the base's weight, which is another.
         """
         if tensor in self.replacements:
+            assert base is not None, "needs_base says so"
             return difference(self.checkpoint.read(self.replacements[tensor]), base)
         factors = self.factors[tensor]
         self._check_copy(factors.keys.copy, base)
         A, B = self.checkpoint.read(factors.keys.a), self.checkpoint.read(factors.keys.b)
         update = LowRank(B.flatten(1), A.flatten(1), factors.scale)
         if factors.keys.magnitude:
+            assert base is not None, "needs_base says so"
             magnitude = self.checkpoint.read(factors.keys.magnitude)
             return dora_delta(base, update, magnitude, transposed=factors.transposed)
         if factors.transposed:
             return LowRank(update.A.T, update.B.T, update.scale)
         return update
 
-    def _check_copy(self, key: str | None, base: Tensor) -> None:
-        if key is None:
+    def _check_copy(self, key: str | None, base: Tensor | None) -> None:
+        if key is None or base is None:
             return
         copy = self.checkpoint.read(key)
         # The base may have been rounded when it was loaded for training, and saved wider.
@@ -140,8 +161,10 @@ def open_adapter(name: str, source: Source, base: Base, *, any_base: bool = Fals
     config = read_adapter_config(source.path / "adapter_config.json")
     if not any_base:
         config.check_base_name(base)
-    checkpoint = _open_weights(source.path)
+    checkpoint = open_weights(source.path)
     keys = sort_keys(source, config, checkpoint)
+    if not base.has_weights:
+        return _open_alone(name, source, base, config, checkpoint, keys)
     found = match_names(source, base, keys.names)
     _check_all_found(source, base, checkpoint, keys, found)
     factors: dict[str, _Factors] = {}
@@ -157,13 +180,45 @@ def open_adapter(name: str, source: Source, base: Base, *, any_base: bool = Fals
         for saved, key in keys.saved.items()
         if _is_replacement(source, base, found[saved], checkpoint[key])
     }
-    adapter = Adapter(name, source, checkpoint, factors, replacements)
+    adapter = Adapter(name, source, checkpoint, factors, replacements, config)
     if not config.is_headless:
         _check_ties(adapter, base)
     return adapter
 
 
-def _open_weights(folder: Path) -> Checkpoint:
+def _open_alone(
+    name: str,
+    source: Source,
+    base: Base,
+    config: AdapterConfig,
+    checkpoint: Checkpoint,
+    keys: AdapterKeys,
+) -> Adapter:
+    """Open an adapter whose base is known by its shapes alone."""
+    stored = {tensor: tensor for tensor in base.checkpoint}
+    weights = [module.weight for module in keys.modules]
+    found = completed(weights, match_stored(source, weights, stored))
+    factors: dict[str, _Factors] = {}
+    for module in keys.modules:
+        tensor = found[module.weight]
+        if module.magnitude:
+            raise UsageError(
+                f"{source}: the update of {module.module} is DoRA's, which is made of the base's "
+                "weight. Give the base before the models."
+            )
+        _check_dtypes(base, tensor, checkpoint, module)
+        _check_shapes(source, base, tensor, checkpoint, module)
+        scale = config.scale(module.module, checkpoint[module.a].shape[0])
+        factors[tensor] = _Factors(replace(module, copy=None), scale, module.is_embedding)
+    return Adapter(name, source, checkpoint, factors, {}, config, dict(keys.saved))
+
+
+def open_weights(folder: Path) -> Checkpoint:
+    """Read the headers of an adapter's weights in a folder.
+
+    Raises:
+        StarmergeError: There are none, or they are broken.
+    """
     file, pickle = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
     if pickle.is_file() and not file.is_file():
         return open_pickle(pickle)

@@ -115,7 +115,18 @@ class AdapterConfig:
     @property
     def is_headless(self) -> bool:
         """Whether the adapter was trained on a model without an output over the vocabulary."""
-        return self.content.get("task_type") in _HEADLESS_TASKS
+        return self.task_type in _HEADLESS_TASKS
+
+    @property
+    def base_name(self) -> str | None:
+        """Hub id or path of the model that the adapter was trained on, as far as it is known."""
+        return str(self.content.get("base_model_name_or_path") or "") or None
+
+    @property
+    def task_type(self) -> str | None:
+        """PEFT's type of the task."""
+        value = self.content.get("task_type")
+        return value if isinstance(value, str) else None
 
     def check_base_name(self, base: Base) -> None:
         """Make sure that the adapter was trained on this base, as far as both have Hub ids.
@@ -123,7 +134,7 @@ class AdapterConfig:
         Raises:
             UsageError: The config names another base.
         """
-        trained_on = str(self.content.get("base_model_name_or_path") or "")
+        trained_on = self.base_name or ""
         known = base.source.name
         # A path says nothing of what lies there; two Hub ids do.
         is_hub_id = trained_on.count("/") == 1 and not trained_on.startswith((".", "/", "~"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from starmerge.checkpoints.source import SIDE_FILES, Source, read_json
 from starmerge.checkpoints.tensors import Checkpoint, open_checkpoint
@@ -27,6 +27,9 @@ class Base:
     checkpoint: Checkpoint
     config: dict[str, Any]
     """``config.json``."""
+
+    has_weights: ClassVar[bool] = True
+    """Whether the checkpoint's tensors can be read."""
 
     @property
     def side_files(self) -> list[Path]:

@@ -75,12 +75,19 @@ class EmrTask:
         """Return None: the delta may have any rank."""
         return None
 
-    def delta(self, tensor: str, base: Tensor) -> Dense:
+    def needs_base(self, tensor: str) -> bool:
+        """Return False: the vector is a difference already."""
+        return False
+
+    def module(self, tensor: str) -> None:
+        """Return None: the vector does not know its modules' names in PEFT."""
+
+    def delta(self, tensor: str, base: Tensor | None) -> Dense:
         """Return λ · M ⊙ τ_uni in float32, or in float64 if τ_uni is so.
 
         Args:
             tensor: Its name.
-            base: The base's tensor; all that matters is its shape.
+            base: The base's tensor, which is not looked at.
         """
         tau_uni = self.unified.read(tensor)
         M = unpack(self.masks.read(tensor), tuple(tau_uni.shape))

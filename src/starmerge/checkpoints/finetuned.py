@@ -40,13 +40,21 @@ class FinetunedModel:
         """Return None: the delta may have any rank."""
         return None
 
-    def delta(self, tensor: str, base: Tensor) -> Dense:
+    def needs_base(self, tensor: str) -> bool:
+        """Return True: the delta is a difference from it."""
+        return True
+
+    def module(self, tensor: str) -> None:
+        """Return None: a checkpoint does not know its modules' names in PEFT."""
+
+    def delta(self, tensor: str, base: Tensor | None) -> Dense:
         """Return W_finetuned − W_base.
 
         Args:
             tensor: Its name.
             base: The base's tensor, any floating dtype.
         """
+        assert base is not None, "needs_base says so"
         return difference(self.checkpoint.read(tensor), base)
 
 

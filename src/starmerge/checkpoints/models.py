@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from starmerge.checkpoints.adapter import open_adapter
+from starmerge.checkpoints.adapter_file import Module
 from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.emr_task import TASK_FILE, open_emr_task
 from starmerge.checkpoints.finetuned import open_finetuned
@@ -46,8 +47,14 @@ class FineTune(Protocol):
     def rank(self, tensor: str) -> int | None:
         """Return an upper bound of the rank of a tensor's delta, None if it may be full."""
 
-    def delta(self, tensor: str, base: Tensor) -> Delta:
-        """Return a tensor's delta, given the base's tensor."""
+    def needs_base(self, tensor: str) -> bool:
+        """Tell whether a tensor's delta is made, or checked, with the base's weight."""
+
+    def module(self, tensor: str) -> Module | None:
+        """Return a tensor's module as PEFT knows it, where the model says so."""
+
+    def delta(self, tensor: str, base: Tensor | None) -> Delta:
+        """Return a tensor's delta, given the base's tensor where it is needed."""
 
 
 def open_model(name: str, source: Source, base: Base, *, any_base: bool = False) -> FineTune:

@@ -9,7 +9,7 @@ the names where those of the files do not match.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.source import Source
@@ -38,16 +38,22 @@ def match_names(source: Source, base: Base, names: Sequence[str]) -> dict[str, s
     Raises:
         StarmergeError: Several prefixes fit all names.
     """
-    found = _match(source, names, {name: name for name in base.checkpoint})
+    found = match_stored(source, names, {name: name for name in base.checkpoint})
     if len(found) < len(names):
-        in_model = _match(source, names, _names_in_model(base))
+        in_model = match_stored(source, names, _names_in_model(base))
         if len(in_model) > len(found):
             return in_model
     return found
 
 
-def _match(source: Source, names: Sequence[str], stored: dict[str, str]) -> dict[str, str]:
-    """Match ``names`` against the keys of ``stored``, return its values."""
+def match_stored(source: Source, names: Sequence[str], stored: dict[str, str]) -> dict[str, str]:
+    """Match ``names`` against the keys of ``stored``, return its values; see :func:`match_names`.
+
+    Args:
+        source: The adapter.
+        names: Names of tensors in the model that the adapter was trained in.
+        stored: Names to find them by.
+    """
     longer = _longer_names(set(names), stored)
     votes = Counter(
         change for name in names for change in _fitting_changes(name, stored, longer[name])
@@ -69,6 +75,26 @@ def _match(source: Source, names: Sequence[str], stored: dict[str, str]) -> dict
         name: stored[other]
         for name, other in changed.items()
         if name.startswith(best[0][0]) and other in stored
+    }
+
+
+def completed(names: Sequence[str], found: Mapping[str, str]) -> dict[str, str]:
+    """Return all names changed by the prefix by which some were found; as they are if none was.
+
+    Args:
+        names: An adapter's names.
+        found: What :func:`match_stored` found of them.
+    """
+    name, stored = next(iter(found.items()), ("", ""))
+    common = 0
+    for ours, theirs in zip(reversed(name.split(".")), reversed(stored.split(".")), strict=False):
+        common += len(ours) + 1 if ours == theirs else 0
+        if ours != theirs:
+            break
+    change = name[: max(0, len(name) - common + 1)], stored[: max(0, len(stored) - common + 1)]
+    return {
+        each: found.get(each, _changed(each, change) if each.startswith(change[0]) else each)
+        for each in names
     }
 
 

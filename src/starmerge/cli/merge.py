@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,6 +17,7 @@ from starmerge.progress import bytes_in_words
 
 if TYPE_CHECKING:
     from starmerge.merging.plan import Plan
+    from starmerge.merging.ranks import RankCost
     from starmerge.merging.workers import Workers
 
 
@@ -25,7 +27,7 @@ def merge(
         typer.Argument(
             metavar="BASE|RECIPE.yaml",
             help="The base, a folder or a Hub id org/name or org/name@revision; or a recipe, "
-            "ours or mergekit's.",
+            "ours or mergekit's. [b]--as adapter[/b] does without: give the adapters alone.",
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")],
@@ -74,6 +76,30 @@ def merge(
             help="Dtype of the output: keep, float32, bfloat16 or float16.", show_default="keep"
         ),
     ] = None,
+    kind: Annotated[
+        Literal["model", "adapter", "unified"] | None,
+        typer.Option(
+            "--as",
+            help="What to write: a model, or a LoRA adapter in PEFT's layout.",
+            show_default="model",
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="R",
+            help="An adapter's highest rank: the best approximation of the merge.",
+            show_default="as the merge needs: exact",
+        ),
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Refuse an adapter farther from the merge, relative to the update's norm.",
+        ),
+    ] = None,
     any_base: asking.AnyBase = False,
     threads: Annotated[
         int | None,
@@ -93,7 +119,12 @@ def merge(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check everything, print the plan, write nothing. For an adapter, merge, and tell "
+            "the rank that each error costs.",
+        ),
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output folder.")
@@ -106,39 +137,71 @@ def merge(
 
     Example: starmerge merge BASE adapters/a adapters/b -o merged -m star -p eta=40
 
+    Example: starmerge merge --as adapter adapters/a adapters/b -o merged-adapter --rank 32
+
     Example: starmerge merge recipe.yaml -o merged
     """
     from starmerge.checkpoints.writer import leftovers
     from starmerge.merging.engine import run
     from starmerge.merging.plan import make_plan
+    from starmerge.merging.ranks import rank_costs
     from starmerge.merging.workers import Workers
     from starmerge.recipe import load_recipe, make_recipe, parse_models
 
     if Path(base).suffix in (".yaml", ".yml") and not Path(base).is_dir():
-        if models or method or parameter or weight or metric or dtype or any_base:
+        options = (models, method, parameter, weight, metric, dtype, kind, rank, max_error)
+        if any(option is not None for option in options) or any_base:
             raise UsageError(
-                "A recipe says everything itself: give it without models and without "
-                "--method, --parameter, --weight, --metric, --dtype and --any-base."
+                "A recipe says everything itself: give it without models and without --method, "
+                "--parameter, --weight, --metric, --dtype, --as, --rank, --max-error and "
+                "--any-base."
             )
         recipe = load_recipe(Path(base))
     else:
+        entries = parse_models(models or [])
         content: dict[str, Any] = {"base": base, "any_base": any_base}
+        if kind == "adapter" and _is_adapter(base):
+            entries = parse_models([base, *(models or [])])
+            content["base"] = None
+        content["output"] = {"kind": kind, "rank": rank, "max_error": max_error}
         given = {"method": method, "metric": metric, "dtype": dtype}
         content |= {key: value for key, value in given.items() if value is not None}
-        content["models"] = _weighted(parse_models(models or []), weight or [])
+        content["models"] = _weighted(entries, weight or [])
         content["parameters"] = parameters(parameter or [])
         recipe = make_recipe(content, where="The command line")
     plan = make_plan(recipe, output, overwrite=overwrite)
     workers = Workers(threads, memory)
     if dry_run:
         _print_plan(plan, workers)
+        if plan.output.kind == "adapter":
+            _print_ranks(rank_costs(plan, threads=threads, memory=memory, progress=True))
         return
     for folder in leftovers(output):
         print(f"Note: {folder} is of a merge that still runs, or was killed: then delete it.")
     started = time.monotonic()
     result = run(plan, threads=threads, memory=memory, progress=True)
     print(f"{plan.recipe.method}: {result.report.summary()}")
-    print(f"Model: {result.path} ({time.monotonic() - started:.1f} s)")
+    print(f"{plan.output.kind.capitalize()}: {result.path} ({time.monotonic() - started:.1f} s)")
+
+
+def _is_adapter(argument: str) -> bool:
+    """Tell whether a model of the command line is an adapter."""
+    from starmerge.checkpoints.source import resolve
+    from starmerge.recipe import parse_models
+
+    (entry,) = parse_models([argument])
+    return (resolve(entry["path"]).path / "adapter_config.json").is_file()
+
+
+def _print_ranks(costs: Sequence[RankCost]) -> None:
+    """Print the rank that each error costs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("rank", "relative error", "of the update kept", title="Ranks of the adapter")
+    for cost in costs:
+        table.add_row(str(cost.rank), f"{cost.error:.3g}", f"{cost.kept:.2%}")
+    Console().print(table)
 
 
 def _weighted(models: list[dict[str, str]], arguments: list[str]) -> list[dict[str, Any]]:
@@ -198,4 +261,4 @@ def _print_plan(plan: Plan, workers: Workers) -> None:
     )
     peak = bytes_in_words(plan.memory(workers.threads, workers.memory))
     console.print(f"Memory for tensors: about {peak}; threads: {workers.threads}")
-    console.print(f"Output: {plan.output} (nothing written)")
+    console.print(f"Output: {plan.path} (nothing written)")

@@ -49,21 +49,22 @@ def check_base(tensor: TensorInfo, base: Tensor) -> None:
         raise StarmergeError(f"{tensor.file}: tensor {tensor.name} has a NaN or an infinity.")
 
 
-def check_delta(delta: Delta, model: FineTune, tensor: TensorInfo, base: Tensor) -> None:
+def check_delta(delta: Delta, model: FineTune, tensor: TensorInfo, base: Tensor | None) -> None:
     """Make sure that a delta has neither a NaN nor an infinity.
 
     Args:
         delta: The delta.
         model: Whose it is.
         tensor: The base's tensor, as its file's header has it.
-        base: The same as it was read.
+        base: The same as it was read; None where it is not needed.
 
     Raises:
         StarmergeError: It has one; the message says whose fault that is.
     """
     if delta.is_finite():
         return
-    check_base(tensor, base)
+    if base is not None:
+        check_base(tensor, base)
     raise StarmergeError(
         f"{model.source}: the update of tensor {tensor.name} has a NaN or an infinity. The "
         "fine-tune diverged, or its file is damaged."

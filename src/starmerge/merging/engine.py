@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -12,22 +11,20 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.card import write_card
 from starmerge.checkpoints.tensors import prefetch
-from starmerge.checkpoints.writer import REPORT, ShardWriter, output_folder, write_json
-from starmerge.deltas import Delta, is_finite
-from starmerge.errors import StarmergeError
-from starmerge.merging.checks import check_base, check_delta, check_weights
-from starmerge.merging.fold import Fold
-from starmerge.merging.plan import Plan, PlannedTensor, make_plan
+from starmerge.checkpoints.writer import REPORT, output_folder, write_json
+from starmerge.deltas import Delta
+from starmerge.merging.checks import check_delta, check_weights
+from starmerge.merging.layout import PlannedTensor
+from starmerge.merging.outputs import Writing
+from starmerge.merging.plan import Plan, make_plan
 from starmerge.merging.report import InputHashes, MergeReport, make_report, tensor_record
-from starmerge.merging.unified import usage, write_unified
 from starmerge.merging.workers import Workers
 from starmerge.methods.method import Deltas, Method, TensorContext
-from starmerge.methods.pipeline import Pipeline, Prepared, as_pipeline
+from starmerge.methods.pipeline import Pipeline, as_pipeline
 from starmerge.progress import progress_bar
-from starmerge.recipe import Dtype, Recipe, make_recipe, model_entries, reference
+from starmerge.recipe import Dtype, OutputKind, make_recipe, model_entries, reference
 
 _Seen = TypeVar("_Seen")
 
@@ -42,7 +39,7 @@ class MergeResult:
 
 
 def merge(
-    base: str | Path,
+    base: str | Path | None,
     models: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
     method: Method | Pipeline | str = "star",
     *,
@@ -50,18 +47,22 @@ def merge(
     weights: Sequence[float] | None = None,
     metric: str | Path | None = None,
     dtype: Dtype = "keep",
+    output_kind: OutputKind | None = None,
+    rank: int | None = None,
+    max_error: float | None = None,
     any_base: bool = False,
     overwrite: bool = False,
     threads: int | None = None,
     memory: int | str | None = None,
     progress: bool = False,
 ) -> MergeResult:
-    """Merge fine-tunes of one base into a model that ``transformers`` loads.
+    """Merge fine-tunes of one base into a model that ``transformers`` loads, or into an adapter.
 
     The folder appears when it is complete. Its bytes do not depend on ``threads`` and ``memory``.
 
     Args:
-        base: The base model: a folder, or a Hub id ``org/name`` or ``org/name@revision``.
+        base: The base model: a folder, or a Hub id ``org/name`` or ``org/name@revision``. None:
+            adapters alone are merged into an adapter.
         models: LoRA adapters in PEFT's layout and full fine-tunes, as folders or Hub ids; a mapping
             gives them names.
         method: A method such as ``Star(eta=40)``, a chain of some, or a name such as "star+ties".
@@ -70,6 +71,11 @@ def merge(
         metric: A file of :func:`starmerge.calibrate` for this base: spectral methods then merge in
             whitened inputs.
         dtype: Dtype of the floating-point tensors; "keep" keeps each as it is.
+        output_kind: "model", or "adapter" for a LoRA adapter in PEFT's layout; by default a model,
+            or of ``emr`` its unified vector with masks.
+        rank: The highest rank of an adapter; by default as high as its updates need.
+        max_error: Refuse an adapter whose update is farther from the merge's, in the Frobenius norm
+            relative to it.
         any_base: Accept adapters whose config names another base.
         overwrite: Replace what stands at ``output``.
         threads: How many tensors are merged at once, each by one thread; by default as many as
@@ -90,7 +96,7 @@ def merge(
     factors = check_weights(weights, len(entries))
     recipe = make_recipe(
         {
-            "base": reference(base),
+            "base": None if base is None else reference(base),
             "models": [
                 {**entry, "weight": weight} for entry, weight in zip(entries, factors, strict=True)
             ],
@@ -98,6 +104,7 @@ def merge(
             "parameters": pipeline.parameters(),
             "metric": None if metric is None else str(metric),
             "dtype": dtype,
+            "output": {"kind": output_kind, "rank": rank, "max_error": max_error},
             "any_base": any_base,
         }
     )
@@ -119,61 +126,76 @@ def run(
         StarmergeError: A NaN or an infinity, in an input or by overflow of the output's dtype; a
             file that is shorter than it was. Nothing is left at the plan's output.
     """
-    inputs = _Inputs()
     pool = Workers(threads, memory)
     with (
-        output_folder(plan.output, overwrite=plan.overwrite) as folder,
+        output_folder(plan.path, overwrite=plan.overwrite) as folder,
         pool as workers,
         InputHashes(plan) as hashes,
     ):
-        walk = partial(_walk, plan, workers, inputs, progress)
-        prepared = plan.pipeline.prepare(walk)
-        findings = prepared.findings
-        with progress_bar("merging", plan.bytes_to_write, show=progress, in_bytes=True) as advance:
-            if plan.pipeline.merge.is_static:
-                records = _write_weights(plan, prepared, workers, inputs, folder, advance)
-            else:
-                walk = partial(_walk, plan, workers, inputs, False)
-                records, found = write_unified(plan, prepared, walk, folder, advance)
-                findings |= found
-        report = make_report(plan, findings, records, hashes.result(), inputs.changing)
-        _write_side_files(plan, folder, report)
-    return MergeResult(plan.output, report)
+        merging = Merging(plan, workers, progress)
+        with plan.output.open(plan, folder) as writing:
+            records = merging.write(writing)
+        finished = writing.finish(records)
+        report = make_report(
+            plan, finished, merging.findings, records, hashes.result(), merging.inputs.changing
+        )
+        write_json(folder / REPORT, report.content)
+        write_card(
+            folder / "README.md",
+            plan.path.name,
+            plan.base,
+            plan.models,
+            plan.recipe.to_yaml(),
+            f"{report.summary()} {plan.output.usage(plan, plan.path.name)}".rstrip(),
+            library=plan.output.library,
+            metric=None if plan.metric is None else plan.metric.file.name,
+        )
+    return MergeResult(plan.path, report)
 
 
-def _write_weights(
-    plan: Plan,
-    prepared: Prepared,
-    workers: Workers,
-    inputs: _Inputs,
-    folder: Path,
-    advance: Callable[[int], None],
-) -> list[dict[str, Any]]:
-    """Write the merged model's weights; return the records of the merged tensors."""
-    records = []
-    with ShardWriter(folder, [tensor.output for tensor in plan.tensors]) as writer:
+class Merging:
+    """A plan being carried out by some workers."""
+
+    def __init__(self, plan: Plan, workers: Workers, progress: bool) -> None:
+        self._plan, self._workers, self._progress = plan, workers, progress
+        self.inputs = _Inputs()
+        self.findings: dict[str, Any] = {}
+        """What the methods found in the whole model."""
+
+    def write(self, writing: Writing) -> list[dict[str, Any]]:
+        """Merge all tensors and write them; return the records of those that are merged."""
+        plan, records = self._plan, []
+        prepared = plan.pipeline.prepare(
+            partial(_walk, plan, self._workers, self.inputs, self._progress)
+        )
+        self.findings = prepared.findings
 
         def write(tensor: PlannedTensor) -> dict[str, Any] | None:
-            name = tensor.source.name
-            if tensor.is_copied:
-                writer.copy(name, plan.base.checkpoint)
-                return None
-            base = plan.base.checkpoint.read(name)
             if not tensor.models:
-                writer.write(name, _finite(base.to(tensor.dtype), base, tensor))
+                writing.leave(tensor)
                 return None
-            merged = prepared.merge(inputs.of(tensor, base), plan.context(tensor, base))
-            adding = Fold(base, merged.delta, tensor.dtype)
-            for start, panel in adding.panels():
-                writer.write(name, _finite(panel, base, tensor), start)
-            return tensor_record(plan, tensor, merged, adding)
+            base = _base_of(plan, tensor)
+            merged = prepared.merge(
+                self.inputs.of(tensor, base),
+                plan.context(tensor, base),
+                holds_inputs=plan.output.reads_inputs,
+            )
+            return tensor_record(plan, tensor, writing.put(tensor, base, merged), merged)
 
-        with closing(_in_order(plan, workers, write, plan.tensors)) as written:
+        size = sum(map(plan.output.nbytes, plan.tensors))
+        with (
+            progress_bar("merging", size, show=self._progress, in_bytes=True) as advance,
+            closing(_in_order(plan, self._workers, write, plan.tensors)) as written,
+        ):
             for tensor, record in zip(plan.tensors, written, strict=True):
                 if record is not None:
                     records.append(record)
-                advance(tensor.output.nbytes)
-    return records
+                advance(plan.output.nbytes(tensor))
+        return records
+
+
+def _base_of(plan: Plan, tensor: PlannedTensor) -> Tensor | None:
+    return plan.base.checkpoint.read(tensor.source.name) if tensor.reads_base else None
 
 
 def _walk(
@@ -186,7 +208,7 @@ def _walk(
     """Yield what ``look`` returns for each tensor that some model changes."""
 
     def see(tensor: PlannedTensor) -> _Seen:
-        base = plan.base.checkpoint.read(tensor.source.name)
+        base = _base_of(plan, tensor)
         return look(inputs.of(tensor, base), plan.context(tensor, base))
 
     size = sum(tensor.bytes_to_read for tensor in plan.merged)
@@ -228,12 +250,12 @@ class _Inputs:
         """Numbers of the models of which some delta that was read is not zero."""
         self._checked: set[tuple[int, str]] = set()
 
-    def of(self, tensor: PlannedTensor, base: Tensor) -> Deltas:
+    def of(self, tensor: PlannedTensor, base: Tensor | None) -> Deltas:
         """Return the task vectors of a tensor, given the base's."""
         loaders = {t: partial(self._load, tensor, base, t) for t in tensor.models}
         return Deltas(loaders)
 
-    def _load(self, tensor: PlannedTensor, base: Tensor, t: int) -> Delta:
+    def _load(self, tensor: PlannedTensor, base: Tensor | None, t: int) -> Delta:
         model, name = tensor.models[t], tensor.source.name
         delta = model.delta(name, base)
         if (t, name) not in self._checked:
@@ -242,46 +264,3 @@ class _Inputs:
                 self.changing.add(t)
             self._checked.add((t, name))
         return delta
-
-
-def _finite(weight: Tensor, base: Tensor, tensor: PlannedTensor) -> Tensor:
-    """Return a part of the output, made from the base's, unless it has a NaN or an infinity."""
-    if not is_finite(weight):
-        check_base(tensor.source, base)
-        raise StarmergeError(
-            f"The merged tensor {tensor.source.name} overflows {tensor.dtype}. Choose a wider "
-            "--dtype; if that is not enough, look at the scale of the updates (lora_alpha)."
-        )
-    return weight
-
-
-def _write_side_files(plan: Plan, folder: Path, report: MergeReport) -> None:
-    """Write card and report, beside weights of a model also config and tokenizer."""
-    summary, library = report.summary(), "transformers"
-    if plan.pipeline.merge.is_static:
-        for file in plan.base.side_files:
-            shutil.copyfile(file, folder / file.name)
-        write_json(folder / "config.json", _config(plan.base, plan.recipe))
-    else:
-        summary, library = f"{summary} {usage(plan)}", "starmerge"
-    write_json(folder / REPORT, report.content)
-    write_card(
-        folder / "README.md",
-        plan.output.name,
-        plan.base,
-        plan.models,
-        plan.recipe.to_yaml(),
-        summary,
-        library=library,
-        metric=None if plan.metric is None else plan.metric.file.name,
-    )
-
-
-def _config(base: Base, recipe: Recipe) -> dict[str, Any]:
-    """Return the base's config, without its name and with the dtype of the output."""
-    config = {key: value for key, value in base.config.items() if key != "_name_or_path"}
-    if recipe.dtype != "keep":
-        for key in ("dtype", "torch_dtype"):
-            if key in config:
-                config[key] = recipe.dtype
-    return config

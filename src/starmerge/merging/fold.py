@@ -126,11 +126,24 @@ def _new(m: int, n: int, dtype: torch.dtype) -> Tensor:
 _LARGE = 2**22
 
 
+def factors_of(delta: LowRank) -> tuple[Tensor, Tensor]:
+    """Return the factors whose product is added to a weight: (m, r) and (r, n), float32.
+
+    Without those that are zero, and each contiguous, so that an adapter that was padded to a higher
+    rank, or is read from a file, adds the same bytes.
+    """
+    left, right = delta.B.float() * delta.scale, delta.A.float()
+    alive = left.any(0) & right.any(1)
+    if not alive.all():
+        left, right = left[:, alive], right[alive]
+    return left.contiguous(), right.contiguous()
+
+
 def _rows(delta: Delta, height: int) -> Callable[[slice], Tensor]:
     """Return what gives up to ``height`` rows of a delta in float32, until it is called again."""
     if not isinstance(delta, LowRank):
         return delta.entries
-    left, right = delta.B.float() * delta.scale, delta.A.float()
+    left, right = factors_of(delta)
     product = torch.empty(height, right.shape[1], dtype=torch.float32)
     return lambda rows: torch.mm(left[rows], right, out=product[: rows.stop - rows.start])
 

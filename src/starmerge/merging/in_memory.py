@@ -46,7 +46,7 @@ def merge_state(
     """
     has_dense = any(isinstance(delta, Dense) for model in deltas for delta in model.values())
     pipeline, _ = as_pipeline(method).chosen(has_dense=has_dense)
-    check_static(pipeline)
+    check_one_update(pipeline)
     if pipeline.merge.needs_base:
         raise UsageError(
             f"{pipeline.merge.name} needs the base's weights: merge files with it, or what "
@@ -90,7 +90,7 @@ def merge_all(
     """Merge every tensor of a model whose deltas are in memory.
 
     Args:
-        pipeline: The chain, of a merge that is static.
+        pipeline: The chain, of a merge that makes one update for all tasks.
         names: Of the tensors that some model changes, in the order in which methods see them.
         inputs: Gives the deltas of a tensor, and what the methods are told of it.
         workers: The threads.
@@ -112,13 +112,13 @@ def merge_all(
         return dict(zip(ordered, merged, strict=True))
 
 
-def check_static(pipeline: Pipeline) -> None:
+def check_one_update(pipeline: Pipeline) -> None:
     """Make sure that a chain makes one update for all tasks.
 
     Raises:
         UsageError: It makes one for each.
     """
-    if not pipeline.merge.is_static:
+    if "model" not in pipeline.merge.outputs:
         raise UsageError(
             f"{pipeline.merge.name} makes a model for each task, not one update for all: merge "
             f"files with it, or see starmerge.methods.{pipeline.merge.name}."

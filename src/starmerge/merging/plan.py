@@ -2,204 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from starmerge.checkpoints.adapter import Adapter
 from starmerge.checkpoints.base import Base, open_base
-from starmerge.checkpoints.emr_task import check_task_names, mask_layout
 from starmerge.checkpoints.metric import Metric, open_metric
 from starmerge.checkpoints.models import FineTune, open_model
 from starmerge.checkpoints.source import Source, resolve
-from starmerge.checkpoints.tensors import MERGEABLE, TensorInfo
-from starmerge.checkpoints.writer import OutputTensor, check_output, check_space
-from starmerge.deltas import matrix_shape, wide
+from starmerge.checkpoints.tensors import MERGEABLE
+from starmerge.checkpoints.unknown_base import unknown_base
+from starmerge.checkpoints.writer import check_output, check_space
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.merging.fold import fold_bytes
-from starmerge.merging.metric import (
-    check_metric,
-    inputs_of,
-    unused_tasks,
-    wanted,
-)
-from starmerge.methods.memory import DeltaShape, InputsShape, TensorShape
+from starmerge.merging.layout import Contents, PlannedTensor, lay_out
+from starmerge.merging.metric import check_metric, unused_tasks
+from starmerge.merging.outputs import Output, make_output
 from starmerge.methods.method import TensorContext
 from starmerge.methods.pipeline import Pipeline
-from starmerge.recipe import Dtype, Recipe
+from starmerge.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class PlannedTensor:
-    """One tensor of the output."""
-
-    source: TensorInfo
-    """The base's tensor."""
-    dtype: torch.dtype
-    """Its dtype in the output."""
-    models: Mapping[int, FineTune]
-    """The models that change it, by their number in the recipe."""
-    is_embedding: bool
-    layer: tuple[int, int] | None = None
-    """Which of how many layers it belongs to; see :func:`layers`."""
-    metric: Metric | None = None
-    """What knows the moments of its inputs, where a method asks for them."""
-
-    @property
-    def output(self) -> OutputTensor:
-        """The tensor as the writer wants to know it."""
-        nbytes = self.source.size * self.dtype.itemsize
-        return OutputTensor(self.source.name, self.dtype, self.source.shape, nbytes)
-
-    @property
-    def mask(self) -> OutputTensor:
-        """A task's mask of the tensor, where the merge is not static."""
-        return mask_layout(self.source)
-
-    @property
-    def is_copied(self) -> bool:
-        """Whether the output has the base's bytes."""
-        return not self.models and self.dtype == self.source.dtype
-
-    @property
-    def inputs(self) -> Iterator[TensorInfo]:
-        """What is read: the base's tensor, and what its deltas are made of."""
-        yield self.source
-        for model in self.models.values():
-            yield from model.inputs(self.source.name)
-
-    @property
-    def bytes_to_read(self) -> int:
-        """Bytes of all that is read."""
-        return sum(info.nbytes for info in self.inputs)
-
-    def context(
-        self, tasks: Sequence[str], weights: Sequence[float], base: Tensor | None
-    ) -> TensorContext:
-        """Return what the methods are told of it.
-
-        Args:
-            tasks: Names of all models of the merge.
-            weights: Their weights.
-            base: The base's tensor, if it has been read.
-        """
-        name = self.source.name
-        return TensorContext(
-            name,
-            self.source.shape,
-            self.is_embedding,
-            tasks=tuple(tasks),
-            weights=tuple(weights),
-            base=base,
-            layer=self.layer,
-            inputs=None if self.metric is None else inputs_of(self.metric, name, tasks),
-        )
-
-    def is_whitened(self, pipeline: Pipeline) -> bool:
-        """Tell whether a chain asks for the moment of its inputs.
-
-        Vectors have no inputs, kernels no moments; embeddings of full fine-tunes are averaged
-        unless a method merges them.
-        """
-        if len(self.source.shape) != 2 or not self.models:
-            return False
-        users = pipeline.metric_users
-        averaged = all(getattr(step, "embeddings", None) == "average" for step in users)
-        has_dense = any(model.rank(self.source.name) is None for model in self.models.values())
-        return not (self.is_embedding and has_dense and averaged)
-
-    def memory(self, pipeline: Pipeline, tasks: Sequence[str]) -> int:
-        """Estimate the bytes in memory while it is merged.
-
-        Without the libraries, and without what the system may have back, as the windows of files.
-
-        Args:
-            pipeline: The chain.
-            tasks: Names of all models of the merge.
-        """
-        if self.is_copied:
-            return 0
-        if not self.models:
-            return self.output.nbytes
-        size, (m, n) = self.source.size, matrix_shape(self.source.shape)
-        factors = sum(
-            info.nbytes
-            for model in self.models.values()
-            if model.rank(self.source.name) is not None
-            for info in model.inputs(self.source.name)
-        )
-        return (
-            self._reading()
-            + factors
-            + pipeline.memory(self.as_read(pipeline, tasks))
-            + fold_bytes(m, n)
-            # The unified vector before and after it is rounded, and one task's mask.
-            + (0 if pipeline.merge.is_static else size * (4 + 4 + 1))
-        )
-
-    def as_read(self, pipeline: Pipeline, tasks: Sequence[str]) -> TensorShape:
-        """Return what methods may know of the tensor to tell the memory that they need.
-
-        Args:
-            pipeline: The chain.
-            tasks: Names of all models of the merge.
-        """
-        width = wide(self.source.dtype).itemsize
-        return TensorShape(
-            self.source.shape,
-            self.is_embedding,
-            tuple(
-                DeltaShape(
-                    model.rank(self.source.name),
-                    width * self.source.size if self._is_computed(model) else 0,
-                )
-                for model in self.models.values()
-            ),
-            tasks=len(tasks),
-            width=width,
-            inputs=self._inputs_shape(pipeline, tasks),
-        )
-
-    def _inputs_shape(self, pipeline: Pipeline, tasks: Sequence[str]) -> InputsShape | None:
-        if self.metric is None:
-            return None
-        name = self.source.name
-        n = self.source.shape[self.metric.side(name) == "columns"]
-        rows = {
-            task: self.metric.nbytes(name, task) // (torch.float32.itemsize * n)
-            for task in wanted(pipeline, tasks)
-        }
-        own = tuple(rows[task] for task in tasks if task in rows)
-        return InputsShape(n, rows.get(None), own)
-
-    def _is_computed(self, model: FineTune) -> bool:
-        """Tell whether a dense delta is a matrix in memory, and no difference of stored tensors."""
-        name = self.source.name
-        read = [info.shape for info in model.inputs(name)]
-        return model.rank(name) is None and read != [self.source.shape]
-
-    def _reading(self) -> int:
-        """Return the bytes that computing a dense delta takes beside it, as DoRA's: its factors."""
-        name = self.source.name
-        return max(
-            8 * sum(info.nbytes for info in model.inputs(name)) if self._is_computed(model) else 0
-            for model in self.models.values()
-        )
-
-
-@dataclass(frozen=True)
-class Plan:
+class Plan(Contents):
     """A merge that has been checked and can begin."""
 
     recipe: Recipe
-    pipeline: Pipeline
-    base: Base
-    models: tuple[FineTune, ...]
-    tensors: tuple[PlannedTensor, ...]
-    output: Path
+    output: Output
+    """What it is written as."""
+    path: Path
+    """The folder to create."""
     overwrite: bool
     reason: str | None = None
     """Why the methods are these, where the recipe left it to ``auto``."""
@@ -224,23 +58,14 @@ class Plan:
         return unused_tasks(self.metric, self.pipeline, self.tasks) if self.metric else []
 
     @property
-    def merged(self) -> list[PlannedTensor]:
-        """The tensors that some model changes."""
-        return [tensor for tensor in self.tensors if tensor.models]
-
-    @property
     def bytes_to_read(self) -> int:
         """Bytes of all tensors that are read."""
         return sum(tensor.bytes_to_read for tensor in self.tensors)
 
     @property
     def bytes_to_write(self) -> int:
-        """Bytes of all tensors that are written, and of the files or the masks beside them."""
-        if self.pipeline.merge.is_static:
-            beside = sum(file.stat().st_size for file in self.base.side_files)
-        else:
-            beside = sum(len(tensor.models) * tensor.mask.nbytes for tensor in self.tensors)
-        return beside + sum(tensor.output.nbytes for tensor in self.tensors)
+        """Bytes of the output, at most."""
+        return self.output.bytes_to_write(self)
 
     def memory(self, threads: int, limit: int) -> int:
         """Estimate the peak of memory for tensors, bytes.
@@ -253,15 +78,16 @@ class Plan:
         return max(each[0], min(limit, sum(each[:threads]))) if each else 0
 
     def memory_of(self, tensor: PlannedTensor) -> int:
-        """Estimate the bytes in memory while a tensor is merged."""
-        return tensor.memory(self.pipeline, self.tasks)
+        """Estimate the bytes in memory while a tensor is merged and written."""
+        merging = tensor.memory(self.pipeline, self.tasks) if tensor.models else 0
+        return merging + self.output.memory(tensor)
 
     def context(self, tensor: PlannedTensor, base: Tensor | None) -> TensorContext:
         """Return what the methods are told of a tensor, given the base's, if it has been read."""
         return tensor.context(self.tasks, [entry.weight for entry in self.recipe.models], base)
 
 
-def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
+def make_plan(recipe: Recipe, path: Path, *, overwrite: bool = False) -> Plan:
     """Open everything a recipe names, check it against each other, and lay out the output.
 
     Reads configs and headers only; with a metric, at the end, all of the base, to hash it.
@@ -272,17 +98,17 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
         StarmergeError: A missing, unknown or misshapen tensor, a broken file, a disk too small.
     """
     pipeline = recipe.make_pipeline()
-    check_output(output, overwrite=overwrite)
+    check_output(path, overwrite=overwrite)
     metric = None if recipe.metric is None else open_metric(recipe.metric)
     base, models = open_models(recipe)
     pipeline, reason = choose(pipeline, models, metric)
     if reason is not None:
         chosen = {"method": pipeline.name, "parameters": pipeline.parameters()}
         recipe = recipe.model_copy(update=chosen)
-    for source in (*(model.source for model in models), base.source):
-        _check_apart(output, source)
-    is_static = pipeline.merge.is_static
-    tensors = lay_out(base, models, dtype=recipe.dtype, is_static=is_static)
+    for source in (*(m.source for m in models), *([base.source] if base.has_weights else [])):
+        _check_apart(path, source)
+    output = make_output(recipe, pipeline)
+    tensors = lay_out(base, models, output)
     weights = [entry.weight for entry in recipe.models]
     try:
         tensors = check_merge(pipeline, base, models, weights, tensors, metric)
@@ -291,10 +117,9 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
             raise
         # It may name a method that the user did not ask for.
         raise UsageError(f"{error} ({reason})") from error
-    if not is_static:
-        check_task_names([model.name for model in models])
-    plan = Plan(recipe, pipeline, base, models, tensors, output, overwrite, reason, metric)
-    check_space(output, plan.bytes_to_write)
+    plan = Plan(pipeline, base, models, tensors, recipe, output, path, overwrite, reason, metric)
+    output.check(plan)
+    check_space(path, plan.bytes_to_write)
     return plan
 
 
@@ -305,10 +130,14 @@ def open_models(recipe: Recipe) -> tuple[Base, tuple[FineTune, ...]]:
         UsageError: A model is of another base, or of a kind that cannot be merged.
         StarmergeError: A missing, unknown or misshapen tensor, a broken file.
     """
-    base = open_base(resolve(recipe.base))
+    sources = [resolve(entry.path) for entry in recipe.models]
+    if recipe.base is None:
+        base = unknown_base(sources, any_base=recipe.any_base)
+    else:
+        base = open_base(resolve(recipe.base))
     models = tuple(
-        open_model(entry.name, resolve(entry.path), base, any_base=recipe.any_base)
-        for entry in recipe.models
+        open_model(entry.name, source, base, any_base=recipe.any_base)
+        for entry, source in zip(recipe.models, sources, strict=True)
     )
     return base, models
 
@@ -322,26 +151,6 @@ def choose(
         has_dense=any(model.rank(name) is None for model in models for name in model.tensors),
         prompts=None if metric is None else metric.tasks,
     )
-
-
-def lay_out(
-    base: Base, models: Sequence[FineTune], *, dtype: Dtype = "keep", is_static: bool = True
-) -> tuple[PlannedTensor, ...]:
-    """Lay out the tensors of the output: all of the base's, or what is merged of them.
-
-    Widest dtypes first, as safetensors writes them: so that every tensor is aligned in its file.
-
-    Args:
-        base: The base.
-        models: What is merged into it.
-        dtype: Dtype of the floating-point tensors.
-        is_static: Whether the output is one model.
-
-    Raises:
-        StarmergeError: A model changes one end of tied tensors, or one that is quantised.
-    """
-    planned = _planned(base, models, dtype, is_static=is_static)
-    return tuple(sorted(planned, key=lambda tensor: -tensor.dtype.itemsize))
 
 
 def check_merge(
@@ -366,10 +175,18 @@ def check_merge(
     merged = [tensor for tensor in tensors if tensor.models]
     if not merged:
         raise StarmergeError("None of the models changes any tensor of the base.")
+    if pipeline.merge.needs_base and not base.has_weights:
+        raise UsageError(
+            f"{pipeline.merge.name} works on the base's weights. Give the base before the models."
+        )
     tasks = [model.name for model in models]
     pipeline.check(tasks, weights, [tensor.source.name for tensor in merged])
+    if pipeline.merge.needs_base:
+        tensors = [replace(t, reads_base=True) if t.models else t for t in tensors]
     planned = tuple(tensors)
     if metric is not None:
+        if not base.has_weights:
+            raise UsageError("A metric is of one base. Give the base before the models.")
         whitened = {t.source.name: t for t in tensors if t.is_whitened(pipeline)}
         check_metric(metric, base, pipeline, models, list(whitened))
         planned = tuple(
@@ -384,30 +201,6 @@ def check_merge(
         ],
     )
     return planned
-
-
-def layers(names: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Return the layer of each tensor that belongs to one: its index, and how many there are.
-
-    The layer is the first part of the name that is a number; layers whose names begin alike are
-    counted together: ``encoder.layers.3.fc.weight`` is one of those of ``encoder.layers``. A name
-    without a number, as that of an embedding, belongs to none.
-    """
-    places: dict[str, tuple[str, int]] = {}
-    counts: dict[str, int] = {}
-    for name in names:
-        prefix, _, number = layer_of(name).rpartition(".")
-        if number.isdecimal():
-            places[name] = prefix, int(number)
-            counts[prefix] = max(counts.get(prefix, 0), int(number) + 1)
-    return {name: (index, counts[prefix]) for name, (prefix, index) in places.items()}
-
-
-def layer_of(name: str) -> str:
-    """Return a tensor's name up to its first part that is a number, the layer; else all of it."""
-    parts = name.split(".")
-    place = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
-    return ".".join(parts[: place + 1])
 
 
 def _check_apart(output: Path, source: Source) -> None:
@@ -426,31 +219,3 @@ def _check_saved_modules(models: Iterable[FineTune]) -> None:
             f"(modules_to_save in adapter_config.json), such as {min(saving[1].saved)}. Merge at "
             "most one such adapter."
         )
-
-
-def _planned(
-    base: Base, models: Sequence[FineTune], wanted: Dtype, *, is_static: bool
-) -> Iterator[PlannedTensor]:
-    places = layers(base.checkpoint)
-    changed = [model.tensors for model in models]
-    for name in base.checkpoint:
-        source = base.checkpoint[name]
-        changing = {t: model for t, model in enumerate(models) if name in changed[t]}
-        for t, model in changing.items():
-            if name in base.tied and not changed[t].issuperset(base.tied):
-                raise StarmergeError(
-                    f"{model.source} changes {name} alone, which the base ties to other tensors "
-                    "(tie_word_embeddings in config.json). Untie the base first, or adapt neither."
-                )
-        if changing and source.dtype not in MERGEABLE:
-            raise StarmergeError(
-                f"{source.file}: tensor {name} is stored in {source.dtype}, which cannot be "
-                "merged. Use an unquantised base."
-            )
-        dtype = source.dtype
-        if wanted != "keep" and dtype in MERGEABLE:
-            dtype = getattr(torch, wanted)
-        elif not is_static:
-            dtype = torch.float32  # of differences there is no dtype to keep
-        if changing or is_static:
-            yield PlannedTensor(source, dtype, changing, base.is_embedding(name), places.get(name))

@@ -14,13 +14,12 @@ from typing import Any
 
 from starmerge.checkpoints.hashing import remembered_blake3_of
 from starmerge.checkpoints.source import Source
-from starmerge.merging.fold import Fold, Folded
-from starmerge.merging.plan import Plan, PlannedTensor
+from starmerge.merging.layout import PlannedTensor
+from starmerge.merging.outputs import Finished
+from starmerge.merging.plan import Plan
 from starmerge.methods.pipeline import Merged
 
 _PACKAGES = ("starmerge", "torch", "numpy")
-_LITTLE = 0.9
-"""Share of the update; when less survives, that is said."""
 
 
 @dataclass(frozen=True)
@@ -45,28 +44,17 @@ class MergeReport:
         ranks = [task["rank"] for task in tasks if task["nuclear_before"]]
         return sum(ranks) / len(ranks) if ranks else None
 
-    @property
-    def survived(self) -> float:
-        """Share of the merged update that survives the rounding, over all tensors."""
-        energies = [record["update_norm"] ** 2 for record in self.tensors]
-        kept = sum(r["survived"] * e for r, e in zip(self.tensors, energies, strict=True))
-        return float(kept / sum(energies)) if any(energies) else 1.0
-
     def summary(self) -> str:
         """Return the report in a sentence."""
         copied = self.content["tensors_copied"]
-        text = f"{len(self.tensors)} tensors merged, {copied} left as they are"
+        left = f", {copied} left as they are" if copied else ""
+        text = f"{len(self.tensors)} tensors merged{left}"
         metric = self.content["metric"]
         if metric is not None:
             text += f"; merged in {metric['use']} ({metric['file']})"
         if self.mean_rank is not None:
             text += f"; mean rank kept {self.mean_rank:.1f}"
-        if any(record["update_norm"] for record in self.tensors):
-            text += f"; {self.survived:.1%} of the update survives the rounding of the output"
-            if self.survived < _LITTLE:
-                text += " (with dtype float32 all of it would)"
-        else:
-            text += "; the update is zero"
+        text += f"; {self.content['output']['summary']}"
         if self.content["reason"] is not None:
             text += f". {self.content['reason'].removesuffix('.')}"
         if metric is not None and metric["unused_prompts"]:
@@ -78,9 +66,16 @@ class MergeReport:
 
 
 def tensor_record(
-    plan: Plan, tensor: PlannedTensor, merged: Merged, folded: Fold | Folded
+    plan: Plan, tensor: PlannedTensor, stored: Mapping[str, Any], merged: Merged
 ) -> dict[str, Any]:
-    """Return what the report says of one merged tensor."""
+    """Return what the report says of one merged tensor.
+
+    Args:
+        plan: The plan.
+        tensor: The tensor.
+        stored: What the output says of it.
+        merged: What the chain made of it.
+    """
     tasks = [
         {"model": plan.models[task].name, **asdict(truncation)}
         for task, truncation in sorted(merged.truncations.items())
@@ -89,8 +84,7 @@ def tensor_record(
         "name": tensor.source.name,
         "shape": list(tensor.source.shape),
         "dtype": str(tensor.dtype).removeprefix("torch."),
-        "update_norm": folded.update_norm,
-        "survived": folded.survived,
+        **stored,
         "tasks": tasks,
     }
 
@@ -135,6 +129,7 @@ class InputHashes:
 
 def make_report(
     plan: Plan,
+    finished: Finished,
     findings: Mapping[str, Any],
     tensors: Sequence[dict[str, Any]],
     hashes: Mapping[str, Mapping[str, str]],
@@ -144,12 +139,13 @@ def make_report(
 
     Args:
         plan: The plan.
+        finished: What the output says of itself.
         findings: What the methods found in the whole model.
         tensors: The records of the tensors.
         hashes: Of the inputs.
         changing: Numbers of the models of which some delta is not zero.
     """
-    sources = [("base", "base", plan.base.source)]
+    sources = [("base", "base", plan.base.source)] if plan.base.has_weights else []
     sources += [(model.name, model.kind, model.source) for model in plan.models]
     metric = None
     if plan.metric is not None:
@@ -167,7 +163,8 @@ def make_report(
             | {"python": platform.python_version()},
             "recipe": plan.recipe.model_dump(),
             "reason": plan.reason,
-            "findings": dict(findings),
+            "findings": {**findings, **finished.findings},
+            "output": {"kind": plan.output.kind, **finished.facts, "summary": finished.summary},
             "metric": metric,
             "unchanged": [model.name for t, model in enumerate(plan.models) if t not in changing],
             "inputs": [
@@ -188,6 +185,6 @@ def make_report(
 
 
 def _input_files(plan: Plan) -> dict[str, list[Path]]:
-    files = {"base": plan.base.checkpoint.files}
+    files = {"base": plan.base.checkpoint.files} if plan.base.has_weights else {}
     files |= {f"model {model.name}": model.files for model in plan.models}
     return files if plan.metric is None else files | {"metric": [plan.metric.file]}

@@ -14,8 +14,9 @@ from starmerge.checkpoints.models import FineTune
 from starmerge.deltas import Delta, LowRank, Stored
 from starmerge.errors import UsageError, nearest
 from starmerge.merging.checks import check_delta, check_weights
-from starmerge.merging.in_memory import check_static, merge_all
-from starmerge.merging.plan import check_merge, choose, lay_out, open_models
+from starmerge.merging.in_memory import check_one_update, merge_all
+from starmerge.merging.layout import lay_out
+from starmerge.merging.plan import check_merge, choose, open_models
 from starmerge.merging.workers import Workers
 from starmerge.methods.method import Deltas, Method, TensorContext
 from starmerge.methods.pipeline import Pipeline, as_pipeline
@@ -134,7 +135,7 @@ class TaskVectors:
         chosen = self.models if models is None else self._chosen(models)
         opened = open_metric(metric) if isinstance(metric, str | Path) else metric
         pipeline, _ = choose(as_pipeline(method), chosen, opened)
-        check_static(pipeline)
+        check_one_update(pipeline)
         tasks = [model.name for model in chosen]
         factors = check_weights(weights, len(chosen))
         tensors = lay_out(self.base, chosen)

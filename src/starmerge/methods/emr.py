@@ -26,7 +26,7 @@ class Emr(EntrywiseMerge):
     λ_t = Σ|τ_t| / Σ|M_t ⊙ τ_uni|, sums over the whole model; its model is base + λ_t · M_t ⊙ τ_uni,
     an update as large as τ_t in the L1 norm. A task that agrees nowhere has λ_t = 0: the base.
 
-    Not a static merge: the output folder holds τ_uni in ``unified``, in float32 unless a dtype is
+    The output is no model: the folder holds τ_uni in ``unified``, in float32 unless a dtype is
     chosen, and a folder with mask and rescaler for each task, one bit an entry. Such a folder is a
     model to merge; merged alone, it gives the task's model:
     ``starmerge merge BASE OUT/digits -m average -o digits``.
@@ -38,7 +38,7 @@ class Emr(EntrywiseMerge):
     When to use: one task at a time is wanted, known beforehand, for a fraction of T models' size.
     """
 
-    is_static = False
+    outputs = ("unified",)
 
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
         """Refuse weights: a task's model has the size of its own; see :meth:`Method.check`."""

@@ -214,6 +214,11 @@ class Transform(Method):
             tensor: The tensor.
         """
 
+    def after(self, tensor: TensorShape) -> TensorShape:
+        """Return what is known of a tensor whose task vectors have been transformed."""
+        deltas = tuple(self.result(delta, tensor) for delta in tensor.deltas)
+        return dataclasses.replace(tensor, deltas=deltas)
+
     @abstractmethod
     def apply(
         self, delta: Delta, task: int, tensor: TensorContext, survey: Any
@@ -235,9 +240,9 @@ class Merge(Method):
     """The step that makes one update of all task vectors."""
 
     kind = "merge"
-    is_static: ClassVar[bool] = True
-    """Whether what it makes is one model; else it is a vector of which each task's model has a
-    part, and no post-step follows."""
+    outputs: ClassVar[tuple[str, ...]] = ("model", "adapter")
+    """Kinds of output that its update can be written as, the usual one first. Without "model" the
+    update is a vector of which each task's model has a part, and no post-step follows."""
     averages: ClassVar[bool] = False
     """Whether it divides by the sum of the weights, which then must not be zero."""
     scaled_inputs: ClassVar[bool] = True

@@ -13,7 +13,7 @@ from starmerge.deltas import Delta
 from starmerge.errors import UsageError, nearest
 from starmerge.methods.auto import Auto
 from starmerge.methods.average import Average
-from starmerge.methods.memory import TensorShape
+from starmerge.methods.memory import DeltaShape, TensorShape
 from starmerge.methods.method import (
     Deltas,
     Merge,
@@ -39,6 +39,8 @@ class Merged:
     """What is added to the base."""
     truncations: Mapping[int, Truncation]
     """By task, what a transform kept; of several, the last."""
+    inputs: Deltas
+    """The task vectors as the merge got them."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Pipeline:
             )
         post_steps = tuple(step for step in steps if isinstance(step, PostStep))
         for number, step in enumerate(post_steps):
-            if not merge.is_static:
+            if "model" not in merge.outputs:
                 raise UsageError(
                     f"{names}: {merge.name} makes a model for each task, and {step.name} follows "
                     "merges that make one for all. Leave it out."
@@ -159,8 +161,7 @@ class Pipeline:
         for transform in self.transforms:
             transforming += tensor.one_by_one + transform.memory(tensor)
             kept += transform.kept(tensor)
-            deltas = tuple(transform.result(delta, tensor) for delta in tensor.deltas)
-            tensor = dataclasses.replace(tensor, deltas=deltas)
+            tensor = transform.after(tensor)
         merging = self.merge.memory(tensor)
         beside = min(merging, tensor.held + (4 * tensor.size if tensor.has_dense else 0))
         peak = max(transforming + beside, kept + merging)
@@ -170,6 +171,20 @@ class Pipeline:
             peak = max(peak, merged.nbytes + step.memory(given))
             merged = step.result(given)
         return peak + tensor.whitening
+
+    def result(self, tensor: TensorShape) -> DeltaShape:
+        """Tell what is made of one tensor, before it is there.
+
+        Args:
+            tensor: What is known of the tensor before it is read.
+        """
+        given = tensor
+        for transform in self.transforms:
+            tensor = transform.after(tensor)
+        merged = self.merge.result(tensor)
+        for step in self.post_steps:
+            merged = step.result(dataclasses.replace(given, merged=merged))
+        return merged
 
     def parameters(self) -> dict[str, Any]:
         """Return all parameters; in a chain of several methods as ``star.eta``."""
@@ -244,21 +259,25 @@ class Prepared:
             if found is not None
         }
 
-    def merge(self, deltas: Deltas, tensor: TensorContext) -> Merged:
+    def merge(self, deltas: Deltas, tensor: TensorContext, *, holds_inputs: bool = False) -> Merged:
         """Merge the task vectors of one tensor.
 
         Args:
             deltas: τ_t of the tasks that change it, as the models have them.
             tensor: The tensor.
+            holds_inputs: Whether what the merge gets is held in memory, so that the caller may look
+                at it again without the transforms' work.
         """
         truncations: dict[int, Truncation] = {}
         chain, count = self.pipeline, len(self.pipeline.transforms)
         inputs = self.transformed(deltas, tensor, truncations, weighted=chain.merge.scaled_inputs)
+        if holds_inputs:
+            inputs = Deltas.of(dict(inputs.items()))
         merged = chain.merge.merge(inputs, tensor, self.surveys[count])
         surveys = self.surveys[count + 1 :]
         for step, survey in zip(chain.post_steps, surveys, strict=False):
             merged = step.apply(merged, deltas, tensor, survey)
-        return Merged(merged, truncations)
+        return Merged(merged, truncations, inputs)
 
     def transformed(
         self,

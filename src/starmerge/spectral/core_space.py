@@ -251,7 +251,7 @@ def core_shape(
         R = sum(rank or 0 for rank in ranks)
         p, q = min(R, m), min(R, n)
         matrices = 8 * count * p * q
-        kept = matrices + 8 * R * ((m if R < m else 0) + (n if R < n else 0))
+        kept = matrices + 8 * R * ((m if m > R else 0) + (n if n > R else 0))
         # In float64: the factors, all side by side, LAPACK's copy, and its result Q; of B while
         # those of A wait, or of A beside the basis of B. Whitened ones wait beside all that.
         waiting = 8 * R * (m + n) if is_whitened else 0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from starmerge.errors import UsageError
-from starmerge.merging.in_memory import check_static
+from starmerge.merging.in_memory import check_one_update
 from starmerge.methods.method import Method
 from starmerge.methods.pipeline import Pipeline, as_pipeline, make_pipeline
 
@@ -59,7 +59,7 @@ def named_candidates(
     chains = default_candidates() if candidates is None else list(map(as_pipeline, candidates))
     found: dict[str, Pipeline] = {}
     for chain in chains:
-        check_static(chain)
+        check_one_update(chain)
         name = candidate_name(chain)
         if chain.needs_moments:
             raise UsageError(

@@ -1,0 +1,138 @@
+"""Writing a LoRA adapter as PEFT and every server that takes its files read it.
+
+One file ``adapter_model.safetensors`` and an ``adapter_config.json`` with one rank and
+``lora_alpha = r``, so that the scale is 1 and B·A is the update; no patterns, no rsLoRA, no DoRA.
+Source of the layout: github.com/huggingface/peft, ``tuners/lora/layer.py`` and
+``utils/save_and_load.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from starmerge.checkpoints.writer import OutputTensor, write_json
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module of the model that an adapter changes."""
+
+    name: str
+    """As PEFT knows it."""
+    is_embedding: bool = False
+    """Whether it looks rows up, as torch's Embedding does; its weight is (rows, width)."""
+    is_transposed: bool = False
+    """Whether the base holds its weight as (in, out), as GPT-2's Conv1D does."""
+
+    @property
+    def flips(self) -> bool:
+        """Whether the base's weight is the transpose of PEFT's B·A."""
+        return self.is_embedding or self.is_transposed
+
+    def keys(self) -> tuple[str, str]:
+        """Return the names of A and B in the file."""
+        if self.is_embedding:
+            return (
+                f"{PREFIX}{self.name}.lora_embedding_A",
+                f"{PREFIX}{self.name}.lora_embedding_B",
+            )
+        return f"{PREFIX}{self.name}.lora_A.weight", f"{PREFIX}{self.name}.lora_B.weight"
+
+    def layout(self, shape: tuple[int, ...], r: int, dtype: torch.dtype) -> list[OutputTensor]:
+        """Return how A and B are stored.
+
+        Args:
+            shape: Of the base's weight.
+            r: The rank.
+            dtype: Of the factors.
+        """
+        outputs, inputs = shape[0], shape[1:]
+        if self.flips:
+            outputs, inputs = shape[1], shape[:1]
+        shapes = (r, *inputs), (outputs, r, *(1 for _ in inputs[1:]))
+        return [
+            OutputTensor(key, dtype, shape, torch.Size(shape).numel() * dtype.itemsize)
+            for key, shape in zip(self.keys(), shapes, strict=True)
+        ]
+
+    def factors(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A and B, matrices, of an update ``left @ right`` of the base's weight.
+
+        Args:
+            left: (m, r).
+            right: (r, n).
+        """
+        return (left.T, right.T) if self.flips else (right, left)
+
+
+def adapter_config(
+    modules: Iterable[Module],
+    *,
+    r: int,
+    targets: Sequence[str],
+    saved: Sequence[str],
+    base_name: str | None,
+    task_type: str | None,
+) -> dict[str, Any]:
+    """Return the content of ``adapter_config.json``.
+
+    Args:
+        modules: The modules that have factors.
+        r: Their rank.
+        targets: Ends of the modules' names; see :func:`target_modules`.
+        saved: Names of the modules that are stored whole.
+        base_name: Hub id or path of the base.
+        task_type: PEFT's type of task.
+    """
+    return {
+        "alpha_pattern": {},
+        "base_model_name_or_path": base_name,
+        "bias": "none",
+        "fan_in_fan_out": any(module.is_transposed for module in modules),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": r,
+        "lora_dropout": 0.0,
+        "modules_to_save": sorted(saved) or None,
+        "peft_type": "LORA",
+        "r": r,
+        "rank_pattern": {},
+        "target_modules": sorted(targets),
+        "task_type": task_type,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def write_adapter_config(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write ``adapter_config.json``."""
+    write_json(folder / CONFIG, content)
+
+
+def target_modules(adapted: Collection[str], others: Iterable[str]) -> list[str]:
+    """Return the shortest ends of names that mean the adapted modules and no others.
+
+    PEFT adapts a module whose name is an entry, or ends in a dot and the entry. Last parts of the
+    names, such as ``q_proj``, are what servers expect; where such an end would mean a module that
+    is not adapted, the full names of those with that end stand in its place.
+
+    Args:
+        adapted: Names of the adapted modules.
+        others: Names of the other modules that PEFT could adapt.
+    """
+    taken = {_end(name) for name in others}
+    return sorted({name if _end(name) in taken else _end(name) for name in adapted})
+
+
+def _end(name: str) -> str:
+    return name.rpartition(".")[2]

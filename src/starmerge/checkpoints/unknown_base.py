@@ -1,0 +1,120 @@
+"""What adapters tell of their base, where its weights are not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from starmerge.checkpoints.adapter import open_weights
+from starmerge.checkpoints.adapter_config import AdapterConfig, read_adapter_config
+from starmerge.checkpoints.adapter_keys import sort_keys
+from starmerge.checkpoints.base import Base
+from starmerge.checkpoints.names import completed, match_stored
+from starmerge.checkpoints.source import Source, read_json
+from starmerge.checkpoints.tensors import Checkpoint, TensorInfo
+from starmerge.errors import StarmergeError, UsageError
+
+
+class _Shapes(Checkpoint):
+    """Names and shapes of tensors that lie nowhere."""
+
+    def __init__(self, tensors: dict[str, TensorInfo]) -> None:
+        super().__init__([], mapped=False)
+        self._tensors = tensors  # type: ignore[assignment]
+
+    @property
+    def files(self) -> list[Path]:
+        """None."""
+        return []
+
+    def read(self, name: str) -> Tensor:
+        """Refuse.
+
+        Raises:
+            StarmergeError: Always: there are no weights.
+        """
+        raise StarmergeError(f"The base's weight {name} is needed, and no base was given.")
+
+
+@dataclass(frozen=True)
+class UnknownBase(Base):
+    """A base of which only the shapes of what adapters change are known.
+
+    Linear weights stand as (out, in), as PEFT has them, whatever the base's files do.
+    """
+
+    has_weights: ClassVar[bool] = False
+
+
+def unknown_base(sources: Sequence[Source], *, any_base: bool = False) -> Base:
+    """Put together what adapters tell of their base: its name, and the weights that they change.
+
+    The base's config is read if the adapters name a folder that is there, or a model of which the
+    Hub's cache has it; nothing is fetched.
+
+    Args:
+        sources: The adapters.
+        any_base: Accept adapters of different bases.
+
+    Raises:
+        UsageError: A model is no adapter; the adapters name different bases.
+        StarmergeError: A file is broken; two adapters disagree on the shape of a weight.
+    """
+    names: dict[str, AdapterConfig] = {}
+    tensors: dict[str, TensorInfo] = {}
+    for source in sources:
+        file = source.path / "adapter_config.json"
+        if not file.is_file():
+            raise UsageError(
+                f"{source} is no adapter (no adapter_config.json), and without a base only "
+                "adapters can be merged. Give the base before the models."
+            )
+        config = read_adapter_config(file)
+        if name := config.base_name:
+            names.setdefault(name, config)
+        checkpoint = open_weights(source.path)
+        keys = sort_keys(source, config, checkpoint)
+        found = completed(keys.names, match_stored(source, keys.names, {n: n for n in tensors}))
+        for module in keys.modules:
+            a, b = checkpoint[module.a], checkpoint[module.b]
+            shape = (b.shape[:1] or (0,)) + a.shape[1:]
+            shape = shape[::-1] if module.is_embedding else shape
+            tensor = TensorInfo(found[module.weight], torch.float32, shape, file)
+            known = tensors.setdefault(tensor.name, tensor)
+            if known.shape != shape:
+                raise StarmergeError(
+                    f"{source}: the update of {tensor.name} has the shape {list(shape)}, that of "
+                    f"{known.file.parent} {list(known.shape)}. The adapters are of different "
+                    "bases."
+                )
+    if len({name.lower() for name in names}) > 1 and not any_base:
+        first, second = list(names)[:2]
+        raise UsageError(
+            f"{names[first].file} names the base {first}, and {names[second].file} {second}. If "
+            "both are the same weights, say so with --any-base."
+        )
+    name = next(iter(names), None)
+    reference = Source(name or "a base that the adapters do not name", Path(), name, None)
+    return UnknownBase(reference, _Shapes(tensors), _config(name))
+
+
+def _config(name: str | None) -> dict[str, Any]:
+    """Return the base's config, if it is at hand."""
+    if name is None:
+        return {}
+    local = Path(name).expanduser() / "config.json"
+    if local.is_file():
+        return read_json(local)
+    with suppress(ValueError):  # the name is no Hub id
+        from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415  (slow to import)
+
+        cached = try_to_load_from_cache(name, "config.json")
+        if isinstance(cached, str):
+            return read_json(Path(cached))
+    return {}

@@ -1,0 +1,40 @@
+"""What a merge is written as: a model, an adapter, or EMR's vector with a mask for each task."""
+
+from starmerge.errors import UsageError
+from starmerge.merging.outputs.adapter import AdapterOutput
+from starmerge.merging.outputs.model import ModelOutput
+from starmerge.merging.outputs.output import Finished, Output, Writing
+from starmerge.merging.outputs.unified import UnifiedOutput
+from starmerge.methods.pipeline import Pipeline
+from starmerge.recipe import Recipe
+
+__all__ = ["Finished", "Output", "Writing", "make_output"]
+
+
+def make_output(recipe: Recipe, pipeline: Pipeline) -> Output:
+    """Return what a recipe's merge is written as.
+
+    Args:
+        recipe: The recipe.
+        pipeline: The chain that merges.
+
+    Raises:
+        UsageError: What the chain makes cannot be written so, or something is set that this kind
+            of output does not have.
+    """
+    possible, wanted = pipeline.merge.outputs, recipe.output
+    kind = wanted.kind or possible[0]
+    if kind not in possible:
+        raise UsageError(
+            f"{pipeline.merge.name} cannot be written as {kind}, but as {' or '.join(possible)}. "
+            "Leave the kind of output out, or choose another merge."
+        )
+    if kind == AdapterOutput.kind:
+        return AdapterOutput(recipe.dtype, wanted.rank, wanted.max_error)
+    for key in ("rank", "max_error"):
+        if getattr(wanted, key) is not None:
+            raise UsageError(
+                f"The output is a {kind}, and {key} is of an adapter. Leave it out, or write an "
+                "adapter (--as adapter; output: {kind: adapter} in a recipe)."
+            )
+    return ModelOutput(recipe.dtype) if kind == ModelOutput.kind else UnifiedOutput(recipe.dtype)

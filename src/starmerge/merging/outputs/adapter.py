@@ -1,0 +1,445 @@
+"""A merged adapter: the update itself, as a LoRA that PEFT and servers load."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from starmerge.checkpoints.adapter import Adapter
+from starmerge.checkpoints.adapter_file import (
+    PREFIX,
+    WEIGHTS,
+    Module,
+    adapter_config,
+    target_modules,
+    write_adapter_config,
+)
+from starmerge.checkpoints.base import Base
+from starmerge.checkpoints.tensors import TensorInfo, open_checkpoint
+from starmerge.checkpoints.writer import OutputTensor, ShardWriter
+from starmerge.deltas import Delta, LowRank, is_finite, matrix_shape, total
+from starmerge.errors import StarmergeError, UsageError
+from starmerge.merging.fold import FOLD_ENTRIES, factors_of, fold
+from starmerge.merging.layout import Contents, PlannedTensor
+from starmerge.merging.outputs.model import finite
+from starmerge.merging.outputs.output import Finished
+from starmerge.methods.pipeline import Merged
+from starmerge.recipe import Dtype
+from starmerge.spectral import svd
+from starmerge.spectral.leading import MANY, energy_of, leading
+from starmerge.spectral.svd import SVD, certainly
+
+_FACTORS = "factors"
+"""Folder of the factors before all ranks are known."""
+
+_LOOKUPS = ("wte", "wpe", "relative_attention_bias")
+"""Parts of the names of embeddings that have no "embed" in them."""
+
+
+@dataclass(frozen=True)
+class AdapterOutput:
+    """A folder in PEFT's layout whose B·A is the merged update.
+
+    Where the update has no more factors than the rank allows, they are written as they are, in
+    float32, and the adapter is exact: merged alone into the base, it gives the bytes of the merged
+    model. Else it has the leading singular triplets of the update, the best approximation of that
+    rank (Eckart and Young), as U√σ and √σVᵀ.
+
+    Vectors have no factors, and tied embeddings no module of their own: what full fine-tunes change
+    of them is left out, and counts in the error.
+
+    Args:
+        wanted: Dtype of the factors; "keep" is float32, in which they are made.
+        rank: The highest rank; None: as high as the updates need.
+        max_error: Refuse an adapter whose update is farther from the merge's, in the Frobenius norm
+            relative to it.
+    """
+
+    wanted: Dtype
+    rank: int | None = None
+    max_error: float | None = None
+
+    kind = "adapter"
+    library = "peft"
+    needs_base = False
+    reads_inputs = False
+
+    def dtype(self, source: TensorInfo, *, is_merged: bool) -> torch.dtype | None:
+        """Return the dtype of the factors, for tensors that some model changes."""
+        dtype: torch.dtype = getattr(torch, "float32" if self.wanted == "keep" else self.wanted)
+        return dtype if is_merged else None
+
+    def check(self, contents: Contents) -> None:
+        """Make sure that there is something to write, and a rank for what has no factors."""
+        places = [place_of(contents, tensor) for tensor in contents.tensors]
+        if all(place is None for place in places) and not _carried(contents):
+            raise UsageError(
+                "Nothing that the models change can be in an adapter: neither vectors nor tied "
+                "embeddings can. Write a model."
+            )
+        if self.rank is not None:
+            return
+        for tensor, place in zip(contents.tensors, places, strict=True):
+            if isinstance(place, Module) and rank_bound(contents, tensor) is None:
+                full = min(matrix_shape(tensor.source.shape))
+                raise UsageError(
+                    f"The merged update of {tensor.source.name} has no factors, so an exact "
+                    f"adapter would have the rank {full}. Choose a rank (--rank 16; rank: 16 under "
+                    "output: in a recipe); --dry-run shows the error of each rank."
+                )
+
+    def memory(self, tensor: PlannedTensor) -> int:
+        """Count the factors in float32 and float64, and what their decomposition needs."""
+        m, n = matrix_shape(tensor.source.shape)
+        factors = [model.rank(tensor.source.name) for model in tensor.models.values()]
+        r = sum(rank or min(m, n) for rank in factors)
+        if r >= MANY * (self.rank or r):
+            return 12 * (m + n) * r + 24 * FOLD_ENTRIES
+        return 24 * (m + n) * min(r, m, n) + 40 * min(r, m, n) ** 2
+
+    def bytes_to_write(self, contents: Contents) -> int:
+        """Return twice the bytes of factors of the highest rank that may be needed."""
+        layouts = (t for tensor in contents.tensors for t in self._layout(contents, tensor))
+        return 2 * sum(tensor.nbytes for tensor in layouts)
+
+    def nbytes(self, tensor: PlannedTensor) -> int:
+        """Return what is read for a tensor: what is written is little beside it."""
+        return tensor.bytes_to_read
+
+    @contextmanager
+    def open(self, contents: Contents, folder: Path) -> Iterator[_AdapterWriting]:
+        """Lay out the factors at the highest rank that may be needed.
+
+        They go into a folder of their own, and into the adapter's file once the rank is known.
+        """
+        layout = [t for tensor in contents.tensors for t in self._layout(contents, tensor)]
+        (folder / _FACTORS).mkdir()
+        with ShardWriter(folder / _FACTORS, layout) as factors:
+            writing = _AdapterWriting(self, contents, folder, factors)
+            yield writing
+
+    def usage(self, contents: Contents, folder: str) -> str:
+        """Return how to load it, and how to fold it into the base."""
+        base = contents.base.source.name or "BASE"
+        return (
+            f"Load it with PEFT (`PeftModel.from_pretrained(base, '{folder}')`) or a server of "
+            f"LoRA adapters, or fold it into the base: `starmerge merge {base} {folder} -m average "
+            f"-o OUT`."
+        )
+
+    def _layout(self, contents: Contents, tensor: PlannedTensor) -> list[OutputTensor]:
+        place, shape = place_of(contents, tensor), tensor.source.shape
+        if place is None:
+            return []
+        if isinstance(place, str):
+            dtype = tensor.source.dtype
+            return [OutputTensor(place, dtype, shape, tensor.source.size * dtype.itemsize)]
+        return place.layout(shape, self.bound(contents, tensor), tensor.dtype)
+
+    def bound(self, contents: Contents, tensor: PlannedTensor) -> int:
+        """Return the highest rank that a tensor's factors may have."""
+        full = min(matrix_shape(tensor.source.shape))
+        bound = rank_bound(contents, tensor)
+        return max(1, min(x for x in (self.rank, bound, full) if x is not None))
+
+
+@dataclass(frozen=True)
+class _AdapterWriting:
+    output: AdapterOutput
+    contents: Contents
+    folder: Path
+    factors: ShardWriter
+
+    def leave(self, tensor: PlannedTensor) -> None:
+        """Never called: what no model changes has no place."""
+        raise AssertionError(f"{tensor.source.name} has no place in an adapter.")
+
+    def put(self, tensor: PlannedTensor, base: Tensor | None, merged: Merged) -> dict[str, Any]:
+        """Write the factors of the update, or the whole weight where an adapter has it so."""
+        place = place_of(self.contents, tensor)
+        if place is None:
+            norm = merged.delta.frobenius()
+            return {"update_norm": norm, "stored": "left out", "error": 1.0 if norm else 0.0}
+        if isinstance(place, str):
+            assert base is not None, "the update of a whole module is a difference from it"
+            whole = fold(base, merged.delta, tensor.source.dtype)
+            self.factors.write(place, finite(whole.weight, base, tensor))
+            return {"update_norm": whole.update_norm, "stored": "whole", "error": 0.0}
+        bound = self.output.bound(self.contents, tensor)
+        made = approximated(merged.delta, bound)
+        A, B = place.factors(made.left.to(tensor.dtype), made.right.to(tensor.dtype))
+        if not (is_finite(A) and is_finite(B)):
+            raise StarmergeError(
+                f"The factors of {tensor.source.name} overflow {tensor.dtype}. Choose a wider "
+                "--dtype, or none: then it is float32."
+            )
+        rank = A.shape[0]
+        padded = A.new_zeros(bound, A.shape[1]), B.new_zeros(B.shape[0], bound)
+        padded[0][:rank], padded[1][:, :rank] = A, B
+        for key, factor in zip(place.keys(), padded, strict=True):
+            self.factors.write(key, factor)
+        error = made.error
+        if tensor.dtype != torch.float32:
+            right, left = place.factors(B.float(), A.float())
+            error = math.hypot(error, _distance(made, LowRank(left, right)))
+        return {
+            "update_norm": made.norm,
+            "stored": f"rank {rank}",
+            "rank": rank,
+            "error": error / made.norm if made.norm else 0.0,
+        }
+
+    def finish(self, records: Sequence[Mapping[str, Any]]) -> Finished:
+        """Write the adapter's file with one rank for all factors, and its config.
+
+        Raises:
+            StarmergeError: The adapter is farther from the merge than it may be.
+        """
+        r = max((record.get("rank", 1) for record in records), default=1)
+        error = overall_error(records)
+        if self.output.max_error is not None and error > self.output.max_error:
+            raise StarmergeError(
+                f"At rank {r} the adapter's update would be {error:.3g} of its norm away from the "
+                f"merge's, and max_error is {self.output.max_error:g}. --dry-run shows the rank "
+                "that each error costs."
+            )
+        places = {t.source.name: place_of(self.contents, t) for t in self.contents.tensors}
+        modules = {name: place for name, place in places.items() if isinstance(place, Module)}
+        whole = [place for place in places.values() if isinstance(place, str)]
+        carried = _carried(self.contents)
+        self._assemble(r, carried)
+        adapters = [model for model in self.contents.models if isinstance(model, Adapter)]
+        saved = [key.removeprefix(PREFIX) for key in (*whole, *carried)]
+        config = adapter_config(
+            modules.values(),
+            r=r,
+            targets=target_modules([m.name for m in modules.values()], self._others(modules)),
+            saved=sorted({name.rpartition(".")[0] for name in saved}),
+            base_name=_base_name(self.contents.base, adapters),
+            task_type=_task_type(adapters),
+        )
+        config["fan_in_fan_out"] |= any(adapter.config.fan_in_fan_out for adapter in adapters)
+        write_adapter_config(self.folder, config)
+        facts = {"rank": r, "error": error, "kept": 1 - error**2}
+        return Finished(_summary(r, error, records, carried), facts)
+
+    def _assemble(self, r: int, carried: Mapping[str, tuple[Adapter, str]]) -> None:
+        """Write all factors at rank r, and delete what they were collected in."""
+        collected = open_checkpoint(self.folder / _FACTORS)
+        layout: list[OutputTensor] = []
+        sources: dict[str, Callable[[], Tensor]] = {}
+        for tensor in self.contents.tensors:
+            place = place_of(self.contents, tensor)
+            if isinstance(place, Module):
+                own = place.layout(tensor.source.shape, r, tensor.dtype)
+                layout += own
+                for axis, factor in enumerate(own):
+                    sources[factor.name] = _resized(collected.read, factor, axis, r)
+            elif place is not None:
+                info = collected[place]
+                layout.append(OutputTensor(place, info.dtype, info.shape, info.nbytes))
+                sources[place] = _reader(collected.read, place)
+        for name, (adapter, key) in carried.items():
+            info = adapter.checkpoint[key]
+            layout.append(OutputTensor(name, info.dtype, info.shape, info.nbytes))
+            sources[name] = _reader(adapter.checkpoint.read, key)
+        layout.sort(key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+        stem = WEIGHTS.removesuffix(".safetensors")
+        whole = sum(tensor.nbytes for tensor in layout)
+        with ShardWriter(self.folder, layout, stem=stem, shard_bytes=whole) as writer:
+            for name, source in sources.items():
+                writer.write(name, source())
+        del collected
+        shutil.rmtree(self.folder / _FACTORS)
+
+    def _others(self, modules: Mapping[str, Module]) -> list[str]:
+        """Return the names of the base's modules that could be adapted and are not."""
+        base = self.contents.base
+        if base.has_weights:
+            return [
+                name.removesuffix(".weight")
+                for name in base.checkpoint
+                if name.endswith(".weight")
+                and len(base.checkpoint[name].shape) > 1
+                and name not in modules
+            ]
+        # Of a base that is not known, each layer that occurs has all kinds of modules that occur.
+        return _missing_in_layers([module.name for module in modules.values()])
+
+
+@dataclass(frozen=True, eq=False)
+class Approximated:
+    """An update as ``left @ right`` in float32."""
+
+    left: Tensor
+    """(m, r)."""
+    right: Tensor
+    """(r, n)."""
+    norm: float
+    """‖δ‖ of the update itself."""
+    error: float
+    """‖δ − left @ right‖; 0 where the factors are the update's own."""
+
+
+def approximated(delta: Delta, rank: int) -> Approximated:
+    """Return the best approximation of an update of at most some rank, in factors.
+
+    Args:
+        delta: The update.
+        rank: The highest rank.
+    """
+    if isinstance(delta, LowRank):
+        left, right = factors_of(delta)
+        if left.shape[1] <= rank:
+            return Approximated(left, right, delta.frobenius(), 0.0)
+        energy = energy_of(delta)
+        return _composed(leading(delta, rank), energy)
+    decomposed = svd(delta)
+    first = certainly(decomposed, lambda sure: sure.first(rank))
+    return _composed(first, float(decomposed.S.square().sum()))
+
+
+def overall_error(records: Sequence[Mapping[str, Any]]) -> float:
+    """Return the error of a whole adapter, relative to the norm of the whole update."""
+    total_energy = math.fsum(record["update_norm"] ** 2 for record in records)
+    lost = math.fsum((record["error"] * record["update_norm"]) ** 2 for record in records)
+    return math.sqrt(lost / total_energy) if total_energy else 0.0
+
+
+def rank_bound(contents: Contents, tensor: PlannedTensor) -> int | None:
+    """Return the highest number of factors of a tensor's merged update; None: it has none.
+
+    An update may be dense because the models' factors together are as many as the matrix has rows
+    or columns: then it needs no more than these.
+    """
+    known = tensor.as_read(contents.pipeline, [model.name for model in contents.models])
+    if known.has_dense:
+        return None
+    rank = contents.pipeline.result(known).rank
+    if rank is None and known.total_rank >= min(known.matrix):
+        return known.total_rank
+    return rank
+
+
+def place_of(contents: Contents, tensor: PlannedTensor) -> Module | str | None:
+    """Return where a tensor's update goes in an adapter.
+
+    Returns:
+        A module that gets factors; or the key of a whole weight, where an adapter has it so; or
+        None: an adapter has no place for it.
+    """
+    name, shape, models = tensor.source.name, tensor.source.shape, tensor.models.values()
+    for model in models:
+        if isinstance(model, Adapter) and name in model.replacements:
+            key = model.replacements[name]
+            return key if key.startswith(PREFIX) else PREFIX + key
+    for model in models:
+        module = model.module(name)
+        if module is not None:
+            return module
+    base = contents.base
+    if len(shape) < 2 or not name.endswith(".weight") or name in base.tied:
+        return None
+    path = name.removesuffix(".weight")
+    last = path.rpartition(".")[2].lower()
+    looks_up = base.is_embedding(name) and ("embed" in last or last in _LOOKUPS)
+    is_transposed = base.stores_input_first and len(shape) == 2 and not looks_up
+    return Module(path, looks_up, is_transposed and not base.is_embedding(name))
+
+
+def _composed(first: SVD, energy: float) -> Approximated:
+    root = first.S.sqrt()
+    left = (first.U * root).float()
+    right = (first.V * root).T.float().contiguous()
+    kept = float(first.S.square().sum())
+    return Approximated(left, right, math.sqrt(energy), math.sqrt(max(0.0, energy - kept)))
+
+
+def _distance(made: Approximated, stored: LowRank) -> float:
+    """Return how far factors that were rounded are from the product that they stand for."""
+    return total([LowRank(made.left, made.right), stored.scaled(-1)]).frobenius()
+
+
+def _resized(
+    read: Callable[[str], Tensor], factor: OutputTensor, axis: int, r: int
+) -> Callable[[], Tensor]:
+    """Return what reads a factor and gives it the rank r along an axis, with zeros."""
+
+    def resized() -> Tensor:
+        stored = read(factor.name)
+        whole = stored.new_zeros(factor.shape)
+        count = min(r, stored.shape[axis])
+        whole.narrow(axis, 0, count).copy_(stored.narrow(axis, 0, count))
+        return whole
+
+    return resized
+
+
+def _reader(read: Callable[[str], Tensor], name: str) -> Callable[[], Tensor]:
+    return lambda: read(name)
+
+
+def _carried(contents: Contents) -> dict[str, tuple[Adapter, str]]:
+    """Return the whole modules that are taken over as an adapter has them, by key."""
+    return {
+        key if key.startswith(PREFIX) else PREFIX + key: (model, key)
+        for model in contents.models
+        if isinstance(model, Adapter)
+        for key in model.carried.values()
+    }
+
+
+def _missing_in_layers(names: Sequence[str]) -> list[str]:
+    """Return the names that are missing where every layer has all ends that some layer has."""
+    places: dict[str, set[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        depth = next((i + 1 for i, part in enumerate(parts) if part.isdecimal()), 0)
+        places.setdefault(".".join(parts[:depth]), set()).add(".".join(parts[depth:]))
+    ends = {end for layer, own in places.items() if layer for end in own}
+    known = set(names)
+    return [
+        name for layer in places if layer for end in ends if (name := f"{layer}.{end}") not in known
+    ]
+
+
+def _base_name(base: Base, adapters: Sequence[Adapter]) -> str | None:
+    named = [adapter.config.base_name for adapter in adapters if adapter.config.base_name]
+    if base.source.name:
+        return base.source.name
+    return named[0] if named else str(base.source) if base.has_weights else None
+
+
+def _task_type(adapters: Sequence[Adapter]) -> str | None:
+    """Return the type of task that all adapters have, or the one with whole modules."""
+    kinds = {adapter.config.task_type for adapter in adapters}
+    saving = [adapter.config.task_type for adapter in adapters if adapter.saved]
+    return saving[0] if saving else kinds.pop() if len(kinds) == 1 else None
+
+
+def _summary(
+    r: int, error: float, records: Sequence[Mapping[str, Any]], carried: Mapping[str, object]
+) -> str:
+    if not any(record["update_norm"] for record in records):
+        text = f"adapter of rank {r}; the update is zero"
+    elif error == 0:
+        text = f"adapter of rank {r}, exact"
+    else:
+        text = (
+            f"adapter of rank {r}, which keeps {1 - error**2:.2%} of the update "
+            f"(relative error {error:.3g})"
+        )
+    left = sum(record["stored"] == "left out" and record["error"] > 0 for record in records)
+    if left:
+        text += f"; {left} vectors or tied embeddings are left out"
+    if carried:
+        text += f"; {len(carried)} tensors of whole modules carried over as they are"
+    return text

@@ -1,0 +1,156 @@
+"""A merged model: the base with the update added to its weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from starmerge.checkpoints.tensors import MERGEABLE, TensorInfo
+from starmerge.checkpoints.writer import OutputTensor, ShardWriter, write_json
+from starmerge.deltas import is_finite, matrix_shape
+from starmerge.errors import StarmergeError
+from starmerge.merging.checks import check_base
+from starmerge.merging.fold import Fold, fold_bytes
+from starmerge.merging.layout import Contents, PlannedTensor
+from starmerge.merging.outputs.output import Finished
+from starmerge.methods.pipeline import Merged
+from starmerge.recipe import Dtype
+
+_LITTLE = 0.9
+"""Share of the update; when less survives, that is said."""
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """A folder that ``transformers`` loads.
+
+    Args:
+        wanted: Dtype of its floating-point tensors; "keep" keeps each as it is.
+    """
+
+    wanted: Dtype
+
+    kind = "model"
+    library = "transformers"
+    needs_base = True
+    reads_inputs = False
+
+    def dtype(self, source: TensorInfo, *, is_merged: bool) -> torch.dtype:
+        """Return the dtype that is wanted, for tensors that can have it."""
+        is_kept = self.wanted == "keep" or source.dtype not in MERGEABLE
+        dtype: torch.dtype = source.dtype if is_kept else getattr(torch, self.wanted)
+        return dtype
+
+    def check(self, contents: Contents) -> None:
+        """Accept every merge: what is added to the base may be anything."""
+
+    def memory(self, tensor: PlannedTensor) -> int:
+        """Count the panels of the sum, or a tensor that is only converted."""
+        if tensor.models:
+            return fold_bytes(*matrix_shape(tensor.source.shape))
+        return 0 if _is_copied(tensor) else tensor.nbytes
+
+    def bytes_to_write(self, contents: Contents) -> int:
+        """Return the bytes of weights and of the files beside them."""
+        beside = sum(file.stat().st_size for file in contents.base.side_files)
+        return beside + sum(map(self.nbytes, contents.tensors))
+
+    def nbytes(self, tensor: PlannedTensor) -> int:
+        """Return the bytes of a tensor."""
+        return tensor.nbytes
+
+    @contextmanager
+    def open(self, contents: Contents, folder: Path) -> Iterator[_ModelWriting]:
+        """Lay out the shards."""
+        layout = [
+            OutputTensor(t.source.name, t.dtype, t.source.shape, t.nbytes) for t in contents.tensors
+        ]
+        with ShardWriter(folder, layout) as shards:
+            yield _ModelWriting(self.wanted, contents, folder, shards)
+
+    def usage(self, contents: Contents, folder: str) -> str:
+        """Return nothing: the card's metadata say what loads it."""
+        return ""
+
+
+@dataclass(frozen=True)
+class _ModelWriting:
+    wanted: Dtype
+    contents: Contents
+    folder: Path
+    shards: ShardWriter
+
+    def leave(self, tensor: PlannedTensor) -> None:
+        """Copy the base's bytes, or convert them."""
+        name, checkpoint = tensor.source.name, self.contents.base.checkpoint
+        if _is_copied(tensor):
+            self.shards.copy(name, checkpoint)
+        else:
+            base = checkpoint.read(name)
+            self.shards.write(name, finite(base.to(tensor.dtype), base, tensor))
+
+    def put(self, tensor: PlannedTensor, base: Tensor | None, merged: Merged) -> dict[str, Any]:
+        """Add the update to the base, panel by panel."""
+        assert base is not None, "a model is made of the base's weights"
+        adding = Fold(base, merged.delta, tensor.dtype)
+        for start, panel in adding.panels():
+            self.shards.write(tensor.source.name, finite(panel, base, tensor), start)
+        return {"update_norm": adding.update_norm, "survived": adding.survived}
+
+    def finish(self, records: Sequence[Mapping[str, Any]]) -> Finished:
+        """Write the config, and copy the tokenizer and what else stands beside the weights."""
+        for file in self.contents.base.side_files:
+            shutil.copyfile(file, self.folder / file.name)
+        write_json(self.folder / "config.json", self._config())
+        return Finished(survival(records))
+
+    def _config(self) -> dict[str, Any]:
+        """Return the base's config, without its name and with the dtype of the output."""
+        base = self.contents.base.config
+        config = {key: value for key, value in base.items() if key != "_name_or_path"}
+        if self.wanted != "keep":
+            for key in ("dtype", "torch_dtype"):
+                if key in config:
+                    config[key] = self.wanted
+        return config
+
+
+def finite(weight: Tensor, base: Tensor, tensor: PlannedTensor) -> Tensor:
+    """Return a part of the output, made from the base's tensor.
+
+    Raises:
+        StarmergeError: It has a NaN or an infinity, of the base or by overflow.
+    """
+    if not is_finite(weight):
+        check_base(tensor.source, base)
+        raise StarmergeError(
+            f"The merged tensor {tensor.source.name} overflows {tensor.dtype}. Choose a wider "
+            "--dtype; if that is not enough, look at the scale of the updates (lora_alpha)."
+        )
+    return weight
+
+
+def survival(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return in half a sentence how much of an update survives the rounding of the output.
+
+    Args:
+        records: ``update_norm`` and ``survived`` of each tensor.
+    """
+    energies = [record["update_norm"] ** 2 for record in records]
+    if not any(energies):
+        return "the update is zero"
+    kept = sum(r["survived"] * e for r, e in zip(records, energies, strict=True)) / sum(energies)
+    text = f"{kept:.1%} of the update survives the rounding of the output"
+    return text if kept >= _LITTLE else f"{text} (with dtype float32 all of it would)"
+
+
+def _is_copied(tensor: PlannedTensor) -> bool:
+    """Tell whether the output has the base's bytes."""
+    return not tensor.models and tensor.dtype == tensor.source.dtype

@@ -1,0 +1,121 @@
+"""Which error each rank of a merged adapter costs, before one is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from starmerge.checkpoints.adapter_file import Module
+from starmerge.merging.engine import Merging
+from starmerge.merging.layout import Contents, PlannedTensor
+from starmerge.merging.outputs import Finished
+from starmerge.merging.outputs.adapter import AdapterOutput, place_of
+from starmerge.merging.plan import Plan
+from starmerge.merging.workers import Workers
+from starmerge.methods.pipeline import Merged
+from starmerge.spectral import svd
+
+ERRORS = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
+"""Errors whose ranks are told, relative to the norm of the update."""
+
+
+@dataclass(frozen=True)
+class RankCost:
+    """What an adapter of some rank costs."""
+
+    rank: int
+    error: float
+    """‖Δ − Δ_r‖ / ‖Δ‖ in the Frobenius norm, over the whole model."""
+
+    @property
+    def kept(self) -> float:
+        """Share of the update's energy that is kept, 1 − error²."""
+        return 1 - self.error**2
+
+
+def rank_costs(
+    plan: Plan,
+    *,
+    threads: int | None = None,
+    memory: int | str | None = None,
+    progress: bool = False,
+) -> list[RankCost]:
+    """Merge without writing anything, and tell the lowest rank for each of :data:`ERRORS`.
+
+    Costs what the merge costs, and the singular values of every update.
+
+    Args:
+        plan: A plan of an adapter.
+        threads: As for :func:`starmerge.merge`.
+        memory: As for :func:`starmerge.merge`.
+        progress: Show a progress bar on standard error.
+
+    Returns:
+        One cost a rank, ascending; the last is the lowest rank at which nothing more is gained.
+        Errors that no rank reaches, because of vectors and tied embeddings, are left out.
+
+    Raises:
+        StarmergeError: As for :func:`starmerge.merging.engine.run`.
+    """
+    assert isinstance(plan.output, AdapterOutput)
+    measuring = _Measuring(plan.output.wanted)
+    with Workers(threads, memory) as workers:
+        merging = Merging(replace(plan, output=measuring), workers, progress)
+        with measuring.open(plan, plan.path) as writing:
+            records = merging.write(writing)
+    return _costs(records)
+
+
+def _costs(records: Sequence[Mapping[str, Any]]) -> list[RankCost]:
+    spectra = [torch.tensor(record["spectrum"], dtype=torch.float64) for record in records]
+    height = max(map(len, spectra), default=0)
+    energies = torch.zeros(height, dtype=torch.float64)
+    for S in spectra:
+        energies[: len(S)] += S.square()
+    outside = math.fsum(r["update_norm"] ** 2 for r in records if not r["spectrum"])
+    # What is lost at each rank, summed from the small values on.
+    lost = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)]) + outside
+    if not float(lost[0]):
+        return []
+    errors = (lost / lost[0]).sqrt()
+    least = max(1, int((errors > errors[-1] + 1e-7).sum()))
+    ranks = {max(1, int((errors > error).sum())) for error in ERRORS if float(errors[-1]) <= error}
+    return [RankCost(r, float(errors[r])) for r in sorted(ranks | {least}) if r <= height]
+
+
+@dataclass(frozen=True)
+class _Measuring(AdapterOutput):
+    """Takes the place of an adapter, and keeps the spectra alone."""
+
+    @contextmanager
+    def open(self, contents: Contents, folder: Path) -> Iterator[_Spectra]:  # type: ignore[override]
+        """Write nothing."""
+        yield _Spectra(contents)
+
+
+@dataclass(frozen=True)
+class _Spectra:
+    contents: Contents
+
+    def leave(self, tensor: PlannedTensor) -> None:
+        """Ignore a tensor that no model changes."""
+
+    def put(self, tensor: PlannedTensor, base: Tensor | None, merged: Merged) -> dict[str, Any]:
+        """Return the singular values of an update that gets factors."""
+        place = place_of(self.contents, tensor)
+        if isinstance(place, Module):
+            S = svd(merged.delta).S
+            return {"spectrum": S.tolist(), "update_norm": float(S.norm())}
+        norm = 0.0 if place is not None else merged.delta.frobenius()
+        return {"spectrum": [], "update_norm": norm}
+
+    def finish(self, records: Sequence[Mapping[str, Any]]) -> Finished:
+        """Say nothing."""
+        return Finished("")
