@@ -92,7 +92,8 @@ class TensorShape:
     @property
     def looked_at(self) -> int:
         """Bytes of a difference of stored tensors as a matrix: the base is widened beside it."""
-        return 2 * self.width * self.size if self.has_dense else 0
+        stored = any(delta.rank is None and not delta.nbytes for delta in self.deltas)
+        return 2 * self.width * self.size if stored else 0
 
     @property
     def whitening(self) -> int:
