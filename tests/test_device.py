@@ -15,13 +15,19 @@ import torch
 from starmerge import device, load_task_vectors, merge, merge_state
 from starmerge.deltas import Dense, LowRank
 from starmerge.device import CPU, SHARE, Accelerator, run
-from starmerge.methods import METHODS
+from starmerge.methods import METHODS, Denoise, Knots, Pico, Star, Wudi
+from starmerge.methods.spectral_merge import SpectralMerge
 from starmerge.spectral import GramSVD, UncertainError, svd, svd_dense, truncate_and_rescale
 from tests.merge_one import merge_one
 from tests.oracles import metric, samples, spectra
 from tests.oracles.card import CARD, LAZY, Card
 
-SPECTRAL = sorted(name for name, method in METHODS.items() if method.decomposes)
+SPECTRAL = sorted(
+    name
+    for name, method in METHODS.items()
+    if issubclass(method, SpectralMerge | Star | Denoise | Pico | Knots | Wudi)
+    or name in ("svc", "subspace_boosting")
+)
 OF_MATRICES = [name for name in SPECTRAL if name not in ("star", "denoise")]
 """Methods that see all task vectors of a tensor in Core Space."""
 SHAPES = [(9, 7), (12, 40), (40, 12), (130, 140)]

@@ -159,7 +159,6 @@ def test_the_mask_is_one_of_entries_not_of_factors():
     delta = samples.low_rank(40, 30, 1, entries=samples.normal)
     left = drop(delta)
     assert np.linalg.matrix_rank(left) == 30
-    assert Dare.makes_dense
     keep = dare.kept(0.5, 0, "law", "w", 1200).reshape(40, 30)
     np.testing.assert_array_equal(left != 0, keep)
 

@@ -166,12 +166,6 @@ def test_the_constructor_takes_names_only():
         Star(40)
 
 
-def test_only_star_decomposes_full_finetunes():
-    assert as_pipeline("star").decomposes
-    assert not as_pipeline("average").decomposes
-    assert not as_pipeline("dare+task_arithmetic").decomposes
-
-
 @pytest.mark.parametrize(
     "chosen", [Star(), Average(), TaskArithmetic(), Dare(), Trim(scope="local")]
 )

@@ -82,6 +82,15 @@ class Fold:
         return max(0.0, 1.0 - self._error_energy / self._update_energy)
 
 
+def fold_bytes(m: int, n: int) -> int:
+    """Return the bytes that :class:`Fold` takes for a weight (m, n), at most.
+
+    Of each entry of a panel: the weight, the sum, what is added (each float32, or float64 for a
+    float64 weight), and the rounded sum.
+    """
+    return (3 * 8 + 4) * min(m * n, max(FOLD_ENTRIES, n))
+
+
 @dataclass(frozen=True)
 class Folded:
     """A weight with a delta added, and what :class:`Fold` found."""

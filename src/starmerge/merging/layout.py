@@ -13,10 +13,10 @@ from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.metric import Metric
 from starmerge.checkpoints.models import FineTune
 from starmerge.checkpoints.tensors import MERGEABLE, TensorInfo
-from starmerge.deltas import matrix_shape
+from starmerge.deltas import wide
 from starmerge.errors import StarmergeError
 from starmerge.merging.metric import inputs_of, wanted
-from starmerge.methods.entrywise import PANEL_ENTRIES
+from starmerge.methods.memory import DeltaShape, InputsShape, TensorShape
 from starmerge.methods.method import TensorContext
 from starmerge.methods.pipeline import Pipeline
 
@@ -101,56 +101,58 @@ class PlannedTensor:
             pipeline: The chain.
             tasks: Names of all models of the merge.
         """
+        name = self.source.name
         factors = sum(
             info.nbytes
             for model in self.models.values()
-            if self._is_low_rank(model)
-            for info in model.inputs(self.source.name)
+            if model.rank(name) is not None
+            for info in model.inputs(name)
         )
-        return 12 * factors + self._working_memory(pipeline) + self._metric_memory(pipeline, tasks)
+        # What a dense delta is computed of, as DoRA's is: its factors in float64.
+        computing = max(
+            8 * sum(info.nbytes for info in model.inputs(name)) if self._is_computed(model) else 0
+            for model in self.models.values()
+        )
+        return factors + computing + pipeline.memory(self.as_read(pipeline, tasks))
 
-    def _working_memory(self, pipeline: Pipeline) -> int:
-        """Estimate what matrices and bases the methods make of the task vectors."""
-        size, count = self.source.size, len(self.models)
-        ranks = [model.rank(self.source.name) for model in self.models.values()]
-        total_rank = sum(rank for rank in ranks if rank is not None)
-        m, n = matrix_shape(self.source.shape)
-        spectral = pipeline.holds_all and pipeline.decomposes and min(m, n) > 1
-        has_dense = None in ranks or any(step.makes_dense for step in pipeline.transforms)
-        if spectral and not has_dense and total_rank < min(m, n):
-            # Bases of all columns and rows, the task vectors in them, and as much to work with.
-            bases = 8 * (3 * count * total_rank**2 + 2 * total_rank * (m + n))
-            return bases + (4 * size if pipeline.merge.makes_dense else 0)
-        if not (spectral or has_dense or pipeline.merge.makes_dense):
-            return 0
-        # A task vector that was computed and the float32 sum; panels of all tasks.
-        dense = size * (4 + 4) + 32 * min(PANEL_ENTRIES, count * size)
-        if pipeline.holds_all and has_dense:
-            dense += 4 * size * count
-        if spectral:
-            dense += 8 * size * (count + 5)
-        elif pipeline.decomposes and min(m, n) > 1:
-            dense += 28 * size + 8 * min(m, n) ** 2
-        return dense
+    def as_read(self, pipeline: Pipeline, tasks: Sequence[str]) -> TensorShape:
+        """Return what methods may know of the tensor before it is read.
 
-    def _metric_memory(self, pipeline: Pipeline, tasks: Sequence[str]) -> int:
-        """Estimate what is made of the moments of its inputs."""
+        Args:
+            pipeline: The chain.
+            tasks: Names of all models of the merge.
+        """
+        name, width = self.source.name, wide(self.source.dtype).itemsize
+        deltas = tuple(
+            DeltaShape(model.rank(name), width * self.source.size * self._is_computed(model))
+            for model in self.models.values()
+        )
+        return TensorShape(
+            self.source.shape,
+            self.is_embedding,
+            deltas,
+            tasks=len(tasks),
+            width=width,
+            inputs=self._inputs_shape(pipeline, tasks),
+        )
+
+    def _inputs_shape(self, pipeline: Pipeline, tasks: Sequence[str]) -> InputsShape | None:
         if self.metric is None:
-            return 0
-        name, shape = self.source.name, self.source.shape
-        n = shape[self.metric.side(name) == "columns"]
-        # Roots in float64; Σ, its root, and a copy while that is made.
-        roots = [2 * self.metric.nbytes(name, task) for task in wanted(pipeline, tasks)]
-        if not pipeline.needs_moments:
-            return sum(roots) + 24 * n**2
-        # All roots side by side, as far as they are no longer than a square matrix; the sum of
-        # products, one more, and a task vector.
-        side_by_side = min(sum(roots), 8 * n**2)
-        dense = 0 if all(map(self._is_low_rank, self.models.values())) else 24 * self.source.size
-        return max(roots) + 4 * side_by_side + dense + (24 * n**2 if pipeline.uses_metric else 0)
+            return None
+        name = self.source.name
+        n = self.source.shape[self.metric.side(name) == "columns"]
+        rows = {
+            task: self.metric.nbytes(name, task) // (torch.float32.itemsize * n)
+            for task in wanted(pipeline, tasks)
+        }
+        own = tuple(rows[task] for task in tasks if task in rows)
+        return InputsShape(n, rows.get(None), own)
 
-    def _is_low_rank(self, model: FineTune) -> bool:
-        return model.rank(self.source.name) is not None
+    def _is_computed(self, model: FineTune) -> bool:
+        """Tell whether a dense delta is a matrix in memory, and no difference of stored tensors."""
+        name = self.source.name
+        read = [info.shape for info in model.inputs(name)]
+        return model.rank(name) is None and read != [self.source.shape]
 
 
 @dataclass(frozen=True)

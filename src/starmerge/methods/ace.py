@@ -12,9 +12,12 @@ from torch import Tensor
 
 from starmerge.deltas import Delta, LowRank
 from starmerge.methods.iso import sum_of
+from starmerge.methods.memory import DeltaShape, TensorShape
 from starmerge.methods.method import TensorContext, method
 from starmerge.methods.spectral_merge import SpectralMerge
 from starmerge.spectral import CoreSpace, core_space, svd_matrix
+from starmerge.spectral.core_space import CoreShape
+from starmerge.spectral.dense import svd_bytes
 from starmerge.spectral.metric import Whitening
 
 
@@ -57,6 +60,18 @@ class Ace(SpectralMerge):
         one_m, one_n = (torch.ones(shape, dtype=torch.float32) for shape in ((m, 1), (1, n)))
         space = core_space([*deltas, LowRank(one_m, one_n)], device, whitening)
         return replace(space, matrices=space.matrices[:-1])
+
+    def core_shape(self, tensor: TensorShape) -> CoreShape:
+        """Return the sizes of the space with the vectors of ones; see :meth:`space`."""
+        return tensor.core(DeltaShape(1))
+
+    def matrix_memory(self, space: CoreShape) -> int:
+        """Tell the bytes needed; see :meth:`SpectralMerge.matrix_memory`."""
+        # Centred matrices, their products with the covariances, and the task vectors' with them;
+        # of covariances three for each task, and six to add up, to invert and to put together.
+        covariances = 8 * (3 * space.count + 6) * space.q**2
+        matrices = (3 * space.count + 6) * space.size
+        return matrices + covariances + svd_bytes(space.p, space.q) + space.vectors
 
     def merge_matrices(
         self, tau: list[Tensor], weights: list[float], space: CoreSpace, tensor: TensorContext

@@ -8,6 +8,7 @@ from typing import Any
 
 from starmerge.deltas import Delta
 from starmerge.methods.denoise import Denoise
+from starmerge.methods.memory import TensorShape
 from starmerge.methods.method import Deltas, Merge, Method, TensorContext, method
 from starmerge.methods.own_response import OwnResponse
 from starmerge.methods.regmean import RegMean
@@ -62,6 +63,10 @@ class Auto(Merge):
                 why += f", without prompts of {', '.join(lacking)}"
         name = "+".join(step.name for step in steps)
         return Choice(steps, f"auto takes {name}: there are {kind}, and {why}.")
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Never called: the chain that is chosen tells what it needs."""
+        raise AssertionError("a merge begins with the chain that auto chooses")
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Never called: the chain that is chosen merges."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from starmerge.deltas import Delta, total
+from starmerge.methods.memory import TensorShape, total_bytes
 from starmerge.methods.method import Deltas, Merge, TensorContext, method
 
 
@@ -18,6 +19,10 @@ class Average(Merge):
     """
 
     averages = True
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        return total_bytes(tensor)
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Merge one tensor; see :meth:`Merge.merge`."""

@@ -13,6 +13,8 @@ from starmerge.methods.iso import sum_of
 from starmerge.methods.method import TensorContext, method
 from starmerge.methods.spectral_merge import SpectralMerge
 from starmerge.spectral import CoreSpace, Decomposition, certainly, svd_dense
+from starmerge.spectral.core_space import CoreShape
+from starmerge.spectral.gram import svd_dense_bytes
 
 
 @method("cart")
@@ -35,6 +37,13 @@ class Cart(SpectralMerge):
         default=0.08, description="triplets kept of each residual: a fraction or a number"
     )
     lambda_: Annotated[float, Field(description="factor of the truncated residuals")] = 1.0
+
+    def matrix_memory(self, space: CoreShape) -> int:
+        """Tell the bytes needed; see :meth:`SpectralMerge.matrix_memory`."""
+        # Mean, residuals, truncated residuals, all of these stacked, sum and result.
+        matrices = 3 * (space.count + 1) + 3
+        work = svd_dense_bytes(space.p, space.q, 8) + 2 * space.vectors
+        return matrices * space.size + work
 
     def merge_matrices(
         self, tau: list[Tensor], weights: list[float], space: CoreSpace, tensor: TensorContext

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from starmerge.deltas import Delta, Dense, LowRank, matrix_shape, total
-from starmerge.methods.entrywise import panels, stacked
+from starmerge.methods.entrywise import panel_bytes, panels, stacked
+from starmerge.methods.memory import (
+    DeltaShape,
+    TensorShape,
+    dense_shape,
+    total_bytes,
+    total_shape,
+)
 from starmerge.methods.method import Deltas, TensorContext
 
 _VANISHED = 1e-14
@@ -62,6 +69,33 @@ def combine(vectors: Sequence[Delta], solve: Solve, tensor: TensorContext, along
         return solve(rows @ rows.mT).T.repeat_interleave(length, 1).reshape(panel.shape)
 
     return _summed(vectors, by_row)
+
+
+def combine_bytes(tensor: TensorShape, along: Along, *, with_base: bool) -> int:
+    """Return the bytes at the peak of :func:`combine`, of the task vectors that it holds too.
+
+    Panels, the float32 result, and with columns the inner products of each.
+
+    Args:
+        tensor: The tensor.
+        along: What counts as one vector.
+        with_base: Whether the base is one of the vectors.
+    """
+    if combined_shape(tensor, along, with_base=with_base).rank is not None:
+        return tensor.held + total_bytes(tensor)
+    K = tensor.tasks + with_base
+    products = 16 * tensor.matrix[1] * K * K if along == "columns" else 0
+    # All vectors are stacked, in float32 and in float64, and multiplied by the coefficients.
+    stacked = panel_bytes(tensor, 2 * K, numbers=2 * K + 2)
+    return tensor.held + stacked + products + 4 * tensor.size
+
+
+def combined_shape(tensor: TensorShape, along: Along, *, with_base: bool) -> DeltaShape:
+    """Return what :func:`combine` makes: a low-rank sum where the tensor is one vector."""
+    is_one = along == "tensor" or len(tensor.shape) < 2
+    if is_one and not with_base and not tensor.has_dense:
+        return total_shape(tensor)
+    return dense_shape(tensor)
 
 
 def gram(vectors: Sequence[Delta]) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from starmerge.methods.method import TensorContext, method, refuse_negative
 from starmerge.methods.spectral_merge import SpectralMerge
 from starmerge.spectral import CoreSpace
+from starmerge.spectral.core_space import CoreShape
 
 
 @method("covariance")
@@ -42,6 +43,14 @@ class Covariance(SpectralMerge):
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
         """Refuse negative weights; see :meth:`Method.check`."""
         refuse_negative(self, weights, "the method minimises a weighted sum of squares")
+
+    def matrix_memory(self, space: CoreShape) -> int:
+        """Tell the bytes needed; see :meth:`SpectralMerge.matrix_memory`."""
+        # A matrix of norm 1 for each task; the sum of the products and the last of them, and the
+        # result by its eigenvectors, as products come and go. On the chosen side: a covariance,
+        # their sum, and the three matrices that LAPACK's dsyevd takes.
+        sides = {"input": space.q, "output": space.p, "auto": max(space.p, space.q)}
+        return (space.count + 5) * space.size + 8 * 5 * sides[self.side] ** 2
 
     def merge_matrices(
         self, tau: list[Tensor], weights: list[float], space: CoreSpace, tensor: TensorContext

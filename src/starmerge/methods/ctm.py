@@ -16,6 +16,8 @@ from starmerge.methods.ties import elected_mean
 from starmerge.methods.trim import Percent, largest_entries
 from starmerge.selection import share_of
 from starmerge.spectral import CoreSpace, svd_matrix
+from starmerge.spectral.core_space import CoreShape
+from starmerge.spectral.dense import svd_bytes
 
 _MOST_ITERATIONS = 1000
 _TOLERANCE = 1e-6
@@ -62,6 +64,15 @@ class Ctm(SpectralMerge):
     ] = "ties"
     k: Percent = 20.0
     lambda_: Annotated[float, Field(description="factor of the merged update")] = 1.0
+
+    def matrix_memory(self, space: CoreShape) -> int:
+        """Tell the bytes needed; see :meth:`SpectralMerge.matrix_memory`."""
+        # Scaled matrices, those side by side, LAPACK's copy of them, and products with the bases;
+        # the SVD of what is not longer than high; r × r coordinates, stacked, and six to elect in.
+        side = max(space.p, space.q)
+        r = min(self.rank or max(space.ranks), side)
+        coordinates = 8 * (2 * space.count + 6) * r * r
+        return 4 * space.count * space.size + svd_bytes(side, side) + coordinates
 
     def merge_matrices(
         self, tau: list[Tensor], weights: list[float], space: CoreSpace, tensor: TensorContext

@@ -11,8 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from starmerge.deltas import Delta, Dense
-from starmerge.methods.entrywise import panels
+from starmerge.methods.entrywise import panel_bytes, panels
 from starmerge.methods.masks import masked
+from starmerge.methods.memory import DeltaShape, TensorShape, dense_shape
 from starmerge.methods.method import TensorContext, Transform, method
 from starmerge.spectral import Truncation
 
@@ -36,7 +37,13 @@ class Dare(Transform):
     p: Annotated[float, Field(ge=0, lt=1, description="probability of dropping an entry")] = 0.5
     seed: Annotated[int, Field(ge=0, description="seed of what is dropped")] = 0
 
-    makes_dense = True
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        return 4 * tensor.size + panel_bytes(tensor, 1, numbers=6)
+
+    def result(self, delta: DeltaShape, tensor: TensorShape) -> DeltaShape:
+        """Tell what is made; see :meth:`Transform.result`."""
+        return dense_shape(tensor)
 
     def apply(
         self, delta: Delta, task: int, tensor: TensorContext, survey: Any

@@ -18,6 +18,8 @@ from starmerge.methods.spectral_merge import SpectralMerge
 from starmerge.methods.ties import elected_mean
 from starmerge.methods.trim import Percent, largest_entries
 from starmerge.spectral import CoreSpace, polar, svd_matrix
+from starmerge.spectral.core_space import CoreShape
+from starmerge.spectral.dense import polar_bytes
 
 
 @method("dc_merge")
@@ -66,13 +68,22 @@ class DcMerge(SpectralMerge):
         """Return the bytes of the M_t, which are Σr × Σr; see :class:`SpectralMerge`."""
         return 8 * (2 * len(deltas) + 8) * sum(delta.rank for delta in deltas) ** 2
 
+    def matrix_memory(self, space: CoreShape) -> int:
+        """Tell the bytes needed; see :meth:`SpectralMerge.matrix_memory`."""
+        # As for tsv_m; and in the cover space of c dimensions a matrix for each task, all of them
+        # stacked, and eight to elect signs and take the mean in.
+        c = sum(min(rank, self._kept(space.shape, space.count)) for rank in space.ranks)
+        bases = 8 * 3 * c * (space.p + space.q)
+        covers = 8 * (2 * space.count + 8) * c * c
+        side = max(space.p, space.q)
+        return space.count * space.vectors + bases + space.size + max(covers, polar_bytes(side, c))
+
     def merge_matrices(
         self, tau: list[Tensor], weights: list[float], space: CoreSpace, tensor: TensorContext
     ) -> Tensor:
         """Merge one tensor; see :meth:`SpectralMerge.merge_matrices`."""
-        size, T = min(space.shape), len(tau)
-        most = {"share": max(1, size // T), "all": size}.get(str(self.triplets), self.triplets)
-        svds = [svd_matrix(tau_t, space.floor).first(int(most)) for tau_t in tau]
+        most = self._kept(space.shape, len(tau))
+        svds = [svd_matrix(tau_t, space.floor).first(most) for tau_t in tau]
         U = polar(torch.cat([svd.U for svd in svds], dim=1), space.noise)
         V = polar(torch.cat([svd.V for svd in svds], dim=1), space.noise)
         ends = [0]
@@ -88,6 +99,12 @@ class DcMerge(SpectralMerge):
         for start, end in pairwise(ends):
             mask[start:end, start:end] = 1.0
         return self.alpha * U @ (mask * mean) @ V.T
+
+    def _kept(self, shape: tuple[int, int], T: int) -> int:
+        """Return the largest number of triplets that each of T tasks keeps."""
+        size = min(shape)
+        share = {"share": max(1, size // T), "all": size}
+        return int(share.get(str(self.triplets), self.triplets))
 
     def _smoothed(self, S: Tensor) -> Tensor:
         """Return singular values (r,) of the same sum, balanced."""

@@ -11,8 +11,9 @@ from pydantic import Field
 from starmerge.deltas import Delta, Dense
 from starmerge.errors import UsageError
 from starmerge.methods.dare import Draws
-from starmerge.methods.entrywise import absolute_sum, panels
+from starmerge.methods.entrywise import absolute_sum, panel_bytes, panels
 from starmerge.methods.masks import chances_by_rank, l1_ratio, masked
+from starmerge.methods.memory import DeltaShape, TensorShape, dense_shape
 from starmerge.methods.method import TensorContext, Transform, method
 from starmerge.spectral import Truncation
 
@@ -46,11 +47,19 @@ class Della(Transform):
         Field(description="scale the tensor to its L1 norm, or each entry by its probability"),
     ] = "l1"
 
-    makes_dense = True
-
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
         """Compare density and ε with each other; see :meth:`Method.check`."""
         check_chances(self.density, self.epsilon)
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        # A vector is one row, of whose entries keys, order, chances and draws are made.
+        panel = panel_bytes(tensor, 1) if len(tensor.shape) > 1 else 80 * tensor.size
+        return 4 * tensor.size + panel
+
+    def result(self, delta: DeltaShape, tensor: TensorShape) -> DeltaShape:
+        """Tell what is made; see :meth:`Transform.result`."""
+        return dense_shape(tensor)
 
     def apply(
         self, delta: Delta, task: int, tensor: TensorContext, survey: Any

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from starmerge.deltas import Delta, Dense, LowRank, Stored
+from starmerge.methods.memory import DeltaShape, TensorShape
 from starmerge.methods.method import TensorContext, Transform, method
-from starmerge.methods.spectral_merge import is_averaged
+from starmerge.methods.spectral_merge import is_averaged, will_average
 from starmerge.spectral import (
     Decomposition,
     Rounding,
@@ -17,6 +18,8 @@ from starmerge.spectral import (
     rounding_noise,
     svd,
 )
+from starmerge.spectral.gram import svd_dense_bytes
+from starmerge.spectral.noise import noise_bytes
 
 
 @method("denoise")
@@ -36,7 +39,20 @@ class Denoise(Transform):
     When to use: full fine-tunes of low-rank updates, before a spectral merge: ``denoise+tsv_m``.
     """
 
-    decomposes = True
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        if not tensor.has_dense or will_average(tensor, embeddings="average"):
+            return 0
+        m, n = tensor.matrix
+        # The vectors that are kept, no more entries than the matrix has; or the matrix of them.
+        kept = 8 * tensor.size + 4 * tensor.size
+        return rounding_bytes(tensor) + svd_dense_bytes(m, n, tensor.width) + kept
+
+    def result(self, delta: DeltaShape, tensor: TensorShape) -> DeltaShape:
+        """Tell what is made; see :meth:`Transform.result`."""
+        if delta.rank is not None or will_average(tensor, embeddings="average"):
+            return delta
+        return DeltaShape(None, max(delta.nbytes, 8 * tensor.size))
 
     def apply(
         self, delta: Delta, task: int, tensor: TensorContext, survey: Any
@@ -84,6 +100,11 @@ def rounding_of(delta: Delta, tensor: TensorContext) -> Rounding | None:
     if isinstance(delta, LowRank) or tensor.base is None:
         return None
     return _rounding(delta)
+
+
+def rounding_bytes(tensor: TensorShape) -> int:
+    """Return the bytes that finding the rounding noise of a stored fine-tune takes."""
+    return noise_bytes(*tensor.matrix) + tensor.looked_at
 
 
 @remembered

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from starmerge.deltas import Delta, Dense
+from starmerge.methods.memory import DeltaShape, TensorShape, dense_shape
 from starmerge.methods.method import Deltas, Merge, TensorContext
 
 PANEL_ENTRIES = 2**20
@@ -27,8 +28,14 @@ class EntrywiseMerge(Merge):
     Adapters and differences of stored tensors never become whole matrices.
     """
 
-    holds_all: ClassVar[bool] = True
-    makes_dense: ClassVar[bool] = True
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        # The panels of all tasks, and the float32 result.
+        return tensor.held + panel_bytes(tensor) + 4 * tensor.size
+
+    def result(self, tensor: TensorShape) -> DeltaShape:
+        """Tell what is made; see :meth:`Merge.result`."""
+        return dense_shape(tensor)
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Merge one tensor; see :meth:`Merge.merge`."""
@@ -100,6 +107,26 @@ def panels(shape: tuple[int, int], tasks: int = 1, step: int = 1) -> Iterator[sl
     stride = step * max(1, entries // max(1, shape[1]))
     for start in range(0, shape[0], stride):
         yield slice(start, start + stride, step)
+
+
+def panel_bytes(tensor: TensorShape, count: int | None = None, *, numbers: int = 10) -> int:
+    """Return the bytes of the panels of rows that are in work at a time.
+
+    Factors become float64 each time that some of their rows are looked at, A as a whole.
+
+    Args:
+        tensor: The tensor.
+        count: How many deltas are looked at side by side, in float32; by default those of all
+            tasks that change the tensor.
+        numbers: How many float64 numbers are made of each entry, at most.
+    """
+    m, n = tensor.matrix
+    if count is None:
+        count = len(tensor.deltas)
+    rows = min(m, max(1, min(_ENTRIES_OF_ONE, PANEL_ENTRIES // max(1, count)) // max(1, n)))
+    seen = [*tensor.deltas, *([] if tensor.merged is None else [tensor.merged])]
+    factor = 8 * n * max(delta.rank or 0 for delta in seen)
+    return (4 * count + 8 * numbers) * rows * n + factor
 
 
 def entries_of(delta: Delta, step: int = 1) -> Iterator[Tensor]:

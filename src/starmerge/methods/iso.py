@@ -11,6 +11,8 @@ from torch import Tensor
 from starmerge.methods.method import TensorContext, method
 from starmerge.methods.spectral_merge import SpectralMerge
 from starmerge.spectral import CoreSpace, polar, svd_matrix
+from starmerge.spectral.core_space import CoreShape
+from starmerge.spectral.dense import polar_bytes, svd_bytes
 
 Alpha = Annotated[float, Field(description="factor of the merged update")]
 
@@ -30,6 +32,11 @@ class IsoC(SpectralMerge):
     """
 
     alpha: Alpha = 1.0
+
+    def matrix_memory(self, space: CoreShape) -> int:
+        """Tell the bytes needed; see :meth:`SpectralMerge.matrix_memory`."""
+        # The sum; its vectors, those that are scaled, and the result.
+        return 2 * space.size + space.vectors + svd_bytes(space.p, space.q)
 
     def merge_matrices(
         self, tau: list[Tensor], weights: list[float], space: CoreSpace, tensor: TensorContext
@@ -59,6 +66,15 @@ class IsoCts(SpectralMerge):
     common: Annotated[
         float, Field(ge=0, le=1, description="share of the directions that are common to all tasks")
     ] = 0.8
+
+    def matrix_memory(self, space: CoreShape) -> int:
+        """Tell the bytes needed; see :meth:`SpectralMerge.matrix_memory`."""
+        # The sum, the residuals and the result; the vectors of the sum and of each residual, those
+        # that are put side by side, and their polar factors.
+        matrices, vectors = space.count + 3, space.count + 3
+        sides = polar_bytes(space.p, min(space.p, space.q)), polar_bytes(space.q, space.p)
+        work = max(svd_bytes(space.p, space.q), *sides)
+        return matrices * space.size + vectors * space.vectors + work
 
     def merge_matrices(
         self, tau: list[Tensor], weights: list[float], space: CoreSpace, tensor: TensorContext

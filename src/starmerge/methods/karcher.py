@@ -14,11 +14,14 @@ from starmerge.deltas import Delta
 from starmerge.methods.combination import (
     base_weight,
     combine,
+    combine_bytes,
+    combined_shape,
     every_task,
     lengths,
     update,
     weights_gram,
 )
+from starmerge.methods.memory import DeltaShape, TensorShape
 from starmerge.methods.method import Deltas, Merge, TensorContext, method, refuse_weights
 
 
@@ -43,9 +46,6 @@ class Karcher(Merge):
     ] = 1e-5
     with_base: Annotated[bool, Field(description="whether the base is one of the models")] = False
 
-    holds_all = True
-    makes_dense = True
-
     @property
     def needs_base(self) -> bool:
         """Yes: the angles are those between weights."""
@@ -54,6 +54,14 @@ class Karcher(Merge):
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
         """Refuse weights; see :meth:`Method.check`."""
         refuse_weights(self, tasks, weights, "all models count alike")
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        return combine_bytes(tensor, "tensor", with_base=True)
+
+    def result(self, tensor: TensorShape) -> DeltaShape:
+        """Tell what is made; see :meth:`Merge.result`."""
+        return combined_shape(tensor, "tensor", with_base=True)
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Merge one tensor; see :meth:`Merge.merge`."""

@@ -10,11 +10,13 @@ from pydantic import Field
 from torch import Tensor
 
 from starmerge.deltas import Delta, Dense, LowRank, total
+from starmerge.methods.memory import DeltaShape, TensorShape, total_bytes, total_shape
 from starmerge.methods.method import Deltas, Merge, TensorContext, Walk, method
-from starmerge.methods.spectral_merge import is_averaged
+from starmerge.methods.spectral_merge import is_averaged, will_average
 from starmerge.methods.ties import elected_mean
 from starmerge.methods.trim import Percent, Scope, global_thresholds, local_threshold
 from starmerge.spectral import core_space, on_best_device, svd_matrix
+from starmerge.spectral.dense import svd_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +54,6 @@ class Knots(Merge):
     on: Annotated[Literal["v", "sv"], Field(description="what is trimmed: V_t, or Σ V_t")] = "sv"
 
     averages = True
-    decomposes = True
-    holds_all = True
 
     def survey(self, walk: Walk) -> list[float] | None:
         """Find the thresholds of the whole model; see :meth:`Merge.survey`."""
@@ -71,6 +71,31 @@ class Knots(Merge):
             return walk(see)
 
         return global_thresholds(aligned, self.k)
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        if will_average(tensor, embeddings="average"):
+            return tensor.held + total_bytes(tensor)
+        space = tensor.core()
+        rho, (_, n) = min(sum(space.ranks), space.p), tensor.matrix
+        # All matrices side by side, and LAPACK's copy; the SVD; then of each task coordinates
+        # (ρ, n): two in float32, four in float64 and masks while signs are elected.
+        joint = 2 * space.count * space.size + svd_bytes(
+            min(space.p, space.count * space.q), space.p
+        )
+        coordinates = (8 + 32 + 2) * space.count * rho * n + 8 * 6 * rho * n
+        left = 8 * 2 * rho * tensor.matrix[0]
+        return (
+            tensor.held + max(space.making, space.nbytes + joint + 16 * rho * n, coordinates) + left
+        )
+
+    def result(self, tensor: TensorShape) -> DeltaShape:
+        """Tell what is made; see :meth:`Merge.result`."""
+        if will_average(tensor, embeddings="average"):
+            return total_shape(tensor)
+        space = tensor.core()
+        rho = min(sum(space.ranks), space.p)
+        return DeltaShape(rho, tensor.factors(rho, 4))
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: list[float] | None) -> Delta:
         """Merge one tensor; see :meth:`Merge.merge`."""

@@ -12,6 +12,7 @@ from starmerge.deltas import Delta, Dense, total
 from starmerge.errors import UsageError
 from starmerge.methods.combination import base_weight
 from starmerge.methods.entrywise import panels
+from starmerge.methods.memory import DeltaShape, TensorShape, dense_shape, total_bytes, total_shape
 from starmerge.methods.method import Deltas, Merge, TensorContext, method, sums_to_zero
 
 
@@ -54,6 +55,15 @@ class Linear(Merge):
                     f"Σw = {tensor.total_weight + self.base_weight:g} would scale. Normalise, or "
                     "choose weights that sum to 1."
                 )
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        # The sum; the result, where the base is added to it panel by panel.
+        return total_bytes(tensor) + (4 * tensor.size if self.needs_base else 0)
+
+    def result(self, tensor: TensorShape) -> DeltaShape:
+        """Tell what is made; see :meth:`Merge.result`."""
+        return dense_shape(tensor) if self.needs_base else total_shape(tensor)
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Merge one tensor; see :meth:`Merge.merge`."""

@@ -10,7 +10,8 @@ from pydantic import Field
 
 from starmerge.deltas import Delta, total
 from starmerge.errors import UsageError
-from starmerge.methods.entrywise import absolute_sum, entries_of
+from starmerge.methods.entrywise import absolute_sum, entries_of, panel_bytes
+from starmerge.methods.memory import TensorShape, scaled_shape, total_bytes
 from starmerge.methods.method import (
     Deltas,
     MergedWalk,
@@ -78,6 +79,12 @@ class Lines(PostStep):
                 "name; of deltas in memory none is. Merge files of a model with layers, or what "
                 "load_task_vectors reads of them."
             )
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        # The sum of the task vectors, each scaled before it is added, to compare with.
+        summed = 0 if self.alpha is not None else tensor.one_by_one + total_bytes(tensor)
+        return max(scaled_shape(tensor).nbytes, summed + panel_bytes(tensor, 1, numbers=4))
 
     def survey(self, walk: MergedWalk) -> Slope:
         """Find α and β; see :meth:`PostStep.survey`."""

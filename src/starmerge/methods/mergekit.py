@@ -12,12 +12,14 @@ from torch import Tensor
 
 from starmerge.deltas import Delta, Dense
 from starmerge.errors import UsageError
+from starmerge.methods.combination import combine_bytes
 from starmerge.methods.dare import kept
 from starmerge.methods.della import as_rows, check_chances
-from starmerge.methods.entrywise import panels
+from starmerge.methods.entrywise import panel_bytes, panels
 from starmerge.methods.karcher import Karcher
 from starmerge.methods.linear import Linear
 from starmerge.methods.masks import chances_by_rank, l1_factor
+from starmerge.methods.memory import DeltaShape, TensorShape, dense_shape
 from starmerge.methods.mergekit_family import FAMILY, agree, magnitude_mask, outlier_mask
 from starmerge.methods.mergekit_settings import BASE, Resolved, Setting, read_settings, resolve
 from starmerge.methods.method import Deltas, Merge, TensorContext, method, refuse_weights
@@ -79,8 +81,6 @@ class Mergekit(Merge):
     ] = None
     seed: Annotated[int, Field(ge=0, description="seed of what is dropped")] = 0
 
-    holds_all = True
-    makes_dense = True
     scaled_inputs = False
 
     @field_validator("settings")
@@ -135,6 +135,25 @@ class Mergekit(Merge):
             for tensor in left:
                 found = self._resolved(tensor)
                 self._linear(found).check_tensors([], [self._as_inputs(tensor, found)])
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        if self.merge_method == "linear":
+            return tensor.held + Linear(normalize=False).memory(tensor)
+        if self.merge_method == "sce":
+            return Sce(select_topk=0.5).memory(tensor)
+        if self.merge_method not in FAMILY:
+            return combine_bytes(tensor, "columns", with_base=True)
+        # A mask for each task. While one is made: all entries, in float64 first where they have
+        # factors, and what ranks and draws them, fifty bytes an entry at most.
+        thinning = 0 if FAMILY[self.merge_method].thinning == "none" else 50 * tensor.size
+        masks = len(tensor.deltas) * tensor.size
+        panels = panel_bytes(tensor, numbers=6 * len(tensor.deltas))
+        return tensor.held + masks + max(thinning, panels + 4 * tensor.size)
+
+    def result(self, tensor: TensorShape) -> DeltaShape:
+        """Tell what is made; see :meth:`Merge.result`."""
+        return dense_shape(tensor)
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Merge one tensor; see :meth:`Merge.merge`."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from starmerge.deltas import Delta, total
+from starmerge.methods.memory import TensorShape, inner_bytes, total_bytes
 from starmerge.methods.method import Deltas, Merge, TensorContext, Walk, method
 
 
@@ -42,6 +43,12 @@ class MetaGpt(Merge):
         energy = sum(walk(energies), torch.zeros(1, dtype=torch.float64))
         whole = float(energy.sum())
         return Coefficients((energy / whole).tolist() if whole else energy.tolist())
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        # A task vector is scaled before it is added; the norms come before.
+        norms = (inner_bytes(tensor, [delta]) for delta in tensor.deltas)
+        return max(tensor.one_by_one + total_bytes(tensor), *norms)
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Coefficients) -> Delta:
         """Merge one tensor; see :meth:`Merge.merge`."""

@@ -22,6 +22,7 @@ from typing_extensions import dataclass_transform
 
 from starmerge.deltas import Delta
 from starmerge.errors import UsageError, explain, nearest
+from starmerge.methods.memory import DeltaShape, TensorShape, scaled_shape, total_shape
 from starmerge.spectral import Truncation
 from starmerge.spectral.metric import Inputs
 
@@ -115,10 +116,6 @@ class Method(ABC):
     kind: ClassVar[str]
     """"transform", "merge" or "post-step"."""
     name: ClassVar[str]
-    decomposes: ClassVar[bool] = False
-    """Whether it takes SVDs of dense deltas, which takes memory for their factors."""
-    makes_dense: ClassVar[bool] = False
-    """Whether what it makes of low-rank deltas is dense."""
     uses_metric: ClassVar[bool] = False
     """Whether it works in whitened inputs where the merge has a metric."""
     needs_moments: ClassVar[bool] = False
@@ -136,6 +133,19 @@ class Method(ABC):
     def parameters(self) -> dict[str, Any]:
         """Return the parameters by name."""
         return {name: getattr(self, field) for name, field in self.parameter_names().items()}
+
+    @abstractmethod
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell how many bytes the method needs at most for one tensor.
+
+        At the peak of all that it does with the tensor, surveys included, beyond the task vectors
+        as they are stored; those that it holds are part of it (:attr:`TensorShape.held`), and so is
+        what it returns. The chain counts a metric's whitening, and the update that a post-step is
+        given.
+
+        Args:
+            tensor: What is known of the tensor before it is read.
+        """
 
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:  # noqa: B027
         """Compare the parameters with what is to be merged, before anything is read.
@@ -185,6 +195,30 @@ class Transform(Method):
         """
         return survey
 
+    def kept(self, tensor: TensorShape) -> int:
+        """Tell how many bytes what :meth:`look` returns takes as long as the tensor is in work.
+
+        They are a part of :meth:`memory`, too.
+
+        Args:
+            tensor: What is known of the tensor before it is read.
+        """
+        return 0
+
+    @abstractmethod
+    def result(self, delta: DeltaShape, tensor: TensorShape) -> DeltaShape:
+        """Tell what :meth:`apply` makes of a task vector, before it is there.
+
+        Args:
+            delta: The task vector, as the steps before leave it.
+            tensor: The tensor.
+        """
+
+    def after(self, tensor: TensorShape) -> TensorShape:
+        """Return what is known of a tensor whose task vectors have been transformed."""
+        deltas = tuple(self.result(delta, tensor) for delta in tensor.deltas)
+        return dataclasses.replace(tensor, deltas=deltas)
+
     @abstractmethod
     def apply(
         self, delta: Delta, task: int, tensor: TensorContext, survey: Any
@@ -211,8 +245,6 @@ class Merge(Method):
     update is a vector of which each task's model has a part, and no post-step follows."""
     averages: ClassVar[bool] = False
     """Whether it divides by the sum of the weights, which then must not be zero."""
-    holds_all: ClassVar[bool] = False
-    """Whether it holds the deltas of all tasks at once, as matrices where some are dense."""
     scaled_inputs: ClassVar[bool] = True
     """Whether the task vectors come multiplied by their weights; else the method reads those."""
 
@@ -227,6 +259,10 @@ class Merge(Method):
     def survey(self, walk: Walk) -> Any:
         """Go through the model before the merge; what is returned comes back in :meth:`merge`."""
         return None
+
+    def result(self, tensor: TensorShape) -> DeltaShape:
+        """Tell what :meth:`merge` returns, before it is there; by default what a sum is."""
+        return total_shape(tensor)
 
     @abstractmethod
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
@@ -247,8 +283,6 @@ class PostStep(Method):
     """A step that changes the merged update."""
 
     kind = "post-step"
-    holds_all: ClassVar[bool] = False
-    """As for :class:`Merge`."""
 
     def survey(self, walk: MergedWalk) -> Any:
         """Go through the merged model; what is returned comes back in :meth:`apply`."""
@@ -267,6 +301,10 @@ class PostStep(Method):
         Raises:
             UsageError: It takes away what one of them does.
         """
+
+    def result(self, tensor: TensorShape) -> DeltaShape:
+        """Tell what :meth:`apply` returns, before it is there; by default a scaled update."""
+        return scaled_shape(tensor)
 
     @abstractmethod
     def apply(self, merged: Delta, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from starmerge.deltas import Delta
 from starmerge.errors import UsageError
-from starmerge.methods.combination import Along, combine, every_task, lengths
+from starmerge.methods.combination import (
+    Along,
+    combine,
+    combine_bytes,
+    combined_shape,
+    every_task,
+    lengths,
+)
+from starmerge.methods.memory import DeltaShape, TensorShape
 from starmerge.methods.method import Deltas, Merge, TensorContext, method, refuse_weights
 
 _SMALLEST = 1e-6
@@ -39,13 +47,19 @@ class ModelStock(Merge):
         float, Field(ge=0, description="least product of two norms that is divided by")
     ] = 1e-6
 
-    holds_all = True
-
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
         """Refuse weights and a single model; see :meth:`Method.check`."""
         if len(tasks) < 2:
             raise UsageError("model_stock: it compares models with each other. Give at least two.")
         refuse_weights(self, tasks, weights, "all models count alike")
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        return combine_bytes(tensor, "rows" if self.filter_wise else "tensor", with_base=False)
+
+    def result(self, tensor: TensorShape) -> DeltaShape:
+        """Tell what is made; see :meth:`Merge.result`."""
+        return combined_shape(tensor, "rows" if self.filter_wise else "tensor", with_base=False)
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Merge one tensor; see :meth:`Merge.merge`."""

@@ -15,11 +15,14 @@ from starmerge.methods.combination import (
     Along,
     base_weight,
     combine,
+    combine_bytes,
+    combined_shape,
     every_task,
     lengths,
     update,
     weights_gram,
 )
+from starmerge.methods.memory import DeltaShape, TensorShape
 from starmerge.methods.method import Deltas, Merge, TensorContext, method
 from starmerge.methods.slerp import on_arc
 
@@ -54,7 +57,6 @@ class NuSlerp(Merge):
     ] = "tensor"
 
     scaled_inputs = False
-    holds_all = True
 
     @property
     def needs_base(self) -> bool:
@@ -68,6 +70,14 @@ class NuSlerp(Merge):
                 f"nuslerp: it merges exactly two models, and here is {len(tasks)} "
                 f"({', '.join(tasks)}). For more there is karcher."
             )
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        return combine_bytes(tensor, self.along, with_base=self.needs_base)
+
+    def result(self, tensor: TensorShape) -> DeltaShape:
+        """Tell what is made; see :meth:`Merge.result`."""
+        return combined_shape(tensor, self.along, with_base=self.needs_base)
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Merge one tensor; see :meth:`Merge.merge`."""

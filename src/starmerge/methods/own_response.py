@@ -15,6 +15,7 @@ from torch import Tensor
 
 from starmerge.deltas import Delta
 from starmerge.errors import StarmergeError, UsageError
+from starmerge.methods.memory import TensorShape, products_bytes, scaled_shape
 from starmerge.methods.method import (
     Deltas,
     MergedWalk,
@@ -72,6 +73,10 @@ class OwnResponse(PostStep):
                 "own_response: it finds the factor of the whole merge by itself, so a scale before "
                 "it serves nothing. Leave scale out, or put it after own_response."
             )
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        return scaled_shape(tensor).nbytes + products_bytes(tensor)
 
     def survey(self, walk: MergedWalk) -> Response:
         """Measure the responses; see :meth:`PostStep.survey`."""

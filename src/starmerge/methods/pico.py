@@ -11,6 +11,13 @@ from torch import Tensor
 
 from starmerge.deltas import Delta, Dense, LowRank
 from starmerge.errors import UsageError
+from starmerge.methods.memory import (
+    DeltaShape,
+    TensorShape,
+    dense_shape,
+    products_bytes,
+    scaled_shape,
+)
 from starmerge.methods.method import Deltas, PostStep, TensorContext, Transform, method
 from starmerge.methods.own_response import OwnResponse
 from starmerge.methods.scale import Scale
@@ -65,7 +72,33 @@ class Pico(Transform):
     When to use: adapters whose merge is dominated by a few common directions.
     """
 
-    decomposes = True
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        if len(tensor.shape) < 2 or tensor.is_embedding:
+            return 0
+        m, R = tensor.matrix[0], tensor.total_rank
+        # All B side by side, and again while they are put there or scaled. Of their products, the
+        # Cholesky factor of S, LAPACK's copy, and the matrix itself.
+        factor = 8 * 3 * min(R, m) ** 2 if not tensor.has_dense else 8 * 3 * m * m
+        sides = 8 * 4 * R * m
+        # Of a dense task vector: in float64, multiplied, and both solutions with the factor.
+        changed = 8 * 4 * tensor.size + tensor.looked_at if tensor.has_dense else 0
+        return tensor.held + factor + sides + changed
+
+    def kept(self, tensor: TensorShape) -> int:
+        """Tell the bytes of S; see :meth:`Transform.kept`."""
+        m, R = tensor.matrix[0], tensor.total_rank
+        if len(tensor.shape) < 2 or tensor.is_embedding:
+            return 0
+        return 8 * m * m if tensor.has_dense or m <= R else 8 * R * (R + m)
+
+    def result(self, delta: DeltaShape, tensor: TensorShape) -> DeltaShape:
+        """Tell what is made; see :meth:`Transform.result`."""
+        if len(tensor.shape) < 2 or tensor.is_embedding:
+            return delta
+        if delta.rank is None:
+            return dense_shape(tensor)
+        return DeltaShape(delta.rank, max(delta.nbytes, tensor.factors(delta.rank, 4)))
 
     def look(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> _Calibration | None:
         """Find S of one tensor, None for the identity; see :meth:`Transform.look`."""
@@ -145,6 +178,10 @@ class MeanNorm(PostStep):
                     f"mean_norm: it finds the factor of each tensor by itself, so {step.name} "
                     f"before it serves nothing. Leave {step.name} out, or put it after mean_norm."
                 )
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        return scaled_shape(tensor).nbytes + products_bytes(tensor)
 
     def apply(self, merged: Delta, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Scale one tensor; see :meth:`PostStep.apply`."""

@@ -13,6 +13,7 @@ from starmerge.deltas import Delta
 from starmerge.errors import UsageError, nearest
 from starmerge.methods.auto import Auto
 from starmerge.methods.average import Average
+from starmerge.methods.memory import DeltaShape, TensorShape
 from starmerge.methods.method import (
     Deltas,
     Merge,
@@ -132,11 +133,6 @@ class Pipeline:
         return (*self.transforms, self.merge, *self.post_steps)
 
     @property
-    def decomposes(self) -> bool:
-        """Whether a method takes SVDs of dense deltas."""
-        return any(step.decomposes for step in self.steps)
-
-    @property
     def metric_users(self) -> tuple[Method, ...]:
         """The methods that work in whitened inputs or with moments of the tasks' own inputs."""
         return tuple(step for step in self.all_steps if step.uses_metric or step.needs_moments)
@@ -151,10 +147,44 @@ class Pipeline:
         """Whether a method needs moments of every task's own inputs."""
         return any(step.needs_moments for step in self.steps)
 
-    @property
-    def holds_all(self) -> bool:
-        """Whether a method holds the deltas of all tasks at once."""
-        return self.merge.holds_all or any(step.holds_all for step in self.post_steps)
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell how many bytes merging one tensor takes at most, beyond what is stored.
+
+        While a transform works, the merge holds the task vectors that it has got before, or their
+        float32 sum. Post-steps begin when it has let go of them. The whitening of a metric stays as
+        long as the tensor is in work.
+
+        Args:
+            tensor: What is known of the tensor before it is read.
+        """
+        given, transforming, kept = tensor, 0, 0
+        for transform in self.transforms:
+            transforming += tensor.one_by_one + transform.memory(tensor)
+            kept += transform.kept(tensor)
+            tensor = transform.after(tensor)
+        merging = self.merge.memory(tensor)
+        beside = min(merging, tensor.held + (4 * tensor.size if tensor.has_dense else 0))
+        peak = max(transforming + beside, kept + merging)
+        merged = self.merge.result(tensor)
+        for step in self.post_steps:
+            given = dataclasses.replace(given, merged=merged)
+            peak = max(peak, merged.nbytes + step.memory(given))
+            merged = step.result(given)
+        return peak + tensor.whitening
+
+    def result(self, tensor: TensorShape) -> DeltaShape:
+        """Tell what is made of one tensor, before it is there.
+
+        Args:
+            tensor: What is known of the tensor before it is read.
+        """
+        given = tensor
+        for transform in self.transforms:
+            tensor = transform.after(tensor)
+        merged = self.merge.result(tensor)
+        for step in self.post_steps:
+            merged = step.result(dataclasses.replace(given, merged=merged))
+        return merged
 
     def parameters(self) -> dict[str, Any]:
         """Return all parameters; in a chain of several methods as ``star.eta``."""

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from starmerge.deltas import Delta, Dense, LowRank, total
 from starmerge.errors import UsageError
+from starmerge.methods.memory import TensorShape, total_bytes
 from starmerge.methods.method import Deltas, Merge, TensorContext, method, refuse_negative
-from starmerge.methods.spectral_merge import is_averaged
+from starmerge.methods.spectral_merge import is_averaged, will_average
 from starmerge.spectral import on_best_device
 from starmerge.spectral.moment import Moment, Side
 
@@ -58,7 +59,6 @@ class RegMean(Merge):
     ] = "average"
 
     averages = True
-    holds_all = True
     needs_moments = True
 
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
@@ -73,6 +73,20 @@ class RegMean(Merge):
                 "a metric with prompts of every task (starmerge calibrate BASE -o FILE --prompts "
                 "NAME=ROWS …) and merge with it (--metric FILE)."
             )
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        if tensor.inputs is None or will_average(tensor, embeddings=self.embeddings):
+            return tensor.held + total_bytes(tensor)
+        n, rows = tensor.inputs.size, tensor.inputs.own
+        k = sum(rows)
+        # Of each root float32, float64 and, of one, a softened copy. To solve: the roots side by
+        # side, C, its copy and P; or, where there are more rows than columns, three squares.
+        roots = 12 * k * n + 16 * max(rows) * n
+        solving = 8 * (3 * k * n + 3 * k * k) if k < n else 8 * (3 * n * n + max(rows) * n)
+        # Right sides: a matrix, its product with a moment, their sum, and what is solved for.
+        right = 40 * tensor.size + tensor.looked_at if tensor.has_dense else 0
+        return tensor.held + roots + solving + right + 6 * tensor.factors(tensor.total_rank)
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Merge one tensor; see :meth:`Merge.merge`."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from starmerge.deltas import Delta
+from starmerge.methods.memory import TensorShape, scaled_shape
 from starmerge.methods.method import Deltas, PostStep, TensorContext, method
 
 
@@ -20,6 +21,10 @@ class Scale(PostStep):
     """
 
     factor: Annotated[float, Field(description="what the update is multiplied by")] = 1.0
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        return scaled_shape(tensor).nbytes
 
     def apply(self, merged: Delta, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Scale one tensor; see :meth:`PostStep.apply`."""

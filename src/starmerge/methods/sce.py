@@ -13,8 +13,9 @@ from pydantic import Field
 from torch import Tensor
 
 from starmerge.deltas import Delta, Dense
-from starmerge.methods.entrywise import panels, task_sum
+from starmerge.methods.entrywise import panel_bytes, panels, task_sum
 from starmerge.methods.masks import largest, masked
+from starmerge.methods.memory import DeltaShape, TensorShape, dense_shape
 from starmerge.methods.method import Deltas, Merge, TensorContext, method, refuse_weights
 
 _LEAST_MASS = 1e-6
@@ -43,12 +44,19 @@ class Sce(Merge):
         float, Field(ge=0, description="sum of mean squares below which all tasks count alike")
     ] = 1e-6
 
-    holds_all = True
-    makes_dense = True
-
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
         """Refuse weights; see :meth:`Method.check`."""
         refuse_weights(self, tasks, weights, "the tasks' shares come from their energies")
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        # The result; where entries are selected, the variance, its magnitudes and two masks.
+        selecting = 0 if self.select_topk == 1 else 10 * tensor.size
+        return tensor.held + panel_bytes(tensor) + 4 * tensor.size + selecting
+
+    def result(self, tensor: TensorShape) -> DeltaShape:
+        """Tell what is made; see :meth:`Merge.result`."""
+        return dense_shape(tensor)
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Merge one tensor; see :meth:`Merge.merge`."""

@@ -11,10 +11,13 @@ from pydantic import Field
 from torch import Tensor
 
 from starmerge.deltas import Delta, LowRank
+from starmerge.methods.memory import TensorShape, inner_bytes
 from starmerge.methods.method import Deltas, TensorContext, Walk, method, refuse_negative
 from starmerge.methods.own_response import OwnProducts, Response, total_products
-from starmerge.methods.spectral_merge import SpectralMerge, is_averaged
+from starmerge.methods.spectral_merge import SpectralMerge, is_averaged, will_average
 from starmerge.spectral import SVD, CoreSpace, svd_matrix
+from starmerge.spectral.core_space import CoreShape
+from starmerge.spectral.dense import svd_bytes
 
 
 @method("shares")
@@ -97,9 +100,30 @@ class Shares(SpectralMerge):
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Response) -> Delta:
         """Merge one tensor; see :meth:`Merge.merge`."""
-        merged = super().merge(deltas, tensor, None)
-        averaged = is_averaged(list(deltas), tensor, embeddings=self.embeddings)
+        held = Deltas.of(dict(deltas.items()))  # read, and transformed, once
+        merged = super().merge(held, tensor, None)
+        averaged = is_averaged(list(held), tensor, embeddings=self.embeddings)
         return merged if averaged else merged.scaled(survey.factor)
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed, to find the factor too; see :meth:`Method.memory`."""
+        merging = super().memory(tensor)
+        if will_average(tensor, embeddings=self.embeddings):
+            return merging
+        # The task vectors without their weights, and their products with the merge.
+        result = self.result(tensor)
+        products = max(inner_bytes(tensor, [result, delta]) for delta in tensor.deltas)
+        return merging + tensor.held + products
+
+    def matrix_memory(self, space: CoreShape) -> int:
+        """Tell the bytes needed; see :meth:`SpectralMerge.matrix_memory`."""
+        # The vectors of each task, of rank r_t, as LAPACK leaves them, and weighed on both sides;
+        # those of all tasks side by side; on the longer side, the eigendecomposition and the root.
+        side, R = max(space.p, space.q), sum(space.ranks)
+        weighed = 8 * R * (space.p + space.q) + 8 * 3 * R * side
+        small = svd_bytes(max(space.ranks), side)
+        vectors = space.count * space.vectors
+        return vectors + weighed + 8 * 5 * side**2 + small + 2 * space.size
 
     def merge_matrices(
         self, tau: list[Tensor], weights: list[float], space: CoreSpace, tensor: TensorContext

@@ -14,11 +14,14 @@ from starmerge.errors import UsageError
 from starmerge.methods.combination import (
     base_weight,
     combine,
+    combine_bytes,
+    combined_shape,
     every_task,
     lengths,
     update,
     weights_gram,
 )
+from starmerge.methods.memory import DeltaShape, TensorShape
 from starmerge.methods.method import Deltas, Merge, TensorContext, method, refuse_weights
 
 _SHORTEST = 1e-8
@@ -44,9 +47,6 @@ class Slerp(Merge):
 
     t: Annotated[float, Field(ge=0, le=1, description="how far to go from the base")] = 0.5
 
-    holds_all = True
-    makes_dense = True
-
     @property
     def needs_base(self) -> bool:
         """Yes: the angle is one between weights."""
@@ -60,6 +60,14 @@ class Slerp(Merge):
                 "to exactly one; for two task vectors there is nuslerp, for several karcher."
             )
         refuse_weights(self, tasks, weights, "t says how much of the model is taken")
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        return combine_bytes(tensor, "tensor", with_base=True)
+
+    def result(self, tensor: TensorShape) -> DeltaShape:
+        """Tell what is made; see :meth:`Merge.result`."""
+        return combined_shape(tensor, "tensor", with_base=True)
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Merge one tensor; see :meth:`Merge.merge`."""

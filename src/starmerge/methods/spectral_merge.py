@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -12,8 +12,10 @@ from pydantic import Field
 from torch import Tensor
 
 from starmerge.deltas import Delta, Dense, total
+from starmerge.methods.memory import DeltaShape, TensorShape, total_bytes, total_shape
 from starmerge.methods.method import Deltas, Merge, TensorContext
 from starmerge.spectral import CoreSpace, core_space, on_best_device
+from starmerge.spectral.core_space import CoreShape
 from starmerge.spectral.metric import Whitening
 
 _T = TypeVar("_T")
@@ -39,9 +41,36 @@ class SpectralMerge(Merge):
     ] = "average"
 
     averages: ClassVar[bool] = True
-    decomposes: ClassVar[bool] = True
-    holds_all: ClassVar[bool] = True
     uses_metric: ClassVar[bool] = True
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed for one tensor; see :meth:`Method.memory`."""
+        if will_average(tensor, embeddings=self.embeddings):
+            return tensor.held + total_bytes(tensor)
+        if not self.uses_metric:
+            tensor = replace(tensor, inputs=None)
+        space = self.core_shape(tensor)
+        work = max(self.matrix_memory(space), space.leaving)
+        return tensor.held + max(space.making, space.nbytes + work)
+
+    def core_shape(self, tensor: TensorShape) -> CoreShape:
+        """Return the sizes of the space to merge in; see :meth:`space`."""
+        return tensor.core()
+
+    @abstractmethod
+    def matrix_memory(self, space: CoreShape) -> int:
+        """Tell the bytes that :meth:`merge_matrices` needs beside the matrices, its result too.
+
+        Args:
+            space: The sizes of the space.
+        """
+
+    def result(self, tensor: TensorShape) -> DeltaShape:
+        """Tell what is made of one tensor; see :meth:`Merge.result`."""
+        if will_average(tensor, embeddings=self.embeddings):
+            return total_shape(tensor)
+        space = self.core_shape(tensor)
+        return DeltaShape(space.rank, space.result)
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Merge one tensor; see :meth:`Merge.merge`."""
@@ -119,6 +148,15 @@ class SpectralMerge(Merge):
 
 def is_averaged(deltas: Sequence[Delta], tensor: TensorContext, *, embeddings: str) -> bool:
     """Tell whether a spectral method leaves a tensor to averaging."""
-    if not any(isinstance(delta, Dense) for delta in deltas):
-        return False
-    return len(tensor.shape) < 2 or (tensor.is_embedding and embeddings == "average")
+    return any(isinstance(delta, Dense) for delta in deltas) and _has_no_directions(
+        tensor.shape, tensor.is_embedding, embeddings
+    )
+
+
+def will_average(tensor: TensorShape, *, embeddings: str) -> bool:
+    """Tell the same before the tensor is read."""
+    return tensor.has_dense and _has_no_directions(tensor.shape, tensor.is_embedding, embeddings)
+
+
+def _has_no_directions(shape: tuple[int, ...], is_embedding: bool, embeddings: str) -> bool:
+    return len(shape) < 2 or (is_embedding and embeddings == "average")

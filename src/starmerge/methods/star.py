@@ -11,10 +11,12 @@ from pydantic import Discriminator, Field, Tag
 
 from starmerge.deltas import Delta, Dense, LowRank
 from starmerge.errors import UsageError
-from starmerge.methods.denoise import above_floor, rounding_of
+from starmerge.methods.denoise import above_floor, rounding_bytes, rounding_of
+from starmerge.methods.memory import DeltaShape, TensorShape, dense_shape
 from starmerge.methods.method import TensorContext, Transform, method
-from starmerge.methods.spectral_merge import is_averaged
+from starmerge.methods.spectral_merge import is_averaged, will_average
 from starmerge.spectral import Rounding, Truncation, svd, truncate_and_rescale
+from starmerge.spectral.gram import svd_dense_bytes
 
 Percent = Annotated[float, Field(gt=0, le=100)]
 
@@ -86,7 +88,6 @@ class Star(Transform):
         Field(description="what is done with embeddings of full fine-tunes"),
     ] = "average"
 
-    decomposes = True
     uses_metric = True
 
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
@@ -106,6 +107,29 @@ class Star(Transform):
                     raise UsageError(
                         f"star: no pattern of eta matches the tensor {tensor}. Add '*' as the last."
                     )
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        m, n = tensor.matrix
+        # Of factors: both in float64, the kept vectors, and these with their values.
+        low = 4 * tensor.factors(max(delta.rank or 0 for delta in tensor.deltas))
+        if not tensor.has_dense or will_average(tensor, embeddings=self.embeddings):
+            return low
+        # Whitened, and the noise taken off, a matrix becomes float64.
+        width = 8 if tensor.whitening else tensor.width
+        whitened = 24 * tensor.size if tensor.whitening else 0
+        # The kept vectors once more, with their values; and the matrix of them.
+        kept = tensor.factors(min(m, n)) + 4 * tensor.size
+        work = svd_dense_bytes(m, n, width) + whitened + kept
+        return max(low, rounding_bytes(tensor) + work)
+
+    def result(self, delta: DeltaShape, tensor: TensorShape) -> DeltaShape:
+        """Tell what is made; see :meth:`Transform.result`."""
+        if delta.rank is not None:
+            return DeltaShape(delta.rank, tensor.factors(delta.rank))
+        if will_average(tensor, embeddings=self.embeddings):
+            return delta
+        return dense_shape(tensor)
 
     def apply(
         self, delta: Delta, task: int, tensor: TensorContext, survey: Any

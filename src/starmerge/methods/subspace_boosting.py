@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -10,10 +11,12 @@ from pydantic import Field
 from starmerge.deltas import Delta
 from starmerge.errors import UsageError
 from starmerge.methods.iso import IsoC, IsoCts
+from starmerge.methods.memory import DeltaShape, TensorShape, scaled_shape
 from starmerge.methods.method import Deltas, Merge, PostStep, TensorContext, method
-from starmerge.methods.spectral_merge import is_averaged
+from starmerge.methods.spectral_merge import is_averaged, will_average
 from starmerge.spectral import core_space, kept_rank, on_best_device, svd_matrix
 from starmerge.spectral.core_space import FLOAT32_NOISE
+from starmerge.spectral.dense import svd_bytes
 
 
 @method("subspace_boosting")
@@ -44,8 +47,6 @@ class SubspaceBoosting(PostStep):
         float, Field(gt=0, le=1, description="share of Σσ, β, up to which none is lifted")
     ] = 0.01
 
-    decomposes = True
-
     def check_merge(self, merge: Merge) -> None:
         """Refuse merges with a flat spectrum; see :meth:`PostStep.check_merge`."""
         if isinstance(merge, IsoC | IsoCts):
@@ -53,6 +54,24 @@ class SubspaceBoosting(PostStep):
                 f"subspace_boosting: all singular values of what {merge.name} makes are equal, so "
                 "none is to be lifted. Leave subspace_boosting out."
             )
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        seen = self._seen(tensor)
+        if will_average(seen, embeddings="average"):
+            return 0
+        space = seen.core()
+        # The SVD of the update; its vectors with other values, and the result.
+        work = svd_bytes(space.p, space.q) + space.vectors + space.size
+        return max(space.making, space.nbytes + work + space.leaving)
+
+    def result(self, tensor: TensorShape) -> DeltaShape:
+        """Tell what is made; see :meth:`PostStep.result`."""
+        seen = self._seen(tensor)
+        if will_average(seen, embeddings="average"):
+            return scaled_shape(tensor)
+        space = seen.core()
+        return DeltaShape(space.rank, space.result)
 
     def apply(self, merged: Delta, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Lift one tensor's singular values; see :meth:`PostStep.apply`."""
@@ -69,3 +88,7 @@ class SubspaceBoosting(PostStep):
             return space.delta((svd.U * svd.S.clamp(min=svd.S[r - 1])) @ svd.V.T)
 
         return on_best_device([merged], boosted)
+
+    def _seen(self, tensor: TensorShape) -> TensorShape:
+        """Return the tensor with all that is looked at: the update alone."""
+        return replace(tensor, deltas=(scaled_shape(tensor),))

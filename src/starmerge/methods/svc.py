@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -11,11 +12,13 @@ from pydantic import Field
 from starmerge.deltas import Delta
 from starmerge.errors import UsageError
 from starmerge.methods.iso import IsoC, IsoCts
+from starmerge.methods.memory import DeltaShape, TensorShape, scaled_shape
 from starmerge.methods.method import Deltas, Merge, PostStep, TensorContext, method
-from starmerge.methods.spectral_merge import is_averaged
+from starmerge.methods.spectral_merge import is_averaged, will_average
 from starmerge.methods.subspace_boosting import SubspaceBoosting
 from starmerge.spectral import core_space, on_best_device, svd_matrix
 from starmerge.spectral.core_space import FLOAT32_NOISE
+from starmerge.spectral.dense import svd_bytes
 
 
 @method("svc")
@@ -40,9 +43,6 @@ class Svc(PostStep):
         float | None, Field(gt=0, description="least response counted, α; without a value 1/T")
     ] = None
 
-    decomposes = True
-    holds_all = True
-
     def check_merge(self, merge: Merge) -> None:
         """Refuse merges with a flat spectrum; see :meth:`PostStep.check_merge`."""
         if isinstance(merge, IsoC | IsoCts):
@@ -58,6 +58,24 @@ class Svc(PostStep):
                 "svc: subspace_boosting made small singular values equal, so the directions that "
                 "svc would calibrate are any. Put svc before it, or leave one out."
             )
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        seen = self._seen(tensor)
+        if will_average(seen, embeddings="average"):
+            return tensor.held
+        space = seen.core()
+        # The SVD of the update, a response to each direction, the vectors with other values.
+        work = svd_bytes(space.p, space.q) + space.vectors + space.size
+        return tensor.held + max(space.making, space.nbytes + work + space.leaving)
+
+    def result(self, tensor: TensorShape) -> DeltaShape:
+        """Tell what is made; see :meth:`PostStep.result`."""
+        seen = self._seen(tensor)
+        if will_average(seen, embeddings="average"):
+            return scaled_shape(tensor)
+        space = seen.core()
+        return DeltaShape(space.rank, space.result)
 
     def apply(self, merged: Delta, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Calibrate one tensor; see :meth:`PostStep.apply`."""
@@ -81,3 +99,7 @@ class Svc(PostStep):
             return space.delta((svd.U * (svd.S * T / total)) @ svd.V.T)
 
         return on_best_device([merged, *held], calibrated)
+
+    def _seen(self, tensor: TensorShape) -> TensorShape:
+        """Return the tensor with all that is looked at: the update and the task vectors."""
+        return replace(tensor, deltas=(scaled_shape(tensor), *tensor.deltas))

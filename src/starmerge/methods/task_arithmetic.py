@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from starmerge.deltas import Delta, total
+from starmerge.methods.memory import TensorShape, total_bytes
 from starmerge.methods.method import Deltas, Merge, TensorContext, method
 
 
@@ -22,6 +23,10 @@ class TaskArithmetic(Merge):
     """
 
     alpha: Annotated[float, Field(description="factor of the summed task vectors")] = 0.4
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        return total_bytes(tensor)
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Merge one tensor; see :meth:`Merge.merge`."""

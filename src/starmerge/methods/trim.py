@@ -13,7 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from starmerge.deltas import Delta, Dense
-from starmerge.methods.entrywise import entries_of, panels
+from starmerge.methods.entrywise import entries_of, panel_bytes, panels
+from starmerge.methods.memory import DeltaShape, TensorShape, dense_shape
 from starmerge.methods.method import Deltas, TensorContext, Transform, Walk, method
 from starmerge.selection import SAMPLE, Tally, bracket, histogram, kth_largest, share_of
 from starmerge.spectral import Truncation
@@ -44,11 +45,17 @@ class Trim(Transform):
     k: Percent = 20.0
     scope: Scope = "global"
 
-    makes_dense = True
-
     def survey(self, walk: Walk) -> Any:
         """Find the thresholds of all tasks; see :meth:`Transform.survey`."""
         return global_thresholds(walk, self.k) if self.scope == "global" else None
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        return 4 * tensor.size + panel_bytes(tensor, 1, numbers=6)
+
+    def result(self, delta: DeltaShape, tensor: TensorShape) -> DeltaShape:
+        """Tell what is made; see :meth:`Transform.result`."""
+        return dense_shape(tensor)
 
     def apply(
         self, delta: Delta, task: int, tensor: TensorContext, survey: Any

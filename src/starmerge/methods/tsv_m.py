@@ -11,6 +11,8 @@ from torch import Tensor
 from starmerge.methods.method import TensorContext, method
 from starmerge.methods.spectral_merge import SpectralMerge
 from starmerge.spectral import CoreSpace, polar, svd_matrix
+from starmerge.spectral.core_space import CoreShape
+from starmerge.spectral.dense import polar_bytes
 
 
 @method("tsv_m")
@@ -37,14 +39,28 @@ class TsvM(SpectralMerge):
         Field(description="triplets kept of each task: share, all, or a number"),
     ] = "share"
 
+    def matrix_memory(self, space: CoreShape) -> int:
+        """Tell the bytes needed; see :meth:`SpectralMerge.matrix_memory`."""
+        # The vectors of each task; those kept, c of all tasks, side by side, their polar factors,
+        # and the scaled ones; the result.
+        c = sum(min(rank, self._kept(space.shape, space.count)) for rank in space.ranks)
+        side = max(space.p, space.q)
+        kept = 8 * 3 * c * (space.p + space.q)
+        return space.count * space.vectors + kept + 2 * space.size + polar_bytes(side, c)
+
     def merge_matrices(
         self, tau: list[Tensor], weights: list[float], space: CoreSpace, tensor: TensorContext
     ) -> Tensor:
         """Merge one tensor; see :meth:`SpectralMerge.merge_matrices`."""
-        size, T = min(space.shape), len(tau)
-        k = {"share": max(1, size // T), "all": size}.get(str(self.triplets), self.triplets)
-        svds = [svd_matrix(tau_t, space.floor).first(int(k)) for tau_t in tau]
+        k = self._kept(space.shape, len(tau))
+        svds = [svd_matrix(tau_t, space.floor).first(k) for tau_t in tau]
         U = torch.cat([svd.U for svd in svds], dim=1)
         S = torch.cat([svd.S for svd in svds])
         V = torch.cat([svd.V for svd in svds], dim=1)
         return self.alpha * (polar(U, space.noise) * S) @ polar(V, space.noise).T
+
+    def _kept(self, shape: tuple[int, int], T: int) -> int:
+        """Return the largest number of triplets that each of T tasks gives."""
+        size = min(shape)
+        share = {"share": max(1, size // T), "all": size}
+        return int(share.get(str(self.triplets), self.triplets))

@@ -10,9 +10,10 @@ from pydantic import Field
 from torch import Tensor
 
 from starmerge.deltas import Delta, Dense, total
-from starmerge.methods.entrywise import panels
+from starmerge.methods.entrywise import panel_bytes, panels
+from starmerge.methods.memory import DeltaShape, TensorShape, dense_shape, total_bytes, total_shape
 from starmerge.methods.method import Deltas, Merge, TensorContext, method, refuse_negative
-from starmerge.methods.spectral_merge import is_averaged
+from starmerge.methods.spectral_merge import is_averaged, will_average
 from starmerge.spectral import core_space, on_best_device
 
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8
@@ -52,13 +53,26 @@ class Wudi(Merge):
     ] = "average"
 
     averages = True
-    decomposes = True
-    holds_all = True
-    makes_dense = True
 
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
         """Refuse negative weights; see :meth:`Method.check`."""
         refuse_negative(self, weights, "the method lessens a weighted sum of squares")
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        if will_average(tensor, embeddings=self.embeddings):
+            return tensor.held + total_bytes(tensor)
+        space = tensor.core()
+        # Start, R, and a task vector of norm 1 beside the last; G, and its last two terms; panels;
+        # the float32 result.
+        work = 4 * space.size + 8 * 3 * space.q**2 + panel_bytes(tensor, 0) + 4 * tensor.size
+        return tensor.held + max(space.making, space.nbytes + work)
+
+    def result(self, tensor: TensorShape) -> DeltaShape:
+        """Tell what is made; see :meth:`Merge.result`."""
+        if will_average(tensor, embeddings=self.embeddings):
+            return total_shape(tensor)
+        return dense_shape(tensor)
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Merge one tensor; see :meth:`Merge.merge`."""

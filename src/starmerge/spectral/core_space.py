@@ -172,6 +172,103 @@ def core_space(
     return CoreSpace(matrices, (m, n), U, V, noise, home, whitening)
 
 
+@dataclass(frozen=True)
+class CoreShape:
+    """The sizes of a :class:`CoreSpace` that is not there yet."""
+
+    shape: tuple[int, int]
+    """(m, n) of the deltas."""
+    p: int
+    """Rows of the matrices in it."""
+    q: int
+    """Columns of them."""
+    ranks: tuple[int, ...]
+    """Upper bound of the rank of each matrix."""
+    nbytes: int
+    """Bytes of the matrices and the bases."""
+    making: int
+    """Bytes at the peak while it is made, of itself too."""
+    is_whitened: bool
+
+    @property
+    def count(self) -> int:
+        """Number of the matrices."""
+        return len(self.ranks)
+
+    @property
+    def size(self) -> int:
+        """Bytes of one of the matrices, 8pq."""
+        return 8 * self.p * self.q
+
+    @property
+    def vectors(self) -> int:
+        """Bytes of all singular vectors of one of the matrices."""
+        return 8 * min(self.p, self.q) * (self.p + self.q)
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of what :meth:`CoreSpace.delta` returns; None where it is dense."""
+        m, n = self.shape
+        if self.p <= self.q:
+            return None if self.p == m else self.p
+        return None if self.q == n else self.q
+
+    @property
+    def result(self) -> int:
+        """Bytes of a delta (m, n) that :meth:`CoreSpace.delta` returns, float32."""
+        m, n = self.shape
+        return 4 * m * n if self.rank is None else 4 * self.rank * (m + n)
+
+    @property
+    def leaving(self) -> int:
+        """Bytes at the peak of :meth:`CoreSpace.delta`, of the matrix that it is given too.
+
+        The factors, or the matrix, in float64 and in float32. A delta of whitened inputs is brought
+        back in float64, which takes a copy, a triangular solve, and a QR of the factor.
+        """
+        return self.size + (10 if self.is_whitened else 3) * self.result
+
+
+def core_shape(
+    shape: tuple[int, int],
+    ranks: Sequence[int | None],
+    *,
+    width: int = 4,
+    is_whitened: bool = False,
+) -> CoreShape:
+    """Return the sizes of the :func:`core_space` of some deltas.
+
+    Args:
+        shape: (m, n) of the deltas.
+        ranks: Their ranks, None for a dense one; one or more.
+        width: Bytes of an entry of a dense delta as it is looked at, 4 or 8.
+        is_whitened: Whether they come in whitened inputs.
+    """
+    m, n = shape
+    count = len(ranks)
+    own = [min(m, n) if rank is None else min(rank, m, n) for rank in ranks]
+    if None not in ranks:
+        R = sum(rank or 0 for rank in ranks)
+        p, q = min(R, m), min(R, n)
+        matrices = 8 * count * p * q
+        kept = matrices + 8 * R * ((m if m > R else 0) + (n if n > R else 0))
+        # In float64: the factors, all side by side, LAPACK's copy, and its result Q; of B while
+        # those of A wait, or of A beside the basis of B. Whitened ones wait beside all that.
+        waiting = 8 * R * (m + n) if is_whitened else 0
+        making = waiting + max(32 * R * m, 8 * R * m + 32 * R * n) + 16 * R * R
+        return CoreShape(shape, p, q, tuple(own), kept, max(kept, making), is_whitened)
+    matrices = 8 * count * m * n
+    # The last one is still to be widened, and its base; whitening makes two more of float64.
+    making = matrices + (2 * width + (16 if is_whitened else 0)) * m * n
+    if count * min(m, n) >= max(m, n):
+        return CoreShape(shape, m, n, tuple(own), matrices, making, is_whitened)
+    # Few matrices much longer than high: all side by side, LAPACK's copy, and the basis Q.
+    R = count * min(m, n)
+    p, q = (R, n) if m > n else (m, R)
+    kept = matrices + 8 * count * p * q
+    return CoreShape(shape, p, q, tuple(own), kept, max(making, 4 * matrices), is_whitened)
+
+
 def _common_basis(factors: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
     """Return an orthonormal basis (m, p) of all columns, and the factors (p, r_t) in it."""
     wide = [factor.double() for factor in factors]

@@ -21,6 +21,16 @@ def svd_matrix(matrix: Tensor, floor: float = -1.0) -> SVD:
     return SVD(U[:, :rank], S[:rank], Vh[:rank].T)
 
 
+def svd_bytes(m: int, n: int) -> int:
+    """Return the bytes at the peak of :func:`svd_matrix`, its result included.
+
+    With p = min(m, n): LAPACK's dgesdd works on a copy (m, n), returns vectors (m, p) and (p, n),
+    and takes 4p² + 7p numbers to work with.
+    """
+    p = min(m, n)
+    return 8 * (m * n + p * (m + n) + 4 * p * p + 7 * p)
+
+
 def polar(matrix: Tensor, noise: float = 1e-10) -> Tensor:
     """Return the polar factor U Vᵀ of X = U Σ Vᵀ, the nearest matrix with orthonormal columns.
 
@@ -35,3 +45,12 @@ def polar(matrix: Tensor, noise: float = 1e-10) -> Tensor:
     kept = noise * S[:1].sum() < S
     factor: Tensor = U[:, kept] @ Vh[kept]
     return factor
+
+
+def polar_bytes(m: int, n: int) -> int:
+    """Return the bytes at the peak of :func:`polar`, its result included.
+
+    The SVD; or its vectors, those of them that are kept, and the factor.
+    """
+    p = min(m, n)
+    return max(svd_bytes(m, n), 8 * (2 * p * (m + n) + m * n))

@@ -50,7 +50,7 @@ from torch import Tensor
 from starmerge.deltas import Dense, wide
 from starmerge.device import is_large, run
 from starmerge.spectral import lapack
-from starmerge.spectral.dense import svd_matrix
+from starmerge.spectral.dense import svd_bytes, svd_matrix
 from starmerge.spectral.svd import SVD, Decomposition, UncertainError, log_exact
 from starmerge.spectral.tridiagonal import Eigen, FullEigen, Tridiagonal
 
@@ -100,6 +100,30 @@ def svd_dense(delta: Dense, floor: float = -1.0) -> Decomposition:
         except UncertainError as reason:
             log_exact(reason)
     return _exact_svd(delta, floor)
+
+
+def svd_dense_bytes(m: int, n: int, width: int, kept: int | None = None) -> int:
+    """Return the bytes at the peak of :func:`svd_dense` and of the triplets, beside the delta.
+
+    The exact SVD counts, as it is needed where the fast one is not certain.
+
+    Args:
+        m: Rows of the delta.
+        n: Its columns.
+        width: Bytes of an entry of the delta as it is looked at, 4 or 8.
+        kept: Largest number of triplets that are asked for; by default all.
+    """
+    p, q = min(m, n), max(m, n)
+    exact = 8 * p * q + svd_bytes(m, n)
+    if p < SMALL:
+        return exact
+    k = p if kept is None else min(kept, p)
+    # The Gram matrix stays, in which the reflectors lie, while the exact SVD is made.
+    gram = 8 * p * p
+    # X with the base widened beside it, a panel, and of each triplet a vector in float64 and in
+    # D's width, its overlaps with the others, and the longer side's vector.
+    fast = 2 * width * p * q + 8 * PANEL * p + k * (8 * p + width * (p + k + q))
+    return gram + max(fast, exact)
 
 
 def _exact_svd(delta: Dense, floor: float) -> SVD:

@@ -122,6 +122,14 @@ def rounding_noise(base: Tensor, delta: Tensor, dtype: torch.dtype) -> Rounding:
     return Rounding(rows, columns)
 
 
+def noise_bytes(m: int, n: int) -> int:
+    """Return the bytes at the peak of :func:`rounding_noise`, beside the delta.
+
+    Ten float64 numbers for each entry of a panel.
+    """
+    return 8 * 10 * min(m * n, max(PANEL_ENTRIES, n))
+
+
 def noise_edge(rows: Tensor, columns: Tensor) -> float:
     """Return the largest singular value of a large random matrix with given sums of variances.
 

@@ -31,7 +31,7 @@ from starmerge.merging.fold import FOLD_ENTRIES, factors_of, fold
 from starmerge.merging.layout import Contents, PlannedTensor
 from starmerge.merging.outputs.model import finite
 from starmerge.merging.outputs.output import Finished, Place
-from starmerge.methods.pipeline import Merged, Pipeline
+from starmerge.methods.pipeline import Merged
 from starmerge.recipe import Dtype
 from starmerge.spectral import svd
 from starmerge.spectral.leading import MANY, energy_of, leading
@@ -88,7 +88,7 @@ class AdapterOutput:
         if self.rank is not None:
             return
         for tensor, place in zip(contents.tensors, places, strict=True):
-            if isinstance(place, Module) and rank_bound(contents.pipeline, tensor) is None:
+            if isinstance(place, Module) and rank_bound(contents, tensor) is None:
                 full = min(matrix_shape(tensor.source.shape))
                 raise UsageError(
                     f"The merged update of {tensor.source.name} has no factors, so an exact "
@@ -147,7 +147,7 @@ class AdapterOutput:
     def bound(self, contents: Contents, tensor: PlannedTensor) -> int:
         """Return the highest rank that a tensor's factors may have."""
         full = min(matrix_shape(tensor.source.shape))
-        bound = rank_bound(contents.pipeline, tensor)
+        bound = rank_bound(contents, tensor)
         return max(1, min(x for x in (self.rank, bound, full) if x is not None))
 
 
@@ -327,12 +327,19 @@ def overall_error(records: Sequence[Mapping[str, Any]]) -> float:
     return math.sqrt(lost / total_energy) if total_energy else 0.0
 
 
-def rank_bound(pipeline: Pipeline, tensor: PlannedTensor) -> int | None:
-    """Return the highest number of factors of a tensor's merged update; None: it has none."""
-    ranks = [model.rank(tensor.source.name) for model in tensor.models.values()]
-    known = [rank for rank in ranks if rank is not None]
-    is_dense = len(known) < len(ranks) or any(step.makes_dense for step in pipeline.all_steps)
-    return None if is_dense else sum(known)
+def rank_bound(contents: Contents, tensor: PlannedTensor) -> int | None:
+    """Return the highest number of factors of a tensor's merged update; None: it has none.
+
+    An update may be dense because the models' factors together are as many as the matrix has rows
+    or columns: then it needs no more than these.
+    """
+    known = tensor.as_read(contents.pipeline, [model.name for model in contents.models])
+    if known.has_dense:
+        return None
+    rank = contents.pipeline.result(known).rank
+    if rank is None and known.total_rank >= min(known.matrix):
+        return known.total_rank
+    return rank
 
 
 def place_of(contents: Contents, tensor: PlannedTensor) -> Module | str | None:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from starmerge.checkpoints.tensors import MERGEABLE, TensorInfo
 from starmerge.checkpoints.writer import OutputTensor, ShardWriter, write_json
-from starmerge.deltas import is_finite
+from starmerge.deltas import is_finite, matrix_shape
 from starmerge.errors import StarmergeError
 from starmerge.merging.checks import check_base
-from starmerge.merging.fold import FOLD_ENTRIES, Fold
+from starmerge.merging.fold import Fold, fold_bytes
 from starmerge.merging.layout import Contents, PlannedTensor
 from starmerge.merging.outputs.output import Finished, Place
 from starmerge.methods.pipeline import Merged
@@ -54,7 +54,7 @@ class ModelOutput:
     def memory(self, tensor: PlannedTensor) -> int:
         """Count the panels of the sum, or a tensor that is only converted."""
         if tensor.models:
-            return 24 * min(FOLD_ENTRIES, tensor.source.size)
+            return fold_bytes(*matrix_shape(tensor.source.shape))
         return 0 if _is_copied(tensor) else tensor.nbytes
 
     def bytes_to_write(self, contents: Contents) -> int:

@@ -21,8 +21,9 @@ from starmerge.checkpoints.emr_task import (
 )
 from starmerge.checkpoints.tensors import TensorInfo
 from starmerge.checkpoints.writer import OutputTensor, ShardWriter
+from starmerge.deltas import matrix_shape
 from starmerge.errors import StarmergeError
-from starmerge.merging.fold import FOLD_ENTRIES, Folded, fold
+from starmerge.merging.fold import Folded, fold, fold_bytes
 from starmerge.merging.layout import Contents, PlannedTensor
 from starmerge.merging.outputs.model import survival
 from starmerge.merging.outputs.output import Finished, Place
@@ -57,7 +58,8 @@ class UnifiedOutput:
 
     def memory(self, tensor: PlannedTensor) -> int:
         """Count the vector before and after it is rounded, and one task's mask."""
-        return tensor.source.size * (4 + 4 + 1) + 24 * min(FOLD_ENTRIES, tensor.source.size)
+        vectors = tensor.source.size * (4 + 4 + 1)
+        return vectors + fold_bytes(*matrix_shape(tensor.source.shape))
 
     def bytes_to_write(self, contents: Contents) -> int:
         """Return the bytes of the vector and of all masks."""
