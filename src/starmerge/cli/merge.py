@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -108,7 +109,7 @@ def merge(
 
     Example: starmerge merge recipe.yaml -o merged
     """
-    from starmerge.checkpoints.writer import leftovers
+    from starmerge.checkpoints.output import leftovers
     from starmerge.merging.engine import run
     from starmerge.merging.plan import make_plan
     from starmerge.merging.workers import Workers
@@ -133,8 +134,11 @@ def merge(
     if dry_run:
         _print_plan(plan, workers)
         return
-    for folder in leftovers(output):
-        print(f"Note: {folder} is of a merge that still runs, or was killed: then delete it.")
+    left = leftovers(output)
+    if left:
+        size = bytes_in_words(sum(leftover.nbytes for leftover in left))
+        clean = shlex.join(["starmerge", "clean", str(left[0].path.parent)])
+        print(f"Note: earlier runs that were killed left {size} beside {output}; see: {clean}")
     started = time.monotonic()
     result = run(plan, threads=threads, memory=memory, progress=True)
     print(f"{plan.recipe.method}: {result.report.summary()}")

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.card import write_card
+from starmerge.checkpoints.output import REPORT, files_in, output_folder, printable
 from starmerge.checkpoints.tensors import prefetch
-from starmerge.checkpoints.writer import REPORT, ShardWriter, output_folder, write_json
+from starmerge.checkpoints.writer import ShardWriter, write_json
 from starmerge.deltas import Delta, is_finite
 from starmerge.errors import StarmergeError
 from starmerge.merging.checks import check_base, check_delta, check_weights
@@ -264,10 +265,9 @@ def _write_side_files(plan: Plan, folder: Path, report: MergeReport) -> None:
         write_json(folder / "config.json", _config(plan.base, plan.recipe))
     else:
         summary, library = f"{summary} {usage(plan)}", "starmerge"
-    write_json(folder / REPORT, report.content)
     write_card(
         folder / "README.md",
-        plan.output.name,
+        printable(plan.output.name),
         plan.base,
         plan.models,
         plan.recipe.to_yaml(),
@@ -275,6 +275,8 @@ def _write_side_files(plan: Plan, folder: Path, report: MergeReport) -> None:
         library=library,
         metric=None if plan.metric is None else plan.metric.file.name,
     )
+    report.content["files"] = [*files_in(folder), REPORT]
+    write_json(folder / REPORT, report.content)
 
 
 def _config(base: Base, recipe: Recipe) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from starmerge.checkpoints.base import Base, open_base
 from starmerge.checkpoints.emr_task import check_task_names, mask_layout
 from starmerge.checkpoints.metric import Metric, open_metric
 from starmerge.checkpoints.models import FineTune, open_model
+from starmerge.checkpoints.output import check_output, check_space
 from starmerge.checkpoints.source import Source, resolve
 from starmerge.checkpoints.tensors import MERGEABLE, TensorInfo
-from starmerge.checkpoints.writer import OutputTensor, check_output, check_space
+from starmerge.checkpoints.writer import OutputTensor
 from starmerge.deltas import matrix_shape
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.fold import FOLD_ENTRIES
