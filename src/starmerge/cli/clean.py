@@ -56,7 +56,7 @@ def clean(
     if not delete:
         print(f"To delete what is left over, {size}: give --delete.")
         return
-    noun = "one of these" if len(old) == 1 else f"{len(old)} of these"
+    noun = "it" if len(found) == 1 else f"the {len(old)} that are left over"
     if not yes and not typer.confirm(f"Delete {noun}, {size}?"):
         return
     for leftover in old:
