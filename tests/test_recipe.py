@@ -125,5 +125,5 @@ def test_a_recipe_replaces_nothing_unasked(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is a folder"):
         (tmp_path / "folder.yaml").mkdir()
         write_recipe(recipe, tmp_path / "folder.yaml")
-    with pytest.raises(StarmergeError, match="was not written"):
+    with pytest.raises(StarmergeError, match="recipe.yaml is a file"):
         write_recipe(recipe, file / "recipe.yaml")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import re
+import signal
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,6 +23,20 @@ class StarmergeError(Exception):
 
 class UsageError(StarmergeError):
     """A run was asked for wrongly: an unknown parameter, a missing folder. Exit code 2."""
+
+
+class Interrupted(BaseException):
+    """A signal has asked the command to end: SIGINT (Ctrl-C) or SIGTERM.
+
+    No ``Exception``, as KeyboardInterrupt is none, so that no work goes on after it. Exit code 128
+    and the signal's number.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = signal.Signals(number)
+        self.kept: list[Path] = []
+        """Partial outputs that a later run of the same command goes on with."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

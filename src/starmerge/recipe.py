@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from starmerge.errors import StarmergeError, UsageError, explain, nearest
+from starmerge.checkpoints.output import check_output_file, output_file
+from starmerge.errors import UsageError, explain, nearest
 from starmerge.mergekit_recipe import is_mergekit_recipe, translate
 from starmerge.methods.pipeline import Pipeline, make_pipeline
 
@@ -183,12 +183,7 @@ def check_recipe_file(file: Path, *, overwrite: bool) -> None:
     """
     if file.suffix not in (".yaml", ".yml"):
         raise UsageError(f"{file}: a recipe's file ends in .yaml, by which a merge knows it.")
-    if file.is_dir() or file.is_symlink():
-        raise UsageError(f"{file} is a folder or a link. Choose another name.")
-    if file.exists() and not overwrite:
-        raise UsageError(f"{file} exists. Choose another file, or replace it with --overwrite.")
-    if file.parent.exists() and not os.access(file.parent, os.W_OK):
-        raise UsageError(f"{file} cannot be created: {file.parent} is not writable.")
+    check_output_file(file, overwrite=overwrite)
 
 
 def write_recipe(recipe: Recipe, file: Path, *, overwrite: bool = False) -> None:
@@ -215,15 +210,8 @@ def write_recipe(recipe: Recipe, file: Path, *, overwrite: bool = False) -> None
     base = None if recipe.base is None else beside(recipe.base)
     places = {"base": base, "models": models, "metric": metric}
     placed = recipe.model_copy(update=places)
-    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with output_file(file, overwrite=overwrite) as partial:
         partial.write_text(placed.to_yaml(), encoding="utf-8")
-        partial.replace(file)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise StarmergeError(f"{file} was not written: {error}.") from error
 
 
 def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Recipe:

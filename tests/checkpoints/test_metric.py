@@ -15,7 +15,6 @@ from starmerge.checkpoints.base import open_base
 from starmerge.checkpoints.hashing import blake3_of
 from starmerge.checkpoints.metric import KEY, MetricWriter, open_metric
 from starmerge.checkpoints.source import resolve
-from starmerge.checkpoints.writer import output_file
 from starmerge.errors import StarmergeError, UsageError
 from tests.conftest import MakeFinetune
 
@@ -209,25 +208,3 @@ def test_knows_its_base_by_the_content_of_its_files(
     other = open_base(resolve(make_finetune("other")))
     with pytest.raises(UsageError, match="was made from b, and the weights of .*other are others"):
         open_metric(metric_of(32, "columns")).check_base(other)
-
-
-def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    file = tmp_path / "new" / "m.safetensors"
-    with output_file(file) as partial:
-        partial.write_text("whole")
-        assert not file.exists()
-    assert file.read_text() == "whole"
-    with pytest.raises(UsageError, match="exists. Choose another file"), output_file(file):
-        raise AssertionError
-    with pytest.raises(RuntimeError), output_file(file, overwrite=True) as partial:
-        partial.write_text("half")
-        raise RuntimeError
-    with pytest.raises(StarmergeError, match="not made: full"), output_file(file, overwrite=True):
-        raise OSError("full")
-    assert file.read_text() == "whole"
-    with output_file(file, overwrite=True) as partial:
-        partial.write_text("another")
-    assert file.read_text() == "another"
-    assert [path.name for path in file.parent.iterdir()] == ["m.safetensors"]
-    with pytest.raises(UsageError, match="a folder or a link"), output_file(tmp_path):
-        raise AssertionError

@@ -1,4 +1,4 @@
-"""Writing models: what safetensors reads back, and folders that appear whole or not at all."""
+"""Writing models: what safetensors reads back."""
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
@@ -12,14 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from starmerge.checkpoints.tensors import open_checkpoint, open_safetensors
-from starmerge.checkpoints.writer import (
-    OutputTensor,
-    ShardWriter,
-    check_output,
-    check_space,
-    output_folder,
-)
-from starmerge.errors import StarmergeError, UsageError
+from starmerge.checkpoints.writer import OutputTensor, ShardWriter
 
 
 def _planned(name: str, tensor: torch.Tensor) -> OutputTensor:
@@ -100,68 +93,3 @@ def test_a_disk_that_takes_no_header_leaves_no_file_open(tmp_path: Path) -> None
     with pytest.raises(OSError), ShardWriter(tmp_path, plan, shard_bytes=32):
         pass
     assert sorted(Path("/proc/self/fd").iterdir()) == before
-
-
-def test_a_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
-    target = tmp_path / "deep" / "out"
-    with output_folder(target) as folder:
-        (folder / "file").write_text("x")
-        assert not target.exists()
-    assert (target / "file").read_text() == "x"
-    assert [path.name for path in target.parent.iterdir()] == ["out"]
-
-
-def test_a_failure_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "merge_report.json").write_text("kept")
-    with pytest.raises(ZeroDivisionError), output_folder(target, overwrite=True) as folder:
-        (folder / "new").write_text("x")
-        raise ZeroDivisionError
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (target / "merge_report.json").read_text() == "kept"
-
-
-def test_overwriting_replaces_the_whole_folder(tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "merge_report.json").write_text("gone")
-    with output_folder(target, overwrite=True) as folder:
-        (folder / "new").write_text("x")
-    assert [path.name for path in target.iterdir()] == ["new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_what_appears_during_a_merge_is_not_replaced(tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    with pytest.raises(UsageError, match="not empty"), output_folder(target) as folder:
-        (folder / "new").write_text("x")
-        target.mkdir()
-        (target / "other").write_text("kept")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (target / "other").read_text() == "kept"
-
-
-def test_an_output_that_is_taken_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(UsageError, match="is a file"):
-        check_output(tmp_path / "file", overwrite=True)
-    with pytest.raises(UsageError, match="--overwrite"):
-        check_output(tmp_path, overwrite=False)
-    with pytest.raises(UsageError, match="no merged model and is not overwritten"):
-        check_output(tmp_path, overwrite=True)
-    (tmp_path / "link").symlink_to(tmp_path)
-    with pytest.raises(UsageError, match="symbolic link"):
-        check_output(tmp_path / "link", overwrite=True)
-    (tmp_path / "merge_report.json").write_text("{}")
-    check_output(tmp_path, overwrite=True)
-    (tmp_path / "empty").mkdir()
-    check_output(tmp_path / "empty", overwrite=False)
-
-
-def test_a_disk_that_is_too_small_is_refused_with_both_sizes(tmp_path: Path) -> None:
-    with pytest.raises(
-        StarmergeError, match=r"needs 1000000000\.00 GB, and its disk has [\d.]+ GB"
-    ):
-        check_space(tmp_path / "not" / "there", 10**18)
-    check_space(tmp_path, 1)

@@ -148,7 +148,7 @@ def test_results_are_replaced_only_when_asked_and_as_a_whole(tmp_path: Path) -> 
     [
         (["notes.txt"], "holds no scores.json, so it is no results folder"),
         (["merge_report.json", "model.safetensors"], "holds no scores.json"),
-        (["scores.json", "thesis.tex"], "holds thesis.tex, which is no part of results"),
+        (["scores.json", "thesis.tex"], "holds thesis.tex, which is no part of the results folder"),
     ],
 )
 def test_what_is_no_results_folder_is_never_replaced(

@@ -26,8 +26,8 @@ from starmerge.calibration.text import Advance, Reading, Writer, texts_of
 from starmerge.checkpoints.base import Base, open_base
 from starmerge.checkpoints.hashing import remembered_blake3_of
 from starmerge.checkpoints.metric import MetricWriter, is_metric
+from starmerge.checkpoints.output import check_output_file, check_space, output_file
 from starmerge.checkpoints.source import resolve
-from starmerge.checkpoints.writer import check_output_file, check_space, output_file
 from starmerge.errors import StarmergeError, UsageError, nearest
 from starmerge.evaluation.models import Dtype, load_text_model
 from starmerge.evaluation.task import Task

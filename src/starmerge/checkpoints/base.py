@@ -7,9 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from starmerge.checkpoints.output import REPORT
 from starmerge.checkpoints.source import SIDE_FILES, Source, read_json
 from starmerge.checkpoints.tensors import Checkpoint, open_checkpoint
-from starmerge.checkpoints.writer import REPORT
 from starmerge.errors import StarmergeError, UsageError
 
 _OWN_FILES = ("config.json", "*.index.json", REPORT, "adapter_config.json")

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from starmerge.checkpoints.base import Base
+from starmerge.checkpoints.output import REPORT
 from starmerge.checkpoints.source import Source, read_json
 from starmerge.checkpoints.tensors import (
     MERGEABLE,
@@ -30,7 +31,7 @@ from starmerge.checkpoints.tensors import (
     open_checkpoint,
     open_safetensors,
 )
-from starmerge.checkpoints.writer import REPORT, OutputTensor, ShardWriter, write_json
+from starmerge.checkpoints.writer import OutputTensor, ShardWriter, write_json
 from starmerge.deltas import Dense, wide
 from starmerge.errors import StarmergeError, UsageError
 

@@ -1,15 +1,11 @@
-"""Writing a model: a folder that appears whole or not at all, shards written tensor by tensor."""
+"""Writing a model: shards, tensor by tensor."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
 import struct
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -22,10 +18,6 @@ from torch import Tensor
 
 from starmerge.checkpoints.tensors import DTYPE_CODES, Checkpoint, raw_bytes, write_at
 from starmerge.checkpoints.write_behind import WriteBehind
-from starmerge.errors import StarmergeError, UsageError
-
-REPORT = "merge_report.json"
-"""The report in a merged model's folder; a folder that has it was written by a merge."""
 
 SHARD_BYTES = 5 * 10**9
 """Largest shard, as transformers writes them; a larger tensor gets a shard of its own."""
@@ -43,170 +35,6 @@ class OutputTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     nbytes: int
-
-
-@dataclass(frozen=True)
-class Replaceable:
-    """A kind of folder that a later one may replace."""
-
-    name: str
-    marker: str
-    """File by which it is known."""
-
-
-MERGED_MODEL = Replaceable("merged model", REPORT)
-
-
-def check_output(path: Path, *, overwrite: bool, kind: Replaceable = MERGED_MODEL) -> None:
-    """Make sure that a folder may appear under ``path``.
-
-    Raises:
-        UsageError: Something stands there already that may not be replaced, or the parent cannot
-            be written to. Only a folder of the same kind, with its marker, is ever replaced.
-    """
-    if not path.resolve().name:
-        raise UsageError(f"{path} is the root of the file system. Choose another output folder.")
-    if path.is_symlink():
-        raise UsageError(f"{path} is a symbolic link. Give the folder itself.")
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"{path} is a file. Choose another output folder.")
-    if path.is_dir() and any(path.iterdir()):
-        if not overwrite:
-            raise UsageError(
-                f"{path} exists and is not empty. Choose another folder, or replace it with "
-                "--overwrite."
-            )
-        if not (path / kind.marker).is_file():
-            raise UsageError(
-                f"{path} holds no {kind.marker}, so it is no {kind.name} and is not overwritten. "
-                "Choose another folder, or delete it yourself."
-            )
-    parent = _nearest_parent(path)
-    if not os.access(parent, os.W_OK):
-        raise UsageError(f"{path} cannot be created: {parent} is not writable.")
-
-
-def check_space(path: Path, wanted: int, *, advice: str = "a smaller --dtype") -> None:
-    """Make sure that the disk of ``path`` has ``wanted`` bytes free.
-
-    Args:
-        path: The output.
-        wanted: Its bytes.
-        advice: What to choose if it has less.
-
-    Raises:
-        StarmergeError: It has less.
-    """
-    free = shutil.disk_usage(_nearest_parent(path)).free
-    if free < wanted:
-        raise StarmergeError(
-            f"{path} needs {wanted / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free. "
-            f"Choose another disk, or {advice}."
-        )
-
-
-@contextmanager
-def output_folder(
-    path: Path, *, overwrite: bool = False, kind: Replaceable = MERGED_MODEL
-) -> Iterator[Path]:
-    """Yield a hidden folder beside ``path`` that takes its place when the block ends well.
-
-    If the block raises, the folder is deleted; if the process is killed, it stays behind under its
-    hidden name, ``.NAME.partial-…``. What stood under ``path`` is replaced only at the end.
-
-    Raises:
-        UsageError: Something that may not be replaced has appeared under ``path`` meanwhile.
-        StarmergeError: The disk is full, or fails otherwise.
-    """
-    check_output(path, overwrite=overwrite, kind=kind)
-    path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-    partial.chmod(0o777 & ~_UMASK)
-    try:
-        yield partial
-        for member in partial.rglob("*"):
-            if member.is_dir():
-                _sync(member)
-            else:
-                member.chmod(0o666 & ~_UMASK)  # some libraries write files for the owner alone
-        _sync(partial)
-        check_output(path, overwrite=overwrite, kind=kind)
-        replaced = partial.with_name(partial.name.replace(".partial-", ".replaced-", 1))
-        if path.exists():
-            path.rename(replaced)
-        try:
-            partial.rename(path)
-        except BaseException:
-            if replaced.exists():
-                replaced.rename(path)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
-        _sync_one(path.parent)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise StarmergeError(
-            f"{path} was not made: {error}. Nothing was left there; what stood there is kept."
-        ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def check_output_file(path: Path, *, overwrite: bool) -> None:
-    """Make sure that a file may appear under ``path``.
-
-    Raises:
-        UsageError: Something stands there already that may not be replaced, or the folder cannot be
-            written to.
-    """
-    if path.is_symlink() or path.is_dir() or not path.resolve().name:
-        raise UsageError(f"{path} is a folder or a link. Give the file to write.")
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path} exists. Choose another file, or replace it with --overwrite.")
-    parent = _nearest_parent(path)
-    if not os.access(parent, os.W_OK):
-        raise UsageError(f"{path} cannot be created: {parent} is not writable.")
-
-
-@contextmanager
-def output_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a hidden file beside ``path`` that takes its place when the block ends well.
-
-    If the block raises, the file is deleted; if the process is killed, it stays behind under its
-    hidden name, ``.NAME.partial-…``. What stood under ``path`` is replaced only at the end.
-
-    Raises:
-        UsageError: Something that may not be replaced has appeared under ``path`` meanwhile.
-        StarmergeError: The disk is full, or fails otherwise.
-    """
-    check_output_file(path, overwrite=overwrite)
-    path = path.absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
-    os.close(descriptor)
-    partial = Path(name)
-    try:
-        partial.chmod(0o666 & ~_UMASK)
-        yield partial
-        _sync_one(partial)
-        check_output_file(path, overwrite=overwrite)
-        partial.replace(path)
-        _sync_one(path.parent)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StarmergeError(
-            f"{path} was not made: {error}. Nothing was left there; what stood there is kept."
-        ) from error
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def leftovers(path: Path) -> list[Path]:
-    """List the hidden folders that killed runs left beside ``path``."""
-    path = path.resolve()
-    return sorted(path.parent.glob(f".{path.name}.partial-*"))
 
 
 @dataclass
@@ -407,8 +235,9 @@ def _digest(place: _Place) -> Any:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, indented, in UTF-8."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write a JSON file, indented, in UTF-8; bytes of file names that are not UTF-8 are escaped."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _split(tensors: Sequence[OutputTensor], limit: int) -> Iterator[list[OutputTensor]]:
@@ -436,33 +265,3 @@ def _header(tensors: Sequence[OutputTensor]) -> bytes:
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
-
-
-def _nearest_parent(path: Path) -> Path:
-    return next(parent for parent in path.absolute().parents if parent.is_dir())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-_UMASK = _umask()
-"""Read once: to read it is to set it, for all threads."""
-
-
-def _sync(folder: Path) -> None:
-    """Make a folder's files and their names survive a power cut, where the system can."""
-    for path in [*(file for file in folder.iterdir() if file.is_file()), folder]:
-        _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    """Make a file, or the names in a folder, survive a power cut, where the system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

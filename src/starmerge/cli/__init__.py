@@ -5,14 +5,28 @@ from __future__ import annotations
 import ctypes
 import io
 import os
+import signal
 import sys
 import warnings
+from types import FrameType
+from typing import NoReturn
 
 import typer
 
 from starmerge import __version__
-from starmerge.cli import calibrate, choose, demo, evaluate, finetune, merge, methods, suite, tasks
-from starmerge.errors import StarmergeError, UsageError
+from starmerge.cli import (
+    calibrate,
+    choose,
+    clean,
+    demo,
+    evaluate,
+    finetune,
+    merge,
+    methods,
+    suite,
+    tasks,
+)
+from starmerge.errors import Interrupted, StarmergeError, UsageError
 
 app = typer.Typer(
     help="Merge fine-tuned models of one base into one multi-task model, without data and "
@@ -29,6 +43,7 @@ app.command()(evaluate.evaluate)
 app.command()(choose.choose)
 app.command()(suite.suite)
 app.command()(finetune.finetune)
+app.command()(clean.clean)
 app.command()(methods.methods)
 app.command()(tasks.tasks)
 app.add_typer(demo.app, name="demo")
@@ -53,7 +68,12 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; exit with 2 for wrong usage and 1 for a failure."""
+    """Run the command line.
+
+    Exits with 2 for wrong usage, 1 for a failure, and 128 and its number after a signal: 130 after
+    Ctrl-C, 143 after SIGTERM.
+    """
+    _raise_on_signals()
     # Idle BLAS threads otherwise spin and starve the others on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _keep_memory()
@@ -69,6 +89,36 @@ def main() -> None:
             raise
         print(f"Error: {_said(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError | ModuleNotFoundError) else 1)
+    except Interrupted as interruption:
+        print(f"Stopped by {_told(interruption)}", file=sys.stderr)
+        sys.exit(128 + interruption.signal)
+
+
+def _raise_on_signals() -> None:
+    """Let Ctrl-C and SIGTERM end the command by an exception, so that it takes away what it began.
+
+    A signal that the caller has this process ignore, as nohup and shells do in the background,
+    stays ignored.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise Interrupted(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, interrupt)
+
+
+def _told(interruption: Interrupted) -> str:
+    """Return which signal came, and what is left of the output, in a line."""
+    name = "Ctrl-C" if interruption.signal == signal.SIGINT else interruption.signal.name
+    if not interruption.kept:
+        return f"{name}. No partial output was left."
+    kept = " and ".join(map(str, interruption.kept))
+    return (
+        f"{name}. The partial output is kept in {kept}: run the same command again to go on with "
+        "it, or delete it with starmerge clean."
+    )
 
 
 def _keep_memory() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -129,11 +130,15 @@ def merge(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output folder.")
     ] = False,
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh", help="Begin anew where a killed run of this merge could go on."),
+    ] = False,
 ) -> None:
-    """Merge fine-tunes of one base into a model that transformers loads.
+    """Merge fine-tunes of one base into a model that transformers loads, or into an adapter.
 
     Everything is checked before the first tensor is read. The folder appears when it is complete,
-    with a model card and merge_report.json in it.
+    with a card and merge_report.json in it. A merge that was killed goes on when it is run again.
 
     Example: starmerge merge BASE adapters/a adapters/b -o merged -m star -p eta=40
 
@@ -141,8 +146,9 @@ def merge(
 
     Example: starmerge merge recipe.yaml -o merged
     """
-    from starmerge.checkpoints.writer import leftovers
+    from starmerge.checkpoints.output import leftovers
     from starmerge.merging.engine import run
+    from starmerge.merging.journal import fingerprint
     from starmerge.merging.plan import make_plan
     from starmerge.merging.ranks import rank_costs
     from starmerge.merging.workers import Workers
@@ -176,10 +182,19 @@ def merge(
         if plan.output.kind == "adapter":
             _print_ranks(rank_costs(plan, threads=threads, memory=memory, progress=True))
         return
-    for folder in leftovers(output):
-        print(f"Note: {folder} is of a merge that still runs, or was killed: then delete it.")
+    own = fingerprint(plan)
+    left = [other for other in leftovers(output) if not other.path.name.endswith(own)]
+    if left and not fresh:
+        size = bytes_in_words(sum(leftover.nbytes for leftover in left))
+        clean = shlex.join(["starmerge", "clean", str(left[0].path.parent)])
+        print(f"Note: earlier runs that were killed left {size} beside {output}; see: {clean}")
     started = time.monotonic()
-    result = run(plan, threads=threads, memory=memory, progress=True)
+    result = run(plan, fresh=fresh, threads=threads, memory=memory, progress=True)
+    if result.taken_up:
+        print(
+            f"{result.taken_up} of {len(plan.tensors)} tensors were there already, written by an "
+            "earlier run that was killed."
+        )
     print(f"{plan.recipe.method}: {result.report.summary()}")
     print(f"{plan.output.kind.capitalize()}: {result.path} ({time.monotonic() - started:.1f} s)")
 

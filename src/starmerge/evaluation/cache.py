@@ -21,7 +21,7 @@ from blake3 import blake3
 
 from starmerge import deltas
 from starmerge.checkpoints.hashing import remembered_blake3_of
-from starmerge.checkpoints.writer import REPORT
+from starmerge.checkpoints.output import REPORT
 from starmerge.merging import apply, fold
 
 _PACKAGES = (

@@ -15,12 +15,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from starmerge.checkpoints.output import Replaceable, check_output, output_folder
 from starmerge.checkpoints.source import read_json
-from starmerge.checkpoints.writer import Replaceable, check_output, output_folder, write_json
+from starmerge.checkpoints.writer import write_json
 from starmerge.errors import StarmergeError, UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _PARQUET = "predictions.parquet"
 _JSONL = "predictions.jsonl"
 _TABLE = "table.md"
 _MEMBERS = (_SCORES, _CSV, _PARQUET, _JSONL, _TABLE, "chart.*")
-_RESULTS = Replaceable("results folder", _SCORES)
+_RESULTS = Replaceable("results folder", _SCORES, _MEMBERS)
 
 
 class Results(NamedTuple):
@@ -55,12 +55,6 @@ def check_results(folder: Path, *, overwrite: bool) -> None:
             only if it holds nothing else.
     """
     check_output(folder, overwrite=overwrite, kind=_RESULTS)
-    for member in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if not any(fnmatchcase(member.name, pattern) for pattern in _MEMBERS):
-            raise UsageError(
-                f"{folder} holds {member.name}, which is no part of results, and is not "
-                "overwritten. Choose another folder, or take it away."
-            )
 
 
 def write_results(

@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from starmerge.checkpoints.card import write_card
+from starmerge.checkpoints.output import REPORT, files_in, leftovers, output_folder, printable
 from starmerge.checkpoints.tensors import prefetch
-from starmerge.checkpoints.writer import REPORT, output_folder, write_json
+from starmerge.checkpoints.writer import write_json
 from starmerge.deltas import Delta
 from starmerge.merging.checks import check_delta, check_weights
-from starmerge.merging.journal import Journal
+from starmerge.merging.journal import Journal, fingerprint
 from starmerge.merging.layout import PlannedTensor
 from starmerge.merging.outputs import Writing
 from starmerge.merging.plan import Plan, make_plan
@@ -55,6 +56,7 @@ def merge(
     max_error: float | None = None,
     any_base: bool = False,
     overwrite: bool = False,
+    fresh: bool = False,
     threads: int | None = None,
     memory: int | str | None = None,
     progress: bool = False,
@@ -81,6 +83,8 @@ def merge(
             relative to it.
         any_base: Accept adapters whose config names another base.
         overwrite: Replace what stands at ``output``.
+        fresh: Begin anew. By default the merge goes on where one of the same inputs, recipe and
+            output was killed, with the tensors that it had written; the bytes are the same.
         threads: How many tensors are merged at once, each by one thread; by default as many as
             there are processors, or as OMP_NUM_THREADS says.
         memory: Bytes that the tensors that are merged at once may take, or a text such as "4GB";
@@ -112,12 +116,13 @@ def merge(
         }
     )
     plan = make_plan(recipe, Path(output), overwrite=overwrite)
-    return run(plan, threads=threads, memory=memory, progress=progress)
+    return run(plan, fresh=fresh, threads=threads, memory=memory, progress=progress)
 
 
 def run(
     plan: Plan,
     *,
+    fresh: bool = False,
     threads: int | None = None,
     memory: int | str | None = None,
     progress: bool = False,
@@ -130,8 +135,11 @@ def run(
             file that is shorter than it was. Nothing is left at the plan's output.
     """
     pool = Workers(threads, memory)
+    if fresh:
+        for leftover in leftovers(plan.path):
+            leftover.delete()
     with (
-        output_folder(plan.path, overwrite=plan.overwrite) as folder,
+        output_folder(plan.path, overwrite=plan.overwrite, suffix=fingerprint(plan)) as folder,
         pool as workers,
         InputHashes(plan) as hashes,
     ):
@@ -143,18 +151,19 @@ def run(
         report = make_report(
             plan, finished, merging.findings, records, hashes.result(), merging.inputs.changing
         )
-        write_json(folder / REPORT, report.content)
-        journal.end()
         write_card(
             folder / "README.md",
-            plan.path.name,
+            printable(plan.path.name),
             plan.base,
             plan.models,
             plan.recipe.to_yaml(),
-            f"{report.summary()} {plan.output.usage(plan, plan.path.name)}".rstrip(),
+            f"{report.summary()} {plan.output.usage(plan, printable(plan.path.name))}".rstrip(),
             library=plan.output.library,
             metric=None if plan.metric is None else plan.metric.file.name,
         )
+        journal.end()
+        report.content["files"] = sorted({*files_in(folder), REPORT})
+        write_json(folder / REPORT, report.content)
     return MergeResult(plan.path, report, journal.taken_up)
 
 

@@ -12,10 +12,10 @@ from starmerge.checkpoints.adapter import Adapter
 from starmerge.checkpoints.base import Base, open_base
 from starmerge.checkpoints.metric import Metric, open_metric
 from starmerge.checkpoints.models import FineTune, open_model
+from starmerge.checkpoints.output import check_output, check_space
 from starmerge.checkpoints.source import Source, resolve
 from starmerge.checkpoints.tensors import MERGEABLE
 from starmerge.checkpoints.unknown_base import unknown_base
-from starmerge.checkpoints.writer import check_output, check_space
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.layout import Contents, PlannedTensor, lay_out
 from starmerge.merging.metric import check_metric, unused_tasks

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from starmerge.checkpoints.output import check_output
 from starmerge.checkpoints.source import resolve
 from starmerge.errors import UsageError
 from starmerge.evaluation.cache import ScoreCache
@@ -73,6 +74,8 @@ def run_suite(
     if len(pipelines) < len(methods):
         raise UsageError("A method is given twice. Run the suite once for each of its settings.")
     check_results(output / RESULTS, overwrite=overwrite)
+    for name in pipelines:
+        check_output(output / name, overwrite=overwrite)
     check(found, settings)  # before hours of merging
     for task in found:
         if task.name not in suite.models:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from starmerge.checkpoints.base import open_base
+from starmerge.checkpoints.output import output_folder
 from starmerge.checkpoints.source import resolve
-from starmerge.checkpoints.writer import output_folder
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation.metrics import Score
 from starmerge.evaluation.models import load_model

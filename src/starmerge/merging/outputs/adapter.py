@@ -78,23 +78,13 @@ class AdapterOutput:
         return dtype if is_merged else None
 
     def check(self, contents: Contents) -> None:
-        """Make sure that there is something to write, and a rank for what has no factors."""
+        """Make sure that there is something to write."""
         places = [place_of(contents, tensor) for tensor in contents.tensors]
         if all(place is None for place in places) and not _carried(contents):
             raise UsageError(
                 "Nothing that the models change can be in an adapter: neither vectors nor tied "
                 "embeddings can. Write a model."
             )
-        if self.rank is not None:
-            return
-        for tensor, place in zip(contents.tensors, places, strict=True):
-            if isinstance(place, Module) and rank_bound(contents, tensor) is None:
-                full = min(matrix_shape(tensor.source.shape))
-                raise UsageError(
-                    f"The merged update of {tensor.source.name} has no factors, so an exact "
-                    f"adapter would have the rank {full}. Choose a rank (--rank 16; rank: 16 under "
-                    "output: in a recipe); --dry-run shows the error of each rank."
-                )
 
     def memory(self, tensor: PlannedTensor) -> int:
         """Count the factors in float32 and float64, and what their decomposition needs."""
@@ -119,7 +109,11 @@ class AdapterOutput:
         """Lay out the factors at the highest rank that may be needed.
 
         They go into a folder of their own, and into the adapter's file once the rank is known.
+
+        Raises:
+            UsageError: Some update has no factors, and no rank is given.
         """
+        self._check_rank(contents)
         layout = [t for tensor in contents.tensors for t in self._layout(contents, tensor)]
         (folder / _FACTORS).mkdir(exist_ok=True)
         with ShardWriter(folder / _FACTORS, layout) as factors:
@@ -134,6 +128,20 @@ class AdapterOutput:
             f"LoRA adapters, or fold it into the base: `starmerge merge {base} {folder} -m average "
             f"-o OUT`."
         )
+
+    def _check_rank(self, contents: Contents) -> None:
+        """Make sure that there is a rank for what has no factors."""
+        if self.rank is not None:
+            return
+        for tensor in contents.tensors:
+            place = place_of(contents, tensor)
+            if isinstance(place, Module) and rank_bound(contents, tensor) is None:
+                full = min(matrix_shape(tensor.source.shape))
+                raise UsageError(
+                    f"The merged update of {tensor.source.name} has no factors, so an exact "
+                    f"adapter would have the rank {full}. Choose a rank (--rank 16; rank: 16 under "
+                    "output: in a recipe); --dry-run shows the error of each rank."
+                )
 
     def _layout(self, contents: Contents, tensor: PlannedTensor) -> list[OutputTensor]:
         place, shape = place_of(contents, tensor), tensor.source.shape

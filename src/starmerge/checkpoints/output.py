@@ -1,0 +1,584 @@
+"""An output that appears whole or not at all.
+
+A folder or a file is made beside its place, as ``.NAME.partial-SUFFIX``, flushed to the disk, and
+gets its name at the end. A folder that it replaces exchanges names with it in one step and is then
+deleted, as ``.NAME.replaced-SUFFIX``. A process that is killed leaves such hidden folders behind:
+its *leftovers*. A process that still runs holds a lock on its hidden folder, which the system takes
+back when the process ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal
+
+from starmerge.checkpoints.exchange import exchange
+from starmerge.errors import Interrupted, StarmergeError, UsageError
+
+REPORT = "merge_report.json"
+"""The report in a merged model's folder; a folder that has it was written by a merge."""
+
+
+@dataclass(frozen=True)
+class Replaceable:
+    """A kind of folder that a later one may replace."""
+
+    name: str
+    marker: str
+    """JSON file by which the folder is known. The files that it lists under ``files``, relative to
+    the folder, belong to the folder."""
+    members: tuple[str, ...] = ()
+    """Patterns of further names that may stand in such a folder."""
+
+
+MERGED_MODEL = Replaceable("merged model", REPORT)
+
+_LITTER = (".DS_Store", "._*", "Thumbs.db", "desktop.ini", "__pycache__")
+"""What file managers and Python leave in any folder; it is deleted with the folder."""
+
+
+def check_output(path: Path, *, overwrite: bool, kind: Replaceable = MERGED_MODEL) -> None:
+    """Make sure that a folder may appear under ``path``.
+
+    Only a folder of the same kind is ever replaced: it has its marker, and holds no file but those
+    that starmerge wrote.
+
+    Raises:
+        UsageError: Something stands there already that may not be replaced, another process is
+            making this output, or no folder of that name can be made there.
+    """
+    with _as_usage_error(path):
+        _check_place(path)
+        _check_replaceable(path, overwrite=overwrite, kind=kind)
+        _check_not_in_work(path)
+
+
+def check_output_file(path: Path, *, overwrite: bool) -> None:
+    """Make sure that a file may appear under ``path``.
+
+    Raises:
+        UsageError: Something stands there already that may not be replaced, another process is
+            making this output, or no file of that name can be made there.
+    """
+    with _as_usage_error(path):
+        _check_place(path)
+        _check_replaceable_file(path, overwrite=overwrite)
+        _check_not_in_work(path)
+
+
+def check_space(path: Path, wanted: int, *, advice: str = "a smaller --dtype") -> None:
+    """Make sure that the disk of ``path`` has ``wanted`` bytes free.
+
+    Args:
+        path: The output.
+        wanted: Its bytes.
+        advice: What to choose if it has less.
+
+    Raises:
+        StarmergeError: It has less.
+    """
+    free = shutil.disk_usage(_nearest_parent(path)).free
+    if free < wanted:
+        raise StarmergeError(
+            f"{path} needs {wanted / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free. "
+            f"Choose another disk, or {advice}."
+        )
+
+
+@contextmanager
+def output_folder(
+    path: Path,
+    *,
+    overwrite: bool = False,
+    kind: Replaceable = MERGED_MODEL,
+    suffix: str | None = None,
+) -> Iterator[Path]:
+    """Yield a hidden folder beside ``path`` that takes its place when the block ends well.
+
+    If the block raises, the folder is deleted; if the process is killed, it stays behind under its
+    hidden name, ``.NAME.partial-…``. A folder under ``path`` is replaced only at the end, and at
+    once: the two exchange their names, then the old one is deleted. Where the system or the file
+    system cannot exchange names (NFS), two renames follow each other, and a process that is killed
+    between them leaves both folders under hidden names.
+
+    Args:
+        path: The folder to make.
+        overwrite: Replace the folder of the same kind that stands there.
+        kind: The kind of folder.
+        suffix: Ends the hidden name, in place of a random one: up to 32 letters and digits, such as
+            a hash of all that decides the content. With it the folder is resumable: one of that
+            name that an interrupted run left is yielded as it is, with what it holds, and SIGTERM
+            (:class:`Interrupted`) keeps it; Ctrl-C deletes it.
+
+    Raises:
+        UsageError: Something that may not be replaced has appeared under ``path`` meanwhile, or
+            another process is making this output. Of two that begin at the same moment, at least
+            one is refused.
+        StarmergeError: The disk is full, or fails otherwise.
+    """
+    check_output(path, overwrite=overwrite, kind=kind)
+    path = path.resolve()
+    with _failures_named(path):
+        new_parents = _make_parent(path)
+        partial = _make_folder(path, suffix)
+        lock = _lock_own(partial, path)
+    try:
+        with _failures_named(path):
+            yield partial
+            _sync_tree(partial)
+            _check_replaceable(path, overwrite=overwrite, kind=kind)
+            replaced = _put(partial, path, replace=overwrite)
+            with contextlib.suppress(OSError):  # the folder stands in its place
+                _sync(*new_parents, path.parent)
+            if replaced is not None:
+                shutil.rmtree(replaced, ignore_errors=True)
+    except (KeyboardInterrupt, Interrupted) as interruption:
+        is_kept = suffix is not None and getattr(interruption, "signal", None) == signal.SIGTERM
+        if not is_kept:
+            shutil.rmtree(partial, ignore_errors=True)
+        elif isinstance(interruption, Interrupted) and partial.exists():
+            interruption.kept.append(partial)
+        raise
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def output_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a hidden file beside ``path`` that takes its place when the block ends well.
+
+    If the block raises, the file is deleted; if the process is killed, it stays behind under its
+    hidden name, ``.NAME.partial-…``. What stood under ``path`` is replaced only at the end.
+
+    Raises:
+        UsageError: Something that may not be replaced has appeared under ``path`` meanwhile, or
+            another process is making this output.
+        StarmergeError: The disk is full, or fails otherwise.
+    """
+    check_output_file(path, overwrite=overwrite)
+    path = path.absolute()
+    with _failures_named(path):
+        new_parents = _make_parent(path)
+        descriptor, name = tempfile.mkstemp(prefix=_prefix(path, "partial"), dir=path.parent)
+        os.close(descriptor)
+        partial = Path(name)
+        lock = _lock_own(partial, path)
+    try:
+        with _failures_named(path):
+            partial.chmod(0o666 & ~_UMASK)
+            yield partial
+            _sync(partial)
+            _check_replaceable_file(path, overwrite=overwrite)
+            partial.replace(path)
+            with contextlib.suppress(OSError):
+                _sync(*new_parents, path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def files_in(folder: Path) -> list[str]:
+    """List the files in a folder and its folders, relative to it, with slashes, sorted."""
+    files = (member for member in folder.rglob("*") if not member.is_dir())
+    return sorted(file.relative_to(folder).as_posix() for file in files)
+
+
+def printable(name: str) -> str:
+    """Return the name of a file as text: bytes that are not UTF-8 become replacement characters."""
+    return os.fsencode(name).decode(errors="replace")
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A hidden folder or file beside an output, of a process that was killed, or still runs."""
+
+    path: Path
+    role: Literal["partial", "replaced"]
+    """Whether it was to become the output, or changed places with it (or was about to)."""
+
+    def is_in_work(self) -> bool:
+        """Whether the process that makes it still runs.
+
+        Seen within one machine: not on another that shares the folder over the network.
+        """
+        try:
+            lock = _lock(self.path)
+        except OSError:  # nothing to open any more, or of another user
+            return False
+        if lock is not None:
+            os.close(lock)
+        return lock is None
+
+    def is_only_copy(self) -> bool:
+        """Whether it was replaced, and nothing stands in its place."""
+        if self.role == "partial":
+            return False
+        folder = self.path.parent
+        stem = self.path.name.rpartition(".replaced-")[0]
+        return not any(f".{_stem(member)}" == stem for member in folder.iterdir())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes on the disk."""
+        return sum(state.st_blocks * 512 for state in self._states())
+
+    @property
+    def written(self) -> float:
+        """When something in it was last written, seconds since the epoch."""
+        return max((state.st_mtime for state in self._states()), default=0.0)
+
+    def _states(self) -> Iterator[os.stat_result]:
+        members = self.path.rglob("*") if self.path.is_dir() else ()
+        for member in (self.path, *members):
+            with contextlib.suppress(FileNotFoundError):  # while it is being made or deleted
+                yield member.lstat()
+
+    def delete(self) -> None:
+        """Delete it.
+
+        Raises:
+            UsageError: The process that makes it still runs.
+            StarmergeError: The system refuses.
+        """
+        try:
+            lock = _lock(self.path)
+            if lock is None:
+                raise UsageError(f"{self.path} belongs to a process that still runs.")
+            try:
+                if self.path.is_dir():
+                    shutil.rmtree(self.path)
+                else:
+                    self.path.unlink()
+            finally:
+                os.close(lock)
+        except OSError as error:
+            raise StarmergeError(f"{self.path} cannot be deleted: {error}.") from error
+
+
+def leftovers(path: Path) -> list[Leftover]:
+    """List the hidden folders and files of an output: those of killed and of running processes."""
+    path = path.resolve()
+    prefixes = (_prefix(path, "partial"), _prefix(path, "replaced"))
+    return [found for found in leftovers_in(path.parent) if found.path.name.startswith(prefixes)]
+
+
+def leftovers_in(folder: Path) -> list[Leftover]:
+    """List the hidden folders and files of all outputs in a folder, sorted by name."""
+    found = []
+    for member in sorted(folder.iterdir()) if folder.is_dir() else ():
+        match = _HIDDEN.fullmatch(member.name)
+        if match is not None and not member.is_symlink():
+            found.append(Leftover(member, "partial" if match[1] == "partial" else "replaced"))
+    return found
+
+
+_HIDDEN = re.compile(r"\..+\.(partial|replaced)-\w+", re.ASCII | re.DOTALL)
+_SUFFIX = re.compile(r"\w{1,32}", re.ASCII)
+_DECORATION = len("..replaced-") + 32
+"""Most bytes that a hidden name has more than the name."""
+
+
+def _prefix(path: Path, role: Literal["partial", "replaced"]) -> str:
+    """Return how hidden names of an output begin."""
+    return f".{_stem(path)}.{role}-"
+
+
+def _stem(path: Path) -> str:
+    """Return the name of an output; if hidden names would be too long: its beginning and a hash."""
+    room = _longest_name(path) - _DECORATION
+    stem = path.name
+    if len(os.fsencode(stem)) <= room:
+        return stem
+    digest = hashlib.blake2b(os.fsencode(stem), digest_size=4).hexdigest()
+    while len(os.fsencode(stem)) > room - len(digest) - 1:
+        stem = stem[:-1]
+    return f"{stem}~{digest}"
+
+
+def _longest_name(path: Path) -> int:
+    """Return how many bytes the name of a file may have at ``path``."""
+    return os.pathconf(_nearest_parent(path), "PC_NAME_MAX")
+
+
+@contextmanager
+def _as_usage_error(path: Path) -> Iterator[None]:
+    """Say of what the system finds wrong with a path that the path is wrong."""
+    try:
+        yield
+    # pathlib raises RuntimeError for links in a circle, ValueError for a NUL in the name.
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"{path} cannot be an output: {error}. Choose another.") from error
+
+
+@contextmanager
+def _failures_named(path: Path) -> Iterator[None]:
+    """Say of what the system refuses which output was not made."""
+    try:
+        yield
+    except OSError as error:
+        raise StarmergeError(
+            f"{path} was not made: {error}. Nothing was left there; what stood there is kept."
+        ) from error
+
+
+def _check_place(path: Path) -> None:
+    """Make sure that something of this name can be made, above it all that is missing."""
+    if not path.resolve().name:
+        raise UsageError(f"{path} is the root of the file system. Choose another output.")
+    parent = _nearest_parent(path)
+    if not parent.is_dir():
+        kind = "a link that leads nowhere" if parent.is_symlink() else "a file"
+        raise UsageError(f"{path} cannot be created: {parent} is {kind}.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{path} cannot be created: {parent} is not writable.")
+    longest = _longest_name(path)
+    for name in path.absolute().relative_to(parent).parts:
+        count = len(os.fsencode(name))
+        if count > longest:
+            raise UsageError(
+                f"{path} cannot be created: {name} has {count} bytes, and names here "
+                f"have {longest} at most. Choose a shorter one."
+            )
+
+
+def _check_not_in_work(path: Path) -> None:
+    for leftover in leftovers(path):
+        if leftover.is_in_work():
+            raise _in_work(path, leftover.path)
+
+
+def _in_work(path: Path, partial: Path) -> UsageError:
+    return UsageError(
+        f"{path} is being made by another process, in {partial}. Wait until it is done, or choose "
+        "another output."
+    )
+
+
+def _check_replaceable(path: Path, *, overwrite: bool, kind: Replaceable) -> None:
+    if path.is_symlink():
+        raise UsageError(f"{path} is a symbolic link. Give the folder itself.")
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file. Choose another output folder.")
+    if path.is_mount():
+        raise UsageError(
+            f"{path} is a disk of its own, which cannot be replaced. Choose a folder in it."
+        )
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(
+            f"{path} exists and is not empty. Choose another folder, or replace it with "
+            "--overwrite."
+        )
+    if not (path / kind.marker).is_file():
+        raise UsageError(
+            f"{path} holds no {kind.marker}, so it is no {kind.name} and is not overwritten. "
+            "Choose another folder, or delete it yourself."
+        )
+    listed = {kind.marker, *_listed(path / kind.marker)}
+    foreign = _foreign(path, "", listed, kind.members)
+    if foreign is not None:
+        raise UsageError(
+            f"{path} holds {foreign}, which is no part of the {kind.name} that was written there, "
+            "and is not overwritten. Take it away, or choose another folder."
+        )
+
+
+def _listed(marker: Path) -> Collection[str]:
+    """Return what a marker lists as the files of its folder: nothing if it cannot be read."""
+    try:
+        content = json.loads(marker.read_text(encoding="utf-8"))
+    except ValueError:
+        return ()
+    files = content.get("files") if isinstance(content, dict) else None
+    return [file for file in files if isinstance(file, str)] if isinstance(files, list) else ()
+
+
+def _foreign(
+    folder: Path, place: str, listed: Collection[str], patterns: Collection[str]
+) -> str | None:
+    """Return the first file or folder that is neither listed, nor has a name of a pattern.
+
+    Args:
+        folder: Where to look.
+        place: The folder, relative to the output, and a slash; empty for the output itself.
+        listed: Files that belong to the output, relative to it.
+        patterns: Of names that belong to this folder.
+    """
+    for member in sorted(folder.iterdir()):
+        name = f"{place}{member.name}"
+        if name in listed or any(
+            fnmatchcase(member.name, known) for known in (*_LITTER, *patterns)
+        ):
+            continue
+        is_ours = any(file.startswith(f"{name}/") for file in listed)
+        if not is_ours or not member.is_dir() or member.is_symlink():
+            return name
+        found = _foreign(member, f"{name}/", listed, ())
+        if found is not None:
+            return found
+    return None
+
+
+def _check_replaceable_file(path: Path, *, overwrite: bool) -> None:
+    if path.is_symlink() or path.is_dir():
+        raise UsageError(f"{path} is a folder or a link. Give the file to write.")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists. Choose another file, or replace it with --overwrite.")
+
+
+def _nearest_parent(path: Path) -> Path:
+    """Return the last part of a path above its end that exists: a folder if all is well."""
+    return next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+
+
+def _make_parent(path: Path) -> list[Path]:
+    """Make the folders above an output; return those in which names are new besides the last."""
+    nearest = _nearest_parent(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return [parent for parent in path.parents[1:] if parent.is_relative_to(nearest)]
+
+
+def _make_folder(path: Path, suffix: str | None) -> Path:
+    """Make the hidden folder of an output, unless it is there."""
+    prefix = _prefix(path, "partial")
+    if suffix is None:
+        partial = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
+    elif _SUFFIX.fullmatch(suffix):
+        partial = path.parent / f"{prefix}{suffix}"
+        partial.mkdir(exist_ok=True)
+    else:
+        raise ValueError(f"{suffix!r} is no suffix: up to 32 of the letters A-Z, a-z, 0-9 and _.")
+    partial.chmod(0o777 & ~_UMASK)
+    return partial
+
+
+def _lock_own(partial: Path, path: Path) -> int:
+    """Lock the hidden folder or file that this process makes; return the descriptor that holds it.
+
+    Raises:
+        UsageError: Another process makes the same output.
+    """
+    lock = _lock(partial)
+    if lock is None:
+        raise _in_work(path, partial)
+    others = [found for found in leftovers(path) if found.path.name != partial.name]
+    for other in others:
+        if other.is_in_work():
+            os.close(lock)
+            with contextlib.suppress(OSError):  # what an earlier run has left in it stays
+                partial.rmdir() if partial.is_dir() else partial.unlink()
+            raise _in_work(path, other.path)
+    return lock
+
+
+def _lock(path: Path) -> int | None:
+    """Lock a folder or a file; return the descriptor that holds the lock, None if another has it.
+
+    Where the file system knows no locks, nothing is locked.
+
+    Raises:
+        OSError: It cannot be opened, or has been deleted.
+    """
+    # NFS locks files only for processes that may write to them.
+    mode = os.O_RDONLY if path.is_dir() else os.O_RDWR
+    descriptor = os.open(path, mode | os.O_NOFOLLOW)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError:  # the file system knows no locks
+            pass
+        path.stat()  # the process that had the lock before may have deleted it
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _put(partial: Path, path: Path, *, replace: bool) -> Path | None:
+    """Give a complete folder its name; return where the folder that it replaced now lies.
+
+    Raises:
+        OSError: Something stands in its place; or the system refuses. All is as it was.
+    """
+    if not replace or not path.is_dir() or not any(path.iterdir()):
+        partial.rename(path)  # takes the place of an empty folder in one step, and of no other
+        return None
+    aside = Path(tempfile.mkdtemp(prefix=_prefix(path, "replaced"), dir=path.parent))
+    new = partial.stat()
+    try:
+        # Under the partial's name, the old folder could later be taken for a partial one.
+        partial.rename(aside)
+        if not exchange(aside, path):
+            aside.rename(partial)
+            path.rename(aside)
+            partial.rename(path)
+    except BaseException:
+        if not path.exists():
+            aside.rename(path)
+        elif aside.exists() and os.path.samestat(aside.stat(), new):
+            aside.rename(partial)
+        else:  # empty as yet; or the old folder, after the exchange
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return aside
+
+
+def _sync_tree(folder: Path) -> None:
+    """Make a folder and all in it readable as new files are, and survive a power cut."""
+    for member in [*folder.rglob("*"), folder]:
+        if not member.is_dir():
+            member.chmod(0o666 & ~_UMASK)  # some libraries write files for the owner alone
+        _sync(member)
+
+
+def _sync(*paths: Path) -> None:
+    """Make files, or the names in folders, survive a power cut, where the system can.
+
+    Raises:
+        OSError: The disk failed, or is full.
+    """
+    for path in paths:
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+                if hasattr(fcntl, "F_FULLFSYNC"):  # on macOS fsync stops at the disk's own cache
+                    fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+                raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _umask()
+"""Read once: to read it is to set it, for all threads."""
