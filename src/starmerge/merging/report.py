@@ -164,7 +164,12 @@ def make_report(
     return MergeReport(
         {
             "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
-            | {"python": platform.python_version()},
+            | {"python": platform.python_version()}
+            | {
+                plugin["package"]: plugin["version"]
+                for plugin in plan.recipe.plugins.values()
+                if "package" in plugin
+            },
             "recipe": plan.recipe.model_dump(),
             "reason": plan.reason,
             "findings": dict(findings),
