@@ -89,7 +89,7 @@ class Registry(Mapping[str, _Thing]):
     Args:
         word: What it holds, in errors: "method".
         group: Group of entry points by which packages offer more.
-        fault: Says why an object cannot be used, if so: "it is a function".
+        fault: Says why an object cannot be used, if so: "it is not decorated".
         built_in: Makes what starmerge has by name, when it is first asked for; nothing where
             :meth:`add` does.
         unknown: The error about a name that is not found; it has the field ``name``.
@@ -225,7 +225,7 @@ class Registry(Mapping[str, _Thing]):
     def _holders(self, name: str, offers: list[EntryPoint]) -> list[str]:
         """Return in words all that have a name: starmerge itself, and what packages offer."""
         ours = name in self.built_in or name in self._short()
-        return [*(["starmerge"] if ours else []), *(str(_origin_of(offer)) for offer in offers)]
+        return [*(["starmerge"] if ours else []), *sorted(str(_origin_of(o)) for o in offers)]
 
     def _of_package(self, name: str, offers: list[EntryPoint]) -> _Thing:
         """Load what an entry point offers.

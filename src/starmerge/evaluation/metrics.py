@@ -246,7 +246,7 @@ def _fault(thing: Any) -> str | None:
         return None
     if callable(thing):
         return 'it is not decorated. Write @metric("name") above the function of one row'
-    return f"it is a {type(thing).__name__}, and a metric is a function of one row"
+    return f"it is of the type {type(thing).__name__}, and a metric is a function of one row"
 
 
 METRICS: Registry[Metric] = Registry("metric", "starmerge.metrics", fault=_fault)

@@ -294,7 +294,7 @@ class MergedWalk(Protocol):
 def _fault(thing: Any) -> str | None:
     """Return why something is no method that can be used."""
     if not isinstance(thing, type):
-        return f"it is a {type(thing).__name__}, and a method is a class"
+        return f"it is of the type {type(thing).__name__}, and a method is a class"
     if not issubclass(thing, Transform | Merge | PostStep):
         return "it is a class, and a method is one of Transform, Merge or PostStep"
     if "name" not in vars(thing) or "__dataclass_fields__" not in vars(thing):

@@ -28,7 +28,7 @@ def _fault(thing: Any) -> str | None:
     """Return why something is no task that can be used."""
     if isinstance(thing, DataTask):
         return None
-    return f"it is a {type(thing).__name__}, and a task is a Task or an ImageTask"
+    return f"it is of the type {type(thing).__name__}, and a task is a Task or an ImageTask"
 
 
 TASKS: Registry[DataTask] = Registry(
