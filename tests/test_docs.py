@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from starmerge.methods import METHODS, make_pipeline
+from starmerge import Dense, merge_state
+from starmerge.evaluation.metrics import Prediction, score
+from starmerge.evaluation.tasks import find_task
+from starmerge.methods import METHODS, Pipeline, make_pipeline
 
 _ROOT = Path(__file__).parents[1]
 _PAGE = (_ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
@@ -19,6 +23,32 @@ _CHAINS = sorted(set(re.findall(r"\b\w+(?:\+\w+)+\b", _PAGE)))
 def test_the_page_on_methods_has_a_row_for_each_method_and_says_its_kind() -> None:
     kinds = {name: method.kind for name, method in METHODS.items()}
     assert kinds == _ROWS
+
+
+def test_the_page_on_python_has_every_method() -> None:
+    page = (_ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    members = page.partition("::: starmerge.methods\n")[2].partition("members: [")[2]
+    classes = {method.__name__ for method in METHODS.built_in.values()}
+    assert classes <= set(members.partition("]")[0].split(", "))
+
+
+def test_the_examples_on_the_page_on_plug_ins_can_be_used(tmp_path: Path) -> None:
+    page = (_ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    for number, block in enumerate(blocks):
+        (tmp_path / f"{number}.py").write_text(block)
+    chain = make_pipeline(f"star+{tmp_path}/0.py:RootSum", {"power": 1})
+    deltas = [{"w": Dense(torch.full((2, 2), float(n)))} for n in (1, 2)]
+    merged = merge_state(deltas, Pipeline.of([chain.merge]))["w"].to_dense()
+    assert torch.equal(merged, torch.full((2, 2), 1.5))
+    predictions = [Prediction("1", "abcd", "abcd", "ab", 0.0)]
+    assert score(predictions, f"{tmp_path}/1.py:brevity").value == 0.5
+    assert score(predictions, f"{tmp_path}/1.py:length_ratio").value == 2
+    (row,) = find_task(f"{tmp_path}/2.py:quiz").examples("test", 1)
+    assert float(row.label) == int(row.fields["input"].split()[0]) + 1
+    project = (_ROOT / "examples" / "plugin" / "pyproject.toml").read_text(encoding="utf-8")
+    (offers,) = re.findall(r"^```toml\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    assert all(line in project.splitlines() for line in offers.splitlines())
 
 
 @pytest.mark.parametrize("chain", _CHAINS)

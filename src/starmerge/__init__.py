@@ -9,120 +9,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from starmerge.calibration.run import Calibrated, calibrate
-    from starmerge.checkpoints.metric import Metric, open_metric
-    from starmerge.deltas import Delta, Dense, LowRank
-    from starmerge.errors import StarmergeError, UsageError
-    from starmerge.merging.apply import Applied, apply
-    from starmerge.merging.engine import MergeResult, merge
-    from starmerge.merging.in_memory import merge_state
-    from starmerge.merging.task_vectors import TaskVectors, load_task_vectors
-    from starmerge.methods import (
-        Ace,
-        Auto,
-        Average,
-        Breadcrumbs,
-        Cart,
-        Covariance,
-        Ctm,
-        Dare,
-        DcMerge,
-        Della,
-        Denoise,
-        Emr,
-        IsoC,
-        IsoCts,
-        Karcher,
-        Knots,
-        Linear,
-        Lines,
-        MeanNorm,
-        MetaGpt,
-        Method,
-        ModelStock,
-        NuSlerp,
-        OwnResponse,
-        Pico,
-        Pipeline,
-        RegMean,
-        Scale,
-        Sce,
-        Shares,
-        Slerp,
-        Star,
-        SubspaceBoosting,
-        Svc,
-        TallMasks,
-        TaskArithmetic,
-        Ties,
-        Trim,
-        TsvM,
-        Wudi,
-    )
-    from starmerge.study.choose import Choice, choose
+    from starmerge.calibration.run import Calibrated as Calibrated
+    from starmerge.calibration.run import calibrate as calibrate
+    from starmerge.checkpoints.metric import Metric as Metric
+    from starmerge.checkpoints.metric import open_metric as open_metric
+    from starmerge.deltas import Delta as Delta
+    from starmerge.deltas import Dense as Dense
+    from starmerge.deltas import LowRank as LowRank
+    from starmerge.errors import StarmergeError as StarmergeError
+    from starmerge.errors import UsageError as UsageError
+    from starmerge.merging.apply import Applied as Applied
+    from starmerge.merging.apply import apply as apply
+    from starmerge.merging.engine import MergeResult as MergeResult
+    from starmerge.merging.engine import merge as merge
+    from starmerge.merging.in_memory import merge_state as merge_state
+    from starmerge.merging.task_vectors import TaskVectors as TaskVectors
+    from starmerge.merging.task_vectors import load_task_vectors as load_task_vectors
+    from starmerge.methods import Method as Method
+    from starmerge.methods import Pipeline as Pipeline
+    from starmerge.methods.built_in import *
+    from starmerge.study.choose import Choice as Choice
+    from starmerge.study.choose import choose as choose
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "Ace",
-    "Applied",
-    "Auto",
-    "Average",
-    "Breadcrumbs",
-    "Calibrated",
-    "Cart",
-    "Choice",
-    "Covariance",
-    "Ctm",
-    "Dare",
-    "DcMerge",
-    "Della",
-    "Delta",
-    "Denoise",
-    "Dense",
-    "Emr",
-    "IsoC",
-    "IsoCts",
-    "Karcher",
-    "Knots",
-    "Linear",
-    "Lines",
-    "LowRank",
-    "MeanNorm",
-    "MergeResult",
-    "MetaGpt",
-    "Method",
-    "Metric",
-    "ModelStock",
-    "NuSlerp",
-    "OwnResponse",
-    "Pico",
-    "Pipeline",
-    "RegMean",
-    "Scale",
-    "Sce",
-    "Shares",
-    "Slerp",
-    "Star",
-    "StarmergeError",
-    "SubspaceBoosting",
-    "Svc",
-    "TallMasks",
-    "TaskArithmetic",
-    "TaskVectors",
-    "Ties",
-    "Trim",
-    "TsvM",
-    "UsageError",
-    "Wudi",
-    "apply",
-    "calibrate",
-    "choose",
-    "load_task_vectors",
-    "merge",
-    "merge_state",
-    "open_metric",
-]
 
 _HOMES = {
     "Applied": "merging.apply",
@@ -132,7 +41,9 @@ _HOMES = {
     "Dense": "deltas",
     "LowRank": "deltas",
     "MergeResult": "merging.engine",
+    "Method": "methods",
     "Metric": "checkpoints.metric",
+    "Pipeline": "methods",
     "StarmergeError": "errors",
     "TaskVectors": "merging.task_vectors",
     "UsageError": "errors",
@@ -148,11 +59,18 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = _HOMES.get(name, "methods")
-    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    if name == "__all__":
+        return __dir__()
+    # The methods' classes are the only other public names, and all begin with a capital: so that
+    # asking for a submodule or a __special__ name does not load them.
+    home = _HOMES.get(name, "methods.built_in" if name[:1].isupper() else None)
+    if home is not None:
+        found = getattr(importlib.import_module(f"{__name__}.{home}"), name, None)
+        if found is not None:
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    built_in = importlib.import_module(f"{__name__}.methods.built_in")
+    return sorted([*_HOMES, *(name for name in vars(built_in) if name[:1].isupper())])

@@ -10,10 +10,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from starmerge import plugins
 from starmerge.checkpoints.output import check_output_file, output_file
 from starmerge.errors import UsageError, explain, nearest
 from starmerge.mergekit_recipe import is_mergekit_recipe, translate
-from starmerge.methods.pipeline import Pipeline, make_pipeline
+from starmerge.methods.pipeline import Pipeline, make_pipeline, map_chain
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
 OutputKind = Literal["model", "adapter", "unified"]
@@ -66,6 +67,9 @@ class Recipe(BaseModel):
         parameters: {eta: 40}
         metric: metric.safetensors
         dtype: keep
+
+    A method that is not starmerge's own is a plug-in: of an installed package by its name, of a
+    file as ``path/to/file.py:NAME``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -76,10 +80,16 @@ class Recipe(BaseModel):
     )
     models: list[ModelEntry] = Field(min_length=1, description="the fine-tunes to merge")
     method: str = Field(
-        default="star", description="a method of `starmerge methods`, or a chain: star+ties"
+        default="star",
+        description="a method of `starmerge methods`, or a chain: star+ties, star+my.py:Mine",
     )
     parameters: dict[str, Any] = Field(
         default={}, description="the method's parameters: eta, or star.eta where several have it"
+    )
+    plugins: dict[str, dict[str, str]] = Field(
+        default={},
+        description="by name, where the methods come from that are not starmerge's own: package "
+        "and version, or file and BLAKE3; what is given must still be so",
     )
     metric: str | None = Field(
         default=None,
@@ -131,7 +141,7 @@ class Recipe(BaseModel):
         """Return the recipe in YAML, such that :func:`load_recipe` reads it back."""
         content = self.model_dump()
         content["output"] = {k: v for k, v in content["output"].items() if v is not None}
-        for key in ("base", "output"):
+        for key in ("base", "output", "plugins"):
             if not content[key]:
                 del content[key]
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
@@ -140,10 +150,12 @@ class Recipe(BaseModel):
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe from a YAML file: one of ours, or one of mergekit's, which is translated.
 
-    Paths that exist relative to the recipe's own folder are meant so.
+    Paths that exist relative to the recipe's own folder are meant so. Files of methods always begin
+    at that folder; loading the recipe executes them.
 
     Raises:
         UsageError: The file is missing or not YAML; an unknown key, a missing one, a wrong value.
+        StarmergeError: The package or the file of a method cannot be loaded.
     """
     try:
         documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8"))) or [None]
@@ -161,6 +173,9 @@ def load_recipe(path: Path) -> Recipe:
         raise UsageError(f"{path} holds no recipe: it needs the keys 'base' and 'models'.")
     if is_mergekit_recipe(content):
         content = translate(content, where=str(path))
+    if isinstance(content.get("method"), str):
+        method = map_chain(content["method"], lambda part: plugins.beside(part, path.parent))
+        content = {**content, "method": method}
     recipe = make_recipe(content, where=str(path))
 
     def beside(reference: str) -> str:
@@ -208,7 +223,12 @@ def write_recipe(recipe: Recipe, file: Path, *, overwrite: bool = False) -> None
     models = [entry.model_copy(update={"path": beside(entry.path)}) for entry in recipe.models]
     metric = None if recipe.metric is None else beside(recipe.metric)
     base = None if recipe.base is None else beside(recipe.base)
-    places = {"base": base, "models": models, "metric": metric}
+    places = {
+        "base": base,
+        "models": models,
+        "method": map_chain(recipe.method, lambda part: plugins.placed(part, folder)),
+        "metric": metric,
+    }
     placed = recipe.model_copy(update=places)
     with output_file(file, overwrite=overwrite) as partial:
         partial.write_text(placed.to_yaml(), encoding="utf-8")
@@ -222,7 +242,8 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
         where: How error messages call it.
 
     Raises:
-        UsageError: As for :func:`load_recipe`.
+        UsageError: As for :func:`load_recipe`; a plug-in that is not the one that the recipe names.
+        StarmergeError: As for :func:`load_recipe`.
     """
     for key in content:
         if key not in Recipe.model_fields:
@@ -236,8 +257,22 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
             f"{where} lacks the base. Only an adapter is made of adapters alone, without it "
             "(--as adapter; output: {kind: adapter} in a recipe)."
         )
+    pipeline = recipe.make_pipeline()
+    origins = {name: origin.record() for name, origin in pipeline.plugins.items()}
+    for name, given in recipe.plugins.items():
+        if name not in origins:
+            raise UsageError(
+                f"{where}: 'plugins' speaks of {name!r}, which is no plug-in of {recipe.method}. "
+                "Delete it."
+            )
+        if given != origins[name]:
+            raise UsageError(
+                f"{where}: the plug-in {name!r} was {_in_words(given)} when the recipe was made, "
+                f"and is {_in_words(origins[name])} now. Restore it, or delete 'plugins' from the "
+                "recipe to take it as it is."
+            )
     # With its defaults filled in, a recipe means the same under every later version.
-    return recipe.model_copy(update={"parameters": recipe.make_pipeline().parameters()})
+    return recipe.model_copy(update={"parameters": pipeline.parameters(), "plugins": origins})
 
 
 def model_entries(
@@ -282,6 +317,10 @@ def parse_models(arguments: Sequence[str]) -> list[dict[str, str]]:
 
 
 _KEYS = list(Recipe.model_fields)
+
+
+def _in_words(origin: Mapping[str, str]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in origin.items()) or "of no origin"
 
 
 def _last_part(reference: str) -> str:

@@ -703,7 +703,7 @@ def test_generators_yield_pairs(tmp_path: Path) -> None:
         ({"prompt": "Which?"}, "prompt\n.*Extra inputs"),
         ({"source": {"array": "a.npz", "key": "b"}}, "key\n.*Extra inputs"),
         ({"source": {"array": "a.npz", "train_images": "b"}}, "give both train_images and"),
-        ({"metric": "spearman"}, "'accuracy' or 'f1'"),
+        ({"metric": "spearman"}, "metric 'spearman' is of numbers"),
         ({"metric": "f1"}, "metric 'f1' needs labels"),
         ({"labels": {"0": "zero"}}, "there must be two at least"),
         ({"labels": {"0": "zero", "1": "zero"}}, "'zero' stands for both '0' and '1'"),

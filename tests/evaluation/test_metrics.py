@@ -371,5 +371,5 @@ def test_no_predictions_are_an_error() -> None:
 
 
 def test_an_unknown_metric_is_named() -> None:
-    with pytest.raises(UsageError, match="no metric 'bleu'"):
+    with pytest.raises(UsageError, match="No metric is called 'bleu'"):
         score(_credits([1]), "bleu")

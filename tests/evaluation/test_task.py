@@ -15,14 +15,14 @@ from starmerge.evaluation.sources import FileSource, Sample
 from starmerge.evaluation.task import Gold, Task
 from starmerge.evaluation.task_file import as_yaml, load_task
 from starmerge.evaluation.tasks import (
+    TASKS,
     find_task,
     folder_tasks,
-    registry,
     task_of_prompts,
     with_rows_of,
 )
 
-GENERATED = [name for name in registry() if name.startswith(("demo/", "results/"))]
+GENERATED = [name for name in TASKS if name.startswith(("demo/", "results/"))]
 
 
 def _jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -61,7 +61,7 @@ def test_a_file_says_all_of_a_task(tmp_path: Path) -> None:
 
 
 def test_a_task_is_written_as_it_was_read(tmp_path: Path) -> None:
-    for name, task in registry().items():
+    for name, task in TASKS.items():
         path = tmp_path / f"{name.replace('/', '-')}.yaml"
         path.write_text(as_yaml(task))
         assert load_task(path) == task
@@ -90,7 +90,7 @@ def test_a_task_is_written_as_it_was_read(tmp_path: Path) -> None:
         ({"labels": ["a", "b"], "choices": "options"}, "choices are for tasks without labels"),
         ({"match": "whole-word"}, "match 'whole-word' needs labels"),
         ({"match": "fuzzy"}, "match: Input should be"),
-        ({"metric": "spearman"}, "metric 'spearman' needs match 'number'"),
+        ({"metric": "spearman"}, "metric 'spearman' is of numbers: it needs match 'number'"),
         ({"metric": "f1"}, "needs labels, or match 'token-f1'"),
         ({"match": "token-f1"}, "match 'token-f1' needs metric 'f1'"),
         ({"range": [0, 5]}, "range is for match 'number'"),
@@ -212,7 +212,7 @@ def test_a_fingerprint_knows_rows_and_wording_but_no_names(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", GENERATED)
 def test_generated_tasks_are_fixed_and_without_leaks_or_rare_labels(name: str) -> None:
-    task = registry()[name]
+    task = TASKS[name]
     train, test = task.examples("train"), task.examples("test")
     assert train == task.examples("train")
     assert task.examples("test", 50) == test[:50]

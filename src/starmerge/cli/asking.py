@@ -20,7 +20,8 @@ Tasks = Annotated[
         "--tasks",
         "-t",
         help="Separated by commas: names of [b]starmerge tasks[/b], task files (.yaml), rows "
-        "(.jsonl, .csv, .parquet), folders with train.jsonl and test.jsonl, or lm-eval:NAME.",
+        "(.jsonl, .csv, .parquet), folders with train.jsonl and test.jsonl, FILE.py:NAME, or "
+        "lm-eval:NAME.",
     ),
 ]
 TaskFolder = Annotated[

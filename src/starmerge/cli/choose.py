@@ -32,7 +32,8 @@ def choose(
             "--method",
             "-m",
             metavar="CHAIN[:KEY=VALUE,...]",
-            help="A candidate: one of [b]starmerge methods[/b] or a chain, with parameters. "
+            help="A candidate: one of [b]starmerge methods[/b], FILE.py:NAME or a chain, with "
+            "parameters. "
             "Repeatable; the first given is preferred where rows cannot tell. [b]defaults[/b] "
             "stands for the default ones.",
             show_default="defaults",

@@ -44,7 +44,8 @@ def merge(
         typer.Option(
             "--method",
             "-m",
-            help="[b]auto[/b], one of [b]starmerge methods[/b], or a chain of them: star+ties.",
+            help="[b]auto[/b], one of [b]starmerge methods[/b], FILE.py:NAME for one in a file, "
+            "which is executed, or a chain of them: star+ties.",
             show_default="star",
         ),
     ] = None,
@@ -260,6 +261,8 @@ def _print_plan(plan: Plan, workers: Workers) -> None:
     console.print(table)
     for key, value in plan.recipe.parameters.items():
         console.print(f"{key}: {json.dumps(value, ensure_ascii=False)}", markup=False)
+    for name, origin in plan.pipeline.plugins.items():
+        console.print(f"{name}: of {origin}", markup=False)
     if plan.reason is not None:
         console.print(plan.reason, markup=False)
     if plan.metric is not None:

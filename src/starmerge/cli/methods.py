@@ -5,22 +5,32 @@ from __future__ import annotations
 import inspect
 import json as jsonlib
 import re
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from starmerge.methods import Method
+    from starmerge.plugins import Plugin
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Say all about this one.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Say all about this one; FILE.py:NAME for one in a file.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the merging methods, or explain one: definition, source, cost, parameters."""
+    """List the merging methods, or explain one: definition, source, cost, parameters.
+
+    Those of installed packages are listed with the package.
+    """
     from starmerge.methods import METHODS
     from starmerge.methods.method import find_method
 
+    plugins = METHODS.plugins() if name is None else []
     chosen = [find_method(name)] if name else [METHODS[key] for key in sorted(METHODS)]
     if json:
         described = [_described(method) for method in chosen]
@@ -31,18 +41,28 @@ def methods(
             print(f"\n{kind}")
             for method in (method for method in chosen if method.kind == kind):
                 summary = inspect.cleandoc(method.__doc__ or "").splitlines()[0]
-                print(f"  {method.name:<18}{summary}")
+                origin = METHODS.origin(method)
+                print(f"  {method.name:<18}{summary}{f' (of {origin})' if origin else ''}")
     else:
         described_one = _described(chosen[0])
         text = re.sub(r":\w+:|``|`", "", described_one["description"])
-        print(f"{name}: {described_one['kind']}\n\n{text}\n")
+        origin = METHODS.origin(chosen[0])
+        print(f"{name}: {described_one['kind']}{f', of {origin}' if origin else ''}\n\n{text}\n")
         if chosen[0].uses_metric:
             print("With --metric FILE (of starmerge calibrate) it works in whitened inputs.\n")
         for parameter in described_one["parameters"]:
             default = jsonlib.dumps(parameter.get("default"))
             shown = "" if default == "null" else f"={default.strip(chr(34))}"
             allowed = _allowed(parameter)
-            print(f"-p {parameter['name']}{shown} ({allowed}): {parameter['description']}")
+            print(f"-p {parameter['name']}{shown} ({allowed}): {parameter.get('description', '')}")
+    print_faults(plugins)
+
+
+def print_faults(plugins: Sequence[Plugin[Any]]) -> None:
+    """Say on standard error which plug-ins of installed packages cannot be used, and why."""
+    for fault in dict.fromkeys(plugin.fault for plugin in plugins):
+        if fault is not None:
+            print(f"Note: {fault}", file=sys.stderr)
 
 
 def _allowed(schema: dict[str, Any]) -> str:
@@ -74,10 +94,14 @@ _BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "
 def _described(method: type[Method]) -> dict[str, Any]:
     from pydantic import TypeAdapter
 
+    from starmerge.methods import METHODS
+
     schema = TypeAdapter(method).json_schema()
+    origin = METHODS.origin(method)
     return {
         "name": method.name,
         "kind": method.kind,
+        "origin": None if origin is None else origin.record(),
         "description": inspect.cleandoc(method.__doc__ or ""),
         "parameters": [
             {"name": key.rstrip("_"), **{k: v for k, v in entry.items() if k != "title"}}

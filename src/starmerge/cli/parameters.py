@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 _NEXT = re.compile(r",(?=[\w.]+=)")
 """A comma after which a parameter begins; those of a list or mapping are none."""
 
+_SETTINGS = re.compile(r"(?<!\.py):")
+"""The colon after which a chain's parameters begin; that of my.py:Mine is none."""
+
 
 def parameters(arguments: list[str]) -> dict[str, Any]:
     """Read KEY=VALUE, the value as JSON where it is some."""
@@ -64,7 +67,7 @@ def chain(text: str) -> Pipeline:
     """
     from starmerge.methods.pipeline import make_pipeline
 
-    name, colon, settings = text.partition(":")
-    if colon and not settings:
+    name, *rest = _SETTINGS.split(text, maxsplit=1)
+    if rest == [""]:
         raise UsageError(f"-m {text}: parameters follow the colon, as in star:eta=60.")
-    return make_pipeline(name, parameters(_NEXT.split(settings)) if settings else {})
+    return make_pipeline(name, parameters(_NEXT.split(rest[0])) if rest else {})

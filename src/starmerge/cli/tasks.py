@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from starmerge.cli.methods import print_faults
+
 
 def tasks(
     name: Annotated[str | None, typer.Argument(help="A task, to show all of it.")] = None,
@@ -16,14 +18,17 @@ def tasks(
 ) -> None:
     """List the tasks to fine-tune on and to evaluate, or show one as its file has it.
 
+    The tasks of installed packages come last, with the package.
+
     What is shown of a task is a task file: change it, keep it, and name it wherever a task's name
     stands. Rows (.jsonl, .csv, .parquet) with input and label are a task as they are.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from starmerge.evaluation.task_file import as_yaml
-    from starmerge.evaluation.tasks import find_task, folder_tasks, registry
+    from starmerge.evaluation.tasks import TASKS, find_task, folder_tasks
 
     own = folder_tasks(task_folder) if task_folder is not None else {}
     if name is not None:
@@ -33,6 +38,12 @@ def tasks(
     table.add_column("task", no_wrap=True)
     table.add_column("answers", no_wrap=True)
     table.add_column("what")
-    for full, task in {**own, **registry()}.items():
+    for full, task in {**own, **TASKS.built_in}.items():
         table.add_row(full, task.answers, task.description)
+    plugins = TASKS.plugins()
+    for plugin in plugins:
+        if plugin.thing is not None:
+            described = f"{plugin.thing.description} (of {plugin.origin})"
+            table.add_row(plugin.name, plugin.thing.answers, escape(described))
     Console().print(table)
+    print_faults(plugins)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -145,7 +146,7 @@ def perfect(score: Score) -> Score:
 
     As the fine-tune of a task that has none: the normalised average then is the mean score.
     """
-    right = [replace(p, value=p.gold, credit=1.0) for p in score.predictions]
+    right = [replace(p, response=p.gold, value=p.gold, credit=1.0) for p in score.predictions]
     return replace(score, value=1.0, predictions=tuple(right))
 
 
@@ -284,8 +285,14 @@ def _all_differing(first: Mapping[str, Score], second: Mapping[str, Score]) -> i
 
 def _differing(first: Score, second: Score) -> int:
     """Return how many rows two models answered differently; rows in one order or not."""
-    answers = {p.id: (p.value, p.credit) for p in first.predictions}
-    return sum(answers.get(p.id) != (p.value, p.credit) for p in second.predictions)
+    answers = _answers(first)
+    return sum(answers.get(row) != answer for row, answer in _answers(second).items())
+
+
+def _answers(score: Score) -> dict[str, tuple[Any, ...]]:
+    """Return what was read in the response to each row, what it earned and what the metric sees."""
+    seen = score.computed_by.rows(score)
+    return {p.id: (p.value, p.credit, row) for p, row in zip(score.predictions, seen, strict=True)}
 
 
 def _mcnemar(first: Score, second: Score) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from zipfile import BadZipFile
@@ -15,15 +16,17 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, model_validator
 
 from starmerge.errors import StarmergeError, UsageError
+from starmerge.evaluation.metrics import METRICS, Metric
 from starmerge.evaluation.sources import (
     DATA_SEED,
     Data,
     Sample,
+    Source,
     Split,
     function_of,
     is_held_out,
 )
-from starmerge.evaluation.task import Example, as_words, check_words
+from starmerge.evaluation.task import Example, MetricName, as_words, check_words
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 """Of the files that are taken from a class folder; others are left out."""
@@ -35,7 +38,7 @@ Row = tuple[str, Path | Pixels, str]
 """Where an image stands in its source, its file or its pixels, and the label the data gives it."""
 
 
-class FolderSource(Data):
+class FolderSource(Source):
     """Image files in one sub-folder for each class, or the same within ``train`` and ``test``.
 
     The sub-folders' names are the labels. If there is a sub-folder ``test`` that has sub-folders,
@@ -48,7 +51,7 @@ class FolderSource(Data):
     """Score this share of the images, chosen by a hash of the files, and train on the rest."""
 
 
-class ArraySource(Data):
+class ArraySource(Source):
     """Arrays of a NumPy file (.npz).
 
     The images are (n, h, w) or (n, h, w, c) with 1, 3 or 4 channels, uint8 or floating-point from
@@ -75,14 +78,14 @@ class ArraySource(Data):
         return self
 
 
-class ImageGeneratorSource(Data):
+class ImageGeneratorSource(Source):
     """Images that a Python function makes: it gets a ``random.Random`` and yields (array, label).
 
     Each array is one image as :class:`ArraySource` has them, each label a whole number or a text.
     """
 
     generator: str | Callable[..., Any]
-    """``package.module:function``, or the function itself."""
+    """``package.module:function``, ``path/to/file.py:function``, or the function itself."""
     held_out: float = Field(default=0.2, gt=0, lt=1)
     """Score this share of the images, chosen by a hash of the pixels, and train on the rest."""
 
@@ -119,15 +122,19 @@ class ImageTask(Data):
     ``id2label`` has. Where that says nothing (LABEL_0, LABEL_1 ...), the order is that of the
     outputs. Without labels, all classes of the model are there to choose from, and the data has
     their names, or all the numbers of their outputs."""
-    metric: Literal["accuracy", "f1"] = "accuracy"
+    metric: MetricName = "accuracy"
 
     @model_validator(mode="after")
     def _parts_fit(self) -> ImageTask:
         if self.labels is not None:
             check_words(self.labels)
-        elif self.metric == "f1":
-            raise ValueError("metric 'f1' needs labels")
+        self.scored_by.check(match=None, closed=self.labels is not None)
         return self
+
+    @cached_property
+    def scored_by(self) -> Metric:
+        """The metric itself."""
+        return METRICS.find(self.metric)
 
     @property
     def words(self) -> tuple[tuple[str, ...], ...]:
@@ -141,12 +148,7 @@ class ImageTask(Data):
 
     def beside(self, folder: Path) -> ImageTask:
         """Return the task with the paths of its source beginning at a folder."""
-        paths = {
-            key: (folder / path).absolute()
-            for key in ("folder", "array")
-            if (path := getattr(self.source, key, None)) is not None
-        }
-        return self.model_copy(update={"source": self.source.model_copy(update=paths)})
+        return self.model_copy(update={"source": self.source.beside(folder)})
 
     def examples(self, split: Split, limit: int | None = None) -> list[Example]:
         """Return the images of a split, sampled and shuffled with the sample's seed.

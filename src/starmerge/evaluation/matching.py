@@ -75,7 +75,7 @@ def read(task: Task, response: str, example: Example, mode: Mode = "strict") -> 
     """
     how = _read_strictly if mode == "strict" else _read_like_the_paper
     value, credit = how(task, response, example.label)
-    return Reading(value, None if task.metric in ("spearman", "pearson") else credit)
+    return Reading(value, credit if task.scored_by.earns else None)
 
 
 def is_final(task: Task, text: str) -> bool:

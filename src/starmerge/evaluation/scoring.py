@@ -244,4 +244,4 @@ def scored(
 ) -> Score:
     """Read answers and score them by the task's metric."""
     labels = [words[0] for words in task.words]
-    return score(predictions(task, examples, answers, scorer, mode), task.metric, labels)
+    return score(predictions(task, examples, answers, scorer, mode), task.scored_by, labels)

@@ -188,7 +188,7 @@ class _ImageSheet:
             predicted(example, record["response"])
             for example, record in zip(self._examples, records, strict=True)
         ]
-        return score(found, self._task.metric, [words[0] for words in self._task.words])
+        return score(found, self._task.scored_by, [words[0] for words in self._task.words])
 
 
 class _HarnessSheet:

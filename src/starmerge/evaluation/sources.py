@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
 
+from starmerge import plugins
 from starmerge.errors import UsageError
 
 Split = Literal["train", "test"]
@@ -37,7 +39,22 @@ class Data(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class HubSource(Data):
+class Source(Data):
+    """Where rows come from."""
+
+    def beside(self, folder: Path) -> Self:
+        """Return the source with its paths beginning at a folder."""
+        places: dict[str, Any] = {}
+        for key in type(self).model_fields:
+            value = getattr(self, key)
+            if isinstance(value, Path):
+                places[key] = (folder / value).absolute()
+            elif key == "generator" and isinstance(value, str):
+                places[key] = plugins.beside(value, folder.absolute())
+        return self.model_copy(update=places)
+
+
+class HubSource(Source):
     """Rows of a dataset on the Hugging Face Hub, by the library ``datasets``."""
 
     hub: str
@@ -57,7 +74,7 @@ class HubSource(Data):
     """What to pass instead, for a dataset that is hard to have."""
 
 
-class FileSource(Data):
+class FileSource(Source):
     """Rows of local files: JSONL, CSV with a header, or Parquet, told by the suffix."""
 
     file: Path
@@ -76,11 +93,11 @@ class FileSource(Data):
         return self
 
 
-class GeneratorSource(Data):
+class GeneratorSource(Source):
     """Rows that a Python function makes: it gets a ``random.Random`` and yields dictionaries."""
 
     generator: str | Callable[..., Any]
-    """``package.module:function``, or the function itself."""
+    """``package.module:function``, ``path/to/file.py:function``, or the function itself."""
     held_out: float = Field(default=0.2, gt=0, lt=1)
     """Share to score, chosen by a hash of ``key``; the rest is to train on."""
     key: str = "input"
@@ -233,16 +250,21 @@ def function_of(generator: str | Callable[..., Any]) -> Callable[[random.Random]
 
     Raises:
         UsageError: It cannot be imported.
+        StarmergeError: Its file cannot be loaded.
     """
     if callable(generator):
         return generator
-    module, _, name = generator.partition(":")
+    module, _, name = generator.rpartition(":")
     try:
-        function = getattr(importlib.import_module(module), name)
+        if plugins.is_file_reference(generator):
+            function = getattr(plugins.load_file(Path(module)), name)
+        else:
+            function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(
             f"The generator {generator!r} cannot be imported: {error}. Write "
-            "package.module:function, of a package that is installed or on PYTHONPATH."
+            "package.module:function, of a package that is installed or on PYTHONPATH, or "
+            "path/to/file.py:function."
         ) from error
     made: Callable[[random.Random], Iterable[Any]] = function
     return made

@@ -11,14 +11,16 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
 
 from blake3 import blake3
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from starmerge.errors import UsageError
+from starmerge.errors import StarmergeError, UsageError
+from starmerge.evaluation.metrics import METRICS, Metric
 from starmerge.evaluation.sources import (
     Data,
     FileSource,
@@ -39,8 +41,18 @@ Chat = Literal["auto", "none", "template", "template-without-generation-prompt"]
 Match = Literal["whole-word", "exact", "starts-with", "contains", "number", "token-f1"]
 """How an answer is read; see :mod:`starmerge.evaluation.matching`."""
 
-Metric = Literal["accuracy", "f1", "spearman", "pearson"]
-"""What a score is; see :mod:`starmerge.evaluation.metrics`."""
+
+def _known_metric(name: str) -> str:
+    try:
+        METRICS.find(name)
+    except StarmergeError as error:
+        raise ValueError(str(error)) from error
+    return name
+
+
+MetricName = Annotated[str, AfterValidator(_known_metric)]
+"""What a score is: a metric of :mod:`starmerge.evaluation.metrics` or of an installed package, or
+one of a file, ``path/to/file.py:NAME``."""
 
 _PATH = re.compile(r"\w+(\[\d+\]|\.\w+)*")
 
@@ -134,7 +146,7 @@ class Task(Data):
     """For ``contains``: regular expression of what counts as an answer at all."""
     range: tuple[float, float] | None = None
     """Least and greatest answer, for ``number``."""
-    metric: Metric = "accuracy"
+    metric: MetricName = "accuracy"
     max_new_tokens: int = Field(default=10, ge=1)
     """Length of an answer; 10 is the rule of arXiv 2502.10339."""
     case_sensitive: bool = False
@@ -166,13 +178,13 @@ class Task(Data):
             check_words(self.labels)
         if self.range is not None and self.match != "number":
             raise ValueError("range is for match 'number'")
-        if self.metric in ("spearman", "pearson") and self.match != "number":
-            raise ValueError(f"metric {self.metric!r} needs match 'number'")
-        if self.metric == "f1" and self.labels is None and self.match != "token-f1":
-            raise ValueError("metric 'f1' needs labels, or match 'token-f1'")
-        if self.match == "token-f1" and self.metric != "f1":
-            raise ValueError("match 'token-f1' needs metric 'f1'")
+        self.scored_by.check(match=self.match, closed=self.labels is not None)
         return self
+
+    @cached_property
+    def scored_by(self) -> Metric:
+        """The metric itself."""
+        return METRICS.find(self.metric)
 
     @property
     def words(self) -> tuple[tuple[str, ...], ...]:
@@ -193,14 +205,7 @@ class Task(Data):
 
     def beside(self, folder: Path) -> Task:
         """Return the task with the paths of its source beginning at a folder."""
-        if not isinstance(self.source, FileSource):
-            return self
-        places = {
-            key: (folder / path).absolute()
-            for key in ("file", "train_file")
-            if (path := getattr(self.source, key)) is not None
-        }
-        return self.model_copy(update={"source": self.source.model_copy(update=places)})
+        return self.model_copy(update={"source": self.source.beside(folder)})
 
     def examples(self, split: Split, limit: int | None = None) -> list[Example]:
         """Return the rows of a split, sampled and shuffled with the sample's seed.

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from starmerge import plugins
 from starmerge.errors import UsageError, explain, nearest
 from starmerge.evaluation.images import IMAGE_SOURCES, ImageTask
 from starmerge.evaluation.sources import Data, FileSource, GeneratorSource, HubSource, Sample
@@ -49,7 +50,8 @@ def make_task(content: Mapping[str, Any], *, where: str, folder: Path = Path()) 
         content: The keys and values; ``kind`` is "text" or "image-classification", by default the
             former.
         where: What to call it in errors.
-        folder: Where relative paths begin.
+        folder: Where relative paths begin, also those of files with a metric or a generator, which
+            are executed.
 
     Raises:
         UsageError: A key is missing or unknown, or a value does not fit.
@@ -58,6 +60,8 @@ def make_task(content: Mapping[str, Any], *, where: str, folder: Path = Path()) 
     if kind not in _KINDS:
         raise UsageError(f"{where}: the kind {kind!r} is unknown.{nearest(kind, _KINDS)}")
     model, sources = _KINDS[kind]
+    if isinstance(content.get("metric"), str):
+        content = {**content, "metric": plugins.beside(content["metric"], folder.absolute())}
     try:
         task = model.model_validate(_with_one_source(content, sources, where))
     except ValidationError as error:

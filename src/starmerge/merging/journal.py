@@ -39,7 +39,7 @@ def fingerprint(plan: Plan) -> str:
     nobody can set the time of that stamp back.
     """
     files = sorted((str(file.resolve()), *state) for file, state in plan.states.items())
-    content = [plan.recipe.model_dump(), versions(), files]
+    content = [plan.recipe.model_dump(), versions(plan.recipe), files]
     text = json.dumps(content, sort_keys=True, ensure_ascii=True)
     return blake3(text.encode()).hexdigest(length=16)
 

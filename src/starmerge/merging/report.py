@@ -17,6 +17,7 @@ from starmerge.merging.layout import PlannedTensor
 from starmerge.merging.outputs import Finished
 from starmerge.merging.plan import Plan
 from starmerge.methods.pipeline import Merged
+from starmerge.recipe import Recipe
 
 SCHEMA = 1
 """Of the report: raised when a reader of an earlier one would misread it."""
@@ -67,10 +68,15 @@ class MergeReport:
         return text + "."
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of what computes a merge."""
+def versions(recipe: Recipe) -> dict[str, str]:
+    """Return the versions of what computes a merge, plug-ins of packages among it."""
     packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return packages | {"python": platform.python_version()}
+    own = {
+        plugin["package"]: plugin["version"]
+        for plugin in recipe.plugins.values()
+        if "package" in plugin
+    }
+    return packages | {"python": platform.python_version()} | own
 
 
 def tensor_record(
@@ -168,7 +174,7 @@ def make_report(
     return MergeReport(
         {
             "schema": SCHEMA,
-            "versions": versions(),
+            "versions": versions(plan.recipe),
             "recipe": plan.recipe.model_dump(),
             "reason": plan.reason,
             "findings": {**findings, **finished.findings},

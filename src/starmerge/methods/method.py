@@ -23,6 +23,7 @@ from typing_extensions import dataclass_transform
 from starmerge.deltas import Delta
 from starmerge.errors import UsageError, explain, nearest
 from starmerge.methods.memory import DeltaShape, TensorShape, scaled_shape, total_shape
+from starmerge.plugins import Registry
 from starmerge.spectral import Truncation
 from starmerge.spectral.metric import Inputs
 
@@ -328,8 +329,20 @@ class MergedWalk(Protocol):
         """Yield what ``look`` returns for the merged update and the deltas of each tensor."""
 
 
-METHODS: dict[str, type[Method]] = {}
-"""Every method by name."""
+def _fault(thing: Any) -> str | None:
+    """Return why something is no method that can be used."""
+    if not isinstance(thing, type):
+        return f"it is of the type {type(thing).__name__}, and a method is a class"
+    if not issubclass(thing, Transform | Merge | PostStep):
+        return "it is a class, and a method is one of Transform, Merge or PostStep"
+    if "name" not in vars(thing) or "__dataclass_fields__" not in vars(thing):
+        return 'it is not decorated. Write @method("name") above it'
+    missing = sorted(getattr(thing, "__abstractmethods__", ()))
+    return f"it does not define {', '.join(missing)}" if missing else None
+
+
+METHODS: Registry[type[Method]] = Registry("method", "starmerge.methods", fault=_fault)
+"""Every method by name; other packages and files have more."""
 
 _Method = TypeVar("_Method", bound=Method)
 
@@ -340,6 +353,9 @@ def method(name: str) -> Callable[[type[_Method]], type[_Method]]:
 
     The class becomes a frozen dataclass whose fields are validated parameters, and goes into the
     registry. Unknown parameters, NaN and infinities are refused.
+
+    Raises:
+        UsageError: Another method has the name.
     """
 
     def register(cls: type[_Method]) -> type[_Method]:
@@ -353,7 +369,7 @@ def method(name: str) -> Callable[[type[_Method]], type[_Method]]:
             ),
         )
         made.name = name
-        METHODS[name] = made
+        METHODS.add(name, made)
         return made
 
     return register
@@ -396,14 +412,13 @@ def refuse_negative(method: Method, weights: Sequence[float], reason: str) -> No
 
 
 def find_method(name: str) -> type[Method]:
-    """Return a method's class by its name.
+    """Return a method's class by its name, or from a file: ``path/to/file.py:NAME``.
 
     Raises:
         UsageError: There is no such method.
+        StarmergeError: The package or the file that has it cannot be loaded.
     """
-    if name not in METHODS:
-        raise UsageError(f"No method is called {name!r}.{nearest(name, METHODS)}")
-    return METHODS[name]
+    return METHODS.find(name)
 
 
 def make_method(name: str, parameters: Mapping[str, Any] | None = None) -> Method:

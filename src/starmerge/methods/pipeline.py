@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from starmerge.methods.auto import Auto
 from starmerge.methods.average import Average
 from starmerge.methods.memory import DeltaShape, TensorShape
 from starmerge.methods.method import (
+    METHODS,
     Deltas,
     Merge,
     Method,
@@ -26,6 +26,7 @@ from starmerge.methods.method import (
     make_method,
     sums_to_zero,
 )
+from starmerge.plugins import Origin, is_file_reference
 from starmerge.spectral import Truncation
 
 _Seen = TypeVar("_Seen")
@@ -124,8 +125,14 @@ class Pipeline:
 
     @property
     def name(self) -> str:
-        """The chain as users write it: ``star+ties``."""
-        return "+".join(step.name for step in self.steps)
+        """The chain as users write it: ``star+ties``, or ``star+my.py:Mine``."""
+        return "+".join(METHODS.reference(type(step)) for step in self.steps)
+
+    @property
+    def plugins(self) -> dict[str, Origin]:
+        """Where the methods come from that are not starmerge's own, by name."""
+        origins = {step.name: METHODS.origin(type(step)) for step in self.steps}
+        return {name: origin for name, origin in origins.items() if origin is not None}
 
     @property
     def all_steps(self) -> tuple[Method, ...]:
@@ -312,34 +319,72 @@ def make_pipeline(name: str, parameters: Mapping[str, Any] | None = None) -> Pip
     """Return a chain by its name, such as ``star+ties``, its parameters validated.
 
     Args:
-        name: Names of methods, joined by ``+``.
+        name: Names of methods, joined by ``+``; of a method in a file ``path/to/file.py:NAME``.
         parameters: Each as ``key`` where one method of the chain has it, or as ``method.key``.
 
     Raises:
         UsageError: No such method or parameter, a value out of its range, a wrong order.
+        StarmergeError: The package or the file of a method cannot be loaded.
     """
-    names = [part.strip() for part in name.split("+")]
-    twice = [part for part, count in Counter(names).items() if count > 1]
-    if twice:
-        raise UsageError(f"{name}: {twice[0]} stands there twice. A method counts once.")
-    owners = {part: find_method(part).parameter_names() for part in names}
-    given: dict[str, dict[str, Any]] = {part: {} for part in names}
+    parts = split_chain(name)
+    methods = [find_method(part) for part in parts]
+    _check_distinct(name, methods)
+    owners = {method.name: method.parameter_names() for method in methods}
+    given: dict[str, dict[str, Any]] = {own: {} for own in owners}
     for key, value in (parameters or {}).items():
         step, dot, own = key.rpartition(".")
-        having = [part for part in names if own in owners[part] and step in ("", part)]
-        if dot and step not in names:
+        having = [part for part in owners if own in owners[part] and step in ("", part)]
+        if dot and step not in owners:
             raise UsageError(f"{name}: {key!r} is a parameter of no method of the chain.")
         if len(having) > 1:
             choice = " or ".join(f"{part}.{key}" for part in having)
             raise UsageError(f"{name}: {key!r} is a parameter of several methods. Say {choice}.")
         if not having:
-            known = [known for part in names for known in owners[part]]
+            known = [known for part in owners for known in owners[part]]
             hint = nearest(own, known) if known else " It has none."
             raise UsageError(f"Method {name!r} has no parameter {key!r}.{hint}")
         if own in given[having[0]]:
             raise UsageError(f"{name}: the parameter {own!r} is given twice. Leave one out.")
         given[having[0]][own] = value
-    return Pipeline.of([make_method(part, given[part]) for part in names])
+    return Pipeline.of(
+        [make_method(part, given[own]) for part, own in zip(parts, owners, strict=True)]
+    )
+
+
+def split_chain(name: str) -> list[str]:
+    """Return the methods of a chain: ``star+my.py:Mine`` has ``star`` and ``my.py:Mine``.
+
+    A folder may have a ``+`` in its name if a slash stands before it, as in ``./a+b/my.py:Mine``.
+    """
+    parts: list[str] = []
+    for piece in name.split("+"):
+        if parts and "/" in parts[-1] and not is_file_reference(parts[-1].strip()):
+            parts[-1] += f"+{piece}"
+        else:
+            parts.append(piece)
+    return [part.strip() for part in parts]
+
+
+def map_chain(name: str, change: Callable[[str], str]) -> str:
+    """Return a chain each of whose methods is named as ``change`` returns it."""
+    return "+".join(map(change, split_chain(name)))
+
+
+def _check_distinct(name: str, methods: Sequence[type[Method]]) -> None:
+    """Make sure that each method stands in a chain once, and that no two have one name.
+
+    Raises:
+        UsageError: One stands there twice, or shares its name.
+    """
+    for number, method in enumerate(methods):
+        for other in methods[:number]:
+            if other is method:
+                raise UsageError(f"{name}: {method.name} stands there twice. A method counts once.")
+            if other.name == method.name:
+                places = " and ".join(map(METHODS.reference, (other, method)))
+                raise UsageError(
+                    f"{name}: {places} both call themselves {method.name!r}. Rename one."
+                )
 
 
 def as_pipeline(method: Method | Pipeline | str) -> Pipeline:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import cache
 from pathlib import Path
+from typing import Any
 
 from starmerge.errors import UsageError, nearest
 from starmerge.evaluation.sources import FileSource, read_file
 from starmerge.evaluation.task import Task
 from starmerge.evaluation.task_file import DataTask, load_task
+from starmerge.plugins import Registry, is_file_reference
 
 FOLDER = Path(__file__).parent
 
@@ -17,11 +18,27 @@ HELD_OUT = 0.2
 """Share of a bare file of rows that is held out for testing."""
 
 
-@cache
-def registry() -> dict[str, DataTask]:
-    """Return every task that comes with the package, by suite and name: "demo/past"."""
+def _built_in() -> dict[str, DataTask]:
+    """Read every task that comes with the package, by suite and name: "demo/past"."""
     files = sorted(FOLDER.glob("*/*.yaml"))
     return {f"{file.parent.name}/{file.stem}": load_task(file) for file in files}
+
+
+def _fault(thing: Any) -> str | None:
+    """Return why something is no task that can be used."""
+    if isinstance(thing, DataTask):
+        return None
+    return f"it is of the type {type(thing).__name__}, and a task is a Task or an ImageTask"
+
+
+TASKS: Registry[DataTask] = Registry(
+    "task",
+    "starmerge.tasks",
+    fault=_fault,
+    built_in=_built_in,
+    unknown="No task is called {name!r}, and no such file or folder exists.",
+)
+"""Every task by suite and name; other packages and files have more."""
 
 
 def folder_tasks(folder: Path) -> dict[str, DataTask]:
@@ -47,33 +64,37 @@ def find_task(name: str, own: Iterable[DataTask] = ()) -> DataTask:
 
     Args:
         name: "llama-3.2/mrpc"; "past", if one suite alone has a task of that name; a task file
-            (.yaml); rows (.jsonl, .csv, .parquet) with ``input`` and ``label``; or a folder with
-            train.jsonl and test.jsonl.
+            (.yaml); rows (.jsonl, .csv, .parquet) with ``input`` and ``label``; a folder with
+            train.jsonl and test.jsonl; the name of a task of an installed package; or one of a
+            file, ``path/to/file.py:NAME``.
         own: Tasks of the user's, which go before those of the package.
 
     Raises:
         UsageError: There is no such task and no such path, the name is of several, or the file is
             broken.
+        StarmergeError: The package or the Python file of the task cannot be loaded.
     """
     mine = {task.name: task for task in own}
     if name in mine:
         return mine[name]
-    if name in registry():
-        return registry()[name]
-    alike = [full for full in registry() if full.partition("/")[2] == name]
+    if name in TASKS or is_file_reference(name):
+        return TASKS.find(name)
+    alike = _alike(name)
     if len(alike) == 1:
-        return registry()[alike[0]]
+        return TASKS[alike[0]]
     if alike:
         raise UsageError(f"{name!r} is the name of several tasks: {', '.join(alike)}. Choose one.")
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         return load_task(path)
-    if path.exists():
+    if path.exists() and path.suffix != ".py":
         return task_of_rows(path)
-    known = {*mine, *registry(), *(full.partition("/")[2] for full in registry())}
-    raise UsageError(
-        f"No task is called {name!r}, and no such file or folder exists.{nearest(name, known)}"
-    )
+    return TASKS.find(name)
+
+
+def _alike(name: str) -> list[str]:
+    """Return the full names of the tasks that have a name in their suite."""
+    return [full for full in TASKS if full.partition("/")[2] == name]
 
 
 def with_rows_of(tasks: Mapping[str, DataTask], files: Mapping[str, Path]) -> list[DataTask]:
@@ -148,7 +169,7 @@ def task_of_prompts(name: str, path: Path) -> Task:
     Raises:
         UsageError: A missing file, a broken line, a task of images, a name of several tasks.
     """
-    if name in registry() or any(full.partition("/")[2] == name for full in registry()):
+    if name in TASKS or _alike(name) or TASKS.offers(name):
         task = find_task(name)
         if not isinstance(task, Task):
             raise UsageError(f"{name} is a task of images, which has no prompts.")
@@ -162,9 +183,9 @@ def task_of_prompts(name: str, path: Path) -> Task:
 
 
 __all__ = [
+    "TASKS",
     "find_task",
     "folder_tasks",
-    "registry",
     "task_of_prompts",
     "task_of_rows",
     "with_rows_of",

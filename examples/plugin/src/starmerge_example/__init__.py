@@ -1,0 +1,1 @@
+"""A method, metrics and a task for starmerge."""

@@ -1,0 +1,25 @@
+"""Writing words backwards."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from starmerge.evaluation.sources import GeneratorSource
+from starmerge.evaluation.task import Task
+
+
+def rows(generator: random.Random) -> Iterator[dict[str, str]]:
+    """Yield 500 made-up words of 3 to 6 letters, and each written backwards."""
+    for _ in range(500):
+        word = "".join(generator.choices("aeioubdklmnrst", k=generator.randint(3, 6)))
+        yield {"input": word, "label": word[::-1]}
+
+
+backwards = Task(
+    name="backwards",
+    description="How is the word written backwards?",
+    source=GeneratorSource(generator=rows),
+    prompt="Write the word backwards. Answer with one word.\n{input}",
+    metric="edit_similarity",
+)

@@ -1,0 +1,55 @@
+"""The example of a package with plug-ins, installed into a folder of its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.installing import install
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # which pytest has there
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "plugin"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the example's package and its metadata, as its pyproject.toml says."""
+    site = tmp_path_factory.mktemp("site")
+    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
+    shutil.copytree(EXAMPLE / "src" / "starmerge_example", site / "starmerge_example")
+    install(site, project["name"], {}, project["entry-points"], version=project["version"])
+    return site
+
+
+@pytest.fixture
+def env(site: Path) -> dict[str, str]:
+    path = [str(site), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
+def test_the_example_passes_its_own_tests(env: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(EXAMPLE)]
+    finished = subprocess.run(
+        command, check=False, capture_output=True, text=True, env=env, cwd=EXAMPLE
+    )
+    assert finished.returncode == 0, finished.stdout
+    assert "4 passed" in finished.stdout
+
+
+def test_the_example_is_listed_with_its_package(
+    starmerge: Callable[..., subprocess.CompletedProcess[str]], env: dict[str, str]
+) -> None:
+    methods = starmerge("methods", env=env)
+    assert methods.returncode == 0, methods.stderr
+    (line,) = (line for line in methods.stdout.splitlines() if line.startswith("  median"))
+    assert line.endswith("(of the package starmerge-example 0.1.0)")
+    tasks = " ".join(starmerge("tasks", env=env | {"COLUMNS": "200"}).stdout.split())
+    assert "How is the word written backwards? (of the package starmerge-example 0.1.0)" in tasks
