@@ -25,6 +25,7 @@ from starmerge.cli import (
     methods,
     suite,
     tasks,
+    verify,
 )
 from starmerge.errors import Interrupted, StarmergeError, UsageError
 
@@ -43,6 +44,7 @@ app.command()(evaluate.evaluate)
 app.command()(choose.choose)
 app.command()(suite.suite)
 app.command()(finetune.finetune)
+app.command()(verify.verify)
 app.command()(clean.clean)
 app.command()(methods.methods)
 app.command()(tasks.tasks)

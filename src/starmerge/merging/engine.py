@@ -176,12 +176,19 @@ class Merging:
         self.findings: dict[str, Any] = {}
         """What the methods found in the whole model."""
 
-    def write(self, writing: Writing, journal: Journal | None = None) -> list[dict[str, Any]]:
-        """Merge all tensors and write them; return the records of those that are merged.
+    def write(
+        self,
+        writing: Writing,
+        journal: Journal | None = None,
+        *,
+        tensors: Sequence[PlannedTensor] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Merge tensors and write them; return the records of those that are merged.
 
         Args:
             writing: The output.
             journal: Knows what an earlier run has written, and is told what is.
+            tensors: Some of the plan's; by default all. Methods see the whole model in any case.
         """
         plan, records = self._plan, []
         prepared = plan.pipeline.prepare(
@@ -207,12 +214,13 @@ class Merging:
             return tensor_record(plan, tensor, writing.put(tensor, base, merged), merged)
 
         taken_up: set[str] = set()
-        size = sum(map(plan.output.nbytes, plan.tensors))
+        wanted = plan.tensors if tensors is None else tensors
+        size = sum(map(plan.output.nbytes, wanted))
         with (
             progress_bar("merging", size, show=self._progress, in_bytes=True) as advance,
-            closing(_in_order(plan, self._workers, write, plan.tensors)) as written,
+            closing(_in_order(plan, self._workers, write, wanted)) as written,
         ):
-            for tensor, record in zip(plan.tensors, written, strict=True):
+            for tensor, record in zip(wanted, written, strict=True):
                 if record is not None:
                     records.append(record)
                 if journal is not None and tensor.source.name not in taken_up:

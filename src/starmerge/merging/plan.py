@@ -48,6 +48,13 @@ class Plan(Contents):
         files |= {f"model {model.name}": model.files for model in self.models}
         return files if self.metric is None else files | {"metric": [self.metric.file]}
 
+    @property
+    def roots(self) -> dict[str, Path]:
+        """The folders that the input files lie in, or beside, by the same keys."""
+        roots = {"base": self.base.source.path}
+        roots |= {f"model {model.name}": model.source.path for model in self.models}
+        return roots if self.metric is None else roots | {"metric": self.metric.file.parent}
+
     def check_unchanged(self) -> None:
         """Make sure that the input files are what they were when the plan was made.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -110,14 +111,16 @@ class InputHashes:
     """
 
     def __init__(self, plan: Plan) -> None:
-        self._files = plan.files
+        self._files, self._roots = plan.files, plan.roots
         self._pool = ThreadPoolExecutor(1, "hashes")
         self._stopped = Event()
 
     def __enter__(self) -> InputHashes:
         self._hashes = {
             key: {
-                file.name: self._pool.submit(remembered_blake3_of, file, self._stopped)
+                os.path.relpath(file, self._roots[key]): self._pool.submit(
+                    remembered_blake3_of, file, self._stopped
+                )
                 for file in files
             }
             for key, files in self._files.items()
@@ -134,7 +137,7 @@ class InputHashes:
         self._pool.shutdown(cancel_futures=True)
 
     def result(self) -> Mapping[str, Mapping[str, str]]:
-        """Wait for the hashes: by model (the base is "base") and file name."""
+        """Wait for the hashes: by model (the base is "base") and file, relative to its folder."""
         return {
             key: {name: future.result() for name, future in files.items()}
             for key, files in self._hashes.items()

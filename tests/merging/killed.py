@@ -1,0 +1,182 @@
+"""Merges that are killed before each of their operations on files, and run again.
+
+Run as a script with a JSON object: {"base", "models", "method", "kind", "output", "overwrite",
+"moments"}. Each merge runs in a fork of this process, which has everything loaded. Prints a JSON
+object: how many operations there are, and what went wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import starmerge as sm
+from starmerge.checkpoints import exchange as exchanging
+from starmerge.checkpoints import output as outputs
+from starmerge.merging import journal
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Return the content of a folder."""
+    return {
+        file.relative_to(folder).as_posix(): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def merge(task: dict[str, Any], output: Path) -> int:
+    """Merge, with a journal that is flushed after every tensor; return what was taken up."""
+    journal._SECONDS = 0.0
+    result = sm.merge(
+        task["base"],
+        task["models"],
+        task["method"],
+        output=output,
+        output_kind=task["kind"],
+        overwrite=task["overwrite"],
+        threads=1,
+    )
+    return result.taken_up
+
+
+def killed_before(n: int) -> Callable[[], None]:
+    """Return what ends this process when it is called for the n-th time."""
+    left = n
+
+    def step() -> None:
+        nonlocal left
+        left -= 1
+        if left <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return step
+
+
+def watch(step: Callable[[], None]) -> None:
+    """Call ``step`` before each operation that changes files."""
+
+    def watched(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            step()
+            return original(*args, **kwargs)
+
+        setattr(module, name, wrapper)
+
+    for name in ("pwrite", "write", "fsync", "mkdir", "rename", "replace", "unlink", "ftruncate"):
+        watched(os, name)
+    watched(shutil, "copyfile")
+    watched(shutil, "rmtree")
+    watched(Path, "write_text")
+    watched(outputs, "exchange")
+    assert exchanging.exchange is not outputs.exchange
+
+
+def forked(work: Callable[[], int]) -> tuple[int, int]:
+    """Run some work in a fork; return the signal that ended it, or 0, and what it returned."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(reader)
+        code = 1
+        try:
+            os.write(writer, str(work()).encode())
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader) as stream:
+        said = stream.read()
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return os.WTERMSIG(status), 0
+    if status:
+        raise SystemExit(f"a merge failed with {status}")
+    return 0, int(said)
+
+
+def main() -> None:  # noqa: PLR0915  (a story of one task)
+    """Kill and resume."""
+    task = json.loads(sys.argv[1])
+    output = Path(task["output"])
+    reference = output.with_name("reference")
+    forked(lambda: merge(task | {"overwrite": False}, reference))
+    wanted = tree(reference)
+    # The card has the folder's name.
+    name = {file for file in wanted if file.endswith("README.md")}
+    old = output.with_name("old")
+    if task["overwrite"]:
+        other = task | {"method": "task_arithmetic" if task["kind"] != "unified" else "emr"}
+        forked(lambda: merge(other | {"models": task["models"][:2], "overwrite": False}, old))
+    before = tree(old) if task["overwrite"] else {}
+    wrong: list[str] = []
+    taken_up = operations = 0
+
+    def start() -> None:
+        for left in output.parent.glob(f".{output.name}.*"):
+            shutil.rmtree(left)
+        if output.exists():
+            shutil.rmtree(output)
+        if task["overwrite"]:
+            shutil.copytree(old, output)
+
+    def check(where: str) -> None:
+        nonlocal taken_up
+        found = tree(output) if output.exists() else {}
+        if without(found) not in (without(before), without(wanted)):
+            wrong.append(f"{where}: a part of a folder stands under the name")
+        again = task
+        if without(found) == without(wanted):
+            again = task | {"overwrite": True}
+        ended, count = forked(lambda: merge(again, output))
+        taken_up += count
+        if ended or without(tree(output)) != without(wanted):
+            wrong.append(f"{where}: run again, it is another")
+        if left := [str(p) for p in output.parent.glob(f".{output.name}.partial*")]:
+            wrong.append(f"{where}: left {left}")
+
+    def without(content: dict[str, bytes]) -> dict[str, bytes]:
+        return {file: data for file, data in content.items() if file not in name}
+
+    def killed(n: int) -> int:
+        watch(killed_before(n))
+        return merge(task, output)
+
+    n = 1
+    while True:
+        start()
+        ended, _ = forked(lambda n=n: killed(n))
+        if not ended:
+            break
+        check(f"before operation {n}")
+        operations, n = n, n + task["stride"]
+    draw = random.Random(0)
+    begun = time.monotonic()
+    start()
+    forked(lambda: merge(task, output))
+    took = time.monotonic() - begun
+    for moment in range(task["moments"]):
+        start()
+        child = os.fork()
+        if not child:
+            merge(task, output)
+            os._exit(0)
+        time.sleep(draw.uniform(0, took))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        check(f"at moment {moment}")
+    print(json.dumps({"operations": operations, "taken_up": taken_up, "wrong": wrong}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Merges that are killed go on where they were, and give the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import starmerge as sm
+from starmerge.merging import journal as journals
+from starmerge.merging.engine import run
+from starmerge.merging.journal import JOURNAL, fingerprint
+from starmerge.merging.plan import make_plan
+from starmerge.recipe import make_recipe
+from tests.conftest import MakeAdapter, MakeFinetune
+
+SCRIPT = Path(__file__).with_name("killed.py")
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "overwrite", "stride", "moments"),
+    [
+        ("model", "star", False, 7, 4),
+        ("model", "ties", True, 13, 2),
+        ("adapter", "star", False, 7, 2),
+        ("adapter", "average", True, 11, 2),
+        ("unified", "emr", False, 13, 2),
+    ],
+)
+def test_a_merge_killed_before_any_operation_on_files_is_whole_or_goes_on(
+    make_adapter: MakeAdapter,
+    tiny_base: Path,
+    tmp_path: Path,
+    kind: str,
+    method: str,
+    overwrite: bool,
+    stride: int,
+    moments: int,
+) -> None:
+    models = [make_adapter("a"), make_adapter("b", seed=1), make_adapter("c", seed=2)]
+    task = {
+        "base": None if kind == "adapter" else str(tiny_base),
+        "models": list(map(str, models)),
+        "method": method,
+        "kind": kind,
+        "output": str(tmp_path / "out"),
+        "overwrite": overwrite,
+        "stride": stride,
+        "moments": moments,
+    }
+    ended = subprocess.run(
+        [sys.executable, SCRIPT, json.dumps(task)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=False,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    found = json.loads(ended.stdout.splitlines()[-1])
+    assert found["wrong"] == []
+    assert found["operations"] > 20
+    assert found["taken_up"] > 3
+
+
+def _plan(base: Path, models: list[Path], output: Path, **options: Any) -> Any:
+    content = {"base": str(base), "models": list(map(str, models)), "method": "star"}
+    return make_plan(make_recipe(content | options), output)
+
+
+class _StoppedError(Exception):
+    pass
+
+
+def _interrupted(plan: Any, monkeypatch: pytest.MonkeyPatch, after: int) -> Path:
+    """Run a merge up to some tensors, as if it was killed; return the folder that it leaves."""
+    kept = plan.path.with_name("kept")
+    noted: list[str] = []
+    add = journals.Journal.add
+
+    def stop(self: Any, tensor: Any, *rest: Any) -> None:
+        add(self, tensor, *rest)
+        noted.append(tensor.source.name)
+        if len(noted) == after:
+            self._flush()
+            (partial,) = plan.path.parent.glob(f".{plan.path.name}.partial-*")
+            subprocess.run(["cp", "-r", partial, kept], check=True)
+            raise _StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journals.Journal, "add", stop)
+        with pytest.raises(_StoppedError):
+            run(plan, threads=1)
+    partial = plan.path.with_name(f".{plan.path.name}.partial-{fingerprint(plan)}")
+    kept.rename(partial)
+    return partial
+
+
+def test_what_lies_on_the_disk_otherwise_is_merged_again(
+    make_adapter: MakeAdapter, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [make_adapter("a"), make_adapter("b", seed=1)]
+    whole = sm.merge(tiny_base, models, output=tmp_path / "whole")
+    plan = _plan(tiny_base, models, tmp_path / "out")
+    partial = _interrupted(plan, monkeypatch, after=12)
+    file = partial / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    lines = [json.loads(line) for line in (partial / JOURNAL).read_text().splitlines() if line]
+    assert len(lines) == 12
+    header = int.from_bytes(content[:8], "little")
+    places = json.loads(content[8 : 8 + header])
+    content[8 + header + places[lines[3]["tensor"]]["data_offsets"][0] + 5] ^= 1
+    file.write_bytes(content)
+    result = run(plan, threads=1)
+    assert result.taken_up == 11
+    assert (result.path / "model.safetensors").read_bytes() == (
+        whole.path / "model.safetensors"
+    ).read_bytes()
+    same = ("tensors", "digests", "unchanged", "findings")
+    for key in same:
+        assert result.report.content[key] == whole.report.content[key]
+    assert not (result.path / JOURNAL).exists()
+
+
+def test_another_merge_does_not_take_it_up(
+    make_adapter: MakeAdapter, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [make_adapter("a"), make_adapter("b", seed=1)]
+    plan = _plan(tiny_base, models, tmp_path / "out")
+    _interrupted(plan, monkeypatch, after=9)
+    assert fingerprint(_plan(tiny_base, models, tmp_path / "out")) == fingerprint(plan)
+    other = _plan(tiny_base, models, tmp_path / "out", parameters={"eta": 50})
+    assert fingerprint(other) != fingerprint(plan)
+    assert run(other, threads=1).taken_up == 0
+    file = models[0] / "adapter_model.safetensors"
+    save_file(load_file(file), file, metadata={"format": "pt"})
+    assert fingerprint(_plan(tiny_base, models, tmp_path / "new")) != fingerprint(plan)
+
+
+def test_fresh_begins_anew(
+    make_adapter: MakeAdapter, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [make_adapter("a"), make_adapter("b", seed=1)]
+    plan = _plan(tiny_base, models, tmp_path / "out")
+    partial = _interrupted(plan, monkeypatch, after=9)
+    assert run(plan, fresh=True, threads=1).taken_up == 0
+    assert not partial.exists()
+
+
+def test_an_input_that_changes_during_the_merge_is_an_error(
+    make_adapter: MakeAdapter,
+    make_finetune: MakeFinetune,
+    tiny_base: Path,
+    tmp_path: Path,
+) -> None:
+    models = [make_adapter("a"), make_finetune("b")]
+    plan = _plan(tiny_base, models, tmp_path / "out")
+    file = models[1] / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(sm.StarmergeError, match=r"b/model.safetensors was changed while"):
+        run(plan, threads=1)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
