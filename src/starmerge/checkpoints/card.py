@@ -46,16 +46,18 @@ def write_card(
         for model in models
     )
     means = f"with the moments of inputs in {_code(metric)}" if metric else "without data"
+    root = _code(base.source.name or str(base.source))
     fence = "`" * max(3, _longest_run(recipe) + 1)
     text = "\n\n".join(
         [
             f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---",
             f"# {_plain(title)}",
-            f"A merge of {len(models)} fine-tunes of {_code(base.source.name or str(base.source))}, "
-            f"made by starmerge {means} and without training.",
+            f"A merge of {len(models)} fine-tunes of {root}, made by starmerge "
+            f"{means} and without training.",
             _plain(summary),
             f"| model | kind | from |\n|---|---|---|\n{rows}",
-            f"Recipe (`starmerge merge recipe.yaml -o OUT` repeats it):\n\n{fence}yaml\n{recipe}{fence}",
+            "Recipe (`starmerge merge recipe.yaml -o OUT` repeats it):",
+            f"{fence}yaml\n{recipe}{fence}",
             "`merge_report.json` says what happened to each tensor.",
         ]
     )

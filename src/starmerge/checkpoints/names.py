@@ -15,6 +15,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from starmerge.checkpoints import renaming
@@ -121,6 +122,8 @@ def _names_in_model(base: Base) -> dict[str, str]:
     Tensors that are joined or split on the way have no such name. Nothing is known, and the result
     is empty, where transformers is absent, or older than 5, or does not know the model.
     """
+    if find_spec("transformers") is None:
+        return {}
     config = json.dumps(base.config, sort_keys=True)
     return dict(_renamed(base.source.path, config, tuple(base.checkpoint)))
 

@@ -357,7 +357,8 @@ def _read_header(file: Path) -> tuple[dict[str, str], list[_Stored]]:
         header = parse_json(content)
         if not content.startswith(b"{"):
             raise ValueError("its header is no JSON object")
-        metadata = header.pop("__metadata__", None) or {}
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise ValueError("__metadata__ is no object of texts")
         if len(header) > _MOST_TENSORS:
