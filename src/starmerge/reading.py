@@ -26,8 +26,11 @@ MOST_JSON_BYTES = 100 * 10**6
 _MOST_YAML_BYTES = 2**20
 """Longest YAML file: reading one takes seconds a megabyte."""
 
-_MOST_VALUES = 2_000_000
-"""Most values that a file may hold."""
+_MOST_ENTRIES = 2_000_000
+"""Most commas in a JSON text, which are counted before it takes memory."""
+
+_MOST_VALUES = 4_000_000
+"""Most values that a file may hold; keys, lists and mappings count, and each use of an alias."""
 
 _DEEPEST = 64
 """Most lists and mappings inside each other."""
@@ -118,8 +121,8 @@ def parse_json(content: str | bytes) -> Any:
             bounds; a text holds half a character (a lone surrogate). The message says which.
     """
     text = content if isinstance(content, str) else content.decode()
-    if text.count(",") > _MOST_VALUES:
-        raise ValueError(f"it holds more than {_MOST_VALUES:,} values")
+    if text.count(",") > _MOST_ENTRIES:
+        raise ValueError(f"it holds more than {_MOST_ENTRIES:,} entries")
     try:
         parsed = json.loads(text, object_pairs_hook=_object, parse_int=_whole_number)
     except RecursionError:
