@@ -247,7 +247,7 @@ class _Loader(yaml.SafeLoader):
             name = self.construct_object(key, deep=True)
             if not isinstance(name, str | int) or isinstance(name, bool):
                 shown = repr(name) if isinstance(name, bool | float | None) else type(name).__name__
-                self._refuse(key, f"the key {shown} is no text. Write it in quotes")
+                self._refuse(key, f"the key {shown} is no text: quote it")
             if str(name) in seen:
                 self._refuse(key, f"the key {name!r} occurs twice")
             seen.add(str(name))

@@ -381,7 +381,7 @@ _LAUGHS = "a0: &a0 [x]\n" + "".join(
     ("text", "words"),
     [
         ("base: a\nbase: b", "the key 'base' occurs twice"),
-        ("yes: 1", "the key True is no text. Write it in quotes"),
+        ("yes: 1", "the key True is no text: quote it"),
         ("1.5: 1", "the key 1.5 is no text"),
         ("[a]: 1", "the key list is no text"),
         ("3: 1", "the unknown key 3"),
