@@ -4,9 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ROWS ?= 100
 DEMO_OUTPUT ?= demo-output
+FUZZ_EXAMPLES ?= 2000
+FUZZ_SEED ?= 0
 BENCHMARKS ?= low_rank full_rank copying finetunes many_tensors sweep startup threads star_adapters evaluation gpu
 
-.PHONY: demo test lint types base docs bench clean
+.PHONY: demo test fuzz lint types base docs bench clean
 
 # Merge the adapters that come with the package, score everything, draw the chart.
 demo: base
@@ -16,6 +18,11 @@ demo: base
 # for each other. A file's tests stay together, as they share what they load.
 test: base
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope
+
+# More of the spoilt files of tests/checkpoints/test_fuzz.py than the suite tries, and others with
+# FUZZ_SEED=N; prints how many of each kind were merged or refused.
+fuzz: $(VENV)/ready
+	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/pytest -s -q tests/checkpoints/test_fuzz.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

@@ -5,6 +5,7 @@ Read as mergekit 0.1.5 reads them, with one difference: what it ignores is an er
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain, count
 from typing import Any
@@ -123,8 +124,8 @@ def _translated(content: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(f"{method} needs the key 'base_model'.")
 
     references = [_reference(entry.model) for entry in models]
-    for reference in references:
-        if references.count(reference) > 1:
+    for reference, times in Counter(references).items():
+        if times > 1:
             raise UsageError(f"the model {reference!r} is listed twice. A model counts once.")
     if layers is not None and base is not None and base not in references:
         raise UsageError(
@@ -233,12 +234,12 @@ _PATH = ("path", "revision")
 
 def _names(references: Sequence[str]) -> list[str]:
     """Name models after the last part of their paths, or after the path where that is taken."""
-    names: list[str] = []
+    names: dict[str, None] = {}
     for reference in references:
         last = reference.rstrip("/").rpartition("/")[2].partition("@")[0]
         choices = chain((last, reference), (f"{last}-{number}" for number in count(2)))
-        names.append(next(name for name in choices if name and name not in (BASE, *names)))
-    return names
+        names[next(name for name in choices if name not in ("", BASE) and name not in names)] = None
+    return list(names)
 
 
 def _settings(

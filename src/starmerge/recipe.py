@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from starmerge.checkpoints.output import check_output_file, output_file
 from starmerge.errors import UsageError, explain, nearest
 from starmerge.mergekit_recipe import is_mergekit_recipe, translate
 from starmerge.methods.pipeline import Pipeline, make_pipeline, map_chain
+from starmerge.reading import exists, read_yaml
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
 OutputKind = Literal["model", "adapter", "unified"]
@@ -120,9 +122,9 @@ class Recipe(BaseModel):
     @field_validator("models")
     @classmethod
     def _names_differ(cls, models: list[ModelEntry]) -> list[ModelEntry]:
-        names = [entry.name for entry in models]
+        names = Counter(entry.name for entry in models)
         for entry in models:
-            if names.count(entry.name) > 1:
+            if names[entry.name] > 1:
                 raise ValueError(
                     f"two models are called {entry.name!r}. Give each a name of its own "
                     "(NAME=PATH, a mapping {name: path}, or name: in YAML); a model counts once"
@@ -157,12 +159,7 @@ def load_recipe(path: Path) -> Recipe:
         UsageError: The file is missing or not YAML; an unknown key, a missing one, a wrong value.
         StarmergeError: The package or the file of a method cannot be loaded.
     """
-    try:
-        documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8"))) or [None]
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} does not exist.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {error}") from error
+    documents = read_yaml(path)
     if len(documents) > 1:
         raise UsageError(
             f"{path} holds {len(documents)} documents, as mergekit-multi reads them. Put each into "
@@ -180,7 +177,7 @@ def load_recipe(path: Path) -> Recipe:
 
     def beside(reference: str) -> str:
         local = path.parent / reference
-        return str(local) if local.exists() else reference
+        return str(local) if exists(local) else reference
 
     models = [entry.model_copy(update={"path": beside(entry.path)}) for entry in recipe.models]
     metric = None if recipe.metric is None else beside(recipe.metric)
@@ -216,7 +213,7 @@ def write_recipe(recipe: Recipe, file: Path, *, overwrite: bool = False) -> None
 
     def beside(reference: str) -> str:
         path = Path(reference).expanduser().absolute()
-        if not path.exists():
+        if not exists(path):
             return reference
         return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
@@ -247,7 +244,7 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
     """
     for key in content:
         if key not in Recipe.model_fields:
-            raise UsageError(f"{where} has the unknown key {key!r}.{nearest(key, _KEYS)}")
+            raise UsageError(f"{where} has the unknown key {key!r}.{nearest(str(key), _KEYS)}")
     try:
         recipe = Recipe.model_validate(dict(content))
     except ValidationError as error:
@@ -309,7 +306,7 @@ def parse_models(arguments: Sequence[str]) -> list[dict[str, str]]:
     entries = []
     for argument in arguments:
         name, equals, path = argument.partition("=")
-        if equals and not Path(argument).exists():
+        if equals and not exists(Path(argument)):
             entries.append({"name": name, "path": path})
         else:
             entries.append({"name": _last_part(argument), "path": argument})

@@ -416,7 +416,7 @@ def test_without_transformers_names_of_its_own_are_an_error(
         "vit.encoder.layer.1.attention.attention.query.weight"
         in _open(adapter, base("vit")).tensors
     )
-    monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(StarmergeError, match=r"adapts vit\.layers\.0\.attention\.q_proj.*install"):
         _open(adapter, base("vit"))
 

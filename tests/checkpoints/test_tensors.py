@@ -105,7 +105,7 @@ def test_refuses_a_truncated_file_when_it_is_opened(tmp_path: Path, keep: int) -
         (
             b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},'
             b'"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
-            "a name occurs twice",
+            "the name 'a' occurs twice",
         ),
         (b"[]", "not a complete"),
     ],

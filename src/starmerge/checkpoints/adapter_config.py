@@ -8,14 +8,16 @@ and ``tuners/lora/layer.py``.
 from __future__ import annotations
 
 import math
-import re
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from starmerge.checkpoints.base import Base
-from starmerge.checkpoints.source import read_json
 from starmerge.errors import StarmergeError, UsageError
+from starmerge.reading import read_json
 
 _READ = {
     "peft_type",
@@ -82,6 +84,27 @@ _REFUSED = {
 """Keys that must be unset (None, False, empty, 'none'), why, and what to do instead."""
 
 _NEUTRAL: tuple[object, ...] = (None, False, "none", (), [], {})
+
+_SWITCHES = (
+    "ensure_weight_tying",
+    "fan_in_fan_out",
+    "inference_mode",
+    "lora_bias",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "use_rslora",
+)
+"""Keys that are true or false."""
+
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+"""Keys that give modules numbers, by patterns of their names."""
+
+_LONGEST_PATTERN = 1000
+"""Characters."""
+
+_MATCHING = 10.0
+"""Seconds that all patterns of a key may take. Some need years to see that they do not match."""
 
 _PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "mica", "orthogonal")
 """Initialisations that leave the base's weights as they are."""
@@ -165,23 +188,68 @@ class AdapterConfig:
 
     def _of_module(self, key: str, module: str, default: float) -> float:
         """Return what the first matching pattern under ``key`` says of a module, or the default."""
-        patterns = self.content.get(key) or {}
+        value = self._patterns[key].find(module)
+        return default if value is None else value
+
+    @cached_property
+    def _patterns(self) -> dict[str, _Patterns]:
+        return {key: _Patterns(self.file, key, self.content.get(key) or {}) for key in _PATTERNS}
+
+
+class _Patterns:
+    """Patterns of modules' names, with a number each, that are matched in bounded time.
+
+    Args:
+        file: The config, for messages.
+        key: Where they stand in it.
+        values: The numbers by the patterns.
+
+    Raises:
+        StarmergeError: A pattern is broken or too long.
+    """
+
+    def __init__(self, file: Path, key: str, values: Mapping[str, float]) -> None:
+        self._where = f"{file}: {key}"
+        self._left = _MATCHING
+        self._patterns = [(self._compiled(pattern), values[pattern]) for pattern in values]
+
+    def find(self, module: str) -> float | None:
+        """Return the number of the first pattern that matches a module's name, if one does.
+
+        Raises:
+            StarmergeError: The patterns take too long.
+        """
+        started = time.monotonic()
         try:
-            matching = (
-                value
-                for pattern, value in patterns.items()
-                if re.match(rf"(.*\.)?({pattern})$", module)
-            )
-            value = next(matching, default)
-        except (re.error, AttributeError) as error:
+            for pattern, value in self._patterns:
+                if pattern.match(module, timeout=self._left):
+                    return value
+                if time.monotonic() - started > self._left:
+                    raise TimeoutError
+        except TimeoutError as error:
             raise StarmergeError(
-                f"{self.file}: {key} is no mapping of patterns: {error}."
+                f"{self._where} has patterns, such as {pattern.pattern[8:-2]!r:.200}, that take "
+                f"more than {_MATCHING:g} s to compare with the modules' names. Write the names "
+                "themselves."
             ) from error
-        if not _is_number(value):
+        self._left -= time.monotonic() - started
+        return None
+
+    def _compiled(self, pattern: str) -> Any:
+        # Slow to import and rarely needed. It can do what the re of Python can't: give up.
+        import regex  # noqa: PLC0415
+
+        if len(pattern) > _LONGEST_PATTERN:
             raise StarmergeError(
-                f"{self.file}: {key} gives {module} the value {value!r}, which is no number."
+                f"{self._where} has a pattern of {len(pattern)} characters, and {_LONGEST_PATTERN} "
+                "are read at most."
             )
-        return value
+        try:
+            return regex.compile(rf"(.*\.)?({pattern})$")
+        except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+            raise StarmergeError(
+                f"{self._where} has {pattern!r:.200}, which is no pattern: {error}."
+            ) from error
 
 
 def read_adapter_config(file: Path) -> AdapterConfig:
@@ -211,13 +279,33 @@ def read_adapter_config(file: Path) -> AdapterConfig:
             f"{file}: the key {key!r} ({content[key]!r}) is unknown, and may change what the "
             f"adapter computes. {_FOLD}"
         )
-    for key in ("r", "lora_alpha"):
-        if not _is_number(content.get(key)):
-            raise StarmergeError(f"{file}: {key} is missing or is not a finite number.")
+    _check_types(file, content)
     saved = content.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(name and isinstance(name, str) for name in saved):
         raise StarmergeError(f"{file}: modules_to_save is {saved!r}, which is no list of names.")
     return AdapterConfig(file, content)
+
+
+def _check_types(file: Path, content: Mapping[str, Any]) -> None:
+    for key in ("r", "lora_alpha"):
+        if not _is_number(content.get(key)):
+            raise StarmergeError(f"{file}: {key} is missing or is not a finite number.")
+    for key in _SWITCHES:
+        if not isinstance(content.get(key), bool | None):
+            raise StarmergeError(f"{file}: {key} is {content[key]!r:.200}. Write true or false.")
+    for key in ("base_model_name_or_path", "task_type"):
+        if not isinstance(content.get(key), str | None):
+            raise StarmergeError(f"{file}: {key} is {content[key]!r:.200}, which is no text.")
+    for key in _PATTERNS:
+        patterns = content.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise StarmergeError(f"{file}: {key} is no mapping of patterns: {patterns!r:.200}.")
+        for pattern, value in patterns.items():
+            if not _is_number(value):
+                raise StarmergeError(
+                    f"{file}: {key} gives {pattern!r:.200} the value {value!r:.200}, which is no "
+                    "number."
+                )
 
 
 def _check_initialisation(file: Path, start: object) -> None:
@@ -235,4 +323,4 @@ def _check_initialisation(file: Path, start: object) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

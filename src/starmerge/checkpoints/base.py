@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from starmerge.checkpoints.output import REPORT
-from starmerge.checkpoints.source import SIDE_FILES, Source, read_json
+from starmerge.checkpoints.source import SIDE_FILES, Source
 from starmerge.checkpoints.tensors import Checkpoint, open_checkpoint
 from starmerge.errors import StarmergeError, UsageError
+from starmerge.reading import read_json
 
 _OWN_FILES = ("config.json", "*.index.json", REPORT, "adapter_config.json")
 """Files beside the weights that a merged model gets anew or must not have."""
@@ -33,13 +35,20 @@ class Base:
 
     @property
     def side_files(self) -> list[Path]:
-        """The files to copy beside merged weights."""
+        """The files to copy beside merged weights.
+
+        Raises:
+            StarmergeError: One is a link to a file outside of the base's folder.
+        """
         found = {path for pattern in SIDE_FILES for path in self.source.path.glob(pattern)}
-        return sorted(
+        files = sorted(
             path
             for path in found
             if path.is_file() and not any(path.match(pattern) for pattern in _OWN_FILES)
         )
+        for file in files:
+            _check_link(file)
+        return files
 
     def is_embedding(self, name: str) -> bool:
         """Tell whether each row of a tensor stands for a token or a position.
@@ -97,9 +106,9 @@ def open_base(source: Source) -> Base:
             f"{source} is an adapter, and stands where the base is wanted. Give the model that it "
             "was trained on; in a recipe for mergekit as base_model."
         )
-    if not (source.path / "config.json").is_file():
+    if not (source.path / "config.json").exists():
         raise StarmergeError(f"{source} has no config.json, so it is not a model's folder.")
-    config = read_json(source.path / "config.json")
+    config = read_config(source.path)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise UsageError(
@@ -107,3 +116,44 @@ def open_base(source: Source) -> Base:
             "cannot be added to its codes. Give the unquantised model as the base."
         )
     return Base(source, open_checkpoint(source.path), config)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a model's ``config.json``, and check the types of the values that are looked at.
+
+    Raises:
+        StarmergeError: The file is missing or broken, or a value has another type.
+    """
+    file = folder / "config.json"
+    config = read_json(file)
+    for key in ("quantization_config", "text_config"):
+        _check_value(file, config, key, dict, "an object")
+    for part in (config, config.get("text_config") or {}):
+        _check_value(file, part, "tie_word_embeddings", bool, "true or false")
+    _check_value(file, config, "architectures", list, "a list")
+    for name in config.get("architectures") or []:
+        if not isinstance(name, str):
+            raise StarmergeError(f"{file}: architectures has {name!r}, which names no class.")
+    return config
+
+
+def _check_value(file: Path, config: Mapping[str, Any], key: str, kind: type, wanted: str) -> None:
+    value = config.get(key)
+    if value is not None and not isinstance(value, kind):
+        raise StarmergeError(
+            f"{file}: {key} is {value!r:.200}, and must be {wanted}. Is the file that of a model?"
+        )
+
+
+def _check_link(file: Path) -> None:
+    """Refuse a link out of its folder: what it points to would be copied, and perhaps published.
+
+    The Hub's cache is made of links, to files beside the snapshots (``blobs``) under their hashes.
+    """
+    target = file.resolve()
+    is_cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    if not target.is_relative_to(file.parent.resolve()) and not is_cached:
+        raise StarmergeError(
+            f"{file} is a link to {target}, outside of the model's folder, and would be copied "
+            "beside the merged weights. Put the file itself there, or remove the link."
+        )

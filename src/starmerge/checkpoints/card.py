@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,18 +40,52 @@ def write_card(
     data: dict[str, Any] = {"library_name": library, "tags": ["merge", "starmerge"]}
     if hub_ids:
         data = {"base_model": hub_ids, **data, "base_model_relation": "merge"}
-    rows = "\n".join(f"| {model.name} | {model.kind} | `{model.source}` |" for model in models)
-    means = f"with the moments of inputs in `{metric}`" if metric else "without data"
+    rows = "\n".join(
+        f"| {_code(model.name, in_table=True)} | {model.kind} | "
+        f"{_code(str(model.source), in_table=True)} |"
+        for model in models
+    )
+    means = f"with the moments of inputs in {_code(metric)}" if metric else "without data"
+    root = _code(base.source.name or str(base.source))
+    fence = "`" * max(3, _longest_run(recipe) + 1)
     text = "\n\n".join(
         [
             f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---",
-            f"# {title}",
-            f"A merge of {len(models)} fine-tunes of `{base.source.name or base.source}`, made "
-            f"by starmerge {means} and without training.",
-            summary,
+            f"# {_plain(title)}",
+            f"A merge of {len(models)} fine-tunes of {root}, made by starmerge "
+            f"{means} and without training.",
+            _plain(summary),
             f"| model | kind | from |\n|---|---|---|\n{rows}",
-            f"Recipe (`starmerge merge recipe.yaml -o OUT` repeats it):\n\n```yaml\n{recipe}```",
+            "Recipe (`starmerge merge recipe.yaml -o OUT` repeats it):",
+            f"{fence}yaml\n{recipe}{fence}",
             "`merge_report.json` says what happened to each tensor.",
         ]
     )
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def _code(text: str, *, in_table: bool = False) -> str:
+    """Return a text that people chose as code, in which Markdown sees neither links nor HTML.
+
+    What is not printed, such as a line break, is shown as Python writes it. GitHub's tables end a
+    cell at a bar even within code, unless a backslash stands before it.
+    """
+    shown = _printed(text)
+    fence = "`" * (_longest_run(shown) + 1)
+    if shown.startswith("`") or shown.endswith("`") or not shown.strip():
+        shown = f" {shown} "
+    return f"{fence}{shown}{fence}".replace("|", r"\|" if in_table else "|")
+
+
+def _plain(text: str) -> str:
+    """Return a text that people chose as Markdown that shows it, without links and HTML."""
+    return re.sub(r"([\\`*\[\]<>|&~#!])|(?<=[\w]):(?=//)|(?<=www)\.", r"\\\g<0>", _printed(text))
+
+
+def _printed(text: str) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _longest_run(text: str) -> int:
+    """Return how many backticks follow each other at most."""
+    return max(map(len, re.findall("`+", text)), default=0)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.output import REPORT
-from starmerge.checkpoints.source import Source, read_json
+from starmerge.checkpoints.source import Source
 from starmerge.checkpoints.tensors import (
     MERGEABLE,
     Checkpoint,
@@ -34,6 +34,7 @@ from starmerge.checkpoints.tensors import (
 from starmerge.checkpoints.writer import OutputTensor, ShardWriter, write_json
 from starmerge.deltas import Dense, wide
 from starmerge.errors import StarmergeError, UsageError
+from starmerge.reading import exists, read_json
 
 TASK_FILE = "emr.json"
 UNIFIED = "unified"
@@ -116,15 +117,16 @@ def open_emr_task(name: str, source: Source, base: Base, *, any_base: bool = Fal
             f"{file}: the format is {content.get('format')!r}, and this starmerge reads {_FORMAT}. "
             "Install a later one, or repeat the merge."
         )
-    rescaler, where = content.get("rescaler"), content.get("unified")
-    if not isinstance(rescaler, int | float) or not 0 <= rescaler < math.inf:
-        raise StarmergeError(f"{file}: the rescaler is {rescaler!r}, which is no factor.")
+    rescaler: Any = content.get("rescaler")
+    where = content.get("unified")
+    if type(rescaler) not in (int, float) or not 0 <= rescaler < math.inf:
+        raise StarmergeError(f"{file}: the rescaler is {rescaler!r:.200}, which is no factor.")
     if not isinstance(where, str):
         raise StarmergeError(f"{file} does not say where the unified vector lies, in 'unified'.")
     if not any_base:
         _check_base_name(file, content.get("base_hub_id"), base)
     folder = source.path / where
-    if not folder.is_dir():
+    if not exists(folder):
         raise StarmergeError(
             f"{source} needs the unified vector of its merge, and {folder} is missing. Keep the "
             "tasks' folders beside it, or say in 'unified' in emr.json where it lies."

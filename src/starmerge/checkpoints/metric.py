@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from torch import Tensor
 
 from starmerge.checkpoints.base import Base
@@ -36,6 +36,7 @@ from starmerge.checkpoints.tensors import (
     write_at,
 )
 from starmerge.errors import StarmergeError, UsageError, explain
+from starmerge.reading import exists, parse_json
 from starmerge.spectral.moment import Moment, Side
 
 KEY = "starmerge_metric"
@@ -65,6 +66,12 @@ class _Content(_Part):
     base: _BaseModel
     entries: tuple[_Entry, ...] = Field(min_length=1)
     made_from: dict[str, Any]
+
+    @field_validator("made_from")
+    @classmethod
+    def _check_along(cls, made_from: dict[str, Any]) -> dict[str, Any]:
+        TypeAdapter(dict[str, dict[str, str]] | None).validate_python(made_from.get("along"))
+        return made_from
 
 
 class Metric:
@@ -209,7 +216,7 @@ def open_metric(path: str | Path) -> Metric:
         StarmergeError: It is broken.
     """
     file = Path(path)
-    if not file.is_file():
+    if not exists(file) or file.is_dir():
         raise UsageError(f"{file} is no file. A metric is what `starmerge calibrate` writes.")
     checkpoint = open_safetensors(file)
     text = checkpoint.metadata.get(KEY)
@@ -220,9 +227,9 @@ def open_metric(path: str | Path) -> Metric:
         )
     damaged = f"{file} is damaged"
     try:
-        content = json.loads(text)
+        content = parse_json(text)
         version = content["version"]
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise StarmergeError(f"{damaged}: the JSON of {KEY!r} cannot be read: {error}.") from error
     if version != VERSION:
         raise UsageError(

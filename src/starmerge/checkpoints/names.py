@@ -8,9 +8,17 @@ the names where those of the files do not match.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 
+from starmerge.checkpoints import renaming
 from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.source import Source
 from starmerge.errors import StarmergeError
@@ -19,6 +27,9 @@ _Change = tuple[str, str]
 """A prefix to take away from an adapter's name, and one to put there instead."""
 
 _NONE: _Change = ("", "")
+
+_PATIENCE = 120.0
+"""Seconds that transformers gets to be imported and to lay out a model without weights."""
 
 
 def match_names(source: Source, base: Base, names: Sequence[str]) -> dict[str, str]:
@@ -137,29 +148,37 @@ def _names_in_model(base: Base) -> dict[str, str]:
     Tensors that are joined or split on the way have no such name. Nothing is known, and the result
     is empty, where transformers is absent, or older than 5, or does not know the model.
     """
-    try:
-        import torch  # noqa: PLC0415
-        import transformers  # noqa: PLC0415  (slow to import, rarely needed)
-        from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
-        from transformers.core_model_loading import (  # noqa: PLC0415
-            WeightConverter,
-            rename_source_key,
-        )
-
-        config = transformers.AutoConfig.from_pretrained(
-            base.source.path, local_files_only=True, trust_remote_code=False
-        )
-        with torch.device("meta"):
-            model = getattr(transformers, config.architectures[0])(config)
-        changes = get_model_conversion_mapping(model)
-        converters = [change for change in changes if isinstance(change, WeightConverter)]
-        renamings = [change for change in changes if not isinstance(change, WeightConverter)]
-        renamed = {name: rename_source_key(name, renamings, converters) for name in base.checkpoint}
-    except (ImportError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError):
+    if find_spec("transformers") is None:
         return {}
-    taken = Counter(name for name, _ in renamed.values())
-    return {
-        name: stored
-        for stored, (name, converter) in renamed.items()
-        if converter is None and taken[name] == 1
-    }
+    config = json.dumps(base.config, sort_keys=True)
+    return dict(_renamed(base.source.path, config, tuple(base.checkpoint)))
+
+
+@lru_cache(maxsize=8)
+def _renamed(folder: Path, config: str, names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Ask transformers for names, in a process of its own.
+
+    A config can make transformers loop for ever, or end the process. The result is kept for the
+    other adapters of a merge.
+
+    Args:
+        folder: The base's.
+        config: What its config says; by it, the result is known again.
+        names: Of its tensors.
+    """
+    question = json.dumps([str(folder.absolute()), names])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    try:
+        finished = subprocess.run(
+            [sys.executable, "-m", renaming.__name__],
+            input=question,
+            env=environment,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=_PATIENCE,
+            check=True,
+        )
+        answer: list[tuple[str, str]] = json.loads(finished.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return ()
+    return tuple((name, stored) for name, stored in answer)

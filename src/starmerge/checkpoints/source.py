@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from starmerge.errors import StarmergeError, UsageError
+from starmerge.reading import exists, read_json
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -45,35 +45,29 @@ def resolve(reference: str | Path) -> Source:
     text = str(reference)
     if not text:
         raise UsageError("A model's path is empty. Give a folder or a Hub id.")
-    path = Path(reference).expanduser()
-    if path.is_dir():
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{text!a} is not UTF-8, which recipe and report of a merge are. Rename the folder."
+        ) from error
+    try:
+        path = Path(reference).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{text}: no user of this machine is called so. Give a folder.") from error
+    if exists(path):
+        if not path.is_dir():
+            raise UsageError(f"{text} is a file. Give the folder that holds the model or adapter.")
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise StarmergeError(f"{text} may not be read by this user. Change its permissions.")
         return Source(text, path, _recorded_name(path), None)
-    if path.exists():
-        raise UsageError(f"{text} is a file. Give the folder that holds the model or adapter.")
     if not _HUB_ID.fullmatch(text):
         raise UsageError(
-            f"{text} does not exist. Give a folder, or a Hub id such as org/name or "
+            f"{text[:200]} does not exist. Give a folder, or a Hub id such as org/name or "
             "org/name@revision."
         )
     name, _, revision = text.partition("@")
     return Source(text, *_download(name, revision or None))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        StarmergeError: The file is missing or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise StarmergeError(f"{path} is missing.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise StarmergeError(f"{path} is not JSON: {error}. Is the file complete?") from error
-    if not isinstance(content, dict):
-        raise StarmergeError(f"{path} holds a {type(content).__name__}, not a JSON object.")
-    return content
 
 
 def _recorded_name(path: Path) -> str | None:
@@ -85,7 +79,11 @@ def _recorded_name(path: Path) -> str | None:
 def _download(name: str, revision: str | None) -> tuple[Path, str, str]:
     """Return folder, id and commit of a Hub repository."""
     from huggingface_hub import snapshot_download  # noqa: PLC0415  (slow to import, rarely needed)
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
+    from huggingface_hub.errors import (  # noqa: PLC0415
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     def fetch(weights: str) -> Path:
         folder = snapshot_download(
@@ -100,6 +98,11 @@ def _download(name: str, revision: str | None) -> tuple[Path, str, str]:
         path = fetch("*.safetensors")
         if not any(path.glob("*.safetensors")):
             path = fetch("*.bin")
+    except HFValidationError as error:
+        raise UsageError(
+            f"{name} does not exist, and is no Hub id: {error} Give a folder, or a Hub id such as "
+            "org/name or org/name@revision."
+        ) from error
     except LocalEntryNotFoundError as error:
         raise StarmergeError(
             f"{name} is neither a folder here nor in the Hub's cache, and the Hub cannot be "

@@ -8,23 +8,23 @@ JSON header, the header, the tensors one after the other.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import mmap
 import os
-import pickle
 import struct
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from starmerge.checkpoints.source import read_json
+from starmerge.checkpoints.pickled import PickledTensor, read_pickle
 from starmerge.errors import StarmergeError
+from starmerge.reading import MOST_JSON_BYTES, open_regular, parse_json, read_json
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -47,8 +47,14 @@ DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 MERGEABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Dtypes of tensors that a merge may change."""
 
-_LONGEST_HEADER = 100 * 10**6
-"""Bytes; the limit of safetensors itself."""
+_MOST_TENSORS = 250_000
+"""Most tensors in one file. A million take a process gigabytes of memory."""
+
+_LONGEST_NAME = 1000
+"""Bytes of a tensor's name."""
+
+_LONGEST_LAYER = 18
+"""Digits of a part of a name that is a number, so that it fits into 64 bits."""
 
 _CHUNK = 64 * 2**20
 """Bytes copied between files at once."""
@@ -85,15 +91,25 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class _Stored(TensorInfo):
-    """A tensor of a safetensors file."""
+    """A tensor whose entries lie in the file as they are."""
 
     offset: int
     """Position of its first byte in the file."""
+    stride: tuple[int, ...] | None = None
+    """Entries from one to the next, along each dimension; None: row after row, without gaps."""
+
+    @property
+    def extent(self) -> int:
+        """Bytes of the file from its first to its last, with what lies between."""
+        if self.stride is None or not self.size:
+            return self.nbytes
+        steps = zip(self.shape, self.stride, strict=True)
+        return (1 + sum((n - 1) * step for n, step in steps)) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
-class _Unpickled(TensorInfo):
-    """A tensor of a ``.bin`` file, which torch has memory-mapped."""
+class _Unpacked(TensorInfo):
+    """A tensor of a ``.bin`` file that was compressed, and is held in memory."""
 
     tensor: Tensor
 
@@ -110,7 +126,7 @@ class Checkpoint:
 
     def __init__(
         self,
-        tensors: Iterable[_Stored | _Unpickled],
+        tensors: Iterable[_Stored | _Unpacked],
         *,
         mapped: bool,
         metadata: Mapping[str, str] | None = None,
@@ -148,13 +164,16 @@ class Checkpoint:
             StarmergeError: The file is shorter than it was.
         """
         info = self._tensors[name]
-        if isinstance(info, _Unpickled):
+        if isinstance(info, _Unpacked):
             return info.tensor
         if not info.size:
             return torch.empty(info.shape, dtype=info.dtype)
         mapped = self._mapped and info.nbytes >= _MAPPED
         window = _window(info) if mapped else _content(info)
-        return torch.frombuffer(window, dtype=torch.uint8).view(info.dtype).view(info.shape)
+        entries = torch.frombuffer(window, dtype=torch.uint8).view(info.dtype)
+        if info.stride is not None:
+            return entries.as_strided(info.shape, info.stride)
+        return entries.view(info.shape)
 
     def copy(self, name: str, target: int, offset: int) -> None:
         """Copy the bytes of one tensor into a file, without decoding them.
@@ -168,8 +187,8 @@ class Checkpoint:
             StarmergeError: The file ends early.
         """
         info = self._tensors[name]
-        if isinstance(info, _Unpickled):
-            write_at(target, raw_bytes(info.tensor.contiguous()), offset)
+        if isinstance(info, _Unpacked) or info.stride is not None:
+            write_at(target, raw_bytes(self.read(name).contiguous()), offset)
             return
         with info.file.open("rb", buffering=0) as source:
             done = 0
@@ -185,7 +204,7 @@ def prefetch(info: TensorInfo) -> None:
     """Tell the system, where it can be told, that a tensor will soon be read."""
     if isinstance(info, _Stored) and info.nbytes >= _AHEAD and hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError), info.file.open("rb", buffering=0) as file:
-            place = info.offset, info.nbytes
+            place = info.offset, info.extent
             os.posix_fadvise(file.fileno(), *place, os.POSIX_FADV_WILLNEED)
 
 
@@ -199,7 +218,7 @@ def write_at(target: int, content: memoryview, offset: int) -> None:
 def _window(info: _Stored) -> memoryview:
     """Map a tensor's bytes into memory, privately."""
     start = info.offset - info.offset % mmap.ALLOCATIONGRANULARITY
-    length = info.offset + info.nbytes - start
+    length = info.offset + info.extent - start
     with info.file.open("rb", buffering=0) as file:
         try:
             mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
@@ -212,7 +231,7 @@ def _window(info: _Stored) -> memoryview:
 
 def _content(info: _Stored) -> memoryview:
     """Read a tensor's bytes."""
-    content = memoryview(bytearray(info.nbytes))
+    content = memoryview(bytearray(info.extent))
     with info.file.open("rb", buffering=0) as file:
         file.seek(info.offset)
         left = content
@@ -249,12 +268,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Read the headers of a model's weights in a folder.
 
     Looked for, in this order: ``model.safetensors``, ``model.safetensors.index.json``,
-    ``pytorch_model.bin``, ``pytorch_model.bin.index.json``. A ``.bin`` file is read by
-    ``torch.load(weights_only=True)``, which runs no code from it.
+    ``pytorch_model.bin``, ``pytorch_model.bin.index.json``. No code from a ``.bin`` file is run.
 
     Raises:
-        StarmergeError: There are no weights; a file is truncated, broken, missing, or asks for code
-            to be run; an index and its files disagree.
+        StarmergeError: There are no weights; a file is truncated, broken, missing, too large, or
+            asks for code to be run; an index and its files disagree.
     """
     for stem, suffix, read in (
         ("model", "safetensors", _read_safetensors),
@@ -262,27 +280,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     ):
         single = folder / f"{stem}.{suffix}"
         index = folder / f"{stem}.{suffix}.index.json"
-        if single.is_file():
+        if single.exists():
             return Checkpoint(read(single), mapped=True)
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise StarmergeError(f"{index} has no 'weight_map'. Fetch it again.")
-            shards = sorted(set(map(str, weight_map.values())))
-            for shard in shards:
-                if Path(shard).name != shard:
-                    raise StarmergeError(f"{index} points out of its folder, to {shard}.")
-            tensors = [tensor for shard in shards for tensor in read(folder / shard)]
-            stored = {tensor.name: tensor.file.name for tensor in tensors}
-            for name, shard in weight_map.items():
-                if stored.get(name) != shard:
-                    raise StarmergeError(
-                        f"{index} puts tensor {name} into {shard}, which lacks it."
-                    )
-            for name, shard in stored.items():
-                if name not in weight_map:
-                    raise StarmergeError(f"{index} lacks tensor {name}, which is in {shard}.")
-            return Checkpoint(tensors, mapped=True)
+        if index.exists():
+            return Checkpoint(_read_shards(index, read), mapped=True)
     raise StarmergeError(
         f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index "
         "of shards."
@@ -300,12 +301,43 @@ def open_safetensors(file: Path) -> Checkpoint:
 
 
 def open_pickle(file: Path) -> Checkpoint:
-    """Read the tensors' places of one ``.bin`` file, by ``torch.load(weights_only=True)``.
+    """Read the tensors' places of one ``.bin`` file; no code of it is run.
 
     Raises:
         StarmergeError: The file is missing, broken, or asks for code to be run.
     """
     return Checkpoint(_read_pickle(file), mapped=False)
+
+
+def _read_shards(
+    index: Path, read: Callable[[Path], Iterable[_Stored | _Unpacked]]
+) -> Iterator[_Stored | _Unpacked]:
+    """Yield the tensors of all shards of an index, and compare them with it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise StarmergeError(f"{index} has no 'weight_map'. Fetch it again.")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard:
+            raise StarmergeError(
+                f"{index} puts tensor {name} into {shard!r}, which is no file. Fetch it again."
+            )
+        if shard in (".", "..") or not {"/", "\\", "\0"}.isdisjoint(shard):
+            raise StarmergeError(f"{index} points out of its folder, to {shard!a}.")
+    stored: dict[str, str] = {}
+    for shard in sorted(set(weight_map.values())):
+        for tensor in read(index.parent / shard):
+            if tensor.name not in weight_map:
+                raise StarmergeError(f"{index} lacks tensor {tensor.name}, which is in {shard}.")
+            if tensor.name in stored:
+                raise StarmergeError(
+                    f"{index}: tensor {tensor.name} is in {stored[tensor.name]} and in {shard}. "
+                    "Which of them counts cannot be told: fetch the shards again."
+                )
+            stored[tensor.name] = shard
+            yield tensor
+    for name, shard in weight_map.items():
+        if stored.get(name) != shard:
+            raise StarmergeError(f"{index} puts tensor {name} into {shard}, which lacks it.")
 
 
 def _read_safetensors(file: Path) -> list[_Stored]:
@@ -316,39 +348,31 @@ def _read_header(file: Path) -> tuple[dict[str, str], list[_Stored]]:
     """Return the metadata of a safetensors file, and its tensors in their order."""
     broken = f"{file} is not a complete safetensors file"
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if 8 + length > size or length > _LONGEST_HEADER:
+        with open_regular(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            (length,) = struct.unpack("<Q", stream.read(8) or b"")
+            if 8 + length > size or length > MOST_JSON_BYTES:
                 raise StarmergeError(f"{broken}: its header is cut off. Fetch it again.")
-            header = json.loads(stream.read(length), object_pairs_hook=_without_duplicates)
-        metadata = dict(header.pop("__metadata__", None) or {})
-        tensors = []
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            if not all(type(n) is int and n >= 0 for n in (start, end, *entry["shape"])):
-                raise StarmergeError(f"{broken}: tensor {name} has a strange shape or place.")
-            dtype = DTYPES.get(entry["dtype"])
-            if dtype is None:
-                raise StarmergeError(
-                    f"{file}: tensor {name} has the dtype {entry['dtype']}, which cannot be merged "
-                    "or copied. Use an unquantised checkpoint."
-                )
-            stored = _Stored(name, dtype, tuple(entry["shape"]), file, 8 + length + start)
-            if stored.nbytes != end - start:
-                raise StarmergeError(f"{broken}: tensor {name} has the wrong size in the header.")
-            if stored.offset + stored.nbytes > size:
-                raise StarmergeError(
-                    f"{broken}: tensor {name} lies beyond the end of the file "
-                    f"({stored.offset + stored.nbytes} of {size} bytes). Fetch it again."
-                )
-            tensors.append(stored)
+            content = stream.read(length) or b""
+        header = parse_json(content)
+        if not content.startswith(b"{"):
+            raise ValueError("its header is no JSON object")
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise ValueError("__metadata__ is no object of texts")
+        if len(header) > _MOST_TENSORS:
+            raise ValueError(
+                f"its header has {len(header):,} tensors, and {_MOST_TENSORS:,} are read at most. "
+                "Save them in several files"
+            )
+        tensors = [
+            _stored(name, entry, file, 8 + length, size, broken) for name, entry in header.items()
+        ]
     except FileNotFoundError as error:
         raise StarmergeError(f"{file} is missing.") from error
-    except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError, OSError) as error:
         raise StarmergeError(f"{broken}: {error}. Fetch it again.") from error
-    except RecursionError as error:
-        raise StarmergeError(f"{broken}: its header is too deep.") from error
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     end = 8 + length
     for stored in tensors:
@@ -362,35 +386,75 @@ def _read_header(file: Path) -> tuple[dict[str, str], list[_Stored]]:
     return metadata, tensors
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = dict(pairs)
-    if len(names) < len(pairs):
-        raise ValueError("a name occurs twice in the header")
-    return names
-
-
-def _read_pickle(file: Path) -> list[_Unpickled]:
-    try:
-        zipped = zipfile.is_zipfile(file)  # as torch writes since 1.6; only those can be mapped
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    except FileNotFoundError as error:
-        raise StarmergeError(f"{file} is missing.") from error
-    except pickle.UnpicklingError as error:
+def _stored(
+    name: str, entry: Mapping[str, Any], file: Path, begin: int, size: int, broken: str
+) -> _Stored:
+    """Check an entry of a header, of a file of some size whose tensors begin at some byte."""
+    _check_name(file, name)
+    (start, end), shape = entry["data_offsets"], entry["shape"]
+    if not isinstance(shape, list) or not all(
+        type(n) is int and 0 <= n < 2**63 for n in (start, end, *shape)
+    ):
+        raise StarmergeError(f"{broken}: tensor {name} has a strange shape or place.")
+    dtype = DTYPES.get(entry["dtype"])
+    if dtype is None:
         raise StarmergeError(
-            f"{file} would run code when it is loaded, so it is not loaded. Ask its author for "
-            f"safetensors, or convert it where you trust it. ({str(error).splitlines()[0]})"
-        ) from error
-    except (RuntimeError, OSError, EOFError) as error:
-        raise StarmergeError(f"{file} is not a complete PyTorch file: {error}") from error
-    if not isinstance(content, dict) or not all(torch.is_tensor(t) for t in content.values()):
-        raise StarmergeError(f"{file} is not a dictionary of tensors.")
-    for name, tensor in content.items():
-        if tensor.dtype not in DTYPE_CODES or tensor.layout != torch.strided or tensor.is_meta:
+            f"{file}: tensor {name} has the dtype {entry['dtype']}, which cannot be merged "
+            "or copied. Use an unquantised checkpoint."
+        )
+    stored = _Stored(name, dtype, tuple(shape), file, begin + start)
+    # Along the dimensions, as safetensors multiplies them: a zero at the end does not help.
+    if any(entries >= 2**63 for entries in accumulate(shape, mul)):
+        raise StarmergeError(f"{broken}: tensor {name} has 2⁶³ entries or more.")
+    if stored.nbytes != end - start:
+        raise StarmergeError(f"{broken}: tensor {name} has the wrong size in the header.")
+    if stored.offset + stored.nbytes > size:
+        raise StarmergeError(
+            f"{broken}: tensor {name} lies beyond the end of the file "
+            f"({stored.offset + stored.nbytes} of {size} bytes). Fetch it again."
+        )
+    return stored
+
+
+def _check_name(file: Path, name: str) -> None:
+    """Refuse names whose handling would take for ever, or layers beyond what 64 bits count."""
+    if len(name.encode()) > _LONGEST_NAME:
+        raise StarmergeError(
+            f"{file}: the name of tensor {name[:60]!a}… is longer than {_LONGEST_NAME} bytes. "
+            "Rename it."
+        )
+    for part in name.split("."):
+        if len(part) > _LONGEST_LAYER and part.isdecimal():
             raise StarmergeError(
-                f"{file}: tensor {name} ({tensor.dtype}, {tensor.layout}) cannot be stored in "
-                "safetensors, nor merged."
+                f"{file}: tensor {name} has a layer's number of {len(part)} digits, and "
+                f"{_LONGEST_LAYER} are read at most. Rename it."
             )
-    return [
-        _Unpickled(name, tensor.dtype, tuple(tensor.shape), file, tensor.detach())
-        for name, tensor in content.items()
-    ]
+
+
+def _read_pickle(file: Path) -> list[_Stored | _Unpacked]:
+    return [_unpickled(file, tensor) for tensor in read_pickle(file)]
+
+
+def _unpickled(file: Path, found: PickledTensor) -> _Stored | _Unpacked:
+    """Check a tensor of a ``.bin`` file."""
+    name, dtype, shape = found.name, found.dtype, found.shape
+    try:
+        _check_name(file, name)
+    except UnicodeEncodeError as error:
+        raise StarmergeError(
+            f"{file}: the tensor {name!a} has half a character in its name."
+        ) from error
+    if dtype not in DTYPE_CODES:
+        raise StarmergeError(
+            f"{file}: tensor {name} ({dtype}) cannot be stored in safetensors, nor merged."
+        )
+    if found.storage is not None:
+        if not math.prod(shape):
+            return _Unpacked(name, dtype, shape, file, torch.empty(shape, dtype=dtype))
+        entries = torch.frombuffer(found.storage, dtype=torch.uint8)[found.offset :]
+        entries = entries[: len(entries) // dtype.itemsize * dtype.itemsize].view(dtype)
+        return _Unpacked(name, dtype, shape, file, entries.as_strided(shape, found.stride))
+    rows = tuple(accumulate(shape[:0:-1], mul, initial=1))[::-1] if shape else ()
+    is_plain = all(n == 1 or a == b for n, a, b in zip(shape, found.stride, rows, strict=True))
+    stride = None if is_plain or not math.prod(shape) else found.stride
+    return _Stored(name, dtype, shape, file, found.offset, stride)

@@ -16,9 +16,10 @@ from starmerge.checkpoints.adapter_config import AdapterConfig, read_adapter_con
 from starmerge.checkpoints.adapter_keys import sort_keys
 from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.names import completed, match_stored
-from starmerge.checkpoints.source import Source, read_json
+from starmerge.checkpoints.source import Source
 from starmerge.checkpoints.tensors import Checkpoint, TensorInfo
 from starmerge.errors import StarmergeError, UsageError
+from starmerge.reading import read_json
 
 
 class _Shapes(Checkpoint):

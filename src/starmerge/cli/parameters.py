@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from starmerge.errors import UsageError
+from starmerge.reading import parse_json
 
 if TYPE_CHECKING:
     from starmerge.methods.pipeline import Pipeline
@@ -28,9 +29,11 @@ def parameters(arguments: list[str]) -> dict[str, Any]:
         if key in values:
             raise UsageError(f"-p {key} is given twice. Leave one out.")
         try:
-            values[key] = json.loads(value)
+            values[key] = parse_json(value)
         except json.JSONDecodeError:
             values[key] = value
+        except ValueError as error:
+            raise UsageError(f"-p {key}: the value cannot be read: {error}.") from error
     return values
 
 

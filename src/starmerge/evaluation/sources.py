@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import importlib
-import json
 import random
 import re
 from collections import Counter
@@ -19,6 +18,7 @@ from typing_extensions import Self
 
 from starmerge import plugins
 from starmerge.errors import UsageError
+from starmerge.reading import exists, parse_json
 
 Split = Literal["train", "test"]
 
@@ -296,12 +296,16 @@ def read_file(file: Path) -> Iterator[dict[str, Any]]:
     reader = readers.get(file.suffix.lower())
     if reader is None:
         raise UsageError(f"{file} is neither .jsonl nor .csv nor .parquet.")
-    if not file.is_file():
+    if not exists(file):
         raise UsageError(f"{file} does not exist.")
+    if not file.is_file():
+        raise UsageError(f"{file} is a folder, a pipe or a device. Give a file of rows.")
     try:
         rows = list(reader(file))
     except UnicodeDecodeError as error:
         raise UsageError(f"{file} is not UTF-8: {error}. Save it as UTF-8.") from error
+    except csv.Error as error:
+        raise UsageError(f"{file} is not a CSV file: {error}.") from error
     if not rows:
         raise UsageError(f"{file} has no rows.")
     return iter(rows)
@@ -313,8 +317,8 @@ def _read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                row = parse_json(line)
+            except ValueError as error:
                 raise UsageError(f"{file}, line {number}: not JSON ({error}).") from error
             if not isinstance(row, dict):
                 raise UsageError(f"{file}, line {number}: a row is an object with fields.")

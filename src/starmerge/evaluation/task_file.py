@@ -14,6 +14,7 @@ from starmerge.errors import UsageError, explain, nearest
 from starmerge.evaluation.images import IMAGE_SOURCES, ImageTask
 from starmerge.evaluation.sources import Data, FileSource, GeneratorSource, HubSource, Sample
 from starmerge.evaluation.task import Gold, Task
+from starmerge.reading import read_yaml
 
 DataTask = Task | ImageTask
 """What a task file may hold."""
@@ -32,12 +33,9 @@ def load_task(file: Path) -> DataTask:
         UsageError: The file is missing or not YAML, lacks a key, has an unknown one or a value
             that does not fit.
     """
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(
-            f"{file} is not a readable YAML file: {' '.join(str(error).split())}"
-        ) from error
+    content, *more = read_yaml(file)
+    if more:
+        raise UsageError(f"{file} holds {1 + len(more)} documents. Put each into its own file.")
     if not isinstance(content, dict):
         raise UsageError(f"{file} is not a task: a task file holds keys such as prompt and source.")
     return make_task({"name": file.stem, **content}, where=str(file), folder=file.parent)

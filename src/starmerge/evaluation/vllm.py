@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from starmerge.checkpoints.source import read_json
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation.models import Dtype, dtype_name
 from starmerge.evaluation.scoring import Advance, Backend
+from starmerge.reading import read_json
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM can be told to make room for."""

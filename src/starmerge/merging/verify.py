@@ -13,7 +13,7 @@ from blake3 import blake3
 
 from starmerge.checkpoints.hashing import blake3_of
 from starmerge.checkpoints.output import REPORT
-from starmerge.checkpoints.source import read_json, resolve
+from starmerge.checkpoints.source import resolve
 from starmerge.checkpoints.tensors import Checkpoint, open_safetensors, raw_bytes
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.engine import Merging
@@ -21,6 +21,7 @@ from starmerge.merging.plan import Plan, make_plan
 from starmerge.merging.report import SCHEMA
 from starmerge.merging.workers import Workers
 from starmerge.progress import progress_bar
+from starmerge.reading import read_json
 from starmerge.recipe import make_recipe
 
 Repeat = Literal["none", "sample", "all"]

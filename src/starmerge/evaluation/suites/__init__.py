@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-import yaml
 from pydantic import Field, ValidationError
 
 from starmerge.errors import UsageError, explain, nearest
 from starmerge.evaluation.sources import Data
+from starmerge.reading import read_yaml
 
 FOLDER = Path(__file__).parent
 
@@ -37,13 +37,13 @@ def load_suite(file: Path) -> Suite:
     Raises:
         UsageError: The file is missing or broken, lacks a key or has an unknown one.
     """
+    content, *more = read_yaml(file)
+    if more or not isinstance(content, dict):
+        raise UsageError(f"{file} is not a suite: it holds keys such as base and models.")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
         suite = Suite.model_validate({"name": file.stem, **content})
     except ValidationError as error:
         raise UsageError(f"{file}: {explain(error, Suite.model_fields)}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
-        raise UsageError(f"{file} is not a suite: {error}") from error
     models = {
         task: str((file.parent / model).resolve()) if model.startswith(".") else model
         for task, model in suite.models.items()

@@ -11,6 +11,7 @@ from starmerge.evaluation.sources import FileSource, read_file
 from starmerge.evaluation.task import Task
 from starmerge.evaluation.task_file import DataTask, load_task
 from starmerge.plugins import Registry, is_file_reference
+from starmerge.reading import exists, read_text
 
 FOLDER = Path(__file__).parent
 
@@ -87,7 +88,7 @@ def find_task(name: str, own: Iterable[DataTask] = ()) -> DataTask:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         return load_task(path)
-    if path.exists() and path.suffix != ".py":
+    if exists(path) and path.suffix != ".py":
         return task_of_rows(path)
     return TASKS.find(name)
 
@@ -146,7 +147,7 @@ def task_of_rows(path: Path) -> Task:
                 raise UsageError(f"{file}, row {number}: a row has 'input' and 'label'.")
             labels[str(row["label"])] = None
             is_open |= "choices" in row
-    text = instruction.read_text(encoding="utf-8").strip() if instruction.is_file() else ""
+    text = read_text(instruction).strip() if instruction.is_file() else ""
     head = text.replace("{", "{{").replace("}", "}}") + "\n" if text else ""
     return Task(
         name=path.name if path.is_dir() else path.stem,

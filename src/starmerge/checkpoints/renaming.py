@@ -1,0 +1,87 @@
+"""What transformers calls the tensors of a checkpoint: a program that names.py runs.
+
+It reads a folder and the names in its files from standard input, as JSON, and writes pairs of a
+name in the model and one in the files. It is a process of its own since a config may make
+transformers loop for ever, take all memory, or end the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+
+_MEMORY = 32 * 2**30
+"""Bytes of address space; libraries take some before they need them."""
+
+
+def names_in_model(folder: str, names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return pairs of a tensor's name in the model and its name in the files.
+
+    Tensors that are joined or split on the way have no such name.
+
+    Args:
+        folder: Of the model, with its config.
+        names: Of the tensors in its files.
+
+    Raises:
+        ImportError: transformers is absent, or older than 5.
+        LookupError: The config names no model of transformers.
+        Exception: Whatever transformers raises of a config.
+    """
+    import torch  # noqa: PLC0415  (slow to import, as all below)
+    import transformers  # noqa: PLC0415
+    from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
+    from transformers.core_model_loading import (  # noqa: PLC0415
+        WeightConverter,
+        rename_source_key,
+    )
+
+    config = transformers.AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    kind = getattr(transformers, config.architectures[0])
+    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+        raise LookupError(config.architectures[0])
+    left = 4 * len(names) + 1000
+
+    def count(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise LookupError("The model has many more tensors than its files.")
+
+    torch.nn.modules.module.register_module_parameter_registration_hook(count)
+    with torch.device("meta"):
+        model = kind(config)
+    changes = get_model_conversion_mapping(model)
+    converters = [change for change in changes if isinstance(change, WeightConverter)]
+    renamings = [change for change in changes if not isinstance(change, WeightConverter)]
+    renamed = {name: rename_source_key(name, renamings, converters) for name in names}
+    taken = Counter(name for name, _ in renamed.values())
+    return [
+        (name, stored)
+        for stored, (name, converter) in renamed.items()
+        if converter is None and taken[name] == 1
+    ]
+
+
+def _limit_memory() -> None:
+    try:
+        import resource  # noqa: PLC0415  (not on all systems)
+
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    except (ImportError, OSError, ValueError):
+        pass
+
+
+if __name__ == "__main__":
+    # What libraries print is not the answer.
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    _limit_memory()
+    pairs = names_in_model(*json.load(sys.stdin))
+    with os.fdopen(answers, "w", encoding="utf-8") as stream:
+        json.dump(pairs, stream)
