@@ -77,17 +77,16 @@ class Knots(Merge):
         if will_average(tensor, embeddings="average"):
             return tensor.held + total_bytes(tensor)
         space = tensor.core()
-        rho, (_, n) = min(sum(space.ranks), space.p), tensor.matrix
-        # All matrices side by side, and LAPACK's copy; the SVD; then of each task coordinates
-        # (ρ, n): two in float32, four in float64 and masks while signs are elected.
-        joint = 2 * space.count * space.size + svd_bytes(
-            min(space.p, space.count * space.q), space.p
-        )
-        coordinates = (8 + 32 + 2) * space.count * rho * n + 8 * 6 * rho * n
-        left = 8 * 2 * rho * tensor.matrix[0]
-        return (
-            tensor.held + max(space.making, space.nbytes + joint + 16 * rho * n, coordinates) + left
-        )
+        (m, n), rho = tensor.matrix, min(sum(space.ranks), space.p)
+        # To align: all matrices side by side, LAPACK's copy of them, the SVD of what is not longer
+        # than high, and coordinates (ρ, n) that are still float64.
+        svd = svd_bytes(min(space.p, space.count * space.q), space.p)
+        aligning = space.nbytes + 2 * space.count * space.size + svd + 16 * rho * n
+        # To elect: of each task two coordinates in float32, four in float64, and two masks; six
+        # of all tasks.
+        electing = (8 + 32 + 2) * space.count * rho * n + 8 * 6 * rho * n
+        basis = 8 * 2 * rho * m
+        return tensor.held + basis + max(space.making, aligning, electing)
 
     def result(self, tensor: TensorShape) -> DeltaShape:
         """Tell what is made; see :meth:`Merge.result`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -119,17 +120,20 @@ class Star(Transform):
         width = 8 if tensor.whitening else tensor.width
         whitened = 24 * tensor.size if tensor.whitening else 0
         # The kept vectors once more, with their values; and the matrix of them.
-        kept = tensor.factors(min(m, n)) + 4 * tensor.size
-        work = svd_dense_bytes(m, n, width) + whitened + kept
+        k = self._most(min(m, n))
+        kept = tensor.factors(k) + 4 * tensor.size
+        work = svd_dense_bytes(m, n, width, k) + whitened + kept
         return max(low, rounding_bytes(tensor) + work)
 
     def result(self, delta: DeltaShape, tensor: TensorShape) -> DeltaShape:
         """Tell what is made; see :meth:`Transform.result`."""
         if delta.rank is not None:
-            return DeltaShape(delta.rank, tensor.factors(delta.rank))
+            rank = self._most(delta.rank)
+            return DeltaShape(rank, tensor.factors(rank))
         if will_average(tensor, embeddings=self.embeddings):
             return delta
-        return dense_shape(tensor)
+        # What is above the noise, in whitened inputs, may be factors of as many float64 entries.
+        return DeltaShape(None, 8 * tensor.size) if tensor.whitening else dense_shape(tensor)
 
     def apply(
         self, delta: Delta, task: int, tensor: TensorContext, survey: Any
@@ -149,6 +153,17 @@ class Star(Transform):
             kept, truncation = whitening.restore(kept), replace(truncation, noise=floor)
         # What is kept of a full matrix may have more factor entries than the matrix itself.
         return kept if isinstance(delta, LowRank) else Dense(kept.to_dense()), truncation
+
+    def _most(self, rank: int) -> int:
+        """Return the highest rank that may be kept of one.
+
+        The first r of k descending numbers are at least r/k of their sum.
+        """
+        if self.rank is not None:
+            return min(self.rank, rank)
+        given = self.eta.values() if isinstance(self.eta, dict) else self.eta
+        largest = max(given) if not isinstance(given, float) else given
+        return min(rank, math.ceil(largest * rank / 100))
 
     def _truncated(
         self, delta: Delta, task: int, tensor: TensorContext, rounding: Rounding | None
