@@ -560,6 +560,11 @@ def hook(event, arguments):
     global armed
     if armed and event == "open" and str(arguments[0]).endswith("/README.md"):
         armed = False
+        child = os.fork()
+        if not child:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == signal.SIGTERM  # a child ends at once
         os.kill(os.getpid(), number)
 
 sys.addaudithook(hook)

@@ -1,5 +1,6 @@
 """Plans: everything that can be refused is refused before a tensor is read."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from starmerge.checkpoints.output import files_in
 from starmerge.checkpoints.tensors import Checkpoint
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.plan import Plan, make_plan
@@ -64,7 +66,7 @@ def test_refuses_to_write_over_an_input(
     for place in (tiny_base, adapter, tmp_path):
         with pytest.raises(UsageError, match="is no merged model and is not overwritten"):
             make_plan(recipe, place, overwrite=True)
-    (tmp_path / "merge_report.json").write_text("{}")
+    (tmp_path / "merge_report.json").write_text(json.dumps({"files": files_in(tmp_path)}))
     with pytest.raises(UsageError, match="is, holds or lies in the input"):
         make_plan(recipe, tmp_path, overwrite=True)
     with pytest.raises(UsageError, match="not empty.*--overwrite"):

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import warnings
+from functools import partial
 from types import FrameType
 from typing import NoReturn
 
@@ -100,7 +101,7 @@ def _raise_on_signals() -> None:
     """Let Ctrl-C and SIGTERM end the command by an exception, so that it takes away what it began.
 
     A signal that the caller has this process ignore, as nohup and shells do in the background,
-    stays ignored.
+    stays ignored. Processes that a library forks, and ends by SIGTERM, end as they would without.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
@@ -108,6 +109,9 @@ def _raise_on_signals() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:
+            os.register_at_fork(
+                after_in_child=partial(signal.signal, number, signal.getsignal(number))
+            )
             signal.signal(number, interrupt)
 
 
