@@ -51,7 +51,7 @@ def match_names(source: Source, base: Base, names: Sequence[str]) -> dict[str, s
     """
     found = match_stored(source, names, {name: name for name in base.checkpoint})
     if len(found) < len(names):
-        in_model = match_stored(source, names, _names_in_model(base))
+        in_model = match_stored(source, names, names_in_model(base))
         if len(in_model) > len(found):
             return in_model
     return found
@@ -142,7 +142,7 @@ def _longer_names(names: Collection[str], stored: Collection[str]) -> dict[str, 
     return longer
 
 
-def _names_in_model(base: Base) -> dict[str, str]:
+def names_in_model(base: Base) -> dict[str, str]:
     """Return the base's tensors by the names they have once transformers has loaded them.
 
     Tensors that are joined or split on the way have no such name. Nothing is known, and the result

@@ -60,6 +60,11 @@ def names_in_model(folder: str, names: Sequence[str]) -> list[tuple[str, str]]:
     converters = [change for change in changes if isinstance(change, WeightConverter)]
     renamings = [change for change in changes if not isinstance(change, WeightConverter)]
     renamed = {name: rename_source_key(name, renamings, converters) for name in names}
+    # The files of a bare model lack the name that it has in one with a head.
+    own, prefix = dict(model.named_parameters(remove_duplicate=False)), model.base_model_prefix
+    for stored, (name, converter) in renamed.items():
+        if name not in own and f"{prefix}.{name}" in own:
+            renamed[stored] = f"{prefix}.{name}", converter
     taken = Counter(name for name, _ in renamed.values())
     return [
         (name, stored)

@@ -16,7 +16,7 @@ from starmerge.checkpoints.adapter_file import Module
 from starmerge.merging.engine import Merging
 from starmerge.merging.layout import Contents, PlannedTensor
 from starmerge.merging.outputs import Finished, Place
-from starmerge.merging.outputs.adapter import AdapterOutput, place_of
+from starmerge.merging.outputs.adapter import AdapterOutput, places_of
 from starmerge.merging.plan import Plan
 from starmerge.merging.workers import Workers
 from starmerge.methods.pipeline import Merged
@@ -97,12 +97,12 @@ class _Measuring(AdapterOutput):
     @contextmanager
     def open(self, contents: Contents, folder: Path) -> Iterator[_Spectra]:  # type: ignore[override]
         """Write nothing."""
-        yield _Spectra(contents)
+        yield _Spectra(places_of(contents))
 
 
 @dataclass(frozen=True)
 class _Spectra:
-    contents: Contents
+    where: Mapping[str, Module | str | None]
 
     def places(self, tensor: PlannedTensor) -> list[Place]:
         """Return none."""
@@ -113,7 +113,7 @@ class _Spectra:
 
     def put(self, tensor: PlannedTensor, base: Tensor | None, merged: Merged) -> dict[str, Any]:
         """Return the singular values of an update that gets factors."""
-        place = place_of(self.contents, tensor)
+        place = self.where[tensor.source.name]
         if isinstance(place, Module):
             S = svd(merged.delta).S
             return {"spectrum": S.tolist(), "update_norm": float(S.norm())}

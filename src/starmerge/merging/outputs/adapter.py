@@ -23,6 +23,7 @@ from starmerge.checkpoints.adapter_file import (
     write_adapter_config,
 )
 from starmerge.checkpoints.base import Base
+from starmerge.checkpoints.names import names_in_model
 from starmerge.checkpoints.tensors import TensorInfo, open_checkpoint
 from starmerge.checkpoints.writer import OutputTensor, ShardWriter
 from starmerge.deltas import Delta, LowRank, is_finite, matrix_shape, total
@@ -42,6 +43,17 @@ _FACTORS = "factors"
 
 _LOOKUPS = ("wte", "wpe", "relative_attention_bias")
 """Parts of the names of embeddings that have no "embed" in them."""
+
+
+_TASK_TYPES = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+"""PEFT's types of tasks, by how the names of transformers' classes end."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +91,7 @@ class AdapterOutput:
 
     def check(self, contents: Contents) -> None:
         """Make sure that there is something to write."""
-        places = [place_of(contents, tensor) for tensor in contents.tensors]
-        if all(place is None for place in places) and not _carried(contents):
+        if all(place is None for place in places_of(contents).values()) and not _carried(contents):
             raise UsageError(
                 "Nothing that the models change can be in an adapter: neither vectors nor tied "
                 "embeddings can. Write a model."
@@ -97,8 +108,7 @@ class AdapterOutput:
 
     def bytes_to_write(self, contents: Contents) -> int:
         """Return twice the bytes of factors of the highest rank that may be needed."""
-        layouts = (t for tensor in contents.tensors for t in self._layout(contents, tensor))
-        return 2 * sum(tensor.nbytes for tensor in layouts)
+        return 2 * sum(tensor.nbytes for tensor in self._layout(contents, places_of(contents)))
 
     def nbytes(self, tensor: PlannedTensor) -> int:
         """Return what is read for a tensor: what is written is little beside it."""
@@ -114,10 +124,11 @@ class AdapterOutput:
             UsageError: Some update has no factors, and no rank is given.
         """
         self._check_rank(contents)
-        layout = [t for tensor in contents.tensors for t in self._layout(contents, tensor)]
+        places = places_of(contents)
+        layout = self._layout(contents, places)
         (folder / _FACTORS).mkdir(exist_ok=True)
         with ShardWriter(folder / _FACTORS, layout) as factors:
-            writing = _AdapterWriting(self, contents, folder, factors)
+            writing = _AdapterWriting(self, contents, places, folder, factors)
             yield writing
 
     def usage(self, contents: Contents, folder: str) -> str:
@@ -133,8 +144,9 @@ class AdapterOutput:
         """Make sure that there is a rank for what has no factors."""
         if self.rank is not None:
             return
+        places = places_of(contents)
         for tensor in contents.tensors:
-            place = place_of(contents, tensor)
+            place = places[tensor.source.name]
             if isinstance(place, Module) and rank_bound(contents, tensor) is None:
                 full = min(matrix_shape(tensor.source.shape))
                 raise UsageError(
@@ -143,14 +155,18 @@ class AdapterOutput:
                     "output: in a recipe); --dry-run shows the error of each rank."
                 )
 
-    def _layout(self, contents: Contents, tensor: PlannedTensor) -> list[OutputTensor]:
-        place, shape = place_of(contents, tensor), tensor.source.shape
-        if place is None:
-            return []
-        if isinstance(place, str):
-            dtype = tensor.source.dtype
-            return [OutputTensor(place, dtype, shape, tensor.source.size * dtype.itemsize)]
-        return place.layout(shape, self.bound(contents, tensor), tensor.dtype)
+    def _layout(
+        self, contents: Contents, places: Mapping[str, Module | str | None]
+    ) -> list[OutputTensor]:
+        layout = []
+        for tensor in contents.tensors:
+            place, source = places[tensor.source.name], tensor.source
+            if isinstance(place, Module):
+                bound = self.bound(contents, tensor)
+                layout += place.layout(source.shape, bound, tensor.dtype)
+            elif place is not None:
+                layout.append(OutputTensor(place, source.dtype, source.shape, source.nbytes))
+        return layout
 
     def bound(self, contents: Contents, tensor: PlannedTensor) -> int:
         """Return the highest rank that a tensor's factors may have."""
@@ -163,12 +179,13 @@ class AdapterOutput:
 class _AdapterWriting:
     output: AdapterOutput
     contents: Contents
+    where: Mapping[str, Module | str | None]
     folder: Path
     factors: ShardWriter
 
     def places(self, tensor: PlannedTensor) -> list[Place]:
         """Return those of the two factors, or of the whole weight."""
-        place = place_of(self.contents, tensor)
+        place = self.where[tensor.source.name]
         keys = place.keys() if isinstance(place, Module) else () if place is None else (place,)
         return [(self.factors, key) for key in keys]
 
@@ -178,7 +195,7 @@ class _AdapterWriting:
 
     def put(self, tensor: PlannedTensor, base: Tensor | None, merged: Merged) -> dict[str, Any]:
         """Write the factors of the update, or the whole weight where an adapter has it so."""
-        place = place_of(self.contents, tensor)
+        place = self.where[tensor.source.name]
         if place is None:
             norm = merged.delta.frobenius()
             return {"update_norm": norm, "stored": "left out", "error": 1.0 if norm else 0.0}
@@ -225,7 +242,7 @@ class _AdapterWriting:
                 f"merge's, and max_error is {self.output.max_error:g}. --dry-run shows the rank "
                 "that each error costs."
             )
-        places = {t.source.name: place_of(self.contents, t) for t in self.contents.tensors}
+        places = self.where
         modules = {name: place for name, place in places.items() if isinstance(place, Module)}
         whole = [place for place in places.values() if isinstance(place, str)]
         carried = _carried(self.contents)
@@ -238,12 +255,13 @@ class _AdapterWriting:
             targets=target_modules([m.name for m in modules.values()], self._others(modules)),
             saved=sorted({name.rpartition(".")[0] for name in saved}),
             base_name=_base_name(self.contents.base, adapters),
-            task_type=_task_type(adapters),
+            task_type=_task_type(self.contents.base, adapters),
         )
         config["fan_in_fan_out"] |= any(adapter.config.fan_in_fan_out for adapter in adapters)
         write_adapter_config(self.folder, config)
-        facts = {"rank": r, "error": error, "kept": 1 - error**2}
-        return Finished(_summary(r, error, records, carried), facts, digests=digests)
+        left_out = overall_error([{**q, "error": q["stored"] == "left out"} for q in records])
+        facts = {"rank": r, "error": error, "kept": 1 - error**2, "left_out": left_out**2}
+        return Finished(_summary(r, error, left_out**2, carried), facts, digests=digests)
 
     def _assemble(
         self, r: int, carried: Mapping[str, tuple[Adapter, str]]
@@ -257,7 +275,7 @@ class _AdapterWriting:
         layout: list[OutputTensor] = []
         sources: dict[str, Callable[[], Tensor]] = {}
         for tensor in self.contents.tensors:
-            place = place_of(self.contents, tensor)
+            place = self.where[tensor.source.name]
             if isinstance(place, Module):
                 own = place.layout(tensor.source.shape, r, tensor.dtype)
                 layout += own
@@ -350,30 +368,50 @@ def rank_bound(contents: Contents, tensor: PlannedTensor) -> int | None:
     return rank
 
 
-def place_of(contents: Contents, tensor: PlannedTensor) -> Module | str | None:
-    """Return where a tensor's update goes in an adapter.
+def places_of(contents: Contents) -> dict[str, Module | str | None]:
+    """Return where each tensor's update goes in an adapter, by the tensor's name.
+
+    Modules have the names that the adapters have for them; those that only full fine-tunes change
+    have the names that transformers gives them, which is asked in a process of its own.
 
     Returns:
         A module that gets factors; or the key of a whole weight, where an adapter has it so; or
         None: an adapter has no place for it.
     """
-    name, shape, models = tensor.source.name, tensor.source.shape, tensor.models.values()
-    for model in models:
+    places: dict[str, Module | str | None] = {}
+    unnamed = []
+    for tensor in contents.tensors:
+        place = _place_by_models(tensor)
+        if place is None and _has_factors(contents.base, tensor):
+            unnamed.append(tensor.source.name)
+        places[tensor.source.name] = place
+    base = contents.base
+    names = {stored: name for name, stored in names_in_model(base).items()} if unnamed else {}
+    for stored in unnamed:
+        name = names.get(stored, stored).removesuffix(".weight")
+        last = name.rpartition(".")[2].lower()
+        looks_up = base.is_embedding(stored) and ("embed" in last or last in _LOOKUPS)
+        is_linear = len(base.checkpoint[stored].shape) == 2 and not base.is_embedding(stored)
+        places[stored] = Module(name, looks_up, base.stores_input_first and is_linear)
+    return places
+
+
+def _place_by_models(tensor: PlannedTensor) -> Module | str | None:
+    """Return the place that a tensor has in the adapters that change it."""
+    name = tensor.source.name
+    for model in tensor.models.values():
         if isinstance(model, Adapter) and name in model.replacements:
             key = model.replacements[name]
             return key if key.startswith(PREFIX) else PREFIX + key
-    for model in models:
-        module = model.module(name)
-        if module is not None:
-            return module
-    base = contents.base
-    if len(shape) < 2 or not name.endswith(".weight") or name in base.tied:
-        return None
-    path = name.removesuffix(".weight")
-    last = path.rpartition(".")[2].lower()
-    looks_up = base.is_embedding(name) and ("embed" in last or last in _LOOKUPS)
-    is_transposed = base.stores_input_first and len(shape) == 2 and not looks_up
-    return Module(path, looks_up, is_transposed and not base.is_embedding(name))
+    modules = (model.module(name) for model in tensor.models.values())
+    return next((module for module in modules if module is not None), None)
+
+
+def _has_factors(base: Base, tensor: PlannedTensor) -> bool:
+    """Tell whether a tensor is the weight of a module that PEFT can adapt."""
+    name = tensor.source.name
+    is_matrix = len(tensor.source.shape) > 1 and name.endswith(".weight")
+    return is_matrix and name not in base.tied
 
 
 def _composed(first: SVD, energy: float) -> Approximated:
@@ -439,28 +477,26 @@ def _base_name(base: Base, adapters: Sequence[Adapter]) -> str | None:
     return named[0] if named else str(base.source) if base.has_weights else None
 
 
-def _task_type(adapters: Sequence[Adapter]) -> str | None:
-    """Return the type of task that all adapters have, or the one with whole modules."""
+def _task_type(base: Base, adapters: Sequence[Adapter]) -> str | None:
+    """Return the type of task that all adapters have, or the one with whole modules.
+
+    Without adapters, that of the base's architecture.
+    """
+    if not adapters:
+        kind = str((base.config.get("architectures") or [""])[0])
+        return next((task for end, task in _TASK_TYPES.items() if kind.endswith(end)), None)
     kinds = {adapter.config.task_type for adapter in adapters}
     saving = [adapter.config.task_type for adapter in adapters if adapter.saved]
     return saving[0] if saving else kinds.pop() if len(kinds) == 1 else None
 
 
-def _summary(
-    r: int, error: float, records: Sequence[Mapping[str, Any]], carried: Mapping[str, object]
-) -> str:
-    if not any(record["update_norm"] for record in records):
-        text = f"adapter of rank {r}; the update is zero"
-    elif error == 0:
-        text = f"adapter of rank {r}, exact"
-    else:
-        text = (
-            f"adapter of rank {r}, which keeps {1 - error**2:.2%} of the update "
-            f"(relative error {error:.3g})"
-        )
-    left = sum(record["stored"] == "left out" and record["error"] > 0 for record in records)
-    if left:
-        text += f"; {left} vectors or tied embeddings are left out"
+def _summary(r: int, error: float, left_out: float, carried: Mapping[str, object]) -> str:
+    text = f"adapter of rank {r}, exact"
+    if error:
+        kept = 1 - error**2
+        text = f"adapter of rank {r}, which keeps {kept:.2%} of the update (error {error:.3g})"
+    if left_out:
+        text += f"; {left_out:.2%} of the update, in vectors and tied embeddings, is left out"
     if carried:
         text += f"; {len(carried)} tensors of whole modules carried over as they are"
     return text
