@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_serializer,
+)
 
 from starmerge import plugins
 from starmerge.checkpoints.output import check_output_file, output_file
@@ -54,6 +61,11 @@ class OutputEntry(BaseModel):
         allow_inf_nan=False,
         description="refuse an adapter whose update is farther from the merge's, relative to it",
     )
+
+    @model_serializer
+    def _what_is_set(self) -> dict[str, Any]:
+        """Leave out what is not set: a model has no rank."""
+        return {key: value for key, value in vars(self).items() if value is not None}
 
 
 class Recipe(BaseModel):
@@ -142,8 +154,7 @@ class Recipe(BaseModel):
     def to_yaml(self) -> str:
         """Return the recipe in YAML, such that :func:`load_recipe` reads it back."""
         content = self.model_dump()
-        content["output"] = {k: v for k, v in content["output"].items() if v is not None}
-        for key in ("base", "output", "plugins"):
+        for key in ("base", "plugins"):
             if not content[key]:
                 del content[key]
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
@@ -249,12 +260,14 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
         recipe = Recipe.model_validate(dict(content))
     except ValidationError as error:
         raise UsageError(f"{where}: {explain(error)}") from error
-    if recipe.base is None and recipe.output.kind != "adapter":
+    pipeline = recipe.make_pipeline()
+    output = recipe.output
+    output = output.model_copy(update={"kind": output.kind or pipeline.merge.outputs[0]})
+    if recipe.base is None and output.kind != "adapter":
         raise UsageError(
             f"{where} lacks the base. Only an adapter is made of adapters alone, without it "
             "(--as adapter; output: {kind: adapter} in a recipe)."
         )
-    pipeline = recipe.make_pipeline()
     origins = {name: origin.record() for name, origin in pipeline.plugins.items()}
     for name, given in recipe.plugins.items():
         if name not in origins:
@@ -269,7 +282,8 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
                 "recipe to take it as it is."
             )
     # With its defaults filled in, a recipe means the same under every later version.
-    return recipe.model_copy(update={"parameters": pipeline.parameters(), "plugins": origins})
+    filled = {"parameters": pipeline.parameters(), "output": output, "plugins": origins}
+    return recipe.model_copy(update=filled)
 
 
 def model_entries(
