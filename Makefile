@@ -6,7 +6,7 @@ ROWS ?= 100
 DEMO_OUTPUT ?= demo-output
 FUZZ_EXAMPLES ?= 2000
 FUZZ_SEED ?= 0
-BENCHMARKS ?= low_rank full_rank copying finetunes many_tensors sweep startup threads star_adapters evaluation gpu
+BENCHMARKS ?= low_rank full_rank copying finetunes many_tensors sweep startup threads star_adapters adapter_output evaluation gpu
 
 .PHONY: demo test fuzz lint types base docs bench clean
 

@@ -23,6 +23,7 @@ from starmerge.evaluation.comparison import paired
 from starmerge.evaluation.metrics import RESAMPLES, Prediction, metric, resample, score
 from starmerge.evaluation.runner import evaluate
 from starmerge.evaluation.sheets import Settings
+from starmerge.evaluation.suites import load_suite
 from starmerge.evaluation.task_file import load_task
 from starmerge.evaluation.tasks import find_task
 from starmerge.methods import METHODS, make_pipeline
@@ -419,6 +420,11 @@ def test_a_task_of_a_file_and_what_is_wrong_with_one(tmp_path: Path) -> None:
         "number = 3\n"
     )
     assert find_task(f"{tmp_path}/mine.py:quiz").name == "quiz"
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(
+        "base: org/base\ntasks: ['mine.py:quiz', demo/past]\nmodels: {quiz: org/quiz}\n"
+    )
+    assert [find_task(name).name for name in load_suite(suite).tasks] == ["quiz", "past"]
     for name, message in (
         (f"{tmp_path}/mine.py:number", "is no task: it is of the type int, and a task is a Task"),
         (f"{tmp_path}/mine.py:quizz", "has no 'quizz'. Did you mean 'quiz'"),

@@ -170,3 +170,30 @@ def test_an_adapter_folded_into_a_stored_model_is_truncated_as_it_was(
 
     assert error("auto") < 0.1
     assert error("off") > 0.3
+
+
+def test_eight_adapters_become_one_that_peft_loads_with_the_logits_of_the_merged_model(
+    smollm2: Path, tmp_path: Path
+) -> None:
+    models = sorted(path for path in ADAPTERS.iterdir() if path.is_dir())
+    assert len(models) == 8
+    full = sm.merge(smollm2, models, "auto", output=tmp_path / "full", dtype="float32")
+    exact = sm.merge(None, models, "auto", output=tmp_path / "exact", output_kind="adapter")
+    low = sm.merge(None, models, "auto", output=tmp_path / "low", output_kind="adapter", rank=64)
+    assert exact.report.content["output"]["error"] == 0
+    assert 0 < low.report.content["output"]["error"] < 0.3
+    tokenizer = AutoTokenizer.from_pretrained(full.path)
+    wanted = _logits(AutoModelForCausalLM.from_pretrained(full.path), tokenizer)
+
+    def through_peft(adapter: Path) -> torch.Tensor:
+        plain = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+        return _logits(PeftModel.from_pretrained(plain, adapter).eval(), tokenizer)
+
+    base = _logits(AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32), tokenizer)
+    moved = _relative(base, wanted)
+    assert _relative(through_peft(exact.path), wanted) < 1e-5
+    assert _relative(through_peft(low.path), wanted) < 0.5 * moved
+    back = sm.merge(smollm2, [exact.path], "average", output=tmp_path / "back", dtype="float32")
+    assert (full.path / "model.safetensors").read_bytes() == (
+        back.path / "model.safetensors"
+    ).read_bytes()

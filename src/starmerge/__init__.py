@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from starmerge.merging.in_memory import merge_state as merge_state
     from starmerge.merging.task_vectors import TaskVectors as TaskVectors
     from starmerge.merging.task_vectors import load_task_vectors as load_task_vectors
+    from starmerge.merging.verify import Verdict as Verdict
+    from starmerge.merging.verify import verify as verify
     from starmerge.methods import Method as Method
     from starmerge.methods import Pipeline as Pipeline
     from starmerge.methods.built_in import *
@@ -47,6 +49,7 @@ _HOMES = {
     "StarmergeError": "errors",
     "TaskVectors": "merging.task_vectors",
     "UsageError": "errors",
+    "Verdict": "merging.verify",
     "apply": "merging.apply",
     "calibrate": "calibration.run",
     "choose": "study.choose",
@@ -54,6 +57,7 @@ _HOMES = {
     "merge": "merging.engine",
     "merge_state": "merging.in_memory",
     "open_metric": "checkpoints.metric",
+    "verify": "merging.verify",
 }
 """Where the names live that are not methods."""
 

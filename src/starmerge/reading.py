@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Hashable, Iterator
 from io import FileIO
@@ -270,3 +271,14 @@ _Loader.yaml_implicit_resolvers = {
 }
 for _tag in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
+
+
+def is_url(path: str | Path) -> bool:
+    """Tell whether a text is meant as a URL, such as ``s3://bucket/model``, and not as a path.
+
+    Two slashes may have become one, as in paths.
+    """
+    return _URL.match(str(path)) is not None
+
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")

@@ -517,7 +517,7 @@ def _refusals(tmp_path: Path) -> dict[str, Callable[[], object]]:
         "gone.txt does not exist": run(texts=tmp_path / "gone.txt"),
         "empty.txt has no text": run(texts=_write(tmp_path / "empty.txt", ["", " "])),
         "rows.jsonl, row 1: there is no text under 'text'": run(texts=rows),
-        "half.jsonl, text 1 holds half a character": run(
+        "half.jsonl, line 1: not JSON .*half a character": run(
             texts=_write(tmp_path / "half.jsonl", ['{"text": "\\ud800"}'])
         ),
         "broken.jsonl, line 1: not JSON": run(texts=broken),

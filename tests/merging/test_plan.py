@@ -116,3 +116,18 @@ def test_refuses_two_adapters_that_save_whole_modules(
         make_plan(recipe, tmp_path / "out")
     one = make_recipe({"base": str(tiny_base), "models": [str(saving[0]), str(plain)]})
     assert "lm_head.weight" in {t.source.name for t in make_plan(one, tmp_path / "out").merged}
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/out", "gs://bucket/out", "https://host/out"])
+def test_a_url_becomes_no_folder(
+    make_adapter: MakeAdapter, tiny_base: Path, tmp_path: Path, url: str, monkeypatch: Any
+) -> None:
+    adapter = make_adapter("a")
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    content = {"base": str(tiny_base), "models": [str(adapter)]}
+    with pytest.raises(UsageError, match="is a URL, and outputs are written to local folders"):
+        make_plan(make_recipe(content), Path(url))
+    with pytest.raises(UsageError, match="is a URL, and models are read from"):
+        make_plan(make_recipe(content | {"models": [url]}), tmp_path / "out")
+    assert set(tmp_path.iterdir()) == before

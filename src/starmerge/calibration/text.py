@@ -367,11 +367,6 @@ def texts_of(file: Path) -> list[str]:
             texts = file.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise UsageError(f"{file} is not UTF-8: {error}. Save it as UTF-8.") from error
-    for number, text in enumerate(texts, start=1):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UsageError(f"{file}, text {number} holds half a character: {error}.") from error
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise UsageError(f"{file} has no text.")

@@ -28,6 +28,7 @@ from typing import Literal
 
 from starmerge.checkpoints.exchange import exchange
 from starmerge.errors import Interrupted, StarmergeError, UsageError
+from starmerge.reading import is_url
 
 REPORT = "merge_report.json"
 """The report in a merged model's folder; a folder that has it was written by a merge."""
@@ -342,6 +343,11 @@ def _failures_named(path: Path) -> Iterator[None]:
 
 def _check_place(path: Path) -> None:
     """Make sure that something of this name can be made, above it all that is missing."""
+    if is_url(path):
+        raise UsageError(
+            f"{path} is a URL, and outputs are written to local folders. Give a folder, and copy "
+            "it there when it is complete."
+        )
     if not path.resolve().name:
         raise UsageError(f"{path} is the root of the file system. Choose another output.")
     parent = _nearest_parent(path)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.reading import exists, read_json
+from starmerge.reading import exists, is_url, read_json
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -61,6 +61,11 @@ def resolve(reference: str | Path) -> Source:
         if not os.access(path, os.R_OK | os.X_OK):
             raise StarmergeError(f"{text} may not be read by this user. Change its permissions.")
         return Source(text, path, _recorded_name(path), None)
+    if is_url(text):
+        raise UsageError(
+            f"{text} is a URL, and models are read from local folders and the Hub. Copy it into a "
+            "folder, or give a Hub id such as org/name or org/name@revision."
+        )
     if not _HUB_ID.fullmatch(text):
         raise UsageError(
             f"{text[:200]} does not exist. Give a folder, or a Hub id such as org/name or "

@@ -22,13 +22,7 @@ from typing_extensions import dataclass_transform
 
 from starmerge.deltas import Delta
 from starmerge.errors import UsageError, explain, nearest
-from starmerge.methods.memory import (
-    DeltaShape,
-    TensorShape,
-    dense_shape,
-    scaled_shape,
-    total_shape,
-)
+from starmerge.methods.memory import DeltaShape, TensorShape, dense_shape, scaled_shape, total_shape
 from starmerge.plugins import Registry
 from starmerge.spectral import Truncation
 from starmerge.spectral.metric import Inputs
@@ -149,13 +143,14 @@ class Method(ABC):
         what it returns. The chain counts a metric's whitening, and the update that a post-step is
         given.
 
-        All of starmerge's own methods tell it. One that does not counts as if it held every task
-        vector as a float64 matrix, made another of each, and had eight more.
+        By default as if it held all task vectors as matrices in float32 (float64 where stored
+        tensors are), and four more: enough for most methods, and far too much for those that stay
+        in factors.
 
         Args:
             tensor: What is known of the tensor before it is read.
         """
-        return tensor.held + 8 * tensor.size * (2 * len(tensor.deltas) + 8)
+        return tensor.held + (len(tensor.deltas) + 4) * tensor.width * tensor.size
 
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:  # noqa: B027
         """Compare the parameters with what is to be merged, before anything is read.
@@ -216,7 +211,7 @@ class Transform(Method):
         return 0
 
     def result(self, delta: DeltaShape, tensor: TensorShape) -> DeltaShape:
-        """Tell what :meth:`apply` makes of a task vector, before it is there; by default dense.
+        """Tell what :meth:`apply` makes of a task vector, before it is there; by default a matrix.
 
         Args:
             delta: The task vector, as the steps before leave it.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
+from starmerge import plugins
 from starmerge.errors import UsageError, explain, nearest
 from starmerge.evaluation.sources import Data
 from starmerge.reading import read_yaml
@@ -22,7 +23,8 @@ class Suite(Data):
     base: str
     """Hub id."""
     tasks: tuple[str, ...] = Field(min_length=1)
-    """Names of the registry, such as "flan-t5/qqp", or task files beside the suite's."""
+    """Names of the registry, such as "flan-t5/qqp", task files beside the suite's, or tasks of a
+    Python file there, ``my_tasks.py:quiz``."""
     models: dict[str, str]
     """The fine-tune of each task, by the task's name: a Hub id, or a folder that begins with a dot
     and is relative to the suite's file."""
@@ -49,7 +51,10 @@ def load_suite(file: Path) -> Suite:
         for task, model in suite.models.items()
     }
     tasks = tuple(
-        str(file.parent / task) if (file.parent / task).is_file() else task for task in suite.tasks
+        str(file.parent / task)
+        if (file.parent / task).is_file()
+        else plugins.beside(task, file.parent)
+        for task in suite.tasks
     )
     return suite.model_copy(update={"models": models, "tasks": tasks})
 
