@@ -16,6 +16,7 @@ from starmerge.methods.memory import DeltaShape, TensorShape, total_bytes, total
 from starmerge.methods.method import Deltas, Merge, TensorContext
 from starmerge.spectral import CoreSpace, core_space, on_best_device
 from starmerge.spectral.core_space import CoreShape
+from starmerge.spectral.dense import svd_bytes
 from starmerge.spectral.metric import Whitening
 
 _T = TypeVar("_T")
@@ -57,13 +58,18 @@ class SpectralMerge(Merge):
         """Return the sizes of the space to merge in; see :meth:`space`."""
         return tensor.core()
 
-    @abstractmethod
     def matrix_memory(self, space: CoreShape) -> int:
         """Tell the bytes that :meth:`merge_matrices` needs beside the matrices, its result too.
+
+        All of starmerge's own methods tell it. One that does not counts as if it had an SVD and two
+        matrices of each task, square ones of the longer side, and eight more.
 
         Args:
             space: The sizes of the space.
         """
+        squares = 8 * 5 * max(space.p, space.q) ** 2
+        own = space.count * (space.vectors + 2 * space.size)
+        return own + squares + 8 * space.size + svd_bytes(space.p, space.q)
 
     def result(self, tensor: TensorShape) -> DeltaShape:
         """Tell what is made of one tensor; see :meth:`Merge.result`."""
