@@ -53,9 +53,12 @@ def names_in_model(folder: str, names: Sequence[str]) -> list[tuple[str, str]]:
         if left < 0:
             raise LookupError("The model has many more tensors than its files.")
 
-    torch.nn.modules.module.register_module_parameter_registration_hook(count)
-    with torch.device("meta"):
-        model = kind(config)
+    counting = torch.nn.modules.module.register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            model = kind(config)
+    finally:
+        counting.remove()
     changes = get_model_conversion_mapping(model)
     converters = [change for change in changes if isinstance(change, WeightConverter)]
     renamings = [change for change in changes if not isinstance(change, WeightConverter)]
