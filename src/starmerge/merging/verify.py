@@ -68,7 +68,7 @@ def verify(
     memory: int | str | None = None,
     progress: bool = False,
 ) -> Verdict:
-    """Compare a merged folder with its report, byte by byte.
+    """Compare a merged folder with its report, byte by byte; its card may be edited.
 
     Args:
         path: The folder.
@@ -111,6 +111,11 @@ def verify(
 def _check_output(folder: Path, report: Mapping[str, Any], progress: bool) -> tuple[int, list[str]]:
     """Return how many tensors were compared, and what is wrong."""
     wrong = [f"{name} is missing." for name in report["files"] if not (folder / name).is_file()]
+    wrong += [
+        f"{name}: the bytes are not those that were written."
+        for name, digest in report.get("blake3", {}).items()
+        if (folder / name).is_file() and blake3_of(folder / name) != digest
+    ]
     checked = 0
     for name, digests in report["digests"].items():
         if not (folder / name).is_file():
