@@ -56,3 +56,23 @@ def test_a_config_that_was_changed_is_wrong(
     ]
     (path / config).write_text((path / config).read_text() + " ")
     assert verify(path).wrong == [f"{config}: the bytes are not those that were written."]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"digests": {"model.safetensors": "x"}},
+        {"files": None},
+        {"inputs": [{}]},
+        {"recipe": 3},
+        {"blake3": []},
+    ],
+)
+def test_a_broken_report_is_an_error(
+    make_adapter: MakeAdapter, tiny_base: Path, tmp_path: Path, edit: dict[str, Any]
+) -> None:
+    path = sm.merge(tiny_base, [make_adapter("a")], "average", output=tmp_path / "out").path
+    report = path / "merge_report.json"
+    report.write_text(json.dumps(json.loads(report.read_text()) | edit))
+    with pytest.raises(sm.StarmergeError, match=f"is broken at {next(iter(edit))}"):
+        verify(path)
