@@ -274,6 +274,18 @@ def test_adapters_that_change_nothing_give_one_that_peft_loads(
         assert not update.any()
 
 
+def test_more_factors_than_rows_give_a_whole_adapter_without_an_error(
+    make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    models = [make_adapter(f"m{seed}", seed=seed) for seed in range(12)]
+    made = sm.merge(None, models, "average", output=tmp_path / "made", output_kind="adapter")
+    assert made.report.content["output"]["error"] == 0
+    updates = [_update(model) for model in models]
+    for name, found in _update(made.path).items():
+        wanted = sum(update[name] for update in updates) / len(updates)
+        assert np.linalg.norm(found - wanted) < 1e-6 * np.linalg.norm(wanted)
+
+
 def test_bfloat16_says_what_its_rounding_costs(make_adapter: MakeAdapter, tmp_path: Path) -> None:
     models = _adapters(make_adapter, "plain")
     kwargs: dict[str, Any] = {"output_kind": "adapter"}

@@ -259,7 +259,7 @@ class _AdapterWriting:
         config["fan_in_fan_out"] |= any(adapter.config.fan_in_fan_out for adapter in adapters)
         write_adapter_config(self.folder, config)
         left_out = overall_error([{**q, "error": q["stored"] == "left out"} for q in records])
-        facts = {"rank": r, "error": error, "kept": 1 - error**2, "left_out": left_out**2}
+        facts = {"rank": r, "error": error, "kept": _kept(error), "left_out": left_out**2}
         return Finished(_summary(r, error, left_out**2, carried), facts, digests=digests)
 
     def _assemble(
@@ -337,8 +337,11 @@ def approximated(delta: Delta, rank: int) -> Approximated:
         left, right = factors_of(delta)
         if left.shape[1] <= rank:
             return Approximated(left, right, delta.frobenius(), 0.0)
-        energy = energy_of(delta)
-        return _composed(leading(delta, rank), energy)
+        first = leading(delta, rank)
+        # Where nothing is cut off, the difference of two energies would be rounding alone.
+        is_whole = rank >= min(delta.shape)
+        energy = float(first.S.square().sum()) if is_whole else energy_of(delta)
+        return _composed(first, energy)
     decomposed = svd(delta)
     first = certainly(decomposed, lambda sure: sure.first(rank))
     return _composed(first, float(decomposed.S.square().sum()))
@@ -541,11 +544,17 @@ def _task_type(base: Base, adapters: Sequence[Adapter]) -> str | None:
     return saving[0] if saving else kinds.pop() if len(kinds) == 1 else None
 
 
+def _kept(error: float) -> float:
+    """Return the share of the update's energy that is kept."""
+    return max(0.0, 1 - error**2)
+
+
 def _summary(r: int, error: float, left_out: float, carried: Mapping[str, object]) -> str:
     text = f"adapter of rank {r}, exact"
     if error:
-        kept = 1 - error**2
-        text = f"adapter of rank {r}, which keeps {kept:.2%} of the update (error {error:.3g})"
+        text = (
+            f"adapter of rank {r}, which keeps {_kept(error):.2%} of the update (error {error:.3g})"
+        )
     if left_out:
         text += f"; {left_out:.2%} of the update, in vectors and tied embeddings, is left out"
     if carried:
