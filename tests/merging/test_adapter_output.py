@@ -10,9 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 import starmerge as sm
 from starmerge.merging.plan import make_plan
@@ -112,8 +120,6 @@ def test_layers_stored_input_first_get_peft_s_orientation(tmp_path: Path) -> Non
     GPT2LMHeadModel(
         GPT2Config(vocab_size=61, n_positions=16, n_embd=16, n_layer=2, n_head=2)
     ).save_pretrained(tmp_path / "base")
-    from peft import LoraConfig, get_peft_model
-
     models = []
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -230,6 +236,56 @@ def test_modules_are_named_in_full_where_the_end_of_a_name_means_others_too(
     ]
 
 
+def test_a_target_never_means_a_layer_that_is_called_by_the_same_number(tmp_path: Path) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(8, 8)) for _ in range(3)])
+            self.mlp = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+
+    torch.manual_seed(0)
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(Block().state_dict(), base / "model.safetensors", metadata={"format": "pt"})
+    (base / "config.json").write_text(json.dumps({"model_type": "none"}))
+    models = [tmp_path / "a", tmp_path / "b"]
+    for model in models:
+        config = LoraConfig(r=2, target_modules=["mlp.2", "layers.1.0"], init_lora_weights=False)
+        get_peft_model(Block(), config).save_pretrained(model)
+    for given, name in ((base, "with"), (None, "without")):
+        made = sm.merge(given, models, "average", output=tmp_path / name, output_kind="adapter")
+        loaded = PeftModel.from_pretrained(Block(), made.path)
+        adapted = {key.split(".lora_A")[0] for key, _ in loaded.named_parameters() if "_A" in key}
+        assert adapted == {f"{PREFIX}mlp.2", f"{PREFIX}layers.1.0"}
+
+
+def test_adapters_that_change_nothing_give_one_that_peft_loads(
+    make_adapter: MakeAdapter, tiny_base: Path, tmp_path: Path
+) -> None:
+    models = [make_adapter("a"), make_adapter("b", seed=1)]
+    for model in models:
+        tensors = load_file(model / _WEIGHTS)
+        zero = {key: t * ("lora_A" in key) for key, t in tensors.items()}
+        save_file(zero, model / _WEIGHTS, metadata={"format": "pt"})
+    made = sm.merge(None, models, "star", output=tmp_path / "made", output_kind="adapter")
+    assert made.report.content["output"]["rank"] == 1
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), made.path)
+    for update in _update(made.path).values():
+        assert not update.any()
+
+
+def test_more_factors_than_rows_give_a_whole_adapter_without_an_error(
+    make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    models = [make_adapter(f"m{seed}", seed=seed) for seed in range(12)]
+    made = sm.merge(None, models, "average", output=tmp_path / "made", output_kind="adapter")
+    assert made.report.content["output"]["error"] == 0
+    updates = [_update(model) for model in models]
+    for name, found in _update(made.path).items():
+        wanted = sum(update[name] for update in updates) / len(updates)
+        assert np.linalg.norm(found - wanted) < 1e-6 * np.linalg.norm(wanted)
+
+
 def test_bfloat16_says_what_its_rounding_costs(make_adapter: MakeAdapter, tmp_path: Path) -> None:
     models = _adapters(make_adapter, "plain")
     kwargs: dict[str, Any] = {"output_kind": "adapter"}
@@ -284,6 +340,63 @@ def test_adapters_that_name_modules_otherwise_meet_without_the_base(
     assert (full.path / "model.safetensors").read_bytes() == (
         back.path / "model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_modules_of_the_inner_model_get_the_names_of_the_outer_one(
+    make_adapter: MakeAdapter, tiny_base: Path, tmp_path: Path, order: int
+) -> None:
+    outer = make_adapter("a", target_modules=["q_proj", "lm_head"])
+    inner = make_adapter("b", seed=1, target_modules=["v_proj"])
+    tensors = load_file(inner / _WEIGHTS)
+    shorter = {key.replace(f"{PREFIX}model.", PREFIX): t for key, t in tensors.items()}
+    save_file(shorter, inner / _WEIGHTS, metadata={"format": "pt"})
+    models = [outer, inner][::order]
+    full = sm.merge(tiny_base, models, "average", output=tmp_path / "full")
+    made = sm.merge(tiny_base, models, "average", output=tmp_path / "made", output_kind="adapter")
+    ids = torch.arange(24)[None]
+    plain = AutoModelForCausalLM.from_pretrained(tiny_base)
+    logits = PeftModel.from_pretrained(plain, made.path).eval()(ids).logits.detach()
+    wanted = AutoModelForCausalLM.from_pretrained(full.path)(ids).logits.detach()
+    assert float((logits - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
+    with pytest.raises(sm.UsageError, match="cannot be told.*Give the base"):
+        _no_base(models, tmp_path / "alone")
+
+
+@pytest.mark.parametrize("has_base", [True, False])
+def test_peft_loads_a_head_of_several_layers_that_was_trained_whole(
+    tmp_path: Path, has_base: bool
+) -> None:
+    torch.manual_seed(0)
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    RobertaForSequenceClassification(
+        RobertaConfig(
+            vocab_size=61,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=20,
+        )
+    ).save_pretrained(base)
+    load = AutoModelForSequenceClassification.from_pretrained
+    config = LoraConfig(r=2, target_modules=["query"], init_lora_weights=False, task_type="SEQ_CLS")
+    trained = get_peft_model(load(base), config)
+    for name, parameter in trained.named_parameters():
+        if "modules_to_save" in name:
+            nn.init.normal_(parameter)
+    trained.save_pretrained(adapter)
+    made = sm.merge(
+        base if has_base else None,
+        [adapter],
+        "average",
+        output=tmp_path / "made",
+        output_kind="adapter",
+    )
+    ids = torch.arange(3, 15)[None]
+    wanted = trained.eval()(ids).logits.detach()
+    logits = PeftModel.from_pretrained(load(base), made.path).eval()(ids).logits.detach()
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["average", "ties"])

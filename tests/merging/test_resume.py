@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,23 @@ def test_another_merge_does_not_take_it_up(
     file = models[0] / "adapter_model.safetensors"
     save_file(load_file(file), file, metadata={"format": "pt"})
     assert fingerprint(_plan(tiny_base, models, tmp_path / "new")) != fingerprint(plan)
+
+
+def test_what_an_earlier_run_wrote_is_no_space_that_is_still_needed(
+    make_adapter: MakeAdapter, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [make_adapter("a"), make_adapter("b", seed=1)]
+    output = tmp_path / "out"
+    plan = _plan(tiny_base, models, output)
+    free = shutil.disk_usage(tmp_path)._replace(free=plan.bytes_to_write // 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda place: free)
+        with pytest.raises(sm.StarmergeError, match="its disk has"):
+            _plan(tiny_base, models, output)
+    _interrupted(plan, monkeypatch, after=len(plan.tensors) - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda place: free)
+        assert run(_plan(tiny_base, models, output), threads=1).taken_up > 0
 
 
 def test_fresh_begins_anew(

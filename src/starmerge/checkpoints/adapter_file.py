@@ -90,7 +90,7 @@ def adapter_config(
         modules: The modules that have factors.
         r: Their rank.
         targets: Ends of the modules' names; see :func:`target_modules`.
-        saved: Names of the modules that are stored whole.
+        saved: Ends of the names of the modules that are stored whole.
         base_name: Hub id or path of the base.
         task_type: PEFT's type of task.
     """
@@ -124,14 +124,17 @@ def target_modules(adapted: Collection[str], others: Iterable[str]) -> list[str]
 
     PEFT adapts a module whose name is an entry, or ends in a dot and the entry. Last parts of the
     names, such as ``q_proj``, are what servers expect; where such an end would mean a module that
-    is not adapted, the full names of those with that end stand in its place.
+    is not adapted, the full names of those with that end stand in its place; so where the end is a
+    number, which layers have too.
 
     Args:
         adapted: Names of the adapted modules.
-        others: Names of the other modules that PEFT could adapt.
+        others: Names of the other modules of the model, those that hold modules among them.
     """
     taken = {_end(name) for name in others}
-    return sorted({name if _end(name) in taken else _end(name) for name in adapted})
+    return sorted(
+        {name if (end := _end(name)) in taken or end.isdecimal() else end for name in adapted}
+    )
 
 
 def _end(name: str) -> str:

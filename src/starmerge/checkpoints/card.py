@@ -12,6 +12,8 @@ import yaml
 from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.models import FineTune
 
+CARD = "README.md"
+
 
 def write_card(
     path: Path,

@@ -23,10 +23,10 @@ from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.source import Source
 from starmerge.errors import StarmergeError
 
-_Change = tuple[str, str]
+Change = tuple[str, str]
 """A prefix to take away from an adapter's name, and one to put there instead."""
 
-_NONE: _Change = ("", "")
+_NONE: Change = ("", "")
 
 _PATIENCE = 120.0
 """Seconds that transformers gets to be imported and to lay out a model without weights."""
@@ -96,22 +96,26 @@ def completed(names: Sequence[str], found: Mapping[str, str]) -> dict[str, str]:
         names: An adapter's names.
         found: What :func:`match_stored` found of them.
     """
-    name, stored = next(iter(found.items()), ("", ""))
+    change = prefix_change(*next(iter(found.items()), ("", "")))
+    return {each: found.get(each, changed(each, change) or each) for each in names}
+
+
+def prefix_change(name: str, stored: str) -> Change:
+    """Return the prefixes of two names of one tensor, without the parts at the end they share."""
     common = 0
     for ours, theirs in zip(reversed(name.split(".")), reversed(stored.split(".")), strict=False):
         common += len(ours) + 1 if ours == theirs else 0
         if ours != theirs:
             break
-    change = name[: max(0, len(name) - common + 1)], stored[: max(0, len(stored) - common + 1)]
-    return {
-        each: found.get(each, _changed(each, change) if each.startswith(change[0]) else each)
-        for each in names
-    }
+    return name[: max(0, len(name) - common + 1)], stored[: max(0, len(stored) - common + 1)]
 
 
-def _fitting_changes(
-    name: str, stored: Collection[str], longer: Sequence[str]
-) -> Iterator[_Change]:
+def changed(name: str, change: Change) -> str | None:
+    """Return a name with its prefix changed; None if it has another prefix."""
+    return _changed(name, change) if name.startswith(change[0]) else None
+
+
+def _fitting_changes(name: str, stored: Collection[str], longer: Sequence[str]) -> Iterator[Change]:
     if name in stored:
         yield _NONE
     parts = name.split(".")
@@ -124,7 +128,7 @@ def _fitting_changes(
         yield "", other.removesuffix(name)
 
 
-def _changed(name: str, change: _Change) -> str:
+def _changed(name: str, change: Change) -> str:
     return change[1] + name.removeprefix(change[0])
 
 

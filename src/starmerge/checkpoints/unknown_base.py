@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +64,8 @@ def unknown_base(sources: Sequence[Source], *, any_base: bool = False) -> Base:
         any_base: Accept adapters of different bases.
 
     Raises:
-        UsageError: A model is no adapter; the adapters name different bases.
+        UsageError: A model is no adapter; the adapters name different bases, or the layers of one
+            base differently.
         StarmergeError: A file is broken; two adapters disagree on the shape of a weight.
     """
     names: dict[str, AdapterConfig] = {}
@@ -81,7 +82,10 @@ def unknown_base(sources: Sequence[Source], *, any_base: bool = False) -> Base:
             names.setdefault(name, config)
         checkpoint = open_weights(source.path)
         keys = sort_keys(source, config, checkpoint)
-        found = completed(keys.names, match_stored(source, keys.names, {n: n for n in tensors}))
+        matched = match_stored(source, keys.names, {n: n for n in tensors})
+        if not matched:
+            _check_one_model(source, keys.names, tensors)
+        found = completed(keys.names, matched)
         for module in keys.modules:
             a, b = checkpoint[module.a], checkpoint[module.b]
             shape = (b.shape[:1] or (0,)) + a.shape[1:]
@@ -103,6 +107,26 @@ def unknown_base(sources: Sequence[Source], *, any_base: bool = False) -> Base:
     name = next(iter(names), None)
     reference = Source(name or "a base that the adapters do not name", Path(), name, None)
     return UnknownBase(reference, _Shapes(tensors), _config(name))
+
+
+def _check_one_model(source: Source, names: Iterable[str], known: Mapping[str, TensorInfo]) -> None:
+    """Refuse names of which nothing tells whether they lack a prefix that the known ones have."""
+    ours, theirs = ({_layers_of(name): name for name in each} for each in (names, known))
+    for layers, name in ours.items():
+        for others, other in theirs.items():
+            shorter, longer = sorted((layers, others), key=len)
+            if shorter and shorter != longer and longer.endswith(f".{shorter}"):
+                raise UsageError(
+                    f"{source} changes {name}, and {known[other].file.parent} {other}: whether "
+                    "they mean layers of one model cannot be told, as no module is in both. Give "
+                    "the base before the models."
+                )
+
+
+def _layers_of(name: str) -> str:
+    """Return the name of the layers that a tensor lies in, such as model.layers; else nothing."""
+    parts = name.split(".")
+    return ".".join(parts[: next((i for i, part in enumerate(parts) if part.isdecimal()), 0)])
 
 
 def _config(name: str | None) -> dict[str, Any]:

@@ -33,8 +33,9 @@ def verify(
 ) -> None:
     """Check that a merged folder is what its report says, byte by byte.
 
-    Compares every tensor with the hash in merge_report.json, the input files with theirs where they
-    are still there, and, if asked, the merge itself. Exits with 1 if something is otherwise.
+    Compares every tensor and every file but the card with the hash in merge_report.json, the input
+    files with theirs where they are still there, and, if asked, the merge itself. Exits with 1 if
+    something is otherwise. Inputs that were given by a relative path are looked for from here.
 
     Example: starmerge verify merged --repeat sample
     """

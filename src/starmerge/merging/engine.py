@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from starmerge.checkpoints.card import write_card
+from starmerge.checkpoints.card import CARD, write_card
 from starmerge.checkpoints.output import REPORT, files_in, leftovers, output_folder, printable
 from starmerge.checkpoints.tensors import prefetch
 from starmerge.checkpoints.writer import write_json
@@ -21,7 +21,13 @@ from starmerge.merging.journal import Journal, fingerprint
 from starmerge.merging.layout import PlannedTensor
 from starmerge.merging.outputs import Writing
 from starmerge.merging.plan import Plan, make_plan
-from starmerge.merging.report import InputHashes, MergeReport, make_report, tensor_record
+from starmerge.merging.report import (
+    InputHashes,
+    MergeReport,
+    hashes_beside,
+    make_report,
+    tensor_record,
+)
 from starmerge.merging.workers import Workers
 from starmerge.methods.method import Deltas, Method, TensorContext
 from starmerge.methods.pipeline import Pipeline, as_pipeline
@@ -152,7 +158,7 @@ def run(
             plan, finished, merging.findings, records, hashes.result(), merging.inputs.changing
         )
         write_card(
-            folder / "README.md",
+            folder / CARD,
             printable(plan.path.name),
             plan.base,
             plan.models,
@@ -163,6 +169,7 @@ def run(
         )
         journal.end()
         report.content["files"] = sorted({*files_in(folder), REPORT})
+        report.content["blake3"] = hashes_beside(folder, report.content)
         write_json(folder / REPORT, report.content)
     return MergeResult(plan.path, report, journal.taken_up)
 

@@ -12,7 +12,7 @@ from starmerge.checkpoints.adapter import Adapter
 from starmerge.checkpoints.base import Base, open_base
 from starmerge.checkpoints.metric import Metric, open_metric
 from starmerge.checkpoints.models import FineTune, open_model
-from starmerge.checkpoints.output import check_output, check_space
+from starmerge.checkpoints.output import check_output, check_space, leftovers
 from starmerge.checkpoints.source import Source, resolve
 from starmerge.checkpoints.tensors import MERGEABLE
 from starmerge.checkpoints.unknown_base import unknown_base
@@ -152,7 +152,9 @@ def make_plan(recipe: Recipe, path: Path, *, overwrite: bool = False) -> Plan:
         raise UsageError(f"{error} ({reason})") from error
     plan = Plan(pipeline, base, models, tensors, recipe, output, path, overwrite, reason, metric)
     output.check(plan)
-    check_space(path, plan.bytes_to_write)
+    # The disk holds already what an earlier run of this merge may have left to go on with.
+    held = max((left.nbytes for left in leftovers(path) if left.role == "partial"), default=0)
+    check_space(path, plan.bytes_to_write - held)
     beside = base.side_files if output.needs_base else []
     files = {file for group in plan.files.values() for file in group}
     return replace(plan, states={file: _state(file) for file in sorted(files | set(beside))})

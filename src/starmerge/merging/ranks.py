@@ -79,12 +79,13 @@ def _costs(records: Sequence[Mapping[str, Any]]) -> list[RankCost]:
     energies = torch.zeros(height, dtype=torch.float64)
     for S in spectra:
         energies[: len(S)] += S.square()
-    outside = math.fsum(r["update_norm"] ** 2 for r in records if not r["spectrum"])
+    outside = math.fsum(r["update_norm"] ** 2 for r in records if r["is_left_out"])
     # What is lost at each rank, summed from the small values on.
     lost = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)]) + outside
-    if not float(lost[0]):
+    whole = math.fsum(r["update_norm"] ** 2 for r in records if r["is_whole"])
+    if not float(lost[0]) + whole:
         return []
-    errors = (lost / lost[0]).sqrt()
+    errors = (lost / (lost[0] + whole)).sqrt()
     least = max(1, int((errors > errors[-1] + 1e-7).sum()))
     ranks = {max(1, int((errors > error).sum())) for error in ERRORS if float(errors[-1]) <= error}
     return [RankCost(r, float(errors[r])) for r in sorted(ranks | {least}) if r <= height]
@@ -112,13 +113,19 @@ class _Spectra:
         """Ignore a tensor that no model changes."""
 
     def put(self, tensor: PlannedTensor, base: Tensor | None, merged: Merged) -> dict[str, Any]:
-        """Return the singular values of an update that gets factors."""
+        """Return the singular values of an update that gets factors, and the norm of any."""
         place = self.where[tensor.source.name]
         if isinstance(place, Module):
             S = svd(merged.delta).S
-            return {"spectrum": S.tolist(), "update_norm": float(S.norm())}
-        norm = 0.0 if place is not None else merged.delta.frobenius()
-        return {"spectrum": [], "update_norm": norm}
+            spectrum, norm = S.tolist(), float(S.norm())
+        else:
+            spectrum, norm = [], merged.delta.frobenius()
+        return {
+            "spectrum": spectrum,
+            "update_norm": norm,
+            "is_whole": isinstance(place, str),
+            "is_left_out": place is None,
+        }
 
     def finish(self, records: Sequence[Mapping[str, Any]]) -> Finished:
         """Say nothing."""

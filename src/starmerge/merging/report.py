@@ -8,11 +8,14 @@ import platform
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from threading import Event
 from types import TracebackType
 from typing import Any
 
-from starmerge.checkpoints.hashing import remembered_blake3_of
+from starmerge.checkpoints.card import CARD
+from starmerge.checkpoints.hashing import blake3_of, remembered_blake3_of
+from starmerge.checkpoints.output import REPORT
 from starmerge.checkpoints.source import Source
 from starmerge.merging.layout import PlannedTensor
 from starmerge.merging.outputs import Finished
@@ -142,6 +145,19 @@ class InputHashes:
             key: {name: future.result() for name, future in files.items()}
             for key, files in self._hashes.items()
         }
+
+
+def hashes_beside(folder: Path, report: Mapping[str, Any]) -> dict[str, str]:
+    """Return the BLAKE3 of the files of an output that hold no tensors, such as its config.
+
+    The card is left out: whoever publishes a model edits it.
+
+    Args:
+        folder: The output.
+        report: Its report, with the names of its files.
+    """
+    apart = {*report["digests"], REPORT, CARD}
+    return {name: blake3_of(folder / name) for name in report["files"] if name not in apart}
 
 
 def make_report(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from blake3 import blake3
+from pydantic import BaseModel, ValidationError
 
 from starmerge.checkpoints.hashing import blake3_of
 from starmerge.checkpoints.output import REPORT
@@ -28,6 +29,22 @@ Repeat = Literal["none", "sample", "all"]
 
 _SAMPLE = 8
 """Merged tensors of a sample, and as many that are copied."""
+
+
+class _Input(BaseModel):
+    name: str
+    reference: str
+    blake3: dict[str, str]
+
+
+class _Report(BaseModel):
+    """The parts of a report that are looked at."""
+
+    files: list[str]
+    digests: dict[str, dict[str, str]]
+    blake3: dict[str, str] = {}
+    inputs: list[_Input]
+    recipe: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -68,7 +85,7 @@ def verify(
     memory: int | str | None = None,
     progress: bool = False,
 ) -> Verdict:
-    """Compare a merged folder with its report, byte by byte.
+    """Compare a merged folder with its report, byte by byte; its card may be edited.
 
     Args:
         path: The folder.
@@ -93,6 +110,12 @@ def verify(
             f"{file} has the schema {report.get('schema')!r}, and this starmerge reads {SCHEMA}. "
             "Verify it with the version that wrote it."
         )
+    try:
+        _Report.model_validate(report)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise StarmergeError(f"{file} is broken at {place}: {first['msg']}.") from error
     checked, wrong = _check_output(folder, report, progress)
     verdict = Verdict(str(folder), checked, wrong)
     if inputs:
@@ -111,6 +134,11 @@ def verify(
 def _check_output(folder: Path, report: Mapping[str, Any], progress: bool) -> tuple[int, list[str]]:
     """Return how many tensors were compared, and what is wrong."""
     wrong = [f"{name} is missing." for name in report["files"] if not (folder / name).is_file()]
+    wrong += [
+        f"{name}: the bytes are not those that were written."
+        for name, digest in report.get("blake3", {}).items()
+        if (folder / name).is_file() and blake3_of(folder / name) != digest
+    ]
     checked = 0
     for name, digests in report["digests"].items():
         if not (folder / name).is_file():

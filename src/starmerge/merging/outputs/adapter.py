@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from starmerge.checkpoints.adapter_file import (
     write_adapter_config,
 )
 from starmerge.checkpoints.base import Base
-from starmerge.checkpoints.names import names_in_model
+from starmerge.checkpoints.names import Change, changed, names_in_model, prefix_change
 from starmerge.checkpoints.tensors import TensorInfo, open_checkpoint
 from starmerge.checkpoints.writer import OutputTensor, ShardWriter
 from starmerge.deltas import Delta, LowRank, is_finite, matrix_shape, total
@@ -234,7 +234,7 @@ class _AdapterWriting:
         Raises:
             StarmergeError: The adapter is farther from the merge than it may be.
         """
-        r = max((record.get("rank", 1) for record in records), default=1)
+        r = max([1, *(record.get("rank", 1) for record in records)])  # PEFT knows no rank 0
         error = overall_error(records)
         if self.output.max_error is not None and error > self.output.max_error:
             raise StarmergeError(
@@ -244,23 +244,22 @@ class _AdapterWriting:
             )
         places = self.where
         modules = {name: place for name, place in places.items() if isinstance(place, Module)}
-        whole = [place for place in places.values() if isinstance(place, str)]
         carried = _carried(self.contents)
         digests = self._assemble(r, carried)
         adapters = [model for model in self.contents.models if isinstance(model, Adapter)]
-        saved = [key.removeprefix(PREFIX) for key in (*whole, *carried)]
+        saving = [adapter for adapter in adapters if adapter.saved]
         config = adapter_config(
             modules.values(),
             r=r,
             targets=target_modules([m.name for m in modules.values()], self._others(modules)),
-            saved=sorted({name.rpartition(".")[0] for name in saved}),
+            saved=[module for adapter in saving for module in adapter.config.modules_to_save],
             base_name=_base_name(self.contents.base, adapters),
             task_type=_task_type(self.contents.base, adapters),
         )
         config["fan_in_fan_out"] |= any(adapter.config.fan_in_fan_out for adapter in adapters)
         write_adapter_config(self.folder, config)
         left_out = overall_error([{**q, "error": q["stored"] == "left out"} for q in records])
-        facts = {"rank": r, "error": error, "kept": 1 - error**2, "left_out": left_out**2}
+        facts = {"rank": r, "error": error, "kept": _kept(error), "left_out": left_out**2}
         return Finished(_summary(r, error, left_out**2, carried), facts, digests=digests)
 
     def _assemble(
@@ -300,18 +299,17 @@ class _AdapterWriting:
         return writer.digests
 
     def _others(self, modules: Mapping[str, Module]) -> list[str]:
-        """Return the names of the base's modules that could be adapted and are not."""
+        """Return the names of the model's modules that are not adapted, of any kind.
+
+        PEFT refuses to load an adapter that names a module which it cannot adapt, such as a layer.
+        """
         base = self.contents.base
+        adapted = [module.name for module in modules.values()]
         if base.has_weights:
-            return [
-                name.removesuffix(".weight")
-                for name in base.checkpoint
-                if name.endswith(".weight")
-                and len(base.checkpoint[name].shape) > 1
-                and name not in modules
-            ]
+            own = {name.removesuffix(".weight") for name in modules}
+            return sorted(_parents(base.checkpoint) - own)
         # Of a base that is not known, each layer that occurs has all kinds of modules that occur.
-        return _missing_in_layers([module.name for module in modules.values()])
+        return [*_missing_in_layers(adapted), *(_parents(adapted) - set(adapted))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -339,8 +337,11 @@ def approximated(delta: Delta, rank: int) -> Approximated:
         left, right = factors_of(delta)
         if left.shape[1] <= rank:
             return Approximated(left, right, delta.frobenius(), 0.0)
-        energy = energy_of(delta)
-        return _composed(leading(delta, rank), energy)
+        first = leading(delta, rank)
+        # Where nothing is cut off, the difference of two energies would be rounding alone.
+        is_whole = rank >= min(delta.shape)
+        energy = float(first.S.square().sum()) if is_whole else energy_of(delta)
+        return _composed(first, energy)
     decomposed = svd(delta)
     first = certainly(decomposed, lambda sure: sure.first(rank))
     return _composed(first, float(decomposed.S.square().sum()))
@@ -380,8 +381,11 @@ def places_of(contents: Contents) -> dict[str, Module | str | None]:
     """
     places: dict[str, Module | str | None] = {}
     unnamed = []
+    change = _common_change(contents)
     for tensor in contents.tensors:
         place = _place_by_models(tensor)
+        if change is not None and place is not None:
+            place = _renamed(place, changed(tensor.source.name, change))
         if place is None and _has_factors(contents.base, tensor):
             unnamed.append(tensor.source.name)
         places[tensor.source.name] = place
@@ -405,6 +409,51 @@ def _place_by_models(tensor: PlannedTensor) -> Module | str | None:
             return key if key.startswith(PREFIX) else PREFIX + key
     modules = (model.module(name) for model in tensor.models.values())
     return next((module for module in modules if module is not None), None)
+
+
+def _common_change(contents: Contents) -> Change | None:
+    """Return how stored names become those of one model, where adapters were made in several.
+
+    The names of one adapter may have a prefix that those of another lack, as it was trained in the
+    inner model. PEFT loads an adapter into one model: all modules get the names of the adapter
+    whose naming fits every tensor; of several that with whole modules, then that with the longest
+    names, which are the outermost model's. None, if all agree or none fits.
+    """
+    namings: dict[Change, tuple[bool, int]] = {}
+    for model in contents.models:
+        if isinstance(model, Adapter):
+            own = {prefix_change(stored, name) for stored, name in _names_in(model).items()}
+            if len(own) == 1:
+                (change,) = own
+                rank = bool(model.saved), len(change[1]) - len(change[0])
+                namings[change] = max(rank, namings.get(change, rank))
+    adapted = [
+        tensor.source.name
+        for tensor in contents.tensors
+        if any(isinstance(model, Adapter) for model in tensor.models.values())
+    ]
+    fitting = [c for c in namings if all(name.startswith(c[0]) for name in adapted)]
+    if len(namings) < 2 or not fitting:
+        return None
+    return max(fitting, key=lambda change: namings[change])
+
+
+def _names_in(adapter: Adapter) -> dict[str, str]:
+    """Return the names that an adapter has for the weights that it changes, by the stored ones."""
+    names = {tensor: keys.keys.weight for tensor, keys in adapter.factors.items()}
+    whole = {tensor: key.removeprefix(PREFIX) for tensor, key in adapter.replacements.items()}
+    return names | whole
+
+
+def _renamed(place: Module | str, name: str | None) -> Module | str:
+    """Return a place under the name of another weight."""
+    if name is None:
+        return place
+    return (
+        PREFIX + name
+        if isinstance(place, str)
+        else replace(place, name=name.removesuffix(".weight"))
+    )
 
 
 def _has_factors(base: Base, tensor: PlannedTensor) -> bool:
@@ -456,6 +505,11 @@ def _carried(contents: Contents) -> dict[str, tuple[Adapter, str]]:
     }
 
 
+def _parents(names: Iterable[str]) -> set[str]:
+    """Return all modules that the owners of some names lie in: of ``a.b.weight`` a and a.b."""
+    return {name[:place] for name in names for place, part in enumerate(name) if part == "."}
+
+
 def _missing_in_layers(names: Sequence[str]) -> list[str]:
     """Return the names that are missing where every layer has all ends that some layer has."""
     places: dict[str, set[str]] = {}
@@ -490,11 +544,17 @@ def _task_type(base: Base, adapters: Sequence[Adapter]) -> str | None:
     return saving[0] if saving else kinds.pop() if len(kinds) == 1 else None
 
 
+def _kept(error: float) -> float:
+    """Return the share of the update's energy that is kept."""
+    return max(0.0, 1 - error**2)
+
+
 def _summary(r: int, error: float, left_out: float, carried: Mapping[str, object]) -> str:
     text = f"adapter of rank {r}, exact"
     if error:
-        kept = 1 - error**2
-        text = f"adapter of rank {r}, which keeps {kept:.2%} of the update (error {error:.3g})"
+        text = (
+            f"adapter of rank {r}, which keeps {_kept(error):.2%} of the update (error {error:.3g})"
+        )
     if left_out:
         text += f"; {left_out:.2%} of the update, in vectors and tied embeddings, is left out"
     if carried:

@@ -1,0 +1,78 @@
+"""What verify finds in a merge that was changed since."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import starmerge as sm
+from starmerge.merging.verify import verify
+from tests.conftest import MakeAdapter
+
+_KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "model": ("average", {}, "model.safetensors"),
+    "adapter": ("star", {"output_kind": "adapter"}, "adapter_model.safetensors"),
+    "unified": ("emr", {}, "unified/model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_a_merge_is_right_until_its_bytes_are_changed(
+    make_adapter: MakeAdapter, tiny_base: Path, tmp_path: Path, kind: str
+) -> None:
+    method, options, weights = _KINDS[kind]
+    models = [make_adapter("a"), make_adapter("b", seed=1)]
+    path = sm.merge(tiny_base, models, method, output=tmp_path / "out", **options).path
+    for repeat in ("sample", "all"):
+        verdict = verify(path, repeat=repeat)
+        assert verdict.is_right and verdict.repeated
+    (path / "README.md").write_text("My model.")
+    assert verify(path).is_right
+
+    tensors = load_file(path / weights)
+    name = next(iter(tensors))
+    tensors[name].view(-1)[0] += 1
+    save_file(tensors, path / weights, metadata={"format": "pt"})
+    verdict = verify(path)
+    assert not verdict.is_right
+    assert verdict.wrong == [f"{weights}: the bytes of {name} are not those that were written."]
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_a_config_that_was_changed_is_wrong(
+    make_adapter: MakeAdapter, tiny_base: Path, tmp_path: Path, kind: str
+) -> None:
+    method, options, _ = _KINDS[kind]
+    models = [make_adapter("a"), make_adapter("b", seed=1)]
+    path = sm.merge(tiny_base, models, method, output=tmp_path / "out", **options).path
+    (config,) = [
+        name
+        for name in json.loads((path / "merge_report.json").read_text())["blake3"]
+        if name in ("config.json", "adapter_config.json", "a/emr.json")
+    ]
+    (path / config).write_text((path / config).read_text() + " ")
+    assert verify(path).wrong == [f"{config}: the bytes are not those that were written."]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"digests": {"model.safetensors": "x"}},
+        {"files": None},
+        {"inputs": [{}]},
+        {"recipe": 3},
+        {"blake3": []},
+    ],
+)
+def test_a_broken_report_is_an_error(
+    make_adapter: MakeAdapter, tiny_base: Path, tmp_path: Path, edit: dict[str, Any]
+) -> None:
+    path = sm.merge(tiny_base, [make_adapter("a")], "average", output=tmp_path / "out").path
+    report = path / "merge_report.json"
+    report.write_text(json.dumps(json.loads(report.read_text()) | edit))
+    with pytest.raises(sm.StarmergeError, match=f"is broken at {next(iter(edit))}"):
+        verify(path)
