@@ -187,3 +187,22 @@ def test_an_input_that_changes_during_the_merge_is_an_error(
         run(plan, threads=1)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"tensor": "lm_head.weight", "digests": null, "record": null, "changing": []}', "[", ""],
+)
+def test_a_damaged_line_does_not_count(
+    make_adapter: MakeAdapter,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
+) -> None:
+    models = [make_adapter("a"), make_adapter("b", seed=1)]
+    plan = _plan(tiny_base, models, tmp_path / "out")
+    partial = _interrupted(plan, monkeypatch, after=9)
+    lines = [text for text in (partial / JOURNAL).read_text().splitlines() if text]
+    (partial / JOURNAL).write_text("\n".join([line, *lines[1:]]) + "\n")
+    assert run(plan, threads=1).taken_up == 8

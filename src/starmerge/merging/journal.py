@@ -12,12 +12,13 @@ import json
 import os
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from blake3 import blake3
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
 
 from starmerge.checkpoints.writer import ShardWriter
 from starmerge.merging.layout import PlannedTensor
@@ -44,7 +45,7 @@ def fingerprint(plan: Plan) -> str:
     return blake3(text.encode()).hexdigest(length=16)
 
 
-@dataclass
+@dataclass(frozen=True, config=ConfigDict(strict=True))
 class Entry:
     """What the journal says of one tensor."""
 
