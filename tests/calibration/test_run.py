@@ -425,7 +425,8 @@ def test_names_are_those_of_the_files(tmp_path: Path) -> None:
     )
     metric = open_metric(tmp_path / "m")
     assert metric.has("layers.0.self_attn.q_proj.weight")
-    assert result.tensors == 14
+    assert metric.has("lm_head.weight")
+    assert result.tensors == 15
     metric.check_base(open_base(resolve(folder)))
 
 

@@ -506,14 +506,13 @@ def test_a_given_suffix_is_made_by_one_process_and_then_gone_on_with(tmp_path: P
         raise Interrupted(signal.SIGTERM)
     assert caught.value.kept == [partial]
     assert _read(partial) == {"done": "half"}
-    with pytest.raises(KeyboardInterrupt), output_folder(tmp_path / "out", suffix="f00"):
-        raise KeyboardInterrupt
     with output_folder(tmp_path / "out", suffix="f00") as folder:
         assert _read(folder) == {"done": "half"}
     assert _read(tmp_path / "out") == {"done": "half"}
     for error in (Interrupted(signal.SIGINT), KeyboardInterrupt()):
-        with pytest.raises(type(error)), output_folder(tmp_path / "other"):
-            raise error
+        for suffix in (None, "f00"):
+            with pytest.raises(type(error)), output_folder(tmp_path / "other", suffix=suffix):
+                raise error
     with pytest.raises(ZeroDivisionError), output_folder(tmp_path / "other", suffix="f00"):
         raise ZeroDivisionError
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -567,6 +566,7 @@ def hook(event, arguments):
         assert os.waitpid(child, 0)[1] == signal.SIGTERM  # a child ends at once
         os.kill(os.getpid(), number)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 sys.addaudithook(hook)
 main()
 """
@@ -575,7 +575,7 @@ main()
 @pytest.mark.parametrize(
     ("number", "name", "code"), [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "Ctrl-C", 130)]
 )
-def test_a_merge_that_is_asked_to_end_cleans_up(
+def test_a_merge_that_is_asked_to_end_keeps_what_is_done_on_sigterm_alone(
     tiny_base: Path,
     make_adapter: MakeAdapter,
     tmp_path: Path,
@@ -594,8 +594,20 @@ def test_a_merge_that_is_asked_to_end_cleans_up(
         check=False,
     )
     assert finished.returncode == code
-    assert finished.stderr.strip().splitlines() == [
-        f"Stopped by {name}. No partial output was left."
-    ]
+    (said,) = finished.stderr.strip().splitlines()
+    kept = list(tmp_path.glob(".out.partial-*"))
     assert _read(out) == _OLD
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "adapter"}
+    assert set(tmp_path.iterdir()) == {out, adapter, *kept}
+    if number == signal.SIGINT:
+        assert said == f"Stopped by {name}. No partial output was left."
+        assert not kept
+        return
+    assert said.startswith(f"Stopped by {name}. The partial output is kept in {kept[0]}: run")
+    again = subprocess.run(
+        [sys.executable, "-m", "starmerge", *map(str, arguments[1:])],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "21 of 21 tensors were there already" in again.stdout
+    assert not list(tmp_path.glob(".out.partial-*"))

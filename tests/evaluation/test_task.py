@@ -191,7 +191,7 @@ def test_what_cannot_be_asked_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"row r.jsonl/1: the field 'text' is empty \(null\)"):
         _task(file).examples("test")
     file.write_text('{"text": "\\ud800", "label": "a"}\n')
-    with pytest.raises(UsageError, match="row r.jsonl/1: the prompt holds half a character"):
+    with pytest.raises(UsageError, match="r.jsonl, line 1: .* holds half a character"):
         _task(file).examples("test")
     file.write_text('{"text": "x", "label": NaN}\n')
     with pytest.raises(UsageError, match="the right answer 'nan' is no number"):

@@ -7,7 +7,6 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from starmerge.errors import UsageError
-from starmerge.reading import parse_json
 
 if TYPE_CHECKING:
     from starmerge.methods.pipeline import Pipeline
@@ -21,6 +20,8 @@ _SETTINGS = re.compile(r"(?<!\.py):")
 
 def parameters(arguments: list[str]) -> dict[str, Any]:
     """Read KEY=VALUE, the value as JSON where it is some."""
+    from starmerge.reading import parse_json
+
     values: dict[str, Any] = {}
     for text in arguments:
         key, equals, value = text.partition("=")

@@ -167,11 +167,9 @@ def open_models(recipe: Recipe) -> tuple[Base, tuple[FineTune, ...]]:
         UsageError: A model is of another base, or of a kind that cannot be merged.
         StarmergeError: A missing, unknown or misshapen tensor, a broken file.
     """
+    given = None if recipe.base is None else open_base(resolve(recipe.base))
     sources = [resolve(entry.path) for entry in recipe.models]
-    if recipe.base is None:
-        base = unknown_base(sources, any_base=recipe.any_base)
-    else:
-        base = open_base(resolve(recipe.base))
+    base = given or unknown_base(sources, any_base=recipe.any_base)
     models = tuple(
         open_model(entry.name, source, base, any_base=recipe.any_base)
         for entry, source in zip(recipe.models, sources, strict=True)
