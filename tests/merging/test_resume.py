@@ -167,8 +167,12 @@ def test_fresh_begins_anew(
     models = [make_adapter("a"), make_adapter("b", seed=1)]
     plan = _plan(tiny_base, models, tmp_path / "out")
     partial = _interrupted(plan, monkeypatch, after=9)
+    others = [tmp_path / ".out.partial-of_another", tmp_path / ".out.replaced-only_copy"]
+    for other in others:
+        other.mkdir()
     assert run(plan, fresh=True, threads=1).taken_up == 0
     assert not partial.exists()
+    assert all(other.exists() for other in others)
 
 
 def test_an_input_that_changes_during_the_merge_is_an_error(

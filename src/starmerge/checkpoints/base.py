@@ -57,9 +57,16 @@ class Base:
         names wte and wpe or T5's relative_attention_bias in their name.
         """
         shape = self.checkpoint[name].shape
-        parts = name.lower().split(".")
-        named = any("embed" in part or part in _EMBEDDINGS for part in parts)
+        named = any(map(_is_embedding_name, name.lower().split(".")))
         return len(shape) == 2 and (named or self._has_vocabulary_rows(name))
+
+    def looks_up(self, name: str) -> bool:
+        """Tell whether a tensor is the table of a module that looks rows up, by the module's name.
+
+        The output layer of a language model has a row a token, too, and multiplies by all.
+        """
+        own = name.lower().removesuffix(".weight").rpartition(".")[2]
+        return len(self.checkpoint[name].shape) == 2 and _is_embedding_name(own)
 
     @cached_property
     def tied(self) -> list[str]:
@@ -92,6 +99,10 @@ class Base:
         text = self.config.get("text_config") or self.config
         shape = self.checkpoint[name].shape
         return len(shape) == 2 and shape[0] == text.get("vocab_size")
+
+
+def _is_embedding_name(part: str) -> bool:
+    return "embed" in part or part in _EMBEDDINGS
 
 
 def open_base(source: Source) -> Base:

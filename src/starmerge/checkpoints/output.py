@@ -13,7 +13,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -28,7 +27,7 @@ from typing import Literal
 
 from starmerge.checkpoints.exchange import exchange
 from starmerge.errors import Interrupted, StarmergeError, UsageError
-from starmerge.reading import is_url
+from starmerge.reading import is_url, read_json
 
 REPORT = "merge_report.json"
 """The report in a merged model's folder; a folder that has it was written by a merge."""
@@ -412,10 +411,9 @@ def _check_replaceable(path: Path, *, overwrite: bool, kind: Replaceable) -> Non
 def _listed(marker: Path) -> Collection[str]:
     """Return what a marker lists as the files of its folder: nothing if it cannot be read."""
     try:
-        content = json.loads(marker.read_text(encoding="utf-8"))
-    except ValueError:
+        files = read_json(marker).get("files")
+    except StarmergeError:
         return ()
-    files = content.get("files") if isinstance(content, dict) else None
     return [file for file in files if isinstance(file, str)] if isinstance(files, list) else ()
 
 

@@ -141,11 +141,13 @@ def run(
             file that is shorter than it was. Nothing is left at the plan's output.
     """
     pool = Workers(threads, memory)
+    own = fingerprint(plan)
     if fresh:
         for leftover in leftovers(plan.path):
-            leftover.delete()
+            if leftover.role == "partial" and leftover.path.name.endswith(own):
+                leftover.delete()
     with (
-        output_folder(plan.path, overwrite=plan.overwrite, suffix=fingerprint(plan)) as folder,
+        output_folder(plan.path, overwrite=plan.overwrite, suffix=own) as folder,
         pool as workers,
         InputHashes(plan) as hashes,
     ):

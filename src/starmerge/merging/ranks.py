@@ -16,7 +16,8 @@ from starmerge.checkpoints.adapter_file import Module
 from starmerge.merging.engine import Merging
 from starmerge.merging.layout import Contents, PlannedTensor
 from starmerge.merging.outputs import Finished, Place
-from starmerge.merging.outputs.adapter import AdapterOutput, places_of
+from starmerge.merging.outputs.adapter import AdapterOutput
+from starmerge.merging.outputs.places import Where, places_of
 from starmerge.merging.plan import Plan
 from starmerge.merging.workers import Workers
 from starmerge.methods.pipeline import Merged
@@ -103,7 +104,7 @@ class _Measuring(AdapterOutput):
 
 @dataclass(frozen=True)
 class _Spectra:
-    where: Mapping[str, Module | str | None]
+    where: Mapping[str, Where]
 
     def places(self, tensor: PlannedTensor) -> list[Place]:
         """Return none."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from starmerge.checkpoints.adapter import Adapter
 from starmerge.checkpoints.adapter_file import (
-    PREFIX,
     WEIGHTS,
     Module,
     adapter_config,
@@ -23,27 +22,22 @@ from starmerge.checkpoints.adapter_file import (
     write_adapter_config,
 )
 from starmerge.checkpoints.base import Base
-from starmerge.checkpoints.names import Change, changed, names_in_model, prefix_change
 from starmerge.checkpoints.tensors import TensorInfo, open_checkpoint
 from starmerge.checkpoints.writer import OutputTensor, ShardWriter
-from starmerge.deltas import Delta, LowRank, is_finite, matrix_shape, total
+from starmerge.deltas import LowRank, is_finite, matrix_shape
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.merging.fold import FOLD_ENTRIES, factors_of, fold
+from starmerge.merging.fold import FOLD_ENTRIES, fold
 from starmerge.merging.layout import Contents, PlannedTensor
+from starmerge.merging.outputs.approximation import approximated, distance
 from starmerge.merging.outputs.model import finite
 from starmerge.merging.outputs.output import Finished, Place
+from starmerge.merging.outputs.places import Where, carried, others, places_of
 from starmerge.methods.pipeline import Merged
 from starmerge.recipe import Dtype
-from starmerge.spectral import svd
-from starmerge.spectral.leading import MANY, energy_of, leading
-from starmerge.spectral.svd import SVD, certainly
+from starmerge.spectral.leading import MANY
 
 _FACTORS = "factors"
 """Folder of the factors before all ranks are known."""
-
-_LOOKUPS = ("wte", "wpe", "relative_attention_bias")
-"""Parts of the names of embeddings that have no "embed" in them."""
-
 
 _TASK_TYPES = {
     "ForCausalLM": "CAUSAL_LM",
@@ -91,7 +85,7 @@ class AdapterOutput:
 
     def check(self, contents: Contents) -> None:
         """Make sure that there is something to write."""
-        if all(place is None for place in places_of(contents).values()) and not _carried(contents):
+        if all(place is None for place in places_of(contents).values()) and not carried(contents):
             raise UsageError(
                 "Nothing that the models change can be in an adapter: neither vectors nor tied "
                 "embeddings can. Write a model."
@@ -155,9 +149,7 @@ class AdapterOutput:
                     "output: in a recipe); --dry-run shows the error of each rank."
                 )
 
-    def _layout(
-        self, contents: Contents, places: Mapping[str, Module | str | None]
-    ) -> list[OutputTensor]:
+    def _layout(self, contents: Contents, places: Mapping[str, Where]) -> list[OutputTensor]:
         layout = []
         for tensor in contents.tensors:
             place, source = places[tensor.source.name], tensor.source
@@ -179,7 +171,7 @@ class AdapterOutput:
 class _AdapterWriting:
     output: AdapterOutput
     contents: Contents
-    where: Mapping[str, Module | str | None]
+    where: Mapping[str, Where]
     folder: Path
     factors: ShardWriter
 
@@ -220,7 +212,7 @@ class _AdapterWriting:
         error = made.error
         if tensor.dtype != torch.float32:
             right, left = place.factors(B.float(), A.float())
-            error = math.hypot(error, _distance(made, LowRank(left, right)))
+            error = math.hypot(error, distance(made, LowRank(left, right)))
         return {
             "update_norm": made.norm,
             "stored": f"rank {rank}",
@@ -244,14 +236,16 @@ class _AdapterWriting:
             )
         places = self.where
         modules = {name: place for name, place in places.items() if isinstance(place, Module)}
-        carried = _carried(self.contents)
-        digests = self._assemble(r, carried)
+        taken = carried(self.contents)
+        digests = self._assemble(r, taken)
         adapters = [model for model in self.contents.models if isinstance(model, Adapter)]
         saving = [adapter for adapter in adapters if adapter.saved]
         config = adapter_config(
             modules.values(),
             r=r,
-            targets=target_modules([m.name for m in modules.values()], self._others(modules)),
+            targets=target_modules(
+                [m.name for m in modules.values()], others(self.contents.base, modules)
+            ),
             saved=[module for adapter in saving for module in adapter.config.modules_to_save],
             base_name=_base_name(self.contents.base, adapters),
             task_type=_task_type(self.contents.base, adapters),
@@ -260,7 +254,7 @@ class _AdapterWriting:
         write_adapter_config(self.folder, config)
         left_out = overall_error([{**q, "error": q["stored"] == "left out"} for q in records])
         facts = {"rank": r, "error": error, "kept": _kept(error), "left_out": left_out**2}
-        return Finished(_summary(r, error, left_out**2, carried), facts, digests=digests)
+        return Finished(_summary(r, error, left_out**2, taken), facts, digests=digests)
 
     def _assemble(
         self, r: int, carried: Mapping[str, tuple[Adapter, str]]
@@ -298,54 +292,6 @@ class _AdapterWriting:
         shutil.rmtree(self.folder / _FACTORS)
         return writer.digests
 
-    def _others(self, modules: Mapping[str, Module]) -> list[str]:
-        """Return the names of the model's modules that are not adapted, of any kind.
-
-        PEFT refuses to load an adapter that names a module which it cannot adapt, such as a layer.
-        """
-        base = self.contents.base
-        adapted = [module.name for module in modules.values()]
-        if base.has_weights:
-            own = {name.removesuffix(".weight") for name in modules}
-            return sorted(_parents(base.checkpoint) - own)
-        # Of a base that is not known, each layer that occurs has all kinds of modules that occur.
-        return [*_missing_in_layers(adapted), *(_parents(adapted) - set(adapted))]
-
-
-@dataclass(frozen=True, eq=False)
-class Approximated:
-    """An update as ``left @ right`` in float32."""
-
-    left: Tensor
-    """(m, r)."""
-    right: Tensor
-    """(r, n)."""
-    norm: float
-    """‖δ‖ of the update itself."""
-    error: float
-    """‖δ − left @ right‖; 0 where the factors are the update's own."""
-
-
-def approximated(delta: Delta, rank: int) -> Approximated:
-    """Return the best approximation of an update of at most some rank, in factors.
-
-    Args:
-        delta: The update.
-        rank: The highest rank.
-    """
-    if isinstance(delta, LowRank):
-        left, right = factors_of(delta)
-        if left.shape[1] <= rank:
-            return Approximated(left, right, delta.frobenius(), 0.0)
-        first = leading(delta, rank)
-        # Where nothing is cut off, the difference of two energies would be rounding alone.
-        is_whole = rank >= min(delta.shape)
-        energy = float(first.S.square().sum()) if is_whole else energy_of(delta)
-        return _composed(first, energy)
-    decomposed = svd(delta)
-    first = certainly(decomposed, lambda sure: sure.first(rank))
-    return _composed(first, float(decomposed.S.square().sum()))
-
 
 def overall_error(records: Sequence[Mapping[str, Any]]) -> float:
     """Return the error of a whole adapter, relative to the norm of the whole update."""
@@ -369,113 +315,6 @@ def rank_bound(contents: Contents, tensor: PlannedTensor) -> int | None:
     return rank
 
 
-def places_of(contents: Contents) -> dict[str, Module | str | None]:
-    """Return where each tensor's update goes in an adapter, by the tensor's name.
-
-    Modules have the names that the adapters have for them; those that only full fine-tunes change
-    have the names that transformers gives them, which is asked in a process of its own.
-
-    Returns:
-        A module that gets factors; or the key of a whole weight, where an adapter has it so; or
-        None: an adapter has no place for it.
-    """
-    places: dict[str, Module | str | None] = {}
-    unnamed = []
-    change = _common_change(contents)
-    for tensor in contents.tensors:
-        place = _place_by_models(tensor)
-        if change is not None and place is not None:
-            place = _renamed(place, changed(tensor.source.name, change))
-        if place is None and _has_factors(contents.base, tensor):
-            unnamed.append(tensor.source.name)
-        places[tensor.source.name] = place
-    base = contents.base
-    names = {stored: name for name, stored in names_in_model(base).items()} if unnamed else {}
-    for stored in unnamed:
-        name = names.get(stored, stored).removesuffix(".weight")
-        last = name.rpartition(".")[2].lower()
-        looks_up = base.is_embedding(stored) and ("embed" in last or last in _LOOKUPS)
-        is_linear = len(base.checkpoint[stored].shape) == 2 and not base.is_embedding(stored)
-        places[stored] = Module(name, looks_up, base.stores_input_first and is_linear)
-    return places
-
-
-def _place_by_models(tensor: PlannedTensor) -> Module | str | None:
-    """Return the place that a tensor has in the adapters that change it."""
-    name = tensor.source.name
-    for model in tensor.models.values():
-        if isinstance(model, Adapter) and name in model.replacements:
-            key = model.replacements[name]
-            return key if key.startswith(PREFIX) else PREFIX + key
-    modules = (model.module(name) for model in tensor.models.values())
-    return next((module for module in modules if module is not None), None)
-
-
-def _common_change(contents: Contents) -> Change | None:
-    """Return how stored names become those of one model, where adapters were made in several.
-
-    The names of one adapter may have a prefix that those of another lack, as it was trained in the
-    inner model. PEFT loads an adapter into one model: all modules get the names of the adapter
-    whose naming fits every tensor; of several that with whole modules, then that with the longest
-    names, which are the outermost model's. None, if all agree or none fits.
-    """
-    namings: dict[Change, tuple[bool, int]] = {}
-    for model in contents.models:
-        if isinstance(model, Adapter):
-            own = {prefix_change(stored, name) for stored, name in _names_in(model).items()}
-            if len(own) == 1:
-                (change,) = own
-                rank = bool(model.saved), len(change[1]) - len(change[0])
-                namings[change] = max(rank, namings.get(change, rank))
-    adapted = [
-        tensor.source.name
-        for tensor in contents.tensors
-        if any(isinstance(model, Adapter) for model in tensor.models.values())
-    ]
-    fitting = [c for c in namings if all(name.startswith(c[0]) for name in adapted)]
-    if len(namings) < 2 or not fitting:
-        return None
-    return max(fitting, key=lambda change: namings[change])
-
-
-def _names_in(adapter: Adapter) -> dict[str, str]:
-    """Return the names that an adapter has for the weights that it changes, by the stored ones."""
-    names = {tensor: keys.keys.weight for tensor, keys in adapter.factors.items()}
-    whole = {tensor: key.removeprefix(PREFIX) for tensor, key in adapter.replacements.items()}
-    return names | whole
-
-
-def _renamed(place: Module | str, name: str | None) -> Module | str:
-    """Return a place under the name of another weight."""
-    if name is None:
-        return place
-    return (
-        PREFIX + name
-        if isinstance(place, str)
-        else replace(place, name=name.removesuffix(".weight"))
-    )
-
-
-def _has_factors(base: Base, tensor: PlannedTensor) -> bool:
-    """Tell whether a tensor is the weight of a module that PEFT can adapt."""
-    name = tensor.source.name
-    is_matrix = len(tensor.source.shape) > 1 and name.endswith(".weight")
-    return is_matrix and name not in base.tied
-
-
-def _composed(first: SVD, energy: float) -> Approximated:
-    root = first.S.sqrt()
-    left = (first.U * root).float()
-    right = (first.V * root).T.float().contiguous()
-    kept = float(first.S.square().sum())
-    return Approximated(left, right, math.sqrt(energy), math.sqrt(max(0.0, energy - kept)))
-
-
-def _distance(made: Approximated, stored: LowRank) -> float:
-    """Return how far factors that were rounded are from the product that they stand for."""
-    return total([LowRank(made.left, made.right), stored.scaled(-1)]).frobenius()
-
-
 def _resized(
     read: Callable[[str], Tensor], factor: OutputTensor, axis: int, r: int
 ) -> Callable[[], Tensor]:
@@ -493,35 +332,6 @@ def _resized(
 
 def _reader(read: Callable[[str], Tensor], name: str) -> Callable[[], Tensor]:
     return lambda: read(name)
-
-
-def _carried(contents: Contents) -> dict[str, tuple[Adapter, str]]:
-    """Return the whole modules that are taken over as an adapter has them, by key."""
-    return {
-        key if key.startswith(PREFIX) else PREFIX + key: (model, key)
-        for model in contents.models
-        if isinstance(model, Adapter)
-        for key in model.carried.values()
-    }
-
-
-def _parents(names: Iterable[str]) -> set[str]:
-    """Return all modules that the owners of some names lie in: of ``a.b.weight`` a and a.b."""
-    return {name[:place] for name in names for place, part in enumerate(name) if part == "."}
-
-
-def _missing_in_layers(names: Sequence[str]) -> list[str]:
-    """Return the names that are missing where every layer has all ends that some layer has."""
-    places: dict[str, set[str]] = {}
-    for name in names:
-        parts = name.split(".")
-        depth = next((i + 1 for i, part in enumerate(parts) if part.isdecimal()), 0)
-        places.setdefault(".".join(parts[:depth]), set()).add(".".join(parts[depth:]))
-    ends = {end for layer, own in places.items() if layer for end in own}
-    known = set(names)
-    return [
-        name for layer in places if layer for end in ends if (name := f"{layer}.{end}") not in known
-    ]
 
 
 def _base_name(base: Base, adapters: Sequence[Adapter]) -> str | None:
