@@ -15,13 +15,11 @@ import pytest
 
 import starmerge as sm
 from starmerge.checkpoints.exchange import exchange
+from starmerge.checkpoints.leftovers import Leftover, leftovers, leftovers_in
 from starmerge.checkpoints.output import (
-    Leftover,
     check_output,
     check_output_file,
     check_space,
-    leftovers,
-    leftovers_in,
     output_file,
     output_folder,
 )

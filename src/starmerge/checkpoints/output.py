@@ -2,9 +2,7 @@
 
 A folder or a file is made beside its place, as ``.NAME.partial-SUFFIX``, flushed to the disk, and
 gets its name at the end. A folder that it replaces exchanges names with it in one step and is then
-deleted, as ``.NAME.replaced-SUFFIX``. A process that is killed leaves such hidden folders behind:
-its *leftovers*. A process that still runs holds a lock on its hidden folder, which the system takes
-back when the process ends, however it ends.
+deleted, as ``.NAME.replaced-SUFFIX``; see :mod:`starmerge.checkpoints.leftovers`.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 import re
 import shutil
@@ -23,9 +20,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
 
 from starmerge.checkpoints.exchange import exchange
+from starmerge.checkpoints.leftovers import (
+    hidden_prefix,
+    leftovers,
+    lock,
+    longest_name,
+    nearest_parent,
+)
 from starmerge.errors import Interrupted, StarmergeError, UsageError
 from starmerge.reading import is_url, read_json
 
@@ -91,7 +94,7 @@ def check_space(path: Path, wanted: int, *, advice: str = "a smaller --dtype") -
     Raises:
         StarmergeError: It has less.
     """
-    free = shutil.disk_usage(_nearest_parent(path)).free
+    free = shutil.disk_usage(nearest_parent(path)).free
     if free < wanted:
         raise StarmergeError(
             f"{path} needs {wanted / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free. "
@@ -135,7 +138,7 @@ def output_folder(
     with _failures_named(path):
         new_parents = _make_parent(path)
         partial = _make_folder(path, suffix)
-        lock = _lock_own(partial, path)
+        held = _lock_own(partial, path)
     try:
         with _failures_named(path):
             yield partial
@@ -157,7 +160,7 @@ def output_folder(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
-        os.close(lock)
+        os.close(held)
 
 
 @contextmanager
@@ -176,10 +179,10 @@ def output_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     path = path.absolute()
     with _failures_named(path):
         new_parents = _make_parent(path)
-        descriptor, name = tempfile.mkstemp(prefix=_prefix(path, "partial"), dir=path.parent)
+        descriptor, name = tempfile.mkstemp(prefix=hidden_prefix(path, "partial"), dir=path.parent)
         os.close(descriptor)
         partial = Path(name)
-        lock = _lock_own(partial, path)
+        held = _lock_own(partial, path)
     try:
         with _failures_named(path):
             partial.chmod(0o666 & ~_UMASK)
@@ -193,7 +196,7 @@ def output_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
         raise
     finally:
-        os.close(lock)
+        os.close(held)
 
 
 def files_in(folder: Path) -> list[str]:
@@ -205,118 +208,6 @@ def files_in(folder: Path) -> list[str]:
 def printable(name: str) -> str:
     """Return the name of a file as text: bytes that are not UTF-8 become replacement characters."""
     return os.fsencode(name).decode(errors="replace")
-
-
-@dataclass(frozen=True)
-class Leftover:
-    """A hidden folder or file beside an output, of a process that was killed, or still runs."""
-
-    path: Path
-    role: Literal["partial", "replaced"]
-    """Whether it was to become the output, or changed places with it (or was about to)."""
-
-    def is_in_work(self) -> bool:
-        """Whether the process that makes it still runs.
-
-        Seen within one machine: not on another that shares the folder over the network.
-        """
-        try:
-            lock = _lock(self.path)
-        except OSError:  # nothing to open any more, or of another user
-            return False
-        if lock is not None:
-            os.close(lock)
-        return lock is None
-
-    def is_only_copy(self) -> bool:
-        """Whether it was replaced, and nothing stands in its place."""
-        if self.role == "partial":
-            return False
-        folder = self.path.parent
-        stem = self.path.name.rpartition(".replaced-")[0]
-        return not any(f".{_stem(member)}" == stem for member in folder.iterdir())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it takes on the disk."""
-        return sum(state.st_blocks * 512 for state in self._states())
-
-    @property
-    def written(self) -> float:
-        """When something in it was last written, seconds since the epoch."""
-        return max((state.st_mtime for state in self._states()), default=0.0)
-
-    def _states(self) -> Iterator[os.stat_result]:
-        members = self.path.rglob("*") if self.path.is_dir() else ()
-        for member in (self.path, *members):
-            with contextlib.suppress(FileNotFoundError):  # while it is being made or deleted
-                yield member.lstat()
-
-    def delete(self) -> None:
-        """Delete it.
-
-        Raises:
-            UsageError: The process that makes it still runs.
-            StarmergeError: The system refuses.
-        """
-        try:
-            lock = _lock(self.path)
-            if lock is None:
-                raise UsageError(f"{self.path} belongs to a process that still runs.")
-            try:
-                if self.path.is_dir():
-                    shutil.rmtree(self.path)
-                else:
-                    self.path.unlink()
-            finally:
-                os.close(lock)
-        except OSError as error:
-            raise StarmergeError(f"{self.path} cannot be deleted: {error}.") from error
-
-
-def leftovers(path: Path) -> list[Leftover]:
-    """List the hidden folders and files of an output: those of killed and of running processes."""
-    path = path.resolve()
-    prefixes = (_prefix(path, "partial"), _prefix(path, "replaced"))
-    return [found for found in leftovers_in(path.parent) if found.path.name.startswith(prefixes)]
-
-
-def leftovers_in(folder: Path) -> list[Leftover]:
-    """List the hidden folders and files of all outputs in a folder, sorted by name."""
-    found = []
-    for member in sorted(folder.iterdir()) if folder.is_dir() else ():
-        match = _HIDDEN.fullmatch(member.name)
-        if match is not None and not member.is_symlink():
-            found.append(Leftover(member, "partial" if match[1] == "partial" else "replaced"))
-    return found
-
-
-_HIDDEN = re.compile(r"\..+\.(partial|replaced)-\w+", re.ASCII | re.DOTALL)
-_SUFFIX = re.compile(r"\w{1,32}", re.ASCII)
-_DECORATION = len("..replaced-") + 32
-"""Most bytes that a hidden name has more than the name."""
-
-
-def _prefix(path: Path, role: Literal["partial", "replaced"]) -> str:
-    """Return how hidden names of an output begin."""
-    return f".{_stem(path)}.{role}-"
-
-
-def _stem(path: Path) -> str:
-    """Return the name of an output; if hidden names would be too long: its beginning and a hash."""
-    room = _longest_name(path) - _DECORATION
-    stem = path.name
-    if len(os.fsencode(stem)) <= room:
-        return stem
-    digest = hashlib.blake2b(os.fsencode(stem), digest_size=4).hexdigest()
-    while len(os.fsencode(stem)) > room - len(digest) - 1:
-        stem = stem[:-1]
-    return f"{stem}~{digest}"
-
-
-def _longest_name(path: Path) -> int:
-    """Return how many bytes the name of a file may have at ``path``."""
-    return os.pathconf(_nearest_parent(path), "PC_NAME_MAX")
 
 
 @contextmanager
@@ -349,13 +240,13 @@ def _check_place(path: Path) -> None:
         )
     if not path.resolve().name:
         raise UsageError(f"{path} is the root of the file system. Choose another output.")
-    parent = _nearest_parent(path)
+    parent = nearest_parent(path)
     if not parent.is_dir():
         kind = "a link that leads nowhere" if parent.is_symlink() else "a file"
         raise UsageError(f"{path} cannot be created: {parent} is {kind}.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UsageError(f"{path} cannot be created: {parent} is not writable.")
-    longest = _longest_name(path)
+    longest = longest_name(path)
     for name in path.absolute().relative_to(parent).parts:
         count = len(os.fsencode(name))
         if count > longest:
@@ -450,21 +341,19 @@ def _check_replaceable_file(path: Path, *, overwrite: bool) -> None:
         raise UsageError(f"{path} exists. Choose another file, or replace it with --overwrite.")
 
 
-def _nearest_parent(path: Path) -> Path:
-    """Return the last part of a path above its end that exists: a folder if all is well."""
-    return next(parent for parent in path.absolute().parents if os.path.lexists(parent))
-
-
 def _make_parent(path: Path) -> list[Path]:
     """Make the folders above an output; return those in which names are new besides the last."""
-    nearest = _nearest_parent(path)
+    nearest = nearest_parent(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return [parent for parent in path.parents[1:] if parent.is_relative_to(nearest)]
 
 
+_SUFFIX = re.compile(r"\w{1,32}", re.ASCII)
+
+
 def _make_folder(path: Path, suffix: str | None) -> Path:
     """Make the hidden folder of an output, unless it is there."""
-    prefix = _prefix(path, "partial")
+    prefix = hidden_prefix(path, "partial")
     if suffix is None:
         partial = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
     elif _SUFFIX.fullmatch(suffix):
@@ -482,43 +371,17 @@ def _lock_own(partial: Path, path: Path) -> int:
     Raises:
         UsageError: Another process makes the same output.
     """
-    lock = _lock(partial)
-    if lock is None:
+    held = lock(partial)
+    if held is None:
         raise _in_work(path, partial)
     others = [found for found in leftovers(path) if found.path.name != partial.name]
     for other in others:
         if other.is_in_work():
-            os.close(lock)
+            os.close(held)
             with contextlib.suppress(OSError):  # what an earlier run has left in it stays
                 partial.rmdir() if partial.is_dir() else partial.unlink()
             raise _in_work(path, other.path)
-    return lock
-
-
-def _lock(path: Path) -> int | None:
-    """Lock a folder or a file; return the descriptor that holds the lock, None if another has it.
-
-    Where the file system knows no locks, nothing is locked.
-
-    Raises:
-        OSError: It cannot be opened, or has been deleted.
-    """
-    # NFS locks files only for processes that may write to them.
-    mode = os.O_RDONLY if path.is_dir() else os.O_RDWR
-    descriptor = os.open(path, mode | os.O_NOFOLLOW)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except OSError:  # the file system knows no locks
-            pass
-        path.stat()  # the process that had the lock before may have deleted it
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+    return held
 
 
 def _put(partial: Path, path: Path, *, replace: bool) -> Path | None:
@@ -530,7 +393,7 @@ def _put(partial: Path, path: Path, *, replace: bool) -> Path | None:
     if not replace or not path.is_dir() or not any(path.iterdir()):
         partial.rename(path)  # takes the place of an empty folder in one step, and of no other
         return None
-    aside = Path(tempfile.mkdtemp(prefix=_prefix(path, "replaced"), dir=path.parent))
+    aside = Path(tempfile.mkdtemp(prefix=hidden_prefix(path, "replaced"), dir=path.parent))
     new = partial.stat()
     try:
         # Under the partial's name, the old folder could later be taken for a partial one.

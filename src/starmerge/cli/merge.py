@@ -147,7 +147,7 @@ def merge(
 
     Example: starmerge merge recipe.yaml -o merged
     """
-    from starmerge.checkpoints.output import leftovers
+    from starmerge.checkpoints.leftovers import leftovers
     from starmerge.merging.engine import run
     from starmerge.merging.journal import fingerprint
     from starmerge.merging.plan import make_plan

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from starmerge.checkpoints.card import CARD, write_card
-from starmerge.checkpoints.output import REPORT, files_in, leftovers, output_folder, printable
+from starmerge.checkpoints.leftovers import leftovers
+from starmerge.checkpoints.output import REPORT, files_in, output_folder, printable
 from starmerge.checkpoints.tensors import prefetch
 from starmerge.checkpoints.writer import write_json
 from starmerge.deltas import Delta

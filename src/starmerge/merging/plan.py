@@ -10,9 +10,10 @@ from torch import Tensor
 
 from starmerge.checkpoints.adapter import Adapter
 from starmerge.checkpoints.base import Base, open_base
+from starmerge.checkpoints.leftovers import leftovers
 from starmerge.checkpoints.metric import Metric, open_metric
 from starmerge.checkpoints.models import FineTune, open_model
-from starmerge.checkpoints.output import check_output, check_space, leftovers
+from starmerge.checkpoints.output import check_output, check_space
 from starmerge.checkpoints.source import Source, resolve
 from starmerge.checkpoints.tensors import MERGEABLE
 from starmerge.checkpoints.unknown_base import unknown_base
