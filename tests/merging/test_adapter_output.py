@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,41 @@ def test_layers_stored_input_first_get_peft_s_orientation(tmp_path: Path) -> Non
         logits = PeftModel.from_pretrained(plain, made.path).eval()(ids).logits.detach()
         merged = AutoModelForCausalLM.from_pretrained(full.path)(ids).logits.detach()
         torch.testing.assert_close(logits, merged, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_bare", [False, True])
+def test_a_fine_tune_of_layers_stored_input_first_gives_an_adapter_that_peft_loads(
+    tmp_path: Path, is_bare: bool
+) -> None:
+    """Files of GPT-2 often have the names of the model without its head."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=61, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    if is_bare:
+        tensors = {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}
+    shutil.copytree(tmp_path / "base", tmp_path / "tuned")
+    names = [key for key in tensors if key.endswith(("c_attn.weight", "c_proj.weight"))]
+    tuned = {k: t + 0.1 * torch.randn(t.shape) if k in names else t for k, t in tensors.items()}
+    for folder, content in (("base", tensors), ("tuned", tuned)):
+        file = tmp_path / folder / "model.safetensors"
+        save_file(content, file, metadata={"format": "pt"})
+    made = sm.merge(
+        tmp_path / "base",
+        [tmp_path / "tuned"],
+        "average",
+        output=tmp_path / "made",
+        output_kind="adapter",
+        rank=16,
+    )
+    assert made.report.content["output"]["error"] < 1e-5
+    ids = torch.arange(12)[None]
+    plain = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    before = plain(ids).logits.detach()
+    wanted = GPT2LMHeadModel.from_pretrained(tmp_path / "tuned")(ids).logits.detach()
+    logits = PeftModel.from_pretrained(plain, made.path).eval()(ids).logits.detach()
+    torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-4)
+    assert float((before - wanted).abs().max()) > 1e-2
 
 
 @pytest.mark.parametrize("method", ["average", "ties", "star+ties"])

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from starmerge.deltas import Dense, LowRank
-from starmerge.merging.fold import FOLD_ENTRIES, fold
+from starmerge.merging.fold import FOLD_ENTRIES, factors_of, fold
 from tests.oracles import bounds, rounding, samples
 from tests.oracles import deltas as oracle
 
@@ -274,3 +274,15 @@ def test_a_float64_base_keeps_its_digits():
     zero = fold(base, Dense(torch.zeros(300, 4)), torch.float64)
     assert torch.equal(zero.weight, base)
     assert_is_fold(base, samples.low_rank(300, 4, 2, scale=0.01), torch.float64)
+
+
+def test_factors_are_those_that_add_something_however_they_lie() -> None:
+    generator = torch.Generator().manual_seed(0)
+    B, A = torch.randn(7, 3, generator=generator), torch.randn(3, 5, generator=generator)
+    padded_B, padded_A = torch.zeros(7, 6), torch.randn(6, 5, generator=generator)
+    padded_B[:, [0, 2, 3]], padded_A[[0, 2, 3]] = B, A
+    plain = factors_of(LowRank(B, A, 0.5))
+    padded = factors_of(LowRank(padded_B.T.contiguous().T, padded_A.T.contiguous().T, 0.5))
+    for one, other in zip(plain, padded, strict=True):
+        assert torch.equal(one, other)
+        assert one.is_contiguous() and other.is_contiguous()
