@@ -10,6 +10,7 @@ from starmerge.deltas import Dense, LowRank
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.in_memory import merge_state
 from starmerge.methods import Shares, make_method
+from starmerge.methods import own_response as own_response_rule
 from tests.oracles import bounds, own_response, samples, shares, spectral
 
 WEIGHTS = [1.0, 0.5, 2.0, 4.0]
@@ -51,6 +52,12 @@ def test_every_shape_rank_and_dtype(deltas, power):
     mean = own_response.mean_response([{"weight": d} for d in tau], {"weight": merged})
     whole = np.sqrt(np.sum(np.square(tau)))
     assume(mean * whole > 1e-3 * np.linalg.norm(merged))
+    size = np.linalg.norm(merged) / mean / sum(norms)  # of the merge, over all task vectors
+    assume(not 0.99 * own_response_rule.LARGEST < size < 1.01 * own_response_rule.LARGEST)
+    if size > own_response_rule.LARGEST:
+        with pytest.raises(StarmergeError, match="times as large as all task vectors together"):
+            spectral.merged(Shares(power=power, response=1.0), deltas)
+        return
     found = spectral.merged(Shares(power=power, response=1.0), deltas)
     expected = scaled(merged, tau, 1.0)
     # The responses are those of the update in float32: <dM, tau_t> <= u |M| |tau_t|.
