@@ -45,7 +45,7 @@ from synthetic import Llama, llama_of, make_adapters, make_base, make_finetunes
 
 import starmerge
 from starmerge.merging import engine
-from starmerge.merging.workers import Workers
+from starmerge.merging.executors.threads import Threads
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 ALONE, BESIDE = "alone", "beside a neighbour"
@@ -59,15 +59,15 @@ class Contestant:
     title: str
     threads: int
     """Tensors at once."""
-    workers: type[Workers]
+    workers: type[Threads]
     environment: Mapping[str, str]
     """What the process has in its environment beside the usual."""
 
 
-class Unlimited(Workers):
+class Unlimited(Threads):
     """Threads with as many BLAS threads each as the libraries take by themselves."""
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> Threads:
         super().__enter__()
         self._pool = ThreadPoolExecutor(self.threads)  # the other has not begun a thread
         return self
@@ -77,14 +77,14 @@ PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
 """As starmerge's command line sets it."""
 
 CONTESTANTS = (
-    *(Contestant(f"`threads={count}`", count, Workers, PASSIVE) for count in (1, 2, 4)),
+    *(Contestant(f"`threads={count}`", count, Threads, PASSIVE) for count in (1, 2, 4)),
     Contestant(f"library defaults: 1 tensor, {CORES} BLAS threads", 1, Unlimited, {}),
 )
 
 
 def merge(base: Path, models: dict[str, Path], output: Path, contestant: Contestant) -> Cost:
     """Merge in this process; return what it cost."""
-    engine.Workers = contestant.workers
+    engine.Threads = contestant.workers
     run = partial(starmerge.merge, base, models, "star", output=output, threads=contestant.threads)
     cost = timed(run)[1]
     rmtree(output)

@@ -19,11 +19,12 @@ from pydantic import (
 )
 
 from starmerge import plugins
-from starmerge.checkpoints.output import check_output_file, output_file
 from starmerge.errors import UsageError, explain, nearest
 from starmerge.mergekit_recipe import is_mergekit_recipe, translate
 from starmerge.methods.pipeline import Pipeline, make_pipeline, map_chain
-from starmerge.reading import exists, read_yaml
+from starmerge.reading import read_yaml
+from starmerge.storage import exists
+from starmerge.storage.publishing import check_output_file, output_file
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
 OutputKind = Literal["model", "adapter", "unified"]

@@ -36,6 +36,7 @@ from starmerge import merge
 from starmerge.checkpoints.adapter import Adapter, open_adapter
 from starmerge.checkpoints.base import open_base
 from starmerge.checkpoints.finetuned import open_finetuned
+from starmerge.checkpoints.models import files_of
 from starmerge.checkpoints.names import match_names
 from starmerge.checkpoints.source import resolve
 from starmerge.errors import StarmergeError
@@ -257,12 +258,12 @@ def test_reads_factors_of_mixed_dtypes_and_a_bin_file(
     torch.save({k: t.bfloat16() if "_B" in k else t for k, t in tensors.items()}, file)
     folded = _folded_by_peft(base("bert"), "bert", adapter, tmp_path / "m")
     opened = _open(adapter, base("bert"))
-    assert file in opened.files
+    assert file in files_of(opened)
     dtypes = {opened.checkpoint[key].dtype for key in opened.checkpoint}
     assert dtypes == {torch.bfloat16, torch.float32}
     _assert_as_peft(opened, base("bert"), folded)
     save_file(tensors, adapter / "adapter_model.safetensors")
-    assert file not in _open(adapter, base("bert")).files, "safetensors come first, as in PEFT"
+    assert file not in files_of(_open(adapter, base("bert"))), "safetensors come first, as in PEFT"
 
 
 def test_a_pickle_that_would_run_code_is_refused(

@@ -29,6 +29,7 @@ from starmerge.evaluation.sources import read_file
 from starmerge.evaluation.suites import load_suite
 from starmerge.evaluation.task_file import load_task
 from starmerge.reading import read_json, read_yaml
+from starmerge.storage.local_folder import LocalFile
 from tests.checkpoints.bad_files import (
     World,
     legacy_bytes,
@@ -176,8 +177,9 @@ def test_bin_files_of_any_kind_are_read_to_the_same_tensors(tmp_path: Path) -> N
             read = checkpoint.read(name)
             assert (read.dtype, read.shape) == (tensor.dtype, tensor.shape), name
             assert torch.equal(read, tensor.detach()), name
-            with (tmp_path / "copy").open("wb") as target:
-                checkpoint.copy(name, target.fileno(), 0)
+            target = LocalFile(tmp_path / "copy", tensor.nbytes)
+            checkpoint.copy(name, target, 0)
+            target.close()
             raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
             assert (tmp_path / "copy").read_bytes() == raw, name
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from starmerge.checkpoints.tensors import DTYPES, open_checkpoint, open_safetensors, raw_bytes
 from starmerge.errors import StarmergeError
+from starmerge.storage.local_folder import LocalFile
 
 
 def test_reads_every_dtype_and_shape_as_safetensors_does(tmp_path: Path) -> None:
@@ -124,8 +125,9 @@ def test_reads_bin_files_and_their_index(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     checkpoint = open_checkpoint(tmp_path)
     assert torch.equal(checkpoint.read("a"), torch.ones(2, 2))
-    with (tmp_path / "copy").open("wb") as target:
-        checkpoint.copy("b", target.fileno(), 2)
+    target = LocalFile(tmp_path / "copy")
+    checkpoint.copy("b", target, 2)
+    target.close()
     assert (tmp_path / "copy").read_bytes() == b"\0\0" + b"\x80\x3f" * 3
 
 
@@ -158,11 +160,10 @@ def test_a_file_that_was_cut_off_since_it_was_opened_is_told(tmp_path: Path) -> 
     for checkpoint in (model, adapter):
         with pytest.raises(StarmergeError, match="ends within tensor b"):
             checkpoint.read("b")
-        with (
-            (tmp_path / "copy").open("wb") as target,
-            pytest.raises(StarmergeError, match="ends within tensor b"),
-        ):
-            checkpoint.copy("b", target.fileno(), 0)
+        target = LocalFile(tmp_path / "copy")
+        with pytest.raises(StarmergeError, match="ends within tensor b"):
+            checkpoint.copy("b", target, 0)
+        target.close()
 
 
 def test_tensors_that_begin_at_an_odd_byte_are_read(tmp_path: Path) -> None:

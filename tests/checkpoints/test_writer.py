@@ -1,11 +1,13 @@
 """Writing models: what safetensors reads back."""
 
 import itertools
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from starmerge.checkpoints.tensors import open_checkpoint, open_safetensors
 from starmerge.checkpoints.writer import OutputTensor, ShardWriter
+from starmerge.storage.local_folder import LocalFolder
 
 
 def _planned(name: str, tensor: torch.Tensor) -> OutputTensor:
@@ -29,7 +32,7 @@ def test_shards_read_back_the_same_whatever_their_size(
     folder = tmp_path_factory.mktemp("shards")
     tensors = {f"t{number}": torch.randn(size) for number, size in enumerate(sizes)}
     plan = [_planned(name, tensor) for name, tensor in tensors.items()]
-    with ShardWriter(folder, plan, shard_bytes=limit) as writer:
+    with ShardWriter(LocalFolder(folder), plan, shard_bytes=limit) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
     checkpoint = open_checkpoint(folder)
@@ -46,7 +49,9 @@ def test_copied_tensors_have_the_same_bytes(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(5, 7).bfloat16(), "b": torch.tensor([float("nan"), 1.0])}
     save_file(tensors, tmp_path / "source.safetensors")
     source = open_safetensors(tmp_path / "source.safetensors")
-    with ShardWriter(tmp_path, [_planned(name, tensors[name]) for name in source]) as writer:
+    with ShardWriter(
+        LocalFolder(tmp_path), [_planned(name, tensors[name]) for name in source]
+    ) as writer:
         for name in source:
             writer.copy(name, source)
     copied = load_file(tmp_path / "model.safetensors")
@@ -68,7 +73,10 @@ def test_pieces_may_be_written_in_any_order_by_several_threads(
         pieces += [(name, tensor[a:b], a) for a, b in itertools.pairwise(cuts)]
     order = data.draw(st.permutations(pieces))
     plan = [_planned(name, tensor) for name, tensor in tensors.items()]
-    with ShardWriter(folder, plan, shard_bytes=64) as writer, ThreadPoolExecutor(3) as pool:
+    with (
+        ShardWriter(LocalFolder(folder), plan, shard_bytes=64) as writer,
+        ThreadPoolExecutor(3) as pool,
+    ):
         list(pool.map(lambda piece: writer.write(*piece), order))
     checkpoint = open_checkpoint(folder)
     for name, tensor in tensors.items():
@@ -77,19 +85,40 @@ def test_pieces_may_be_written_in_any_order_by_several_threads(
 
 def test_refuses_what_was_not_planned(tmp_path: Path) -> None:
     plan = [_planned("a", torch.ones(2)), _planned("b", torch.ones(2))]
-    with pytest.raises(KeyError), ShardWriter(tmp_path, plan) as writer:
+    with pytest.raises(KeyError), ShardWriter(LocalFolder(tmp_path), plan) as writer:
         writer.write("c", torch.ones(2))
     for wrong, start in ((torch.ones(3), 0), (torch.ones(2), 1), (torch.ones(2).double(), 0)):
-        with pytest.raises(RuntimeError, match="fit"), ShardWriter(tmp_path, plan) as writer:
+        with (
+            pytest.raises(RuntimeError, match="fit"),
+            ShardWriter(LocalFolder(tmp_path), plan) as writer,
+        ):
             writer.write("a", wrong, start)
-    with pytest.raises(RuntimeError, match="b is missing"), ShardWriter(tmp_path, plan) as writer:
+    with ShardWriter(LocalFolder(tmp_path), plan) as writer:
         writer.write("a", torch.ones(2))
+        writer.write("b", torch.ones(1))
+        assert writer.digest("a") == blake3(torch.ones(2).numpy().tobytes()).hexdigest()
+        with pytest.raises(RuntimeError, match="b was not written whole: 4 bytes are missing"):
+            writer.digest("b")
+
+
+def test_several_writers_fill_one_file(tmp_path: Path) -> None:
+    tensors = {f"t{number}": torch.randn(9) for number in range(6)}
+    plan = [_planned(name, tensor) for name, tensor in tensors.items()]
+    first = ShardWriter(LocalFolder(tmp_path), plan, shard_bytes=80)
+    first.lay_out()
+    second = pickle.loads(pickle.dumps(first))
+    for number, (name, tensor) in enumerate(tensors.items()):
+        (first, second)[number % 2].write(name, tensor)
+    for writer in (first, second):
+        writer.close()
+    checkpoint = open_checkpoint(tmp_path)
+    assert all(torch.equal(checkpoint.read(name), tensors[name]) for name in tensors)
 
 
 def test_a_disk_that_takes_no_header_leaves_no_file_open(tmp_path: Path) -> None:
     plan = [_planned(f"t{number}", torch.ones(8)) for number in range(3)]
     (tmp_path / "model-00002-of-00003.safetensors").mkdir()
     before = sorted(Path("/proc/self/fd").iterdir())
-    with pytest.raises(OSError), ShardWriter(tmp_path, plan, shard_bytes=32):
+    with pytest.raises(OSError), ShardWriter(LocalFolder(tmp_path), plan, shard_bytes=32):
         pass
     assert sorted(Path("/proc/self/fd").iterdir()) == before

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import starmerge as sm
-from starmerge.checkpoints import exchange as exchanging
-from starmerge.checkpoints import output as outputs
 from starmerge.merging import journal
+from starmerge.storage import exchange as exchanging
+from starmerge.storage import publishing
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -77,9 +77,9 @@ def watch(step: Callable[[], None]) -> None:
         watched(os, name)
     watched(shutil, "copyfile")
     watched(shutil, "rmtree")
-    watched(Path, "write_text")
-    watched(outputs, "exchange")
-    assert exchanging.exchange is not outputs.exchange
+    watched(Path, "write_bytes")
+    watched(publishing, "exchange")
+    assert exchanging.exchange is not publishing.exchange
 
 
 def forked(work: Callable[[], int]) -> tuple[int, int]:

@@ -169,6 +169,15 @@ def test_base_in_shards_or_in_bin_files_gives_the_same_merge(
         assert not list(result.path.glob("*.index.json"))
 
 
+def _contents(file: Path) -> str:
+    """The hash of a file's tensors, as docs/recipes.md defines it."""
+    lines = ""
+    for name, tensor in sorted(load_file(file).items()):
+        raw = blake3(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
+        lines += json.dumps([name, str(tensor.dtype), list(tensor.shape), raw]) + "\n"
+    return blake3(lines.encode()).hexdigest()
+
+
 def test_report_says_what_happened(
     tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
@@ -178,8 +187,13 @@ def test_report_says_what_happened(
     assert report == result.report.content
     assert report["recipe"]["parameters"]["eta"] == 50
     assert [entry["name"] for entry in report["inputs"]] == ["base", "x", "y"]
-    digest = blake3((paths["y"] / "adapter_model.safetensors").read_bytes()).hexdigest()
-    assert report["inputs"][2]["blake3"]["adapter_model.safetensors"] == digest
+    config = blake3((paths["y"] / "adapter_config.json").read_bytes()).hexdigest()
+    assert report["inputs"][2]["blake3"] == {"adapter_config.json": config}
+    for given, folder, file in (
+        (report["inputs"][0], tiny_base, "model.safetensors"),
+        (report["inputs"][2], paths["y"], "adapter_model.safetensors"),
+    ):
+        assert given["tensors"] == {file: _contents(folder / file)}
     assert len(report["tensors"]) == 4
     updates = _updates(paths["x"], 2.0)
     for record in report["tensors"]:

@@ -192,6 +192,7 @@ def test_report_card_and_recipe_tell_of_the_metric(
         "hub_id": None,
         "revision": None,
         "blake3": {"metric.safetensors": blake3_of(file)},
+        "tensors": {},
     }
     card = (result.path / "README.md").read_text()
     assert "made by starmerge with the moments of inputs in `metric.safetensors`" in card

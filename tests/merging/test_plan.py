@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from starmerge.checkpoints.output import files_in
 from starmerge.checkpoints.tensors import Checkpoint
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.plan import Plan, make_plan
 from starmerge.recipe import make_recipe
+from starmerge.storage.local_folder import LocalFolder
 from tests.conftest import MakeAdapter, MakeFinetune, edit_json
 
 
@@ -66,7 +66,9 @@ def test_refuses_to_write_over_an_input(
     for place in (tiny_base, adapter, tmp_path):
         with pytest.raises(UsageError, match="is no merged model and is not overwritten"):
             make_plan(recipe, place, overwrite=True)
-    (tmp_path / "merge_report.json").write_text(json.dumps({"files": files_in(tmp_path)}))
+    (tmp_path / "merge_report.json").write_text(
+        json.dumps({"files": LocalFolder(tmp_path).names()})
+    )
     with pytest.raises(UsageError, match="is, holds or lies in the input"):
         make_plan(recipe, tmp_path, overwrite=True)
     with pytest.raises(UsageError, match="not empty.*--overwrite"):

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 import starmerge as sm
 from starmerge.checkpoints.base import open_base
 from starmerge.checkpoints.emr_task import pack, unpack
-from starmerge.checkpoints.models import open_model
+from starmerge.checkpoints.models import files_of, open_model
 from starmerge.checkpoints.source import resolve
 from starmerge.merging.plan import Plan, make_plan
 from starmerge.methods import Emr, Pipeline
@@ -195,7 +195,7 @@ def test_a_task_opens_as_a_model(tiny_base: Path, merged: Path) -> None:
     masks = load_file(merged / "a" / "mask.safetensors")
     assert (task.kind, task.name) == ("EMR task", "a")
     assert task.tensors == set(masks) == set(tau_uni)
-    assert [file.name for file in task.files] == [
+    assert [file.name for file in files_of(task)] == [
         "emr.json", "mask.safetensors", "model.safetensors",
     ]  # fmt: skip
     assert task.rank(NAME) is None

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 import starmerge as sm
 from starmerge.deltas import Dense, LowRank
 from starmerge.errors import UsageError
+from starmerge.merging.executors.threads import Threads
 from starmerge.merging.in_memory import merge_all, merge_state
-from starmerge.merging.workers import Workers
 from starmerge.methods import Deltas, Lines, TensorContext, make_method, make_pipeline
 from tests.oracles import bounds, lines, own_response, samples
 
@@ -58,7 +58,7 @@ def run(deltas, method, parameters=None, weights=None, layers=LAYERS):
 
     pipeline.check(tasks, weights, names)
     pipeline.check_tensors([inputs(name)[1] for name in names], [])
-    with Workers(1) as workers:
+    with Threads(1) as workers:
         return merge_all(pipeline, names, inputs, workers)
 
 

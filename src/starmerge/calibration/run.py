@@ -26,17 +26,17 @@ from starmerge.calibration.text import Advance, Reading, Writer, texts_of
 from starmerge.checkpoints.base import Base, open_base
 from starmerge.checkpoints.hashing import remembered_blake3_of
 from starmerge.checkpoints.metric import MetricWriter, is_metric
-from starmerge.checkpoints.output import check_output_file, check_space, output_file
 from starmerge.checkpoints.source import resolve
 from starmerge.errors import StarmergeError, UsageError, nearest
 from starmerge.evaluation.models import Dtype, load_text_model
 from starmerge.evaluation.task import Task
+from starmerge.merging.executors.threads import Threads
 from starmerge.merging.metric import hashes_of
 from starmerge.merging.task_vectors import load_task_vectors
-from starmerge.merging.workers import Workers
 from starmerge.progress import bytes_in_words, progress_bar
 from starmerge.recipe import model_entries
 from starmerge.spectral.moment import Moment
+from starmerge.storage.publishing import check_output_file, check_space, output_file
 
 SEQUENCES = 128
 """Sequences that a base writes by itself, if nothing else is asked for."""
@@ -225,7 +225,7 @@ def calibrate(
             raise UsageError(f"{name} is {number}. Give a whole number, 1 or more.")
     if dtype not in get_args(Dtype):
         raise UsageError(f"The dtype {dtype!r} is unknown.{nearest(dtype, get_args(Dtype))}")
-    bound = None if memory is None else Workers(memory=memory).memory
+    bound = None if memory is None else Threads(memory=memory).memory
     given = None if texts is None else texts_of(Path(texts))[:sequences]
     tasks = tasks_of(prompts or {})
     names = [entry["name"] for entry in model_entries(models)]
@@ -411,4 +411,4 @@ def _free_memory(device: torch.device) -> int:
     """Return the bytes that sums may take if nothing else is asked for."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
-    return Workers().memory
+    return Threads().memory

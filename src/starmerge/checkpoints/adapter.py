@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,6 +31,7 @@ from starmerge.checkpoints.tensors import (
 )
 from starmerge.deltas import Delta, LowRank
 from starmerge.errors import StarmergeError, UsageError
+from starmerge.storage import Place, is_file
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,14 @@ class Adapter:
         return frozenset((*self.replacements, *self.carried))
 
     @property
-    def files(self) -> list[Path]:
-        """The files its deltas are read from."""
-        return [self.source.path / "adapter_config.json", *self.checkpoint.files]
+    def checkpoints(self) -> list[Checkpoint]:
+        """Its factors."""
+        return [self.checkpoint]
+
+    @property
+    def beside(self) -> list[Place]:
+        """The config, which has the scale."""
+        return [self.source.path / "adapter_config.json"]
 
     def inputs(self, tensor: str) -> list[TensorInfo]:
         """Return what is read for a tensor's delta."""
@@ -213,14 +218,14 @@ def _open_alone(
     return Adapter(name, source, checkpoint, factors, {}, config, dict(keys.saved))
 
 
-def open_weights(folder: Path) -> Checkpoint:
+def open_weights(folder: Place) -> Checkpoint:
     """Read the headers of an adapter's weights in a folder.
 
     Raises:
         StarmergeError: There are none, or they are broken.
     """
     file, pickle = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
-    if pickle.is_file() and not file.is_file():
+    if is_file(pickle) and not is_file(file):
         return open_pickle(pickle)
     return open_safetensors(file)
 

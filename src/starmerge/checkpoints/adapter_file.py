@@ -8,15 +8,14 @@ Source of the layout: github.com/huggingface/peft, ``tuners/lora/layer.py`` and
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from starmerge.checkpoints.writer import OutputTensor, write_json
+from starmerge.checkpoints.writer import OutputTensor
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -112,11 +111,6 @@ def adapter_config(
         "use_dora": False,
         "use_rslora": False,
     }
-
-
-def write_adapter_config(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write ``adapter_config.json``."""
-    write_json(folder / CONFIG, content)
 
 
 def target_modules(adapted: Collection[str], others: Iterable[str]) -> list[str]:

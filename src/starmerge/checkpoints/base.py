@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from starmerge.checkpoints.output import REPORT
 from starmerge.checkpoints.source import SIDE_FILES, Source
 from starmerge.checkpoints.tensors import Checkpoint, open_checkpoint
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.reading import read_json
+from starmerge.storage.publishing import REPORT
 
 _OWN_FILES = ("config.json", "*.index.json", REPORT, "adapter_config.json")
 """Files beside the weights that a merged model gets anew or must not have."""

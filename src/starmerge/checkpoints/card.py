@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,8 +14,7 @@ from starmerge.checkpoints.models import FineTune
 CARD = "README.md"
 
 
-def write_card(
-    path: Path,
+def card_of(
     title: str,
     base: Base,
     models: Sequence[FineTune],
@@ -25,11 +23,10 @@ def write_card(
     *,
     library: str = "transformers",
     metric: str | None = None,
-) -> None:
-    """Write ``README.md`` with the metadata the Hub reads and the recipe that repeats the merge.
+) -> str:
+    """Return the text of ``README.md``, with metadata for the Hub and the recipe of the merge.
 
     Args:
-        path: The file to write.
         title: Name of the merged model.
         base: The base.
         models: What was merged.
@@ -63,7 +60,7 @@ def write_card(
             "`merge_report.json` says what happened to each tensor.",
         ]
     )
-    path.write_text(text + "\n", encoding="utf-8")
+    return text + "\n"
 
 
 def _code(text: str, *, in_table: bool = False) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ import torch
 from torch import Tensor
 
 from starmerge.checkpoints.base import Base
-from starmerge.checkpoints.output import REPORT
 from starmerge.checkpoints.source import Source
 from starmerge.checkpoints.tensors import (
     MERGEABLE,
@@ -31,10 +29,12 @@ from starmerge.checkpoints.tensors import (
     open_checkpoint,
     open_safetensors,
 )
-from starmerge.checkpoints.writer import OutputTensor, ShardWriter, write_json
+from starmerge.checkpoints.writer import OutputTensor, ShardWriter, json_bytes
 from starmerge.deltas import Dense, wide
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.reading import exists, read_json
+from starmerge.reading import read_json
+from starmerge.storage import OutputFolder, Place, exists
+from starmerge.storage.publishing import REPORT
 
 TASK_FILE = "emr.json"
 UNIFIED = "unified"
@@ -65,9 +65,14 @@ class EmrTask:
         return frozenset(self.masks)
 
     @property
-    def files(self) -> list[Path]:
-        """The files its deltas are read from."""
-        return [self.source.path / TASK_FILE, *self.masks.files, *self.unified.files]
+    def checkpoints(self) -> list[Checkpoint]:
+        """The masks and the unified vector."""
+        return [self.masks, self.unified]
+
+    @property
+    def beside(self) -> list[Place]:
+        """The file with the rescaler."""
+        return [self.source.path / TASK_FILE]
 
     def inputs(self, tensor: str) -> list[TensorInfo]:
         """Return what is read for a tensor's delta."""
@@ -165,22 +170,23 @@ def mask_layout(tensor: TensorInfo) -> OutputTensor:
     return OutputTensor(tensor.name, torch.uint8, (nbytes,), nbytes)
 
 
-def mask_writer(folder: Path, layouts: Sequence[OutputTensor]) -> ShardWriter:
+def mask_writer(folder: OutputFolder, task: str, layouts: Sequence[OutputTensor]) -> ShardWriter:
     """Return what writes a task's masks, packed, into its folder.
 
     Args:
-        folder: The folder.
+        folder: The output, which holds the folders of all tasks.
+        task: The task's name.
         layouts: Of the tensors that the task changes, in the order they are written in.
     """
     whole = sum(layout.nbytes for layout in layouts)
-    return ShardWriter(folder, layouts, shard_bytes=whole, stem=_STEM)
+    return ShardWriter(folder, layouts, shard_bytes=whole, stem=f"{task}/{_STEM}")
 
 
-def write_task(folder: Path, task: str, base: Base, rescaler: float) -> None:
+def write_task(folder: OutputFolder, task: str, base: Base, rescaler: float) -> None:
     """Write ``emr.json`` into a task's folder.
 
     Args:
-        folder: The folder, beside that of the unified vector.
+        folder: The output, which holds the unified vector and the folders of all tasks.
         task: The task's name.
         base: The base of the merge.
         rescaler: λ.
@@ -193,7 +199,7 @@ def write_task(folder: Path, task: str, base: Base, rescaler: float) -> None:
         "rescaler": rescaler,
         "unified": f"../{UNIFIED}",
     }
-    write_json(folder / TASK_FILE, content)
+    folder.put(f"{task}/{TASK_FILE}", json_bytes(content))
 
 
 def pack(M: Tensor) -> Tensor:
@@ -207,7 +213,7 @@ def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(bits.view(np.bool_)).reshape(shape)
 
 
-def _check_base_name(file: Path, merged_on: object, base: Base) -> None:
+def _check_base_name(file: Place, merged_on: object, base: Base) -> None:
     known = base.source.name
     if known and isinstance(merged_on, str) and merged_on.lower() != known.lower():
         raise UsageError(
@@ -216,7 +222,7 @@ def _check_base_name(file: Path, merged_on: object, base: Base) -> None:
         )
 
 
-def _check_tensor(task: EmrTask, folder: Path, base: Base, tensor: str) -> None:
+def _check_tensor(task: EmrTask, folder: Place, base: Base, tensor: str) -> None:
     mask = task.masks[tensor]
     if tensor not in task.unified:
         raise StarmergeError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from starmerge.checkpoints.source import Source
 from starmerge.checkpoints.tensors import MERGEABLE, Checkpoint, TensorInfo
 from starmerge.deltas import Dense, Stored
 from starmerge.errors import StarmergeError
+from starmerge.storage import Place
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,14 @@ class FinetunedModel:
     """Names of the base's tensors that it may have changed."""
 
     @property
-    def files(self) -> list[Path]:
-        """The files its deltas are read from."""
-        return self.checkpoint.files
+    def checkpoints(self) -> list[Checkpoint]:
+        """Its own."""
+        return [self.checkpoint]
+
+    @property
+    def beside(self) -> list[Place]:
+        """No file: the weights are all."""
+        return []
 
     def inputs(self, tensor: str) -> list[TensorInfo]:
         """Return what is read for a tensor's delta."""

@@ -3,60 +3,64 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from threading import Event
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from blake3 import blake3
 from torch import Tensor
 
+from starmerge.checkpoints.tensors import TensorInfo
 from starmerge.deltas import Delta, LowRank, Stored, matrix_shape
+from starmerge.storage import Place, storage_of
 
 _CHUNK = 2**20
 
-_SETTLED = 2 * 10**9
-"""Nanoseconds. Some file systems stamp times no finer than that, so a file that changed less long
-ago may change again and keep its stamp."""
-
-_remembered: dict[tuple[int, ...], str] = {}
+_remembered: dict[tuple[int | str, ...], str] = {}
 
 
-def blake3_of(file: Path, stopped: Event | None = None) -> str:
-    """Return the BLAKE3 of a file's content, in hexadecimal; one thread, some 3 GB/s in memory.
-
-    Args:
-        file: The file.
-        stopped: Once set, the rest of the file is left out: the result is of no use then.
-    """
+def blake3_of(file: Place) -> str:
+    """Return the BLAKE3 of a file's content, in hexadecimal; one thread, some 3 GB/s in memory."""
     digest = blake3(max_threads=1)
-    with file.open("rb", buffering=0) as stream:
+    with storage_of(file).stream(file) as stream:
         buffer = bytearray(_CHUNK)
-        while not (stopped and stopped.is_set()) and (count := stream.readinto(buffer)):
+        while count := stream.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()
 
 
-def remembered_blake3_of(file: Path, stopped: Event | None = None) -> str:
-    """Return the BLAKE3 of a file's content, read once a process while the file stays as it is.
+def remembered_blake3_of(file: Place) -> str:
+    """Return the BLAKE3 of a file's content, read once a process while the file stays as it is."""
+    state = storage_of(file).state(file)
+    if state.identity in _remembered:
+        return _remembered[state.identity]
+    digest = blake3_of(file)
+    if state.is_settled:
+        _remembered[state.identity] = digest
+    return digest
 
-    A file is known again by device, inode, size, and the times of its last changes.
+
+def blake3_of_tensor(tensor: Tensor) -> blake3:
+    """Return the BLAKE3 of a tensor's bytes, row after row; one thread."""
+    digest = blake3(max_threads=1)
+    for piece in _pieces(tensor):
+        digest.update(piece)
+    return digest
+
+
+def blake3_of_contents(tensors: Iterable[tuple[TensorInfo, str]]) -> str:
+    """Return one BLAKE3 of some tensors, such as those of a file.
+
+    That of a line of JSON for each, sorted by name: its name, dtype and shape, and the BLAKE3 of
+    its bytes. So the hash of a file can be put together from what several processes have read.
 
     Args:
-        file: The file.
-        stopped: As for :func:`blake3_of`; nothing is remembered then.
+        tensors: Each with the BLAKE3 of its bytes, row after row, in hexadecimal.
     """
-    status = file.stat()
-    changed = max(status.st_mtime_ns, status.st_ctime_ns)
-    key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    if key in _remembered:
-        return _remembered[key]
-    is_settled = changed < time.time_ns() - _SETTLED
-    digest = blake3_of(file, stopped)
-    if is_settled and not (stopped and stopped.is_set()):
-        _remembered[key] = digest
-    return digest
+    digest = blake3(max_threads=1)
+    for info, own in sorted(tensors, key=lambda entry: entry[0].name):
+        line = json.dumps([info.name, str(info.dtype), list(info.shape), own])
+        digest.update(f"{line}\n".encode())
+    return digest.hexdigest()
 
 
 def blake3_of_update(update: Mapping[str, Delta]) -> str:

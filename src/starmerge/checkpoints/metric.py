@@ -15,7 +15,6 @@ One safetensors file. Its tensors "0", "1", … are roots R (k, n), float32, of 
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,11 +32,12 @@ from starmerge.checkpoints.tensors import (
     Checkpoint,
     open_safetensors,
     raw_bytes,
-    write_at,
 )
 from starmerge.errors import StarmergeError, UsageError, explain
-from starmerge.reading import exists, parse_json
+from starmerge.parsing import parse_json
 from starmerge.spectral.moment import Moment, Side
+from starmerge.storage import exists
+from starmerge.storage.local_folder import LocalFile
 
 KEY = "starmerge_metric"
 """Of the JSON text in the file's metadata."""
@@ -320,7 +320,7 @@ class MetricWriter:
         text = self._header([entry.model_dump() for entry in entries], places)
         self._room = len(text) + -len(text) % 8
         self._end = 0
-        self._file = os.open(file, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o666)
+        self._file = LocalFile(file, 0)
 
     def __enter__(self) -> MetricWriter:
         return self
@@ -335,7 +335,7 @@ class MetricWriter:
             if kind is None:
                 self._finish()
         finally:
-            os.close(self._file)
+            self._file.close()
 
     def add(
         self, root: Tensor, tensors: Sequence[str], *, side: Side, task: str | None, tokens: int
@@ -353,7 +353,7 @@ class MetricWriter:
         entry = _Entry(key=key, tensors=tuple(tensors), side=side, task=task, tokens=tokens)
         self._entries.append(entry.model_dump())
         self._shapes.append(tuple(root.shape))
-        write_at(self._file, raw_bytes(root.contiguous()), 8 + self._room + self._end)
+        self._file.write(raw_bytes(root.contiguous()), 8 + self._room + self._end)
         self._end += root.nbytes
 
     @property
@@ -371,7 +371,7 @@ class MetricWriter:
         if len(text) > self._room:
             raise RuntimeError(f"A header of {len(text)} bytes has room for {self._room}.")
         content = struct.pack("<Q", self._room) + text.ljust(self._room)
-        write_at(self._file, memoryview(content), 0)
+        self._file.write(memoryview(content), 0)
 
     def _header(
         self,

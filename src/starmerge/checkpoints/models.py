@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -13,9 +12,10 @@ from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.emr_task import TASK_FILE, open_emr_task
 from starmerge.checkpoints.finetuned import open_finetuned
 from starmerge.checkpoints.source import Source
-from starmerge.checkpoints.tensors import TensorInfo
+from starmerge.checkpoints.tensors import Checkpoint, TensorInfo
 from starmerge.deltas import Delta
 from starmerge.errors import UsageError
+from starmerge.storage import Place, is_file
 
 
 class FineTune(Protocol):
@@ -38,8 +38,12 @@ class FineTune(Protocol):
         """Names of the base's tensors that it changes."""
 
     @property
-    def files(self) -> list[Path]:
-        """The files its deltas are read from."""
+    def checkpoints(self) -> list[Checkpoint]:
+        """The tensors that its deltas are made of."""
+
+    @property
+    def beside(self) -> list[Place]:
+        """The files that its deltas depend on beside them."""
 
     def inputs(self, tensor: str) -> list[TensorInfo]:
         """Return what is read for a tensor's delta."""
@@ -57,6 +61,11 @@ class FineTune(Protocol):
         """Return a tensor's delta, given the base's tensor where it is needed."""
 
 
+def files_of(model: FineTune) -> list[Place]:
+    """Return the files that a model's deltas are read from."""
+    return [*model.beside, *(file for own in model.checkpoints for file in own.files)]
+
+
 def open_model(name: str, source: Source, base: Base, *, any_base: bool = False) -> FineTune:
     """Open an adapter, a full fine-tune or a task of an EMR merge; which, is found out by looking.
 
@@ -64,11 +73,11 @@ def open_model(name: str, source: Source, base: Base, *, any_base: bool = False)
         UsageError: It is none of them, or of a kind that cannot be merged.
         StarmergeError: It does not fit the base, or a file is broken.
     """
-    if (source.path / "adapter_config.json").is_file():
+    if is_file(source.path / "adapter_config.json"):
         return open_adapter(name, source, base, any_base=any_base)
-    if (source.path / TASK_FILE).is_file():
+    if is_file(source.path / TASK_FILE):
         return open_emr_task(name, source, base, any_base=any_base)
-    if (source.path / "config.json").is_file():
+    if is_file(source.path / "config.json"):
         return open_finetuned(name, source, base)
     raise UsageError(
         f"{source} is neither an adapter (no adapter_config.json) nor a model (no config.json) nor "

@@ -21,14 +21,14 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from io import FileIO
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from starmerge.errors import StarmergeError
-from starmerge.reading import open_regular
+from starmerge.storage import storage_of
 
 _LONGEST_PICKLE = 2**23
 """Bytes; of 50,000 tensors."""
@@ -128,7 +128,7 @@ def read_pickle(file: Path) -> list[PickledTensor]:
             tensor is larger than its storage, or a storage is not of the size it is said to have.
     """
     try:
-        with open_regular(file) as stream:
+        with storage_of(file).stream(file) as stream:
             content, find = _read_zip(stream) if _is_zip(stream) else _read_old(stream)
             return list(_tensors(content, find))
     except FileNotFoundError as error:
@@ -303,7 +303,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
 may call it as often as it likes."""
 
 
-def _is_zip(stream: FileIO) -> bool:
+def _is_zip(stream: RawIOBase) -> bool:
     """Tell whether a file is an archive; refuse one whose directory is too long to read."""
     end = stream.seek(0, io.SEEK_END)
     stream.seek(max(0, end - 2**16 - 100))
@@ -326,7 +326,7 @@ def _is_zip(stream: FileIO) -> bool:
     return True
 
 
-def _read_zip(stream: FileIO) -> tuple[Any, Callable[[_Storage], _Record]]:
+def _read_zip(stream: RawIOBase) -> tuple[Any, Callable[[_Storage], _Record]]:
     """Return what an archive's pickle says, and a function that finds storages."""
     archive = zipfile.ZipFile(stream)
     records = {info.filename: info for info in archive.infolist()}
@@ -384,7 +384,7 @@ def _unpacked(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int) -> byt
     return content
 
 
-def _place(stream: FileIO, info: zipfile.ZipInfo) -> int:
+def _place(stream: RawIOBase, info: zipfile.ZipInfo) -> int:
     """Return the byte of the file at which a record that is not compressed begins."""
     stream.seek(info.header_offset)
     head = stream.read(30) or b""
@@ -401,7 +401,7 @@ def _place(stream: FileIO, info: zipfile.ZipInfo) -> int:
     return start
 
 
-def _read_old(stream: FileIO) -> tuple[Any, Callable[[_Storage], _Record]]:
+def _read_old(stream: RawIOBase) -> tuple[Any, Callable[[_Storage], _Record]]:
     """Return what the pickles of a file of before torch 1.6 say, and what finds storages."""
     stream.seek(0)
     head = io.BytesIO(stream.read(_LONGEST_PICKLE) or b"")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.reading import exists, is_url, read_json
+from starmerge.reading import read_json
+from starmerge.storage import exists, is_url
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 

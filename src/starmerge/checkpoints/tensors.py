@@ -7,16 +7,13 @@ JSON header, the header, the tensors one after the other.
 
 from __future__ import annotations
 
-import contextlib
+import io
 import math
-import mmap
-import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +21,9 @@ from torch import Tensor
 
 from starmerge.checkpoints.pickled import PickledTensor, read_pickle
 from starmerge.errors import StarmergeError
-from starmerge.reading import MOST_JSON_BYTES, open_regular, parse_json, read_json
+from starmerge.parsing import MOST_JSON_BYTES, parse_json
+from starmerge.reading import read_json
+from starmerge.storage import OutputFile, Place, ShortFileError, exists, storage_of
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -56,12 +55,6 @@ _LONGEST_NAME = 1000
 _LONGEST_LAYER = 18
 """Digits of a part of a name that is a number, so that it fits into 64 bits."""
 
-_CHUNK = 64 * 2**20
-"""Bytes copied between files at once."""
-
-_PIECE = 2**20
-"""Bytes copied at once where they pass through this process."""
-
 _MAPPED = 2**16
 """Bytes; what is smaller is read sooner than it is mapped."""
 
@@ -76,7 +69,7 @@ class TensorInfo:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    file: Path
+    file: Place
 
     @property
     def size(self) -> int:
@@ -114,7 +107,7 @@ class _Unpacked(TensorInfo):
     tensor: Tensor
 
 
-class Checkpoint:
+class Checkpoint(Mapping[str, TensorInfo]):
     """The tensors of a folder, single-file or sharded, by name and in the order of the files.
 
     Args:
@@ -135,7 +128,7 @@ class Checkpoint:
         self._mapped = mapped
         self.metadata = dict(metadata or {})
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._tensors
 
     def __getitem__(self, name: str) -> TensorInfo:
@@ -148,7 +141,7 @@ class Checkpoint:
         return len(self._tensors)
 
     @property
-    def files(self) -> list[Path]:
+    def files(self) -> list[Place]:
         """The files that hold the tensors."""
         return list(dict.fromkeys(tensor.file for tensor in self._tensors.values()))
 
@@ -163,24 +156,14 @@ class Checkpoint:
         Raises:
             StarmergeError: The file is shorter than it was.
         """
-        info = self._tensors[name]
-        if isinstance(info, _Unpacked):
-            return info.tensor
-        if not info.size:
-            return torch.empty(info.shape, dtype=info.dtype)
-        mapped = self._mapped and info.nbytes >= _MAPPED
-        window = _window(info) if mapped else _content(info)
-        entries = torch.frombuffer(window, dtype=torch.uint8).view(info.dtype)
-        if info.stride is not None:
-            return entries.as_strided(info.shape, info.stride)
-        return entries.view(info.shape)
+        return read_tensor(self._tensors[name], mapped=self._mapped)
 
-    def copy(self, name: str, target: int, offset: int) -> None:
+    def copy(self, name: str, target: OutputFile, offset: int) -> None:
         """Copy the bytes of one tensor into a file, without decoding them.
 
         Args:
             name: The tensor.
-            target: Descriptor of the file.
+            target: The file.
             offset: Where the first byte goes.
 
         Raises:
@@ -188,71 +171,54 @@ class Checkpoint:
         """
         info = self._tensors[name]
         if isinstance(info, _Unpacked) or info.stride is not None:
-            write_at(target, raw_bytes(self.read(name).contiguous()), offset)
+            target.write(raw_bytes(self.read(name).contiguous()), offset)
             return
-        with info.file.open("rb", buffering=0) as source:
-            done = 0
-            while done < info.nbytes:
-                count = min(info.nbytes - done, _CHUNK)
-                copied = _copy(source.fileno(), target, count, info.offset + done, offset + done)
-                if not copied:
-                    raise _ends_early(info)
-                done += copied
+        try:
+            target.copy(info.file, info.offset, info.nbytes, offset)
+        except ShortFileError as error:
+            raise _ends_early(info) from error
+
+
+def read_tensor(info: TensorInfo, *, mapped: bool = True) -> Tensor:
+    """Return a tensor of some checkpoint; see :meth:`Checkpoint.read`.
+
+    Args:
+        info: The tensor.
+        mapped: Whether it is mapped into memory rather than read, if it is large.
+
+    Raises:
+        StarmergeError: The file is shorter than it was.
+    """
+    if isinstance(info, _Unpacked):
+        return info.tensor
+    if not isinstance(info, _Stored):
+        raise TypeError(f"{info.name} lies in no file.")
+    if not info.size:
+        return torch.empty(info.shape, dtype=info.dtype)
+    content = _content(info, mapped=mapped and info.nbytes >= _MAPPED)
+    entries = torch.frombuffer(content, dtype=torch.uint8).view(info.dtype)
+    if info.stride is not None:
+        return entries.as_strided(info.shape, info.stride)
+    return entries.view(info.shape)
 
 
 def prefetch(info: TensorInfo) -> None:
-    """Tell the system, where it can be told, that a tensor will soon be read."""
-    if isinstance(info, _Stored) and info.nbytes >= _AHEAD and hasattr(os, "posix_fadvise"):
-        with contextlib.suppress(OSError), info.file.open("rb", buffering=0) as file:
-            place = info.offset, info.extent
-            os.posix_fadvise(file.fileno(), *place, os.POSIX_FADV_WILLNEED)
+    """Tell the storage that a tensor will soon be read."""
+    if isinstance(info, _Stored) and info.nbytes >= _AHEAD:
+        storage_of(info.file).prefetch(info.file, info.offset, info.extent)
 
 
-def write_at(target: int, content: memoryview, offset: int) -> None:
-    """Write bytes to a place of an open file."""
-    while content:
-        count = os.pwrite(target, content, offset)
-        content, offset = content[count:], offset + count
-
-
-def _window(info: _Stored) -> memoryview:
-    """Map a tensor's bytes into memory, privately."""
-    start = info.offset - info.offset % mmap.ALLOCATIONGRANULARITY
-    length = info.offset + info.extent - start
-    with info.file.open("rb", buffering=0) as file:
-        try:
-            mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
-        except ValueError as error:  # the file has become shorter
-            raise _ends_early(info) from error
-    view = memoryview(mapped)[info.offset - start :]
+def _content(info: _Stored, *, mapped: bool) -> memoryview:
+    """Return a tensor's bytes: mapped into memory, or read."""
+    storage = storage_of(info.file)
+    fetch = storage.window if mapped else storage.read
+    try:
+        content = fetch(info.file, info.offset, info.extent)
+    except ShortFileError as error:
+        raise _ends_early(info) from error
     # Files of others may begin a tensor at any byte; arithmetic wants numbers where they belong.
-    return view if info.offset % info.dtype.itemsize == 0 else memoryview(bytearray(view))
-
-
-def _content(info: _Stored) -> memoryview:
-    """Read a tensor's bytes."""
-    content = memoryview(bytearray(info.extent))
-    with info.file.open("rb", buffering=0) as file:
-        file.seek(info.offset)
-        left = content
-        while left:
-            count = file.readinto(left)
-            if not count:
-                raise _ends_early(info)
-            left = left[count:]
-    return content
-
-
-def _copy(source: int, target: int, count: int, start: int, offset: int) -> int:
-    """Copy bytes between files, within the system if it can; return how many were copied."""
-    if hasattr(os, "copy_file_range"):
-        with contextlib.suppress(OSError):  # file systems that cannot, or not to each other
-            copied = os.copy_file_range(source, target, count, start, offset)
-            if copied:
-                return copied
-    content = os.pread(source, min(count, _PIECE), start)
-    write_at(target, memoryview(content), offset)
-    return len(content)
+    is_aligned = not mapped or info.offset % info.dtype.itemsize == 0
+    return content if is_aligned else memoryview(bytearray(content))
 
 
 def _ends_early(info: TensorInfo) -> StarmergeError:
@@ -264,7 +230,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Place) -> Checkpoint:
     """Read the headers of a model's weights in a folder.
 
     Looked for, in this order: ``model.safetensors``, ``model.safetensors.index.json``,
@@ -280,9 +246,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     ):
         single = folder / f"{stem}.{suffix}"
         index = folder / f"{stem}.{suffix}.index.json"
-        if single.exists():
+        if exists(single):
             return Checkpoint(read(single), mapped=True)
-        if index.exists():
+        if exists(index):
             return Checkpoint(_read_shards(index, read), mapped=True)
     raise StarmergeError(
         f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index "
@@ -290,7 +256,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     )
 
 
-def open_safetensors(file: Path) -> Checkpoint:
+def open_safetensors(file: Place) -> Checkpoint:
     """Read the header of one safetensors file, such as that of an adapter.
 
     Raises:
@@ -300,7 +266,7 @@ def open_safetensors(file: Path) -> Checkpoint:
     return Checkpoint(tensors, mapped=False, metadata=metadata)
 
 
-def open_pickle(file: Path) -> Checkpoint:
+def open_pickle(file: Place) -> Checkpoint:
     """Read the tensors' places of one ``.bin`` file; no code of it is run.
 
     Raises:
@@ -310,7 +276,7 @@ def open_pickle(file: Path) -> Checkpoint:
 
 
 def _read_shards(
-    index: Path, read: Callable[[Path], Iterable[_Stored | _Unpacked]]
+    index: Place, read: Callable[[Place], Iterable[_Stored | _Unpacked]]
 ) -> Iterator[_Stored | _Unpacked]:
     """Yield the tensors of all shards of an index, and compare them with it."""
     weight_map = read_json(index).get("weight_map")
@@ -340,16 +306,17 @@ def _read_shards(
             raise StarmergeError(f"{index} puts tensor {name} into {shard}, which lacks it.")
 
 
-def _read_safetensors(file: Path) -> list[_Stored]:
+def _read_safetensors(file: Place) -> list[_Stored]:
     return _read_header(file)[1]
 
 
-def _read_header(file: Path) -> tuple[dict[str, str], list[_Stored]]:
+def _read_header(file: Place) -> tuple[dict[str, str], list[_Stored]]:
     """Return the metadata of a safetensors file, and its tensors in their order."""
     broken = f"{file} is not a complete safetensors file"
     try:
-        with open_regular(file) as stream:
-            size = os.fstat(stream.fileno()).st_size
+        with storage_of(file).stream(file) as stream:
+            size = stream.seek(0, io.SEEK_END)
+            stream.seek(0)
             (length,) = struct.unpack("<Q", stream.read(8) or b"")
             if 8 + length > size or length > MOST_JSON_BYTES:
                 raise StarmergeError(f"{broken}: its header is cut off. Fetch it again.")
@@ -387,7 +354,7 @@ def _read_header(file: Path) -> tuple[dict[str, str], list[_Stored]]:
 
 
 def _stored(
-    name: str, entry: Mapping[str, Any], file: Path, begin: int, size: int, broken: str
+    name: str, entry: Mapping[str, Any], file: Place, begin: int, size: int, broken: str
 ) -> _Stored:
     """Check an entry of a header, of a file of some size whose tensors begin at some byte."""
     _check_name(file, name)
@@ -416,7 +383,7 @@ def _stored(
     return stored
 
 
-def _check_name(file: Path, name: str) -> None:
+def _check_name(file: Place, name: str) -> None:
     """Refuse names whose handling would take for ever, or layers beyond what 64 bits count."""
     if len(name.encode()) > _LONGEST_NAME:
         raise StarmergeError(
@@ -431,11 +398,11 @@ def _check_name(file: Path, name: str) -> None:
             )
 
 
-def _read_pickle(file: Path) -> list[_Stored | _Unpacked]:
+def _read_pickle(file: Place) -> list[_Stored | _Unpacked]:
     return [_unpickled(file, tensor) for tensor in read_pickle(file)]
 
 
-def _unpickled(file: Path, found: PickledTensor) -> _Stored | _Unpacked:
+def _unpickled(file: Place, found: PickledTensor) -> _Stored | _Unpacked:
     """Check a tensor of a ``.bin`` file."""
     name, dtype, shape = found.name, found.dtype, found.shape
     try:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Lock
 from types import TracebackType
 from typing import Any
@@ -16,8 +14,10 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from starmerge.checkpoints.tensors import DTYPE_CODES, Checkpoint, raw_bytes, write_at
-from starmerge.checkpoints.write_behind import WriteBehind
+from starmerge.checkpoints.hashing import blake3_of_tensor
+from starmerge.checkpoints.tensors import DTYPE_CODES, Checkpoint, raw_bytes
+from starmerge.storage import OutputFile, OutputFolder
+from starmerge.storage.write_behind import WriteBehind
 
 SHARD_BYTES = 5 * 10**9
 """Largest shard, as transformers writes them; a larger tensor gets a shard of its own."""
@@ -37,42 +37,60 @@ class OutputTensor:
     nbytes: int
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Shard:
+    """A file of some tensors."""
+
+    name: str
+    """Relative to the output."""
+    size: int
+    tensors: tuple[OutputTensor, ...]
+
+
+@dataclass(frozen=True)
 class _Place:
     """Where a tensor belongs."""
 
     tensor: OutputTensor
-    file: int
-    """Descriptor of its shard."""
+    shard: int
     offset: int
-    """Of its first byte."""
+    """Of its first byte in the shard."""
+
+
+@dataclass
+class _Progress:
+    """How much of a tensor this process has written."""
+
     left: int
     """Bytes still to be written."""
-    hashed: int
-    """Bytes that the digest knows: all, if the pieces came one after the other."""
-    digest: Any
-    """BLAKE3 of the first of them."""
-    lock: Lock
-    """Of the digest."""
+    hashed: int = 0
+    """Bytes that the hash knows: all, if the pieces came one after the other."""
+    hash: Any = None
+    """BLAKE3 of the first of them, while there are more to come and no thread adds to it."""
+    digest: str | None = None
+    """BLAKE3 of all of them, in hexadecimal."""
 
 
 class ShardWriter:
     """Writes safetensors shards, each tensor into its place, in any order and by several threads.
 
-    Files that an interrupted run left in the folder are taken up: what is not written again stays.
     The headers come first in the files, so all names, dtypes and shapes are given at the start.
-    Nothing is held in memory, and what is written goes on to the disk meanwhile.
+    Nothing is held in memory, and what is written goes on to the disk meanwhile. A writer can be
+    pickled: each process then writes some of the tensors into the same files. Tensors that an
+    interrupted run left in them are taken up: what is not written again stays. As a context
+    manager it lays the files out, and closes them.
 
     Args:
-        folder: Where the shards go.
+        folder: The output.
         tensors: What will be written, in the order of the files.
         shard_bytes: Largest shard; a larger tensor gets one of its own.
-        stem: What the files' names begin with.
+        stem: What the files' names begin with, and the folder within the output that they lie in,
+            such as ``unified/model``.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: OutputFolder,
         tensors: Sequence[OutputTensor],
         *,
         shard_bytes: int = SHARD_BYTES,
@@ -80,38 +98,35 @@ class ShardWriter:
     ) -> None:
         self._folder = folder
         self._stem = stem
-        self._shards = list(_split(tensors, shard_bytes))
-        self._files: list[int] = []
+        self._shards: list[_Shard] = []
         self._places: dict[str, _Place] = {}
-        self._behind = WriteBehind()
+        groups = list(_split(tensors, shard_bytes))
+        for number, group in enumerate(groups):
+            offset = len(_header(group))
+            for tensor in group:
+                self._places[tensor.name] = _Place(tensor, number, offset)
+                offset += tensor.nbytes
+            name = self._name(number, len(groups))
+            self._shards.append(_Shard(name, offset, tuple(group)))
+        self._begin()
+
+    def _begin(self) -> None:
+        self._files: dict[int, OutputFile] = {}
+        self._written: dict[str, _Progress] = {}
+        self._behind: WriteBehind | None = None
         self._lock = Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_files", "_written", "_behind", "_lock")
+        return {key: value for key, value in self.__dict__.items() if key not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
     def __enter__(self) -> ShardWriter:
-        try:
-            self._lay_out()
-        except BaseException:
-            self._close()
-            raise
+        self.lay_out()
         return self
-
-    def _lay_out(self) -> None:
-        """Open the shards and write their headers."""
-        for number, tensors in enumerate(self._shards):
-            file = os.open(self._folder / self._name(number), os.O_CREAT | os.O_RDWR, 0o666)
-            self._files.append(file)
-            header = _header(tensors)
-            write_at(file, memoryview(header), 0)
-            offset = len(header)
-            for tensor in tensors:
-                digest = blake3(max_threads=1)
-                place = _Place(tensor, file, offset, tensor.nbytes, 0, digest, Lock())
-                self._places[tensor.name] = place
-                offset += tensor.nbytes
-            os.ftruncate(file, offset)
-
-    def _close(self) -> None:
-        for file in self._files:
-            os.close(file)
 
     def __exit__(
         self,
@@ -119,18 +134,42 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close(flush=kind is None)
+
+    def lay_out(self) -> None:
+        """Make the shards, with their headers, and their index."""
         try:
-            if kind is None:
-                self._behind.finish()
-            else:
-                self._behind.abandon()
+            for number, shard in enumerate(self._shards):
+                self._file(number).write(memoryview(_header(shard.tensors)), 0)
+        except BaseException:
+            self.close(flush=False)
+            raise
+        if len(self._shards) > 1:
+            whole = sum(place.tensor.nbytes for place in self._places.values())
+            files = {name: self._shards[p.shard].name for name, p in self._places.items()}
+            index = {
+                "metadata": {"total_size": whole},
+                "weight_map": {name: file.rpartition("/")[2] for name, file in files.items()},
+            }
+            self._folder.put(f"{self._stem}.safetensors.index.json", json_bytes(index))
+
+    def close(self, *, flush: bool = True) -> None:
+        """Let go of the files.
+
+        Args:
+            flush: Make all that this process has written survive a power cut.
+
+        Raises:
+            OSError: The storage failed.
+        """
+        behind, self._behind = self._behind, None
+        files, self._files = self._files, {}
+        try:
+            if behind is not None:
+                behind.finish() if flush else behind.abandon()
         finally:
-            self._close()
-        if kind is None:
-            missing = [name for name, place in self._places.items() if place.left]
-            if missing:
-                raise RuntimeError(f"Not all tensors were written: {missing[0]} is missing.")
-            self._write_index()
+            for file in files.values():
+                file.close()
 
     def write(self, name: str, tensor: Tensor, start: int = 0) -> None:
         """Write a tensor, or a piece of it, given as it is to be stored.
@@ -140,7 +179,7 @@ class ShardWriter:
             tensor: Its entries, or some that follow each other in memory.
             start: Number of the first of them.
         """
-        place = self._places[name]
+        place, progress = self._places[name], self._progress(name)
         offset = start * tensor.dtype.itemsize
         fits = offset + tensor.nbytes <= place.tensor.nbytes
         if tensor.dtype != place.tensor.dtype or not fits:
@@ -149,95 +188,107 @@ class ShardWriter:
                 f"entry {start} does not fit."
             )
         content = raw_bytes(tensor.contiguous())
-        write_at(place.file, content, place.offset + offset)
-        with place.lock:
-            if place.hashed == place.tensor.nbytes:  # it is written anew
-                place.hashed, place.digest = 0, blake3(max_threads=1)
-            if offset == place.hashed:
-                place.digest.update(content)
-                place.hashed += tensor.nbytes
+        self._file(place.shard).write(content, place.offset + offset)
+        with self._lock:
+            if not offset:  # the first piece, of the first time or anew
+                progress.hashed, progress.hash, progress.digest = 0, blake3(max_threads=1), None
+            follows = progress.hash if offset == progress.hashed else None
+            if follows is not None:  # this thread has the hash until it has added to it
+                progress.hash = None
+        if follows is not None:
+            follows.update(content)
+        with self._lock:
+            progress.left -= tensor.nbytes
+            if follows is not None:
+                progress.hashed += tensor.nbytes
+                progress.hash = follows
+                if progress.hashed == place.tensor.nbytes:
+                    # A hash has kilobytes, and there may be many tensors.
+                    progress.digest, progress.hash = follows.hexdigest(), None
         self._wrote(place, tensor.nbytes)
 
-    def copy(self, name: str, source: Checkpoint) -> None:
-        """Write a tensor by copying its bytes from a checkpoint."""
-        place = self._places[name]
-        source.copy(name, place.file, place.offset)
-        place.hashed, place.digest = place.tensor.nbytes, _digest(place)
+    def copy(self, name: str, source: Checkpoint) -> str:
+        """Write a tensor by copying its bytes from a checkpoint.
+
+        Returns:
+            Their BLAKE3, which is taken at the source.
+        """
+        place, progress = self._places[name], self._progress(name)
+        digest: str = blake3_of_tensor(source.read(name)).hexdigest()
+        source.copy(name, self._file(place.shard), place.offset)
+        progress.digest, progress.left = digest, 0
         self._wrote(place, place.tensor.nbytes)
+        return digest
 
     def digest(self, name: str) -> str:
-        """Return the BLAKE3 of the bytes of a tensor that was written, in hexadecimal.
+        """Return the BLAKE3 of the bytes of a tensor that this process has written, in hexadecimal.
 
         Bytes that came out of their order are read back for it.
         """
-        place = self._places[name]
-        if place.hashed < place.tensor.nbytes:
-            place.hashed, place.digest = place.tensor.nbytes, _digest(place)
-        digest: str = place.digest.hexdigest()
-        return digest
+        progress = self._progress(name)
+        if progress.left:
+            raise RuntimeError(f"{name} was not written whole: {progress.left} bytes are missing.")
+        if progress.digest is None:
+            progress.digest = self._stored(name)
+        return progress.digest
 
     def holds(self, name: str, digest: str) -> bool:
         """Tell whether a tensor lies in its place already, by the BLAKE3 of its bytes."""
-        place = self._places[name]
-        place.hashed, place.digest = place.tensor.nbytes, _digest(place)
-        return self.digest(name) == digest
+        return self._stored(name) == digest
 
-    def take_up(self, name: str) -> None:
-        """Count a tensor that lies in its place already as written."""
-        self._places[name].left = 0
+    def sync(self, names: Iterable[str]) -> None:
+        """Make some tensors survive a power cut, whichever process of this machine wrote them."""
+        for shard in sorted({self._places[name].shard for name in names}):
+            self._file(shard).sync()
 
-    def sync(self) -> None:
-        """Make what was written survive a power cut."""
-        for file in self._files:
-            os.fsync(file)
-
-    @property
-    def digests(self) -> dict[str, dict[str, str]]:
-        """The BLAKE3 of every tensor's bytes, by the name of its file and its own."""
+    def by_file(self, digests: Mapping[str, str]) -> dict[str, dict[str, str]]:
+        """Return the digests of tensors by their files, relative to the output, and names."""
         return {
-            self._name(number): {tensor.name: self.digest(tensor.name) for tensor in shard}
-            for number, shard in enumerate(self._shards)
+            shard.name: {t.name: digests[t.name] for t in shard.tensors if t.name in digests}
+            for shard in self._shards
         }
+
+    def _file(self, shard: int) -> OutputFile:
+        with self._lock:
+            if shard not in self._files:
+                found = self._shards[shard]
+                self._files[shard] = self._folder.open(found.name, found.size)
+            return self._files[shard]
+
+    def _progress(self, name: str) -> _Progress:
+        with self._lock:
+            if name not in self._written:
+                self._written[name] = _Progress(self._places[name].tensor.nbytes)
+            return self._written[name]
 
     def _wrote(self, place: _Place, nbytes: int) -> None:
+        file = self._file(place.shard)
         with self._lock:
-            place.left -= nbytes
-        self._behind.wrote(place.file, nbytes)
+            if self._behind is None:
+                self._behind = WriteBehind()
+            behind = self._behind
+        behind.wrote(file, nbytes)
 
-    def _name(self, shard: int) -> str:
-        count = len(self._shards)
+    def _stored(self, name: str) -> str:
+        """Return the BLAKE3 of the bytes that lie in a tensor's place."""
+        place = self._places[name]
+        file = self._file(place.shard)
+        digest = blake3(max_threads=1)
+        for start in range(0, place.tensor.nbytes, _PIECE):
+            count = min(_PIECE, place.tensor.nbytes - start)
+            digest.update(file.read(place.offset + start, count))
+        return str(digest.hexdigest())
+
+    def _name(self, number: int, count: int) -> str:
         if count == 1:
             return f"{self._stem}.safetensors"
-        return f"{self._stem}-{shard + 1:05d}-of-{count:05d}.safetensors"
-
-    def _write_index(self) -> None:
-        if len(self._shards) == 1:
-            return
-        members = [tensor for shard in self._shards for tensor in shard]
-        index = {
-            "metadata": {"total_size": sum(tensor.nbytes for tensor in members)},
-            "weight_map": {
-                tensor.name: self._name(number)
-                for number, shard in enumerate(self._shards)
-                for tensor in shard
-            },
-        }
-        write_json(self._folder / f"{self._stem}.safetensors.index.json", index)
+        return f"{self._stem}-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _digest(place: _Place) -> Any:
-    """Return the BLAKE3 of the bytes that lie in a tensor's place."""
-    digest = blake3(max_threads=1)
-    for start in range(0, place.tensor.nbytes, _PIECE):
-        count = min(_PIECE, place.tensor.nbytes - start)
-        digest.update(os.pread(place.file, count, place.offset + start))
-    return digest
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, indented, in UTF-8; bytes of file names that are not UTF-8 are escaped."""
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    """Return JSON, indented, in UTF-8; bytes of file names that are not UTF-8 are escaped."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    return text.encode(errors="backslashreplace")
 
 
 def _split(tensors: Sequence[OutputTensor], limit: int) -> Iterator[list[OutputTensor]]:

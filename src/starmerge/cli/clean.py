@@ -14,7 +14,7 @@ from starmerge.progress import bytes_in_words
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from starmerge.checkpoints.leftovers import Leftover
+    from starmerge.storage.leftovers import Leftover
 
 
 def clean(
@@ -37,7 +37,7 @@ def clean(
 
     Example: starmerge clean models --delete
     """
-    from starmerge.checkpoints.leftovers import leftovers_in
+    from starmerge.storage.leftovers import leftovers_in
 
     if yes and not delete:
         raise UsageError("--yes answers what --delete asks. Give both.")

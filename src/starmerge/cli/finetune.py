@@ -53,11 +53,11 @@ def finetune(
 
     Example: starmerge finetune HuggingFaceTB/SmolLM2-135M-Instruct -t digits -o adapters/digits
     """
-    from starmerge.checkpoints.output import check_output
     from starmerge.checkpoints.source import resolve
     from starmerge.errors import UsageError
     from starmerge.evaluation.task import Task
     from starmerge.evaluation.tasks import find_task
+    from starmerge.storage.publishing import check_output
     from starmerge.training.finetuning import StoredDtype, TrainingRecipe
     from starmerge.training.finetuning import finetune as train
 

@@ -17,9 +17,9 @@ from starmerge.errors import UsageError, nearest
 from starmerge.progress import bytes_in_words
 
 if TYPE_CHECKING:
+    from starmerge.merging.executors.threads import Threads
     from starmerge.merging.plan import Plan
     from starmerge.merging.ranks import RankCost
-    from starmerge.merging.workers import Workers
 
 
 def merge(
@@ -147,13 +147,13 @@ def merge(
 
     Example: starmerge merge recipe.yaml -o merged
     """
-    from starmerge.checkpoints.leftovers import leftovers
     from starmerge.merging.engine import run
+    from starmerge.merging.executors.threads import Threads
     from starmerge.merging.journal import fingerprint
     from starmerge.merging.plan import make_plan
     from starmerge.merging.ranks import rank_costs
-    from starmerge.merging.workers import Workers
     from starmerge.recipe import load_recipe, make_recipe, parse_models
+    from starmerge.storage.leftovers import leftovers
 
     if Path(base).suffix in (".yaml", ".yml") and not Path(base).is_dir():
         options = (models, method, parameter, weight, metric, dtype, kind, rank, max_error)
@@ -177,7 +177,7 @@ def merge(
         content["parameters"] = parameters(parameter or [])
         recipe = make_recipe(content, where="The command line")
     plan = make_plan(recipe, output, overwrite=overwrite)
-    workers = Workers(threads, memory)
+    workers = Threads(threads, memory)
     if dry_run:
         _print_plan(plan, workers)
         if plan.output.kind == "adapter":
@@ -241,7 +241,7 @@ def _weighted(models: list[dict[str, str]], arguments: list[str]) -> list[dict[s
     return [{**model, "weight": weights.get(model["name"], 1.0)} for model in models]
 
 
-def _print_plan(plan: Plan, workers: Workers) -> None:
+def _print_plan(plan: Plan, workers: Threads) -> None:
     """Print what a merge would do."""
     from rich.console import Console
     from rich.markup import escape

@@ -20,7 +20,7 @@ _SETTINGS = re.compile(r"(?<!\.py):")
 
 def parameters(arguments: list[str]) -> dict[str, Any]:
     """Read KEY=VALUE, the value as JSON where it is some."""
-    from starmerge.reading import parse_json
+    from starmerge.parsing import parse_json
 
     values: dict[str, Any] = {}
     for text in arguments:

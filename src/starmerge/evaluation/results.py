@@ -18,10 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from starmerge.checkpoints.output import Replaceable, check_output, output_folder
-from starmerge.checkpoints.writer import write_json
+from starmerge.checkpoints.writer import json_bytes
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.reading import parse_json, read_json
+from starmerge.parsing import parse_json
+from starmerge.reading import read_json
+from starmerge.storage.publishing import Replaceable, check_output, output_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,8 +85,9 @@ def write_results(
 
     check_results(folder, overwrite=overwrite)
     rows = list(_predictions(evaluation))
-    with output_folder(folder, overwrite=overwrite, kind=_RESULTS) as partial:
-        write_json(partial / _SCORES, without_nan(evaluation.to_json()))
+    with output_folder(folder, overwrite=overwrite, kind=_RESULTS) as made:
+        made.put(_SCORES, json_bytes(without_nan(evaluation.to_json())))
+        partial = made.path
         pd.DataFrame(evaluation.to_records()).to_csv(partial / _CSV, index=False)
         if predictions == "parquet":
             pq.write_table(pa.Table.from_pylist(rows, _schema()), partial / _PARQUET)

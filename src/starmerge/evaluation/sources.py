@@ -18,7 +18,8 @@ from typing_extensions import Self
 
 from starmerge import plugins
 from starmerge.errors import UsageError
-from starmerge.reading import exists, parse_json
+from starmerge.parsing import parse_json
+from starmerge.storage import exists
 
 Split = Literal["train", "test"]
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from starmerge.checkpoints.tensors import MERGEABLE
 from starmerge.deltas import Delta, Dense, LowRank, is_finite, matrix_shape
 from starmerge.errors import StarmergeError, UsageError
+from starmerge.merging.executors.executor import FunctionJob
+from starmerge.merging.executors.threads import Threads
 from starmerge.merging.fold import fold
-from starmerge.merging.workers import Workers
 
 
 def apply(model: nn.Module, update: Mapping[str, Delta], *, threads: int | None = None) -> Applied:
@@ -61,23 +62,22 @@ def apply(model: nn.Module, update: Mapping[str, Delta], *, threads: int | None 
         _check_target(name, tensors[name], delta)
     places = _by_place({name: tensors[name] for name in update})
 
-    def work(names: Sequence[str]) -> tuple[_Changed, Tensor]:
+    def work(number: int) -> tuple[_Changed, Tensor]:
+        names = places[number]
         tensor = tensors[names[0]]
         original = tensor.detach().to("cpu", copy=True)
         return _Changed(names[0], tensor, original), _folded(names, original, update)
 
-    def memory(names: Sequence[str]) -> int:
-        return 2 * tensors[names[0]].nbytes
+    def memory(number: int) -> int:
+        return 2 * tensors[places[number][0]].nbytes
 
     changed: list[_Changed] = []
     applied = Applied(model, changed)
     with _writing():
         try:
             with (
-                Workers(threads) as workers,
-                closing(
-                    workers.in_order(work, places, memory=memory, announce=lambda names: None)
-                ) as done,
+                Threads(threads) as executor,
+                closing(executor.run(FunctionJob(work, memory), range(len(places)))) as done,
             ):
                 for change, weight in done:
                     changed.append(change)

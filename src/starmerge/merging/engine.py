@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor
-
-from starmerge.checkpoints.card import CARD, write_card
-from starmerge.checkpoints.leftovers import leftovers
-from starmerge.checkpoints.output import REPORT, files_in, output_folder, printable
-from starmerge.checkpoints.tensors import prefetch
-from starmerge.checkpoints.writer import write_json
-from starmerge.deltas import Delta
-from starmerge.merging.checks import check_delta, check_weights
+from starmerge.checkpoints.card import CARD, card_of
+from starmerge.checkpoints.writer import json_bytes
+from starmerge.merging.checks import check_weights
+from starmerge.merging.executors.executor import Executor
+from starmerge.merging.executors.threads import Threads
 from starmerge.merging.journal import Journal, fingerprint
 from starmerge.merging.layout import PlannedTensor
 from starmerge.merging.outputs import Writing
 from starmerge.merging.plan import Plan, make_plan
-from starmerge.merging.report import (
-    InputHashes,
-    MergeReport,
-    hashes_beside,
-    make_report,
-    tensor_record,
-)
-from starmerge.merging.workers import Workers
+from starmerge.merging.provenance import Key, input_hashes, key_of
+from starmerge.merging.report import MergeReport, hashes_beside, make_report
+from starmerge.merging.work import Done, LookJob, WriteJob
 from starmerge.methods.method import Deltas, Method, TensorContext
 from starmerge.methods.pipeline import Pipeline, as_pipeline
 from starmerge.progress import progress_bar
 from starmerge.recipe import Dtype, OutputKind, make_recipe, model_entries, reference
+from starmerge.storage import storage_of
+from starmerge.storage.publishing import REPORT, printable
 
 _Seen = TypeVar("_Seen")
 
@@ -141,27 +133,26 @@ def run(
         StarmergeError: A NaN or an infinity, in an input or by overflow of the output's dtype; a
             file that is shorter than it was. Nothing is left at the plan's output.
     """
-    pool = Workers(threads, memory)
+    pool = Threads(threads, memory)
     own = fingerprint(plan)
+    storage = storage_of(plan.path)
     if fresh:
-        for leftover in leftovers(plan.path):
-            if leftover.role == "partial" and leftover.path.name.endswith(own):
-                leftover.delete()
+        storage.forget(plan.path, suffix=own)
     with (
-        output_folder(plan.path, overwrite=plan.overwrite, suffix=own) as folder,
-        pool as workers,
-        InputHashes(plan) as hashes,
+        storage.publish(plan.path, overwrite=plan.overwrite, suffix=own) as folder,
+        pool as executor,
     ):
-        merging = Merging(plan, workers, progress)
-        with plan.output.open(plan, folder) as writing, Journal(folder, writing) as journal:
-            records = merging.write(writing, journal)
-        finished = writing.finish(records)
+        merging = Merging(plan, executor, progress)
+        writing = plan.output.lay_out(plan, folder)
+        with Journal(folder, writing) as journal:
+            merging.write(writing, journal=journal, hashes_inputs=True)
+        finished = writing.finish(merging.records, merging.digests)
+        hashes = input_hashes(plan, executor, merging.input_digests, progress=progress)
         plan.check_unchanged()
         report = make_report(
-            plan, finished, merging.findings, records, hashes.result(), merging.inputs.changing
+            plan, finished, merging.findings, merging.records, hashes, merging.changing
         )
-        write_card(
-            folder / CARD,
+        card = card_of(
             printable(plan.path.name),
             plan.base,
             plan.models,
@@ -170,144 +161,102 @@ def run(
             library=plan.output.library,
             metric=None if plan.metric is None else plan.metric.file.name,
         )
+        folder.put(CARD, card.encode())
         journal.end()
-        report.content["files"] = sorted({*files_in(folder), REPORT})
+        report.content["files"] = sorted({*folder.names(), REPORT})
         report.content["blake3"] = hashes_beside(folder, report.content)
-        write_json(folder / REPORT, report.content)
-    return MergeResult(plan.path, report, journal.taken_up)
+        folder.put(REPORT, json_bytes(report.content))
+    return MergeResult(plan.path, report, merging.taken_up)
 
 
 class Merging:
-    """A plan being carried out by some workers."""
+    """A plan being carried out.
 
-    def __init__(self, plan: Plan, workers: Workers, progress: bool) -> None:
-        self._plan, self._workers, self._progress = plan, workers, progress
-        self.inputs = _Inputs()
+    Args:
+        plan: The plan.
+        executor: What carries it out.
+        progress: Show progress bars on standard error.
+    """
+
+    def __init__(self, plan: Plan, executor: Executor, progress: bool) -> None:
+        self._plan, self._executor, self._progress = plan, executor, progress
+        self._checked: dict[int, frozenset[int]] = {}
+        self.changing: set[int] = set()
+        """Numbers of the models of which some task vector that was read is not zero."""
         self.findings: dict[str, Any] = {}
         """What the methods found in the whole model."""
+        self.records: list[dict[str, Any]] = []
+        """Of the tensors that are merged, in the order of the plan."""
+        self.digests: dict[str, list[str]] = {}
+        """BLAKE3 of what lies in the slots of each tensor, by the tensor's name."""
+        self.input_digests: dict[Key, str] = {}
+        """BLAKE3 of the tensors that were read, where they were asked for."""
+        self.taken_up = 0
+        """Tensors that an earlier run had finished."""
 
     def write(
         self,
         writing: Writing,
-        journal: Journal | None = None,
         *,
-        tensors: Sequence[PlannedTensor] | None = None,
-    ) -> list[dict[str, Any]]:
-        """Merge tensors and write them; return the records of those that are merged.
+        journal: Journal | None = None,
+        numbers: Sequence[int] | None = None,
+        hashes_inputs: bool = False,
+    ) -> None:
+        """Merge tensors and write them.
 
         Args:
             writing: The output.
             journal: Knows what an earlier run has written, and is told what is.
-            tensors: Some of the plan's; by default all. Methods see the whole model in any case.
+            numbers: Of some of the plan's tensors; by default all. Methods see the whole model in
+                any case.
+            hashes_inputs: Hash the inputs as they are read.
         """
-        plan, records = self._plan, []
-        prepared = plan.pipeline.prepare(
-            partial(_walk, plan, self._workers, self.inputs, self._progress)
-        )
+        plan = self._plan
+        prepared = plan.pipeline.prepare(self._walk)
         self.findings = prepared.findings
-
-        def write(tensor: PlannedTensor) -> dict[str, Any] | None:
-            entry = None if journal is None else journal.finished(tensor)
-            if entry is not None:
-                self.inputs.changing.update(entry.changing)
-                taken_up.add(tensor.source.name)
-                return entry.record
-            if not tensor.models:
-                writing.leave(tensor)
-                return None
-            base = _base_of(plan, tensor)
-            merged = prepared.merge(
-                self.inputs.of(tensor, base),
-                plan.context(tensor, base),
-                holds_inputs=plan.output.reads_inputs,
-            )
-            return tensor_record(plan, tensor, writing.put(tensor, base, merged), merged)
-
-        taken_up: set[str] = set()
-        wanted = plan.tensors if tensors is None else tensors
-        size = sum(map(plan.output.nbytes, wanted))
+        job = WriteJob(
+            plan,
+            self._checked,
+            prepared=prepared,
+            writing=writing,
+            known={} if journal is None else journal.known,
+            hashes_inputs=hashes_inputs,
+        )
+        wanted = range(len(plan.tensors)) if numbers is None else numbers
+        size = sum(plan.output.nbytes(plan.tensors[number]) for number in wanted)
         with (
             progress_bar("merging", size, show=self._progress, in_bytes=True) as advance,
-            closing(_in_order(plan, self._workers, write, wanted)) as written,
+            closing(self._executor.run(job, wanted)) as written,
         ):
-            for tensor, record in zip(wanted, written, strict=True):
-                if record is not None:
-                    records.append(record)
-                if journal is not None and tensor.source.name not in taken_up:
-                    journal.add(tensor, record, self.inputs.changing)
+            for number, done in zip(wanted, written, strict=True):
+                tensor = plan.tensors[number]
+                self._note(tensor, done)
+                if journal is not None and not done.taken_up:
+                    journal.add(tensor, done)
                 advance(plan.output.nbytes(tensor))
-        if journal is not None:
-            journal.taken_up = len(taken_up)
-        return records
 
+    def _note(self, tensor: PlannedTensor, done: Done) -> None:
+        self.changing.update(done.changing)
+        self.digests[tensor.source.name] = done.digests
+        self.taken_up += done.taken_up
+        if done.record is not None:
+            self.records.append(done.record)
+        if done.inputs:
+            keys = map(key_of, tensor.inputs)
+            self.input_digests.update(zip(keys, done.inputs, strict=True))
 
-def _base_of(plan: Plan, tensor: PlannedTensor) -> Tensor | None:
-    return plan.base.checkpoint.read(tensor.source.name) if tensor.reads_base else None
-
-
-def _walk(
-    plan: Plan,
-    workers: Workers,
-    inputs: _Inputs,
-    progress: bool,
-    look: Callable[[Deltas, TensorContext], _Seen],
-) -> Iterator[_Seen]:
-    """Yield what ``look`` returns for each tensor that some model changes."""
-
-    def see(tensor: PlannedTensor) -> _Seen:
-        base = _base_of(plan, tensor)
-        return look(inputs.of(tensor, base), plan.context(tensor, base))
-
-    size = sum(tensor.bytes_to_read for tensor in plan.merged)
-    with (
-        progress_bar("surveying", size, show=progress, in_bytes=True) as advance,
-        closing(_in_order(plan, workers, see, plan.merged)) as seen,
-    ):
-        for tensor, result in zip(plan.merged, seen, strict=True):
-            yield result
-            advance(tensor.bytes_to_read)
-
-
-def _in_order(
-    plan: Plan,
-    workers: Workers,
-    work: Callable[[PlannedTensor], _Seen],
-    tensors: Sequence[PlannedTensor],
-) -> Generator[_Seen]:
-    """Work on some tensors at once, and read ahead those that come next; yield in their order."""
-
-    def announce(tensor: PlannedTensor) -> None:
-        for info in tensor.inputs:
-            prefetch(info)
-
-    return workers.in_order(
-        work,
-        tensors,
-        memory=plan.memory_of,
-        announce=announce,
-        nbytes=lambda tensor: tensor.bytes_to_read,
-    )
-
-
-class _Inputs:
-    """The task vectors of the models, which are checked when they are read for the first time."""
-
-    def __init__(self) -> None:
-        self.changing: set[int] = set()
-        """Numbers of the models of which some delta that was read is not zero."""
-        self._checked: set[tuple[int, str]] = set()
-
-    def of(self, tensor: PlannedTensor, base: Tensor | None) -> Deltas:
-        """Return the task vectors of a tensor, given the base's."""
-        loaders = {t: partial(self._load, tensor, base, t) for t in tensor.models}
-        return Deltas(loaders)
-
-    def _load(self, tensor: PlannedTensor, base: Tensor | None, t: int) -> Delta:
-        model, name = tensor.models[t], tensor.source.name
-        delta = model.delta(name, base)
-        if (t, name) not in self._checked:
-            check_delta(delta, model, tensor.source, base)
-            if t not in self.changing and not delta.is_zero():
-                self.changing.add(t)
-            self._checked.add((t, name))
-        return delta
+    def _walk(self, look: Callable[[Deltas, TensorContext], _Seen]) -> Iterator[_Seen]:
+        """Yield what ``look`` returns for each tensor that some model changes."""
+        plan = self._plan
+        job = LookJob(plan, dict(self._checked), look=look)
+        numbers = [number for number, tensor in enumerate(plan.tensors) if tensor.models]
+        size = sum(map(job.nbytes, numbers))
+        with (
+            progress_bar("surveying", size, show=self._progress, in_bytes=True) as advance,
+            closing(self._executor.run(job, numbers)) as looked,
+        ):
+            for number, found in zip(numbers, looked, strict=True):
+                self._checked[number] = found.checked
+                self.changing.update(found.changing)
+                yield found.seen
+                advance(job.nbytes(number))

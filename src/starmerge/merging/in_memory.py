@@ -9,7 +9,8 @@ from typing import TypeVar
 from starmerge.deltas import Delta, Dense
 from starmerge.errors import UsageError
 from starmerge.merging.checks import check_weights
-from starmerge.merging.workers import Workers
+from starmerge.merging.executors.executor import Executor, FunctionJob
+from starmerge.merging.executors.threads import Threads
 from starmerge.methods.method import Deltas, Method, TensorContext
 from starmerge.methods.pipeline import Pipeline, as_pipeline
 
@@ -76,15 +77,15 @@ def merge_state(
         return Deltas.of(members), context
 
     pipeline.check_tensors([inputs(name)[1] for name in names], [])
-    with Workers(threads) as workers:
-        return merge_all(pipeline, names, inputs, workers)
+    with Threads(threads) as executor:
+        return merge_all(pipeline, names, inputs, executor)
 
 
 def merge_all(
     pipeline: Pipeline,
     names: Iterable[str],
     inputs: Callable[[str], tuple[Deltas, TensorContext]],
-    workers: Workers,
+    executor: Executor,
     memory: Callable[[str], int] = lambda name: 0,
 ) -> dict[str, Delta]:
     """Merge every tensor of a model whose deltas are in memory.
@@ -93,18 +94,17 @@ def merge_all(
         pipeline: The chain, of a merge that makes one update for all tasks.
         names: Of the tensors that some model changes, in the order in which methods see them.
         inputs: Gives the deltas of a tensor, and what the methods are told of it.
-        workers: The threads.
+        executor: What carries it out: threads of this process.
         memory: Estimates the bytes that merging a tensor takes.
     """
     ordered = list(names)
 
     def walk(look: Callable[[Deltas, TensorContext], _Seen]) -> Generator[_Seen]:
-        def see(name: str) -> _Seen:
-            return look(*inputs(name))
+        def see(number: int) -> _Seen:
+            return look(*inputs(ordered[number]))
 
-        with closing(
-            workers.in_order(see, ordered, memory=memory, announce=lambda name: None)
-        ) as seen:
+        job = FunctionJob(see, lambda number: memory(ordered[number]))
+        with closing(executor.run(job, range(len(ordered)))) as seen:
             yield from seen
 
     prepared = pipeline.prepare(walk)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.hashing import remembered_blake3_of
 from starmerge.checkpoints.metric import Metric
-from starmerge.checkpoints.models import FineTune
+from starmerge.checkpoints.models import FineTune, files_of
 from starmerge.errors import UsageError
 from starmerge.methods.method import METHODS
 from starmerge.methods.pipeline import Pipeline
@@ -79,7 +79,7 @@ def wanted(pipeline: Pipeline, tasks: Sequence[str]) -> Iterator[str | None]:
 def hashes_of(models: Sequence[FineTune]) -> dict[str, dict[str, str]]:
     """Return the BLAKE3 of the models' files, by model and file: of which merge a metric is."""
     return {
-        model.name: {file.name: remembered_blake3_of(file) for file in model.files}
+        model.name: {file.name: remembered_blake3_of(file) for file in files_of(model)}
         for model in models
     }
 

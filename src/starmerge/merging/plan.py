@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from torch import Tensor
 
 from starmerge.checkpoints.adapter import Adapter
 from starmerge.checkpoints.base import Base, open_base
-from starmerge.checkpoints.leftovers import leftovers
 from starmerge.checkpoints.metric import Metric, open_metric
 from starmerge.checkpoints.models import FineTune, open_model
-from starmerge.checkpoints.output import check_output, check_space
 from starmerge.checkpoints.source import Source, resolve
-from starmerge.checkpoints.tensors import MERGEABLE
+from starmerge.checkpoints.tensors import MERGEABLE, Checkpoint
 from starmerge.checkpoints.unknown_base import unknown_base
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.layout import Contents, PlannedTensor, lay_out
@@ -24,6 +22,30 @@ from starmerge.merging.outputs import Output, make_output
 from starmerge.methods.method import TensorContext
 from starmerge.methods.pipeline import Pipeline
 from starmerge.recipe import Recipe
+from starmerge.storage import FileState, Place, storage_of
+
+
+@dataclass(frozen=True)
+class Input:
+    """Something that is merged."""
+
+    name: str
+    kind: str
+    source: Source
+    checkpoints: tuple[Checkpoint, ...] = ()
+    """Its tensors, which are read one by one."""
+    beside: tuple[Place, ...] = ()
+    """Files that it depends on beside them, as wholes."""
+
+    @property
+    def files(self) -> list[Place]:
+        """All its files."""
+        return [*self.beside, *(file for own in self.checkpoints for file in own.files)]
+
+    def label(self, file: Place) -> str:
+        """Return how a report calls a file: relative to the input's folder."""
+        folder = self.source.path
+        return os.path.relpath(file, folder if file != folder else folder.parent)
 
 
 @dataclass(frozen=True)
@@ -33,28 +55,29 @@ class Plan(Contents):
     recipe: Recipe
     output: Output
     """What it is written as."""
-    path: Path
+    path: Place
     """The folder to create."""
     overwrite: bool
     reason: str | None = None
     """Why the methods are these, where the recipe left it to ``auto``."""
     metric: Metric | None = None
-    states: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
-    """Of each input file device, inode, size and the times of its last changes, ns."""
+    states: Mapping[Place, FileState] = field(default_factory=dict)
+    """Of each input file, when the plan was made."""
 
     @property
-    def files(self) -> dict[str, list[Path]]:
-        """The input files: the base's under "base", a model's under "model" and its name."""
-        files = {"base": self.base.checkpoint.files} if self.base.has_weights else {}
-        files |= {f"model {model.name}": model.files for model in self.models}
-        return files if self.metric is None else files | {"metric": [self.metric.file]}
-
-    @property
-    def roots(self) -> dict[str, Path]:
-        """The folders that the input files lie in, or beside, by the same keys."""
-        roots = {"base": self.base.source.path}
-        roots |= {f"model {model.name}": model.source.path for model in self.models}
-        return roots if self.metric is None else roots | {"metric": self.metric.file.parent}
+    def inputs(self) -> list[Input]:
+        """What is merged: the base, if it has weights, the models, the metric."""
+        inputs = []
+        if self.base.has_weights:
+            inputs.append(Input("base", "base", self.base.source, (self.base.checkpoint,)))
+        for model in self.models:
+            own = tuple(model.checkpoints), tuple(model.beside)
+            inputs.append(Input(model.name, model.kind, model.source, *own))
+        if self.metric is not None:
+            file = self.metric.file
+            source = Source(str(file), file, None, None)
+            inputs.append(Input(file.name, "metric", source, beside=(file,)))
+        return inputs
 
     def check_unchanged(self) -> None:
         """Make sure that the input files are what they were when the plan was made.
@@ -64,7 +87,7 @@ class Plan(Contents):
         """
         for file, state in self.states.items():
             try:
-                is_same = _state(file) == state
+                is_same = storage_of(file).state(file).identity == state.identity
             except OSError:
                 is_same = False
             if not is_same:
@@ -121,10 +144,16 @@ class Plan(Contents):
         return tensor.context(self.tasks, [entry.weight for entry in self.recipe.models], base)
 
 
-def make_plan(recipe: Recipe, path: Path, *, overwrite: bool = False) -> Plan:
+def make_plan(recipe: Recipe, path: Place, *, overwrite: bool = False, writes: bool = True) -> Plan:
     """Open everything a recipe names, check it against each other, and lay out the output.
 
     Reads configs and headers only; with a metric, at the end, all of the base, to hash it.
+
+    Args:
+        recipe: What to merge.
+        path: The output.
+        overwrite: Whether the output may replace a merge.
+        writes: Whether it will be written there, so that the place must be free and have room.
 
     Raises:
         UsageError: A wrong parameter, another base, an output folder that is taken, a metric that
@@ -132,14 +161,16 @@ def make_plan(recipe: Recipe, path: Path, *, overwrite: bool = False) -> Plan:
         StarmergeError: A missing, unknown or misshapen tensor, a broken file, a disk too small.
     """
     pipeline = recipe.make_pipeline()
-    check_output(path, overwrite=overwrite)
+    if writes:
+        storage_of(path).check_output(path, overwrite=overwrite)
     metric = None if recipe.metric is None else open_metric(recipe.metric)
     base, models = open_models(recipe)
     pipeline, reason = choose(pipeline, models, metric)
     if reason is not None:
         chosen = {"method": pipeline.name, "parameters": pipeline.parameters()}
         recipe = recipe.model_copy(update=chosen)
-    for source in (*(m.source for m in models), *([base.source] if base.has_weights else [])):
+    sources = [*(model.source for model in models), *([base.source] if base.has_weights else [])]
+    for source in sources if writes else ():
         _check_apart(path, source)
     output = make_output(recipe, pipeline)
     tensors = lay_out(base, models, output)
@@ -153,12 +184,11 @@ def make_plan(recipe: Recipe, path: Path, *, overwrite: bool = False) -> Plan:
         raise UsageError(f"{error} ({reason})") from error
     plan = Plan(pipeline, base, models, tensors, recipe, output, path, overwrite, reason, metric)
     output.check(plan)
-    # The disk holds already what an earlier run of this merge may have left to go on with.
-    held = max((left.nbytes for left in leftovers(path) if left.role == "partial"), default=0)
-    check_space(path, plan.bytes_to_write - held)
-    beside = base.side_files if output.needs_base else []
-    files = {file for group in plan.files.values() for file in group}
-    return replace(plan, states={file: _state(file) for file in sorted(files | set(beside))})
+    if writes:
+        storage_of(path).check_room(path, plan.bytes_to_write)
+    files = {file for entry in plan.inputs for file in entry.files}
+    files.update(base.side_files if output.needs_base else ())
+    return replace(plan, states={file: storage_of(file).state(file) for file in sorted(files)})
 
 
 def open_models(recipe: Recipe) -> tuple[Base, tuple[FineTune, ...]]:
@@ -239,12 +269,7 @@ def check_merge(
     return planned
 
 
-def _state(file: Path) -> tuple[int, ...]:
-    state = file.stat()
-    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
-
-
-def _check_apart(output: Path, source: Source) -> None:
+def _check_apart(output: Place, source: Source) -> None:
     path, place = source.path.resolve(), output.resolve()
     if place in (path, *path.parents) or path in place.parents:
         raise UsageError(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +12,12 @@ from torch import Tensor
 
 from starmerge.checkpoints.adapter_file import Module
 from starmerge.merging.engine import Merging
-from starmerge.merging.layout import Contents, PlannedTensor
-from starmerge.merging.outputs import Finished, Place
+from starmerge.merging.executors.threads import Threads
+from starmerge.merging.layout import PlannedTensor
+from starmerge.merging.outputs import Finished, Slot
 from starmerge.merging.outputs.adapter import AdapterOutput
 from starmerge.merging.outputs.places import Where, places_of
 from starmerge.merging.plan import Plan
-from starmerge.merging.workers import Workers
 from starmerge.methods.pipeline import Merged
 from starmerge.spectral import svd
 
@@ -67,11 +65,10 @@ def rank_costs(
     """
     assert isinstance(plan.output, AdapterOutput)
     measuring = _Measuring(plan.output.wanted)
-    with Workers(threads, memory) as workers:
-        merging = Merging(replace(plan, output=measuring), workers, progress)
-        with measuring.open(plan, plan.path) as writing:
-            records = merging.write(writing)
-    return _costs(records)
+    with Threads(threads, memory) as executor:
+        merging = Merging(replace(plan, output=measuring), executor, progress)
+        merging.write(_Spectra(places_of(plan)))
+    return _costs(merging.records)
 
 
 def _costs(records: Sequence[Mapping[str, Any]]) -> list[RankCost]:
@@ -96,22 +93,18 @@ def _costs(records: Sequence[Mapping[str, Any]]) -> list[RankCost]:
 class _Measuring(AdapterOutput):
     """Takes the place of an adapter, and keeps the spectra alone."""
 
-    @contextmanager
-    def open(self, contents: Contents, folder: Path) -> Iterator[_Spectra]:  # type: ignore[override]
-        """Write nothing."""
-        yield _Spectra(places_of(contents))
-
 
 @dataclass(frozen=True)
 class _Spectra:
     where: Mapping[str, Where]
 
-    def places(self, tensor: PlannedTensor) -> list[Place]:
+    def slots(self, tensor: PlannedTensor) -> list[Slot]:
         """Return none."""
         return []
 
-    def leave(self, tensor: PlannedTensor) -> None:
-        """Ignore a tensor that no model changes."""
+    def leave(self, tensor: PlannedTensor) -> str:
+        """Never called: what no model changes has no place."""
+        raise AssertionError(f"{tensor.source.name} has no place in an adapter.")
 
     def put(self, tensor: PlannedTensor, base: Tensor | None, merged: Merged) -> dict[str, Any]:
         """Return the singular values of an update that gets factors, and the norm of any."""
@@ -128,6 +121,11 @@ class _Spectra:
             "is_left_out": place is None,
         }
 
-    def finish(self, records: Sequence[Mapping[str, Any]]) -> Finished:
+    def finish(
+        self, records: Sequence[Mapping[str, Any]], digests: Mapping[str, Sequence[str]]
+    ) -> Finished:
         """Say nothing."""
         return Finished("")
+
+    def close(self, *, flush: bool) -> None:
+        """Do nothing: there are no files."""

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from threading import Event
-from types import TracebackType
 from typing import Any
 
 from starmerge.checkpoints.card import CARD
-from starmerge.checkpoints.hashing import blake3_of, remembered_blake3_of
-from starmerge.checkpoints.output import REPORT
-from starmerge.checkpoints.source import Source
+from starmerge.checkpoints.hashing import blake3_of
 from starmerge.merging.layout import PlannedTensor
 from starmerge.merging.outputs import Finished
 from starmerge.merging.plan import Plan
 from starmerge.methods.pipeline import Merged
 from starmerge.recipe import Recipe
+from starmerge.storage import OutputFolder
+from starmerge.storage.publishing import REPORT
 
-SCHEMA = 1
+SCHEMA = 2
 """Of the report: raised when a reader of an earlier one would misread it."""
 
 _PACKAGES = ("starmerge", "torch", "numpy")
@@ -107,47 +102,7 @@ def tensor_record(
     }
 
 
-class InputHashes:
-    """BLAKE3 of every input file, computed by a thread of its own while the merge runs.
-
-    To be used as a context manager.
-    """
-
-    def __init__(self, plan: Plan) -> None:
-        self._files, self._roots = plan.files, plan.roots
-        self._pool = ThreadPoolExecutor(1, "hashes")
-        self._stopped = Event()
-
-    def __enter__(self) -> InputHashes:
-        self._hashes = {
-            key: {
-                os.path.relpath(file, self._roots[key]): self._pool.submit(
-                    remembered_blake3_of, file, self._stopped
-                )
-                for file in files
-            }
-            for key, files in self._files.items()
-        }
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stopped.set()
-        self._pool.shutdown(cancel_futures=True)
-
-    def result(self) -> Mapping[str, Mapping[str, str]]:
-        """Wait for the hashes: by model (the base is "base") and file, relative to its folder."""
-        return {
-            key: {name: future.result() for name, future in files.items()}
-            for key, files in self._hashes.items()
-        }
-
-
-def hashes_beside(folder: Path, report: Mapping[str, Any]) -> dict[str, str]:
+def hashes_beside(folder: OutputFolder, report: Mapping[str, Any]) -> dict[str, str]:
     """Return the BLAKE3 of the files of an output that hold no tensors, such as its config.
 
     The card is left out: whoever publishes a model edits it.
@@ -157,7 +112,7 @@ def hashes_beside(folder: Path, report: Mapping[str, Any]) -> dict[str, str]:
         report: Its report, with the names of its files.
     """
     apart = {*report["digests"], REPORT, CARD}
-    return {name: blake3_of(folder / name) for name in report["files"] if name not in apart}
+    return {name: blake3_of(folder.place(name)) for name in report["files"] if name not in apart}
 
 
 def make_report(
@@ -165,7 +120,7 @@ def make_report(
     finished: Finished,
     findings: Mapping[str, Any],
     tensors: Sequence[dict[str, Any]],
-    hashes: Mapping[str, Mapping[str, str]],
+    hashes: Sequence[Mapping[str, Any]],
     changing: Collection[int],
 ) -> MergeReport:
     """Put the report of a finished merge together.
@@ -175,17 +130,13 @@ def make_report(
         finished: What the output says of itself.
         findings: What the methods found in the whole model.
         tensors: The records of the tensors.
-        hashes: Of the inputs.
+        hashes: Of each of the plan's inputs, as plain data.
         changing: Numbers of the models of which some delta is not zero.
     """
-    sources = [("base", "base", plan.base.source)] if plan.base.has_weights else []
-    sources += [(model.name, model.kind, model.source) for model in plan.models]
     metric = None
     if plan.metric is not None:
-        file = plan.metric.file
-        sources.append((file.name, "metric", Source(str(file), file, None, None)))
         metric = {
-            "file": file.name,
+            "file": plan.metric.file.name,
             "use": plan.use_of_metric,
             "made_from": dict(plan.metric.made_from),
             "unused_prompts": plan.unused_prompts,
@@ -202,14 +153,14 @@ def make_report(
             "unchanged": [model.name for t, model in enumerate(plan.models) if t not in changing],
             "inputs": [
                 {
-                    "name": name,
-                    "kind": kind,
-                    "reference": str(source),
-                    "hub_id": source.name,
-                    "revision": source.revision,
-                    "blake3": dict(hashes[key]),
+                    "name": given.name,
+                    "kind": given.kind,
+                    "reference": str(given.source),
+                    "hub_id": given.source.name,
+                    "revision": given.source.revision,
+                    **own,
                 }
-                for key, (name, kind, source) in zip(hashes, sources, strict=True)
+                for given, own in zip(plan.inputs, hashes, strict=True)
             ],
             "digests": {file: dict(own) for file, own in finished.digests.items()},
             "tensors_copied": len(plan.tensors) - len(plan.merged),

@@ -14,10 +14,10 @@ from starmerge.checkpoints.models import FineTune
 from starmerge.deltas import Delta, LowRank, Stored
 from starmerge.errors import UsageError, nearest
 from starmerge.merging.checks import check_delta, check_weights
+from starmerge.merging.executors.threads import Threads
 from starmerge.merging.in_memory import check_one_update, merge_all
 from starmerge.merging.layout import lay_out
 from starmerge.merging.plan import check_merge, choose, open_models
-from starmerge.merging.workers import Workers
 from starmerge.methods.method import Deltas, Method, TensorContext
 from starmerge.methods.pipeline import Pipeline, as_pipeline
 from starmerge.recipe import make_recipe, model_entries, reference
@@ -152,8 +152,8 @@ class TaskVectors:
         def memory(name: str) -> int:
             return planned[name].memory(pipeline, tasks)
 
-        with Workers(threads) as workers:
-            return merge_all(pipeline, planned, inputs, workers, memory)
+        with Threads(threads) as executor:
+            return merge_all(pipeline, planned, inputs, executor, memory)
 
     def _chosen(self, names: Sequence[str]) -> tuple[FineTune, ...]:
         """Return some of the models by their names."""

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from blake3 import blake3
 from pydantic import BaseModel, ValidationError
 
-from starmerge.checkpoints.hashing import blake3_of
-from starmerge.checkpoints.output import REPORT
+from starmerge.checkpoints.hashing import blake3_of, blake3_of_contents, blake3_of_tensor
 from starmerge.checkpoints.source import resolve
-from starmerge.checkpoints.tensors import Checkpoint, open_safetensors, raw_bytes
+from starmerge.checkpoints.tensors import (
+    TensorInfo,
+    open_pickle,
+    open_safetensors,
+    read_tensor,
+)
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.engine import Merging
+from starmerge.merging.executors.threads import Threads
+from starmerge.merging.outputs.output import digests_by_file
 from starmerge.merging.plan import Plan, make_plan
 from starmerge.merging.report import SCHEMA
-from starmerge.merging.workers import Workers
 from starmerge.progress import progress_bar
 from starmerge.reading import read_json
 from starmerge.recipe import make_recipe
+from starmerge.storage import Place, is_file
+from starmerge.storage.local_folder import LocalFolder
+from starmerge.storage.publishing import REPORT
 
 Repeat = Literal["none", "sample", "all"]
 
@@ -35,6 +43,7 @@ class _Input(BaseModel):
     name: str
     reference: str
     blake3: dict[str, str]
+    tensors: dict[str, str]
 
 
 class _Report(BaseModel):
@@ -62,12 +71,14 @@ class Verdict:
     """Tensors that were merged again."""
     different: list[str] = field(default_factory=list)
     """Those of them that come out otherwise."""
+    unlisted: list[str] = field(default_factory=list)
+    """Files in the folder that the report does not list: they came later, from others."""
     not_repeated: str | None = None
     """Why nothing was merged again, though it was asked for."""
 
     @property
     def is_right(self) -> bool:
-        """Whether nothing speaks against the merge. Inputs that are gone do not."""
+        """Whether nothing speaks against it: neither inputs that are gone nor new files do."""
         changed = "changed" in self.inputs.values()
         return not (self.wrong or self.different or changed or self.not_repeated)
 
@@ -102,7 +113,7 @@ def verify(
     """
     folder = Path(path)
     file = folder / REPORT
-    if not file.is_file():
+    if not is_file(file):
         raise UsageError(f"{folder} has no {REPORT}, so it is no merge that starmerge wrote.")
     report = read_json(file)
     if report.get("schema") != SCHEMA or not isinstance(report.get("digests"), dict):
@@ -117,31 +128,34 @@ def verify(
         place = ".".join(map(str, first["loc"]))
         raise StarmergeError(f"{file} is broken at {place}: {first['msg']}.") from error
     checked, wrong = _check_output(folder, report, progress)
-    verdict = Verdict(str(folder), checked, wrong)
+    unlisted = [name for name in LocalFolder(folder).names() if name not in report["files"]]
+    verdict = Verdict(str(folder), checked, wrong, unlisted=unlisted)
     if inputs:
-        verdict = replace(verdict, inputs=dict(_check_inputs(report)))
+        verdict = replace(verdict, inputs=dict(_check_inputs(report, progress)))
     if repeat == "none":
         return verdict
     try:
         repeated, different = _merged_again(
-            report, folder, repeat, Workers(threads, memory), progress
+            report, folder, repeat, Threads(threads, memory), progress
         )
     except StarmergeError as error:
         return replace(verdict, not_repeated=str(error))
     return replace(verdict, repeated=repeated, different=different)
 
 
-def _check_output(folder: Path, report: Mapping[str, Any], progress: bool) -> tuple[int, list[str]]:
+def _check_output(
+    folder: Place, report: Mapping[str, Any], progress: bool
+) -> tuple[int, list[str]]:
     """Return how many tensors were compared, and what is wrong."""
-    wrong = [f"{name} is missing." for name in report["files"] if not (folder / name).is_file()]
+    wrong = [f"{name} is missing." for name in report["files"] if not is_file(folder / name)]
     wrong += [
         f"{name}: the bytes are not those that were written."
         for name, digest in report.get("blake3", {}).items()
-        if (folder / name).is_file() and blake3_of(folder / name) != digest
+        if is_file(folder / name) and blake3_of(folder / name) != digest
     ]
     checked = 0
     for name, digests in report["digests"].items():
-        if not (folder / name).is_file():
+        if not is_file(folder / name):
             continue
         try:
             stored = open_safetensors(folder / name)
@@ -152,56 +166,115 @@ def _check_output(folder: Path, report: Mapping[str, Any], progress: bool) -> tu
         wrong += [
             f"{name}: the tensor {t} is not in the report." for t in stored if t not in digests
         ]
-        size = sum(stored[tensor].nbytes for tensor in stored)
-        with progress_bar("verifying", size, show=progress, in_bytes=True) as advance:
-            for tensor in stored:
-                if tensor in digests and _digest(stored, tensor) != digests[tensor]:
-                    wrong.append(f"{name}: the bytes of {tensor} are not those that were written.")
-                checked += 1
-                advance(stored[tensor].nbytes)
+        for tensor, digest in _hashed(stored.values(), progress):
+            if digests.get(tensor.name, digest) != digest:
+                wrong.append(f"{name}: the bytes of {tensor.name} are not those that were written.")
+            checked += 1
     return checked, wrong
 
 
-def _check_inputs(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _hashed(tensors: Collection[TensorInfo], progress: bool) -> Iterator[tuple[TensorInfo, str]]:
+    """Yield tensors with the BLAKE3 of their bytes."""
+    size = sum(tensor.nbytes for tensor in tensors)
+    with progress_bar("verifying", size, show=progress, in_bytes=True) as advance:
+        for tensor in tensors:
+            yield tensor, blake3_of_tensor(read_tensor(tensor)).hexdigest()
+            advance(tensor.nbytes)
+
+
+def _contents(file: Place, progress: bool) -> str:
+    """Return the BLAKE3 of a file's tensors."""
+    opened = open_pickle(file) if file.suffix == ".bin" else open_safetensors(file)
+    return blake3_of_contents(_hashed(opened.values(), progress))
+
+
+def _check_inputs(report: Mapping[str, Any], progress: bool) -> Iterator[tuple[str, str]]:
     for source in report["inputs"]:
         try:
             path = Path(source["reference"])
-            found = path if path.is_file() else resolve(source["reference"]).path
+            found = path if is_file(path) else resolve(source["reference"]).path
         except StarmergeError:
             found = None
-        for name, digest in source["blake3"].items():
-            label = f"{source['name']}: {name}"
-            if found is None:
-                yield label, "missing"
-                continue
-            file = found if found.is_file() else found / name
-            if not file.is_file():
-                yield label, "missing"
-            else:
-                yield label, "same" if blake3_of(file) == digest else "changed"
+        kinds = (("blake3", blake3_of), ("tensors", partial(_contents, progress=progress)))
+        for digests, hashed in kinds:
+            for name, digest in source[digests].items():
+                file = found if found is None or is_file(found) else found / name
+                label = f"{source['name']}: {name}"
+                if file is None or not is_file(file):
+                    yield label, "missing"
+                    continue
+                try:
+                    is_same = hashed(file) == digest
+                except StarmergeError:  # it is no checkpoint any more
+                    is_same = False
+                yield label, "same" if is_same else "changed"
 
 
 def _merged_again(
-    report: Mapping[str, Any], folder: Path, repeat: Repeat, pool: Workers, progress: bool
+    report: Mapping[str, Any], folder: Place, repeat: Repeat, pool: Threads, progress: bool
 ) -> tuple[int, list[str]]:
     """Return how many tensors were merged again, and those that come out otherwise."""
     content = dict(report["recipe"])
     recipe = make_recipe(content, where=f"The recipe in {folder / REPORT}")
-    with tempfile.TemporaryDirectory(prefix="starmerge-verify-") as scratch, pool as workers:
-        plan = make_plan(recipe, Path(scratch) / "out")
-        if repeat == "sample" and plan.output.kind != "adapter":
-            drawn = set(_sample(plan))
-            part = replace(plan, tensors=tuple(t for t in plan.tensors if t.source.name in drawn))
+    plan = make_plan(recipe, folder, writes=False)
+    with tempfile.TemporaryDirectory(prefix="starmerge-verify-") as scratch, pool as executor:
+        merging = Merging(plan, executor, progress)
+        if plan.output.is_assembled:
+            writing = plan.output.lay_out(plan, LocalFolder(Path(scratch)))
+            merging.write(writing)
+            again = writing.finish(merging.records, merging.digests).digests
         else:
-            part = plan
-        place = Path(scratch) / "again"
-        place.mkdir()
-        with plan.output.open(part, place) as writing:
-            records = Merging(plan, workers, progress).write(writing, tensors=part.tensors)
-        again = writing.finish(records).digests
-    known = _by_tensor(report["digests"])
-    found = _by_tensor(again)
+            numbers = _sample(plan) if repeat == "sample" else range(len(plan.tensors))
+            writing = plan.output.lay_out(plan, _Nowhere())
+            merging.write(writing, numbers=numbers)
+            tensors = [plan.tensors[number] for number in numbers]
+            again = digests_by_file(writing, tensors, merging.digests)
+    known, found = _by_tensor(report["digests"]), _by_tensor(again)
     return len(found), sorted(key[1] for key in found if found[key] != known.get(key))
+
+
+class _Nowhere:
+    """An output folder that keeps nothing: of what is written, the hashes alone are wanted."""
+
+    def open(self, name: str, size: int) -> _NoFile:
+        """Return a file that keeps nothing."""
+        return _NoFile()
+
+    def put(self, name: str, content: bytes) -> None:
+        """Do nothing."""
+
+    append = put
+
+    def copy(self, name: str, source: Place) -> None:
+        """Do nothing."""
+
+    def delete(self, name: str) -> None:
+        """Do nothing."""
+
+    def names(self) -> list[str]:
+        """Return none."""
+        return []
+
+    def place(self, name: str) -> Place:
+        """Refuse: nothing lies anywhere."""
+        raise RuntimeError(f"{name} was not kept.")
+
+
+class _NoFile:
+    def write(self, content: memoryview, offset: int) -> None:
+        """Do nothing."""
+
+    def copy(self, source: Place, start: int, length: int, offset: int) -> None:
+        """Do nothing."""
+
+    def read(self, offset: int, length: int) -> memoryview:
+        """Refuse."""
+        raise RuntimeError("What was written was not kept.")
+
+    def sync(self) -> None:
+        """Do nothing."""
+
+    close = sync
 
 
 def _by_tensor(digests: Mapping[str, Mapping[str, str]]) -> dict[tuple[str, str], str]:
@@ -213,13 +286,11 @@ def _by_tensor(digests: Mapping[str, Mapping[str, str]]) -> dict[tuple[str, str]
     }
 
 
-def _sample(plan: Plan) -> Iterator[str]:
+def _sample(plan: Plan) -> list[int]:
+    """Return the numbers of some tensors, drawn: of those that are merged, and of the others."""
     draw = random.SystemRandom()
-    kinds: list[Callable[[Any], bool]] = [lambda t: bool(t.models), lambda t: not t.models]
-    for kind in kinds:
-        names = [tensor.source.name for tensor in plan.tensors if kind(tensor)]
-        yield from draw.sample(names, min(_SAMPLE, len(names)))
-
-
-def _digest(checkpoint: Checkpoint, tensor: str) -> str:
-    return blake3(raw_bytes(checkpoint.read(tensor).contiguous()), max_threads=1).hexdigest()
+    sample: list[int] = []
+    for is_merged in (True, False):
+        kind = [n for n, tensor in enumerate(plan.tensors) if bool(tensor.models) == is_merged]
+        sample += draw.sample(kind, min(_SAMPLE, len(kind)))
+    return sorted(sample)

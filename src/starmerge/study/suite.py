@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from starmerge.checkpoints.output import check_output
 from starmerge.checkpoints.source import resolve
 from starmerge.errors import UsageError
 from starmerge.evaluation.cache import ScoreCache
@@ -19,6 +18,7 @@ from starmerge.evaluation.task_file import DataTask
 from starmerge.evaluation.tasks import find_task, with_rows_of
 from starmerge.merging.engine import MergeResult, merge
 from starmerge.methods.pipeline import Pipeline, as_pipeline
+from starmerge.storage.publishing import check_output
 from starmerge.study.figures import plot_scores
 
 RESULTS = "results"

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from starmerge.checkpoints.base import open_base
-from starmerge.checkpoints.output import output_folder
 from starmerge.checkpoints.source import resolve
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation.metrics import Score
@@ -26,6 +25,7 @@ from starmerge.evaluation.models import load_model
 from starmerge.evaluation.scoring import LocalModel, ask, prompter_of, scored
 from starmerge.evaluation.task import Task
 from starmerge.progress import progress_bar
+from starmerge.storage.publishing import output_folder
 
 StoredDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -121,7 +121,8 @@ def finetune(
         answers = ask(LocalModel(adapted.eval(), tokenizer), task, examples, advance=advance)
     score = scored(task, examples, answers)
     result = Finetuned(tuple(losses), score)
-    with output_folder(output) as folder:
+    with output_folder(output) as made:
+        folder = made.path
         if recipe.full:
             model.to(stored).save_pretrained(folder)
             # Tokenizer and generation settings as the base has them: the model's are for asking.

@@ -11,7 +11,8 @@ from starmerge.evaluation.sources import FileSource, read_file
 from starmerge.evaluation.task import Task
 from starmerge.evaluation.task_file import DataTask, load_task
 from starmerge.plugins import Registry, is_file_reference
-from starmerge.reading import exists, read_text
+from starmerge.reading import read_text
+from starmerge.storage import exists
 
 FOLDER = Path(__file__).parent
 

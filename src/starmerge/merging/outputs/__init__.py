@@ -3,12 +3,12 @@
 from starmerge.errors import UsageError
 from starmerge.merging.outputs.adapter import AdapterOutput
 from starmerge.merging.outputs.model import ModelOutput
-from starmerge.merging.outputs.output import Finished, Output, Place, Writing
+from starmerge.merging.outputs.output import Finished, Output, Slot, Writing
 from starmerge.merging.outputs.unified import UnifiedOutput
 from starmerge.methods.pipeline import Pipeline
 from starmerge.recipe import Recipe
 
-__all__ = ["Finished", "Output", "Place", "Writing", "make_output"]
+__all__ = ["Finished", "Output", "Slot", "Writing", "make_output"]
 
 
 def make_output(recipe: Recipe, pipeline: Pipeline) -> Output:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,26 +12,27 @@ from torch import Tensor
 
 from starmerge.checkpoints.adapter import Adapter
 from starmerge.checkpoints.adapter_file import (
+    CONFIG,
     WEIGHTS,
     Module,
     adapter_config,
     target_modules,
-    write_adapter_config,
 )
 from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.tensors import TensorInfo, open_checkpoint
-from starmerge.checkpoints.writer import OutputTensor, ShardWriter
+from starmerge.checkpoints.writer import OutputTensor, ShardWriter, json_bytes
 from starmerge.deltas import LowRank, is_finite, matrix_shape
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.fold import FOLD_ENTRIES, fold
 from starmerge.merging.layout import Contents, PlannedTensor
 from starmerge.merging.outputs.approximation import approximated, distance
 from starmerge.merging.outputs.model import finite
-from starmerge.merging.outputs.output import Finished, Place
+from starmerge.merging.outputs.output import Finished, Slot
 from starmerge.merging.outputs.places import Where, carried, others, places_of
 from starmerge.methods.pipeline import Merged
 from starmerge.recipe import Dtype
 from starmerge.spectral.leading import MANY
+from starmerge.storage import OutputFolder
 
 _FACTORS = "factors"
 """Folder of the factors before all ranks are known."""
@@ -76,6 +74,7 @@ class AdapterOutput:
     kind = "adapter"
     library = "peft"
     needs_base = False
+    is_assembled = True
     reads_inputs = False
 
     def dtype(self, source: TensorInfo, *, is_merged: bool) -> torch.dtype | None:
@@ -108,9 +107,8 @@ class AdapterOutput:
         """Return what is read for a tensor: what is written is little beside it."""
         return tensor.bytes_to_read
 
-    @contextmanager
-    def open(self, contents: Contents, folder: Path) -> Iterator[_AdapterWriting]:
-        """Lay out the factors at the highest rank that may be needed.
+    def lay_out(self, contents: Contents, folder: OutputFolder) -> _AdapterWriting:
+        """Make room for the factors at the highest rank that may be needed.
 
         They go into a folder of their own, and into the adapter's file once the rank is known.
 
@@ -120,10 +118,9 @@ class AdapterOutput:
         self._check_rank(contents)
         places = places_of(contents)
         layout = self._layout(contents, places)
-        (folder / _FACTORS).mkdir(exist_ok=True)
-        with ShardWriter(folder / _FACTORS, layout) as factors:
-            writing = _AdapterWriting(self, contents, places, folder, factors)
-            yield writing
+        factors = ShardWriter(folder, layout, stem=f"{_FACTORS}/model")
+        factors.lay_out()
+        return _AdapterWriting(self, contents, places, folder, factors)
 
     def usage(self, contents: Contents, folder: str) -> str:
         """Return how to load it, and how to fold it into the base."""
@@ -172,16 +169,16 @@ class _AdapterWriting:
     output: AdapterOutput
     contents: Contents
     where: Mapping[str, Where]
-    folder: Path
+    folder: OutputFolder
     factors: ShardWriter
 
-    def places(self, tensor: PlannedTensor) -> list[Place]:
+    def slots(self, tensor: PlannedTensor) -> list[Slot]:
         """Return those of the two factors, or of the whole weight."""
         place = self.where[tensor.source.name]
         keys = place.keys() if isinstance(place, Module) else () if place is None else (place,)
         return [(self.factors, key) for key in keys]
 
-    def leave(self, tensor: PlannedTensor) -> None:
+    def leave(self, tensor: PlannedTensor) -> str:
         """Never called: what no model changes has no place."""
         raise AssertionError(f"{tensor.source.name} has no place in an adapter.")
 
@@ -220,7 +217,9 @@ class _AdapterWriting:
             "error": error / made.norm if made.norm else 0.0,
         }
 
-    def finish(self, records: Sequence[Mapping[str, Any]]) -> Finished:
+    def finish(
+        self, records: Sequence[Mapping[str, Any]], digests: Mapping[str, Sequence[str]]
+    ) -> Finished:
         """Write the adapter's file with one rank for all factors, and its config.
 
         Raises:
@@ -237,7 +236,7 @@ class _AdapterWriting:
         places = self.where
         modules = {name: place for name, place in places.items() if isinstance(place, Module)}
         taken = carried(self.contents)
-        digests = self._assemble(r, taken)
+        assembled = self._assemble(r, taken)
         adapters = [model for model in self.contents.models if isinstance(model, Adapter)]
         saving = [adapter for adapter in adapters if adapter.saved]
         config = adapter_config(
@@ -251,10 +250,10 @@ class _AdapterWriting:
             task_type=_task_type(self.contents.base, adapters),
         )
         config["fan_in_fan_out"] |= any(adapter.config.fan_in_fan_out for adapter in adapters)
-        write_adapter_config(self.folder, config)
+        self.folder.put(CONFIG, json_bytes(config))
         left_out = overall_error([{**q, "error": q["stored"] == "left out"} for q in records])
         facts = {"rank": r, "error": error, "kept": _kept(error), "left_out": left_out**2}
-        return Finished(_summary(r, error, left_out**2, taken), facts, digests=digests)
+        return Finished(_summary(r, error, left_out**2, taken), facts, digests=assembled)
 
     def _assemble(
         self, r: int, carried: Mapping[str, tuple[Adapter, str]]
@@ -264,7 +263,7 @@ class _AdapterWriting:
         Returns:
             The digests of what was written.
         """
-        collected = open_checkpoint(self.folder / _FACTORS)
+        collected = open_checkpoint(self.folder.place(_FACTORS))
         layout: list[OutputTensor] = []
         sources: dict[str, Callable[[], Tensor]] = {}
         for tensor in self.contents.tensors:
@@ -288,9 +287,14 @@ class _AdapterWriting:
         with ShardWriter(self.folder, layout, stem=stem, shard_bytes=whole) as writer:
             for name, source in sources.items():
                 writer.write(name, source())
+            digests = {name: writer.digest(name) for name in sources}
         del collected
-        shutil.rmtree(self.folder / _FACTORS)
-        return writer.digests
+        self.folder.delete(_FACTORS)
+        return writer.by_file(digests)
+
+    def close(self, *, flush: bool) -> None:
+        """Close the file of the factors."""
+        self.factors.close(flush=flush)
 
 
 def overall_error(records: Sequence[Mapping[str, Any]]) -> float:

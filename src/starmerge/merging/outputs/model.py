@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from starmerge.checkpoints.hashing import blake3_of_tensor
 from starmerge.checkpoints.tensors import MERGEABLE, TensorInfo
-from starmerge.checkpoints.writer import OutputTensor, ShardWriter, write_json
+from starmerge.checkpoints.writer import OutputTensor, ShardWriter, json_bytes
 from starmerge.deltas import is_finite, matrix_shape
 from starmerge.errors import StarmergeError
 from starmerge.merging.checks import check_base
 from starmerge.merging.fold import Fold, fold_bytes
 from starmerge.merging.layout import Contents, PlannedTensor
-from starmerge.merging.outputs.output import Finished, Place
+from starmerge.merging.outputs.output import Finished, Slot, digests_by_file
 from starmerge.methods.pipeline import Merged
 from starmerge.recipe import Dtype
+from starmerge.storage import OutputFolder, storage_of
 
 _LITTLE = 0.9
 """Share of the update; when less survives, that is said."""
@@ -40,6 +39,7 @@ class ModelOutput:
     kind = "model"
     library = "transformers"
     needs_base = True
+    is_assembled = False
     reads_inputs = False
 
     def dtype(self, source: TensorInfo, *, is_merged: bool) -> torch.dtype:
@@ -59,21 +59,21 @@ class ModelOutput:
 
     def bytes_to_write(self, contents: Contents) -> int:
         """Return the bytes of weights and of the files beside them."""
-        beside = sum(file.stat().st_size for file in contents.base.side_files)
+        beside = sum(storage_of(file).state(file).size for file in contents.base.side_files)
         return beside + sum(map(self.nbytes, contents.tensors))
 
     def nbytes(self, tensor: PlannedTensor) -> int:
         """Return the bytes of a tensor."""
         return tensor.nbytes
 
-    @contextmanager
-    def open(self, contents: Contents, folder: Path) -> Iterator[_ModelWriting]:
-        """Lay out the shards."""
+    def lay_out(self, contents: Contents, folder: OutputFolder) -> _ModelWriting:
+        """Make the shards."""
         layout = [
             OutputTensor(t.source.name, t.dtype, t.source.shape, t.nbytes) for t in contents.tensors
         ]
-        with ShardWriter(folder, layout) as shards:
-            yield _ModelWriting(self.wanted, contents, folder, shards)
+        shards = ShardWriter(folder, layout)
+        shards.lay_out()
+        return _ModelWriting(self.wanted, contents, folder, shards)
 
     def usage(self, contents: Contents, folder: str) -> str:
         """Return nothing: the card's metadata say what loads it."""
@@ -84,21 +84,21 @@ class ModelOutput:
 class _ModelWriting:
     wanted: Dtype
     contents: Contents
-    folder: Path
+    folder: OutputFolder
     shards: ShardWriter
 
-    def places(self, tensor: PlannedTensor) -> list[Place]:
+    def slots(self, tensor: PlannedTensor) -> list[Slot]:
         """Return the tensor's own."""
         return [(self.shards, tensor.source.name)]
 
-    def leave(self, tensor: PlannedTensor) -> None:
+    def leave(self, tensor: PlannedTensor) -> str:
         """Copy the base's bytes, or convert them."""
         name, checkpoint = tensor.source.name, self.contents.base.checkpoint
         if _is_copied(tensor):
-            self.shards.copy(name, checkpoint)
-        else:
-            base = checkpoint.read(name)
-            self.shards.write(name, finite(base.to(tensor.dtype), base, tensor))
+            return self.shards.copy(name, checkpoint)
+        base = checkpoint.read(name)
+        self.shards.write(name, finite(base.to(tensor.dtype), base, tensor))
+        return blake3_of_tensor(base).hexdigest()
 
     def put(self, tensor: PlannedTensor, base: Tensor | None, merged: Merged) -> dict[str, Any]:
         """Add the update to the base, panel by panel."""
@@ -108,12 +108,19 @@ class _ModelWriting:
             self.shards.write(tensor.source.name, finite(panel, base, tensor), start)
         return {"update_norm": adding.update_norm, "survived": adding.survived}
 
-    def finish(self, records: Sequence[Mapping[str, Any]]) -> Finished:
+    def finish(
+        self, records: Sequence[Mapping[str, Any]], digests: Mapping[str, Sequence[str]]
+    ) -> Finished:
         """Write the config, and copy the tokenizer and what else stands beside the weights."""
         for file in self.contents.base.side_files:
-            shutil.copyfile(file, self.folder / file.name)
-        write_json(self.folder / "config.json", self._config())
-        return Finished(survival(records), digests=self.shards.digests)
+            self.folder.copy(file.name, file)
+        self.folder.put("config.json", json_bytes(self._config()))
+        by_file = digests_by_file(self, self.contents.tensors, digests)
+        return Finished(survival(records), digests=by_file)
+
+    def close(self, *, flush: bool) -> None:
+        """Close the shards."""
+        self.shards.close(flush=flush)
 
     def _config(self) -> dict[str, Any]:
         """Return the base's config, without its name and with the dtype of the output."""

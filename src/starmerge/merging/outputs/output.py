@@ -6,10 +6,8 @@ what kind it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
@@ -17,6 +15,7 @@ from torch import Tensor
 from starmerge.checkpoints.writer import ShardWriter
 from starmerge.merging.layout import Contents, Placing, PlannedTensor
 from starmerge.methods.pipeline import Merged
+from starmerge.storage import OutputFolder
 
 
 @dataclass(frozen=True)
@@ -33,18 +32,22 @@ class Finished:
     """BLAKE3 of the bytes of every tensor, by its file, relative to the folder, and its name."""
 
 
-Place: TypeAlias = tuple[ShardWriter, str]
+Slot: TypeAlias = tuple[ShardWriter, str]
 """Where some of an output's bytes go: what writes them, and the name of the tensor there."""
 
 
 class Writing(Protocol):
-    """An output that is being written. Threads put tensors into it, in any order."""
+    """An output that is being written.
 
-    def places(self, tensor: PlannedTensor) -> Sequence[Place]:
+    Threads put tensors into it, in any order; so do other processes, to which it is pickled. What
+    all of them have put is there when one of them finishes the output.
+    """
+
+    def slots(self, tensor: PlannedTensor) -> Sequence[Slot]:
         """Return where a tensor goes, always in the same order."""
 
-    def leave(self, tensor: PlannedTensor) -> None:
-        """Write a tensor that no model changes."""
+    def leave(self, tensor: PlannedTensor) -> str:
+        """Write a tensor that no model changes; return the BLAKE3 of the base's bytes."""
 
     def put(self, tensor: PlannedTensor, base: Tensor | None, merged: Merged) -> dict[str, Any]:
         """Write a merged tensor.
@@ -61,11 +64,21 @@ class Writing(Protocol):
             StarmergeError: It overflows the dtype of the output.
         """
 
-    def finish(self, records: Sequence[Mapping[str, Any]]) -> Finished:
+    def finish(
+        self, records: Sequence[Mapping[str, Any]], digests: Mapping[str, Sequence[str]]
+    ) -> Finished:
         """Write what belongs beside the tensors.
 
         Args:
             records: What :meth:`put` returned, in the order of the plan.
+            digests: BLAKE3 of what lies in the slots of each tensor, by the tensor's name.
+        """
+
+    def close(self, *, flush: bool) -> None:
+        """Let go of the files that this process has written to.
+
+        Args:
+            flush: Make what it has written survive a power cut.
         """
 
 
@@ -79,6 +92,10 @@ class Output(Placing, Protocol):
     @property
     def library(self) -> str:
         """What loads it."""
+
+    @property
+    def is_assembled(self) -> bool:
+        """Whether its files are put together, when it is finished, of all tensors."""
 
     @property
     def reads_inputs(self) -> bool:
@@ -100,8 +117,8 @@ class Output(Placing, Protocol):
     def nbytes(self, tensor: PlannedTensor) -> int:
         """Return the bytes of what is written of a tensor, for a progress bar."""
 
-    def open(self, contents: Contents, folder: Path) -> AbstractContextManager[Writing]:
-        """Begin to write into a folder."""
+    def lay_out(self, contents: Contents, folder: OutputFolder) -> Writing:
+        """Make the files that the tensors go into, or take up those of an interrupted run."""
 
     def usage(self, contents: Contents, folder: str) -> str:
         """Return how to use what was written, in a sentence or two for its card.
@@ -110,3 +127,21 @@ class Output(Placing, Protocol):
             contents: What went into it.
             folder: The name of its folder.
         """
+
+
+def digests_by_file(
+    writing: Writing, tensors: Iterable[PlannedTensor], digests: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, str]]:
+    """Return the BLAKE3 of all tensors of an output by their files and their names there.
+
+    Args:
+        writing: The output.
+        tensors: What it is made of.
+        digests: As for :meth:`Writing.finish`.
+    """
+    known: dict[ShardWriter, dict[str, str]] = {}
+    for tensor in tensors:
+        slots = writing.slots(tensor)
+        for (writer, name), digest in zip(slots, digests[tensor.source.name], strict=True):
+            known.setdefault(writer, {})[name] = digest
+    return {file: own for writer in known for file, own in writer.by_file(known[writer]).items()}

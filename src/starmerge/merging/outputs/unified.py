@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,10 +24,11 @@ from starmerge.errors import StarmergeError
 from starmerge.merging.fold import Folded, fold, fold_bytes
 from starmerge.merging.layout import Contents, PlannedTensor
 from starmerge.merging.outputs.model import survival
-from starmerge.merging.outputs.output import Finished, Place
+from starmerge.merging.outputs.output import Finished, Slot, digests_by_file
 from starmerge.methods.emr import Rescalers, masks_of
 from starmerge.methods.pipeline import Merged
 from starmerge.recipe import Dtype
+from starmerge.storage import OutputFolder
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class UnifiedOutput:
     kind = "unified"
     library = "starmerge"
     needs_base = False
+    is_assembled = False
     reads_inputs = True
 
     def dtype(self, source: TensorInfo, *, is_merged: bool) -> torch.dtype | None:
@@ -69,23 +69,20 @@ class UnifiedOutput:
         """Return the bytes of a tensor of the vector and of its masks."""
         return tensor.nbytes + len(tensor.models) * mask_layout(tensor.source).nbytes
 
-    @contextmanager
-    def open(self, contents: Contents, folder: Path) -> Iterator[_UnifiedWriting]:
-        """Lay out the vector and the masks."""
+    def lay_out(self, contents: Contents, folder: OutputFolder) -> _UnifiedWriting:
+        """Make the shards of the vector, and the masks."""
         names = [model.name for model in contents.models]
-        (folder / UNIFIED).mkdir(exist_ok=True)
-        with ExitStack() as stack:
-            layout = [
-                OutputTensor(t.source.name, t.dtype, t.source.shape, t.nbytes)
-                for t in contents.tensors
-            ]
-            unified = stack.enter_context(ShardWriter(folder / UNIFIED, layout))
-            masks = []
-            for t, name in enumerate(names):
-                (folder / name).mkdir(exist_ok=True)
-                layouts = [mask_layout(p.source) for p in contents.tensors if t in p.models]
-                masks.append(stack.enter_context(mask_writer(folder / name, layouts)))
-            yield _UnifiedWriting(contents, folder, names, unified, masks)
+        layout = [
+            OutputTensor(t.source.name, t.dtype, t.source.shape, t.nbytes) for t in contents.tensors
+        ]
+        unified = ShardWriter(folder, layout, stem=f"{UNIFIED}/model")
+        masks = []
+        for t, name in enumerate(names):
+            layouts = [mask_layout(p.source) for p in contents.tensors if t in p.models]
+            masks.append(mask_writer(folder, name, layouts))
+        for writer in (unified, *masks):
+            writer.lay_out()
+        return _UnifiedWriting(contents, folder, names, unified, masks)
 
     def usage(self, contents: Contents, folder: str) -> str:
         """Return how to get a task's model."""
@@ -100,17 +97,17 @@ class UnifiedOutput:
 @dataclass(frozen=True)
 class _UnifiedWriting:
     contents: Contents
-    folder: Path
+    folder: OutputFolder
     names: Sequence[str]
     unified: ShardWriter
     masks: Sequence[ShardWriter]
 
-    def places(self, tensor: PlannedTensor) -> list[Place]:
+    def slots(self, tensor: PlannedTensor) -> list[Slot]:
         """Return that in the unified vector, and those of the masks."""
         name = tensor.source.name
         return [(self.unified, name), *((self.masks[t], name) for t in tensor.models)]
 
-    def leave(self, tensor: PlannedTensor) -> None:
+    def leave(self, tensor: PlannedTensor) -> str:
         """Never called: what no model changes has no place."""
         raise AssertionError(f"{tensor.source.name} has no place in the unified vector.")
 
@@ -131,7 +128,9 @@ class _UnifiedWriting:
             "mask_norms": norms,
         }
 
-    def finish(self, records: Sequence[Mapping[str, Any]]) -> Finished:
+    def finish(
+        self, records: Sequence[Mapping[str, Any]], digests: Mapping[str, Sequence[str]]
+    ) -> Finished:
         """Write each task's rescaler."""
         sums = Rescalers(len(self.names))
         for record in records:
@@ -140,15 +139,15 @@ class _UnifiedWriting:
                     sums.add(t, *record["mask_norms"][name])
         rescalers = dict(zip(self.names, sums.result(), strict=True))
         for name, rescaler in rescalers.items():
-            write_task(self.folder / name, name, self.contents.base, rescaler)
+            write_task(self.folder, name, self.contents.base, rescaler)
         found = {self.contents.pipeline.merge.name: {"rescalers": rescalers}}
-        writers = {UNIFIED: self.unified, **dict(zip(self.names, self.masks, strict=True))}
-        digests = {
-            f"{folder}/{file}": tensors
-            for folder, writer in writers.items()
-            for file, tensors in writer.digests.items()
-        }
-        return Finished(survival(records), findings=found, digests=digests)
+        by_file = digests_by_file(self, self.contents.tensors, digests)
+        return Finished(survival(records), findings=found, digests=by_file)
+
+    def close(self, *, flush: bool) -> None:
+        """Close the shards and the masks."""
+        for writer in (self.unified, *self.masks):
+            writer.close(flush=flush)
 
 
 def _stored(merged: Merged, tensor: PlannedTensor) -> Folded:

@@ -3,8 +3,11 @@
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +16,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from starmerge.errors import UsageError
-from starmerge.merging.workers import Workers, default_threads, usable_memory
+from starmerge.merging.executors.executor import FunctionJob
+from starmerge.merging.executors.threads import Threads, default_threads, usable_memory
 
 
-def _nothing(item: object) -> None:
-    pass
+@dataclass(frozen=True)
+class _Job(FunctionJob[Any]):
+    """A function that says what it reads."""
+
+    size: Callable[[int], int | None]
+    announced: Callable[[int], None]
+
+    def nbytes(self, number: int) -> int | None:  # type: ignore[override]
+        return self.size(number)
+
+    def announce(self, number: int) -> None:
+        self.announced(number)
+
+
+def _job(
+    work: Callable[[int], Any],
+    memory: Callable[[int], int] = lambda n: 1,
+    announce: Callable[[int], None] = lambda n: None,
+    nbytes: Callable[[int], int | None] = lambda n: None,
+) -> _Job:
+    return _Job(work, memory, nbytes, announce)
 
 
 @settings(max_examples=40)
@@ -41,10 +64,8 @@ def test_results_come_in_order_and_the_memory_is_not_exceeded(costs, threads, me
             working.remove(number)
         return number
 
-    with Workers(threads, memory) as workers:
-        done = workers.in_order(
-            work, range(len(costs)), memory=costs.__getitem__, announce=_nothing
-        )
+    with Threads(threads, memory) as workers:
+        done = workers.run(_job(work, memory=costs.__getitem__), range(len(costs)))
         assert list(done) == list(range(len(costs)))
     assert all(at_once <= threads for at_once, _, _ in seen)
     # Above the bound is only one that needs more than all of it.
@@ -73,13 +94,9 @@ def test_small_items_are_worked_on_one_at_a_time_and_large_ones_beside_them(
             working.remove(number)
         return number
 
-    with Workers(threads) as workers:
-        done = workers.in_order(
-            work,
-            range(len(sizes)),
-            memory=lambda n: 0,
-            announce=_nothing,
-            nbytes=sizes.__getitem__,
+    with Threads(threads) as workers:
+        done = workers.run(
+            _job(work, memory=lambda n: 0, nbytes=sizes.__getitem__), range(len(sizes))
         )
         if is_closed_early and sizes:
             assert next(done) == 0
@@ -99,21 +116,20 @@ def test_large_items_do_not_wait_for_each_other_where_small_ones_lie_between():
         return size
 
     sizes = [2**30, 1, 1, 2**30, 1] * 3 + [2**30, 2**30]
-    with Workers(2) as workers:
-        done = workers.in_order(
-            work, sizes, memory=lambda n: 0, announce=_nothing, nbytes=lambda size: size
-        )
+    with Threads(2) as workers:
+        done = workers.run(_job(work, memory=lambda n: 0, nbytes=lambda size: size), sizes)
         assert list(done) == sizes
 
 
 def test_items_are_announced_before_they_are_worked_on():
     events = []
-    with Workers(2) as workers:
-        done = workers.in_order(
-            lambda n: events.append(("work", n)),
+    with Threads(2) as workers:
+        done = workers.run(
+            _job(
+                lambda n: events.append(("work", n)),
+                announce=lambda n: events.append(("announce", n)),
+            ),
             range(6),
-            memory=lambda n: 1,
-            announce=lambda n: events.append(("announce", n)),
         )
         list(done)
     for n in range(6):
@@ -134,14 +150,14 @@ def test_after_a_failure_nothing_begins_and_what_runs_is_waited_for():
         time.sleep(0.05)
         finished.append(n)
 
-    with Workers(2) as workers:
-        done = workers.in_order(work, range(1000), memory=lambda n: 1, announce=_nothing)
+    with Threads(2) as workers:
+        done = workers.run(_job(work), range(1000))
         with pytest.raises(ZeroDivisionError):
             list(done)
         assert sorted(begun) == sorted([0, *finished])
         assert len(begun) < 20
         # The pool goes on for the next walk.
-        again = workers.in_order(abs, [-1, -2], memory=lambda n: 1, announce=_nothing)
+        again = workers.run(_job(abs), [-1, -2])
         assert list(again) == [1, 2]
 
 
@@ -153,8 +169,8 @@ def test_closing_early_waits_for_what_runs():
         finished.append(n)
         return n
 
-    with Workers(2) as workers:
-        done = workers.in_order(work, range(100), memory=lambda n: 1, announce=_nothing)
+    with Threads(2) as workers:
+        done = workers.run(_job(work), range(100))
         assert next(done) == 0
         done.close()
         count = len(finished)
@@ -165,10 +181,8 @@ def test_closing_early_waits_for_what_runs():
 def test_each_worker_has_one_thread_of_torch_and_the_caller_keeps_its_own():
     torch.set_num_threads(2)
     try:
-        with Workers(2) as workers:
-            found = workers.in_order(
-                lambda _: torch.get_num_threads(), range(8), memory=lambda n: 1, announce=_nothing
-            )
+        with Threads(2) as workers:
+            found = workers.run(_job(lambda _: torch.get_num_threads()), range(8))
             assert set(found) == {1}
         assert torch.get_num_threads() == 2
         with ThreadPoolExecutor(1) as pool:
@@ -187,8 +201,8 @@ def test_a_product_has_the_same_bytes_in_every_worker(size):
 
     found = set()
     for threads in (1, 2, 3):
-        with Workers(threads) as workers:
-            found |= set(workers.in_order(product, range(6), memory=lambda n: 1, announce=_nothing))
+        with Threads(threads) as workers:
+            found |= set(workers.run(_job(product), range(6)))
     assert len(found) == 1
 
 
@@ -197,7 +211,7 @@ def test_the_defaults_fit_the_machine():
     lines = Path("/proc/meminfo").read_text().splitlines()
     physical = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal"))
     assert 0 < usable_memory() <= 1.01 * physical
-    assert Workers().memory == usable_memory() // 4
+    assert Threads().memory == usable_memory() // 4
 
 
 @pytest.mark.parametrize(
@@ -205,7 +219,7 @@ def test_the_defaults_fit_the_machine():
     [(1000, 1000), ("4GB", 4 * 10**9), ("1.5 GiB", 3 * 2**29), ("512MiB", 2**29)],
 )
 def test_memory_may_have_a_unit(memory, expected):
-    assert Workers(1, memory).memory == expected
+    assert Threads(1, memory).memory == expected
 
 
 @pytest.mark.parametrize(
@@ -228,24 +242,24 @@ def test_memory_may_have_a_unit(memory, expected):
 )
 def test_what_is_no_memory_is_refused(wrong):
     with pytest.raises(UsageError, match="with a unit: 4GB"):
-        Workers(1, wrong)
+        Threads(1, wrong)
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 2.5, "2"])
 def test_what_is_no_number_of_threads_is_refused(wrong):
     with pytest.raises(UsageError, match="Give a whole number, 1 or more"):
-        Workers(wrong)
+        Threads(wrong)
 
 
 def test_pools_at_the_same_time_leave_the_number_of_threads_as_it_was():
     torch.set_num_threads(3)
     try:
-        with Workers() as first:
+        with Threads() as first:
             assert first.threads == default_threads()
-            with Workers() as second:
+            with Threads() as second:
                 assert second.threads == first.threads
-                list(second.in_order(abs, [1], memory=abs, announce=_nothing))
-            list(first.in_order(abs, [1], memory=abs, announce=_nothing))
+                list(second.run(_job(abs, memory=abs), [1]))
+            list(first.run(_job(abs, memory=abs), [1]))
             assert default_threads() == first.threads
         with ThreadPoolExecutor(1) as pool:
             assert pool.submit(torch.get_num_threads).result() == 3
@@ -266,8 +280,8 @@ def test_an_interrupted_wait_leaves_no_work_behind():
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        with Workers(2) as workers:
-            done = workers.in_order(work, range(2), memory=lambda n: 1, announce=_nothing)
+        with Threads(2) as workers:
+            done = workers.run(_job(work), range(2))
             signal.setitimer(signal.ITIMER_REAL, 0.1)
             with pytest.raises(KeyboardInterrupt):
                 next(done)
@@ -284,8 +298,8 @@ def test_a_failure_is_told_before_an_earlier_item_is_done():
             raise ZeroDivisionError
         release.wait(10)
 
-    with Workers(2) as workers:
-        done = workers.in_order(work, range(2), memory=lambda n: 1, announce=_nothing)
+    with Threads(2) as workers:
+        done = workers.run(_job(work), range(2))
         threading.Timer(0.5, release.set).start()
         with pytest.raises(ZeroDivisionError):
             next(done)
@@ -293,9 +307,7 @@ def test_a_failure_is_told_before_an_earlier_item_is_done():
 
 def test_workers_build_no_graphs_for_gradients():
     weight = torch.nn.Parameter(torch.ones(2, 2))
-    with Workers(2) as workers:
-        found = workers.in_order(
-            lambda n: (weight * n).requires_grad, range(3), memory=lambda n: 1, announce=_nothing
-        )
+    with Threads(2) as workers:
+        found = workers.run(_job(lambda n: (weight * n).requires_grad), range(3))
         assert not any(found)
     assert torch.is_grad_enabled()

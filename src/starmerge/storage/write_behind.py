@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
+
+from starmerge.storage.storage import OutputFile
 
 PIECE = 64 * 2**20
 """Bytes after which a file is flushed."""
@@ -20,11 +21,11 @@ class WriteBehind:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "write-behind")
         self._lock = Lock()
-        self._written: dict[int, int] = {}
+        self._written: dict[OutputFile, int] = {}
         self._flush: Future[None] | None = None
 
-    def wrote(self, file: int, nbytes: int) -> None:
-        """Take note of bytes written to a file, given by its descriptor; any thread may call it.
+    def wrote(self, file: OutputFile, nbytes: int) -> None:
+        """Take note of bytes written to a file; any thread may call it.
 
         Raises:
             OSError: The disk failed to take earlier ones.
@@ -36,7 +37,7 @@ class WriteBehind:
             if self._flush is not None:
                 self._flush.result()
             self._written[file] = 0
-            self._flush = self._pool.submit(os.fsync, file)
+            self._flush = self._pool.submit(file.sync)
 
     def finish(self) -> None:
         """Flush all files written to, and wait for it.
@@ -48,7 +49,7 @@ class WriteBehind:
             if self._flush is not None:
                 self._flush.result()
             for file in self._written:
-                os.fsync(file)
+                file.sync()
         finally:
             self._pool.shutdown()
 

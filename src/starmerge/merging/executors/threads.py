@@ -18,15 +18,12 @@ from itertools import groupby, islice
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import TypeVar
 
 import torch
 from pydantic import ByteSize, TypeAdapter
 
 from starmerge.errors import UsageError
-
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
+from starmerge.merging.executors.executor import Job, Result
 
 _WINDOW = 4
 """Groups of items per thread that are in work, wait, or are done and wait for their turn."""
@@ -38,8 +35,8 @@ _GROUP = 64
 """Most small items in a group: few enough that the progress shows."""
 
 
-class Workers:
-    """A pool of threads that work on tensors; to be used as a context manager.
+class Threads:
+    """An executor: threads of this process. To be used as a context manager.
 
     Args:
         threads: How many tensors are worked on at once; None for :func:`default_threads`.
@@ -56,7 +53,7 @@ class Workers:
         if not isinstance(self.threads, int) or self.threads < 1:
             raise UsageError(f"threads is {threads!r}. Give a whole number, 1 or more.")
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> Threads:
         _outside.enter()
         self._pool = ThreadPoolExecutor(self.threads, "worker", _begin)
         return self
@@ -72,79 +69,64 @@ class Workers:
         finally:
             _outside.leave()
 
-    def in_order(
-        self,
-        work: Callable[[_Item], _Result],
-        items: Iterable[_Item],
-        *,
-        memory: Callable[[_Item], int],
-        announce: Callable[[_Item], None],
-        nbytes: Callable[[_Item], int] | None = None,
-    ) -> Generator[_Result]:
-        """Yield ``work(item)`` for each item, in their order.
-
-        If a call raises, or the iterator is closed early, no other begins, and those that have
-        begun are waited for.
+    def run(self, job: Job[Result], numbers: Iterable[int]) -> Generator[Result]:
+        """Yield the results of some numbers, in the order of the numbers.
 
         Small neighbours are worked on in groups, one group at a time: several threads would wait
         for Python's lock, and lose more by handing it around than one of them needs for all.
 
         Args:
-            work: Is called by the threads.
-            items: What to work on.
-            memory: Estimates the bytes that an item takes while it is worked on.
-            announce: Is told of an item as soon as it is waiting, so that its files can be read
-                ahead.
-            nbytes: Tells how many are read for an item; without, none counts as small.
+            job: The work.
+            numbers: What it is done for.
         """
-        waiting: deque[Future[list[_Result]]] = deque()
-        costs: dict[Future[list[_Result]], int] = {}
-        small: list[Future[list[_Result]]] = []
+        waiting: deque[Future[list[Result]]] = deque()
+        costs: dict[Future[list[Result]], int] = {}
+        small: list[Future[list[Result]]] = []
 
-        def is_small(item: _Item) -> bool:
-            return nbytes is not None and max(memory(item), nbytes(item)) <= _SMALL
+        def is_small(number: int) -> bool:
+            nbytes = job.nbytes(number)
+            return nbytes is not None and max(job.memory(number), nbytes) <= _SMALL
 
-        try:
-            for group in _groups(items, is_small):
-                cost = max(map(memory, group))
-                while costs and sum(costs.values()) + cost > self.memory:
-                    for done in wait(costs, return_when=FIRST_COMPLETED).done:
-                        del costs[done]
-                for item in group:
-                    announce(item)
-                if is_small(group[0]):
-                    wait(small)
-                future = self._pool.submit(_work_on, work, group)
-                if is_small(group[0]):
-                    small = [future]
-                waiting.append(future)
-                costs[future] = cost
-                while waiting and (waiting[0].done() or len(waiting) >= self.threads * _WINDOW):
+        with job.open() as work:
+            try:
+                for group in _groups(numbers, is_small):
+                    cost = max(map(job.memory, group))
+                    while costs and sum(costs.values()) + cost > self.memory:
+                        for done in wait(costs, return_when=FIRST_COMPLETED).done:
+                            del costs[done]
+                    for number in group:
+                        job.announce(number)
+                    if is_small(group[0]):
+                        wait(small)
+                    future = self._pool.submit(_work_on, work, group)
+                    if is_small(group[0]):
+                        small = [future]
+                    waiting.append(future)
+                    costs[future] = cost
+                    while waiting and (waiting[0].done() or len(waiting) >= self.threads * _WINDOW):
+                        yield from _head(waiting)
+                        costs.pop(waiting.popleft(), None)
+                while waiting:
                     yield from _head(waiting)
-                    costs.pop(waiting.popleft(), None)
-            while waiting:
-                yield from _head(waiting)
-                waiting.popleft()
-        finally:
-            for future in waiting:
-                future.cancel()
-            wait(waiting)
+                    waiting.popleft()
+            finally:
+                for future in waiting:
+                    future.cancel()
+                wait(waiting)
 
 
-def _groups(
-    items: Iterable[_Item], is_small: Callable[[_Item], bool]
-) -> Iterator[tuple[_Item, ...]]:
+def _groups(numbers: Iterable[int], is_small: Callable[[int], bool]) -> Iterator[tuple[int, ...]]:
     """Put small neighbours together; others stay alone."""
-    for small, run in groupby(items, is_small):
+    for small, run in groupby(numbers, is_small):
         while group := tuple(islice(run, _GROUP if small else 1)):
             yield group
 
 
-def _work_on(work: Callable[[_Item], _Result], group: Sequence[_Item]) -> list[_Result]:
-    return [work(item) for item in group]
+def _work_on(work: Callable[[int], Result], group: Sequence[int]) -> list[Result]:
+    return [work(number) for number in group]
 
 
-def _head(waiting: Sequence[Future[_Result]]) -> _Result:
+def _head(waiting: Sequence[Future[Result]]) -> Result:
     """Wait for the first, or for a failure of another, and return its result."""
     while not waiting[0].done():
         for future in waiting:

@@ -14,16 +14,16 @@ from pathlib import Path
 import pytest
 
 import starmerge as sm
-from starmerge.checkpoints.exchange import exchange
-from starmerge.checkpoints.leftovers import Leftover, leftovers, leftovers_in
-from starmerge.checkpoints.output import (
+from starmerge.errors import Interrupted, StarmergeError, UsageError
+from starmerge.storage.exchange import exchange
+from starmerge.storage.leftovers import Leftover, leftovers, leftovers_in
+from starmerge.storage.publishing import (
     check_output,
     check_output_file,
     check_space,
     output_file,
     output_folder,
 )
-from starmerge.errors import Interrupted, StarmergeError, UsageError
 from tests.conftest import MakeAdapter
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -46,7 +46,7 @@ def _read(folder: Path) -> dict[str, str]:
 def test_a_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "out"
     with output_folder(target) as folder:
-        (folder / "file").write_text("x")
+        folder.put("file", b"x")
         assert not target.exists()
     assert (target / "file").read_text() == "x"
     assert [path.name for path in target.parent.iterdir()] == ["out"]
@@ -57,7 +57,7 @@ def test_a_failure_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> No
     target.mkdir()
     (target / "merge_report.json").write_text("kept")
     with pytest.raises(ZeroDivisionError), output_folder(target, overwrite=True) as folder:
-        (folder / "new").write_text("x")
+        folder.put("new", b"x")
         raise ZeroDivisionError
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (target / "merge_report.json").read_text() == "kept"
@@ -68,7 +68,7 @@ def test_overwriting_replaces_the_whole_folder(tmp_path: Path) -> None:
     target.mkdir()
     (target / "merge_report.json").write_text("gone")
     with output_folder(target, overwrite=True) as folder:
-        (folder / "new").write_text("x")
+        folder.put("new", b"x")
     assert [path.name for path in target.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -76,7 +76,7 @@ def test_overwriting_replaces_the_whole_folder(tmp_path: Path) -> None:
 def test_what_appears_during_a_merge_is_not_replaced(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with pytest.raises(UsageError, match="not empty"), output_folder(target) as folder:
-        (folder / "new").write_text("x")
+        folder.put("new", b"x")
         target.mkdir()
         (target / "other").write_text("kept")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -131,7 +131,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 _KILLED_AT_EACH_STEP = """
 import ctypes, json, os, platform, signal, struct, sys
 from pathlib import Path
-from starmerge.checkpoints.output import output_folder
+from starmerge.storage.publishing import output_folder
 
 overwrite, exchanges, suffix = (json.loads(argument) for argument in sys.argv[1:])
 old, new = json.loads(sys.stdin.read())
@@ -178,7 +178,7 @@ while status:
     if not child:
         left = step
         with output_folder(folder / "out", overwrite=overwrite, suffix=suffix) as partial:
-            write(partial, new)
+            write(partial.path, new)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
     assert status in (0, signal.SIGKILL), status
@@ -225,7 +225,7 @@ def test_a_process_killed_at_any_step_leaves_the_old_folder_or_the_new_one(
             leftover.delete()
         assert not (place.exists() and {path.name for path in place.iterdir()} - {"out"})
         with output_folder(place / "out", overwrite=True) as folder:
-            _write(folder, _OLD)
+            _write(folder.path, _OLD)
         assert _read(place / "out") == _OLD
 
 
@@ -254,9 +254,9 @@ def test_a_killed_run_with_a_given_suffix_is_gone_on_with_and_never_in_the_old_f
     found = []
     for place in places:
         with output_folder(place / "out", overwrite=True, suffix="abc") as folder:
-            assert folder == place / ".out.partial-abc"
-            found.append(_read(folder))
-            _write(folder, _NEW)
+            assert folder.path == place / ".out.partial-abc"
+            found.append(_read(folder.path))
+            _write(folder.path, _NEW)
         assert _read(place / "out") == _NEW
     assert {} in found
     assert _NEW in found
@@ -313,7 +313,7 @@ def test_litter_of_file_managers_and_python_is_no_obstacle(tmp_path: Path) -> No
     _write(tmp_path / "out", {**_OLD, **litter})
     (tmp_path / "out" / "sub" / "a").unlink()
     with output_folder(tmp_path / "out", overwrite=True) as folder:
-        _write(folder, _NEW)
+        _write(folder.path, _NEW)
     assert _read(tmp_path / "out") == _NEW
 
 
@@ -354,7 +354,7 @@ def test_any_name_that_the_system_takes_is_an_output(
     sm.merge(tiny_base, [adapter], "average", output=out, overwrite=True)
     assert [os.fsencode(path.name) for path in out.parent.iterdir()] == [name]
     with pytest.raises(ZeroDivisionError), output_folder(out, overwrite=True) as folder:
-        assert [leftover.path for leftover in leftovers(out)] == [folder]
+        assert [leftover.path for leftover in leftovers(out)] == [folder.path]
         raise ZeroDivisionError
     with output_file(out.parent / os.fsdecode(name[:-1] + b"f")) as file:
         file.write_text("x")
@@ -364,8 +364,8 @@ def test_any_name_that_the_system_takes_is_an_output(
 def test_long_names_with_one_beginning_have_leftovers_of_their_own(tmp_path: Path) -> None:
     one, other = (tmp_path / ("x" * 250 + end) for end in "ab")
     with output_folder(one) as first, output_folder(other) as second:
-        assert [leftover.path for leftover in leftovers(one)] == [first]
-        assert [leftover.path for leftover in leftovers(other)] == [second]
+        assert [leftover.path for leftover in leftovers(one)] == [first.path]
+        assert [leftover.path for leftover in leftovers(other)] == [second.path]
         assert first != second
 
 
@@ -411,7 +411,7 @@ def test_places_where_nothing_can_be_made_are_refused_before_work(tmp_path: Path
 _HOLDS = """
 import sys
 from pathlib import Path
-from starmerge.checkpoints.output import output_file, output_folder
+from starmerge.storage.publishing import output_file, output_folder
 make, path, suffix = sys.argv[1], Path(sys.argv[2]), sys.argv[3] or None
 with output_file(path) if make == "file" else output_folder(path, suffix=suffix):
     print("in work", flush=True)
@@ -505,7 +505,7 @@ def test_a_given_suffix_is_made_by_one_process_and_then_gone_on_with(tmp_path: P
     assert caught.value.kept == [partial]
     assert _read(partial) == {"done": "half"}
     with output_folder(tmp_path / "out", suffix="f00") as folder:
-        assert _read(folder) == {"done": "half"}
+        assert _read(folder.path) == {"done": "half"}
     assert _read(tmp_path / "out") == {"done": "half"}
     for error in (Interrupted(signal.SIGINT), KeyboardInterrupt()):
         for suffix in (None, "f00"):

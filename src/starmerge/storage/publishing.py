@@ -2,7 +2,7 @@
 
 A folder or a file is made beside its place, as ``.NAME.partial-SUFFIX``, flushed to the disk, and
 gets its name at the end. A folder that it replaces exchanges names with it in one step and is then
-deleted, as ``.NAME.replaced-SUFFIX``; see :mod:`starmerge.checkpoints.leftovers`.
+deleted, as ``.NAME.replaced-SUFFIX``; see :mod:`starmerge.storage.leftovers`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from starmerge.checkpoints.exchange import exchange
-from starmerge.checkpoints.leftovers import (
+from starmerge.errors import Interrupted, StarmergeError, UsageError
+from starmerge.parsing import MOST_JSON_BYTES, parse_json
+from starmerge.storage.exchange import exchange
+from starmerge.storage.leftovers import (
     hidden_prefix,
     leftovers,
     lock,
     longest_name,
     nearest_parent,
 )
-from starmerge.errors import Interrupted, StarmergeError, UsageError
-from starmerge.reading import is_url, read_json
+from starmerge.storage.local_folder import LocalFolder
+from starmerge.storage.regular import open_regular
+from starmerge.storage.storage import is_url
 
 REPORT = "merge_report.json"
 """The report in a merged model's folder; a folder that has it was written by a merge."""
@@ -109,7 +112,7 @@ def output_folder(
     overwrite: bool = False,
     kind: Replaceable = MERGED_MODEL,
     suffix: str | None = None,
-) -> Iterator[Path]:
+) -> Iterator[LocalFolder]:
     """Yield a hidden folder beside ``path`` that takes its place when the block ends well.
 
     If the block raises, the folder is deleted; if the process is killed, it stays behind under its
@@ -141,7 +144,7 @@ def output_folder(
         held = _lock_own(partial, path)
     try:
         with _failures_named(path):
-            yield partial
+            yield LocalFolder(partial)
             _sync_tree(partial)
             _check_replaceable(path, overwrite=overwrite, kind=kind)
             replaced = _put(partial, path, replace=overwrite)
@@ -197,12 +200,6 @@ def output_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise
     finally:
         os.close(held)
-
-
-def files_in(folder: Path) -> list[str]:
-    """List the files in a folder and its folders, relative to it, with slashes, sorted."""
-    files = (member for member in folder.rglob("*") if not member.is_dir())
-    return sorted(file.relative_to(folder).as_posix() for file in files)
 
 
 def printable(name: str) -> str:
@@ -302,8 +299,9 @@ def _check_replaceable(path: Path, *, overwrite: bool, kind: Replaceable) -> Non
 def _listed(marker: Path) -> Collection[str]:
     """Return what a marker lists as the files of its folder: nothing if it cannot be read."""
     try:
-        files = read_json(marker).get("files")
-    except StarmergeError:
+        with open_regular(marker) as stream:
+            files = parse_json(stream.read(MOST_JSON_BYTES)).get("files")
+    except (StarmergeError, OSError, ValueError, AttributeError):
         return ()
     return [file for file in files if isinstance(file, str)] if isinstance(files, list) else ()
 

@@ -1,0 +1,1 @@
+"""Who carries out the work of a merge: threads of this process."""

@@ -1,0 +1,220 @@
+"""The work on the tensors of a merge, as jobs for an executor.
+
+A job is a plan and what earlier passes over the model found. The number of a tensor is its place in
+the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as checked_dataclass
+from torch import Tensor
+
+from starmerge.checkpoints.hashing import blake3_of_tensor
+from starmerge.checkpoints.tensors import prefetch, read_tensor
+from starmerge.deltas import Delta
+from starmerge.merging.checks import check_delta
+from starmerge.merging.layout import PlannedTensor
+from starmerge.merging.outputs import Writing
+from starmerge.merging.plan import Plan
+from starmerge.merging.report import tensor_record
+from starmerge.methods.method import Deltas, TensorContext
+from starmerge.methods.pipeline import Prepared
+
+Seen = TypeVar("Seen")
+
+
+class _Reading:
+    """The task vectors of a tensor, which are checked when they are read for the first time.
+
+    Args:
+        tensor: The tensor.
+        base: The base's, where it is read.
+        checked: Numbers of the models whose task vectors need no check.
+        changing: Numbers of models of which some task vector is known not to be zero; others that
+            are found are added.
+    """
+
+    def __init__(
+        self,
+        tensor: PlannedTensor,
+        base: Tensor | None,
+        checked: frozenset[int],
+        changing: set[int],
+    ) -> None:
+        self._tensor, self._base, self._changing = tensor, base, changing
+        self.checked = set(checked)
+
+    def deltas(self) -> Deltas:
+        """Return the task vectors, which are read when they are asked for."""
+        return Deltas({t: partial(self._load, t) for t in self._tensor.models})
+
+    def _load(self, t: int) -> Delta:
+        model, source = self._tensor.models[t], self._tensor.source
+        delta = model.delta(source.name, self._base)
+        if t not in self.checked:
+            check_delta(delta, model, source, self._base)
+            if t not in self._changing and not delta.is_zero():
+                self._changing.add(t)
+            self.checked.add(t)
+        return delta
+
+
+@dataclass(frozen=True)
+class Looked(Generic[Seen]):
+    """What came of looking at one tensor."""
+
+    seen: Seen
+    """What the method found."""
+    checked: frozenset[int]
+    """Numbers of the models whose task vectors of the tensor were read, and are finite."""
+    changing: frozenset[int]
+    """Numbers of models of which some task vector was found not to be zero."""
+
+
+@checked_dataclass(frozen=True, config=ConfigDict(strict=True))
+class Done:
+    """What a merge says of one tensor that it has written: plain data, as the journal keeps it."""
+
+    record: dict[str, Any] | None
+    """What the report says of it; None if no model changes it."""
+    digests: list[str]
+    """BLAKE3 of what lies in its slots of the output."""
+    inputs: list[str]
+    """BLAKE3 of what it was made of, in the order of :attr:`PlannedTensor.inputs`; none where they
+    are not wanted."""
+    changing: list[int]
+    """Numbers of models of which some task vector was found not to be zero."""
+    taken_up: bool = False
+    """Whether an earlier run had written it."""
+
+
+@dataclass(frozen=True)
+class TensorJob:
+    """Work on the tensors of a plan.
+
+    Args:
+        plan: The plan.
+        checked: For each tensor, by its number, the models whose task vectors earlier passes have
+            checked.
+    """
+
+    plan: Plan
+    checked: Mapping[int, frozenset[int]] = field(default_factory=dict)
+
+    def memory(self, number: int) -> int:
+        """Estimate the bytes in memory while a tensor is worked on."""
+        return self.plan.memory_of(self.plan.tensors[number])
+
+    def nbytes(self, number: int) -> int:
+        """Return how many bytes are read for a tensor."""
+        return self.plan.tensors[number].bytes_to_read
+
+    def announce(self, number: int) -> None:
+        """Read ahead what a tensor is made of."""
+        for info in self.plan.tensors[number].inputs:
+            prefetch(info)
+
+    def base_of(self, tensor: PlannedTensor) -> Tensor | None:
+        """Return the base's tensor, where it is read."""
+        return self.plan.base.checkpoint.read(tensor.source.name) if tensor.reads_base else None
+
+
+@dataclass(frozen=True)
+class LookJob(TensorJob, Generic[Seen]):
+    """A method's look at each tensor that some model changes.
+
+    Args:
+        look: The method's function.
+    """
+
+    look: Callable[[Deltas, TensorContext], Seen] = field(kw_only=True)
+
+    @contextmanager
+    def open(self) -> Iterator[Callable[[int], Looked[Seen]]]:
+        """Yield the look at a tensor."""
+        yield partial(self._work, set())
+
+    def _work(self, changing: set[int], number: int) -> Looked[Seen]:
+        tensor = self.plan.tensors[number]
+        base = self.base_of(tensor)
+        reading = _Reading(tensor, base, self.checked.get(number, frozenset()), changing)
+        seen = self.look(reading.deltas(), self.plan.context(tensor, base))
+        return Looked(seen, frozenset(reading.checked), frozenset(changing))
+
+
+@dataclass(frozen=True)
+class WriteJob(TensorJob):
+    """Merging and writing each tensor.
+
+    Args:
+        prepared: The chain, whose methods have looked at the model.
+        writing: The output.
+        known: What an earlier run said of tensors that it had written, by their names. It counts
+            if their bytes lie in the output.
+        hashes_inputs: Whether the inputs are hashed as they are read.
+    """
+
+    prepared: Prepared = field(kw_only=True)
+    writing: Writing = field(kw_only=True)
+    known: Mapping[str, Done] = field(default_factory=dict, kw_only=True)
+    hashes_inputs: bool = field(default=False, kw_only=True)
+
+    @contextmanager
+    def open(self) -> Iterator[Callable[[int], Done]]:
+        """Yield the merge of a tensor; close the output at the end."""
+        try:
+            yield partial(self._work, set())
+        except BaseException:
+            self.writing.close(flush=False)
+            raise
+        self.writing.close(flush=True)
+
+    def _work(self, changing: set[int], number: int) -> Done:
+        tensor = self.plan.tensors[number]
+        known = self.known.get(tensor.source.name)
+        if known is not None and self._holds(tensor, known.digests):
+            return Done(known.record, known.digests, known.inputs, known.changing, taken_up=True)
+        if not tensor.models:
+            digest = self.writing.leave(tensor)
+            return self._done(tensor, None, changing, [digest] if self.hashes_inputs else [])
+        base = self.base_of(tensor)
+        hashes = list(self._hashes(tensor, base))  # before there is more in memory
+        reading = _Reading(tensor, base, self.checked.get(number, frozenset()), changing)
+        merged = self.prepared.merge(
+            reading.deltas(),
+            self.plan.context(tensor, base),
+            holds_inputs=self.plan.output.reads_inputs,
+        )
+        stored = self.writing.put(tensor, base, merged)
+        record = tensor_record(self.plan, tensor, stored, merged)
+        return self._done(tensor, record, changing, hashes)
+
+    def _hashes(self, tensor: PlannedTensor, base: Tensor | None) -> Iterator[str]:
+        """Yield the BLAKE3 of each input of a tensor."""
+        for info in tensor.inputs if self.hashes_inputs else ():
+            known = base if info is tensor.source else None
+            yield blake3_of_tensor(read_tensor(info) if known is None else known).hexdigest()
+
+    def _holds(self, tensor: PlannedTensor, digests: list[str]) -> bool:
+        slots = self.writing.slots(tensor)
+        return len(slots) == len(digests) and all(
+            writer.holds(name, digest)
+            for (writer, name), digest in zip(slots, digests, strict=True)
+        )
+
+    def _done(
+        self,
+        tensor: PlannedTensor,
+        record: dict[str, Any] | None,
+        changing: set[int],
+        inputs: list[str],
+    ) -> Done:
+        digests = [writer.digest(name) for writer, name in self.writing.slots(tensor)]
+        return Done(record, digests, inputs, sorted(changing))

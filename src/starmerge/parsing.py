@@ -1,0 +1,172 @@
+"""What texts of other people say: JSON and YAML, strictly and within bounds.
+
+Two readers may understand a sloppy file differently: where a key stands twice, say. So such files
+are refused. And no text may make a reader recurse or take memory without end: it has a bounded
+number of values that are nested to a bounded depth.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Iterator
+from itertools import chain, islice
+from typing import Any, NoReturn
+
+import yaml
+
+MOST_JSON_BYTES = 100 * 10**6
+"""Longest JSON file; that of the header of a safetensors file as well, by the library itself."""
+
+_MOST_ENTRIES = 2_000_000
+"""Most commas in a JSON text, which are counted before it takes memory."""
+
+_MOST_VALUES = 4_000_000
+"""Most values that a file may hold; keys, lists and mappings count, and each use of an alias."""
+
+_DEEPEST = 64
+"""Most lists and mappings inside each other."""
+
+_LONGEST_NUMBER = 300
+"""Most digits of a whole number, so that every one of them fits into a float."""
+
+
+def parse_json(content: str | bytes) -> Any:
+    """Return what a JSON text says.
+
+    Args:
+        content: The text; bytes are UTF-8, without a byte order mark.
+
+    Raises:
+        ValueError: It is not JSON (then a :class:`json.JSONDecodeError`), or not UTF-8; a key
+            stands twice in one object; a number, the nesting or the number of values is beyond all
+            bounds; a text holds half a character (a lone surrogate). The message says which.
+    """
+    text = content if isinstance(content, str) else content.decode()
+    if text.count(",") > _MOST_ENTRIES:
+        raise ValueError(f"it holds more than {_MOST_ENTRIES:,} entries")
+    try:
+        parsed = json.loads(text, object_pairs_hook=_object, parse_int=_whole_number)
+    except RecursionError:
+        raise ValueError(_too_deep()) from None
+    check_content(parsed)
+    return parsed
+
+
+def parse_yaml(text: str) -> list[Any]:
+    """Return the documents of a YAML text; an empty one has one, None.
+
+    Dates are texts here. Keys are texts or whole numbers.
+
+    Raises:
+        ValueError: It is not YAML, or holds what :func:`parse_json` refuses as well. The message
+            says which.
+    """
+    try:
+        documents = list(yaml.load_all(text, Loader=_Loader)) or [None]
+        for document in documents:
+            check_content(document)
+    except (yaml.YAMLError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        # Tags that do not fit their values raise whatever Python does: `!!bool maybe` a KeyError.
+        raise ValueError(" ".join(str(error)[:1000].split())) from error
+    except RecursionError as error:
+        raise ValueError(f"{_too_deep()}.") from error
+    return documents
+
+
+def check_content(content: Any) -> None:
+    """Make sure that what a file says is within bounds, and made of what JSON is made of.
+
+    Raises:
+        ValueError: It is not; the message says what is wrong.
+    """
+    seen, level = 0, [content]
+    for _ in range(_DEEPEST + 1):
+        if not level:
+            return
+        seen += len(level)
+        if seen > _MOST_VALUES:
+            raise ValueError(f"it holds more than {_MOST_VALUES:,} values")
+        # An alias of YAML stands for all that it names, so the next level may be of any size.
+        level = list(islice(chain.from_iterable(map(_members, level)), _MOST_VALUES - seen + 1))
+    if level:
+        raise ValueError(_too_deep())
+
+
+def _members(value: Any) -> Iterator[Any]:
+    if isinstance(value, str):
+        if not value.isascii():
+            _check_characters(value)
+    elif isinstance(value, dict):
+        yield from value
+        yield from value.values()
+    elif isinstance(value, list):
+        yield from value
+    elif isinstance(value, int):
+        if abs(value) >= 10**_LONGEST_NUMBER:
+            raise ValueError(f"a number has more than {_LONGEST_NUMBER} digits")
+    elif value is not None and not isinstance(value, float):
+        raise ValueError(f"it holds a {type(value).__name__}. Write it as a text, in quotes")
+
+
+def _check_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text {text[:60]!a} holds half a character") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in content if names.count(name) > 1)
+        raise ValueError(f"the name {twice[:200]!a} occurs twice in one object")
+    return content
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > _LONGEST_NUMBER:
+        raise ValueError(f"a number has more than {_LONGEST_NUMBER} digits")
+    return int(digits)
+
+
+def _too_deep() -> str:
+    return f"it is nested more than {_DEEPEST} levels deep"
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which takes no key twice and knows no dates and no merge keys."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        """Return a mapping; refuse keys that are no texts and no numbers, and keys that recur."""
+        seen = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key.tag.endswith(":merge"):
+                # Of merges of merges PyYAML makes lists that double at each step.
+                self._refuse(key, "the merge key << is not read. Write out the keys it stands for")
+            name = self.construct_object(key, deep=True)
+            if not isinstance(name, str | int) or isinstance(name, bool):
+                shown = repr(name) if isinstance(name, bool | float | None) else type(name).__name__
+                self._refuse(key, f"the key {shown} is no text: quote it")
+            if str(name) in seen:
+                self._refuse(key, f"the key {name!r} occurs twice")
+            seen.add(str(name))
+        return super().construct_mapping(node, deep=deep)
+
+    def _refuse(self, node: Any, problem: str) -> NoReturn:
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+    def construct_number(self, node: Any) -> int | float:
+        """Return a number; PyYAML takes for ever to read one of many parts, as 1:30:00 has."""
+        if len(self.construct_scalar(node)) > _LONGEST_NUMBER:
+            self._refuse(node, f"a number has more than {_LONGEST_NUMBER} digits")
+        is_whole = node.tag.endswith(":int")
+        return self.construct_yaml_int(node) if is_whole else self.construct_yaml_float(node)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)

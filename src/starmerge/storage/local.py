@@ -1,0 +1,138 @@
+"""This machine's file systems, and those that are mounted into them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import mmap
+import os
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from starmerge.storage.leftovers import leftovers
+from starmerge.storage.local_folder import LocalFolder
+from starmerge.storage.publishing import check_output, check_space, output_folder
+from starmerge.storage.regular import open_regular
+from starmerge.storage.storage import FileState, ShortFileError
+
+_SETTLED = 2 * 10**9
+"""Nanoseconds. Some file systems stamp times no finer than that, so a file that changed less long
+ago may change again and keep its stamp."""
+
+
+class LocalStorage:
+    """Files that the system opens: they are mapped, read ahead, and copied within the system."""
+
+    def exists(self, place: Path) -> bool:
+        """Tell whether anything lies there; False, too, if the system takes it for no path."""
+        return _found(place.exists)
+
+    def is_file(self, place: Path) -> bool:
+        """Tell whether a file lies there, or what a link to it leads to."""
+        return _found(place.is_file)
+
+    def is_folder(self, place: Path) -> bool:
+        """Tell whether a folder lies there, or what a link to it leads to."""
+        return _found(place.is_dir)
+
+    def names(self, folder: Path) -> list[str]:
+        """List the names of the files in a folder, not of those in its folders, sorted."""
+        return sorted(member.name for member in folder.iterdir() if member.is_file())
+
+    def state(self, file: Path) -> FileState:
+        """Return the state of a file: device, inode, size, and the times of its last changes.
+
+        The system stamps every change of the content, and nobody can set the time of that stamp,
+        ``ctime``, back.
+        """
+        found = file.stat()
+        changed = max(found.st_mtime_ns, found.st_ctime_ns)
+        identity = (
+            found.st_dev,
+            found.st_ino,
+            found.st_size,
+            found.st_mtime_ns,
+            found.st_ctime_ns,
+        )
+        return FileState(found.st_size, identity, changed < time.time_ns() - _SETTLED)
+
+    def stream(self, file: Path) -> io.FileIO:
+        """Open a file as a stream, unbuffered, if it is a regular one.
+
+        A pipe or a device may never end, and opening a pipe may wait for ever.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            StarmergeError: It is a folder, a pipe or a device, or cannot be opened.
+        """
+        return open_regular(file)
+
+    def read(self, file: Path, offset: int, length: int) -> memoryview:
+        """Return bytes of a file, in memory of their own."""
+        content = memoryview(bytearray(length))
+        with file.open("rb", buffering=0) as stream:
+            stream.seek(offset)
+            left = content
+            while left:
+                count = stream.readinto(left)
+                if not count:
+                    raise ShortFileError(f"{file} ends early")
+                left = left[count:]
+        return content
+
+    def window(self, file: Path, offset: int, length: int) -> memoryview:
+        """Map bytes of a file into memory, privately.
+
+        If the file is cut off while they are looked at, the system ends the process.
+        """
+        start = offset - offset % mmap.ALLOCATIONGRANULARITY
+        with file.open("rb", buffering=0) as stream:
+            try:
+                mapped = mmap.mmap(
+                    stream.fileno(),
+                    offset + length - start,
+                    access=mmap.ACCESS_COPY,
+                    offset=start,
+                )
+            except ValueError as error:  # the file has become shorter
+                raise ShortFileError(f"{file} ends early") from error
+        return memoryview(mapped)[offset - start :]
+
+    def prefetch(self, file: Path, offset: int, length: int) -> None:
+        """Tell the system, where it can be told, that bytes will soon be read."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError), file.open("rb", buffering=0) as stream:
+                os.posix_fadvise(stream.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
+
+    def check_output(self, folder: Path, *, overwrite: bool) -> None:
+        """Make sure that a merge may be published there; see :func:`check_output`."""
+        check_output(folder, overwrite=overwrite)
+
+    def check_room(self, folder: Path, wanted: int) -> None:
+        """Make sure that the disk has room, with what an interrupted run has left."""
+        held = max((left.nbytes for left in leftovers(folder) if left.role == "partial"), default=0)
+        check_space(folder, wanted - held)
+
+    def forget(self, folder: Path, *, suffix: str) -> None:
+        """Delete the hidden folder of an interrupted run with the same suffix."""
+        for leftover in leftovers(folder):
+            if leftover.role == "partial" and leftover.path.name.endswith(suffix):
+                leftover.delete()
+
+    def publish(
+        self, folder: Path, *, overwrite: bool, suffix: str
+    ) -> AbstractContextManager[LocalFolder]:
+        """Yield a hidden folder beside the output; see :func:`output_folder`."""
+        return output_folder(folder, overwrite=overwrite, suffix=suffix)
+
+
+LOCAL = LocalStorage()
+
+
+def _found(look: Callable[[], bool]) -> bool:
+    try:
+        return look()
+    except OSError:  # such as a name that is too long
+        return False

@@ -1,0 +1,135 @@
+"""A folder of this machine in the making, and its files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from starmerge.storage.storage import ShortFileError
+
+_CHUNK = 64 * 2**20
+"""Bytes copied between files at once."""
+
+_PIECE = 2**20
+"""Bytes copied at once where they pass through this process."""
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """A folder that is filled, and gets its name at the end.
+
+    Args:
+        path: Where it lies meanwhile. Libraries that write files themselves may do so there.
+    """
+
+    path: Path
+
+    def open(self, name: str, size: int) -> LocalFile:
+        """Open a file to be filled; what an earlier run has left in it stays."""
+        return LocalFile(self._path(name), size)
+
+    def put(self, name: str, content: bytes) -> None:
+        """Write a small file whole."""
+        self._path(name).write_bytes(content)
+
+    def append(self, name: str, content: bytes) -> None:
+        """Add bytes to the end of a file, such that they survive a power cut."""
+        stream = os.open(self._path(name), os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o666)
+        try:
+            left = memoryview(content)
+            while left:
+                left = left[os.write(stream, left) :]
+            os.fsync(stream)
+        finally:
+            os.close(stream)
+
+    def copy(self, name: str, source: Path) -> None:
+        """Copy a file whole."""
+        shutil.copyfile(source, self._path(name))
+
+    def delete(self, name: str) -> None:
+        """Delete a file, or a folder with all that is in it, if it is there."""
+        place = self.path / name
+        if place.is_dir():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
+
+    def names(self) -> list[str]:
+        """List the files, sorted."""
+        files = (member for member in self.path.rglob("*") if not member.is_dir())
+        return sorted(file.relative_to(self.path).as_posix() for file in files)
+
+    def place(self, name: str) -> Path:
+        """Return where a file or a folder lies, to be read."""
+        return self.path / name
+
+    def _path(self, name: str) -> Path:
+        """Return the path of a file in a folder that is there."""
+        path = self.path / name
+        if "/" in name:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+class LocalFile:
+    """A file that is filled in any order.
+
+    Args:
+        path: The file.
+        size: Its bytes; None: as many as are written.
+    """
+
+    def __init__(self, path: Path, size: int | None = None) -> None:
+        self._file = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+        if size is not None and os.fstat(self._file).st_size != size:
+            os.ftruncate(self._file, size)
+
+    def write(self, content: memoryview, offset: int) -> None:
+        """Write bytes, the first of them at ``offset``."""
+        while content:
+            count = os.pwrite(self._file, content, offset)
+            content, offset = content[count:], offset + count
+
+    def copy(self, source: Path, start: int, length: int, offset: int) -> None:
+        """Copy bytes of another file, within the system where it can."""
+        with source.open("rb", buffering=0) as stream:
+            done = 0
+            while done < length:
+                count = min(length - done, _CHUNK)
+                copied = self._copy_some(stream.fileno(), start + done, count, offset + done)
+                if not copied:
+                    raise ShortFileError(f"{source} ends early")
+                done += copied
+
+    def _copy_some(self, source: int, start: int, count: int, offset: int) -> int:
+        """Copy up to ``count`` bytes; return how many."""
+        if hasattr(os, "copy_file_range"):
+            with contextlib.suppress(OSError):  # file systems that cannot, or not to each other
+                copied = os.copy_file_range(source, self._file, count, start, offset)
+                if copied:
+                    return copied
+        content = os.pread(source, min(count, _PIECE), start)
+        self.write(memoryview(content), offset)
+        return len(content)
+
+    def read(self, offset: int, length: int) -> memoryview:
+        """Return bytes that lie in the file."""
+        content = bytearray()
+        while len(content) < length:
+            part = os.pread(self._file, length - len(content), offset + len(content))
+            if not part:
+                raise ShortFileError("an output file is shorter than it was made")
+            content += part
+        return memoryview(content)
+
+    def sync(self) -> None:
+        """Make what was written survive a power cut."""
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        os.close(self._file)

@@ -1,0 +1,206 @@
+"""The seam between what is merged and where its bytes lie.
+
+Everything above this package names a file or a folder by its place, reads a file by offset and
+length, and publishes whole folders. What lies under a place is known to its storage alone.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+Place: TypeAlias = Path
+"""Where a file or a folder lies. A storage that is not this machine's adds a type of its own."""
+
+
+@dataclass(frozen=True)
+class FileState:
+    """A file as it is at one moment, without its content."""
+
+    size: int
+    """Bytes."""
+    identity: tuple[int | str, ...]
+    """Differs from that of any other file, and from the file's own after its content changed."""
+    is_settled: bool
+    """Whether any later change must alter the identity: False of a file that changed so lately that
+    the system's clock may stamp the next change alike."""
+
+
+class ShortFileError(OSError):
+    """A file ends before the bytes that were asked for."""
+
+
+class OutputFile(Protocol):
+    """A file of a known size that is filled in any order, by several threads."""
+
+    def write(self, content: memoryview, offset: int) -> None:
+        """Write bytes, the first of them at ``offset``.
+
+        Raises:
+            OSError: The storage failed, or is full.
+        """
+
+    def copy(self, source: Place, start: int, length: int, offset: int) -> None:
+        """Copy ``length`` bytes of another file from ``start`` on, the first of them to ``offset``.
+
+        Raises:
+            ShortFileError: The source ends early.
+            OSError: The storage failed, or is full.
+        """
+
+    def read(self, offset: int, length: int) -> memoryview:
+        """Return bytes that lie in the file.
+
+        Raises:
+            OSError: The storage failed.
+        """
+
+    def sync(self) -> None:
+        """Make all that lies in the file, whoever wrote it, survive a power cut.
+
+        Raises:
+            OSError: The storage failed, or is full.
+        """
+
+    def close(self) -> None:
+        """Let go of the file."""
+
+
+class OutputFolder(Protocol):
+    """A folder in the making, which nobody sees under its name before it is published.
+
+    It can be pickled, and filled by other processes that reach its storage. Names are relative to
+    it, with slashes between folders, which are made as they are needed.
+    """
+
+    def open(self, name: str, size: int) -> OutputFile:
+        """Open a file to be filled; what an earlier run has left in it stays.
+
+        Args:
+            name: The file, which is made if it is not there.
+            size: Its bytes.
+        """
+
+    def put(self, name: str, content: bytes) -> None:
+        """Write a small file whole."""
+
+    def append(self, name: str, content: bytes) -> None:
+        """Add bytes to the end of a file, such that they survive a power cut."""
+
+    def copy(self, name: str, source: Place) -> None:
+        """Copy a file whole."""
+
+    def delete(self, name: str) -> None:
+        """Delete a file, or a folder with all that is in it, if it is there."""
+
+    def names(self) -> list[str]:
+        """List the files, sorted."""
+
+    def place(self, name: str) -> Place:
+        """Return where a file or a folder lies, to be read."""
+
+
+class Storage(Protocol):
+    """A kind of place where files lie."""
+
+    def exists(self, place: Place) -> bool:
+        """Tell whether anything lies there."""
+
+    def is_file(self, place: Place) -> bool:
+        """Tell whether a file lies there, or what a link to it leads to."""
+
+    def is_folder(self, place: Place) -> bool:
+        """Tell whether a folder lies there, or what a link to it leads to."""
+
+    def names(self, folder: Place) -> list[str]:
+        """List the names of the files in a folder, not of those in its folders, sorted."""
+
+    def state(self, file: Place) -> FileState:
+        """Return the state of a file.
+
+        Raises:
+            OSError: It is not there, or cannot be reached.
+        """
+
+    def stream(self, file: Place) -> io.RawIOBase:
+        """Open a file for readers that want a stream with a position, unbuffered.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            StarmergeError: No file of a bounded length lies there.
+        """
+
+    def read(self, file: Place, offset: int, length: int) -> memoryview:
+        """Return bytes of a file, in memory of their own.
+
+        Raises:
+            ShortFileError: It ends early.
+            OSError: The storage failed.
+        """
+
+    def window(self, file: Place, offset: int, length: int) -> memoryview:
+        """Return bytes of a file that need not be in memory before they are looked at.
+
+        They must not be written to. Writing to them does not change the file.
+
+        Raises:
+            ShortFileError: It ends early.
+            OSError: The storage failed.
+        """
+
+    def prefetch(self, file: Place, offset: int, length: int) -> None:
+        """Begin to fetch bytes that will soon be read, where that helps; never fails."""
+
+    def check_output(self, folder: Place, *, overwrite: bool) -> None:
+        """Make sure that a merge may be published there.
+
+        Raises:
+            UsageError: It may not.
+        """
+
+    def check_room(self, folder: Place, wanted: int) -> None:
+        """Make sure that there is room for an output of ``wanted`` bytes.
+
+        What an interrupted run has left for the next counts as room.
+
+        Raises:
+            StarmergeError: There is less.
+        """
+
+    def forget(self, folder: Place, *, suffix: str) -> None:
+        """Delete what an interrupted run with the same suffix has left, if anything.
+
+        Raises:
+            UsageError: The run is not over.
+        """
+
+    def publish(
+        self, folder: Place, *, overwrite: bool, suffix: str
+    ) -> AbstractContextManager[OutputFolder]:
+        """Yield a folder that appears under its name, whole, when the block ends well.
+
+        Args:
+            folder: The name.
+            overwrite: Replace the merge that stands there.
+            suffix: Decides what is taken up of an interrupted run: what it made with the same.
+
+        Raises:
+            UsageError: Something that may not be replaced stands there, or another process is
+                making this output.
+            StarmergeError: The storage is full, or fails otherwise.
+        """
+
+
+def is_url(path: str | Path) -> bool:
+    """Tell whether a text is meant as a URL, such as ``s3://bucket/model``, and not as a path.
+
+    Two slashes may have become one, as in paths.
+    """
+    return _URL.match(str(path)) is not None
+
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
