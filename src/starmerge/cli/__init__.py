@@ -82,7 +82,7 @@ def main() -> None:
     # Idle BLAS threads otherwise spin and starve the others on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _keep_memory()
-    # At exit Python would look for garbage among all objects, which takes 0.5 s after torch.
+    # At exit Python would look for garbage among all objects, for 0.4 s where torch is imported.
     atexit.register(gc.freeze)
     # What libraries deprecate among themselves is no news to who runs a command.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
