@@ -1,9 +1,10 @@
-"""What starting takes: the interpreter, torch, starmerge, and the commands' help.
+"""What starting takes: the interpreter, torch, starmerge, the commands' help, a command with torch.
 
 Each is a Python process of its own, in turns. Two differences are claimed: ``import starmerge``
 takes less than 0.3 s beyond ``import torch``, and ``python -m starmerge --help`` less than 0.5 s in
 all.
-``starmerge.merge`` is looked up to have everything imported that a merge needs.
+``starmerge.merge`` is looked up to have everything imported that a merge needs. The command
+``methods`` imports the same and prints a list: how commands that compute start and end.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ COMMANDS = {
     TORCH: ["-c", "import torch"],
     STARMERGE: ["-c", "import torch, starmerge"],
     MERGE: ["-c", "import torch, starmerge; starmerge.merge"],
+    "`python -m starmerge methods`": ["-m", "starmerge", "methods"],
 }
 
 

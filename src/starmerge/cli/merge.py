@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from starmerge.cli import asking
+from starmerge.cli.importing import importing
 from starmerge.cli.parameters import parameters
 from starmerge.errors import UsageError, nearest
 from starmerge.progress import bytes_in_words
@@ -147,13 +148,14 @@ def merge(
 
     Example: starmerge merge recipe.yaml -o merged
     """
-    from starmerge.merging.engine import run
-    from starmerge.merging.executors.threads import Threads
-    from starmerge.merging.journal import fingerprint
-    from starmerge.merging.plan import make_plan
-    from starmerge.merging.ranks import rank_costs
-    from starmerge.recipe import load_recipe, make_recipe, parse_models
-    from starmerge.storage.leftovers import leftovers
+    with importing():
+        from starmerge.merging.engine import run
+        from starmerge.merging.executors.threads import Threads
+        from starmerge.merging.journal import fingerprint
+        from starmerge.merging.plan import make_plan
+        from starmerge.merging.ranks import rank_costs
+        from starmerge.recipe import load_recipe, make_recipe, parse_models
+        from starmerge.storage.leftovers import leftovers
 
     if Path(base).suffix in (".yaml", ".yml") and not Path(base).is_dir():
         options = (models, method, parameter, weight, metric, dtype, kind, rank, max_error)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from starmerge.cli.importing import importing
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -27,8 +29,9 @@ def methods(
 
     Those of installed packages are listed with the package.
     """
-    from starmerge.methods import METHODS
-    from starmerge.methods.method import find_method
+    with importing():
+        from starmerge.methods import METHODS
+        from starmerge.methods.method import find_method
 
     plugins = METHODS.plugins() if name is None else []
     chosen = [find_method(name)] if name else [METHODS[key] for key in sorted(METHODS)]

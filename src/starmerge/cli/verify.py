@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from starmerge.cli.importing import importing
+
 
 def verify(
     path: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that a merge wrote.")],
@@ -39,7 +41,8 @@ def verify(
 
     Example: starmerge verify merged --repeat sample
     """
-    from starmerge.merging.verify import verify as check
+    with importing():
+        from starmerge.merging.verify import verify as check
 
     verdict = check(
         path, inputs=inputs, repeat=repeat, threads=threads, memory=memory, progress=not as_json
