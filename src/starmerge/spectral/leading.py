@@ -22,6 +22,7 @@ _SETTLED = 1e-5
 _ROUNDING = 1e-12
 _STEPS = 12
 _PANEL = 2**22
+_PIECE = 2**18
 _EPS = torch.finfo(torch.float32).eps
 
 
@@ -42,7 +43,8 @@ def leading(delta: LowRank, k: int) -> tuple[SVD, float]:
 
     The core is made in float64; so is the product of the second way where r < 16(k + 8). Else
     products are made in float32, of factors scaled by a power of two so that no square leaves
-    float32's range. Triplets below float32's precision, 1.2e-7 of σ_1, are left out of these.
+    float32's range. Triplets below float32's precision, 1.2e-7 of σ_1, are left out, as the core
+    leaves out what rounding may have made.
 
     Args:
         delta: The delta, r factors.
@@ -68,8 +70,11 @@ def leading(delta: LowRank, k: int) -> tuple[SVD, float]:
         dtype = torch.float64 if few else torch.float32
         decomposed = svd_dense(Dense(_product(delta, 1 / unit, dtype)))
         first = certainly(decomposed, lambda sure: sure.first(k))
-        found = _clean(SVD(first.U.double(), first.S, first.V.double()))
-        lost = float(decomposed.S[len(found.S) :].square().sum())
+        # The longer side's vectors are in the product's precision: they are images of the others.
+        U, V = first.U.double(), first.V.double()
+        found = _ritz(U * first.S, V) if n < m else _turned(_ritz(V * first.S, U))
+        found, rank = _clean(found), _rank(decomposed.S)
+        lost = float(decomposed.S[len(found.S) : rank].square().sum())
     else:
         found, lost = _iterated(delta, 1 / unit, k)
     size = unit * abs(delta.scale)
@@ -145,14 +150,13 @@ def _iterated(delta: LowRank, factor: float, k: int) -> tuple[SVD, float]:
     if n <= m:
         found = _krylov(there, back, (m, n), k, delta.device)
     else:
-        turned = _krylov(back, there, (n, m), k, delta.device)
-        found = SVD(turned.V, turned.S, turned.U)
+        found = _turned(_krylov(back, there, (n, m), k, delta.device))
     found = _clean(found)
     left, right = (found.U * found.S).float(), found.V.T.float()
     if product is not None:
         return found, _energy(product.addmm_(left, right, alpha=-1))
     panels = _panels(delta, factor, torch.float32)
-    return found, sum(_energy(B @ A - left[rows] @ right) for rows, B in panels)
+    return found, sum(_energy((B @ A).addmm_(left[rows], right, alpha=-1)) for rows, B in panels)
 
 
 def _krylov(
@@ -199,9 +203,7 @@ def _krylov(
     _, vectors = torch.linalg.eigh(ready(gram[:end, :end]), UPLO="U")
     first = vectors[:, -k:]
     # Once more on their span alone: in float64 squares of σ below 1e-8 of σ_1 are rounding.
-    Q, R = torch.linalg.qr(images[:, :end] @ first)
-    P, S, Wh = torch.linalg.svd(R)
-    return SVD(Q @ P, S, basis[:, :end] @ (first @ Wh.T))
+    return _ritz(images[:, :end] @ first, basis[:, :end] @ first)
 
 
 def _against(basis: Tensor, block: Tensor) -> Tensor:
@@ -218,10 +220,29 @@ def _against(basis: Tensor, block: Tensor) -> Tensor:
     return block
 
 
+def _ritz(images: Tensor, basis: Tensor) -> SVD:
+    """Return the SVD of an operator on the span of an orthonormal basis, from the basis' images."""
+    Q, R = torch.linalg.qr(ready(images))
+    P, S, Wh = torch.linalg.svd(R)
+    return SVD(Q @ P, S, basis @ Wh.T)
+
+
+def _turned(found: SVD) -> SVD:
+    """Return the triplets of the transpose."""
+    return SVD(found.V, found.S, found.U)
+
+
 def _energy(matrix: Tensor) -> float:
-    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
+    """Return the sum of the squares, in float64, without a copy of the whole matrix in it."""
+    pieces = torch.split(matrix, max(1, _PIECE // matrix.shape[1]))
+    return sum(float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2 for x in pieces)
+
+
+def _rank(S: Tensor) -> int:
+    """Return how many singular values are above float32's precision."""
+    return int((_EPS * S[:1].sum() < S).sum())
 
 
 def _clean(found: SVD) -> SVD:
     """Return the triplets that are above float32's precision."""
-    return found.first(int((found.S > _EPS * found.S[:1].sum()).sum()))
+    return found.first(_rank(found.S))

@@ -26,7 +26,7 @@ from starmerge.checkpoints.tensors import TensorInfo, open_checkpoint
 from starmerge.checkpoints.writer import OutputTensor, ShardWriter
 from starmerge.deltas import LowRank, is_finite, matrix_shape
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.merging.fold import FOLD_ENTRIES, fold
+from starmerge.merging.fold import fold
 from starmerge.merging.layout import Contents, PlannedTensor
 from starmerge.merging.outputs.approximation import approximated, distance
 from starmerge.merging.outputs.model import finite
