@@ -65,10 +65,10 @@ def leading(delta: LowRank, k: int) -> tuple[SVD, float]:
     if few and delta.rank <= min(m, n):
         factored = svd_factored(delta)
         return factored.first(k), float(factored.S[k:].square().sum())
-    unit = _unit(delta)
+    exponent = _exponent(delta)
     if few or wanted > min(m, n):
         dtype = torch.float64 if few else torch.float32
-        decomposed = svd_dense(Dense(_product(delta, 1 / unit, dtype)))
+        decomposed = svd_dense(Dense(_product(delta, exponent, dtype)))
         first = certainly(decomposed, lambda sure: sure.first(k))
         # The longer side's vectors are in the product's precision: they are images of the others.
         U, V = first.U.double(), first.V.double()
@@ -76,8 +76,8 @@ def leading(delta: LowRank, k: int) -> tuple[SVD, float]:
         found, rank = _clean(found), _rank(decomposed.S)
         lost = float(decomposed.S[len(found.S) : rank].square().sum())
     else:
-        found, lost = _iterated(delta, 1 / unit, k)
-    size = unit * abs(delta.scale)
+        found, lost = _iterated(delta, exponent, k)
+    size = 2.0**exponent * abs(delta.scale)
     return SVD(found.U * math.copysign(1, delta.scale), found.S * size, found.V), lost * size**2
 
 
@@ -109,43 +109,52 @@ def leading_bytes(m: int, n: int, r: int, k: int) -> int:
     return max(needs) + 24 * (m + n) * k
 
 
-def _unit(delta: LowRank) -> float:
-    """Return a power of two as large as the largest entry of any B_j A_j, or up to twice that."""
+def _exponent(delta: LowRank) -> int:
+    """Return the binary exponent of the largest entry of any B_j A_j."""
     sizes = [torch.maximum(rows.amax(1), -rows.amin(1)) for rows in (delta.B.T, delta.A)]
     largest = float((sizes[0].double() * sizes[1].double()).max())
-    if not math.isfinite(largest * delta.scale):
+    if not (math.isfinite(largest) and math.isfinite(delta.scale)):
         raise ValueError("A factor or the scale of the delta has a NaN or an infinity.")
-    return 2.0 ** math.frexp(largest)[1]
+    return math.frexp(largest)[1]
 
 
-def _panels(delta: LowRank, factor: float, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield factor · B by panels of rows."""
+def _reduced(tensor: Tensor, exponent: int) -> Tensor:
+    """Return tensor / 2^exponent, in two steps, as the power may lie outside of float32's range."""
+    half = exponent // 2
+    return tensor * 2.0**-half * 2.0 ** (half - exponent)
+
+
+def _panels(delta: LowRank, exponent: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield B / 2^exponent by panels of rows."""
     m, n = delta.shape
     height = max(1, _PANEL // max(n, delta.rank))
     for start in range(0, m, height):
         rows = slice(start, start + height)
-        yield rows, delta.B[rows].to(dtype) * factor
+        yield rows, _reduced(delta.B[rows].to(dtype), exponent)
 
 
-def _product(delta: LowRank, factor: float, dtype: torch.dtype) -> Tensor:
-    """Return factor · B A."""
+def _product(delta: LowRank, exponent: int, dtype: torch.dtype) -> Tensor:
+    """Return B A / 2^exponent."""
     product = torch.empty(delta.shape, dtype=dtype, device=delta.device)
     A = delta.A.to(dtype)
-    for rows, panel in _panels(delta, factor, dtype):
+    for rows, panel in _panels(delta, exponent, dtype):
         torch.mm(panel, A, out=product[rows])
     return product
 
 
-def _iterated(delta: LowRank, factor: float, k: int) -> tuple[SVD, float]:
-    """Return the first k triplets of factor · B A by block Krylov iteration, and what is left."""
+def _iterated(delta: LowRank, exponent: int, k: int) -> tuple[SVD, float]:
+    """Return the first k triplets of B A / 2^exponent by iterating, and the energy they leave."""
     m, n = delta.shape
     product: Tensor | None = None
     if m * n <= (m + n) * delta.rank:
-        product = _product(delta, factor, torch.float32)
+        product = _product(delta, exponent, torch.float32)
         there, back = product.__matmul__, product.T.__matmul__
     else:
         B, A = delta.B.float(), delta.A.float()
-        there, back = lambda X: B @ (A @ X * factor), lambda Y: A.T @ (B.T @ Y * factor)
+        there, back = (
+            lambda X: B @ _reduced(A @ X, exponent),
+            lambda Y: A.T @ _reduced(B.T @ Y, exponent),
+        )
     # The span is searched on the shorter side, where there is less to make orthonormal.
     if n <= m:
         found = _krylov(there, back, (m, n), k, delta.device)
@@ -155,7 +164,7 @@ def _iterated(delta: LowRank, factor: float, k: int) -> tuple[SVD, float]:
     left, right = (found.U * found.S).float(), found.V.T.float()
     if product is not None:
         return found, _energy(product.addmm_(left, right, alpha=-1))
-    panels = _panels(delta, factor, torch.float32)
+    panels = _panels(delta, exponent, torch.float32)
     return found, sum(_energy((B @ A).addmm_(left[rows], right, alpha=-1)) for rows, B in panels)
 
 
