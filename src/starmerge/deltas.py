@@ -400,9 +400,21 @@ def total(deltas: Iterable[Delta]) -> Delta:
         return Dense(dense)
     if len(low) == 1:
         return low[0]
+    return _factors_side_by_side(low, shape)
+
+
+def _factors_side_by_side(parts: Sequence[LowRank], shape: tuple[int, int]) -> LowRank:
+    """Return the sum of low-rank deltas; it takes the memory of its own factors alone."""
+    (m, n), r = shape, sum(part.rank for part in parts)
     # Row by row, since columns of a few entries are slow to put side by side.
-    columns = torch.cat([part.B.T.float() * part.scale for part in low])
-    return LowRank(columns.T, torch.cat([part.A.float() for part in low]))
+    columns = torch.empty(r, m, dtype=torch.float32, device=parts[0].device)
+    rows = torch.empty(r, n, dtype=torch.float32, device=parts[0].device)
+    start = 0
+    for part in parts:
+        own = slice(start, start := start + part.rank)
+        columns[own].copy_(part.B.T).mul_(part.scale)
+        rows[own] = part.A
+    return LowRank(columns.T, rows)
 
 
 def _side_by_side(parts: Sequence[Stored]) -> Stored:

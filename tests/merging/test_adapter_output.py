@@ -322,6 +322,24 @@ def test_more_factors_than_rows_give_a_whole_adapter_without_an_error(
         assert np.linalg.norm(found - wanted) < 1e-6 * np.linalg.norm(wanted)
 
 
+@pytest.mark.parametrize("rank", [None, 8])
+def test_more_factors_than_rows_that_repeat_themselves_give_their_own_rank(
+    make_adapter: MakeAdapter, tmp_path: Path, rank: int | None
+) -> None:
+    models = [make_adapter("a")] + [make_adapter(f"b{seed}", r=1) for seed in range(3)]
+    models = [shutil.copytree(models[0], tmp_path / f"copy{i}") for i in range(12)] + models
+    made = sm.merge(
+        None, models, "average", output=tmp_path / "made", output_kind="adapter", rank=rank
+    )
+    content = made.report.content["output"]
+    updates = [_update(model) for model in models]
+    for name, found in _update(made.path).items():
+        wanted = sum(update[name] for update in updates) / len(updates)
+        assert np.linalg.norm(found - wanted) < 1e-6 * np.linalg.norm(wanted)
+    ranks = [np.linalg.matrix_rank(update[name]) for update in updates for name in update]
+    assert content["error"] == 0 and content["rank"] == max(ranks) + 1
+
+
 def test_bfloat16_says_what_its_rounding_costs(make_adapter: MakeAdapter, tmp_path: Path) -> None:
     models = _adapters(make_adapter, "plain")
     kwargs: dict[str, Any] = {"output_kind": "adapter"}

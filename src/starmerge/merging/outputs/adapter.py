@@ -23,7 +23,7 @@ from starmerge.checkpoints.tensors import TensorInfo, open_checkpoint
 from starmerge.checkpoints.writer import OutputTensor, ShardWriter, json_bytes
 from starmerge.deltas import LowRank, is_finite, matrix_shape
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.merging.fold import FOLD_ENTRIES, fold
+from starmerge.merging.fold import fold
 from starmerge.merging.layout import Contents, PlannedTensor
 from starmerge.merging.outputs.approximation import approximated, distance
 from starmerge.merging.outputs.model import finite
@@ -31,7 +31,7 @@ from starmerge.merging.outputs.output import Finished, Slot
 from starmerge.merging.outputs.places import Where, carried, others, places_of
 from starmerge.methods.pipeline import Merged
 from starmerge.recipe import Dtype
-from starmerge.spectral.leading import MANY
+from starmerge.spectral.leading import leading_bytes
 from starmerge.storage import OutputFolder
 
 _FACTORS = "factors"
@@ -91,13 +91,14 @@ class AdapterOutput:
             )
 
     def memory(self, tensor: PlannedTensor) -> int:
-        """Count the factors in float32 and float64, and what their decomposition needs."""
+        """Count what the decomposition needs, and the factors that are written, in some stages."""
         m, n = matrix_shape(tensor.source.shape)
-        factors = [model.rank(tensor.source.name) for model in tensor.models.values()]
-        r = sum(rank or min(m, n) for rank in factors)
-        if r >= MANY * (self.rank or r):
-            return 12 * (m + n) * r + 24 * FOLD_ENTRIES
-        return 24 * (m + n) * min(r, m, n) + 40 * min(r, m, n) ** 2
+        ranks = [model.rank(tensor.source.name) for model in tensor.models.values()]
+        r = sum(rank or min(m, n) for rank in ranks)
+        if None in ranks:
+            return 24 * (m + n) * min(r, m, n) + 40 * min(r, m, n) ** 2
+        k = min(self.rank or r, r, m, n)
+        return leading_bytes(m, n, r, k) + 24 * (m + n) * k
 
     def bytes_to_write(self, contents: Contents) -> int:
         """Return twice the bytes of factors of the highest rank that may be needed."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from starmerge.deltas import Delta, LowRank, total
 from starmerge.merging.fold import factors_of
 from starmerge.spectral import svd
-from starmerge.spectral.leading import energy_of, leading
+from starmerge.spectral.leading import leading
 from starmerge.spectral.svd import SVD, certainly
 
 
@@ -36,25 +36,21 @@ def approximated(delta: Delta, rank: int) -> Approximated:
         rank: The highest rank.
     """
     if isinstance(delta, LowRank):
-        left, right = factors_of(delta)
-        if left.shape[1] <= rank:
+        if int((delta.B.any(0) & delta.A.any(1)).sum()) <= rank:
+            left, right = factors_of(delta)
             return Approximated(left, right, delta.frobenius(), 0.0)
-        first = leading(delta, rank)
-        # Where nothing is cut off, the difference of two energies would be rounding alone.
-        is_whole = rank >= min(delta.shape)
-        energy = float(first.S.square().sum()) if is_whole else energy_of(delta)
-        return _composed(first, energy)
+        return _composed(*leading(delta, rank))
     decomposed = svd(delta)
     first = certainly(decomposed, lambda sure: sure.first(rank))
-    return _composed(first, float(decomposed.S.square().sum()))
+    return _composed(first, float(decomposed.S[len(first.S) :].square().sum()))
 
 
-def _composed(first: SVD, energy: float) -> Approximated:
+def _composed(first: SVD, lost: float) -> Approximated:
     root = first.S.sqrt()
     left = (first.U * root).float()
     right = (first.V * root).T.float().contiguous()
-    kept = float(first.S.square().sum())
-    return Approximated(left, right, math.sqrt(energy), math.sqrt(max(0.0, energy - kept)))
+    norm = math.sqrt(float(first.S.square().sum()) + lost)
+    return Approximated(left, right, norm, math.sqrt(lost))
 
 
 def distance(made: Approximated, stored: LowRank) -> float:
