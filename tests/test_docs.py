@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from starmerge import Dense, merge_state
-from starmerge.evaluation.metrics import Prediction, score
+from starmerge.evaluation.scoring.metrics import Prediction, score
 from starmerge.evaluation.tasks import find_task
 from starmerge.methods import METHODS, Pipeline, make_pipeline
 

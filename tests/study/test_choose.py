@@ -19,13 +19,13 @@ import starmerge as sm
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation import sheets, subjects
 from starmerge.evaluation.cache import ScoreCache
-from starmerge.evaluation.comparison import Difference, Interval
-from starmerge.evaluation.images import ArraySource, ImageTask
-from starmerge.evaluation.lm_eval import load_tasks
 from starmerge.evaluation.runner import evaluate
+from starmerge.evaluation.scoring.comparison import Difference, Interval
 from starmerge.evaluation.sheets import Settings
-from starmerge.evaluation.sources import FileSource, Sample
-from starmerge.evaluation.spare import spare_sheet
+from starmerge.evaluation.tasks.images import ArraySource, ImageTask
+from starmerge.evaluation.tasks.lm_eval import load_tasks
+from starmerge.evaluation.tasks.sources import FileSource, Sample
+from starmerge.evaluation.tasks.spare import spare_sheet
 from starmerge.merging.engine import run
 from starmerge.merging.plan import make_plan
 from starmerge.recipe import load_recipe, make_recipe, write_recipe

@@ -29,8 +29,8 @@ from starmerge.checkpoints.metric import MetricWriter, is_metric
 from starmerge.checkpoints.output import check_output_file, check_space, output_file
 from starmerge.checkpoints.source import resolve
 from starmerge.errors import StarmergeError, UsageError, nearest
-from starmerge.evaluation.models import Dtype, load_text_model
-from starmerge.evaluation.task import Task
+from starmerge.evaluation.models.loading import Dtype, load_text_model
+from starmerge.evaluation.tasks.task import Task
 from starmerge.merging.metric import hashes_of
 from starmerge.merging.task_vectors import load_task_vectors
 from starmerge.merging.workers import Workers

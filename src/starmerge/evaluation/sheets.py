@@ -12,13 +12,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from starmerge.errors import UsageError, nearest
 from starmerge.evaluation.cache import Record
-from starmerge.evaluation.classification import classify, predicted
-from starmerge.evaluation.images import ImageTask
-from starmerge.evaluation.lm_eval import HarnessTask
-from starmerge.evaluation.matching import Mode
-from starmerge.evaluation.metrics import Prediction, Score, score
-from starmerge.evaluation.models import Dtype
-from starmerge.evaluation.scoring import (
+from starmerge.evaluation.models.asking import (
     SCORERS,
     Advance,
     Answer,
@@ -27,7 +21,13 @@ from starmerge.evaluation.scoring import (
     check_scorer,
     scored,
 )
-from starmerge.evaluation.task import Example, Task
+from starmerge.evaluation.models.classification import classify, predicted
+from starmerge.evaluation.models.loading import Dtype
+from starmerge.evaluation.scoring.matching import Mode
+from starmerge.evaluation.scoring.metrics import Prediction, Score, score
+from starmerge.evaluation.tasks.images import ImageTask
+from starmerge.evaluation.tasks.lm_eval import HarnessTask
+from starmerge.evaluation.tasks.task import Example, Task
 
 AnyTask = Task | ImageTask | HarnessTask
 """Every kind of task that can be asked."""
@@ -38,7 +38,7 @@ class Settings:
     """How models are asked."""
 
     scorer: str = "generate"
-    """A name of :data:`starmerge.evaluation.scoring.SCORERS`; for tasks of text."""
+    """A name of :data:`starmerge.evaluation.models.asking.SCORERS`; for tasks of text."""
     mode: Mode = "strict"
     """How responses are read; "reference" for comparison with published numbers."""
     rows: int | None = None
