@@ -17,7 +17,7 @@ from starmerge.merging.engine import run
 from starmerge.merging.layout import layers
 from starmerge.merging.plan import make_plan
 from starmerge.methods import Sce
-from starmerge.methods.masks import chances_by_rank, l1_factor
+from starmerge.methods.kinds.masks import chances_by_rank, l1_factor
 from starmerge.methods.mergekit_family import FAMILY, agree
 from starmerge.methods.mergekit_settings import PARAMETERS, Setting, resolve
 from starmerge.recipe import Recipe, load_recipe, make_recipe

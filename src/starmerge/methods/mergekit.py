@@ -12,13 +12,13 @@ from torch import Tensor
 
 from starmerge.deltas import Delta, Dense
 from starmerge.errors import UsageError
-from starmerge.methods.combination import combine_bytes
 from starmerge.methods.dare import kept
 from starmerge.methods.della import as_rows, check_chances
-from starmerge.methods.entrywise import panel_bytes, panels
 from starmerge.methods.karcher import Karcher
+from starmerge.methods.kinds.combination import combine_bytes
+from starmerge.methods.kinds.entrywise import panel_bytes, panels
+from starmerge.methods.kinds.masks import chances_by_rank, l1_factor
 from starmerge.methods.linear import Linear
-from starmerge.methods.masks import chances_by_rank, l1_factor
 from starmerge.methods.memory import DeltaShape, TensorShape, dense_shape
 from starmerge.methods.mergekit_family import FAMILY, agree, magnitude_mask, outlier_mask
 from starmerge.methods.mergekit_settings import BASE, Resolved, Setting, read_settings, resolve

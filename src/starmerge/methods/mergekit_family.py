@@ -18,8 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from starmerge.methods.entrywise import task_sum
-from starmerge.methods.masks import largest
+from starmerge.methods.kinds.entrywise import task_sum
+from starmerge.methods.kinds.masks import largest
 
 
 @dataclass(frozen=True)

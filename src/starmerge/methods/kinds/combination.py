@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from starmerge.deltas import Delta, Dense, LowRank, matrix_shape, total
-from starmerge.methods.entrywise import panel_bytes, panels, stacked
+from starmerge.methods.kinds.entrywise import panel_bytes, panels, stacked
 from starmerge.methods.memory import (
     DeltaShape,
     TensorShape,

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from starmerge import merge_state
 from starmerge.deltas import Dense, LowRank
-from starmerge.methods import entrywise, make_pipeline
-from starmerge.methods.entrywise import entries_of, panels, task_sum
+from starmerge.methods import make_pipeline
+from starmerge.methods.kinds import entrywise
+from starmerge.methods.kinds.entrywise import entries_of, panels, task_sum
 from tests.oracles import models, samples
 
 SEARCH = settings(samples.SEARCH, max_examples=15)  # for each chain

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from starmerge.methods.entrywise import absolute_sum
+from starmerge.methods.kinds.entrywise import absolute_sum
 from starmerge.selection import kth_largest
 
 _SMALLEST = 1e-7
