@@ -21,7 +21,7 @@ from pydantic import (
 from starmerge import plugins
 from starmerge.checkpoints.output import check_output_file, output_file
 from starmerge.errors import UsageError, explain, nearest
-from starmerge.mergekit_recipe import is_mergekit_recipe, translate
+from starmerge.mergekit.recipe import is_mergekit_recipe, translate
 from starmerge.methods.pipeline import Pipeline, make_pipeline, map_chain
 from starmerge.reading import exists, read_yaml
 

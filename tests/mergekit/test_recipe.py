@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from starmerge.deltas import Dense
 from starmerge.errors import UsageError
+from starmerge.mergekit.family import FAMILY, agree
+from starmerge.mergekit.settings import PARAMETERS, Setting, resolve
 from starmerge.merging.engine import run
 from starmerge.merging.layout import layers
 from starmerge.merging.plan import make_plan
 from starmerge.methods import Sce
 from starmerge.methods.kinds.masks import chances_by_rank, l1_factor
-from starmerge.methods.mergekit_family import FAMILY, agree
-from starmerge.methods.mergekit_settings import PARAMETERS, Setting, resolve
 from starmerge.recipe import Recipe, load_recipe, make_recipe
 from tests.golden.mergekit.inputs import CONFIG, DTYPES, MODELS, model_tensors, shapes
 from tests.merge_one import merge_one
@@ -28,7 +28,7 @@ from tests.oracles import della as della_oracle
 from tests.oracles import linear as linear_oracle
 from tests.oracles import mergekit as oracle
 
-GOLDEN = Path(__file__).parent / "golden" / "mergekit"
+GOLDEN = Path(__file__).parents[1] / "golden" / "mergekit"
 RECIPES = {path.stem: path for path in sorted((GOLDEN / "recipes").glob("*.yaml"))}
 NOT_RUN = {
     "arcee_fusion",

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from starmerge.errors import UsageError, explain, nearest
-from starmerge.methods.mergekit_settings import BASE, PARAMETERS, Setting, read_settings
+from starmerge.mergekit.settings import BASE, PARAMETERS, Setting, read_settings
 
 _WHOLE = "Only whole models are merged here"
 _TOKENS = "No tokenizer is changed here: all models must have the base's"

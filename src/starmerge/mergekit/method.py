@@ -12,6 +12,8 @@ from torch import Tensor
 
 from starmerge.deltas import Delta, Dense
 from starmerge.errors import UsageError
+from starmerge.mergekit.family import FAMILY, agree, magnitude_mask, outlier_mask
+from starmerge.mergekit.settings import BASE, Resolved, Setting, read_settings, resolve
 from starmerge.methods.dare import kept
 from starmerge.methods.della import as_rows, check_chances
 from starmerge.methods.karcher import Karcher
@@ -20,8 +22,6 @@ from starmerge.methods.kinds.entrywise import panel_bytes, panels
 from starmerge.methods.kinds.masks import chances_by_rank, l1_factor
 from starmerge.methods.linear import Linear
 from starmerge.methods.memory import DeltaShape, TensorShape, dense_shape
-from starmerge.methods.mergekit_family import FAMILY, agree, magnitude_mask, outlier_mask
-from starmerge.methods.mergekit_settings import BASE, Resolved, Setting, read_settings, resolve
 from starmerge.methods.method import Deltas, Merge, TensorContext, method, refuse_weights
 from starmerge.methods.model_stock import ModelStock
 from starmerge.methods.nuslerp import NuSlerp
