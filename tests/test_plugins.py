@@ -28,7 +28,8 @@ from starmerge.evaluation.tasks.files import load_task
 from starmerge.evaluation.tasks.suites import load_suite
 from starmerge.methods import METHODS, make_pipeline
 from starmerge.methods.pipeline import split_chain
-from starmerge.recipe import load_recipe, make_recipe, write_recipe
+from starmerge.recipe import make_recipe
+from starmerge.recipe_file import load_recipe, write_recipe
 from starmerge.study.choose import choose
 from tests.conftest import MakeAdapter
 from tests.evaluation.tiny_world import World, make_world

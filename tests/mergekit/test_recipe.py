@@ -20,7 +20,8 @@ from starmerge.merging.layout import layers
 from starmerge.merging.plan import make_plan
 from starmerge.methods import Sce
 from starmerge.methods.kinds.masks import chances_by_rank, l1_factor
-from starmerge.recipe import Recipe, load_recipe, make_recipe
+from starmerge.recipe import Recipe, make_recipe
+from starmerge.recipe_file import load_recipe
 from tests.golden.mergekit.inputs import CONFIG, DTYPES, MODELS, model_tensors, shapes
 from tests.merge_one import merge_one
 from tests.oracles import dare as dare_oracle

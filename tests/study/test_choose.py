@@ -28,7 +28,8 @@ from starmerge.evaluation.tasks.sources import FileSource, Sample
 from starmerge.evaluation.tasks.spare import spare_sheet
 from starmerge.merging.engine import run
 from starmerge.merging.plan import make_plan
-from starmerge.recipe import load_recipe, make_recipe, write_recipe
+from starmerge.recipe import make_recipe
+from starmerge.recipe_file import load_recipe, write_recipe
 from starmerge.study.candidates import candidate_name, default_candidates, named_candidates
 from starmerge.study.choose import Choice, choose
 from starmerge.study.race import Outcome, Standing

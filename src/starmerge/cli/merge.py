@@ -153,7 +153,8 @@ def merge(
     from starmerge.merging.plan import make_plan
     from starmerge.merging.ranks import rank_costs
     from starmerge.merging.workers import Workers
-    from starmerge.recipe import load_recipe, make_recipe, parse_models
+    from starmerge.recipe import make_recipe, parse_models
+    from starmerge.recipe_file import load_recipe
 
     if Path(base).suffix in (".yaml", ".yml") and not Path(base).is_dir():
         options = (models, method, parameter, weight, metric, dtype, kind, rank, max_error)
