@@ -113,7 +113,10 @@ def make_case(name: str, tokenizer: Any, rows: int) -> Case:
 def agreement(case: Case, first: Sequence[str], second: Sequence[str]) -> float:
     """Return the share of rows in which the same answer is read."""
     pairs = zip(first, second, case.examples, strict=True)
-    same = [read(case.task, one, row) == read(case.task, other, row) for one, other, row in pairs]
+    same = [
+        read(case.task, one, row.label) == read(case.task, other, row.label)
+        for one, other, row in pairs
+    ]
     return sum(same) / len(same)
 
 

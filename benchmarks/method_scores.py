@@ -37,7 +37,8 @@ from starmerge.evaluation.models.asking import SCORERS
 from starmerge.evaluation.runner import Evaluation, evaluate
 from starmerge.evaluation.scoring.comparison import Difference, Interval
 from starmerge.evaluation.scoring.metrics import Score
-from starmerge.evaluation.sheets import AnyTask, Settings
+from starmerge.evaluation.settings import Settings
+from starmerge.evaluation.sheets import AnyTask
 from starmerge.evaluation.subjects import BASE
 from starmerge.evaluation.tasks import find_task
 from starmerge.merging.engine import merge

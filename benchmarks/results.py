@@ -54,7 +54,7 @@ from starmerge.evaluation.scoring.comparison import (
     normalised_average,
 )
 from starmerge.evaluation.scoring.metrics import RESAMPLES, Prediction, Score, percentiles, score
-from starmerge.evaluation.sheets import Settings
+from starmerge.evaluation.settings import Settings
 from starmerge.evaluation.subjects import BASE, Update
 from starmerge.evaluation.tasks import find_task
 from starmerge.merging.apply import apply

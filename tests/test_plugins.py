@@ -22,7 +22,7 @@ from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation.runner import evaluate
 from starmerge.evaluation.scoring.comparison import paired
 from starmerge.evaluation.scoring.metrics import RESAMPLES, Prediction, metric, resample, score
-from starmerge.evaluation.sheets import Settings
+from starmerge.evaluation.settings import Settings
 from starmerge.evaluation.tasks import find_task
 from starmerge.evaluation.tasks.files import load_task
 from starmerge.evaluation.tasks.suites import load_suite

@@ -17,7 +17,7 @@ from starmerge.evaluation.cache import ScoreCache
 from starmerge.evaluation.results import load_results, write_results
 from starmerge.evaluation.runner import Evaluation, evaluate
 from starmerge.evaluation.scoring.metrics import Prediction, Score, score
-from starmerge.evaluation.sheets import Settings
+from starmerge.evaluation.settings import Settings
 from starmerge.evaluation.table import differences, markdown, notes, report
 from starmerge.evaluation.tasks import find_task
 from starmerge.evaluation.tasks.sources import FileSource

@@ -10,7 +10,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM
 
 from starmerge.evaluation.runner import evaluate
-from starmerge.evaluation.sheets import Settings
+from starmerge.evaluation.settings import Settings
 from starmerge.evaluation.tasks.sources import FileSource, Sample
 from starmerge.evaluation.tasks.task import Task
 from tests.evaluation.models.tiny_models import make, tokenizer

@@ -21,11 +21,11 @@ from starmerge.evaluation import sheets, subjects
 from starmerge.evaluation.cache import ScoreCache
 from starmerge.evaluation.runner import evaluate
 from starmerge.evaluation.scoring.comparison import Difference, Interval
-from starmerge.evaluation.sheets import Settings
+from starmerge.evaluation.settings import Settings
+from starmerge.evaluation.sheets import prepare_spare
 from starmerge.evaluation.tasks.images import ArraySource, ImageTask
 from starmerge.evaluation.tasks.lm_eval import load_tasks
 from starmerge.evaluation.tasks.sources import FileSource, Sample
-from starmerge.evaluation.tasks.spare import spare_sheet
 from starmerge.merging.engine import run
 from starmerge.merging.plan import make_plan
 from starmerge.recipe import make_recipe
@@ -62,7 +62,7 @@ def test_averages_are_those_of_an_evaluation_on_the_same_rows(world: World, tmp_
     choice = choose(world.base, world.adapters, world.tasks, FEW, settings=RANK)
     same_rows = []
     for task in world.tasks:
-        sheet, origin = spare_sheet(task, RANK)
+        sheet, origin = prepare_spare(task, RANK)
         assert origin == "held out"
         scored = {row.id for row in task.examples("test")}
         rows = sheet._examples  # type: ignore[attr-defined]

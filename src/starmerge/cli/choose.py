@@ -91,7 +91,7 @@ def choose(
     Then: starmerge merge recipe.yaml -o merged
     """
     from starmerge.errors import UsageError
-    from starmerge.evaluation.sheets import Settings
+    from starmerge.evaluation.settings import Settings
     from starmerge.recipe import parse_models
     from starmerge.recipe_file import check_recipe_file, write_recipe
     from starmerge.study.candidates import default_candidates, named_candidates

@@ -21,7 +21,8 @@ from starmerge.evaluation.scoring.comparison import (
     normalised_average,
 )
 from starmerge.evaluation.scoring.metrics import Score
-from starmerge.evaluation.sheets import AnyTask, Settings, Sheet, prepare
+from starmerge.evaluation.settings import Settings
+from starmerge.evaluation.sheets import AnyTask, Sheet, prepare
 from starmerge.evaluation.subjects import BASE, Group, Update, check_backend, groups
 from starmerge.progress import progress_bar
 

@@ -12,7 +12,7 @@ from starmerge.errors import UsageError
 from starmerge.evaluation.cache import ScoreCache
 from starmerge.evaluation.results import check_results, write_results
 from starmerge.evaluation.runner import Evaluation, check, evaluate
-from starmerge.evaluation.sheets import Settings
+from starmerge.evaluation.settings import Settings
 from starmerge.evaluation.table import report
 from starmerge.evaluation.tasks import find_task, with_rows_of
 from starmerge.evaluation.tasks.files import DataTask

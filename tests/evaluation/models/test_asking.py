@@ -64,7 +64,7 @@ def test_generation_is_that_of_the_library_up_to_where_it_stops(language: LocalM
         text = language.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
         assert full.response == text
         assert text.startswith(answer.response)
-        assert read(task, text, row) == read(task, answer.response, row)
+        assert read(task, text, row.label) == read(task, answer.response, row.label)
 
 
 def test_ranking_takes_the_choice_with_the_highest_likelihood(language: LocalModel) -> None:

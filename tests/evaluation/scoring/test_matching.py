@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from starmerge.evaluation.scoring.matching import Reading, is_final, read
 from starmerge.evaluation.tasks.sources import FileSource
-from starmerge.evaluation.tasks.task import Example, Task
+from starmerge.evaluation.tasks.task import Task
 
 DISCO = ("pair_conn", "single_conn_inner", "single_conn_inner_anaphora", "pair_conn_anaphora")
 OPTIONS = {"1": ["(a)", "a"], "2": ["(b)", "b"], "3": ["(c)", "c"]}
@@ -26,12 +26,8 @@ def _task(*labels: str, **settings: Any) -> Task:
     return Task(name="t", source=source, prompt="{text}", **settings)
 
 
-def _row(gold: str) -> Example:
-    return Example("test/0", {"text": ""}, gold)
-
-
 def _value(task: Task, response: str) -> str | float | None:
-    return read(task, response, _row(task.words[0][0] if task.words else "0")).value
+    return read(task, response, task.words[0][0] if task.words else "0").value
 
 
 @pytest.mark.parametrize(
@@ -74,7 +70,7 @@ def test_reads_the_first_label_that_is_a_whole_word(
 ) -> None:
     task = _task(*labels)
     for label in labels:
-        assert read(task, response, _row(label)) == Reading(answer, float(answer == label))
+        assert read(task, response, label) == Reading(answer, float(answer == label))
 
 
 @pytest.mark.parametrize(
@@ -116,16 +112,16 @@ def test_plain_words_are_read_as_a_split_would(words: list[str], gap: str) -> No
 
 def test_all_words_of_a_label_mean_its_first() -> None:
     task = _task(labels=NLI)
-    assert read(task, "They contradict.", _row("contradiction")) == Reading("contradiction", 1.0)
-    assert read(task, "They contradict.", _row("neutral")) == Reading("contradiction", 0.0)
+    assert read(task, "They contradict.", "contradiction") == Reading("contradiction", 1.0)
+    assert read(task, "They contradict.", "neutral") == Reading("contradiction", 0.0)
 
 
 def test_case_counts_where_the_task_says_so() -> None:
     task = _task("US", "UK", case_sensitive=True)
     assert _value(task, "Between us: the UK") == "UK"
     assert _value(_task("US", "UK"), "Between us: the UK") == "US"
-    assert read(_task(match="contains"), "paris", _row("Paris")).credit == 1
-    assert read(_task(match="contains", case_sensitive=True), "paris", _row("Paris")).credit == 0
+    assert read(_task(match="contains"), "paris", "Paris").credit == 1
+    assert read(_task(match="contains", case_sensitive=True), "paris", "Paris").credit == 0
 
 
 @pytest.mark.parametrize(
@@ -170,10 +166,10 @@ def test_exact_takes_the_whole_response(response: str, answer: str | None) -> No
 
 def test_exact_without_labels_compares_with_the_right_answer() -> None:
     task = _task(match="exact")
-    assert read(task, "Paris.", _row("paris")) == Reading("paris", 1.0)
-    assert read(task, "Paris, I think.", _row("Paris")) == Reading("Paris, I think", 0.0)
-    assert read(task, " 12,345 ", _row("12345")).credit == 1
-    assert read(task, '"."', _row("?")) == Reading(None, 0.0)
+    assert read(task, "Paris.", "paris") == Reading("paris", 1.0)
+    assert read(task, "Paris, I think.", "Paris") == Reading("Paris, I think", 0.0)
+    assert read(task, " 12,345 ", "12345").credit == 1
+    assert read(task, '"."', "?") == Reading(None, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -204,15 +200,15 @@ def test_exact_without_labels_compares_with_the_right_answer() -> None:
 def test_contains_finds_the_right_answer_as_whole_words(
     response: str, gold: str, right: bool
 ) -> None:
-    assert read(_task(match="contains"), response, _row(gold)).credit == right
+    assert read(_task(match="contains"), response, gold).credit == right
 
 
 def test_contains_reads_a_wrong_answer_by_the_pattern_of_answers() -> None:
     task = _task(answer=r"\d+")
     assert task.match == "contains"
-    assert read(task, "maybe 7", _row("12")) == Reading("7", 0.0)
-    assert read(task, "seven", _row("12")) == Reading(None, 0.0)
-    assert read(task, "7 or 12", _row("12")) == Reading("12", 1.0)
+    assert read(task, "maybe 7", "12") == Reading("7", 0.0)
+    assert read(task, "seven", "12") == Reading(None, 0.0)
+    assert read(task, "7 or 12", "12") == Reading("12", 1.0)
 
 
 @pytest.mark.parametrize(
@@ -244,18 +240,18 @@ def test_reads_the_first_number(response: str, number: float | None) -> None:
 
 def test_a_number_out_of_range_is_unreadable_and_the_paper_clips_it() -> None:
     task = _task(match="number", range=(1, 5))
-    assert read(task, "5.0", _row("5.0")) == Reading(5.0, 1.0)
-    assert read(task, "7", _row("5.0")) == Reading(None, 0.0)
-    assert read(task, "7", _row("5.0"), "reference") == Reading(5.0, 1.0)
-    assert read(task, "none", _row("5.0"), "reference") == Reading(0.0, 0.0)
+    assert read(task, "5.0", "5.0") == Reading(5.0, 1.0)
+    assert read(task, "7", "5.0") == Reading(None, 0.0)
+    assert read(task, "7", "5.0", "reference") == Reading(5.0, 1.0)
+    assert read(task, "none", "5.0", "reference") == Reading(0.0, 0.0)
 
 
 def test_a_row_earns_nothing_towards_a_correlation() -> None:
     task = _task(match="number", metric="spearman")
-    assert read(task, "4.20", _row("4.2")) == Reading(4.2, None)
-    assert read(task, "four", _row("4.2")) == Reading(None, None)
-    assert read(task, "four", _row("4.2"), "reference") == Reading(0.0, None)
-    assert read(_task(match="number"), "4.20", _row("4.2")) == Reading(4.2, 1.0)
+    assert read(task, "4.20", "4.2") == Reading(4.2, None)
+    assert read(task, "four", "4.2") == Reading(None, None)
+    assert read(task, "four", "4.2", "reference") == Reading(0.0, None)
+    assert read(_task(match="number"), "4.20", "4.2") == Reading(4.2, 1.0)
 
 
 def _squad_f1(response: str, gold: str) -> float:
@@ -284,16 +280,16 @@ _PHRASES = st.lists(
 
 @given(_PHRASES, _PHRASES)
 def test_token_f1_is_that_of_squad(response: str, gold: str) -> None:
-    reading = read(_task(match="token-f1", metric="f1"), response, _row(gold))
+    reading = read(_task(match="token-f1", metric="f1"), response, gold)
     assert reading.credit == pytest.approx(_squad_f1(response, gold), abs=1e-12)
 
 
 def test_token_f1_counts_tokens_as_often_as_they_occur() -> None:
     task = _task(match="token-f1", metric="f1")
-    assert read(task, " The cat, the cat! ", _row("cat")) == Reading(
+    assert read(task, " The cat, the cat! ", "cat") == Reading(
         "The cat, the cat!", pytest.approx(2 / 3)
     )
-    assert read(task, "the ...", _row("cat")) == Reading(None, 0.0)
+    assert read(task, "the ...", "cat") == Reading(None, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -316,9 +312,8 @@ def test_token_f1_counts_tokens_as_often_as_they_occur() -> None:
 def test_reference_mode_reads_as_the_paper_does(
     task: Task, response: str, gold: str, strict: object, reference: object
 ) -> None:
-    row = _row(gold)
-    assert read(task, response, row).value == strict
-    reading = read(task, response, row, "reference")
+    assert read(task, response, gold).value == strict
+    reading = read(task, response, gold, "reference")
     assert reading.value == reference
     assert reading.credit == (str(reference) in (gold, f"{gold}.0"))
 
@@ -326,9 +321,9 @@ def test_reference_mode_reads_as_the_paper_does(
 def test_reference_mode_compares_words_with_characters() -> None:
     # Of the words {a, cat, sat} and the characters {c, a, t}, "a" is shared.
     task = _task(match="token-f1", metric="f1")
-    assert read(task, "A cat sat", _row("cat"), "reference").credit == pytest.approx(1 / 3)
-    assert read(task, "cat", _row("cat"), "reference").credit == 0
-    assert read(task, "cat", _row("cat")).credit == 1
+    assert read(task, "A cat sat", "cat", "reference").credit == pytest.approx(1 / 3)
+    assert read(task, "cat", "cat", "reference").credit == 0
+    assert read(task, "cat", "cat").credit == 1
 
 
 CLOSED = [
@@ -378,11 +373,11 @@ def test_a_final_reading_stays_whatever_is_written_after_it(
     drawn: tuple[Task, str], gold: str
 ) -> None:
     task, response = drawn
-    row = _row(gold if task.match == "number" or not task.words else task.words[0][0])
-    reading = read(task, response, row)
+    right = gold if task.match == "number" or not task.words else task.words[0][0]
+    reading = read(task, response, right)
     for end in range(len(response)):
         if is_final(task, response[:end]):
-            assert read(task, response[:end], row) == reading
+            assert read(task, response[:end], right) == reading
             assert is_final(task, response)
 
 

@@ -24,7 +24,8 @@ from starmerge.evaluation.cache import Record
 from starmerge.evaluation.models.asking import LocalModel
 from starmerge.evaluation.models.loading import AdapterSwitch
 from starmerge.evaluation.scoring.metrics import Score
-from starmerge.evaluation.sheets import Settings, Sheet, prepare
+from starmerge.evaluation.settings import Settings
+from starmerge.evaluation.sheets import Sheet, prepare
 from starmerge.evaluation.tasks.lm_eval import HarnessTask, load_tasks
 
 KINDS = ["an animal", "a colour", "a number"]

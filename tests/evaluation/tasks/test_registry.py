@@ -358,7 +358,7 @@ def test_the_words_of_a_label_are_right_for_it_alone(
     for example in task.examples("test"):
         for words in task.words:
             for word in words:
-                reading = matching.read(task, word, example, mode)
+                reading = matching.read(task, word, example.label, mode)
                 if mode == "strict" or not _hidden(task, word):
                     assert reading.value == words[0]
                     assert reading.credit == (words[0] == example.label)
@@ -369,7 +369,7 @@ def test_the_right_answer_of_an_open_task_is_read_as_right(name: str, tmp_path: 
     gold = OPEN[name]
     task = task_on(name, tmp_path, [gold])
     (example,) = task.examples("test")
-    reading = matching.read(task, f"{gold}", example)
+    reading = matching.read(task, f"{gold}", example.label)
     assert reading.value == gold
     assert reading.credit == (None if isinstance(gold, float) else 1.0)
 

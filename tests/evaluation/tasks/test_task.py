@@ -224,7 +224,7 @@ def test_generated_tasks_are_fixed_and_without_leaks_or_rare_labels(name: str) -
         assert row.label in row.choices
         assert len(set(row.choices)) == len(row.choices) > 1
         # The prompt may name the label; the label itself must read as right.
-        assert read(task, row.label, row).credit == 1
+        assert read(task, row.label, row.label).credit == 1
     for words in task.words:
         count = sum(row.label == words[0] for row in train)
         assert count >= max(sum(row.label == w[0] for row in train) for w in task.words) / 3

@@ -227,7 +227,7 @@ def predictions(
         if scorer == "rank":
             value, credit = answer.response, float(answer.response == example.label)
         else:
-            reading = read(task, answer.response, example, mode)
+            reading = read(task, answer.response, example.label, mode)
             value, credit = reading.value, reading.credit
         found.append(
             Prediction(example.id, answer.response, value, example.label, credit, answer.shortened)

@@ -34,12 +34,43 @@ import string
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, Protocol
 
-from starmerge.evaluation.tasks.task import Example, Task
+from starmerge.evaluation.scoring.metrics import Metric
+
+Match = Literal["whole-word", "exact", "starts-with", "contains", "number", "token-f1"]
+"""How a response is read: see above."""
 
 Mode = Literal["strict", "reference"]
 """``strict``: as above. ``reference``: as the scripts of arXiv 2502.10339; see :func:`read`."""
+
+
+class Rules(Protocol):
+    """The rules by which a task has its responses read; a task is an object of this kind."""
+
+    @property
+    def match(self) -> Match:
+        """How responses are read."""
+
+    @property
+    def words(self) -> tuple[tuple[str, ...], ...]:
+        """The words of each label, in their order; none without labels."""
+
+    @property
+    def answer(self) -> str:
+        """For ``contains``: regular expression of what counts as an answer at all."""
+
+    @property
+    def range(self) -> tuple[float, float] | None:
+        """Least and greatest answer, for ``number``."""
+
+    @property
+    def case_sensitive(self) -> bool:
+        """Whether case counts."""
+
+    @property
+    def scored_by(self) -> Metric:
+        """The metric, which says whether single rows earn anything."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +83,7 @@ class Reading:
     """What the row earns, 0 to 1; None where only all rows together have a score."""
 
 
-def read(task: Task, response: str, example: Example, mode: Mode = "strict") -> Reading:
+def read(rules: Rules, response: str, gold: str, mode: Mode = "strict") -> Reading:
     """Read a response.
 
     Mode ``reference`` is for comparison with numbers published with arXiv 2502.10339, and for
@@ -65,20 +96,20 @@ def read(task: Task, response: str, example: Example, mode: Mode = "strict") -> 
     label that contains an earlier one; and what cannot be read looks like a true 0.
 
     Args:
-        task: Says how to read.
+        rules: Say how to read: a task.
         response: What the model wrote, without its special tokens.
-        example: The row that was asked.
+        gold: The right answer of the row that was asked.
         mode: ``strict``, or ``reference`` for comparison only.
 
     Returns:
         The reading. What is unreadable earns 0; no row earns anything towards a correlation.
     """
     how = _read_strictly if mode == "strict" else _read_like_the_paper
-    value, credit = how(task, response, example.label)
-    return Reading(value, credit if task.scored_by.earns else None)
+    value, credit = how(rules, response, gold)
+    return Reading(value, credit if rules.scored_by.earns else None)
 
 
-def is_final(task: Task, text: str) -> bool:
+def is_final(rules: Rules, text: str) -> bool:
     """Tell whether the strict reading of ``text`` stays as it is, whatever is written after it.
 
     Generation can stop there. With labels, that is as soon as one has been read and what follows
@@ -86,59 +117,61 @@ def is_final(task: Task, text: str) -> bool:
     label; with ``starts-with`` also as soon as no label can come any more. A number is final when
     no further digit can belong to it. Other responses are read as a whole, and are never final.
     """
-    if task.match == "number":
+    if rules.match == "number":
         number = _NUMBER.search(text)
         return number is not None and _AFTER_A_NUMBER.match(text, number.end()) is not None
-    if task.match not in ("whole-word", "starts-with"):
+    if rules.match not in ("whole-word", "starts-with"):
         return False
-    text = _fold(text, task.case_sensitive)
-    found = _first(task, text)
+    text = _fold(text, rules.case_sensitive)
+    found = _first(rules, text)
     if found is not None:
         if _OPEN_END.match(text, found.end()):
             return False
         last = found.start("phrase")
-    elif task.match == "starts-with":
+    elif rules.match == "starts-with":
         last = len(text) - len(text.lstrip(_OPENING))
     else:
         return False
     # A label that begins there or earlier, and is not complete yet, would be read instead.
-    labels = _vocabulary(task.words, task.case_sensitive).labels
+    labels = _vocabulary(rules.words, rules.case_sensitive).labels
     rests = (text[start:] for start in range(last + 1))
     return not any(label.startswith(rest) and label != rest for rest in rests for label in labels)
 
 
-def _read_strictly(task: Task, response: str, gold: str) -> tuple[str | float | None, float]:
-    if task.match == "number":
-        number = _first_number(response, task.range)
+def _read_strictly(rules: Rules, response: str, gold: str) -> tuple[str | float | None, float]:
+    if rules.match == "number":
+        number = _first_number(response, rules.range)
         return number, float(number == float(gold))
-    text = _fold(response, task.case_sensitive)
-    if task.match == "token-f1":
+    text = _fold(response, rules.case_sensitive)
+    if rules.match == "token-f1":
         tokens = _squad_tokens(text)
-        credit = _f1(tokens, _squad_tokens(_fold(gold, task.case_sensitive)))
+        credit = _f1(tokens, _squad_tokens(_fold(gold, rules.case_sensitive)))
         return response.strip() if tokens else None, credit
-    label = _label(task, text, task.words or ((gold,),))
-    if label is not None or task.words:
+    label = _label(rules, text, rules.words or ((gold,),))
+    if label is not None or rules.words:
         return label, float(label == gold)
-    if task.match == "exact":
+    if rules.match == "exact":
         return _trim(response) or None, 0.0
-    other = re.search(task.answer, response)
+    other = re.search(rules.answer, response)
     return other[0] if other else None, 0.0
 
 
-def _read_like_the_paper(task: Task, response: str, gold: str) -> tuple[str | float | None, float]:
+def _read_like_the_paper(
+    rules: Rules, response: str, gold: str
+) -> tuple[str | float | None, float]:
     text = response.strip().lower()
-    if task.words:
-        for words in task.words:
+    if rules.words:
+        for words in rules.words:
             for word in map(str.lower, words):
-                if text.startswith(word) if task.match == "starts-with" else word in text:
+                if text.startswith(word) if rules.match == "starts-with" else word in text:
                     return words[0], float(words[0] == gold)
         return None, 0.0
-    if task.match == "number":
+    if rules.match == "number":
         found = re.search(r"([-+]?\d*\.)?\d+", text)
-        low, high = task.range or (-math.inf, math.inf)
+        low, high = rules.range or (-math.inf, math.inf)
         number = min(max(float(found[0]), low), high) if found else 0.0
         return number, float(number == float(gold))
-    if task.match == "token-f1":
+    if rules.match == "token-f1":
         return text or None, _f1(Counter(set(text.split())), Counter(set(gold.lower())))
     return (gold, 1.0) if gold.lower() in text else (text or None, 0.0)
 
@@ -200,24 +233,24 @@ def _spellings(word: str) -> tuple[str, str]:
     return plain, re.sub(r"(?<=\d)(?=(\d{3})+(?!\d))", ",", plain)
 
 
-def _first(task: Task, text: str) -> re.Match[str] | None:
-    vocabulary = _vocabulary(task.words, task.case_sensitive)
-    if task.match == "starts-with":
+def _first(rules: Rules, text: str) -> re.Match[str] | None:
+    vocabulary = _vocabulary(rules.words, rules.case_sensitive)
+    if rules.match == "starts-with":
         return vocabulary.at_start.match(text)
     return vocabulary.anywhere.search(text)
 
 
-def _label(task: Task, text: str, words: tuple[tuple[str, ...], ...]) -> str | None:
-    vocabulary = _vocabulary(words, task.case_sensitive)
-    if task.match == "exact":
+def _label(rules: Rules, text: str, words: tuple[tuple[str, ...], ...]) -> str | None:
+    vocabulary = _vocabulary(words, rules.case_sensitive)
+    if rules.match == "exact":
         answer = _trim(text)
         same = (phrase for phrase in vocabulary.labels if answer and _trim(phrase) == answer)
         phrase = next(same, None)
-    elif task.match == "contains":
+    elif rules.match == "contains":
         places = vocabulary.anywhere.finditer(text)
         phrase = next((place["phrase"] for place in places if not _is_negated(text, place)), None)
     else:
-        found = _first(task, text)
+        found = _first(rules, text)
         phrase = found["phrase"] if found and not _is_negated(text, found) else None
     return None if phrase is None else vocabulary.labels[phrase]
 

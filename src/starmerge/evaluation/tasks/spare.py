@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from starmerge.errors import UsageError
-from starmerge.evaluation.sheets import AnyTask, Settings, Sheet, prepare, sheet_of
 from starmerge.evaluation.tasks.images import ImageTask
-from starmerge.evaluation.tasks.lm_eval import HarnessTask
 from starmerge.evaluation.tasks.sources import Sample
 from starmerge.evaluation.tasks.task import Example, Task
 
@@ -15,31 +13,29 @@ Origin = Literal["held out", "training", "scored"]
 """Where rows come from: held out but not in the task's sample; trained on; scored."""
 
 
-def spare_sheet(task: AnyTask, settings: Settings) -> tuple[Sheet, Origin]:
-    """Make a task ready to be asked on rows that an evaluation of it does not score.
+def spare_rows(task: Task | ImageTask, limit: int | None) -> tuple[list[Example], Origin]:
+    """Return rows of a task that an evaluation of it does not score.
 
     A choice made on the rows that are reported afterwards makes the reported scores too good. So
     the rows are, in this order:
 
     - held-out rows that the task's sample leaves out: neither trained on nor scored;
     - rows to train on: not scored, but the fine-tune may know them by heart;
-    - the rows that are scored, and all rows of lm-evaluation-harness's tasks.
+    - the rows that are scored.
 
     The first of these is taken that has as many rows as the task's own sample would give, and, for
     a balanced sample, rows of the same labels.
 
     Args:
         task: The task.
-        settings: How it is asked; ``rows`` at most.
+        limit: How many rows at most; None: as many as its sample has.
 
     Returns:
-        The task with its rows, shuffled with the sample's seed, and where they come from.
+        The rows, shuffled with the sample's seed, and where they come from.
 
     Raises:
-        UsageError: The task has no rows, or the scorer cannot score them.
+        UsageError: The task has no rows to score.
     """
-    if isinstance(task, HarnessTask):
-        return prepare(task, settings), "scored"
     scored = task.examples("test")
     everything = task.model_copy(update={"sample": Sample(seed=task.sample.seed)})
     known = {row.id for row in scored}
@@ -49,7 +45,7 @@ def spare_sheet(task: AnyTask, settings: Settings) -> tuple[Sheet, Origin]:
         "scored": scored,
     }
     samples = {
-        origin: task.sample.take(rows, lambda row: row.label, settings.rows)
+        origin: task.sample.take(rows, lambda row: row.label, limit)
         for origin, rows in pools.items()
         if rows
     }
@@ -60,7 +56,7 @@ def spare_sheet(task: AnyTask, settings: Settings) -> tuple[Sheet, Origin]:
         return len(rows) >= len(wanted) and is_balanced
 
     origin = next(origin for origin, rows in samples.items() if is_enough(rows))
-    return sheet_of(task, samples[origin], settings), origin
+    return samples[origin], origin
 
 
 def _training_rows(task: Task | ImageTask) -> list[Example]:

@@ -20,6 +20,7 @@ from blake3 import blake3
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from starmerge.errors import StarmergeError, UsageError
+from starmerge.evaluation.scoring.matching import Match
 from starmerge.evaluation.scoring.metrics import METRICS, Metric
 from starmerge.evaluation.tasks.sources import (
     Data,
@@ -37,9 +38,6 @@ from starmerge.evaluation.tasks.sources import (
 
 Chat = Literal["auto", "none", "template", "template-without-generation-prompt"]
 """Whether a prompt is a message of the tokenizer's chat template; auto: if it has one."""
-
-Match = Literal["whole-word", "exact", "starts-with", "contains", "number", "token-f1"]
-"""How an answer is read; see :mod:`starmerge.evaluation.scoring.matching`."""
 
 
 def _known_metric(name: str) -> str:
@@ -141,7 +139,8 @@ class Task(Data):
     choices: str | None = None
     """Field with a row's own answers to rank, for tasks without labels."""
     match: Match = "whole-word"
-    """By default ``whole-word`` with labels and ``contains`` without."""
+    """How an answer is read, see :mod:`starmerge.evaluation.scoring.matching`; by default
+    ``whole-word`` with labels and ``contains`` without."""
     answer: str = r"\w+"
     """For ``contains``: regular expression of what counts as an answer at all."""
     range: tuple[float, float] | None = None
