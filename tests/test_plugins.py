@@ -216,8 +216,34 @@ def test_a_name_that_is_taken_is_refused_and_a_cell_may_run_again() -> None:
             exec(source.replace("HalfSum", "Other"), names)
         with pytest.raises(UsageError, match=r"starmerge.methods.star.Star"):
             exec(source.replace("sum_of_a_notebook", "star"), names)
+        with pytest.raises(UsageError, match=r"starmerge.mergekit.method.Mergekit"):
+            exec(source.replace("sum_of_a_notebook", "mergekit"), names)
     finally:
         del METHODS._others["sum_of_a_notebook"], sys.modules["notebook"]
+
+
+_HOME = "starmerge.mergekit.method"
+
+
+@pytest.mark.parametrize(
+    ("first", "loaded"),
+    [
+        ("from starmerge.methods import METHODS; METHODS['star']; list(METHODS)", False),
+        ("from starmerge.methods import METHODS; METHODS['mergekit']", True),
+        ("from starmerge.mergekit.method import Mergekit", True),
+        ("from starmerge import Mergekit", True),
+    ],
+)
+def test_a_dialects_method_is_loaded_when_it_is_asked_for(first: str, loaded: bool) -> None:
+    code = f"""
+import sys
+{first}
+assert ({_HOME!r} in sys.modules) is {loaded}
+import starmerge
+from starmerge.methods import METHODS
+assert METHODS["mergekit"] is METHODS.built_in["mergekit"] is starmerge.Mergekit
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_merges_from_the_command_line_and_from_recipes_elsewhere(
