@@ -37,12 +37,12 @@ from common import (
 )
 from transformers import AutoModelForCausalLM
 
-from starmerge.evaluation.generation import generate
-from starmerge.evaluation.matching import is_final, read
-from starmerge.evaluation.models import AdapterSwitch, load_model
-from starmerge.evaluation.prompts import Prompter
-from starmerge.evaluation.task import Example, Task
+from starmerge.evaluation.models.generation import generate
+from starmerge.evaluation.models.loading import AdapterSwitch, load_model
+from starmerge.evaluation.models.prompts import Prompter
+from starmerge.evaluation.scoring.matching import is_final, read
 from starmerge.evaluation.tasks import find_task
+from starmerge.evaluation.tasks.task import Example, Task
 
 PLAIN = "plain loop"
 OURS = "starmerge"
@@ -113,7 +113,10 @@ def make_case(name: str, tokenizer: Any, rows: int) -> Case:
 def agreement(case: Case, first: Sequence[str], second: Sequence[str]) -> float:
     """Return the share of rows in which the same answer is read."""
     pairs = zip(first, second, case.examples, strict=True)
-    same = [read(case.task, one, row) == read(case.task, other, row) for one, other, row in pairs]
+    same = [
+        read(case.task, one, row.label) == read(case.task, other, row.label)
+        for one, other, row in pairs
+    ]
     return sum(same) / len(same)
 
 

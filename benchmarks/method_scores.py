@@ -33,11 +33,12 @@ from common import parser_of, print_machine
 from starmerge.demo.base_model import prepared_base
 from starmerge.demo.run import ADAPTERS
 from starmerge.errors import StarmergeError
-from starmerge.evaluation.comparison import Difference, Interval
-from starmerge.evaluation.metrics import Score
+from starmerge.evaluation.models.asking import SCORERS
 from starmerge.evaluation.runner import Evaluation, evaluate
-from starmerge.evaluation.scoring import SCORERS
-from starmerge.evaluation.sheets import AnyTask, Settings
+from starmerge.evaluation.scoring.comparison import Difference, Interval
+from starmerge.evaluation.scoring.metrics import Score
+from starmerge.evaluation.settings import Settings
+from starmerge.evaluation.sheets import AnyTask
 from starmerge.evaluation.subjects import BASE
 from starmerge.evaluation.tasks import find_task
 from starmerge.merging.engine import merge

@@ -24,8 +24,8 @@ from common import parser_of, print_machine
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from starmerge.evaluation.comparison import difference
-from starmerge.evaluation.metrics import Prediction, Score, score
+from starmerge.evaluation.scoring.comparison import difference
+from starmerge.evaluation.scoring.metrics import Prediction, Score, score
 from starmerge.study.race import Outcome, race, sizes
 
 SHARED = 0.8

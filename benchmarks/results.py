@@ -45,11 +45,16 @@ from starmerge.demo.base_model import prepared_base
 from starmerge.demo.run import ADAPTERS
 from starmerge.errors import StarmergeError
 from starmerge.evaluation.cache import ScoreCache
-from starmerge.evaluation.comparison import Difference, Interval, difference, normalised_average
-from starmerge.evaluation.metrics import RESAMPLES, Prediction, Score, percentiles, score
-from starmerge.evaluation.models import load_model
+from starmerge.evaluation.models.loading import load_model
 from starmerge.evaluation.runner import Evaluation, evaluate
-from starmerge.evaluation.sheets import Settings
+from starmerge.evaluation.scoring.comparison import (
+    Difference,
+    Interval,
+    difference,
+    normalised_average,
+)
+from starmerge.evaluation.scoring.metrics import RESAMPLES, Prediction, Score, percentiles, score
+from starmerge.evaluation.settings import Settings
 from starmerge.evaluation.subjects import BASE, Update
 from starmerge.evaluation.tasks import find_task
 from starmerge.merging.apply import apply

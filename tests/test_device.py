@@ -16,7 +16,7 @@ from starmerge import device, load_task_vectors, merge, merge_state
 from starmerge.deltas import Dense, LowRank
 from starmerge.device import CPU, SHARE, Accelerator, run
 from starmerge.methods import METHODS, Denoise, Knots, Pico, Star, Wudi
-from starmerge.methods.spectral_merge import SpectralMerge
+from starmerge.methods.kinds.spectral import SpectralMerge
 from starmerge.spectral import GramSVD, UncertainError, svd, svd_dense, truncate_and_rescale
 from tests.merge_one import merge_one
 from tests.oracles import metric, samples, spectra

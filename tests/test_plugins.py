@@ -19,16 +19,17 @@ import starmerge as sm
 from starmerge.checkpoints.hashing import blake3_of
 from starmerge.cli.parameters import chain
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.evaluation.comparison import paired
-from starmerge.evaluation.metrics import RESAMPLES, Prediction, metric, resample, score
 from starmerge.evaluation.runner import evaluate
-from starmerge.evaluation.sheets import Settings
-from starmerge.evaluation.suites import load_suite
-from starmerge.evaluation.task_file import load_task
+from starmerge.evaluation.scoring.comparison import paired
+from starmerge.evaluation.scoring.metrics import RESAMPLES, Prediction, metric, resample, score
+from starmerge.evaluation.settings import Settings
 from starmerge.evaluation.tasks import find_task
+from starmerge.evaluation.tasks.files import load_task
+from starmerge.evaluation.tasks.suites import load_suite
 from starmerge.methods import METHODS, make_pipeline
 from starmerge.methods.pipeline import split_chain
-from starmerge.recipe import load_recipe, make_recipe, write_recipe
+from starmerge.recipe import make_recipe
+from starmerge.recipe_file import load_recipe, write_recipe
 from starmerge.study.choose import choose
 from tests.conftest import MakeAdapter
 from tests.evaluation.tiny_world import World, make_world
@@ -57,7 +58,7 @@ class HalfSum(Merge):
         return total(deltas).scaled(self.alpha)
 '''
 METRICS = """
-from starmerge.evaluation.metrics import metric
+from starmerge.evaluation.scoring.metrics import metric
 
 @metric("length")
 def length(row):
@@ -215,8 +216,34 @@ def test_a_name_that_is_taken_is_refused_and_a_cell_may_run_again() -> None:
             exec(source.replace("HalfSum", "Other"), names)
         with pytest.raises(UsageError, match=r"starmerge.methods.star.Star"):
             exec(source.replace("sum_of_a_notebook", "star"), names)
+        with pytest.raises(UsageError, match=r"starmerge.mergekit.method.Mergekit"):
+            exec(source.replace("sum_of_a_notebook", "mergekit"), names)
     finally:
         del METHODS._others["sum_of_a_notebook"], sys.modules["notebook"]
+
+
+_HOME = "starmerge.mergekit.method"
+
+
+@pytest.mark.parametrize(
+    ("first", "loaded"),
+    [
+        ("from starmerge.methods import METHODS; METHODS['star']; list(METHODS)", False),
+        ("from starmerge.methods import METHODS; METHODS['mergekit']", True),
+        ("from starmerge.mergekit.method import Mergekit", True),
+        ("from starmerge import Mergekit", True),
+    ],
+)
+def test_a_dialects_method_is_loaded_when_it_is_asked_for(first: str, loaded: bool) -> None:
+    code = f"""
+import sys
+{first}
+assert ({_HOME!r} in sys.modules) is {loaded}
+import starmerge
+from starmerge.methods import METHODS
+assert METHODS["mergekit"] is METHODS.built_in["mergekit"] is starmerge.Mergekit
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_merges_from_the_command_line_and_from_recipes_elsewhere(
@@ -402,20 +429,20 @@ def test_metrics_of_rows_and_of_sums_have_bootstrap_intervals_and_pairs(tmp_path
 def test_a_metric_that_fails_is_named_with_the_row(
     tmp_path: Path, source: str, kind: type[Exception], message: str
 ) -> None:
-    head = "from starmerge.evaluation.metrics import metric\n"
+    head = "from starmerge.evaluation.scoring.metrics import metric\n"
     (tmp_path / "m.py").write_text(f"{head}@metric('m')\ndef m(row):\n    {source}\n")
     with pytest.raises(kind, match=message):
         score(_predictions(["a", "b"]), f"{tmp_path}/m.py:m")
 
 
 def test_a_metric_of_sums_that_fails_is_named() -> None:
-    with pytest.raises(UsageError, match="so does the metric starmerge.evaluation.metrics"):
+    with pytest.raises(UsageError, match="so does the metric starmerge.evaluation.scoring.metrics"):
         metric("f1")(len)  # type: ignore[arg-type]
 
 
 def test_a_task_of_a_file_and_what_is_wrong_with_one(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "from starmerge.evaluation.task import Task\n"
+        "from starmerge.evaluation.tasks.task import Task\n"
         "quiz = Task(name='quiz', source={'file': 'rows.jsonl'}, prompt='{input}')\n"
         "number = 3\n"
     )
@@ -542,7 +569,7 @@ def test_a_name_that_two_define_is_refused_with_both_origins(
 def test_tasks_and_metrics_of_packages(starmerge: Run, site: Path) -> None:
     source = (
         METRICS
-        + "from starmerge.evaluation.task import Task\n"
+        + "from starmerge.evaluation.tasks.task import Task\n"
         + "quiz = Task(name='quiz', source={'file': 'rows.jsonl'}, prompt='{input}', "
         + "metric='length', description='Which?')\n"
         + "past = Task(name='past', source={'file': 'rows.jsonl'}, prompt='{input}')\n"

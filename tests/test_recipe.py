@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.recipe import load_recipe, make_recipe, parse_models, write_recipe
+from starmerge.recipe import make_recipe, parse_models
+from starmerge.recipe_file import load_recipe, write_recipe
 
 _EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from starmerge.deltas import LowRank as LowRank
     from starmerge.errors import StarmergeError as StarmergeError
     from starmerge.errors import UsageError as UsageError
+    from starmerge.mergekit.method import Mergekit as Mergekit
     from starmerge.merging.apply import Applied as Applied
     from starmerge.merging.apply import apply as apply
     from starmerge.merging.engine import MergeResult as MergeResult
@@ -43,6 +44,7 @@ _HOMES = {
     "Dense": "deltas",
     "LowRank": "deltas",
     "MergeResult": "merging.engine",
+    "Mergekit": "mergekit.method",
     "Method": "methods",
     "Metric": "checkpoints.metric",
     "Pipeline": "methods",
@@ -59,13 +61,13 @@ _HOMES = {
     "open_metric": "checkpoints.metric",
     "verify": "merging.verify",
 }
-"""Where the names live that are not methods."""
+"""Where the names live that are not in ``methods.built_in``."""
 
 
 def __getattr__(name: str) -> Any:
     if name == "__all__":
         return __dir__()
-    # The methods' classes are the only other public names, and all begin with a capital: so that
+    # The classes of methods are the other public names, and all begin with a capital: so that
     # asking for a submodule or a __special__ name does not load them.
     home = _HOMES.get(name, "methods.built_in" if name[:1].isupper() else None)
     if home is not None:

@@ -80,6 +80,13 @@ class Plugin(Generic[_Thing]):
     """Why it cannot be used."""
 
 
+@dataclass(frozen=True)
+class _Unloaded(Generic[_Thing]):
+    """An entry of a registry that is loaded when its name is asked for."""
+
+    load: Callable[[], _Thing]
+
+
 class Registry(Mapping[str, _Thing]):
     """All methods, tasks or metrics that have a plain name, and the way to find others.
 
@@ -90,8 +97,8 @@ class Registry(Mapping[str, _Thing]):
         word: What it holds, in errors: "method".
         group: Group of entry points by which packages offer more.
         fault: Says why an object cannot be used, if so: "it is not decorated".
-        built_in: Makes what starmerge has by name, when it is first asked for; nothing where
-            :meth:`add` does.
+        built_in: Lists what starmerge has besides what :meth:`add` enters: a function for each
+            name, which loads it when the name is asked for. Called when anything is first asked.
         unknown: The error about a name that is not found; it has the field ``name``.
     """
 
@@ -101,32 +108,42 @@ class Registry(Mapping[str, _Thing]):
         group: str,
         *,
         fault: Callable[[Any], str | None],
-        built_in: Callable[[], Mapping[str, _Thing]] | None = None,
+        built_in: Callable[[], Mapping[str, Callable[[], _Thing]]] | None = None,
         unknown: str | None = None,
     ) -> None:
         self.word, self.group = word, group
-        self._fault, self._make_built_in = fault, built_in
+        self._fault, self._list_built_in = fault, built_in
         self._unknown = unknown or f"No {word} is called {{name!r}}."
-        self._built_in: dict[str, _Thing] = {}
+        self._entered: dict[str, _Thing | _Unloaded[_Thing]] = {}
         self._others: dict[str, _Thing] = {}
 
     def __getitem__(self, name: str) -> _Thing:
-        return self.built_in.get(name) or self._others[name]
+        found = self._ours.get(name)
+        if found is None:
+            return self._others[name]
+        if isinstance(found, _Unloaded):
+            found = self._ours[name] = found.load()
+        return found
 
     def __iter__(self) -> Iterator[str]:
-        yield from self.built_in
+        yield from self._ours
         yield from self._others
 
     def __len__(self) -> int:
-        return len(self.built_in) + len(self._others)
+        return len(self._ours) + len(self._others)
 
     @property
     def built_in(self) -> Mapping[str, _Thing]:
-        """What starmerge has, by name."""
-        if self._make_built_in is not None:
-            self._built_in.update(self._make_built_in())
-            self._make_built_in = None
-        return self._built_in
+        """What starmerge has, by name; all of it is loaded."""
+        return {name: self[name] for name in self._ours}
+
+    @property
+    def _ours(self) -> dict[str, _Thing | _Unloaded[_Thing]]:
+        """What starmerge has, by name, loaded or not yet."""
+        if self._list_built_in is not None:
+            listed, self._list_built_in = self._list_built_in(), None
+            self._entered.update({name: _Unloaded(load) for name, load in listed.items()})
+        return self._entered
 
     def add(self, name: str, thing: _Thing) -> None:
         """Enter what is being defined under its name; of what a file defines, nothing is entered.
@@ -138,13 +155,19 @@ class Registry(Mapping[str, _Thing]):
         """
         if _module_of(thing) in _FILES:
             return  # found by the file's name alone
+        if _is_ours(thing) and isinstance(self._ours.get(name), _Unloaded):
+            self._ours[name] = thing  # its module is being imported
+            return
         other = self.get(name)
         if other is not None and _place_of(other) != _place_of(thing):
             raise UsageError(
                 f"{_place_of(thing)} calls itself {name!r}, and so does the {self.word} "
                 f"{_place_of(other)}. Give it another name."
             )
-        (self._built_in if _is_ours(thing) else self._others)[name] = thing
+        if _is_ours(thing):
+            self._ours[name] = thing
+        else:
+            self._others[name] = thing
 
     def find(self, reference: str) -> _Thing:
         """Return what has a name, or stands in a file: ``path/to/file.py:NAME``.
@@ -224,7 +247,7 @@ class Registry(Mapping[str, _Thing]):
 
     def _holders(self, name: str, offers: list[EntryPoint]) -> list[str]:
         """Return in words all that have a name: starmerge itself, and what packages offer."""
-        ours = name in self.built_in or name in self._short()
+        ours = name in self._ours or name in self._short()
         return [*(["starmerge"] if ours else []), *sorted(str(_origin_of(o)) for o in offers)]
 
     def _of_package(self, name: str, offers: list[EntryPoint]) -> _Thing:

@@ -21,7 +21,7 @@ from starmerge.calibration import moments, text
 from starmerge.calibration.text import Reading, Writer
 from starmerge.checkpoints.base import open_base
 from starmerge.checkpoints.source import resolve
-from starmerge.evaluation.models import load_text_model
+from starmerge.evaluation.models.loading import load_text_model
 from tests.calibration.tiny import START, store, texts
 from tests.conftest import edit_json
 from tests.oracles import moments as oracle

@@ -13,7 +13,15 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
-from tests.evaluation.tiny_models import BART, HEADS, KINDS, SIZES, T5, VOCABULARY, randomised
+from tests.evaluation.models.tiny_models import (
+    BART,
+    HEADS,
+    KINDS,
+    SIZES,
+    T5,
+    VOCABULARY,
+    randomised,
+)
 
 _SPECIAL = ["<pad>", "</s>", "<s>", "<mask>", "<unk>"]
 START = 0

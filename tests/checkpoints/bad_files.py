@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import starmerge
 from starmerge.errors import StarmergeError
-from starmerge.recipe import load_recipe
+from starmerge.recipe_file import load_recipe
 
 PATIENCE = 30
 """Seconds; nothing here takes one, unless it hangs."""

@@ -25,9 +25,9 @@ from starmerge.checkpoints.renaming import names_in_model
 from starmerge.checkpoints.tensors import open_checkpoint
 from starmerge.cli.parameters import parameters
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.evaluation.sources import read_file
-from starmerge.evaluation.suites import load_suite
-from starmerge.evaluation.task_file import load_task
+from starmerge.evaluation.tasks.files import load_task
+from starmerge.evaluation.tasks.sources import read_file
+from starmerge.evaluation.tasks.suites import load_suite
 from starmerge.reading import read_json, read_yaml
 from starmerge.storage.local_folder import LocalFile
 from tests.checkpoints.bad_files import (

@@ -178,7 +178,7 @@ def test_changed_code_of_the_evaluation_is_a_miss(model: tuple[Path, Path], tmp_
 from pathlib import Path
 from starmerge.evaluation.cache import score_key
 print({key})
-with Path({str(package / "evaluation" / "prompts.py")!r}).open("a") as file:
+with Path({str(package / "evaluation" / "models" / "prompts.py")!r}).open("a") as file:
     file.write("#")
 print({key})
 """

@@ -14,14 +14,14 @@ from starmerge.demo.run import ADAPTERS
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation import subjects
 from starmerge.evaluation.cache import ScoreCache
-from starmerge.evaluation.metrics import Prediction, Score, score
 from starmerge.evaluation.results import load_results, write_results
 from starmerge.evaluation.runner import Evaluation, evaluate
-from starmerge.evaluation.sheets import Settings
-from starmerge.evaluation.sources import FileSource
+from starmerge.evaluation.scoring.metrics import Prediction, Score, score
+from starmerge.evaluation.settings import Settings
 from starmerge.evaluation.table import differences, markdown, notes, report
-from starmerge.evaluation.task import Task
 from starmerge.evaluation.tasks import find_task
+from starmerge.evaluation.tasks.sources import FileSource
+from starmerge.evaluation.tasks.task import Task
 from starmerge.study.figures import plot_scores
 from tests.evaluation.tiny_world import make_world
 

@@ -10,10 +10,10 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM
 
 from starmerge.evaluation.runner import evaluate
-from starmerge.evaluation.sheets import Settings
-from starmerge.evaluation.sources import FileSource, Sample
-from starmerge.evaluation.task import Task
-from tests.evaluation.tiny_models import make, tokenizer
+from starmerge.evaluation.settings import Settings
+from starmerge.evaluation.tasks.sources import FileSource, Sample
+from starmerge.evaluation.tasks.task import Task
+from tests.evaluation.models.tiny_models import make, tokenizer
 
 LABELS = ("w10", "w11", "w13")
 ALL = Sample()

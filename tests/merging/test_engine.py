@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import starmerge as sm
-from starmerge.recipe import load_recipe
+from starmerge.recipe_file import load_recipe
 from tests.conftest import MakeAdapter, MakeFinetune, edit_json
 from tests.oracles import star as oracle
 

@@ -22,7 +22,8 @@ from starmerge.checkpoints.tensors import Checkpoint
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.fold import fold
 from starmerge.merging.plan import Plan, make_plan
-from starmerge.recipe import load_recipe, make_recipe
+from starmerge.recipe import make_recipe
+from starmerge.recipe_file import load_recipe
 from starmerge.spectral.metric import Inputs
 from tests.calibration.tiny import store
 from tests.conftest import MakeAdapter, MakeFinetune, MakeMetric

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import starmerge as sm
 from starmerge.errors import StarmergeError, UsageError
+from starmerge.mergekit.method import Mergekit
 from starmerge.merging.fold import fold
-from starmerge.methods import METHODS, Mergekit, make_pipeline
+from starmerge.methods import METHODS, make_pipeline
 from starmerge.spectral import svd
 from tests.conftest import MakeAdapter, MakeFinetune, MakeMetric, edit_json
 

@@ -10,7 +10,7 @@ import pytest
 import starmerge as sm
 from starmerge.errors import UsageError
 from starmerge.methods import Auto, make_pipeline
-from starmerge.recipe import load_recipe
+from starmerge.recipe_file import load_recipe
 from tests.conftest import MakeAdapter, MakeFinetune
 from tests.oracles import samples, spectral
 

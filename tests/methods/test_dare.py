@@ -17,8 +17,9 @@ import starmerge
 from starmerge import merge_state
 from starmerge.deltas import Dense, LowRank
 from starmerge.errors import UsageError
-from starmerge.methods import Dare, TensorContext, entrywise, make_pipeline
+from starmerge.methods import Dare, TensorContext, make_pipeline
 from starmerge.methods.dare import Draws, kept
+from starmerge.methods.kinds import entrywise
 from tests.oracles import bounds, dare, models, samples
 from tests.oracles.ties import ties
 

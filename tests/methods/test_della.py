@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from starmerge import merge_state
 from starmerge.deltas import Dense
 from starmerge.errors import UsageError
-from starmerge.methods import Della, entrywise, make_method, make_pipeline
-from starmerge.methods.masks import chances_by_rank, l1_factor, largest, masked
+from starmerge.methods import Della, make_method, make_pipeline
+from starmerge.methods.kinds import entrywise
+from starmerge.methods.kinds.masks import chances_by_rank, l1_factor, largest, masked
 from tests.oracles import bounds, dare, della, models, samples, weights
 
 

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from starmerge import UsageError, merge_state
 from starmerge.deltas import Dense
-from starmerge.methods import entrywise, make_pipeline
+from starmerge.methods import make_pipeline
 from starmerge.methods.emr import Emr, emr, masks_of
+from starmerge.methods.kinds import entrywise
 from starmerge.methods.method import Deltas, TensorContext
 from tests.oracles import bounds, samples
 from tests.oracles import emr as oracle

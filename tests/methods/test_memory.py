@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from starmerge.deltas import Dense, LowRank, matrix_shape
 from starmerge.methods import METHODS, Method, Transform, make_pipeline
+from starmerge.methods.kinds.spectral import SpectralMerge
 from starmerge.methods.memory import DeltaShape, InputsShape, TensorShape
-from starmerge.methods.spectral_merge import SpectralMerge
 from tests.merge_one import merge_one
 from tests.oracles import samples
 

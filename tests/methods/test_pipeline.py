@@ -6,11 +6,11 @@ import torch
 
 from starmerge import Average, LowRank, Star, TaskArithmetic, merge_state
 from starmerge.errors import UsageError
+from starmerge.mergekit.method import Mergekit
 from starmerge.methods import (
     Dare,
     Karcher,
     Linear,
-    Mergekit,
     NuSlerp,
     OwnResponse,
     Pipeline,

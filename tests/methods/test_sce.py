@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from starmerge import merge_state
 from starmerge.deltas import Dense
 from starmerge.errors import UsageError
-from starmerge.methods import Sce, entrywise, make_method
+from starmerge.methods import Sce, make_method
+from starmerge.methods.kinds import entrywise
 from tests.merge_one import merge_one
 from tests.oracles import bounds, models, samples, sce, weights
 

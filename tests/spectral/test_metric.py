@@ -6,7 +6,7 @@ import torch
 
 from starmerge.deltas import Dense, LowRank, Stored
 from starmerge.methods import METHODS, Ctm, IsoCts, Shares, Star, make_method, make_pipeline
-from starmerge.methods.spectral_merge import SpectralMerge
+from starmerge.methods.kinds.spectral import SpectralMerge
 from starmerge.spectral.metric import RIDGE, Whitening
 from starmerge.spectral.moment import Moment
 from tests.merge_one import merge_one

@@ -19,16 +19,17 @@ import starmerge as sm
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation import sheets, subjects
 from starmerge.evaluation.cache import ScoreCache
-from starmerge.evaluation.comparison import Difference, Interval
-from starmerge.evaluation.images import ArraySource, ImageTask
-from starmerge.evaluation.lm_eval import load_tasks
 from starmerge.evaluation.runner import evaluate
-from starmerge.evaluation.sheets import Settings
-from starmerge.evaluation.sources import FileSource, Sample
-from starmerge.evaluation.spare import spare_sheet
+from starmerge.evaluation.scoring.comparison import Difference, Interval
+from starmerge.evaluation.settings import Settings
+from starmerge.evaluation.sheets import prepare_spare
+from starmerge.evaluation.tasks.images import ArraySource, ImageTask
+from starmerge.evaluation.tasks.lm_eval import load_tasks
+from starmerge.evaluation.tasks.sources import FileSource, Sample
 from starmerge.merging.engine import run
 from starmerge.merging.plan import make_plan
-from starmerge.recipe import load_recipe, make_recipe, write_recipe
+from starmerge.recipe import make_recipe
+from starmerge.recipe_file import load_recipe, write_recipe
 from starmerge.study.candidates import candidate_name, default_candidates, named_candidates
 from starmerge.study.choose import Choice, choose
 from starmerge.study.race import Outcome, Standing
@@ -61,7 +62,7 @@ def test_averages_are_those_of_an_evaluation_on_the_same_rows(world: World, tmp_
     choice = choose(world.base, world.adapters, world.tasks, FEW, settings=RANK)
     same_rows = []
     for task in world.tasks:
-        sheet, origin = spare_sheet(task, RANK)
+        sheet, origin = prepare_spare(task, RANK)
         assert origin == "held out"
         scored = {row.id for row in task.examples("test")}
         rows = sheet._examples  # type: ignore[attr-defined]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from starmerge.evaluation.comparison import difference
-from starmerge.evaluation.metrics import Prediction, Score, score
+from starmerge.evaluation.scoring.comparison import difference
+from starmerge.evaluation.scoring.metrics import Prediction, Score, score
 from starmerge.study.race import START, Outcome, race, sizes
 
 Answers = Mapping[str, NDArray[np.bool_]]

@@ -8,9 +8,9 @@ import pytest
 from starmerge.demo.run import ADAPTERS
 from starmerge.errors import UsageError
 from starmerge.evaluation.results import load_results
-from starmerge.evaluation.sheets import Settings
-from starmerge.evaluation.suites import find_suite, suites
+from starmerge.evaluation.settings import Settings
 from starmerge.evaluation.tasks import find_task
+from starmerge.evaluation.tasks.suites import find_suite, suites
 from starmerge.study.suite import run_suite
 
 

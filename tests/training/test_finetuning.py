@@ -10,8 +10,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import starmerge as sm
-from starmerge.evaluation.sources import GeneratorSource
-from starmerge.evaluation.task import Task
+from starmerge.evaluation.tasks.sources import GeneratorSource
+from starmerge.evaluation.tasks.task import Task
 from starmerge.training.finetuning import TrainingRecipe, finetune
 
 _COLOURS = ("red", "green", "blue", "black")

@@ -5,7 +5,7 @@ import torch
 from starmerge_example.methods import Median
 
 import starmerge as sm
-from starmerge.evaluation.metrics import METRICS, Prediction, score
+from starmerge.evaluation.scoring.metrics import METRICS, Prediction, score
 from starmerge.evaluation.tasks import find_task
 from starmerge.methods import METHODS, make_method
 

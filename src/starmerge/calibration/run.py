@@ -28,8 +28,8 @@ from starmerge.checkpoints.hashing import remembered_blake3_of
 from starmerge.checkpoints.metric import MetricWriter, is_metric
 from starmerge.checkpoints.source import resolve
 from starmerge.errors import StarmergeError, UsageError, nearest
-from starmerge.evaluation.models import Dtype, load_text_model
-from starmerge.evaluation.task import Task
+from starmerge.evaluation.models.loading import Dtype, load_text_model
+from starmerge.evaluation.tasks.task import Task
 from starmerge.merging.executors.threads import Threads
 from starmerge.merging.metric import hashes_of
 from starmerge.merging.task_vectors import load_task_vectors

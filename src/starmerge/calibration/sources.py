@@ -14,8 +14,8 @@ from blake3 import blake3
 from starmerge.calibration.text import Advance, Reading, Writer
 from starmerge.checkpoints.hashing import remembered_blake3_of
 from starmerge.errors import UsageError
-from starmerge.evaluation.task import Task
 from starmerge.evaluation.tasks import find_task, task_of_prompts
+from starmerge.evaluation.tasks.task import Task
 
 _ROWS_OF = (".jsonl", ".csv", ".parquet")
 

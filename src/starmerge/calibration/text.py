@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from starmerge.errors import UsageError
-from starmerge.evaluation.models import context_length
-from starmerge.evaluation.prefill import finite
-from starmerge.evaluation.prompts import Prompter
-from starmerge.evaluation.sources import read_file
-from starmerge.evaluation.task import Example, Task
+from starmerge.evaluation.models.loading import context_length
+from starmerge.evaluation.models.prefill import finite
+from starmerge.evaluation.models.prompts import Prompter
+from starmerge.evaluation.tasks.sources import read_file
+from starmerge.evaluation.tasks.task import Example, Task
 
 READ_AT_ONCE = 2048
 """Tokens that a model reads at once, at most, unless one sequence has more."""
@@ -58,7 +58,7 @@ class Writer:
     """Makes readings of a model's own text, and of texts and prompts.
 
     Args:
-        model: The model, as :func:`starmerge.evaluation.models.load_text_model` loads it.
+        model: The model, as :func:`starmerge.evaluation.models.loading.load_text_model` loads it.
         tokenizer: Its tokenizer.
         seed: Of what it writes.
         length: Tokens that it writes to one sequence.

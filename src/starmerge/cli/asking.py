@@ -116,8 +116,8 @@ def pairs(arguments: Sequence[str] | None, option: str) -> dict[str, Path]:
 
 def tasks_of(tasks: str, folder: Path | None, data: Sequence[str] | None) -> list[AnyTask]:
     """Find the tasks of an option; those of the harness, which have its prefix, come last."""
-    from starmerge.evaluation.lm_eval import PREFIX, load_tasks
     from starmerge.evaluation.tasks import find_task, folder_tasks, with_rows_of
+    from starmerge.evaluation.tasks.lm_eval import PREFIX, load_tasks
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     plain = [name for name in names if not name.startswith(PREFIX)]

@@ -91,8 +91,9 @@ def choose(
     Then: starmerge merge recipe.yaml -o merged
     """
     from starmerge.errors import UsageError
-    from starmerge.evaluation.sheets import Settings
-    from starmerge.recipe import check_recipe_file, parse_models, write_recipe
+    from starmerge.evaluation.settings import Settings
+    from starmerge.recipe import parse_models
+    from starmerge.recipe_file import check_recipe_file, write_recipe
     from starmerge.study.candidates import default_candidates, named_candidates
     from starmerge.study.choose import choose as run
 

@@ -42,7 +42,7 @@ def run(
 ) -> None:
     """Merge the adapters with average, STAR and auto; score everything; draw a chart."""
     from starmerge.demo.run import run_demo
-    from starmerge.evaluation.sheets import Settings
+    from starmerge.evaluation.settings import Settings
 
     result = run_demo(
         output,

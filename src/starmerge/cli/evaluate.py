@@ -55,7 +55,7 @@ def evaluate(
     """
     from starmerge.evaluation.results import check_results, write_results
     from starmerge.evaluation.runner import evaluate as run
-    from starmerge.evaluation.sheets import Settings
+    from starmerge.evaluation.settings import Settings
     from starmerge.evaluation.table import report
     from starmerge.recipe import parse_models
 

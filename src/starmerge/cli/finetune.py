@@ -55,8 +55,8 @@ def finetune(
     """
     from starmerge.checkpoints.source import resolve
     from starmerge.errors import UsageError
-    from starmerge.evaluation.task import Task
     from starmerge.evaluation.tasks import find_task
+    from starmerge.evaluation.tasks.task import Task
     from starmerge.storage.publishing import check_output
     from starmerge.training.finetuning import StoredDtype, TrainingRecipe
     from starmerge.training.finetuning import finetune as train

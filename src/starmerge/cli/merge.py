@@ -154,7 +154,8 @@ def merge(
         from starmerge.merging.journal import fingerprint
         from starmerge.merging.plan import make_plan
         from starmerge.merging.ranks import rank_costs
-        from starmerge.recipe import load_recipe, make_recipe, parse_models
+        from starmerge.recipe import make_recipe, parse_models
+        from starmerge.recipe_file import load_recipe
         from starmerge.storage.leftovers import leftovers
 
     if Path(base).suffix in (".yaml", ".yml") and not Path(base).is_dir():

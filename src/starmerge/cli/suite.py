@@ -68,8 +68,8 @@ def suite(
 
     Example: starmerge suite llama-3.2 -m average -m star --output llama
     """
-    from starmerge.evaluation.sheets import Settings
-    from starmerge.evaluation.suites import find_suite, suites
+    from starmerge.evaluation.settings import Settings
+    from starmerge.evaluation.tasks.suites import find_suite, suites
     from starmerge.methods.pipeline import make_pipeline
     from starmerge.study.suite import run_suite
 

@@ -27,8 +27,8 @@ def tasks(
     from rich.markup import escape
     from rich.table import Table
 
-    from starmerge.evaluation.task_file import as_yaml
     from starmerge.evaluation.tasks import TASKS, find_task, folder_tasks
+    from starmerge.evaluation.tasks.files import as_yaml
 
     own = folder_tasks(task_folder) if task_folder is not None else {}
     if name is not None:

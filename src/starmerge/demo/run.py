@@ -6,8 +6,8 @@ from pathlib import Path
 
 from starmerge.demo.base_model import prepared_base
 from starmerge.evaluation.cache import ScoreCache
-from starmerge.evaluation.sheets import Settings
-from starmerge.evaluation.suites import find_suite
+from starmerge.evaluation.settings import Settings
+from starmerge.evaluation.tasks.suites import find_suite
 from starmerge.study.suite import SuiteResult, run_suite
 
 ADAPTERS = Path(__file__).parent / "adapters"

@@ -11,17 +11,18 @@ from typing import Any
 
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation.cache import Record, ScoreCache, score_key
-from starmerge.evaluation.comparison import (
+from starmerge.evaluation.models.asking import Advance
+from starmerge.evaluation.models.loading import device_kind, device_name, dtype_name
+from starmerge.evaluation.scoring.comparison import (
     Difference,
     Interval,
     by_task,
     difference,
     normalised_average,
 )
-from starmerge.evaluation.metrics import Score
-from starmerge.evaluation.models import device_kind, device_name, dtype_name
-from starmerge.evaluation.scoring import Advance
-from starmerge.evaluation.sheets import AnyTask, Settings, Sheet, prepare
+from starmerge.evaluation.scoring.metrics import Score
+from starmerge.evaluation.settings import Settings
+from starmerge.evaluation.sheets import AnyTask, Sheet, prepare
 from starmerge.evaluation.subjects import BASE, Group, Update, check_backend, groups
 from starmerge.progress import progress_bar
 

@@ -6,20 +6,13 @@ What a model answers is kept as plain records, a row each, so that it can be sto
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
-from starmerge.errors import UsageError, nearest
+from starmerge.errors import UsageError
 from starmerge.evaluation.cache import Record
-from starmerge.evaluation.classification import classify, predicted
-from starmerge.evaluation.images import ImageTask
-from starmerge.evaluation.lm_eval import HarnessTask
-from starmerge.evaluation.matching import Mode
-from starmerge.evaluation.metrics import Prediction, Score, score
-from starmerge.evaluation.models import Dtype
-from starmerge.evaluation.scoring import (
-    SCORERS,
+from starmerge.evaluation.models.asking import (
     Advance,
     Answer,
     LocalModel,
@@ -27,45 +20,16 @@ from starmerge.evaluation.scoring import (
     check_scorer,
     scored,
 )
-from starmerge.evaluation.task import Example, Task
+from starmerge.evaluation.models.classification import classify, predicted
+from starmerge.evaluation.scoring.metrics import Prediction, Score, score
+from starmerge.evaluation.settings import Settings
+from starmerge.evaluation.tasks.images import ImageTask
+from starmerge.evaluation.tasks.lm_eval import HarnessTask
+from starmerge.evaluation.tasks.spare import Origin, spare_rows
+from starmerge.evaluation.tasks.task import Example, Task
 
 AnyTask = Task | ImageTask | HarnessTask
 """Every kind of task that can be asked."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How models are asked."""
-
-    scorer: str = "generate"
-    """A name of :data:`starmerge.evaluation.scoring.SCORERS`; for tasks of text."""
-    mode: Mode = "strict"
-    """How responses are read; "reference" for comparison with published numbers."""
-    rows: int | None = None
-    """Rows of a task, at most; None: all of its sample."""
-    batch_size: int | None = None
-    """Rows asked at once, at most; None: as many as there is room for."""
-    device: str | None = None
-    """Such as "cpu" or "cuda:1"; None: the GPU if there is one."""
-    dtype: Dtype = "auto"
-    """Of the models' weights; "auto": as they are stored, where the processor computes in it."""
-
-    backend: str = "transformers"
-    """What computes: transformers, or vllm (tasks of text, on a GPU)."""
-
-    def __post_init__(self) -> None:
-        if self.scorer not in SCORERS:
-            raise UsageError(
-                f"The scorer {self.scorer!r} is unknown.{nearest(self.scorer, SCORERS)}"
-            )
-        if self.mode not in ("strict", "reference"):
-            raise UsageError(f"Matching is strict or reference, not {self.mode!r}.")
-        if self.backend not in ("transformers", "vllm"):
-            raise UsageError(f"The backend is transformers or vllm, not {self.backend!r}.")
-        if self.dtype not in get_args(Dtype):
-            raise UsageError(
-                f"The dtype {self.dtype!r} is unknown.{nearest(self.dtype, get_args(Dtype))}"
-            )
 
 
 class Sheet(Protocol):
@@ -104,15 +68,28 @@ def prepare(task: AnyTask, settings: Settings) -> Sheet:
     """
     if isinstance(task, HarnessTask):
         return _HarnessSheet(task, settings.rows)
-    return sheet_of(task, task.examples("test", settings.rows), settings)
+    return _sheet_of(task, task.examples("test", settings.rows), settings)
 
 
-def sheet_of(task: Task | ImageTask, examples: list[Example], settings: Settings) -> Sheet:
-    """Make a task with some rows ready to be asked.
+def prepare_spare(task: AnyTask, settings: Settings) -> tuple[Sheet, Origin]:
+    """Make a task ready to be asked on rows to choose by, which an evaluation does not score.
+
+    See :func:`starmerge.evaluation.tasks.spare.spare_rows`. Tasks of lm-evaluation-harness have no
+    others than those that are scored.
+
+    Returns:
+        The task with its rows, and where they come from.
 
     Raises:
-        UsageError: The scorer cannot score them.
+        UsageError: The rows cannot be had, or the scorer cannot score them.
     """
+    if isinstance(task, HarnessTask):
+        return prepare(task, settings), "scored"
+    rows, origin = spare_rows(task, settings.rows)
+    return _sheet_of(task, rows, settings), origin
+
+
+def _sheet_of(task: Task | ImageTask, examples: list[Example], settings: Settings) -> Sheet:
     if isinstance(task, Task):
         return _TextSheet(task, examples, settings)
     return _ImageSheet(task, examples)

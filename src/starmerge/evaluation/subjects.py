@@ -14,10 +14,10 @@ from starmerge.checkpoints.hashing import blake3_of_update
 from starmerge.checkpoints.source import resolve
 from starmerge.deltas import Delta
 from starmerge.errors import UsageError
-from starmerge.evaluation.classification import load_image_model
-from starmerge.evaluation.models import AdapterSwitch, Dtype, device_of, load_model
-from starmerge.evaluation.scoring import Backend, LocalModel
-from starmerge.evaluation.vllm import check_vllm, load_vllm
+from starmerge.evaluation.models.asking import Backend, LocalModel
+from starmerge.evaluation.models.classification import load_image_model
+from starmerge.evaluation.models.loading import AdapterSwitch, Dtype, device_of, load_model
+from starmerge.evaluation.models.vllm import check_vllm, load_vllm
 from starmerge.merging.apply import apply
 
 BASE = "base"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from starmerge.evaluation.comparison import Interval, in_words
-from starmerge.evaluation.metrics import Score
 from starmerge.evaluation.runner import Evaluation
+from starmerge.evaluation.scoring.comparison import Interval, in_words
+from starmerge.evaluation.scoring.metrics import Score
 from starmerge.evaluation.subjects import BASE
 
 LEGEND = (

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from starmerge.deltas import Delta, LowRank
 from starmerge.methods.iso import sum_of
+from starmerge.methods.kinds.spectral import SpectralMerge
 from starmerge.methods.memory import DeltaShape, TensorShape
 from starmerge.methods.method import TensorContext, method
-from starmerge.methods.spectral_merge import SpectralMerge
 from starmerge.spectral import CoreSpace, core_space, svd_matrix
 from starmerge.spectral.core_space import CoreShape
 from starmerge.spectral.dense import svd_bytes

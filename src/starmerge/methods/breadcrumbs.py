@@ -14,7 +14,7 @@ from torch import Tensor
 
 from starmerge.deltas import Delta
 from starmerge.errors import UsageError
-from starmerge.methods.entrywise import EntrywiseMerge, entries_of, task_sum
+from starmerge.methods.kinds.entrywise import EntrywiseMerge, entries_of, task_sum
 from starmerge.methods.method import TensorContext, method
 from starmerge.methods.trim import trimmed
 from starmerge.selection import kth_largest

@@ -1,6 +1,7 @@
 """The methods that come with starmerge: the one list of them.
 
-A new method is a line here. ``import X as X`` tells type checkers that the name is public.
+A new method is a line here. ``import X as X`` tells type checkers that the name is public. The
+method of mergekit's recipes rests on these and stands in a room above, ``starmerge.mergekit``.
 """
 
 from starmerge.methods.ace import Ace as Ace
@@ -21,7 +22,6 @@ from starmerge.methods.karcher import Karcher as Karcher
 from starmerge.methods.knots import Knots as Knots
 from starmerge.methods.linear import Linear as Linear
 from starmerge.methods.lines import Lines as Lines
-from starmerge.methods.mergekit import Mergekit as Mergekit
 from starmerge.methods.metagpt import MetaGpt as MetaGpt
 from starmerge.methods.model_stock import ModelStock as ModelStock
 from starmerge.methods.nuslerp import NuSlerp as NuSlerp

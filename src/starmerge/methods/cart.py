@@ -10,8 +10,8 @@ from torch import Tensor
 
 from starmerge.deltas import Dense
 from starmerge.methods.iso import sum_of
+from starmerge.methods.kinds.spectral import SpectralMerge
 from starmerge.methods.method import TensorContext, method
-from starmerge.methods.spectral_merge import SpectralMerge
 from starmerge.spectral import CoreSpace, Decomposition, certainly, svd_dense
 from starmerge.spectral.core_space import CoreShape
 from starmerge.spectral.gram import svd_dense_bytes

@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from starmerge.methods.kinds.spectral import SpectralMerge
 from starmerge.methods.method import TensorContext, method, refuse_negative
-from starmerge.methods.spectral_merge import SpectralMerge
 from starmerge.spectral import CoreSpace
 from starmerge.spectral.core_space import CoreShape
 

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from starmerge.methods.iso import sum_of
+from starmerge.methods.kinds.spectral import SpectralMerge
 from starmerge.methods.method import TensorContext, method
-from starmerge.methods.spectral_merge import SpectralMerge
 from starmerge.methods.ties import elected_mean
 from starmerge.methods.trim import Percent, largest_entries
 from starmerge.selection import share_of

@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from starmerge.deltas import Delta, Dense
-from starmerge.methods.entrywise import panel_bytes, panels
-from starmerge.methods.masks import masked
+from starmerge.methods.kinds.entrywise import panel_bytes, panels
+from starmerge.methods.kinds.masks import masked
 from starmerge.methods.memory import DeltaShape, TensorShape, dense_shape
 from starmerge.methods.method import TensorContext, Transform, method
 from starmerge.spectral import Truncation

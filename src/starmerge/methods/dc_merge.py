@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from starmerge.deltas import Delta
+from starmerge.methods.kinds.spectral import SpectralMerge
 from starmerge.methods.method import TensorContext, method
-from starmerge.methods.spectral_merge import SpectralMerge
 from starmerge.methods.ties import elected_mean
 from starmerge.methods.trim import Percent, largest_entries
 from starmerge.spectral import CoreSpace, polar, svd_matrix

@@ -11,8 +11,8 @@ from pydantic import Field
 from starmerge.deltas import Delta, Dense
 from starmerge.errors import UsageError
 from starmerge.methods.dare import Draws
-from starmerge.methods.entrywise import absolute_sum, panel_bytes, panels
-from starmerge.methods.masks import chances_by_rank, l1_ratio, masked
+from starmerge.methods.kinds.entrywise import absolute_sum, panel_bytes, panels
+from starmerge.methods.kinds.masks import chances_by_rank, l1_ratio, masked
 from starmerge.methods.memory import DeltaShape, TensorShape, dense_shape
 from starmerge.methods.method import TensorContext, Transform, method
 from starmerge.spectral import Truncation

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from starmerge.deltas import Delta, Dense, LowRank, Stored
+from starmerge.methods.kinds.spectral import is_averaged, will_average
 from starmerge.methods.memory import DeltaShape, TensorShape
 from starmerge.methods.method import TensorContext, Transform, method
-from starmerge.methods.spectral_merge import is_averaged, will_average
 from starmerge.spectral import (
     Decomposition,
     Rounding,

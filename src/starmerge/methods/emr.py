@@ -12,8 +12,8 @@ from torch import Tensor
 
 from starmerge.deltas import Delta
 from starmerge.errors import UsageError
-from starmerge.methods.entrywise import EntrywiseMerge, absolute_sum, panels, task_sum
-from starmerge.methods.masks import masked
+from starmerge.methods.kinds.entrywise import EntrywiseMerge, absolute_sum, panels, task_sum
+from starmerge.methods.kinds.masks import masked
 from starmerge.methods.method import Deltas, TensorContext, method
 
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from starmerge.deltas import Delta
-from starmerge.methods.combination import (
+from starmerge.methods.kinds.combination import (
     base_weight,
     combine,
     combine_bytes,

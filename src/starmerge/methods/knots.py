@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from starmerge.deltas import Delta, Dense, LowRank, total
+from starmerge.methods.kinds.spectral import is_averaged, will_average
 from starmerge.methods.memory import DeltaShape, TensorShape, total_bytes, total_shape
 from starmerge.methods.method import Deltas, Merge, TensorContext, Walk, method
-from starmerge.methods.spectral_merge import is_averaged, will_average
 from starmerge.methods.ties import elected_mean
 from starmerge.methods.trim import Percent, Scope, global_thresholds, local_threshold
 from starmerge.spectral import core_space, on_best_device, svd_matrix

@@ -10,8 +10,8 @@ from pydantic import Field
 
 from starmerge.deltas import Delta, Dense, total
 from starmerge.errors import UsageError
-from starmerge.methods.combination import base_weight
-from starmerge.methods.entrywise import panels
+from starmerge.methods.kinds.combination import base_weight
+from starmerge.methods.kinds.entrywise import panels
 from starmerge.methods.memory import DeltaShape, TensorShape, dense_shape, total_bytes, total_shape
 from starmerge.methods.method import Deltas, Merge, TensorContext, method, sums_to_zero
 

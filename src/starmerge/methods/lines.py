@@ -10,7 +10,7 @@ from pydantic import Field
 
 from starmerge.deltas import Delta, total
 from starmerge.errors import UsageError
-from starmerge.methods.entrywise import absolute_sum, entries_of, panel_bytes
+from starmerge.methods.kinds.entrywise import absolute_sum, entries_of, panel_bytes
 from starmerge.methods.memory import TensorShape, scaled_shape, total_bytes
 from starmerge.methods.method import (
     Deltas,

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from starmerge.deltas import Delta, Dense, LowRank, total
 from starmerge.errors import UsageError
+from starmerge.methods.kinds.spectral import is_averaged, will_average
 from starmerge.methods.memory import TensorShape, total_bytes
 from starmerge.methods.method import Deltas, Merge, TensorContext, method, refuse_negative
-from starmerge.methods.spectral_merge import is_averaged, will_average
 from starmerge.spectral import on_best_device
 from starmerge.spectral.moment import Moment, Side
 

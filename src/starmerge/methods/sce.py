@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from starmerge.deltas import Delta, Dense
-from starmerge.methods.entrywise import panel_bytes, panels, task_sum
-from starmerge.methods.masks import largest, masked
+from starmerge.methods.kinds.entrywise import panel_bytes, panels, task_sum
+from starmerge.methods.kinds.masks import largest, masked
 from starmerge.methods.memory import DeltaShape, TensorShape, dense_shape
 from starmerge.methods.method import Deltas, Merge, TensorContext, method, refuse_weights
 

@@ -11,10 +11,10 @@ from pydantic import Field
 from torch import Tensor
 
 from starmerge.deltas import Delta, LowRank
+from starmerge.methods.kinds.spectral import SpectralMerge, is_averaged, will_average
 from starmerge.methods.memory import TensorShape, inner_bytes
 from starmerge.methods.method import Deltas, TensorContext, Walk, method, refuse_negative
 from starmerge.methods.own_response import OwnProducts, Response, total_products
-from starmerge.methods.spectral_merge import SpectralMerge, is_averaged, will_average
 from starmerge.spectral import SVD, CoreSpace, svd_matrix
 from starmerge.spectral.core_space import CoreShape
 from starmerge.spectral.dense import svd_bytes

@@ -13,9 +13,9 @@ from pydantic import Discriminator, Field, Tag
 from starmerge.deltas import Delta, Dense, LowRank
 from starmerge.errors import UsageError
 from starmerge.methods.denoise import above_floor, rounding_bytes, rounding_of
+from starmerge.methods.kinds.spectral import is_averaged, will_average
 from starmerge.methods.memory import DeltaShape, TensorShape, dense_shape
 from starmerge.methods.method import TensorContext, Transform, method
-from starmerge.methods.spectral_merge import is_averaged, will_average
 from starmerge.spectral import Rounding, Truncation, svd, truncate_and_rescale
 from starmerge.spectral.gram import svd_dense_bytes
 

@@ -11,9 +11,9 @@ from pydantic import Field
 from starmerge.deltas import Delta
 from starmerge.errors import UsageError
 from starmerge.methods.iso import IsoC, IsoCts
+from starmerge.methods.kinds.spectral import is_averaged, will_average
 from starmerge.methods.memory import DeltaShape, TensorShape, scaled_shape
 from starmerge.methods.method import Deltas, Merge, PostStep, TensorContext, method
-from starmerge.methods.spectral_merge import is_averaged, will_average
 from starmerge.spectral import core_space, kept_rank, on_best_device, svd_matrix
 from starmerge.spectral.core_space import FLOAT32_NOISE
 from starmerge.spectral.dense import svd_bytes

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from starmerge.errors import UsageError
-from starmerge.methods.entrywise import EntrywiseMerge, task_sum
+from starmerge.methods.kinds.entrywise import EntrywiseMerge, task_sum
 from starmerge.methods.method import TensorContext, method
 
 

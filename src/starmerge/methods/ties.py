@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from starmerge.deltas import Delta
-from starmerge.methods.entrywise import EntrywiseMerge, panels, task_sum
+from starmerge.methods.kinds.entrywise import EntrywiseMerge, panels, task_sum
 from starmerge.methods.method import Deltas, TensorContext, Walk, method
 from starmerge.methods.trim import Percent, Scope, global_thresholds, thresholds, trimmed
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from starmerge.deltas import Delta, Dense
-from starmerge.methods.entrywise import entries_of, panel_bytes, panels
+from starmerge.methods.kinds.entrywise import entries_of, panel_bytes, panels
 from starmerge.methods.memory import DeltaShape, TensorShape, dense_shape
 from starmerge.methods.method import Deltas, TensorContext, Transform, Walk, method
 from starmerge.selection import SAMPLE, Tally, bracket, histogram, kth_largest, share_of

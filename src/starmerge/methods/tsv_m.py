@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from starmerge.methods.kinds.spectral import SpectralMerge
 from starmerge.methods.method import TensorContext, method
-from starmerge.methods.spectral_merge import SpectralMerge
 from starmerge.spectral import CoreSpace, polar, svd_matrix
 from starmerge.spectral.core_space import CoreShape
 from starmerge.spectral.dense import polar_bytes

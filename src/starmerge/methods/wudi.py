@@ -10,10 +10,10 @@ from pydantic import Field
 from torch import Tensor
 
 from starmerge.deltas import Delta, Dense, total
-from starmerge.methods.entrywise import panel_bytes, panels
+from starmerge.methods.kinds.entrywise import panel_bytes, panels
+from starmerge.methods.kinds.spectral import is_averaged, will_average
 from starmerge.methods.memory import DeltaShape, TensorShape, dense_shape, total_bytes, total_shape
 from starmerge.methods.method import Deltas, Merge, TensorContext, method, refuse_negative
-from starmerge.methods.spectral_merge import is_averaged, will_average
 from starmerge.spectral import core_space, on_best_device
 
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8

@@ -10,19 +10,20 @@ from typing import Any
 
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation.cache import Record, ScoreCache
-from starmerge.evaluation.comparison import (
+from starmerge.evaluation.runner import answers, check
+from starmerge.evaluation.scoring.comparison import (
     Difference,
     Interval,
     difference,
     normalised_average,
     perfect,
 )
-from starmerge.evaluation.runner import answers, check
-from starmerge.evaluation.sheets import AnyTask, Settings, Sheet
-from starmerge.evaluation.spare import Origin, spare_sheet
+from starmerge.evaluation.settings import Settings
+from starmerge.evaluation.sheets import AnyTask, Sheet, prepare_spare
 from starmerge.evaluation.subjects import BASE, Group, Update, groups
 from starmerge.evaluation.table import aligned, interval_cell
 from starmerge.evaluation.tasks import find_task
+from starmerge.evaluation.tasks.spare import Origin
 from starmerge.merging.task_vectors import TaskVectors, load_task_vectors
 from starmerge.methods.method import Method
 from starmerge.methods.pipeline import Pipeline
@@ -186,10 +187,10 @@ def choose(
     right, means of scores are compared instead.
 
     The rows are no part of the task's sample, which ``starmerge evaluate`` scores, wherever the
-    task has others: see :func:`starmerge.evaluation.spare.spare_sheet`. The base is loaded once,
-    and the task vectors are read and decomposed once. The update of each candidate stays in memory
-    while the race goes on: little for adapters, as much as a float32 model for some merges of full
-    fine-tunes.
+    task has others: see :func:`starmerge.evaluation.tasks.spare.spare_rows`. The base is loaded
+    once, and the task vectors are read and decomposed once. The update of each candidate stays in
+    memory while the race goes on: little for adapters, as much as a float32 model for some merges
+    of full fine-tunes.
 
     Args:
         base: The base: a folder or a Hub id.
@@ -349,7 +350,7 @@ def _sheets(
         raise UsageError("There is no task to choose by. Give one at least.")
 
     def prepared(task: AnyTask, settings: Settings) -> Sheet:
-        sheet, origins[task.name] = spare_sheet(task, settings)
+        sheet, origins[task.name] = prepare_spare(task, settings)
         return sheet
 
     found = [find_task(task) if isinstance(task, str) else task for task in tasks]

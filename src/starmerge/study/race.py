@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from starmerge.evaluation.comparison import (
+from starmerge.evaluation.scoring.comparison import (
     LEVEL,
     Difference,
     Interval,
@@ -18,7 +18,7 @@ from starmerge.evaluation.comparison import (
     mean_ratio,
     normalised_average,
 )
-from starmerge.evaluation.metrics import Score
+from starmerge.evaluation.scoring.metrics import Score
 
 START = 8
 """Rows of a task in the first round; each further round doubles them."""

@@ -11,11 +11,11 @@ from starmerge.errors import UsageError
 from starmerge.evaluation.cache import ScoreCache
 from starmerge.evaluation.results import check_results, write_results
 from starmerge.evaluation.runner import Evaluation, check, evaluate
-from starmerge.evaluation.sheets import Settings
-from starmerge.evaluation.suites import Suite
+from starmerge.evaluation.settings import Settings
 from starmerge.evaluation.table import report
-from starmerge.evaluation.task_file import DataTask
 from starmerge.evaluation.tasks import find_task, with_rows_of
+from starmerge.evaluation.tasks.files import DataTask
+from starmerge.evaluation.tasks.suites import Suite
 from starmerge.merging.engine import MergeResult, merge
 from starmerge.methods.pipeline import Pipeline, as_pipeline
 from starmerge.storage.publishing import check_output

@@ -20,10 +20,10 @@ from torch import Tensor
 from starmerge.checkpoints.base import open_base
 from starmerge.checkpoints.source import resolve
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.evaluation.metrics import Score
-from starmerge.evaluation.models import load_model
-from starmerge.evaluation.scoring import LocalModel, ask, prompter_of, scored
-from starmerge.evaluation.task import Task
+from starmerge.evaluation.models.asking import LocalModel, ask, prompter_of, scored
+from starmerge.evaluation.models.loading import load_model
+from starmerge.evaluation.scoring.metrics import Score
+from starmerge.evaluation.tasks.task import Task
 from starmerge.progress import progress_bar
 from starmerge.storage.publishing import output_folder
 

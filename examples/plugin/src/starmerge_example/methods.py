@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from starmerge.methods.entrywise import EntrywiseMerge
+from starmerge.methods.kinds.entrywise import EntrywiseMerge
 from starmerge.methods.method import TensorContext, method, refuse_weights
 
 

@@ -1,0 +1,1 @@
+"""What answers are worth: how they are read, scored and compared."""
