@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from starmerge import plugins
-from starmerge.storage.publishing import check_output_file, output_file
 from starmerge.errors import UsageError
 from starmerge.mergekit.recipe import is_mergekit_recipe, translate
 from starmerge.methods.pipeline import map_chain
 from starmerge.reading import read_yaml
-from starmerge.storage import exists
 from starmerge.recipe import Recipe, make_recipe
+from starmerge.storage import exists
+from starmerge.storage.publishing import check_output_file, output_file
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -33,9 +33,9 @@ from transformers import (
 )
 
 from starmerge import merge
-from starmerge.checkpoints.adapter import Adapter, open_adapter
 from starmerge.checkpoints.base import open_base
 from starmerge.checkpoints.finetuned import open_finetuned
+from starmerge.checkpoints.lora.adapter import Adapter, open_adapter
 from starmerge.checkpoints.models import files_of
 from starmerge.checkpoints.names import match_names
 from starmerge.checkpoints.source import resolve

@@ -290,7 +290,7 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(world: World) -> None:
 def test_adapter_configs(
     world: World, changes: dict[str, object], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("starmerge.checkpoints.adapter_config._MATCHING", 0.2)
+    monkeypatch.setattr("starmerge.checkpoints.lora.config._MATCHING", 0.2)
     # Long enough names that a pattern needs ages to see that it does not match.
     header, body = split_safetensors(world.adapter / "adapter_model.safetensors")
     longer = {

@@ -11,8 +11,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from starmerge.checkpoints.adapter import open_adapter
 from starmerge.checkpoints.base import Base, open_base
+from starmerge.checkpoints.lora.adapter import open_adapter
 from starmerge.checkpoints.names import match_names
 from starmerge.checkpoints.source import Source, resolve
 from starmerge.checkpoints.tensors import open_safetensors

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from starmerge.checkpoints.adapter import open_weights
-from starmerge.checkpoints.adapter_config import AdapterConfig, read_adapter_config
-from starmerge.checkpoints.adapter_keys import sort_keys
 from starmerge.checkpoints.base import Base
+from starmerge.checkpoints.lora.adapter import open_weights
+from starmerge.checkpoints.lora.config import AdapterConfig, read_adapter_config
+from starmerge.checkpoints.lora.keys import sort_keys
 from starmerge.checkpoints.names import completed, match_stored
 from starmerge.checkpoints.source import Source
 from starmerge.checkpoints.tensors import Checkpoint, TensorInfo

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from starmerge.checkpoints.adapter import Adapter
 from starmerge.checkpoints.base import Base, open_base
+from starmerge.checkpoints.lora.adapter import Adapter
 from starmerge.checkpoints.metric import Metric, open_metric
 from starmerge.checkpoints.models import FineTune, open_model
 from starmerge.checkpoints.source import Source, resolve

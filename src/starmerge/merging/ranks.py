@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starmerge.checkpoints.adapter_file import Module
+from starmerge.checkpoints.lora.file import Module
 from starmerge.merging.engine import Merging
 from starmerge.merging.executors.threads import Threads
 from starmerge.merging.layout import PlannedTensor

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starmerge.checkpoints.adapter import Adapter
-from starmerge.checkpoints.adapter_file import (
+from starmerge.checkpoints.base import Base
+from starmerge.checkpoints.lora.adapter import Adapter
+from starmerge.checkpoints.lora.file import (
     CONFIG,
     WEIGHTS,
     Module,
     adapter_config,
     target_modules,
 )
-from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.tensors import TensorInfo, open_checkpoint
 from starmerge.checkpoints.writer import OutputTensor, ShardWriter, json_bytes
 from starmerge.deltas import LowRank, is_finite, matrix_shape

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
-from starmerge.checkpoints.adapter import Adapter
-from starmerge.checkpoints.adapter_file import PREFIX, Module
 from starmerge.checkpoints.base import Base
+from starmerge.checkpoints.lora.adapter import Adapter
+from starmerge.checkpoints.lora.file import PREFIX, Module
 from starmerge.checkpoints.names import Change, changed, names_in_model, prefix_change
 from starmerge.merging.layout import Contents, PlannedTensor
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from starmerge.checkpoints.adapter_config import AdapterConfig
+from starmerge.checkpoints.lora.config import AdapterConfig
 from starmerge.checkpoints.source import Source
 from starmerge.errors import StarmergeError
 

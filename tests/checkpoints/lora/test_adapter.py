@@ -10,8 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from starmerge.checkpoints.adapter import Adapter, open_adapter
 from starmerge.checkpoints.base import open_base
+from starmerge.checkpoints.lora.adapter import Adapter, open_adapter
 from starmerge.checkpoints.source import resolve
 from starmerge.deltas import LowRank
 from starmerge.errors import StarmergeError, UsageError

@@ -1,7 +1,7 @@
 """LoRA adapters in PEFT's layout.
 
-What the config says is read in :mod:`~starmerge.checkpoints.adapter_config`, what the tensors are
-in :mod:`~starmerge.checkpoints.adapter_keys`, and which of the base's they mean in
+What the config says is read in :mod:`~starmerge.checkpoints.lora.config`, what the tensors are
+in :mod:`~starmerge.checkpoints.lora.keys`, and which of the base's they mean in
 :mod:`~starmerge.checkpoints.names`; here the shapes are checked and the deltas are made. Source of
 the layout: github.com/huggingface/peft, ``tuners/lora/layer.py``.
 """
@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from starmerge.checkpoints.adapter_config import AdapterConfig, read_adapter_config
-from starmerge.checkpoints.adapter_file import Module
-from starmerge.checkpoints.adapter_keys import AdapterKeys, ModuleKeys, sort_keys
 from starmerge.checkpoints.base import Base
-from starmerge.checkpoints.dora import dora_delta
 from starmerge.checkpoints.finetuned import difference
+from starmerge.checkpoints.lora.config import AdapterConfig, read_adapter_config
+from starmerge.checkpoints.lora.dora import dora_delta
+from starmerge.checkpoints.lora.file import Module
+from starmerge.checkpoints.lora.keys import AdapterKeys, ModuleKeys, sort_keys
 from starmerge.checkpoints.names import completed, match_names, match_stored
 from starmerge.checkpoints.source import Source
 from starmerge.checkpoints.tensors import (
