@@ -296,9 +296,10 @@ def _spoil_recipe(world: World, rng: random.Random) -> None:
 def merge_recipe(world: World, file: Path) -> None:
     """Merge by a recipe, as the command line does."""
     from starmerge.merging.engine import run
+    from starmerge.merging.executors.threads import Threads
     from starmerge.merging.plan import make_plan
 
-    run(make_plan(load_recipe(file), world.folder / "merged"), threads=1)
+    run(make_plan(load_recipe(file), world.folder / "merged"), Threads(1))
 
 
 KINDS = ("base header", "adapter header", "config", "adapter config", "index", "bin", "adapter bin",

@@ -16,6 +16,7 @@ from starmerge.errors import UsageError
 from starmerge.mergekit.family import FAMILY, agree
 from starmerge.mergekit.settings import PARAMETERS, Setting, resolve
 from starmerge.merging.engine import run
+from starmerge.merging.executors.threads import Threads
 from starmerge.merging.layout import layers
 from starmerge.merging.plan import make_plan
 from starmerge.methods import Sce
@@ -272,7 +273,7 @@ def test_a_recipe_gives_what_mergekit_gives(name, label, inputs, tmp_path):
 
 
 def merge(recipe, output):
-    return load_file(run(make_plan(recipe, output)).path / "model.safetensors")
+    return load_file(run(make_plan(recipe, output), Threads()).path / "model.safetensors")
 
 
 def test_what_mergekit_computes_in_bfloat16_is_what_it_makes_of_rounded_models():
@@ -487,11 +488,11 @@ def test_what_does_not_fit_the_models_is_refused_before_they_are_read(
 def test_a_translated_recipe_can_be_written_and_run_again(name, inputs, tmp_path):
     recipe = translated(content(name), inputs / "float32")
     assert make_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
-    first = run(make_plan(recipe, tmp_path / "first"))
+    first = run(make_plan(recipe, tmp_path / "first"), Threads())
     report = json.loads((first.path / "merge_report.json").read_text())
     again = Recipe.model_validate(report["recipe"])
     assert recipe.to_yaml() in (first.path / "README.md").read_text()
-    second = run(make_plan(again, tmp_path / "second"))
+    second = run(make_plan(again, tmp_path / "second"), Threads())
     files = [result.path / "model.safetensors" for result in (first, second)]
     assert files[0].read_bytes() == files[1].read_bytes()
 

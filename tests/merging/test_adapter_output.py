@@ -24,6 +24,7 @@ from transformers import (
 )
 
 import starmerge as sm
+from starmerge.merging.executors.threads import Threads
 from starmerge.merging.plan import make_plan
 from starmerge.merging.ranks import rank_costs
 from starmerge.recipe import make_recipe
@@ -462,7 +463,7 @@ def test_a_dry_run_tells_the_errors_that_the_ranks_have(
     plan = make_plan(
         make_recipe(content | {"output": {"kind": "adapter", "rank": 1}}), tmp_path / "out"
     )
-    costs = rank_costs(plan, threads=1)
+    costs = rank_costs(plan, Threads(1))
     assert not (tmp_path / "out").exists()
     assert [cost.rank for cost in costs] == sorted({cost.rank for cost in costs})
     assert costs[-1].error < 1e-6

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import starmerge as sm
 from starmerge.merging import journal as journals
 from starmerge.merging.engine import run
+from starmerge.merging.executors.threads import Threads
 from starmerge.merging.journal import JOURNAL, fingerprint
 from starmerge.merging.plan import make_plan
 from starmerge.recipe import make_recipe
@@ -97,7 +98,7 @@ def _interrupted(plan: Any, monkeypatch: pytest.MonkeyPatch, after: int) -> Path
     with monkeypatch.context() as patch:
         patch.setattr(journals.Journal, "add", stop)
         with pytest.raises(_StoppedError):
-            run(plan, threads=1)
+            run(plan, Threads(1))
     partial = plan.path.with_name(f".{plan.path.name}.partial-{fingerprint(plan)}")
     kept.rename(partial)
     return partial
@@ -118,7 +119,7 @@ def test_what_lies_on_the_disk_otherwise_is_merged_again(
     places = json.loads(content[8 : 8 + header])
     content[8 + header + places[lines[3]["tensor"]]["data_offsets"][0] + 5] ^= 1
     file.write_bytes(content)
-    result = run(plan, threads=1)
+    result = run(plan, Threads(1))
     assert result.taken_up == 11
     assert (result.path / "model.safetensors").read_bytes() == (
         whole.path / "model.safetensors"
@@ -138,7 +139,7 @@ def test_another_merge_does_not_take_it_up(
     assert fingerprint(_plan(tiny_base, models, tmp_path / "out")) == fingerprint(plan)
     other = _plan(tiny_base, models, tmp_path / "out", parameters={"eta": 50})
     assert fingerprint(other) != fingerprint(plan)
-    assert run(other, threads=1).taken_up == 0
+    assert run(other, Threads(1)).taken_up == 0
     file = models[0] / "adapter_model.safetensors"
     save_file(load_file(file), file, metadata={"format": "pt"})
     assert fingerprint(_plan(tiny_base, models, tmp_path / "new")) != fingerprint(plan)
@@ -158,7 +159,7 @@ def test_what_an_earlier_run_wrote_is_no_space_that_is_still_needed(
     _interrupted(plan, monkeypatch, after=len(plan.tensors) - 1)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda place: free)
-        assert run(_plan(tiny_base, models, output), threads=1).taken_up > 0
+        assert run(_plan(tiny_base, models, output), Threads(1)).taken_up > 0
 
 
 def test_fresh_begins_anew(
@@ -170,7 +171,7 @@ def test_fresh_begins_anew(
     others = [tmp_path / ".out.partial-of_another", tmp_path / ".out.replaced-only_copy"]
     for other in others:
         other.mkdir()
-    assert run(plan, fresh=True, threads=1).taken_up == 0
+    assert run(plan, Threads(1), fresh=True).taken_up == 0
     assert not partial.exists()
     assert all(other.exists() for other in others)
 
@@ -188,7 +189,7 @@ def test_an_input_that_changes_during_the_merge_is_an_error(
     tensors["model.norm.weight"] += 1
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(sm.StarmergeError, match=r"b/model.safetensors was changed while"):
-        run(plan, threads=1)
+        run(plan, Threads(1))
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
 
@@ -209,4 +210,4 @@ def test_a_damaged_line_does_not_count(
     partial = _interrupted(plan, monkeypatch, after=9)
     lines = [text for text in (partial / JOURNAL).read_text().splitlines() if text]
     (partial / JOURNAL).write_text("\n".join([line, *lines[1:]]) + "\n")
-    assert run(plan, threads=1).taken_up == 8
+    assert run(plan, Threads(1)).taken_up == 8

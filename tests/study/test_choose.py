@@ -27,6 +27,7 @@ from starmerge.evaluation.tasks.images import ArraySource, ImageTask
 from starmerge.evaluation.tasks.lm_eval import load_tasks
 from starmerge.evaluation.tasks.sources import FileSource, Sample
 from starmerge.merging.engine import run
+from starmerge.merging.executors.threads import Threads
 from starmerge.merging.plan import make_plan
 from starmerge.recipe import make_recipe
 from starmerge.recipe_file import load_recipe, write_recipe
@@ -115,7 +116,7 @@ def test_the_recipe_makes_the_merge_that_was_asked(world: World, tmp_path: Path)
     choice = choose(world.base, world.adapters, world.tasks, FEW, settings=RANK)
     assert choice.recipe.method == choice.chosen
     write_recipe(choice.recipe, tmp_path / "recipe.yaml")
-    merged = run(make_plan(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "out")).path
+    merged = run(make_plan(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "out"), Threads()).path
     model = AutoModelForCausalLM.from_pretrained(world.base)
     with sm.apply(model, sm.load_task_vectors(world.base, world.adapters).merge(choice.chosen)):
         for name, tensor in load_file(merged / "model.safetensors").items():

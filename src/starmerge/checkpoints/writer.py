@@ -190,8 +190,10 @@ class ShardWriter:
         content = raw_bytes(tensor.contiguous())
         self._file(place.shard).write(content, place.offset + offset)
         with self._lock:
-            if not offset:  # the first piece, of the first time or anew
-                progress.hashed, progress.hash, progress.digest = 0, blake3(max_threads=1), None
+            if not progress.left:  # it is written anew
+                progress.left, progress.digest = place.tensor.nbytes, None
+            if not offset:
+                progress.hashed, progress.hash = 0, blake3(max_threads=1)
             follows = progress.hash if offset == progress.hashed else None
             if follows is not None:  # this thread has the hash until it has added to it
                 progress.hash = None

@@ -184,7 +184,7 @@ def merge(
     if dry_run:
         _print_plan(plan, workers)
         if plan.output.kind == "adapter":
-            _print_ranks(rank_costs(plan, threads=threads, memory=memory, progress=True))
+            _print_ranks(rank_costs(plan, workers, progress=True))
         return
     own = fingerprint(plan)
     left = [other for other in leftovers(output) if not other.path.name.endswith(own)]
@@ -193,7 +193,7 @@ def merge(
         clean = shlex.join(["starmerge", "clean", str(left[0].path.parent)])
         print(f"Note: earlier runs that were killed left {size} beside {output}; see: {clean}")
     started = time.monotonic()
-    result = run(plan, fresh=fresh, threads=threads, memory=memory, progress=True)
+    result = run(plan, workers, fresh=fresh, progress=True)
     if result.taken_up:
         print(
             f"{result.taken_up} of {len(plan.tensors)} tensors were there already, written by an "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -115,39 +115,42 @@ def merge(
         }
     )
     plan = make_plan(recipe, Path(output), overwrite=overwrite)
-    return run(plan, fresh=fresh, threads=threads, memory=memory, progress=progress)
+    return run(plan, Threads(threads, memory), fresh=fresh, progress=progress)
 
 
 def run(
     plan: Plan,
+    executor: AbstractContextManager[Executor],
     *,
     fresh: bool = False,
-    threads: int | None = None,
-    memory: int | str | None = None,
     progress: bool = False,
 ) -> MergeResult:
     """Carry out a plan; see :func:`merge`.
 
+    Args:
+        plan: The plan.
+        executor: What does the work on tensors; it is opened and closed here.
+        fresh: Begin anew, instead of going on with what a killed run has left.
+        progress: Show progress bars on standard error.
+
     Raises:
-        UsageError: ``threads`` or ``memory`` is not a positive number.
         StarmergeError: A NaN or an infinity, in an input or by overflow of the output's dtype; a
             file that is shorter than it was. Nothing is left at the plan's output.
     """
-    pool = Threads(threads, memory)
     own = fingerprint(plan)
     storage = storage_of(plan.path)
     if fresh:
         storage.forget(plan.path, suffix=own)
     with (
         storage.publish(plan.path, overwrite=plan.overwrite, suffix=own) as folder,
-        pool as executor,
+        executor as workers,
     ):
-        merging = Merging(plan, executor, progress)
+        merging = Merging(plan, workers, progress)
         writing = plan.output.lay_out(plan, folder)
         with Journal(folder, writing) as journal:
             merging.write(writing, journal=journal, hashes_inputs=True)
         finished = writing.finish(merging.records, merging.digests)
-        hashes = input_hashes(plan, executor, merging.input_digests, progress=progress)
+        hashes = input_hashes(plan, workers, merging.input_digests, progress=progress)
         plan.check_unchanged()
         report = make_report(
             plan, finished, merging.findings, merging.records, hashes, merging.changing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from starmerge.checkpoints.lora.file import Module
 from starmerge.merging.engine import Merging
-from starmerge.merging.executors.threads import Threads
+from starmerge.merging.executors.executor import Executor
 from starmerge.merging.layout import PlannedTensor
 from starmerge.merging.outputs import Finished, Slot
 from starmerge.merging.outputs.adapter import AdapterOutput
@@ -40,11 +41,7 @@ class RankCost:
 
 
 def rank_costs(
-    plan: Plan,
-    *,
-    threads: int | None = None,
-    memory: int | str | None = None,
-    progress: bool = False,
+    plan: Plan, executor: AbstractContextManager[Executor], *, progress: bool = False
 ) -> list[RankCost]:
     """Merge without writing anything, and tell the lowest rank for each of :data:`ERRORS`.
 
@@ -52,8 +49,7 @@ def rank_costs(
 
     Args:
         plan: A plan of an adapter.
-        threads: As for :func:`starmerge.merge`.
-        memory: As for :func:`starmerge.merge`.
+        executor: As for :func:`starmerge.merging.engine.run`.
         progress: Show a progress bar on standard error.
 
     Returns:
@@ -65,8 +61,8 @@ def rank_costs(
     """
     assert isinstance(plan.output, AdapterOutput)
     measuring = _Measuring(plan.output.wanted)
-    with Threads(threads, memory) as executor:
-        merging = Merging(replace(plan, output=measuring), executor, progress)
+    with executor as workers:
+        merging = Merging(replace(plan, output=measuring), workers, progress)
         merging.write(_Spectra(places_of(plan)))
     return _costs(merging.records)
 
