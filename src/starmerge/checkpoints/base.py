@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 from starmerge.checkpoints.source import SIDE_FILES, Source
 from starmerge.checkpoints.tensors import Checkpoint, open_checkpoint
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.reading import read_json
+from starmerge.storage import Place, exists, is_file, storage_of
 from starmerge.storage.publishing import REPORT
 
 _OWN_FILES = ("config.json", "*.index.json", REPORT, "adapter_config.json")
@@ -34,18 +35,18 @@ class Base:
     """Whether the checkpoint's tensors can be read."""
 
     @property
-    def side_files(self) -> list[Path]:
+    def side_files(self) -> list[Place]:
         """The files to copy beside merged weights.
 
         Raises:
             StarmergeError: One is a link to a file outside of the base's folder.
         """
-        found = {path for pattern in SIDE_FILES for path in self.source.path.glob(pattern)}
-        files = sorted(
-            path
-            for path in found
-            if path.is_file() and not any(path.match(pattern) for pattern in _OWN_FILES)
-        )
+        folder = self.source.path
+        files = [
+            folder / name
+            for name in storage_of(folder).names(folder)
+            if _matches(name, SIDE_FILES) and not _matches(name, _OWN_FILES)
+        ]
         for file in files:
             _check_link(file)
         return files
@@ -101,6 +102,10 @@ class Base:
         return len(shape) == 2 and shape[0] == text.get("vocab_size")
 
 
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def _is_embedding_name(part: str) -> bool:
     return "embed" in part or part in _EMBEDDINGS
 
@@ -112,12 +117,12 @@ def open_base(source: Source) -> Base:
         UsageError: The folder is an adapter, or a quantised model.
         StarmergeError: A file is missing or broken.
     """
-    if (source.path / "adapter_config.json").is_file():
+    if is_file(source.path / "adapter_config.json"):
         raise UsageError(
             f"{source} is an adapter, and stands where the base is wanted. Give the model that it "
             "was trained on; in a recipe for mergekit as base_model."
         )
-    if not (source.path / "config.json").exists():
+    if not exists(source.path / "config.json"):
         raise StarmergeError(f"{source} has no config.json, so it is not a model's folder.")
     config = read_config(source.path)
     if config.get("quantization_config"):
@@ -129,7 +134,7 @@ def open_base(source: Source) -> Base:
     return Base(source, open_checkpoint(source.path), config)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Place) -> dict[str, Any]:
     """Read a model's ``config.json``, and check the types of the values that are looked at.
 
     Raises:
@@ -148,7 +153,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_value(file: Path, config: Mapping[str, Any], key: str, kind: type, wanted: str) -> None:
+def _check_value(file: Place, config: Mapping[str, Any], key: str, kind: type, wanted: str) -> None:
     value = config.get(key)
     if value is not None and not isinstance(value, kind):
         raise StarmergeError(
@@ -156,7 +161,7 @@ def _check_value(file: Path, config: Mapping[str, Any], key: str, kind: type, wa
         )
 
 
-def _check_link(file: Path) -> None:
+def _check_link(file: Place) -> None:
     """Refuse a link out of its folder: what it points to would be copied, and perhaps published.
 
     The Hub's cache is made of links, to files beside the snapshots (``blobs``) under their hashes.

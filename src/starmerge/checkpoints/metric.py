@@ -36,7 +36,7 @@ from starmerge.checkpoints.tensors import (
 from starmerge.errors import StarmergeError, UsageError, explain
 from starmerge.parsing import parse_json
 from starmerge.spectral.moment import Moment, Side
-from starmerge.storage import exists
+from starmerge.storage import exists, storage_of
 from starmerge.storage.local_folder import LocalFile
 
 KEY = "starmerge_metric"
@@ -216,7 +216,7 @@ def open_metric(path: str | Path) -> Metric:
         StarmergeError: It is broken.
     """
     file = Path(path)
-    if not exists(file) or file.is_dir():
+    if not exists(file) or storage_of(file).is_folder(file):
         raise UsageError(f"{file} is no file. A metric is what `starmerge calibrate` writes.")
     checkpoint = open_safetensors(file)
     text = checkpoint.metadata.get(KEY)

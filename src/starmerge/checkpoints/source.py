@@ -9,7 +9,7 @@ from pathlib import Path
 
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.reading import read_json
-from starmerge.storage import exists, is_url
+from starmerge.storage import exists, is_file, is_url, storage_of
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -57,7 +57,7 @@ def resolve(reference: str | Path) -> Source:
     except RuntimeError as error:
         raise UsageError(f"{text}: no user of this machine is called so. Give a folder.") from error
     if exists(path):
-        if not path.is_dir():
+        if not storage_of(path).is_folder(path):
             raise UsageError(f"{text} is a file. Give the folder that holds the model or adapter.")
         if not os.access(path, os.R_OK | os.X_OK):
             raise StarmergeError(f"{text} may not be read by this user. Change its permissions.")
@@ -78,7 +78,7 @@ def resolve(reference: str | Path) -> Source:
 
 def _recorded_name(path: Path) -> str | None:
     config = path / "config.json"
-    name = read_json(config).get("_name_or_path") if config.is_file() else None
+    name = read_json(config).get("_name_or_path") if is_file(config) else None
     return name if isinstance(name, str) and _HUB_ID.fullmatch(name) else None
 
 
@@ -102,7 +102,7 @@ def _download(name: str, revision: str | None) -> tuple[Path, str, str]:
 
     try:
         path = fetch("*.safetensors")
-        if not any(path.glob("*.safetensors")):
+        if not any(name.endswith(".safetensors") for name in storage_of(path).names(path)):
             path = fetch("*.bin")
     except HFValidationError as error:
         raise UsageError(

@@ -20,6 +20,7 @@ from starmerge.checkpoints.source import Source
 from starmerge.checkpoints.tensors import Checkpoint, TensorInfo
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.reading import read_json
+from starmerge.storage import is_file
 
 
 class _Shapes(Checkpoint):
@@ -72,7 +73,7 @@ def unknown_base(sources: Sequence[Source], *, any_base: bool = False) -> Base:
     tensors: dict[str, TensorInfo] = {}
     for source in sources:
         file = source.path / "adapter_config.json"
-        if not file.is_file():
+        if not is_file(file):
             raise UsageError(
                 f"{source} is no adapter (no adapter_config.json), and without a base only "
                 "adapters can be merged. Give the base before the models."
@@ -134,7 +135,7 @@ def _config(name: str | None) -> dict[str, Any]:
     if name is None:
         return {}
     local = Path(name).expanduser() / "config.json"
-    if local.is_file():
+    if is_file(local):
         return read_json(local)
     with suppress(ValueError):  # the name is no Hub id
         from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415  (slow to import)
