@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from starmerge.deltas import Dense, LowRank
@@ -53,9 +53,18 @@ def test_weights_multiply_the_task_vectors_and_divide_the_means(kind, rule):
 def test_a_sum_is_the_projected_sum_whatever_the_shape(seed, tasks, r, rank, beta):
     deltas = [samples.low_rank(15, 12, r, seed=10 * seed + t) for t in range(tasks)]
     found = spectral.merged(Ctm(rank=rank, rule="sum", beta=beta), deltas)
-    U, V, _ = ctm.tucker2(ctm.rescaled(matrices(deltas), beta), rank)
-    summed = sum(matrices(deltas))
-    spectral.assert_close(found, U @ U.T @ summed @ V @ V.T, deltas, condition=1e7)
+    X, summed = ctm.rescaled(matrices(deltas), beta), sum(matrices(deltas))
+    # Of two orthogonal tasks of one norm the iteration begins at a saddle, which it leaves in a
+    # direction that rounding decides: then the reference does not agree with itself.
+    noise = np.random.default_rng(0).standard_normal(X.shape)
+    expected, other = (_projected(summed, Y, rank) for Y in (X, X * (1 + 1e-12 * noise)))
+    assume(np.linalg.norm(expected - other) <= 1e-6 * np.linalg.norm(summed))
+    spectral.assert_close(found, expected, deltas, condition=1e7)
+
+
+def _projected(summed, X, rank):
+    U, V, _ = ctm.tucker2(X, rank)
+    return U @ U.T @ summed @ V @ V.T
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8, 100])

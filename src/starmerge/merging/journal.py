@@ -16,6 +16,7 @@ from types import TracebackType
 from blake3 import blake3
 
 from starmerge.checkpoints.writer import ShardWriter
+from starmerge.device import ACCELERATOR
 from starmerge.merging.layout import PlannedTensor
 from starmerge.merging.outputs import Writing
 from starmerge.merging.plan import Plan
@@ -32,11 +33,11 @@ _SECONDS = 1.0
 def fingerprint(plan: Plan) -> str:
     """Return a hash of all that decides the bytes of a merge, 32 hexadecimal digits.
 
-    The recipe, the versions of the packages that compute, and the input files, each by its place
-    and its identity, which changes with its content.
+    The recipe, the versions of the packages that compute, whether there is a GPU to compute on, and
+    the input files, each by its place and its identity, which changes with its content.
     """
     files = sorted((str(file.resolve()), *state.identity) for file, state in plan.states.items())
-    content = [plan.recipe.model_dump(), versions(plan.recipe), files]
+    content = [plan.recipe.model_dump(), versions(plan.recipe), ACCELERATOR.exists(), files]
     text = json.dumps(content, sort_keys=True, ensure_ascii=True)
     return blake3(text.encode()).hexdigest(length=16)
 

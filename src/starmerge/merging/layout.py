@@ -166,6 +166,11 @@ class Contents:
     """Those that the output has a place for, and those of them that are merged."""
 
     @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the models."""
+        return tuple(model.name for model in self.models)
+
+    @property
     def merged(self) -> list[PlannedTensor]:
         """The tensors that some model changes."""
         return [tensor for tensor in self.tensors if tensor.models]

@@ -97,11 +97,6 @@ class Plan(Contents):
                 )
 
     @property
-    def tasks(self) -> tuple[str, ...]:
-        """Names of the models."""
-        return tuple(entry.name for entry in self.recipe.models)
-
-    @property
     def use_of_metric(self) -> str:
         """In words, in whose inputs the merge is made."""
         whitened = ["whitened inputs"] if self.pipeline.uses_metric else []
@@ -137,7 +132,7 @@ class Plan(Contents):
     def memory_of(self, tensor: PlannedTensor) -> int:
         """Estimate the bytes in memory while a tensor is merged and written."""
         merging = tensor.memory(self.pipeline, self.tasks) if tensor.models else 0
-        return merging + self.output.memory(tensor)
+        return merging + self.output.memory(self, tensor)
 
     def context(self, tensor: PlannedTensor, base: Tensor | None) -> TensorContext:
         """Return what the methods are told of a tensor, given the base's, if it has been read."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from starmerge.checkpoints.lora.file import Module
+from starmerge.deltas import Dense, LowRank
 from starmerge.merging.engine import Merging
 from starmerge.merging.executors.executor import Executor
 from starmerge.merging.layout import PlannedTensor
@@ -106,7 +107,10 @@ class _Spectra:
         """Return the singular values of an update that gets factors, and the norm of any."""
         place = self.where[tensor.source.name]
         if isinstance(place, Module):
-            S = svd(merged.delta).S
+            update = merged.delta
+            if isinstance(update, LowRank) and update.rank > min(update.shape):
+                update = Dense(update.entries())  # is smaller than so many factors
+            S = svd(update).S
             spectrum, norm = S.tolist(), float(S.norm())
         else:
             spectrum, norm = [], merged.delta.frobenius()

@@ -90,13 +90,12 @@ class AdapterOutput:
                 "embeddings can. Write a model."
             )
 
-    def memory(self, tensor: PlannedTensor) -> int:
+    def memory(self, contents: Contents, tensor: PlannedTensor) -> int:
         """Count what the decomposition needs, and the factors that are written, in some stages."""
         m, n = matrix_shape(tensor.source.shape)
-        ranks = [model.rank(tensor.source.name) for model in tensor.models.values()]
-        r = sum(rank or min(m, n) for rank in ranks)
-        if None in ranks:
-            return 24 * (m + n) * min(r, m, n) + 40 * min(r, m, n) ** 2
+        r = contents.pipeline.result(tensor.as_read(contents.pipeline, contents.tasks)).rank
+        if r is None:
+            return 24 * (m + n) * min(m, n) + 40 * min(m, n) ** 2
         k = min(self.rank or r, r, m, n)
         return leading_bytes(m, n, r, k) + 24 * (m + n) * k
 
@@ -311,7 +310,7 @@ def rank_bound(contents: Contents, tensor: PlannedTensor) -> int | None:
     An update may be dense because the models' factors together are as many as the matrix has rows
     or columns: then it needs no more than these.
     """
-    known = tensor.as_read(contents.pipeline, [model.name for model in contents.models])
+    known = tensor.as_read(contents.pipeline, contents.tasks)
     if known.has_dense:
         return None
     rank = contents.pipeline.result(known).rank

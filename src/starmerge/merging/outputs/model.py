@@ -51,7 +51,7 @@ class ModelOutput:
     def check(self, contents: Contents) -> None:
         """Accept every merge: what is added to the base may be anything."""
 
-    def memory(self, tensor: PlannedTensor) -> int:
+    def memory(self, contents: Contents, tensor: PlannedTensor) -> int:
         """Count the panels of the sum, or a tensor that is only converted."""
         if tensor.models:
             return fold_bytes(*matrix_shape(tensor.source.shape))

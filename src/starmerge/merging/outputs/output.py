@@ -108,7 +108,7 @@ class Output(Placing, Protocol):
             UsageError: It cannot.
         """
 
-    def memory(self, tensor: PlannedTensor) -> int:
+    def memory(self, contents: Contents, tensor: PlannedTensor) -> int:
         """Estimate the bytes that writing a tensor takes, beside those of merging it."""
 
     def bytes_to_write(self, contents: Contents) -> int:

@@ -56,7 +56,7 @@ class UnifiedOutput:
         """Make sure that the models' names can be names of folders."""
         check_task_names([model.name for model in contents.models])
 
-    def memory(self, tensor: PlannedTensor) -> int:
+    def memory(self, contents: Contents, tensor: PlannedTensor) -> int:
         """Count the vector before and after it is rounded, and one task's mask."""
         vectors = tensor.source.size * (4 + 4 + 1)
         return vectors + fold_bytes(*matrix_shape(tensor.source.shape))
