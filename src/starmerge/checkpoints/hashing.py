@@ -9,7 +9,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from starmerge.checkpoints.tensors import TensorInfo
+from starmerge.checkpoints.tensors import TensorInfo, read_tensor
 from starmerge.deltas import Delta, LowRank, Stored, matrix_shape
 from starmerge.storage import Place, storage_of
 
@@ -44,6 +44,25 @@ def blake3_of_tensor(tensor: Tensor) -> blake3:
     digest = blake3(max_threads=1)
     for piece in _pieces(tensor):
         digest.update(piece)
+    return digest
+
+
+def remembered_blake3_of_tensor(info: TensorInfo, tensor: Tensor | None = None) -> str:
+    """Return the BLAKE3 of a stored tensor's bytes, row after row, in hexadecimal.
+
+    It is computed once a process while the tensor's file stays as it is.
+
+    Args:
+        info: The tensor.
+        tensor: The same, if it has been read.
+    """
+    state = storage_of(info.file).state(info.file)
+    key = (*state.identity, info.name)
+    if key in _remembered:
+        return _remembered[key]
+    digest: str = blake3_of_tensor(read_tensor(info) if tensor is None else tensor).hexdigest()
+    if state.is_settled:
+        _remembered[key] = digest
     return digest
 
 

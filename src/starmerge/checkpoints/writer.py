@@ -14,7 +14,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from starmerge.checkpoints.hashing import blake3_of_tensor
+from starmerge.checkpoints.hashing import remembered_blake3_of_tensor
 from starmerge.checkpoints.tensors import DTYPE_CODES, Checkpoint, raw_bytes
 from starmerge.storage import OutputFile, OutputFolder
 from starmerge.storage.write_behind import WriteBehind
@@ -216,7 +216,7 @@ class ShardWriter:
             Their BLAKE3, which is taken at the source.
         """
         place, progress = self._places[name], self._progress(name)
-        digest: str = blake3_of_tensor(source.read(name)).hexdigest()
+        digest = remembered_blake3_of_tensor(source[name])
         source.copy(name, self._file(place.shard), place.offset)
         progress.digest, progress.left = digest, 0
         self._wrote(place, place.tensor.nbytes)

@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 
 from starmerge.checkpoints.hashing import (
     blake3_of_contents,
-    blake3_of_tensor,
     remembered_blake3_of,
+    remembered_blake3_of_tensor,
 )
-from starmerge.checkpoints.tensors import Checkpoint, TensorInfo, prefetch, read_tensor
+from starmerge.checkpoints.tensors import Checkpoint, TensorInfo, prefetch
 from starmerge.merging.executors.executor import Executor
 from starmerge.merging.plan import Input, Plan
 from starmerge.progress import progress_bar
@@ -43,7 +43,7 @@ class HashJob:
     @contextmanager
     def open(self) -> Iterator[Callable[[int], str]]:
         """Yield what hashes one."""
-        yield lambda number: blake3_of_tensor(read_tensor(self.tensors[number])).hexdigest()
+        yield lambda number: remembered_blake3_of_tensor(self.tensors[number])
 
     def memory(self, number: int) -> int:
         """Return 0: a tensor is mapped into memory."""

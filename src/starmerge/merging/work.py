@@ -16,8 +16,8 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
-from starmerge.checkpoints.hashing import blake3_of_tensor
-from starmerge.checkpoints.tensors import prefetch, read_tensor
+from starmerge.checkpoints.hashing import remembered_blake3_of_tensor
+from starmerge.checkpoints.tensors import prefetch
 from starmerge.deltas import Delta
 from starmerge.merging.checks import check_delta
 from starmerge.merging.layout import PlannedTensor
@@ -199,8 +199,7 @@ class WriteJob(TensorJob):
     def _hashes(self, tensor: PlannedTensor, base: Tensor | None) -> Iterator[str]:
         """Yield the BLAKE3 of each input of a tensor."""
         for info in tensor.inputs if self.hashes_inputs else ():
-            known = base if info is tensor.source else None
-            yield blake3_of_tensor(read_tensor(info) if known is None else known).hexdigest()
+            yield remembered_blake3_of_tensor(info, base if info is tensor.source else None)
 
     def _holds(self, tensor: PlannedTensor, digests: list[str]) -> bool:
         slots = self.writing.slots(tensor)

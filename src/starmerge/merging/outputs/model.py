@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starmerge.checkpoints.hashing import blake3_of_tensor
+from starmerge.checkpoints.hashing import remembered_blake3_of_tensor
 from starmerge.checkpoints.tensors import MERGEABLE, TensorInfo
 from starmerge.checkpoints.writer import OutputTensor, ShardWriter, json_bytes
 from starmerge.deltas import is_finite, matrix_shape
@@ -98,7 +98,7 @@ class _ModelWriting:
             return self.shards.copy(name, checkpoint)
         base = checkpoint.read(name)
         self.shards.write(name, finite(base.to(tensor.dtype), base, tensor))
-        return blake3_of_tensor(base).hexdigest()
+        return remembered_blake3_of_tensor(tensor.source, base)
 
     def put(self, tensor: PlannedTensor, base: Tensor | None, merged: Merged) -> dict[str, Any]:
         """Add the update to the base, panel by panel."""
