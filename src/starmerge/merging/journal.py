@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
 from types import TracebackType
 
 from blake3 import blake3
@@ -25,6 +24,9 @@ from starmerge.merging.work import Done
 from starmerge.storage import OutputFolder, Place, is_file, storage_of
 
 JOURNAL = "journal.jsonl"
+
+_KEPT = ("record", "digests", "inputs", "changing")
+"""Fields of what is said of a tensor."""
 
 _SECONDS = 1.0
 """Between two times that what was written is flushed to the disk."""
@@ -75,8 +77,7 @@ class Journal:
 
     def add(self, tensor: PlannedTensor, done: Done) -> None:
         """Note that a tensor was written."""
-        said = asdict(done)
-        del said["taken_up"]
+        said = {name: getattr(done, name) for name in _KEPT}
         self._fresh.append(json.dumps({"tensor": tensor.source.name, **said}) + "\n")
         for writer, name in self._writing.slots(tensor):
             self._touched.setdefault(writer, set()).add(name)

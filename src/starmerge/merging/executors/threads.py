@@ -14,6 +14,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import cache
 from itertools import groupby, islice
 from pathlib import Path
 from threading import Lock
@@ -83,14 +84,16 @@ class Threads:
         costs: dict[Future[list[Result]], int] = {}
         small: list[Future[list[Result]]] = []
 
+        memory = cache(job.memory)
+
         def is_small(number: int) -> bool:
             nbytes = job.nbytes(number)
-            return nbytes is not None and max(job.memory(number), nbytes) <= _SMALL
+            return nbytes is not None and max(memory(number), nbytes) <= _SMALL
 
         with job.open() as work:
             try:
                 for group in _groups(numbers, is_small):
-                    cost = max(map(job.memory, group))
+                    cost = max(map(memory, group))
                     while costs and sum(costs.values()) + cost > self.memory:
                         for done in wait(costs, return_when=FIRST_COMPLETED).done:
                             del costs[done]
