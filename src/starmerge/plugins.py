@@ -91,7 +91,8 @@ class Registry(Mapping[str, _Thing]):
     """All methods, tasks or metrics that have a plain name, and the way to find others.
 
     As a mapping it has what is defined in starmerge, in packages that are loaded, and in the
-    running program; not what files define.
+    running program; not what files define. What starmerge itself offers by entry points is loaded
+    when its name is asked for: so rooms above a registry's own have entries in it.
 
     Args:
         word: What it holds, in errors: "method".
@@ -114,6 +115,7 @@ class Registry(Mapping[str, _Thing]):
         self.word, self.group = word, group
         self._fault, self._list_built_in = fault, built_in
         self._unknown = unknown or f"No {word} is called {{name!r}}."
+        self._is_listed = False
         self._entered: dict[str, _Thing | _Unloaded[_Thing]] = {}
         self._others: dict[str, _Thing] = {}
 
@@ -140,9 +142,12 @@ class Registry(Mapping[str, _Thing]):
     @property
     def _ours(self) -> dict[str, _Thing | _Unloaded[_Thing]]:
         """What starmerge has, by name, loaded or not yet."""
-        if self._list_built_in is not None:
-            listed, self._list_built_in = self._list_built_in(), None
-            self._entered.update({name: _Unloaded(load) for name, load in listed.items()})
+        if not self._is_listed:
+            self._is_listed = True
+            listed = {} if self._list_built_in is None else self._list_built_in()
+            offered = {offer.name: offer.load for offer in self._entry_points(ours=True)}
+            for name, load in {**listed, **offered}.items():
+                self._entered.setdefault(name, _Unloaded(load))
         return self._entered
 
     def add(self, name: str, thing: _Thing) -> None:
@@ -241,9 +246,17 @@ class Registry(Mapping[str, _Thing]):
 
     def _offered(self) -> dict[str, list[EntryPoint]]:
         offered: dict[str, list[EntryPoint]] = {}
-        for offer in importlib.metadata.entry_points(group=self.group):
+        for offer in self._entry_points(ours=False):
             offered.setdefault(offer.name, []).append(offer)
         return offered
+
+    def _entry_points(self, *, ours: bool) -> list[EntryPoint]:
+        """Return what starmerge offers itself, or what other packages do."""
+        return [
+            offer
+            for offer in importlib.metadata.entry_points(group=self.group)
+            if (offer.module.partition(".")[0] == "starmerge") == ours
+        ]
 
     def _holders(self, name: str, offers: list[EntryPoint]) -> list[str]:
         """Return in words all that have a name: starmerge itself, and what packages offer."""

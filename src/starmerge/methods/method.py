@@ -13,7 +13,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import import_module
 from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import pydantic.dataclasses
@@ -346,18 +345,7 @@ def _fault(thing: Any) -> str | None:
     return f"it does not define {', '.join(missing)}" if missing else None
 
 
-def _dialects() -> dict[str, Callable[[], type[Method]]]:
-    """Return how to load the methods that only recipes of other tools need.
-
-    They rest on the methods of this package, so their rooms are above it, and nothing here imports
-    them before a recipe or a list of methods asks for their names.
-    """
-    return {"mergekit": lambda: import_module("starmerge.mergekit.method").Mergekit}
-
-
-METHODS: Registry[type[Method]] = Registry(
-    "method", "starmerge.methods", fault=_fault, built_in=_dialects
-)
+METHODS: Registry[type[Method]] = Registry("method", "starmerge.methods", fault=_fault)
 """Every method by name; other packages and files have more."""
 
 _Method = TypeVar("_Method", bound=Method)
