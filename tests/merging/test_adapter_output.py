@@ -69,6 +69,7 @@ def _difference(model: Path, base: Path) -> dict[str, np.ndarray]:
 
 
 _WEIGHTS = "adapter_model.safetensors"
+_FULL = "model.safetensors"
 
 
 @pytest.mark.parametrize("kind", ["plain", "rslora", "patterns", "embedding", "head", "one layer"])
@@ -87,6 +88,23 @@ def test_an_exact_adapter_merged_alone_gives_the_bytes_of_the_merged_model(
     assert (full.path / "model.safetensors").read_bytes() == (
         back.path / "model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_an_exact_adapter_gives_the_bytes_into_a_base_of_any_dtype(
+    make_adapter: MakeAdapter, tiny_base: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text((tiny_base / "config.json").read_text())
+    stored = load_file(tiny_base / "model.safetensors")
+    save_file({name: tensor.to(dtype) for name, tensor in stored.items()}, base / _FULL)
+    models = _adapters(make_adapter, "rslora")
+    full = sm.merge(base, models, "star", output=tmp_path / "full")
+    made = sm.merge(None, models, "star", output=tmp_path / "made", output_kind="adapter")
+    back = sm.merge(base, [made.path], "average", output=tmp_path / "back")
+    assert {tensor.dtype for tensor in load_file(back.path / _FULL).values()} == {dtype}
+    assert (full.path / _FULL).read_bytes() == (back.path / _FULL).read_bytes()
 
 
 def test_the_base_adds_nothing_to_an_adapter_of_adapters(
