@@ -6,9 +6,10 @@ ROWS ?= 100
 DEMO_OUTPUT ?= demo-output
 FUZZ_EXAMPLES ?= 2000
 FUZZ_SEED ?= 0
+KILL_MOMENTS ?= 100
 BENCHMARKS ?= low_rank full_rank copying finetunes many_tensors sweep startup threads star_adapters adapter_output evaluation gpu
 
-.PHONY: demo test fuzz lint types base docs bench clean
+.PHONY: demo test fuzz kills lint types base docs bench clean
 
 # Merge the adapters that come with the package, score everything, draw the chart.
 demo: base
@@ -23,6 +24,11 @@ test: base
 # FUZZ_SEED=N; prints how many of each kind were merged or refused.
 fuzz: $(VENV)/ready
 	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/pytest -s -q tests/checkpoints/test_fuzz.py
+
+# Merges that are killed before each of their operations on files and at random moments, and must go
+# on to the same bytes; the suite tries a few of each.
+kills: $(VENV)/ready
+	OMP_NUM_THREADS=1 KILL_MOMENTS=$(KILL_MOMENTS) $(BIN)/pytest -s -q tests/merging/test_resume.py -k killed_before
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

@@ -23,6 +23,8 @@ from starmerge.recipe import make_recipe
 from tests.conftest import MakeAdapter, MakeFinetune
 
 SCRIPT = Path(__file__).with_name("killed.py")
+MOMENTS = int(os.environ.get("KILL_MOMENTS", "0"))
+"""Random moments at which each merge is killed, and before every operation; 0: a few."""
 
 
 @pytest.mark.parametrize(
@@ -53,8 +55,8 @@ def test_a_merge_killed_before_any_operation_on_files_is_whole_or_goes_on(
         "kind": kind,
         "output": str(tmp_path / "out"),
         "overwrite": overwrite,
-        "stride": stride,
-        "moments": moments,
+        "stride": 1 if MOMENTS else stride,
+        "moments": MOMENTS or moments,
     }
     ended = subprocess.run(
         [sys.executable, SCRIPT, json.dumps(task)],
@@ -62,10 +64,11 @@ def test_a_merge_killed_before_any_operation_on_files_is_whole_or_goes_on(
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         check=False,
-        timeout=300,
+        timeout=300 + 30 * MOMENTS,
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     found = json.loads(ended.stdout.splitlines()[-1])
+    print(f"{kind}: {found}")
     assert found["wrong"] == []
     assert found["operations"] > 20
     assert found["taken_up"] > 3
