@@ -511,6 +511,11 @@ def test_a_side_file_that_points_out_of_the_base_is_refused(world: World) -> Non
     assert (merged / "more.txt").read_text() == "{}"
 
 
+def test_a_side_file_whose_name_is_not_utf8_is_refused(world: World) -> None:
+    (world.base / os.fsdecode(b"tokenizer\xfa.json")).write_text("{}")
+    _refuses(world.merge, r"tokenizer\\udcfa\.json' has a name that is not UTF-8")
+
+
 def test_names_reach_the_card_as_text(world: World) -> None:
     bad = "x\n\n# Free | <b onclick=1> [go](http://evil.example) ` ``` www.evil.example"
     merged = world.folder / "merged"

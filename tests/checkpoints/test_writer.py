@@ -122,3 +122,13 @@ def test_a_disk_that_takes_no_header_leaves_no_file_open(tmp_path: Path) -> None
     with pytest.raises(OSError), ShardWriter(LocalFolder(tmp_path), plan, shard_bytes=32):
         pass
     assert sorted(Path("/proc/self/fd").iterdir()) == before
+
+
+@pytest.mark.parametrize("kept", [0, 100])
+def test_a_file_that_cannot_have_its_size_is_closed(tmp_path: Path, kept: int) -> None:
+    (tmp_path / "f").write_bytes(bytes(kept))
+    before = sorted(Path("/proc/self/fd").iterdir())
+    with pytest.raises(OSError):
+        LocalFolder(tmp_path).open("f", 2**63 - 1)
+    assert sorted(Path("/proc/self/fd").iterdir()) == before
+    assert (tmp_path / "f").stat().st_size == kept

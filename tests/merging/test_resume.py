@@ -199,7 +199,12 @@ def test_an_input_that_changes_during_the_merge_is_an_error(
 
 @pytest.mark.parametrize(
     "line",
-    ['{"tensor": "lm_head.weight", "digests": null, "record": null, "changing": []}', "[", ""],
+    [
+        '{"tensor": "lm_head.weight", "digests": null, "record": null, "changing": []}',
+        "[",
+        "",
+        "[" * 10**6,
+    ],
 )
 def test_a_damaged_line_does_not_count(
     make_adapter: MakeAdapter,
@@ -214,3 +219,48 @@ def test_a_damaged_line_does_not_count(
     lines = [text for text in (partial / JOURNAL).read_text().splitlines() if text]
     (partial / JOURNAL).write_text("\n".join([line, *lines[1:]]) + "\n")
     assert run(plan, Threads(1)).taken_up == 8
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"inputs": []},
+        {"inputs": ["0" * 64] * 9},
+        {"digests": []},
+        {"record": None},
+        {"changing": [2]},
+        {"changing": [-1]},
+    ],
+)
+def test_a_line_that_cannot_be_of_its_tensor_does_not_count(
+    make_adapter: MakeAdapter,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: dict[str, Any],
+) -> None:
+    models = [make_adapter("a"), make_adapter("b", seed=1)]
+    whole = sm.merge(tiny_base, models, output=tmp_path / "whole")
+    plan = _plan(tiny_base, models, tmp_path / "out")
+    merged = [number for number, tensor in enumerate(plan.tensors) if tensor.models]
+    partial = _interrupted(plan, monkeypatch, after=merged[0] + 1)
+    lines = [text for text in (partial / JOURNAL).read_text().splitlines() if text]
+    (partial / JOURNAL).write_text(
+        "\n".join([*lines[:-1], json.dumps(json.loads(lines[-1]) | damage)])
+    )
+    result = run(plan, Threads(1))
+    assert result.taken_up == merged[0]
+    assert result.report.content == whole.report.content
+
+
+def test_a_journal_of_one_line_that_was_cut_off_is_gone_on_with(
+    make_adapter: MakeAdapter, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [make_adapter("a"), make_adapter("b", seed=1)]
+    plan = _plan(tiny_base, models, tmp_path / "out")
+    partial = _interrupted(plan, monkeypatch, after=1)
+    journal = partial / JOURNAL
+    journal.write_text(journal.read_text().strip()[:-9])
+    again = _interrupted(plan, monkeypatch, after=3)
+    assert again == partial
+    assert run(plan, Threads(1)).taken_up == 3

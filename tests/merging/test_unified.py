@@ -1,5 +1,6 @@
 """EMR merges from files to files: what is written, each task's model, what is refused."""
 
+import errno
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from starmerge.checkpoints.source import resolve
 from starmerge.merging.plan import Plan, make_plan
 from starmerge.methods import Emr, Pipeline
 from starmerge.recipe import make_recipe
+from starmerge.storage.local_folder import LocalFile, LocalFolder
 from tests.conftest import MakeAdapter, MakeFinetune, edit_json
 from tests.oracles import bounds
 from tests.oracles import emr as oracle
@@ -487,6 +489,24 @@ def _wait_for(condition: Callable[[], bool]) -> None:
             return
         time.sleep(0.05)
     raise TimeoutError
+
+
+def test_files_that_cannot_all_be_made_are_closed(
+    make_adapter: MakeAdapter, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [make_adapter("a"), make_adapter("b", seed=1)]
+    opened = LocalFolder.open
+
+    def refuse(folder: LocalFolder, name: str, size: int) -> LocalFile:
+        if name.startswith("b/"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return opened(folder, name, size)
+
+    monkeypatch.setattr(LocalFolder, "open", refuse)
+    before = sorted(Path("/proc/self/fd").iterdir())
+    with pytest.raises(sm.StarmergeError, match="Too many open files"):
+        sm.merge(tiny_base, models, "emr", output=tmp_path / "out")
+    assert sorted(Path("/proc/self/fd").iterdir()) == before
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
 import starmerge as sm
+from starmerge.checkpoints.hashing import blake3_of_contents
+from starmerge.checkpoints.tensors import open_safetensors
 from starmerge.merging.verify import verify
 from tests.conftest import MakeAdapter
 
@@ -40,6 +44,54 @@ def test_a_merge_is_right_until_its_bytes_are_changed(
     verdict = verify(path)
     assert not verdict.is_right
     assert verdict.wrong == [f"{weights}: the bytes of {name} are not those that were written."]
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+@pytest.mark.parametrize("change", ["dtype", "shape"])
+def test_bytes_that_were_given_another_dtype_or_shape_are_wrong(
+    make_adapter: MakeAdapter, tiny_base: Path, tmp_path: Path, kind: str, change: str
+) -> None:
+    method, options, weights = _KINDS[kind]
+    models = [make_adapter("a"), make_adapter("b", seed=1)]
+    path = sm.merge(tiny_base, models, method, output=tmp_path / "out", **options).path
+    tensors = load_file(path / weights)
+    name = next(iter(tensors))
+    tensors[name] = tensors[name].view(torch.int32) if change == "dtype" else tensors[name].view(-1)
+    save_file(tensors, path / weights, metadata={"format": "pt"})
+    verdict = verify(path)
+    assert not verdict.is_right
+    assert verdict.wrong == [f"{weights}: the dtypes or shapes are not those that were written."]
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_a_tensor_that_the_merge_does_not_make_is_different(
+    make_adapter: MakeAdapter, tiny_base: Path, tmp_path: Path, kind: str
+) -> None:
+    method, options, weights = _KINDS[kind]
+    models = [make_adapter("a"), make_adapter("b", seed=1)]
+    path = sm.merge(tiny_base, models, method, output=tmp_path / "out", **options).path
+    tensors = load_file(path / weights) | {"added": torch.ones(3)}
+    save_file(tensors, path / weights, metadata={"format": "pt"})
+    report = json.loads((path / "merge_report.json").read_text())
+    report["digests"][weights]["added"] = blake3(bytes(tensors["added"].numpy())).hexdigest()
+    stored = open_safetensors(path / weights)
+    report["contents"][weights] = blake3_of_contents(
+        (stored[name], report["digests"][weights][name]) for name in stored
+    )
+    (path / "merge_report.json").write_text(json.dumps(report))
+    assert verify(path).is_right
+    verdict = verify(path, repeat="all")
+    assert not verdict.is_right
+    assert verdict.different == ["added"]
+
+
+def test_a_merge_has_the_hash_that_a_merge_of_it_says(
+    make_adapter: MakeAdapter, tiny_base: Path, tmp_path: Path
+) -> None:
+    model = make_adapter("a")
+    first = sm.merge(tiny_base, [model], "average", output=tmp_path / "first")
+    second = sm.merge(first.path, [model], "average", output=tmp_path / "second")
+    assert second.report.content["inputs"][0]["tensors"] == first.report.content["contents"]
 
 
 @pytest.mark.parametrize("kind", _KINDS)

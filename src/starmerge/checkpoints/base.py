@@ -39,7 +39,8 @@ class Base:
         """The files to copy beside merged weights.
 
         Raises:
-            StarmergeError: One is a link to a file outside of the base's folder.
+            StarmergeError: One is a link to a file outside of the base's folder, or has a name
+                that is not UTF-8.
         """
         folder = self.source.path
         files = [
@@ -49,6 +50,7 @@ class Base:
         ]
         for file in files:
             _check_link(file)
+            _check_name(file)
         return files
 
     def is_embedding(self, name: str) -> bool:
@@ -173,3 +175,14 @@ def _check_link(file: Place) -> None:
             f"{file} is a link to {target}, outside of the model's folder, and would be copied "
             "beside the merged weights. Put the file itself there, or remove the link."
         )
+
+
+def _check_name(file: Place) -> None:
+    """Refuse a name that the report, which lists all files, cannot hold."""
+    try:
+        file.name.encode()
+    except UnicodeEncodeError as error:
+        raise StarmergeError(
+            f"{str(file)!a} has a name that is not UTF-8, which the report of a merge is. Rename "
+            "the file."
+        ) from error

@@ -18,7 +18,7 @@ from starmerge.merging.layout import PlannedTensor
 from starmerge.merging.outputs import Writing
 from starmerge.merging.plan import Plan, make_plan
 from starmerge.merging.provenance import Key, input_hashes, key_of
-from starmerge.merging.report import MergeReport, hashes_beside, make_report
+from starmerge.merging.report import MergeReport, hashes_beside, hashes_of_contents, make_report
 from starmerge.merging.work import Done, LookJob, WriteJob
 from starmerge.methods.method import Deltas, Method, TensorContext
 from starmerge.methods.pipeline import Pipeline, as_pipeline
@@ -167,6 +167,7 @@ def run(
         folder.put(CARD, card.encode())
         journal.end()
         report.content["files"] = sorted({*folder.names(), REPORT})
+        report.content["contents"] = hashes_of_contents(folder, report.content)
         report.content["blake3"] = hashes_beside(folder, report.content)
         folder.put(REPORT, json_bytes(report.content))
     return MergeResult(plan.path, report, merging.taken_up)

@@ -57,7 +57,7 @@ class Journal:
         self.known = _read(folder.place(JOURNAL))
         """What an earlier run said of the tensors that it had written, by their names."""
         # The last line of an earlier run may have been cut off.
-        self._fresh: list[str] = ["\n"] if self.known else []
+        self._fresh = ["\n"]
         self._touched: dict[ShardWriter, set[str]] = {}
         self._flushed = time.monotonic()
 
@@ -109,6 +109,6 @@ def _read(file: Place) -> dict[str, Done]:
             try:
                 content = json.loads(line)
                 entries[content.pop("tensor")] = Done(**content)
-            except (ValueError, LookupError, TypeError, AttributeError):
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 continue
     return entries

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from starmerge.checkpoints.card import CARD
-from starmerge.checkpoints.hashing import blake3_of
+from starmerge.checkpoints.hashing import blake3_of, blake3_of_contents
+from starmerge.checkpoints.tensors import open_safetensors
 from starmerge.merging.layout import PlannedTensor
 from starmerge.merging.outputs import Finished
 from starmerge.merging.plan import Plan
@@ -113,6 +114,20 @@ def hashes_beside(folder: OutputFolder, report: Mapping[str, Any]) -> dict[str, 
     """
     apart = {*report["digests"], REPORT, CARD}
     return {name: blake3_of(folder.place(name)) for name in report["files"] if name not in apart}
+
+
+def hashes_of_contents(folder: OutputFolder, report: Mapping[str, Any]) -> dict[str, str]:
+    """Return the hash of the tensors in each file of an output; see :func:`blake3_of_contents`.
+
+    Args:
+        folder: The output.
+        report: Its report, with the digests of its tensors.
+    """
+    found = {}
+    for file, digests in report["digests"].items():
+        stored = open_safetensors(folder.place(file))
+        found[file] = blake3_of_contents((stored[name], digests[name]) for name in stored)
+    return found
 
 
 def make_report(

@@ -179,7 +179,7 @@ class WriteJob(TensorJob):
     def _work(self, changing: set[int], number: int) -> Done:
         tensor = self.plan.tensors[number]
         known = self.known.get(tensor.source.name)
-        if known is not None and self._holds(tensor, known.digests):
+        if known is not None and self._fits(tensor, known) and self._holds(tensor, known.digests):
             return Done(known.record, known.digests, known.inputs, known.changing, taken_up=True)
         if not tensor.models:
             digest = self.writing.leave(tensor)
@@ -201,9 +201,19 @@ class WriteJob(TensorJob):
         for info in tensor.inputs if self.hashes_inputs else ():
             yield remembered_blake3_of_tensor(info, base if info is tensor.source else None)
 
+    def _fits(self, tensor: PlannedTensor, known: Done) -> bool:
+        """Tell whether something can have been said of a tensor: a journal may be damaged."""
+        return (
+            len(known.digests) == len(self.writing.slots(tensor))
+            and len(known.inputs) == len(list(tensor.inputs)) * self.hashes_inputs
+            and (known.record is None) == (not tensor.models)
+            and set(known.changing) <= set(range(len(self.plan.models)))
+        )
+
     def _holds(self, tensor: PlannedTensor, digests: list[str]) -> bool:
+        """Tell whether the bytes of these hashes lie in the slots of a tensor."""
         slots = self.writing.slots(tensor)
-        return len(slots) == len(digests) and all(
+        return all(
             writer.holds(name, digest)
             for (writer, name), digest in zip(slots, digests, strict=True)
         )

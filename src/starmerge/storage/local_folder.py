@@ -85,8 +85,12 @@ class LocalFile:
 
     def __init__(self, path: Path, size: int | None = None) -> None:
         self._file = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
-        if size is not None and os.fstat(self._file).st_size != size:
-            os.ftruncate(self._file, size)
+        try:
+            if size is not None and os.fstat(self._file).st_size != size:
+                os.ftruncate(self._file, size)
+        except BaseException:
+            self.close()
+            raise
 
     def write(self, content: memoryview, offset: int) -> None:
         """Write bytes, the first of them at ``offset``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,8 +81,10 @@ class UnifiedOutput:
         for t, name in enumerate(names):
             layouts = [mask_layout(p.source) for p in contents.tensors if t in p.models]
             masks.append(mask_writer(folder, name, layouts))
-        for writer in (unified, *masks):
-            writer.lay_out()
+        with ExitStack() as opened:
+            for writer in (unified, *masks):
+                opened.enter_context(writer)
+            opened.pop_all()  # all could be laid out, and stay open
         return _UnifiedWriting(contents, folder, names, unified, masks)
 
     def usage(self, contents: Contents, folder: str) -> str:
