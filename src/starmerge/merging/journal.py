@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from types import TracebackType
 
 from blake3 import blake3
@@ -71,7 +72,9 @@ class Journal:
         trace: TracebackType | None,
     ) -> None:
         try:
-            self._flush()
+            # A disk that is full says so again, which must not hide why the merge ended.
+            with suppress(*(() if kind is None else (OSError,))):
+                self._flush()
         finally:
             self._writing.close(flush=kind is None)
 
