@@ -1,4 +1,4 @@
-"""Prints the peak of memory of approximations, and their estimates, bytes; Linux alone."""
+"""Prints the peak of memory of what outputs make of updates, and its estimate; Linux alone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from starmerge.deltas import Delta, Dense, LowRank
+from starmerge.merging.fold import Fold, fold_bytes
 from starmerge.merging.outputs.approximation import (
     Approximated,
     approximated,
@@ -25,6 +26,8 @@ UPDATES = (
     (512, 1024, 40, 16),
     (512, 512, 800, 400),
 )
+SUMS = ((4096, 256, 0), (4096, 256, 512), (256, 4096, 512))
+"""Rows, columns and factors of updates that are added to a weight; 0: a dense one."""
 FACTORS = ((512, 512, 64), (512, 512, 256), (512, 512, 512), (256, 1024, 250), (8192, 64, 64))
 
 
@@ -54,6 +57,11 @@ def _rounded(m: int, n: int, k: int) -> tuple[Approximated, LowRank]:
     return Approximated(exact.B, exact.A, 1.0, 0.0), rounded
 
 
+def _add(base: torch.Tensor, update: Delta) -> None:
+    for _ in Fold(base, update, torch.bfloat16).panels():
+        pass
+
+
 def main() -> None:
     """Print the name, the peak and the estimate of each case."""
     torch.set_num_threads(1)
@@ -67,6 +75,13 @@ def main() -> None:
         update = _update(m, n, r)
         peak = _peak(lambda: approximated(update, k))  # noqa: B023  (called at once)
         print(f"update {m} {n} {r} {k}", peak, approximation_bytes(m, n, r, k, 4))
+    _add(torch.zeros(200, 160), _update(200, 160, 20))
+    for m, n, r in SUMS:
+        base, update = torch.zeros(m, n).bfloat16(), _update(m, n, r or None)
+        if isinstance(update, LowRank):
+            update.A[0] = 0  # is left out, for which the factors are copied
+        peak = _peak(lambda: _add(base, update))  # noqa: B023  (called at once)
+        print(f"sum {m} {n} {r}", peak, fold_bytes(m, n, r))
     for m, n, k in FACTORS:
         given = _rounded(m, n, k)
         peak = _peak(lambda: distance(*given))  # noqa: B023  (called at once)

@@ -52,9 +52,10 @@ class ModelOutput:
         """Accept every merge: what is added to the base may be anything."""
 
     def memory(self, contents: Contents, tensor: PlannedTensor) -> int:
-        """Count the panels of the sum, or a tensor that is only converted."""
+        """Count the panels and the factors of the sum, or a tensor that is only converted."""
         if tensor.models:
-            return fold_bytes(*matrix_shape(tensor.source.shape))
+            merged = contents.pipeline.result(tensor.as_read(contents.pipeline, contents.tasks))
+            return fold_bytes(*matrix_shape(tensor.source.shape), merged.rank or 0)
         return 0 if _is_copied(tensor) else tensor.nbytes
 
     def bytes_to_write(self, contents: Contents) -> int:
