@@ -10,12 +10,15 @@ from contextlib import contextmanager
 def progress_bar(
     description: str, total: int, *, show: bool, in_bytes: bool = False
 ) -> Iterator[Callable[[int], None]]:
-    """Show a bar on standard error; yield the function that moves it on by so many units.
+    """Show a bar on standard error, where a person sees it; yield the function that moves it on.
+
+    In a file or a pipe, all that there is of a bar would be an empty line.
 
     Args:
         description: What is being done.
         total: Units in all.
-        show: Whether to show it; without, the function yielded does nothing.
+        show: Whether to show it on a terminal or in a notebook; without, the function yielded does
+            nothing. It takes a number of units.
         in_bytes: Whether the units are bytes.
     """
     if not show:
@@ -37,7 +40,9 @@ def progress_bar(
         DownloadColumn(binary_units=True) if in_bytes else MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    is_seen = console.is_terminal or console.is_jupyter
+    with Progress(*columns, console=console, transient=True, disable=not is_seen) as bar:
         task = bar.add_task(description, total=total)
         yield lambda units: bar.advance(task, units)
 

@@ -1,15 +1,24 @@
-"""The hash of an update in memory: of its content, and of nothing else."""
+"""Hashes of updates in memory and of tensors in files: of their content, and of nothing else."""
 
 from collections.abc import Callable
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from starmerge.checkpoints.hashing import blake3_of_update
+from starmerge.checkpoints.hashing import (
+    blake3_of_update,
+    read_and_hash,
+    remembered_blake3_of_tensor,
+)
+from starmerge.checkpoints.tensors import open_safetensors
 from starmerge.deltas import Delta, Dense, LowRank, Stored
+from starmerge.storage import local
 
 B, A = torch.randn(6, 2), torch.randn(2, 5)
 W, BASE = torch.randn(6, 5), torch.randn(6, 5)
@@ -87,3 +96,22 @@ def test_a_single_column_with_an_odd_stride_is_hashed_as_its_copy() -> None:
     assert blake3_of_update({"w": LowRank(odd, row)}) == blake3_of_update(
         {"w": LowRank(plain, row)}
     )
+
+
+def test_the_hash_of_a_file_that_takes_the_name_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_SETTLED", -(10**12))  # what was just written counts as settled
+    file = tmp_path / "model.safetensors"
+    old, new = torch.zeros(50_000), torch.ones(50_000)
+    save_file({"x": old}, file)
+    info = open_safetensors(file)["x"]
+    tensor, digest = read_and_hash(info)
+    assert digest == blake3(old.numpy().tobytes()).hexdigest()
+    with monkeypatch.context() as patched:
+        patched.setattr("starmerge.checkpoints.hashing.read_tensor", lambda info: None)
+        assert remembered_blake3_of_tensor(info) == digest, "it is not read again"
+    save_file({"x": new}, tmp_path / "other")
+    (tmp_path / "other").replace(file)
+    assert torch.equal(tensor, old), "it is a window of the file that was opened"
+    assert remembered_blake3_of_tensor(info) == blake3(new.numpy().tobytes()).hexdigest()

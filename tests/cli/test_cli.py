@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import pytest
@@ -322,3 +323,17 @@ def test_merges_with_a_metric(
     recipe = starmerge("merge", tmp_path / "r.yaml", "-o", out, "--metric", metric)
     assert recipe.returncode == 2
     assert "--metric" in recipe.stderr
+
+
+@pytest.mark.parametrize("command", ["merge", "verify", "choose"])
+def test_help_breaks_its_lines_where_the_terminal_ends(
+    starmerge: Run, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    printed = starmerge(command, "--help").stdout.partition("╭")[0]
+    lines = [line.strip() for line in printed.splitlines()]
+    paragraphs = [list(part) for is_text, part in groupby(lines, bool) if is_text]
+    assert any(len(part) > 2 for part in paragraphs)
+    for part in paragraphs:
+        for line, following in pairwise(part):
+            assert len(f" {line} {following.split()[0]} ") > 80

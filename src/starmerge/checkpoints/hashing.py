@@ -11,7 +11,7 @@ from torch import Tensor
 
 from starmerge.checkpoints.tensors import TensorInfo, read_tensor
 from starmerge.deltas import Delta, LowRank, Stored, matrix_shape
-from starmerge.storage import Place, storage_of
+from starmerge.storage import FileState, Place, storage_of
 
 _CHUNK = 2**20
 
@@ -47,22 +47,33 @@ def blake3_of_tensor(tensor: Tensor) -> blake3:
     return digest
 
 
-def remembered_blake3_of_tensor(info: TensorInfo, tensor: Tensor | None = None) -> str:
+def remembered_blake3_of_tensor(info: TensorInfo) -> str:
     """Return the BLAKE3 of a stored tensor's bytes, row after row, in hexadecimal.
 
     It is computed once a process while the tensor's file stays as it is.
-
-    Args:
-        info: The tensor.
-        tensor: The same, if it has been read.
     """
     state = storage_of(info.file).state(info.file)
-    key = (*state.identity, info.name)
-    if key in _remembered:
-        return _remembered[key]
-    digest: str = blake3_of_tensor(read_tensor(info) if tensor is None else tensor).hexdigest()
+    known = _remembered.get(_key(info, state))
+    return known or _hash_and_remember(info, state, read_tensor(info))
+
+
+def read_and_hash(info: TensorInfo) -> tuple[Tensor, str]:
+    """Return a stored tensor, and the same hash as :func:`remembered_blake3_of_tensor`."""
+    # The state of the file before it is read: another may take its name at any time.
+    state = storage_of(info.file).state(info.file)
+    tensor = read_tensor(info)
+    known = _remembered.get(_key(info, state))
+    return tensor, known or _hash_and_remember(info, state, tensor)
+
+
+def _key(info: TensorInfo, state: FileState) -> tuple[int | str, ...]:
+    return *state.identity, info.name
+
+
+def _hash_and_remember(info: TensorInfo, state: FileState, tensor: Tensor) -> str:
+    digest: str = blake3_of_tensor(tensor).hexdigest()
     if state.is_settled:
-        _remembered[key] = digest
+        _remembered[_key(info, state)] = digest
     return digest
 
 

@@ -22,7 +22,6 @@ from starmerge.storage.write_behind import WriteBehind
 SHARD_BYTES = 5 * 10**9
 """Largest shard, as transformers writes them; a larger tensor gets a shard of its own."""
 
-
 _PIECE = 2**20
 """Bytes that are read back at once."""
 

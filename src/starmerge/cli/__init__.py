@@ -5,11 +5,13 @@ from __future__ import annotations
 import atexit
 import ctypes
 import gc
+import inspect
 import io
 import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from functools import partial
 from types import FrameType
 from typing import NoReturn
@@ -41,16 +43,27 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(merge.merge)
-app.command()(calibrate.calibrate)
-app.command()(evaluate.evaluate)
-app.command()(choose.choose)
-app.command()(suite.suite)
-app.command()(finetune.finetune)
-app.command()(verify.verify)
-app.command()(clean.clean)
-app.command()(methods.methods)
-app.command()(tasks.tasks)
+
+
+def _help_of(command: Callable[..., None]) -> str:
+    """Return a command's docstring with each paragraph on one line, as typer keeps its breaks."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+for _command in (
+    merge.merge,
+    calibrate.calibrate,
+    evaluate.evaluate,
+    choose.choose,
+    suite.suite,
+    finetune.finetune,
+    verify.verify,
+    clean.clean,
+    methods.methods,
+    tasks.tasks,
+):
+    app.command(help=_help_of(_command))(_command)
 app.add_typer(demo.app, name="demo")
 
 

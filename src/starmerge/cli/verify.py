@@ -17,7 +17,8 @@ def verify(
         Literal["none", "sample", "all"],
         typer.Option(
             "--repeat",
-            help="Merge again and compare the bytes: of a sample of the tensors, or of all.",
+            help="Merge again and compare the bytes: of a sample of the tensors, or of all. An "
+            "adapter is merged whole for either.",
         ),
     ] = "none",
     inputs: Annotated[

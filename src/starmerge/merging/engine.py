@@ -141,6 +141,7 @@ def run(
     storage = storage_of(plan.path)
     if fresh:
         storage.forget(plan.path, suffix=own)
+    storage.check_room(plan.path, plan.bytes_to_write, suffix=own)
     with (
         storage.publish(plan.path, overwrite=plan.overwrite, suffix=own) as folder,
         executor as workers,

@@ -82,13 +82,19 @@ class Fold:
         return max(0.0, 1.0 - self._error_energy / self._update_energy)
 
 
-def fold_bytes(m: int, n: int) -> int:
-    """Return the bytes that :class:`Fold` takes for a weight (m, n), at most.
+def fold_bytes(m: int, n: int, r: int = 0) -> int:
+    """Return the bytes that :class:`Fold` takes for a weight (m, n), beside the delta, at most.
 
     Of each entry of a panel: the weight, the sum, what is added (each float32, or float64 for a
-    float64 weight), and the rounded sum.
+    float64 weight), and the rounded sum. Of a low-rank delta the factors in float32, and once more
+    while those that are zero are left out.
+
+    Args:
+        m: Rows of the weight.
+        n: Its columns.
+        r: Factors of the delta, at most; 0 for a dense one.
     """
-    return (3 * 8 + 4) * min(m * n, max(FOLD_ENTRIES, n))
+    return (3 * 8 + 4) * min(m * n, max(FOLD_ENTRIES, n)) + 8 * r * (m + n)
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,9 @@ def factors_of(delta: LowRank) -> tuple[Tensor, Tensor]:
     Without those that are zero, and each contiguous, so that an adapter that was padded to a higher
     rank, or is read from a file, adds the same bytes.
     """
-    left, right = delta.B.float() * delta.scale, delta.A.float()
+    left = torch.empty(delta.B.shape, dtype=torch.float32, device=delta.device)
+    left.copy_(delta.B).mul_(delta.scale)
+    right = delta.A.float()
     alive = left.any(0) & right.any(1)
     if not alive.all():
         left, right = left[:, alive], right[alive]

@@ -61,7 +61,8 @@ def rank_costs(
         StarmergeError: As for :func:`starmerge.merging.engine.run`.
     """
     assert isinstance(plan.output, AdapterOutput)
-    measuring = _Measuring(plan.output.wanted)
+    # What is measured does not depend on a rank, and all singular values are wanted.
+    measuring = AdapterOutput(plan.output.wanted)
     with executor as workers:
         merging = Merging(replace(plan, output=measuring), workers, progress)
         merging.write(_Spectra(places_of(plan)))
@@ -87,12 +88,9 @@ def _costs(records: Sequence[Mapping[str, Any]]) -> list[RankCost]:
 
 
 @dataclass(frozen=True)
-class _Measuring(AdapterOutput):
-    """Takes the place of an adapter, and keeps the spectra alone."""
-
-
-@dataclass(frozen=True)
 class _Spectra:
+    """Takes the place of an adapter that is written, and keeps the spectra alone."""
+
     where: Mapping[str, Where]
 
     def slots(self, tensor: PlannedTensor) -> list[Slot]:

@@ -16,7 +16,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
-from starmerge.checkpoints.hashing import remembered_blake3_of_tensor
+from starmerge.checkpoints.hashing import read_and_hash, remembered_blake3_of_tensor
 from starmerge.checkpoints.tensors import prefetch
 from starmerge.deltas import Delta
 from starmerge.merging.checks import check_delta
@@ -184,8 +184,7 @@ class WriteJob(TensorJob):
         if not tensor.models:
             digest = self.writing.leave(tensor)
             return self._done(tensor, None, changing, [digest] if self.hashes_inputs else [])
-        base = self.base_of(tensor)
-        hashes = list(self._hashes(tensor, base))  # before there is more in memory
+        base, hashes = self._read(tensor)
         reading = _Reading(tensor, base, self.checked.get(number, frozenset()), changing)
         merged = self.prepared.merge(
             reading.deltas(),
@@ -196,10 +195,18 @@ class WriteJob(TensorJob):
         record = tensor_record(self.plan, tensor, stored, merged)
         return self._done(tensor, record, changing, hashes)
 
-    def _hashes(self, tensor: PlannedTensor, base: Tensor | None) -> Iterator[str]:
-        """Yield the BLAKE3 of each input of a tensor."""
-        for info in tensor.inputs if self.hashes_inputs else ():
-            yield remembered_blake3_of_tensor(info, base if info is tensor.source else None)
+    def _read(self, tensor: PlannedTensor) -> tuple[Tensor | None, list[str]]:
+        """Return the base's tensor, where it is read, and the BLAKE3 of each input."""
+        if not self.hashes_inputs:
+            return self.base_of(tensor), []
+        base, hashes = None, []
+        for info in tensor.inputs:  # one after the other, before there is more in memory
+            if info is tensor.source:
+                base, digest = read_and_hash(info)
+            else:
+                digest = remembered_blake3_of_tensor(info)
+            hashes.append(digest)
+        return base, hashes
 
     def _fits(self, tensor: PlannedTensor, known: Done) -> bool:
         """Tell whether something can have been said of a tensor: a journal may be damaged."""

@@ -117,12 +117,12 @@ class TensorShape:
 def total_bytes(tensor: TensorShape) -> int:
     """Return the peak of :func:`starmerge.deltas.total` and of scaling its result.
 
-    Factors are widened, and scaled into their places side by side: two float32 copies. Of a dense
-    sum there are the sum in float32, the next task vector beside it, and in the end the scaled sum.
+    Factors are widened and scaled in their places side by side: one float32 copy. Of a dense sum
+    there are the sum in float32, the next task vector beside it, and in the end the scaled sum.
     Differences of stored tensors alone are not added before they are looked at.
     """
     low = [delta for delta in tensor.deltas if delta.rank is not None]
-    side_by_side = sum(delta.nbytes for delta in low) + 2 * tensor.factors(tensor.total_rank, 4)
+    side_by_side = sum(delta.nbytes for delta in low) + tensor.factors(tensor.total_rank, 4)
     if not tensor.has_dense:
         return side_by_side
     if not low and not tensor.one_by_one:

@@ -44,7 +44,9 @@ def leading(delta: LowRank, k: int) -> tuple[SVD, float]:
     The core is made in float64; so is the product of the second way where r < 16(k + 8). Else
     products are made in float32, of factors scaled by a power of two so that no square leaves
     float32's range. Triplets below float32's precision, 1.2e-7 of σ_1, are left out, as the core
-    leaves out what rounding may have made.
+    leaves out what rounding may have made. Where factors nearly cancel, rounding is a share of the
+    parts, not of what is left of them: about 1e-7 of the parts' norm where products are made in
+    float32, below which neither triplets nor the energy mean anything.
 
     Args:
         delta: The delta, r factors.

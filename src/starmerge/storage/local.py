@@ -110,9 +110,11 @@ class LocalStorage:
         """Make sure that a merge may be published there; see :func:`check_output`."""
         check_output(folder, overwrite=overwrite)
 
-    def check_room(self, folder: Path, wanted: int) -> None:
+    def check_room(self, folder: Path, wanted: int, *, suffix: str | None = None) -> None:
         """Make sure that the disk has room, with what an interrupted run has left."""
-        held = max((left.nbytes for left in leftovers(folder) if left.role == "partial"), default=0)
+        partial = [left for left in leftovers(folder) if left.role == "partial"]
+        own = [left.nbytes for left in partial if left.path.name.endswith(suffix or "")]
+        held = max(own, default=0)
         check_space(folder, wanted - held)
 
     def forget(self, folder: Path, *, suffix: str) -> None:

@@ -162,10 +162,14 @@ class Storage(Protocol):
             UsageError: It may not.
         """
 
-    def check_room(self, folder: Place, wanted: int) -> None:
-        """Make sure that there is room for an output of ``wanted`` bytes.
+    def check_room(self, folder: Place, wanted: int, *, suffix: str | None = None) -> None:
+        """Make sure that there is room for an output.
 
-        What an interrupted run has left for the next counts as room.
+        Args:
+            folder: The output.
+            wanted: Its bytes.
+            suffix: As for :meth:`publish`: what an interrupted run with the same has left counts
+                as room; None: what any has left, as long as the suffix is not known.
 
         Raises:
             StarmergeError: There is less.

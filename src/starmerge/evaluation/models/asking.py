@@ -139,7 +139,7 @@ def check_scorer(scorer: str, task: Task, examples: Sequence[Example]) -> None:
     """Make sure that a scorer can score a task.
 
     Raises:
-        UsageError: A row has no answers to rank, or the score is of numbers.
+        UsageError: A row has no answers to rank.
     """
     if scorer == "rank":
         for example in examples:

@@ -25,13 +25,17 @@ from starmerge.deltas import LowRank, is_finite, matrix_shape
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.fold import fold
 from starmerge.merging.layout import Contents, PlannedTensor
-from starmerge.merging.outputs.approximation import approximated, distance
+from starmerge.merging.outputs.approximation import (
+    approximated,
+    approximation_bytes,
+    distance,
+    distance_bytes,
+)
 from starmerge.merging.outputs.model import finite
 from starmerge.merging.outputs.output import Finished, Slot
 from starmerge.merging.outputs.places import Where, carried, others, places_of
 from starmerge.methods.pipeline import Merged
 from starmerge.recipe import Dtype
-from starmerge.spectral.leading import leading_bytes
 from starmerge.storage import OutputFolder
 
 _FACTORS = "factors"
@@ -93,11 +97,13 @@ class AdapterOutput:
     def memory(self, contents: Contents, tensor: PlannedTensor) -> int:
         """Count what the decomposition needs, and the factors that are written, in some stages."""
         m, n = matrix_shape(tensor.source.shape)
-        r = contents.pipeline.result(tensor.as_read(contents.pipeline, contents.tasks)).rank
-        if r is None:
-            return 24 * (m + n) * min(m, n) + 40 * min(m, n) ** 2
-        k = min(self.rank or r, r, m, n)
-        return leading_bytes(m, n, r, k) + 24 * (m + n) * k
+        known = tensor.as_read(contents.pipeline, contents.tasks)
+        r = contents.pipeline.result(known).rank
+        k = min(x for x in (self.rank, r, m, n) if x is not None)
+        needs = [approximation_bytes(m, n, r, k, known.width)]
+        if tensor.dtype != torch.float32:
+            needs.append(distance_bytes(m, n, k))
+        return max(needs) + 24 * (m + n) * k
 
     def bytes_to_write(self, contents: Contents) -> int:
         """Return twice the bytes of factors of the highest rank that may be needed."""

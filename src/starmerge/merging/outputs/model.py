@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starmerge.checkpoints.hashing import remembered_blake3_of_tensor
+from starmerge.checkpoints.hashing import read_and_hash
 from starmerge.checkpoints.tensors import MERGEABLE, TensorInfo
 from starmerge.checkpoints.writer import OutputTensor, ShardWriter, json_bytes
 from starmerge.deltas import is_finite, matrix_shape
@@ -52,9 +52,10 @@ class ModelOutput:
         """Accept every merge: what is added to the base may be anything."""
 
     def memory(self, contents: Contents, tensor: PlannedTensor) -> int:
-        """Count the panels of the sum, or a tensor that is only converted."""
+        """Count the panels and the factors of the sum, or a tensor that is only converted."""
         if tensor.models:
-            return fold_bytes(*matrix_shape(tensor.source.shape))
+            merged = contents.pipeline.result(tensor.as_read(contents.pipeline, contents.tasks))
+            return fold_bytes(*matrix_shape(tensor.source.shape), merged.rank or 0)
         return 0 if _is_copied(tensor) else tensor.nbytes
 
     def bytes_to_write(self, contents: Contents) -> int:
@@ -96,9 +97,9 @@ class _ModelWriting:
         name, checkpoint = tensor.source.name, self.contents.base.checkpoint
         if _is_copied(tensor):
             return self.shards.copy(name, checkpoint)
-        base = checkpoint.read(name)
+        base, digest = read_and_hash(tensor.source)
         self.shards.write(name, finite(base.to(tensor.dtype), base, tensor))
-        return remembered_blake3_of_tensor(tensor.source, base)
+        return digest
 
     def put(self, tensor: PlannedTensor, base: Tensor | None, merged: Merged) -> dict[str, Any]:
         """Add the update to the base, panel by panel."""

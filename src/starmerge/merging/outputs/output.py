@@ -1,7 +1,7 @@
 """The seam between the engine and what it writes.
 
-The engine asks an output for its places and its memory, hands it the merged tensors, and never asks
-what kind it is.
+The engine asks an output for the dtype of each tensor in it and for its memory, hands it the merged
+tensors, and never asks what kind it is.
 """
 
 from __future__ import annotations

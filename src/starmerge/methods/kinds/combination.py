@@ -18,6 +18,7 @@ from starmerge.methods.memory import (
     DeltaShape,
     TensorShape,
     dense_shape,
+    inner_bytes,
     total_bytes,
     total_shape,
 )
@@ -82,7 +83,9 @@ def combine_bytes(tensor: TensorShape, along: Along, *, with_base: bool) -> int:
         with_base: Whether the base is one of the vectors.
     """
     if combined_shape(tensor, along, with_base=with_base).rank is not None:
-        return tensor.held + total_bytes(tensor)
+        own = set(tensor.deltas)
+        pairs = max(inner_bytes(tensor, [left, right]) for left in own for right in own)
+        return tensor.held + max(total_bytes(tensor), pairs)
     K = tensor.tasks + with_base
     products = 16 * tensor.matrix[1] * K * K if along == "columns" else 0
     # All vectors are stacked, in float32 and in float64, and multiplied by the coefficients.
