@@ -1,9 +1,10 @@
 """The seam between the work of a merge and who carries it out.
 
-Work is a job and numbers. What is done for a number depends on the job and the number alone, changes
-nothing but the number's own part of the output, and is told by a result that can be pickled, as the
-job can. So it may be done anywhere, in any order, and again if it was lost. Methods look at tensors
-by functions that are defined in functions: cloudpickle, which Ray uses, pickles them.
+Work is a job and numbers. What is done for a number depends on the job and the number alone,
+changes nothing but the number's own part of the output, and is told by a result that can be
+pickled, as the job can. So it may be done anywhere, in any order, and again if it was lost. Methods
+look at tensors by functions that are defined in functions: cloudpickle, which Ray uses, pickles
+them.
 """
 
 from __future__ import annotations
