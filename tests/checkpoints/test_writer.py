@@ -78,9 +78,11 @@ def test_pieces_may_be_written_in_any_order_by_several_threads(
         ThreadPoolExecutor(3) as pool,
     ):
         list(pool.map(lambda piece: writer.write(*piece), order))
+        digests = {name: writer.digest(name) for name in tensors}
     checkpoint = open_checkpoint(folder)
     for name, tensor in tensors.items():
         assert torch.equal(checkpoint.read(name), tensor)
+        assert digests[name] == blake3(tensor.numpy().tobytes()).hexdigest()
 
 
 def test_refuses_what_was_not_planned(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from starmerge.merging.executors.threads import Threads
 from starmerge.merging.journal import JOURNAL, fingerprint
 from starmerge.merging.plan import make_plan
 from starmerge.recipe import make_recipe
+from starmerge.storage.local_folder import LocalFile, LocalFolder
 from tests.conftest import MakeAdapter, MakeFinetune
 
 SCRIPT = Path(__file__).with_name("killed.py")
@@ -264,3 +265,41 @@ def test_a_journal_of_one_line_that_was_cut_off_is_gone_on_with(
     again = _interrupted(plan, monkeypatch, after=3)
     assert again == partial
     assert run(plan, Threads(1)).taken_up == 3
+
+
+def test_a_line_is_written_after_what_it_tells_of_has_reached_the_disk(
+    make_adapter: MakeAdapter, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    sync, append = LocalFile.sync, LocalFolder.append
+
+    def syncing(self: LocalFile) -> None:
+        sync(self)
+        events.append("sync")
+
+    def appending(self: LocalFolder, name: str, content: bytes) -> None:
+        events.append("line")
+        append(self, name, content)
+
+    monkeypatch.setattr(journals, "_SECONDS", -1.0)  # a line after each tensor
+    monkeypatch.setattr(LocalFile, "sync", syncing)
+    monkeypatch.setattr(LocalFolder, "append", appending)
+    plan = _plan(tiny_base, [make_adapter("a")], tmp_path / "out")
+    run(plan, Threads(1))
+    assert events.count("line") == len(plan.tensors)
+    assert all(events[n - 1] == "sync" for n, event in enumerate(events) if event == "line")
+
+
+def test_what_another_merge_has_left_is_no_room(
+    make_adapter: MakeAdapter, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [make_adapter("a"), make_adapter("b", seed=1)]
+    left = _plan(tiny_base, models, tmp_path / "out")
+    _interrupted(left, monkeypatch, after=12)
+    other = _plan(tiny_base, models[:1], tmp_path / "out")
+    free = shutil.disk_usage(tmp_path)._replace(free=left.bytes_to_write // 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda place: free)
+        with pytest.raises(sm.StarmergeError, match="GB free"):
+            run(other, Threads(1))
+        assert run(left, Threads(1)).taken_up == 12

@@ -107,6 +107,22 @@ def test_an_exact_adapter_gives_the_bytes_into_a_base_of_any_dtype(
     assert (full.path / _FULL).read_bytes() == (back.path / _FULL).read_bytes()
 
 
+def test_a_base_of_which_a_part_is_read_is_hashed_whole(
+    make_adapter: MakeAdapter, tiny_base: Path, tmp_path: Path
+) -> None:
+    models = [make_adapter("a", use_dora=True)]
+    options: dict[str, Any] = {"output_kind": "adapter", "rank": 4}
+    adapter = sm.merge(tiny_base, models, "average", output=tmp_path / "made", **options)
+    model = sm.merge(tiny_base, models, "average", output=tmp_path / "full")
+    ours, theirs = (made.report.content["inputs"] for made in (adapter, model))
+    assert ours == theirs
+    assert ours[0]["tensors"].keys() == {_FULL}
+    without = sm.merge(
+        tiny_base, [make_adapter("b")], "average", output=tmp_path / "unread", **options
+    )
+    assert without.report.content["inputs"][0]["tensors"] == {}, "nothing of it is read"
+
+
 def test_the_base_adds_nothing_to_an_adapter_of_adapters(
     make_adapter: MakeAdapter, tiny_base: Path, tmp_path: Path
 ) -> None:
