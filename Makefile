@@ -7,7 +7,7 @@ DEMO_OUTPUT ?= demo-output
 FUZZ_EXAMPLES ?= 2000
 FUZZ_SEED ?= 0
 KILL_MOMENTS ?= 100
-BENCHMARKS ?= low_rank full_rank copying finetunes many_tensors sweep startup threads star_adapters adapter_output evaluation gpu
+BENCHMARKS ?= low_rank full_rank copying finetunes many_tensors sweep startup threads star_adapters adapter_output leading evaluation gpu
 
 .PHONY: demo test fuzz kills lint types base docs bench clean
 
@@ -50,7 +50,7 @@ docs: $(VENV)/ready
 bench: base
 	for script in $(BENCHMARKS); do \
 		case $$script in \
-			low_rank|full_rank|startup|evaluation) place= ;; \
+			low_rank|full_rank|startup|leading|evaluation) place= ;; \
 			*) place='$(addprefix --scratch=,$(SCRATCH))' ;; \
 		esac; \
 		printf '\n== benchmarks/%s.py %s %s\n\n' $$script '$(FULL)' "$$place"; \
