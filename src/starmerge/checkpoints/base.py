@@ -30,6 +30,8 @@ class Base:
     checkpoint: Checkpoint
     config: dict[str, Any]
     """``config.json``."""
+    notes: tuple[str, ...] = ()
+    """Sentences on it that whoever merges into it should read."""
 
     has_weights: ClassVar[bool] = True
     """Whether the checkpoint's tensors can be read."""

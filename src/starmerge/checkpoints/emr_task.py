@@ -58,6 +58,8 @@ class EmrTask:
     """τ_uni."""
     masks: Checkpoint
     """M, eight entries a byte."""
+    notes: tuple[str, ...] = ()
+    """None: it was made by a merge."""
 
     @property
     def tensors(self) -> frozenset[str]:

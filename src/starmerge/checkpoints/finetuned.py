@@ -26,6 +26,8 @@ class FinetunedModel:
     checkpoint: Checkpoint
     tensors: frozenset[str]
     """Names of the base's tensors that it may have changed."""
+    notes: tuple[str, ...] = ()
+    """Sentences on it that whoever merges it should read."""
 
     @property
     def checkpoints(self) -> list[Checkpoint]:

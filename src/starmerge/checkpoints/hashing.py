@@ -48,10 +48,12 @@ def blake3_of_tensor(tensor: Tensor) -> blake3:
 
 
 def remembered_blake3_of_tensor(info: TensorInfo) -> str:
-    """Return the BLAKE3 of a stored tensor's bytes, row after row, in hexadecimal.
+    """Return the BLAKE3 of a tensor's bytes, row after row, in hexadecimal.
 
-    It is computed once a process while the tensor's file stays as it is.
+    That of a tensor of a file is computed once a process while the file stays as it is.
     """
+    if not info.is_stored:
+        return str(blake3_of_tensor(read_tensor(info)).hexdigest())
     state = storage_of(info.file).state(info.file)
     known = _remembered.get(_key(info, state))
     return known or _hash_and_remember(info, state, read_tensor(info))

@@ -34,6 +34,10 @@ class FineTune(Protocol):
         """Where it lies."""
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on it that whoever merges it should read."""
+
+    @property
     def tensors(self) -> frozenset[str]:
         """Names of the base's tensors that it changes."""
 

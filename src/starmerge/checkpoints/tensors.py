@@ -10,11 +10,12 @@ from __future__ import annotations
 import io
 import math
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from itertools import accumulate
 from operator import mul
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -70,6 +71,8 @@ class TensorInfo:
     dtype: torch.dtype
     shape: tuple[int, ...]
     file: Place
+    origin: TensorInfo | None = field(default=None, kw_only=True, repr=False)
+    """The tensor of the file, where this is the same under another name, or a part of it."""
 
     @property
     def size(self) -> int:
@@ -78,8 +81,46 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor in its file."""
+        """Bytes of all elements."""
         return self.size * self.dtype.itemsize
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        """The tensors of files that it is read from, under the names that they have there."""
+        return (self.origin or self,)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether a file holds all of it under its name."""
+        return self.origin is None
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that are read of files."""
+        return self.nbytes
+
+    @property
+    def bytes_computed(self) -> int:
+        """Bytes of memory that reading it takes, where it is no window of a file."""
+        return 0
+
+    def renamed(self, name: str) -> TensorInfo:
+        """Return the same tensor under another name."""
+        return replace(self, name=name, origin=self.origin or self)
+
+    def rows(self, name: str, start: int, stop: int) -> TensorInfo:
+        """Return some rows, entries of the first dimension, as a tensor of their own.
+
+        Args:
+            name: Its name.
+            start: The first row.
+            stop: The one after the last.
+        """
+        raise NotImplementedError
+
+    def item(self, name: str, index: int) -> TensorInfo:
+        """Return one entry of the first dimension, without that dimension."""
+        return replace(self.rows(name, index, index + 1), shape=self.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -99,12 +140,155 @@ class _Stored(TensorInfo):
         steps = zip(self.shape, self.stride, strict=True)
         return (1 + sum((n - 1) * step for n, step in steps)) * self.dtype.itemsize
 
+    def rows(self, name: str, start: int, stop: int) -> _Stored:
+        """Return some rows; their bytes lie in the file as they are."""
+        step = self.stride[0] if self.stride else math.prod(self.shape[1:])
+        return replace(
+            self,
+            name=name,
+            shape=(stop - start, *self.shape[1:]),
+            offset=self.offset + start * step * self.dtype.itemsize,
+            origin=self.origin or self,
+        )
+
+    def item(self, name: str, index: int) -> TensorInfo:
+        """Return one entry of the first dimension, without that dimension."""
+        row = self.rows(name, index, index + 1)
+        return replace(row, shape=row.shape[1:], stride=self.stride and self.stride[1:])
+
 
 @dataclass(frozen=True)
 class _Unpacked(TensorInfo):
     """A tensor of a ``.bin`` file that was compressed, and is held in memory."""
 
     tensor: Tensor
+
+    def rows(self, name: str, start: int, stop: int) -> TensorInfo:
+        """Return some rows of the tensor in memory."""
+        shape = (stop - start, *self.shape[1:])
+        tensor = self.tensor[start:stop]
+        return replace(self, name=name, shape=shape, tensor=tensor, origin=self.origin or self)
+
+    def item(self, name: str, index: int) -> TensorInfo:
+        """Return one entry of the first dimension, without that dimension."""
+        tensor, origin = self.tensor[index], self.origin or self
+        return replace(self, name=name, shape=self.shape[1:], tensor=tensor, origin=origin)
+
+
+class Way(Protocol):
+    """How a derived tensor is computed; it can be pickled."""
+
+    def __call__(self, *parts: Tensor) -> Tensor:
+        """Return the tensor, in the dtype and shape that were announced.
+
+        Args:
+            parts: What it is made of, as stored; not to be written to.
+        """
+
+
+@dataclass(frozen=True)
+class Derived(TensorInfo):
+    """A tensor that is computed of others when it is read, and lies in no file as it is."""
+
+    parts: tuple[TensorInfo, ...]
+    """What it is made of; :attr:`file` is that of the first."""
+    way: Way
+    is_stored = False
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        """The tensors of files that it is read from, each once."""
+        return stored_of(self.parts)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that are read of files."""
+        return sum(part.bytes_read for part in self.parts)
+
+    @property
+    def bytes_computed(self) -> int:
+        """Its own bytes, and those of parts that are computed."""
+        return self.nbytes + sum(part.bytes_computed for part in self.parts)
+
+    def renamed(self, name: str) -> TensorInfo:
+        """Return the same tensor under another name."""
+        return replace(self, name=name)
+
+    def rows(self, name: str, start: int, stop: int) -> TensorInfo:
+        """Return some rows; all of the tensor is computed for them."""
+        shape = (stop - start, *self.shape[1:])
+        return Derived(name, self.dtype, shape, self.file, (self,), RowsOf(start, stop))
+
+    def item(self, name: str, index: int) -> TensorInfo:
+        """Return one entry of the first dimension; all of the tensor is computed for it."""
+        return Derived(name, self.dtype, self.shape[1:], self.file, (self,), RowsOf(index, None))
+
+
+@dataclass(frozen=True)
+class RowsOf:
+    """Some entries of the first dimension; or one, without that dimension.
+
+    Args:
+        start: The first.
+        stop: The one after the last; None: only the first.
+    """
+
+    start: int
+    stop: int | None
+
+    def __call__(self, *parts: Tensor) -> Tensor:
+        """Return them, of the one part."""
+        (whole,) = parts
+        return whole[self.start] if self.stop is None else whole[self.start : self.stop]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Tensors one below the other, joined along the first dimension."""
+
+    def __call__(self, *parts: Tensor) -> Tensor:
+        """Return one tensor of all rows."""
+        return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class PickedRows:
+    """Rows of several tables, in any order.
+
+    Args:
+        rows: For each row of the result the number of the table, and of the row in it.
+    """
+
+    rows: tuple[tuple[int, int], ...]
+
+    def __call__(self, *parts: Tensor) -> Tensor:
+        """Return the rows, in the dtype of the first table."""
+        result = torch.empty(len(self.rows), *parts[0].shape[1:], dtype=parts[0].dtype)
+        for number, table in enumerate(parts):
+            targets = [i for i, (of, _) in enumerate(self.rows) if of == number]
+            sources = [row for of, row in self.rows if of == number]
+            result[targets] = table[sources].to(result.dtype)
+        return result
+
+
+def stored_of(tensors: Iterable[TensorInfo]) -> tuple[TensorInfo, ...]:
+    """Return the tensors of files that some tensors are read from, each once, in their order."""
+    found = {(own.file, own.name): own for tensor in tensors for own in tensor.stored}
+    return tuple(found.values())
+
+
+def joined(name: str, parts: Sequence[TensorInfo]) -> TensorInfo:
+    """Return tensors one below the other as one, of the widest dtype among theirs.
+
+    Args:
+        name: Its name.
+        parts: They differ in the first dimension at most; one alone is only renamed.
+    """
+    if len(parts) == 1:
+        return parts[0].renamed(name)
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    dtype = reduce(torch.promote_types, (part.dtype for part in parts))
+    return Derived(name, dtype, shape, parts[0].file, tuple(parts), Joined())
 
 
 class Checkpoint(Mapping[str, TensorInfo]):
@@ -119,7 +303,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     def __init__(
         self,
-        tensors: Iterable[_Stored | _Unpacked],
+        tensors: Iterable[TensorInfo],
         *,
         mapped: bool,
         metadata: Mapping[str, str] | None = None,
@@ -142,8 +326,17 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     @property
     def files(self) -> list[Place]:
-        """The files that hold the tensors."""
-        return list(dict.fromkeys(tensor.file for tensor in self._tensors.values()))
+        """The files that hold the tensors, or what they are computed of."""
+        stored = (own for tensor in self._tensors.values() for own in tensor.stored)
+        return list(dict.fromkeys(own.file for own in stored))
+
+    def viewed(self, tensors: Iterable[TensorInfo]) -> Checkpoint:
+        """Return a checkpoint of the same files with other entries: renamed, left out, derived.
+
+        Args:
+            tensors: The entries.
+        """
+        return Checkpoint(tensors, mapped=self._mapped, metadata=self.metadata)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, in the dtype it is stored in.
@@ -170,7 +363,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
             StarmergeError: The file ends early.
         """
         info = self._tensors[name]
-        if isinstance(info, _Unpacked) or info.stride is not None:
+        if not isinstance(info, _Stored) or info.stride is not None:
             target.write(raw_bytes(self.read(name).contiguous()), offset)
             return
         try:
@@ -191,6 +384,8 @@ def read_tensor(info: TensorInfo, *, mapped: bool = True) -> Tensor:
     """
     if isinstance(info, _Unpacked):
         return info.tensor
+    if isinstance(info, Derived):
+        return info.way(*(read_tensor(part, mapped=mapped) for part in info.parts))
     if not isinstance(info, _Stored):
         raise TypeError(f"{info.name} lies in no file.")
     if not info.size:
@@ -204,6 +399,9 @@ def read_tensor(info: TensorInfo, *, mapped: bool = True) -> Tensor:
 
 def prefetch(info: TensorInfo) -> None:
     """Tell the storage that a tensor will soon be read."""
+    if isinstance(info, Derived):
+        for part in info.parts:
+            prefetch(part)
     if isinstance(info, _Stored) and info.nbytes >= _AHEAD:
         storage_of(info.file).prefetch(info.file, info.offset, info.extent)
 

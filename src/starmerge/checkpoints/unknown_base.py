@@ -28,7 +28,7 @@ class _Shapes(Checkpoint):
 
     def __init__(self, tensors: dict[str, TensorInfo]) -> None:
         super().__init__([], mapped=False)
-        self._tensors = tensors  # type: ignore[assignment]
+        self._tensors = tensors
 
     @property
     def files(self) -> list[Path]:

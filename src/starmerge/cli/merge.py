@@ -186,6 +186,8 @@ def merge(
         if plan.output.kind == "adapter":
             _print_ranks(rank_costs(plan, workers, progress=True))
         return
+    for note in plan.notes:
+        typer.echo(f"Note: {note}", err=True)
     own = fingerprint(plan)
     left = [other for other in leftovers(output) if not other.path.name.endswith(own)]
     if left and not fresh:
@@ -275,6 +277,8 @@ def _print_plan(plan: Plan, workers: Threads) -> None:
         if plan.unused_prompts:
             unused = ", ".join(plan.unused_prompts)
             console.print(f"Note: its prompts of {unused} are of no model.", markup=False)
+    for note in plan.notes:
+        console.print(f"Note: {note}", markup=False)
     merged = len(plan.merged)
     console.print(f"Tensors: {merged} merged, {len(plan.tensors) - merged} left as they are")
     console.print(

@@ -247,7 +247,7 @@ class Merging:
         if done.record is not None:
             self.records.append(done.record)
         if done.inputs:
-            keys = map(key_of, tensor.inputs)
+            keys = map(key_of, tensor.stored_inputs)
             self.input_digests.update(zip(keys, done.inputs, strict=True))
 
     def _walk(self, look: Callable[[Deltas, TensorContext], _Seen]) -> Iterator[_Seen]:

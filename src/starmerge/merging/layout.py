@@ -12,7 +12,7 @@ from torch import Tensor
 from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.metric import Metric
 from starmerge.checkpoints.models import FineTune
-from starmerge.checkpoints.tensors import MERGEABLE, TensorInfo
+from starmerge.checkpoints.tensors import MERGEABLE, TensorInfo, stored_of
 from starmerge.deltas import wide
 from starmerge.errors import StarmergeError
 from starmerge.merging.metric import inputs_of, wanted
@@ -53,9 +53,14 @@ class PlannedTensor:
             yield from model.inputs(self.source.name)
 
     @property
+    def stored_inputs(self) -> tuple[TensorInfo, ...]:
+        """The tensors of files that are read, each once."""
+        return stored_of(self.inputs)
+
+    @property
     def bytes_to_read(self) -> int:
         """Bytes of all that is read."""
-        return sum(info.nbytes for info in self.inputs)
+        return sum(info.bytes_read for info in self.inputs)
 
     def context(
         self, tasks: Sequence[str], weights: Sequence[float], base: Tensor | None
@@ -113,7 +118,8 @@ class PlannedTensor:
             8 * sum(info.nbytes for info in model.inputs(name)) if self._is_computed(model) else 0
             for model in self.models.values()
         )
-        return factors + computing + pipeline.memory(self.as_read(pipeline, tasks))
+        derived = sum(info.bytes_computed for info in self.inputs)
+        return factors + computing + derived + pipeline.memory(self.as_read(pipeline, tasks))
 
     def as_read(self, pipeline: Pipeline, tasks: Sequence[str]) -> TensorShape:
         """Return what methods may know of the tensor before it is read.

@@ -65,6 +65,11 @@ class Plan(Contents):
     """Of each input file, when the plan was made."""
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on the inputs that whoever merges them should read."""
+        return (*self.base.notes, *(note for model in self.models for note in model.notes))
+
+    @property
     def inputs(self) -> list[Input]:
         """What is merged: the base, if it has weights, the models, the metric."""
         inputs = []

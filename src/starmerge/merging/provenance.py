@@ -12,7 +12,7 @@ from starmerge.checkpoints.hashing import (
     remembered_blake3_of,
     remembered_blake3_of_tensor,
 )
-from starmerge.checkpoints.tensors import Checkpoint, TensorInfo, prefetch
+from starmerge.checkpoints.tensors import Checkpoint, TensorInfo, prefetch, stored_of
 from starmerge.merging.executors.executor import Executor
 from starmerge.merging.plan import Input, Plan
 from starmerge.progress import progress_bar
@@ -78,7 +78,7 @@ def input_hashes(
         key_of(info): info
         for given in inputs
         for checkpoint in _that_matter(given, known)
-        for info in checkpoint.values()
+        for info in stored_of(checkpoint.values())
     }
     left = tuple(info for key, info in wanted.items() if key not in known)
     size = sum(info.nbytes for info in left)
@@ -106,7 +106,7 @@ def input_hashes(
 def contents_of(checkpoint: Checkpoint, hashes: Hashes) -> dict[Place, str]:
     """Return the hash of the tensors in each file of a checkpoint."""
     stored: dict[Place, list[tuple[TensorInfo, str]]] = {}
-    for info in checkpoint.values():
+    for info in stored_of(checkpoint.values()):
         stored.setdefault(info.file, []).append((info, hashes[key_of(info)]))
     return {file: blake3_of_contents(tensors) for file, tensors in stored.items()}
 
@@ -115,5 +115,5 @@ def _that_matter(given: Input, known: Hashes) -> list[Checkpoint]:
     return [
         own
         for own in given.checkpoints
-        if given.kind != "base" or any(key_of(info) in known for info in own.values())
+        if given.kind != "base" or any(key_of(info) in known for info in stored_of(own.values()))
     ]

@@ -162,6 +162,7 @@ def make_report(
             "versions": versions(plan.recipe),
             "recipe": plan.recipe.model_dump(),
             "reason": plan.reason,
+            "notes": list(plan.notes),
             "findings": {**findings, **finished.findings},
             "output": {"kind": plan.output.kind, **finished.facts, "summary": finished.summary},
             "metric": metric,

@@ -87,8 +87,8 @@ class Done:
     digests: list[str]
     """BLAKE3 of what lies in its slots of the output."""
     inputs: list[str]
-    """BLAKE3 of what it was made of, in the order of :attr:`PlannedTensor.inputs`; none where they
-    are not wanted."""
+    """BLAKE3 of what it was made of, in the order of :attr:`PlannedTensor.stored_inputs`; none
+    where they are not wanted."""
     changing: list[int]
     """Numbers of models of which some task vector was found not to be zero."""
     taken_up: bool = False
@@ -183,7 +183,8 @@ class WriteJob(TensorJob):
             return Done(known.record, known.digests, known.inputs, known.changing, taken_up=True)
         if not tensor.models:
             digest = self.writing.leave(tensor)
-            return self._done(tensor, None, changing, [digest] if self.hashes_inputs else [])
+            hashes = [digest] if tensor.source.is_stored else self._read(tensor)[1]
+            return self._done(tensor, None, changing, hashes if self.hashes_inputs else [])
         base, hashes = self._read(tensor)
         reading = _Reading(tensor, base, self.checked.get(number, frozenset()), changing)
         merged = self.prepared.merge(
@@ -200,19 +201,19 @@ class WriteJob(TensorJob):
         if not self.hashes_inputs:
             return self.base_of(tensor), []
         base, hashes = None, []
-        for info in tensor.inputs:  # one after the other, before there is more in memory
+        for info in tensor.stored_inputs:  # one after the other, before there is more in memory
             if info is tensor.source:
                 base, digest = read_and_hash(info)
             else:
                 digest = remembered_blake3_of_tensor(info)
             hashes.append(digest)
-        return base, hashes
+        return self.base_of(tensor) if base is None else base, hashes
 
     def _fits(self, tensor: PlannedTensor, known: Done) -> bool:
         """Tell whether something can have been said of a tensor: a journal may be damaged."""
         return (
             len(known.digests) == len(self.writing.slots(tensor))
-            and len(known.inputs) == len(list(tensor.inputs)) * self.hashes_inputs
+            and len(known.inputs) == len(tensor.stored_inputs) * self.hashes_inputs
             and (known.record is None) == (not tensor.models)
             and set(known.changing) <= set(range(len(self.plan.models)))
         )

@@ -59,6 +59,8 @@ class Adapter:
     config: AdapterConfig
     carried: dict[str, str] = field(default_factory=dict)
     """Keys of tensors of whole modules, by their names, where nothing is known of the base's."""
+    notes: tuple[str, ...] = ()
+    """Sentences on it that whoever merges it should read."""
 
     @property
     def tensors(self) -> frozenset[str]:
