@@ -80,7 +80,7 @@ def make_finetune(tiny_base: Path, tmp_path: Path) -> MakeFinetune:
             for key, tensor in load_file(tiny_base / "model.safetensors").items()
         }
         folder = tmp_path / name
-        folder.mkdir()
+        folder.mkdir(parents=True)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text((tiny_base / "config.json").read_text())
         return folder

@@ -112,7 +112,13 @@ class Recipe(BaseModel):
         default=OutputEntry(), description="what is written: {kind: adapter, rank: 16}"
     )
     any_base: bool = Field(
-        default=False, description="accept adapters whose config names another base"
+        default=False,
+        description="accept models whose config names another base, or differs from the base's",
+    )
+    common: bool = Field(
+        default=False,
+        description="of full fine-tunes, merge what they share with the base; heads and towers "
+        "that one side lacks are the base's",
     )
 
     @field_validator("models", mode="before")

@@ -511,3 +511,24 @@ def test_modules_to_save_must_be_in_the_file(base: Callable[[str], Path], tmp_pa
     save_file({k: t for k, t in load_file(file).items() if "classifier" not in k}, file)
     with pytest.raises(StarmergeError, match="modules_to_save is .*holds no tensor"):
         _open(adapter, base("bert"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_full_fine_tune_of_each_architecture_is_merged_whole(
+    base: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    model = _load(base(name), name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    model.save_pretrained(tmp_path / "tuned")
+    merge(base(name), [tmp_path / "tuned"], TaskArithmetic(alpha=1.0), output=tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    tuned = load_file(tmp_path / "tuned" / "model.safetensors")
+    assert merged.keys() == load_file(base(name) / "model.safetensors").keys()
+    for tensor, weight in tuned.items():
+        largest = abs(exact(weight)) + abs(exact(merged[tensor]))
+        assert np.all(abs(exact(merged[tensor]) - exact(weight)) <= 4 * U32 * largest), tensor
+    loaded = _load(tmp_path / "out", name).state_dict()
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(loaded[key], value, rtol=1e-6, atol=1e-7, msg=key)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import starmerge
 from starmerge.checkpoints import names
 from starmerge.checkpoints.metric import open_metric
-from starmerge.checkpoints.renaming import names_in_model
+from starmerge.checkpoints.renaming import naming
 from starmerge.checkpoints.tensors import open_checkpoint
 from starmerge.cli.parameters import parameters
 from starmerge.errors import StarmergeError, UsageError
@@ -477,7 +477,7 @@ def test_a_config_that_transformers_cannot_use_ends_soon(
     settings = json.loads((tiny_base / "config.json").read_text()) | config
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with time_limit(60), pytest.raises(Exception):  # noqa: B017
-        names_in_model(str(tmp_path), ["model.embed_tokens.weight"])
+        naming(str(tmp_path), ["model.embed_tokens.weight"])
 
 
 def test_a_config_that_transformers_refuses_does_not_hide_the_message(world: World) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, ClassVar
@@ -84,7 +84,46 @@ class Base:
         configs = (self.config, self.config.get("text_config") or {})
         if any(key in config for config in configs) and not any(c.get(key) for c in configs):
             return []
+        return self.vocabulary
+
+    @cached_property
+    def vocabulary(self) -> list[str]:
+        """Names of the matrices with a row for each token of the vocabulary."""
         return [name for name in self.checkpoint if self._has_vocabulary_rows(name)]
+
+    @cached_property
+    def embedding(self) -> str | None:
+        """Name of the table that tokens are looked up in, if it is known."""
+        tables = sorted(self.vocabulary, key=lambda name: not self.looks_up(name))
+        return tables[0] if tables else None
+
+    def untied(self, head: str) -> Base:
+        """Return the same model with an output layer of its own, which has the embedding's values.
+
+        Args:
+            head: Its name; it is stored already, or added.
+
+        Raises:
+            UsageError: The model is of a kind that computes otherwise where the two are tied.
+        """
+        if self.config.get("is_encoder_decoder") or self.embedding is None:
+            raise UsageError(
+                f"{self.source} ties {', '.join(self.tied)} (tie_word_embeddings in config.json), "
+                f"and {head} would be changed by itself; but models of this kind, of an encoder "
+                "and a decoder, compute otherwise when they are not tied. Train both ends as one."
+            )
+        key, stored = "tie_word_embeddings", list(self.checkpoint.values())
+        if head not in self.checkpoint:
+            stored.append(self.checkpoint[self.embedding].renamed(head))
+        config = self.config | {key: False}
+        if "text_config" in config:
+            config["text_config"] = config["text_config"] | {key: False}
+        note = (
+            f"{head} is no longer tied to {self.embedding}, as a model changed one of them alone: "
+            "it has weights of its own, and tie_word_embeddings is false."
+        )
+        view = self.checkpoint.viewed(stored)
+        return replace(self, checkpoint=view, config=config, notes=(*self.notes, note))
 
     @cached_property
     def stores_input_first(self) -> bool:

@@ -58,8 +58,12 @@ class EmrTask:
     """τ_uni."""
     masks: Checkpoint
     """M, eight entries a byte."""
+    base_name: str | None
+    """Hub id of the base of its merge."""
     notes: tuple[str, ...] = ()
     """None: it was made by a merge."""
+    untied: str | None = None
+    """The base's name of the output layer, where the base ties it and the model does not."""
 
     @property
     def tensors(self) -> frozenset[str]:
@@ -130,8 +134,10 @@ def open_emr_task(name: str, source: Source, base: Base, *, any_base: bool = Fal
         raise StarmergeError(f"{file}: the rescaler is {rescaler!r:.200}, which is no factor.")
     if not isinstance(where, str):
         raise StarmergeError(f"{file} does not say where the unified vector lies, in 'unified'.")
+    named = content.get("base_hub_id")
+    base_name = named if isinstance(named, str) else None
     if not any_base:
-        _check_base_name(file, content.get("base_hub_id"), base)
+        _check_base_name(file, base_name, base)
     folder = source.path / where
     if not exists(folder):
         raise StarmergeError(
@@ -139,7 +145,7 @@ def open_emr_task(name: str, source: Source, base: Base, *, any_base: bool = Fal
             "tasks' folders beside it, or say in 'unified' in emr.json where it lies."
         )
     masks = open_safetensors(source.path / f"{_STEM}.safetensors")
-    task = EmrTask(name, source, float(rescaler), open_checkpoint(folder), masks)
+    task = EmrTask(name, source, float(rescaler), open_checkpoint(folder), masks, base_name)
     for tensor in masks:
         _check_tensor(task, folder, base, tensor)
     return task
@@ -215,9 +221,9 @@ def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(bits.view(np.bool_)).reshape(shape)
 
 
-def _check_base_name(file: Place, merged_on: object, base: Base) -> None:
+def _check_base_name(file: Place, merged_on: str | None, base: Base) -> None:
     known = base.source.name
-    if known and isinstance(merged_on, str) and merged_on.lower() != known.lower():
+    if known and merged_on and merged_on.lower() != known.lower():
         raise UsageError(
             f"{file}: the merge was of {merged_on}, but the base is {known}. If both are the same "
             "weights, say so with --any-base."

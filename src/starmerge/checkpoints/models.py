@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from torch import Tensor
@@ -38,6 +40,14 @@ class FineTune(Protocol):
         """Sentences on it that whoever merges it should read."""
 
     @property
+    def base_name(self) -> str | None:
+        """Hub id of the base that it says it was made from."""
+
+    @property
+    def untied(self) -> str | None:
+        """The base's name of the output layer, where the base ties it and the model does not."""
+
+    @property
     def tensors(self) -> frozenset[str]:
         """Names of the base's tensors that it changes."""
 
@@ -70,8 +80,76 @@ def files_of(model: FineTune) -> list[Place]:
     return [*model.beside, *(file for own in model.checkpoints for file in own.files)]
 
 
-def open_model(name: str, source: Source, base: Base, *, any_base: bool = False) -> FineTune:
+def open_models(
+    models: Sequence[tuple[str, Source]],
+    base: Base,
+    *,
+    any_base: bool = False,
+    common: bool = False,
+) -> tuple[Base, tuple[FineTune, ...]]:
+    """Open the models of a merge.
+
+    Args:
+        models: Their names and where they lie.
+        base: The base they are to be merged into.
+        any_base: Accept models that name another base, or whose config differs.
+        common: Of full fine-tunes, merge what they share with the base.
+
+    Returns:
+        The base, untied where one of the models changes one end of tied weights alone; the models.
+
+    Raises:
+        UsageError: A model is of another base, or of a kind that cannot be merged.
+        StarmergeError: One does not fit the base, or a file is broken.
+    """
+
+    def opened(base: Base) -> tuple[FineTune, ...]:
+        return tuple(
+            open_model(name, source, base, any_base=any_base, common=common)
+            for name, source in models
+        )
+
+    found = opened(base)
+    base = _named(base, found, any_base=any_base)
+    heads = [model.untied for model in found if model.untied is not None]
+    if not heads:
+        return base, found
+    untied = base.untied(heads[0])
+    return untied, opened(untied)
+
+
+def _named(base: Base, models: Sequence[FineTune], *, any_base: bool) -> Base:
+    """Return the base with the Hub id that the models name, where it is not known otherwise.
+
+    Raises:
+        UsageError: They name different ones.
+    """
+    named: dict[str, FineTune] = {}
+    for model in models:
+        if model.base_name is not None:
+            named.setdefault(model.base_name.lower(), model)
+    if base.source.name is not None or not named:
+        return base
+    first, *others = named.values()
+    if others and not any_base:
+        raise UsageError(
+            f"{first.source} was made from the base {first.base_name}, and {others[0].source} from "
+            f"{others[0].base_name}. If both are the same weights, say so with --any-base."
+        )
+    return base if others else replace(base, source=replace(base.source, name=first.base_name))
+
+
+def open_model(
+    name: str, source: Source, base: Base, *, any_base: bool = False, common: bool = False
+) -> FineTune:
     """Open an adapter, a full fine-tune or a task of an EMR merge; which, is found out by looking.
+
+    Args:
+        name: Its name in tables and reports.
+        source: Where it lies.
+        base: The base it is to be merged into.
+        any_base: Accept a model that names another base, or whose config differs.
+        common: Of a full fine-tune, merge what it shares with the base.
 
     Raises:
         UsageError: It is none of them, or of a kind that cannot be merged.
@@ -82,7 +160,7 @@ def open_model(name: str, source: Source, base: Base, *, any_base: bool = False)
     if is_file(source.path / TASK_FILE):
         return open_emr_task(name, source, base, any_base=any_base)
     if is_file(source.path / "config.json"):
-        return open_finetuned(name, source, base)
+        return open_finetuned(name, source, base, any_base=any_base, common=common)
     raise UsageError(
         f"{source} is neither an adapter (no adapter_config.json) nor a model (no config.json) nor "
         f"a task of an EMR merge (no {TASK_FILE})."

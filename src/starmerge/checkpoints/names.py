@@ -1,9 +1,10 @@
-"""Which tensor of the base an adapter's name means.
+"""Which tensor of the base a model's name means.
 
-Adapters name a module by its path in the model they were trained in. The base's files may have been
-saved from its inner model, or from a larger one around it: then all names differ by one prefix. And
-transformers renames tensors of some architectures between the files and the model; it is asked for
-the names where those of the files do not match.
+Adapters name a module by its path in the model they were trained in, and full fine-tunes a tensor
+by its path in the model that was saved. The base's files may have been saved from its inner model,
+or from a larger one around it: then all names differ by one prefix. And transformers renames and
+joins tensors of some architectures between the files and the model; it is asked for the names where
+those of the files do not match.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import os
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from starmerge.checkpoints import renaming
 from starmerge.checkpoints.base import Base
+from starmerge.checkpoints.experts import expert_name, stack_of
 from starmerge.checkpoints.source import Source
 from starmerge.errors import StarmergeError
 
@@ -33,18 +37,18 @@ _PATIENCE = 120.0
 
 
 def match_names(source: Source, base: Base, names: Sequence[str]) -> dict[str, str]:
-    """Find the base's tensors by the names that an adapter has for them.
+    """Find the base's tensors by the names that a model has for them.
 
-    All names are changed by the same prefix, if by any. A name that fits as it stands needs no
-    change; indices of layers are never part of a prefix.
+    Names are changed by prefixes; see :func:`match_stored`. Where those of the base's files do not
+    fit, those in the model, as transformers loads it, are tried.
 
     Args:
-        source: The adapter.
+        source: The model, such as an adapter.
         base: The base.
-        names: Names of tensors in the model that the adapter was trained in.
+        names: Names of tensors in the model that an adapter was trained in.
 
     Returns:
-        The base's name for each of ``names`` that is found under the best prefix.
+        The base's name for each of ``names`` that is found.
 
     Raises:
         StarmergeError: Several prefixes fit all names.
@@ -57,36 +61,39 @@ def match_names(source: Source, base: Base, names: Sequence[str]) -> dict[str, s
     return found
 
 
-def match_stored(source: Source, names: Sequence[str], stored: dict[str, str]) -> dict[str, str]:
+def match_stored(source: Source, names: Sequence[str], stored: Mapping[str, str]) -> dict[str, str]:
     """Match ``names`` against the keys of ``stored``, return its values; see :func:`match_names`.
 
+    All names are changed by the same prefix, if by any: one is taken away, or put before, or parts
+    are put into it, as in ``model.`` → ``model.language_model.``. What is then left over, such as
+    an output layer outside of the inner model, is found if it fits as it stands. Indices of layers
+    are never part of a prefix.
+
+    Raises:
+        StarmergeError: Several prefixes fit all names.
+
     Args:
-        source: The adapter.
-        names: Names of tensors in the model that the adapter was trained in.
+        source: The model.
+        names: Names of tensors in the model that an adapter was trained in.
         stored: Names to find them by.
     """
-    longer = _longer_names(set(names), stored)
-    votes = Counter(
-        change for name in names for change in _fitting_changes(name, stored, longer[name])
-    )
+    ends = _ends(names, stored)
+    votes = Counter(change for name in names for change in _fitting_changes(name, ends))
     if not votes:
         return {}
     most = max(votes.values())
-    best = [change for change in votes if votes[change] == most]
-    if _NONE in best:
-        best = [_NONE]
+    simplest = min(sum(map(bool, change)) for change in votes if votes[change] == most)
+    best = [c for c in votes if votes[c] == most and sum(map(bool, c)) == simplest]
     if len(best) > 1 and most == len(names):
         choices = " and ".join(_changed(names[0], change) for change in best[:2])
         raise StarmergeError(
             f"{source}: {names[0]} may mean {choices} of the base. Rename the adapter's tensors "
             "to the full names of the base's."
         )
-    changed = {name: _changed(name, best[0]) for name in names}
-    return {
-        name: stored[other]
-        for name, other in changed.items()
-        if name.startswith(best[0][0]) and other in stored
-    }
+    found = {n: other for n in names if (other := changed(n, best[0])) in stored and other}
+    taken = set(found.values())
+    found |= {name: name for name in names if name not in found and name in stored.keys() - taken}
+    return {name: stored[other] for name, other in found.items()}
 
 
 def completed(names: Sequence[str], found: Mapping[str, str]) -> dict[str, str]:
@@ -115,60 +122,109 @@ def changed(name: str, change: Change) -> str | None:
     return _changed(name, change) if name.startswith(change[0]) else None
 
 
-def _fitting_changes(name: str, stored: Collection[str], longer: Sequence[str]) -> Iterator[Change]:
-    if name in stored:
-        yield _NONE
+def _fitting_changes(name: str, ends: Mapping[str, Sequence[str]]) -> Iterator[Change]:
+    """Yield the changes of prefixes by which a name becomes a stored one."""
+    for prefix, end in _splits(name):
+        for other in ends.get(end, ()):
+            if _may_become(prefix, other) and ("." in end or not (prefix and other)):
+                yield prefix, other
+
+
+def _may_become(prefix: str, other: str) -> bool:
+    """Tell whether one prefix may stand for another: one has all parts of the other, and more.
+
+    ``model.`` may be ``model.language_model.``, but ``encoder.`` is not ``decoder.``.
+    """
+    if prefix == other:
+        return not prefix  # a longer end of the name says the same
+    ours, theirs = Counter(prefix.split(".")[:-1]), Counter(other.split(".")[:-1])
+    if ours and theirs and prefix.split(".")[-2] == other.split(".")[-2]:
+        return False  # likewise
+    return ours <= theirs or theirs <= ours
+
+
+def _splits(name: str) -> Iterator[Change]:
+    """Yield the ways to split a name into a prefix without an index, and its end."""
     parts = name.split(".")
+    yield "", name
     for depth in range(1, len(parts)):
         if parts[depth - 1].isdigit():
             break
-        if ".".join(parts[depth:]) in stored:
-            yield f"{'.'.join(parts[:depth])}.", ""
-    for other in longer:
-        yield "", other.removesuffix(name)
+        yield f"{'.'.join(parts[:depth])}.", ".".join(parts[depth:])
+
+
+def _ends(names: Iterable[str], stored: Iterable[str]) -> dict[str, list[str]]:
+    """Return the prefixes of stored names by the ends that they share with one of ``names``."""
+    wanted = {end for name in names for _, end in _splits(name)}
+    found: dict[str, list[str]] = defaultdict(list)
+    for other in stored:
+        for prefix, end in _splits(other):
+            if end in wanted:
+                found[end].append(prefix)
+    return found
 
 
 def _changed(name: str, change: Change) -> str:
     return change[1] + name.removeprefix(change[0])
 
 
-def _longer_names(names: Collection[str], stored: Collection[str]) -> dict[str, list[str]]:
-    """Return, for each name, the stored ones that end with it behind a prefix."""
-    longer: dict[str, list[str]] = defaultdict(list)
-    for other in stored:
-        parts = other.split(".")
-        for depth in range(1, len(parts)):
-            if parts[depth - 1].isdigit():
-                break
-            end = ".".join(parts[depth:])
-            if end in names:
-                longer[end].append(other)
-    return longer
+@dataclass(frozen=True)
+class Naming:
+    """What transformers makes of a checkpoint's tensors when it loads them."""
+
+    sources: Mapping[str, tuple[str, ...]]
+    """For each tensor in the model, by its name, those of the files that make it up, one below the
+    other; of joined experts there is one tensor for each. Tensors that are made otherwise, by
+    splitting or permuting, are left out."""
+    ties: Mapping[str, str]
+    """By the name of a tensor in the model that of the other which it is tied to."""
 
 
 def names_in_model(base: Base) -> dict[str, str]:
     """Return the base's tensors by the names they have once transformers has loaded them.
 
-    Tensors that are joined or split on the way have no such name. Nothing is known, and the result
-    is empty, where transformers is absent, or older than 5, or does not know the model.
+    Tensors that are joined or split on the way have no such name; see :func:`naming_of`.
+    """
+    sources = naming_of(base).sources.items()
+    return {name: stored[0] for name, stored in sources if len(stored) == 1}
+
+
+def naming_of(base: Base) -> Naming:
+    """Return what transformers makes of a checkpoint's tensors.
+
+    Nothing is known, and the result is empty, where transformers is absent, or older than 5, or
+    does not know the model.
     """
     if find_spec("transformers") is None:
-        return {}
+        return Naming({}, {})
+    # Joined experts have one name in the file.
+    experts: dict[str, list[str]] = {}
+    for name in base.checkpoint:
+        joined = stack_of(name)
+        experts.setdefault(joined[0] if joined else name, []).append(name)
     config = json.dumps(base.config, sort_keys=True)
-    return dict(_renamed(base.source.path, config, tuple(base.checkpoint)))
+    answer = _asked(base.source.path, config, tuple(experts))
+    sources: dict[str, tuple[str, ...]] = {}
+    for name, stored in answer.sources.items():
+        if len(stored) == 1 and stack_of(experts[stored[0]][0]):
+            own = experts[stored[0]]
+            sources |= {expert_name(name, number): (each,) for number, each in enumerate(own)}
+        else:
+            sources[name] = stored
+    return Naming(sources, answer.ties)
 
 
 @lru_cache(maxsize=8)
-def _renamed(folder: Path, config: str, names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+def _asked(folder: Path, config: str, names: tuple[str, ...]) -> Naming:
     """Ask transformers for names, in a process of its own.
 
     A config can make transformers loop for ever, or end the process. The result is kept for the
-    other adapters of a merge.
+    other models of a merge.
 
     Args:
         folder: The base's.
         config: What its config says; by it, the result is known again.
-        names: Of its tensors.
+        names: Of its tensors, in its files.
     """
     question = json.dumps([str(folder.absolute()), names])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -182,7 +238,8 @@ def _renamed(folder: Path, config: str, names: tuple[str, ...]) -> tuple[tuple[s
             timeout=_PATIENCE,
             check=True,
         )
-        answer: list[tuple[str, str]] = json.loads(finished.stdout)
+        answer: dict[str, Any] = json.loads(finished.stdout)
     except (OSError, subprocess.SubprocessError, ValueError):
-        return ()
-    return tuple((name, stored) for name, stored in answer)
+        return Naming({}, {})
+    sources = {name: tuple(stored) for name, stored in answer["sources"].items()}
+    return Naming(sources, answer["ties"])

@@ -1,8 +1,8 @@
 """What transformers calls the tensors of a checkpoint: a program that names.py runs.
 
-It reads a folder and the names in its files from standard input, as JSON, and writes pairs of a
-name in the model and one in the files. It is a process of its own since a config may make
-transformers loop for ever, take all memory, or end the process.
+It reads a folder and the names in its files from standard input, as JSON, and writes what
+:func:`naming` returns. It is a process of its own since a config may make transformers loop for
+ever, take all memory, or end the process.
 """
 
 from __future__ import annotations
@@ -12,19 +12,32 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
+
+_JOINS = {
+    (("MergeModulelist", 0),),
+    (("MergeModulelist", 0), ("Concatenate", 1)),
+    (("Concatenate", 0),),
+}
+"""Operations of transformers' converters that put tensors of the files one below the other: those
+of an expert, and of several experts into one tensor of all."""
 
 _MEMORY = 32 * 2**30
 """Bytes of address space; libraries take some before they need them."""
 
 
-def names_in_model(folder: str, names: Sequence[str]) -> list[tuple[str, str]]:
-    """Return pairs of a tensor's name in the model and its name in the files.
-
-    Tensors that are joined or split on the way have no such name.
+def naming(folder: str, names: Sequence[str]) -> dict[str, Any]:
+    """Return what a model's tensors are made of, and which are tied.
 
     Args:
         folder: Of the model, with its config.
         names: Of the tensors in its files.
+
+    Returns:
+        ``sources``: for each tensor in the model, by its name, the names in the files of those that
+        make it up, one below the other; of joined experts there is one tensor for each expert,
+        ``NAME[EXPERT]``. Tensors that are made otherwise are left out. ``ties``: by the name of a
+        tensor in the model that of the other which it is tied to.
 
     Raises:
         ImportError: transformers is absent, or older than 5.
@@ -69,11 +82,28 @@ def names_in_model(folder: str, names: Sequence[str]) -> list[tuple[str, str]]:
         if name not in own and f"{prefix}.{name}" in own:
             renamed[stored] = f"{prefix}.{name}", converter
     taken = Counter(name for name, _ in renamed.values())
-    return [
-        (name, stored)
-        for stored, (name, converter) in renamed.items()
-        if converter is None and taken[name] == 1
-    ]
+    sources = {
+        name: [stored]
+        for stored, (name, pattern) in renamed.items()
+        if pattern is None and taken[name] == 1
+    }
+    pieces: dict[str, list[tuple[int, str]]] = {}
+    for stored, (name, pattern) in renamed.items():
+        converter = next((c for c in converters if pattern in c.source_patterns), None)
+        if converter is None or _operations(converter) not in _JOINS:
+            continue
+        if _operations(converter)[0][0] == "MergeModulelist":
+            numbers = [part for part in stored.split(".") if part.isdecimal()]
+            joined = f"{name}[{numbers[-1]}]" if numbers else name
+        else:
+            joined = name
+        pieces.setdefault(joined, []).append((converter.source_patterns.index(pattern), stored))
+    sources |= {name: [stored for _, stored in sorted(own)] for name, own in pieces.items()}
+    return {"sources": sources, "ties": dict(getattr(model, "all_tied_weights_keys", None) or {})}
+
+
+def _operations(converter: Any) -> tuple[tuple[str, object], ...]:
+    return tuple((type(op).__name__, getattr(op, "dim", None)) for op in converter.operations)
 
 
 def _limit_memory() -> None:
@@ -90,6 +120,6 @@ if __name__ == "__main__":
     answers = os.dup(1)
     os.dup2(2, 1)
     _limit_memory()
-    pairs = names_in_model(*json.load(sys.stdin))
+    answer = naming(*json.load(sys.stdin))
     with os.fdopen(answers, "w", encoding="utf-8") as stream:
-        json.dump(pairs, stream)
+        json.dump(answer, stream)

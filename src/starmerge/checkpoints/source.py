@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.reading import read_json
-from starmerge.storage import exists, is_file, is_url, storage_of
+from starmerge.storage import exists, is_url, storage_of
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -25,7 +24,7 @@ class Source:
     """What the user wrote."""
     path: Path
     name: str | None
-    """Hub id of the model, as far as it is known: asked for, or recorded in ``config.json``."""
+    """Hub id of the model, as far as it is known."""
     revision: str | None
     """Commit of a Hub repository."""
 
@@ -61,7 +60,7 @@ def resolve(reference: str | Path) -> Source:
             raise UsageError(f"{text} is a file. Give the folder that holds the model or adapter.")
         if not os.access(path, os.R_OK | os.X_OK):
             raise StarmergeError(f"{text} may not be read by this user. Change its permissions.")
-        return Source(text, path, _recorded_name(path), None)
+        return Source(text, path, *_cached_name(path))
     if is_url(text):
         raise UsageError(
             f"{text} is a URL, and models are read from local folders and the Hub. Copy it into a "
@@ -76,10 +75,22 @@ def resolve(reference: str | Path) -> Source:
     return Source(text, *_download(name, revision or None))
 
 
-def _recorded_name(path: Path) -> str | None:
-    config = path / "config.json"
-    name = read_json(config).get("_name_or_path") if is_file(config) else None
-    return name if isinstance(name, str) and _HUB_ID.fullmatch(name) else None
+def is_hub_id(name: str) -> bool:
+    """Tell whether a name is that of a repository of the Hub, ``org/name``, rather than a path."""
+    return bool(_HUB_ID.fullmatch(name)) and not name.startswith(".")
+
+
+def _cached_name(path: Path) -> tuple[str | None, str | None]:
+    """Return Hub id and commit of a folder in the Hub's cache; None of any other.
+
+    ``_name_or_path`` in a config is no such name: transformers writes there what the model was
+    loaded from before it was trained.
+    """
+    snapshot = path.resolve()
+    kind, *names = snapshot.parent.parent.name.split("--")
+    if snapshot.parent.name != "snapshots" or kind != "models" or not 1 <= len(names) <= 2:
+        return None, None
+    return "/".join(names), snapshot.name
 
 
 def _download(name: str, revision: str | None) -> tuple[Path, str, str]:

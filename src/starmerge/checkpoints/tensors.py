@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from starmerge.checkpoints.experts import expert_name, is_stack, stack_of
 from starmerge.checkpoints.pickled import PickledTensor, read_pickle
 from starmerge.errors import StarmergeError
 from starmerge.parsing import MOST_JSON_BYTES, parse_json
@@ -445,9 +446,9 @@ def open_checkpoint(folder: Place) -> Checkpoint:
         single = folder / f"{stem}.{suffix}"
         index = folder / f"{stem}.{suffix}.index.json"
         if exists(single):
-            return Checkpoint(read(single), mapped=True)
+            return Checkpoint(_by_expert(read(single)), mapped=True)
         if exists(index):
-            return Checkpoint(_read_shards(index, read), mapped=True)
+            return Checkpoint(_by_expert(_read_shards(index, read)), mapped=True)
     raise StarmergeError(
         f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index "
         "of shards."
@@ -461,7 +462,7 @@ def open_safetensors(file: Place) -> Checkpoint:
         StarmergeError: The file is missing, truncated or broken.
     """
     metadata, tensors = _read_header(file)
-    return Checkpoint(tensors, mapped=False, metadata=metadata)
+    return Checkpoint(_by_expert(tensors), mapped=False, metadata=metadata)
 
 
 def open_pickle(file: Place) -> Checkpoint:
@@ -470,7 +471,17 @@ def open_pickle(file: Place) -> Checkpoint:
     Raises:
         StarmergeError: The file is missing, broken, or asks for code to be run.
     """
-    return Checkpoint(_read_pickle(file), mapped=False)
+    return Checkpoint(_by_expert(_read_pickle(file)), mapped=False)
+
+
+def _by_expert(tensors: Iterable[TensorInfo]) -> Iterator[TensorInfo]:
+    """Yield tensors, those of joined experts one expert at a time."""
+    for tensor in tensors:
+        if not is_stack(tensor.name, tensor.shape):
+            yield tensor
+            continue
+        for expert in range(tensor.shape[0]):
+            yield replace(tensor.item(expert_name(tensor.name, expert), expert), origin=None)
 
 
 def _read_shards(
@@ -586,6 +597,11 @@ def _check_name(file: Place, name: str) -> None:
     if len(name.encode()) > _LONGEST_NAME:
         raise StarmergeError(
             f"{file}: the name of tensor {name[:60]!a}… is longer than {_LONGEST_NAME} bytes. "
+            "Rename it."
+        )
+    if stack_of(name):
+        raise StarmergeError(
+            f"{file}: the name of tensor {name} ends like that of one of several joined experts. "
             "Rename it."
         )
     for part in name.split("."):

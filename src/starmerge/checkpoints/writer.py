@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from threading import Lock
 from types import TracebackType
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from starmerge.checkpoints.experts import stack_of
 from starmerge.checkpoints.hashing import remembered_blake3_of_tensor
 from starmerge.checkpoints.tensors import DTYPE_CODES, Checkpoint, raw_bytes
 from starmerge.storage import OutputFile, OutputFolder
@@ -145,7 +147,10 @@ class ShardWriter:
             raise
         if len(self._shards) > 1:
             whole = sum(place.tensor.nbytes for place in self._places.values())
-            files = {name: self._shards[p.shard].name for name, p in self._places.items()}
+            files = {
+                _name_in_file(place.tensor): self._shards[place.shard].name
+                for place in self._places.values()
+            }
             index = {
                 "metadata": {"total_size": whole},
                 "weight_map": {name: file.rpartition("/")[2] for name, file in files.items()},
@@ -295,25 +300,36 @@ def json_bytes(content: Mapping[str, Any]) -> bytes:
 def _split(tensors: Sequence[OutputTensor], limit: int) -> Iterator[list[OutputTensor]]:
     shard: list[OutputTensor] = []
     size = 0
-    for tensor in tensors:
-        if shard and size + tensor.nbytes > limit:
+    for _, group in groupby(tensors, _name_in_file):
+        own = list(group)
+        nbytes = sum(tensor.nbytes for tensor in own)
+        if shard and size + nbytes > limit:
             yield shard
             shard, size = [], 0
-        shard.append(tensor)
-        size += tensor.nbytes
+        shard += own
+        size += nbytes
     yield shard
+
+
+def _name_in_file(tensor: OutputTensor) -> str:
+    """Return a tensor's name in its file: experts that follow each other are joined to one."""
+    joined = stack_of(tensor.name)
+    return joined[0] if joined else tensor.name
 
 
 def _header(tensors: Sequence[OutputTensor]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for tensor in tensors:
-        entries[tensor.name] = {
-            "dtype": DTYPE_CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
+    for name, group in groupby(tensors, _name_in_file):
+        own = list(group)
+        nbytes = sum(tensor.nbytes for tensor in own)
+        shape = own[0].shape if name == own[0].name else (len(own), *own[0].shape)
+        entries[name] = {
+            "dtype": DTYPE_CODES[own[0].dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, offset + nbytes],
         }
-        offset += tensor.nbytes
+        offset += nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text

@@ -93,7 +93,7 @@ def finetune(
         chosen,
         output,
         recipe,
-        base_name=source.name,
+        base_name=source.name or str(source),
         command=shlex.join(["starmerge", *sys.argv[1:]]),
         progress=True,
     )

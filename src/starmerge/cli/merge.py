@@ -104,6 +104,14 @@ def merge(
         ),
     ] = None,
     any_base: asking.AnyBase = False,
+    common: Annotated[
+        bool,
+        typer.Option(
+            "--common",
+            help="Of full fine-tunes, merge what they share with the base: heads and towers that "
+            "one side lacks are the base's.",
+        ),
+    ] = False,
     threads: Annotated[
         int | None,
         typer.Option(
@@ -160,7 +168,7 @@ def merge(
 
     if Path(base).suffix in (".yaml", ".yml") and not Path(base).is_dir():
         options = (models, method, parameter, weight, metric, dtype, kind, rank, max_error)
-        if any(option is not None for option in options) or any_base:
+        if any(option is not None for option in options) or any_base or common:
             raise UsageError(
                 "A recipe says everything itself: give it without models and without --method, "
                 "--parameter, --weight, --metric, --dtype, --as, --rank, --max-error and "
@@ -169,7 +177,7 @@ def merge(
         recipe = load_recipe(Path(base))
     else:
         entries = parse_models(models or [])
-        content: dict[str, Any] = {"base": base, "any_base": any_base}
+        content: dict[str, Any] = {"base": base, "any_base": any_base, "common": common}
         if kind == "adapter" and _is_adapter(base):
             entries = parse_models([base, *(models or [])])
             content["base"] = None

@@ -54,6 +54,7 @@ def merge(
     rank: int | None = None,
     max_error: float | None = None,
     any_base: bool = False,
+    common: bool = False,
     overwrite: bool = False,
     fresh: bool = False,
     threads: int | None = None,
@@ -80,7 +81,9 @@ def merge(
         rank: The highest rank of an adapter; by default as high as its updates need.
         max_error: Refuse an adapter whose update is farther from the merge's, in the Frobenius norm
             relative to it.
-        any_base: Accept adapters whose config names another base.
+        any_base: Accept models whose config names another base, or differs from the base's.
+        common: Of full fine-tunes, merge what they share with the base: heads and towers that one
+            side lacks are the base's.
         overwrite: Replace what stands at ``output``.
         fresh: Begin anew. By default the merge goes on where one of the same inputs, recipe and
             output was killed, with the tensors that it had written; the bytes are the same.
@@ -112,6 +115,7 @@ def merge(
             "dtype": dtype,
             "output": {"kind": output_kind, "rank": rank, "max_error": max_error},
             "any_base": any_base,
+            "common": common,
         }
     )
     plan = make_plan(recipe, Path(output), overwrite=overwrite)

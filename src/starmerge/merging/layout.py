@@ -38,6 +38,9 @@ class PlannedTensor:
     """What knows the moments of its inputs, where a method asks for them."""
     reads_base: bool = True
     """Whether the base's tensor is read."""
+    tied_to: str | None = None
+    """The name of the tensor that this one is tied to, by which methods know both, so that what
+    depends on a name, such as a random draw, is the same in both."""
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +77,7 @@ class PlannedTensor:
         """
         name = self.source.name
         return TensorContext(
-            name,
+            self.tied_to or name,
             self.source.shape,
             self.is_embedding,
             tasks=tuple(tasks),
@@ -279,4 +282,5 @@ def _planned(base: Base, models: Sequence[FineTune], placing: Placing) -> Iterat
             base.is_embedding(name),
             places.get(name),
             reads_base=reads_base,
+            tied_to=base.embedding if name in base.tied and name != base.embedding else None,
         )

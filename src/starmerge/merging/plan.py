@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from starmerge.checkpoints import models as checkpoints
 from starmerge.checkpoints.base import Base, open_base
 from starmerge.checkpoints.lora.adapter import Adapter
 from starmerge.checkpoints.metric import Metric, open_metric
-from starmerge.checkpoints.models import FineTune, open_model
+from starmerge.checkpoints.models import FineTune
 from starmerge.checkpoints.source import Source, resolve
 from starmerge.checkpoints.tensors import MERGEABLE, Checkpoint
 from starmerge.checkpoints.unknown_base import unknown_base
@@ -201,11 +202,8 @@ def open_models(recipe: Recipe) -> tuple[Base, tuple[FineTune, ...]]:
     given = None if recipe.base is None else open_base(resolve(recipe.base))
     sources = [resolve(entry.path) for entry in recipe.models]
     base = given or unknown_base(sources, any_base=recipe.any_base)
-    models = tuple(
-        open_model(entry.name, source, base, any_base=recipe.any_base)
-        for entry, source in zip(recipe.models, sources, strict=True)
-    )
-    return base, models
+    named = [(entry.name, source) for entry, source in zip(recipe.models, sources, strict=True)]
+    return checkpoints.open_models(named, base, any_base=recipe.any_base, common=recipe.common)
 
 
 def choose(

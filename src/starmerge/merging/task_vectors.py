@@ -28,6 +28,7 @@ def load_task_vectors(
     models: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
     *,
     any_base: bool = False,
+    common: bool = False,
 ) -> TaskVectors:
     """Read the task vectors of fine-tunes of one base, to merge them again and again.
 
@@ -40,7 +41,8 @@ def load_task_vectors(
         base: The base model: a folder, or a Hub id ``org/name`` or ``org/name@revision``.
         models: LoRA adapters in PEFT's layout and full fine-tunes, as folders or Hub ids; a mapping
             gives them names.
-        any_base: Accept adapters whose config names another base.
+        any_base: Accept models whose config names another base, or differs from the base's.
+        common: Of full fine-tunes, take what they share with the base.
 
     Raises:
         UsageError: Something was asked for wrongly.
@@ -50,7 +52,12 @@ def load_task_vectors(
         ``vectors = starmerge.load_task_vectors("base", ["adapters/a", "adapters/b"])``
     """
     recipe = make_recipe(
-        {"base": reference(base), "models": model_entries(models), "any_base": any_base}
+        {
+            "base": reference(base),
+            "models": model_entries(models),
+            "any_base": any_base,
+            "common": common,
+        }
     )
     opened, fine_tunes = open_models(recipe)
     deltas: dict[str, dict[str, Delta]] = {model.name: {} for model in fine_tunes}

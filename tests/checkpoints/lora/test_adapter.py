@@ -1,5 +1,6 @@
 """Adapters: the same update as PEFT folds in, and a refusal of whatever is more than s·B·A."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from starmerge import merge
 from starmerge.checkpoints.base import open_base
 from starmerge.checkpoints.lora.adapter import Adapter, open_adapter
 from starmerge.checkpoints.source import resolve
@@ -259,15 +261,32 @@ def test_refuses_an_adapter_of_another_base_unless_told(
     make_adapter: MakeAdapter, tiny_base: Path, tmp_path: Path
 ) -> None:
     path = make_adapter("adapter")
-    base = tmp_path / "named"
-    base.mkdir()
+    base = tmp_path / "models--someone--else" / "snapshots" / "abc"
+    base.mkdir(parents=True)
     for file in tiny_base.iterdir():
         (base / file.name).symlink_to(file)
     (base / "config.json").unlink()
     (base / "config.json").write_text((tiny_base / "config.json").read_text())
-    edit_json(base / "config.json", _name_or_path="someone/else")
     with pytest.raises(UsageError, match=r"tests/tiny, but the base is someone/else.*--any-base"):
         _open(path, base)
     assert _open(path, base, any_base=True).tensors
-    edit_json(base / "config.json", _name_or_path="Tests/Tiny")
+    edit_json(path / "adapter_config.json", base_model_name_or_path="Someone/Else")
     assert _open(path, base).tensors
+
+
+def test_a_config_that_names_what_a_base_was_trained_from_says_nothing_of_its_own_name(
+    make_adapter: MakeAdapter, tiny_base: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    edit_json(base / "config.json", _name_or_path="someone/parent")
+    one, other = make_adapter("one"), make_adapter("other", seed=1)
+    merged = merge(base, [one, other], "average", output=tmp_path / "out")
+    card = (merged.path / "README.md").read_text()
+    assert "someone/parent" not in card
+    assert "base_model:\n- tests/tiny\n" in card  # which the adapters name
+    edit_json(other / "adapter_config.json", base_model_name_or_path="someone/parent")
+    with pytest.raises(UsageError, match=r"tests/tiny, and .* someone/parent.*--any-base"):
+        merge(base, [one, other], "average", output=tmp_path / "second")
+    merged = merge(base, [one, other], "average", output=tmp_path / "second", any_base=True)
+    assert "base_model:" not in (merged.path / "README.md").read_text()

@@ -281,7 +281,7 @@ def test_says_what_it_wrote(tiny_base: Path, merged: Path, tmp_path: Path) -> No
             "format": 1,
             "task": task,
             "base": str(tiny_base),
-            "base_hub_id": None,
+            "base_hub_id": "tests/tiny",  # as both adapters say
             "rescaler": report["findings"]["emr"]["rescalers"][task],
             "unified": "../unified",
         }
@@ -441,9 +441,9 @@ def test_a_broken_config_is_refused(
 def test_another_base_is_refused(
     tiny_base: Path, make_adapter: MakeAdapter, make_finetune: MakeFinetune, tmp_path: Path
 ) -> None:
-    base, other = make_finetune("base", scale=0.0), make_finetune("other", scale=0.0)
-    edit_json(base / "config.json", _name_or_path="tests/one")
-    edit_json(other / "config.json", _name_or_path="tests/other")
+    # Folders of the Hub's cache have the names of their models.
+    base = make_finetune("models--tests--one/snapshots/abc", scale=0.0)
+    other = make_finetune("models--tests--other/snapshots/abc", scale=0.0)
     task = _emr(base, [make_adapter("a")], tmp_path / "out", any_base=True).path / "a"
     made = tmp_path / "made"
     with pytest.raises(

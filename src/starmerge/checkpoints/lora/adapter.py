@@ -61,6 +61,13 @@ class Adapter:
     """Keys of tensors of whole modules, by their names, where nothing is known of the base's."""
     notes: tuple[str, ...] = ()
     """Sentences on it that whoever merges it should read."""
+    untied: str | None = None
+    """The base's name of the output layer, where the base ties it and the model does not."""
+
+    @property
+    def base_name(self) -> str | None:
+        """Hub id of the base that it was trained on, as its config has it."""
+        return self.config.base_hub_id
 
     @property
     def tensors(self) -> frozenset[str]:

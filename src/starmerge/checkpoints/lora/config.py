@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from starmerge.checkpoints.base import Base
+from starmerge.checkpoints.source import is_hub_id
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.reading import read_json
 
@@ -146,6 +147,11 @@ class AdapterConfig:
         return str(self.content.get("base_model_name_or_path") or "") or None
 
     @property
+    def base_hub_id(self) -> str | None:
+        """Hub id of the model that the adapter was trained on; None if it has a path."""
+        return self.base_name if self.base_name and is_hub_id(self.base_name) else None
+
+    @property
     def task_type(self) -> str | None:
         """PEFT's type of the task."""
         value = self.content.get("task_type")
@@ -157,11 +163,9 @@ class AdapterConfig:
         Raises:
             UsageError: The config names another base.
         """
-        trained_on = self.base_name or ""
-        known = base.source.name
         # A path says nothing of what lies there; two Hub ids do.
-        is_hub_id = trained_on.count("/") == 1 and not trained_on.startswith((".", "/", "~"))
-        if known and is_hub_id and trained_on.lower() != known.lower():
+        trained_on, known = self.base_hub_id, base.source.name
+        if known and trained_on and trained_on.lower() != known.lower():
             raise UsageError(
                 f"{self.file}: base_model_name_or_path is {trained_on}, but the base is {known}. "
                 "If both are the same weights, say so with --any-base."
