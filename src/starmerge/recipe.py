@@ -18,6 +18,7 @@ from pydantic import (
     model_serializer,
 )
 
+from starmerge.checkpoints.source import WEIGHTS
 from starmerge.errors import UsageError, explain, nearest
 from starmerge.methods.pipeline import Pipeline, make_pipeline
 from starmerge.storage import exists
@@ -251,4 +252,7 @@ def _in_words(origin: Mapping[str, str]) -> str:
 
 
 def _last_part(reference: str) -> str:
-    return reference.rstrip("/").rpartition("/")[2].partition("@")[0] or reference
+    """Return a model's name: the last part of its path or Hub id, of a file without its ending."""
+    last = reference.rstrip("/").rpartition("/")[2].partition("@")[0]
+    ending = next((end for end in WEIGHTS if last.lower().endswith(end)), "")
+    return last[: len(last) - len(ending)] or reference

@@ -207,11 +207,12 @@ def merge(
 
 def _is_adapter(argument: str) -> bool:
     """Tell whether a model of the command line is an adapter."""
+    from starmerge.checkpoints.lora.formats import is_adapter
     from starmerge.checkpoints.source import resolve
     from starmerge.recipe import parse_models
 
     (entry,) = parse_models([argument])
-    return (resolve(entry["path"]).path / "adapter_config.json").is_file()
+    return is_adapter(resolve(entry["path"]))
 
 
 def _print_ranks(costs: Sequence[RankCost]) -> None:

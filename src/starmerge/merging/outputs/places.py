@@ -82,7 +82,7 @@ def _common_change(contents: Contents) -> Change | None:
 
 def _names_in(adapter: Adapter) -> dict[str, str]:
     """Return the names that an adapter has for the weights that it changes, by the stored ones."""
-    names = {tensor: keys.keys.weight for tensor, keys in adapter.factors.items()}
+    names = {tensor: placed.update.weight for tensor, placed in adapter.updates.items()}
     whole = {tensor: key.removeprefix(PREFIX) for tensor, key in adapter.replacements.items()}
     return names | whole
 
