@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from starmerge.checkpoints.source import SIDE_FILES, Source
-from starmerge.checkpoints.tensors import Checkpoint, open_checkpoint
+from starmerge.checkpoints.tensors import DIFFUSION_STEM, Checkpoint, open_checkpoint
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.reading import read_json
 from starmerge.storage import Place, exists, is_file, storage_of
@@ -37,6 +37,13 @@ class Base:
 
     has_weights: ClassVar[bool] = True
     """Whether the checkpoint's tensors can be read."""
+
+    @property
+    def stem(self) -> str:
+        """What the names of a merged model's files with weights begin with, for what loads it."""
+        names = {file.name for file in self.checkpoint.files}
+        is_diffusion = any(name.startswith(DIFFUSION_STEM) for name in names)
+        return DIFFUSION_STEM if is_diffusion else "model"
 
     @property
     def side_files(self) -> list[Place]:

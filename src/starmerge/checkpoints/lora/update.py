@@ -143,7 +143,8 @@ class Tucker:
     def delta(self, read: Read) -> LowRank:
         """Return s·B·A; A in float32 or wider, rounded once."""
         up, mid, down = read(self.up), read(self.mid), read(self.down)
-        return LowRank(up.flatten(1), _contracted(mid, down.flatten(1)), self.scale)
+        A = _contracted(mid, down.flatten(1)).to(wide(torch.promote_types(mid.dtype, down.dtype)))
+        return LowRank(up.flatten(1), A, self.scale)
 
 
 @dataclass(frozen=True)
@@ -165,11 +166,11 @@ class Half:
         return (self.p, self.q, *((self.core,) if self.core else ()))
 
     def factors(self, read: Read) -> tuple[Tensor, Tensor]:
-        """Return P (out, r) and Q (r, in·k)."""
+        """Return P (out, r) and Q (r, in·k), as they are stored, or in float64."""
         P, Q = read(self.p), read(self.q)
         if self.core is None:
-            return P.flatten(1), Q.flatten(1)
-        return P.T, _contracted(read(self.core), Q)
+            return P, Q
+        return P.T.contiguous(), _contracted(read(self.core), Q)
 
 
 @dataclass(frozen=True)
@@ -292,9 +293,8 @@ class Difference:
 
 
 def _contracted(core: Tensor, q: Tensor) -> Tensor:
-    """Return Σ_n core[m, n, …] · q[n, i] as (m, i·k), in float32 or wider, rounded once."""
-    exact = torch.einsum("mn...,ni->mi...", core.double(), q.double())
-    return exact.flatten(1).to(wide(torch.promote_types(core.dtype, q.dtype)))
+    """Return Σ_n core[m, n, …] · q[n, i] as (m, i·k), in float64."""
+    return torch.einsum("mn...,ni->mi...", core.double(), q.double()).flatten(1)
 
 
 def _split(part: Half | Whole, read: Read) -> tuple[Tensor, Tensor]:

@@ -72,7 +72,7 @@ class ModelOutput:
         layout = [
             OutputTensor(t.source.name, t.dtype, t.source.shape, t.nbytes) for t in contents.tensors
         ]
-        shards = ShardWriter(folder, layout)
+        shards = ShardWriter(folder, layout, stem=contents.base.stem)
         shards.lay_out()
         return _ModelWriting(self.wanted, contents, folder, shards)
 

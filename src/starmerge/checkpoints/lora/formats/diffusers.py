@@ -49,13 +49,13 @@ class Diffusers:
 
     def recognises(self, file: AdapterFile) -> bool:
         """Tell by keys that end as a part of a change does, behind a path with dots."""
-        return any(_split(key) is not None for key in file.checkpoint)
+        return any(split_key(key) is not None for key in file.checkpoint)
 
     def read(self, file: AdapterFile, model: Mapping[str, Any]) -> AdapterContents:
         """Sort the keys by module, and tell how each change is made."""
         keys = {}
         for key in file.checkpoint:
-            found = _split(key)
+            found = split_key(key)
             if found is None:
                 raise unknown_key(file, key, _TOOL)
             keys[key] = found
@@ -68,7 +68,7 @@ class Diffusers:
         return AdapterContents(self, file.checkpoint, updates, AdapterConfig(file.weights, {}))
 
 
-def _split(key: str) -> tuple[str, str] | None:
+def split_key(key: str) -> tuple[str, str] | None:
     """Return the module of a key and the part that it is; None of another key."""
     for ending in _ENDS:
         if key.endswith(f".{ending}"):

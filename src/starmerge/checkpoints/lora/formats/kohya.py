@@ -13,7 +13,9 @@ from typing import Any
 
 from starmerge.checkpoints.lora.config import AdapterConfig
 from starmerge.checkpoints.lora.formats.contents import AdapterContents, AdapterFile
+from starmerge.checkpoints.lora.formats.diffusers import split_key
 from starmerge.checkpoints.lora.formats.parts import PARTS, by_module, unknown_key, updates_of
+from starmerge.errors import StarmergeError
 
 _KEY = re.compile(r"(?P<module>(?:lora|lycoris)_[^.]+)\.(?P<part>.+)")
 
@@ -36,6 +38,12 @@ class Kohya:
         keys = {}
         for key in file.checkpoint:
             match = _KEY.fullmatch(key)
+            if match is None and split_key(key) is not None:
+                raise StarmergeError(
+                    f"{file.source} mixes layouts: {next(iter(keys), 'others')} is of kohya's, and "
+                    f"{key} of diffusers' or ComfyUI's. Save each part as an adapter of its own, "
+                    "or convert one with diffusers' convert_state_dict_to_kohya."
+                )
             if match is None or match["part"] not in PARTS:
                 raise unknown_key(file, key, _TOOL)
             keys[key] = match["module"], PARTS[match["part"]]
