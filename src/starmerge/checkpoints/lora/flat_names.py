@@ -109,6 +109,30 @@ def part_of(name: str) -> tuple[str, str]:
     return _PARTS.get(match["part"], match["part"]), name[match.end() :]
 
 
+def flattened(names: Sequence[str]) -> list[str]:
+    """Return the names of modules as kohya's scripts have them.
+
+    Those of a pipeline's first text encoder begin with ``lora_te1`` where it has two, else with
+    ``lora_te``. Names of no part are of the denoiser.
+
+    Args:
+        names: Of modules, with dots or as kohya has them.
+    """
+    parts = [part_of(name) for name in names]
+    has_two = any(part == "text_encoder_2" for part, _ in parts)
+    heads = {
+        "": "lora_unet",
+        "unet": "lora_unet",
+        "text_encoder": "lora_te1" if has_two else "lora_te",
+        "text_encoder_2": "lora_te2",
+        "text_encoder_3": "lora_te3",
+    }
+    return [
+        name if "." not in name and _PART.match(name) else f"{heads[part]}_{rest.replace('.', '_')}"
+        for name, (part, rest) in zip(names, parts, strict=True)
+    ]
+
+
 def _key(name: str) -> tuple[str, str]:
     part, rest = part_of(name)
     return part, _flat(rest)

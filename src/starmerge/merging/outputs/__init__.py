@@ -7,16 +7,34 @@ from starmerge.merging.outputs.output import Finished, Output, Slot, Writing
 from starmerge.merging.outputs.unified import UnifiedOutput
 from starmerge.methods.pipeline import Pipeline
 from starmerge.recipe import Recipe
+from starmerge.storage import Place
 
-__all__ = ["Finished", "Output", "Slot", "Writing", "make_output"]
+__all__ = ["Finished", "Output", "Slot", "Writing", "is_output_file", "make_output"]
 
 
-def make_output(recipe: Recipe, pipeline: Pipeline) -> Output:
+def is_output_file(recipe: Recipe, path: Place) -> bool:
+    """Tell whether the output is meant as one file, by its name.
+
+    Raises:
+        UsageError: It is a model, which is a folder.
+    """
+    if path.suffix.lower() != ".safetensors":
+        return False
+    if recipe.output.kind != AdapterOutput.kind:
+        raise UsageError(
+            f"{path} is the name of a file, and only adapters of diffusion models are single files "
+            "(--as adapter; output: {kind: adapter} in a recipe). Give a folder."
+        )
+    return True
+
+
+def make_output(recipe: Recipe, pipeline: Pipeline, *, is_file: bool = False) -> Output:
     """Return what a recipe's merge is written as.
 
     Args:
         recipe: The recipe.
         pipeline: The chain that merges.
+        is_file: Whether it is one file, and not a folder.
 
     Raises:
         UsageError: What the chain makes cannot be written so, or something is set that this kind
@@ -30,7 +48,7 @@ def make_output(recipe: Recipe, pipeline: Pipeline) -> Output:
             "Leave the kind of output out, or choose another merge."
         )
     if kind == AdapterOutput.kind:
-        return AdapterOutput(recipe.dtype, wanted.rank, wanted.max_error)
+        return AdapterOutput(recipe.dtype, wanted.rank, wanted.max_error, is_file, recipe.to_yaml())
     for key in ("rank", "max_error"):
         if getattr(wanted, key) is not None:
             raise UsageError(

@@ -1,7 +1,8 @@
-"""A merged adapter: the update itself, as a LoRA that PEFT and servers load."""
+"""A merged adapter: the update itself, as a LoRA that the tool loads which made the merged ones."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,13 +34,24 @@ from starmerge.merging.outputs.approximation import (
 )
 from starmerge.merging.outputs.model import finite
 from starmerge.merging.outputs.output import Finished, Slot
-from starmerge.merging.outputs.places import Where, carried, others, places_of
+from starmerge.merging.outputs.places import Where, carried, others, places_of, style_of
 from starmerge.methods.pipeline import Merged
 from starmerge.recipe import Dtype
 from starmerge.storage import OutputFolder
 
 _FACTORS = "factors"
 """Folder of the factors before all ranks are known."""
+
+_COMMON_METADATA = (
+    "modelspec.architecture",
+    "modelspec.implementation",
+    "modelspec.prediction_type",
+    "modelspec.resolution",
+    "modelspec.sai_model_spec",
+    "ss_base_model_version",
+    "ss_v2",
+)
+"""Keys of headers that say which model an adapter is of; kept where all adapters agree."""
 
 _TASK_TYPES = {
     "ForCausalLM": "CAUSAL_LM",
@@ -54,7 +66,10 @@ _TASK_TYPES = {
 
 @dataclass(frozen=True)
 class AdapterOutput:
-    """A folder in PEFT's layout whose B·A is the merged update.
+    """An adapter whose B·A is the merged update: a folder, or one file.
+
+    It has the layout of the merged adapters: PEFT's, or for diffusion models kohya's or that of
+    diffusers. PEFT's needs a config beside it, and is a folder.
 
     Where the update has no more factors than the rank allows, they are written as they are, in
     float32, and the adapter is exact: merged alone into the base, it gives the bytes of the merged
@@ -69,17 +84,25 @@ class AdapterOutput:
         rank: The highest rank; None: as high as the updates need.
         max_error: Refuse an adapter whose update is farther from the merge's, in the Frobenius norm
             relative to it.
+        is_file: Write one file alone, instead of a folder.
+        recipe: The recipe in YAML, for the header of a file that has no report beside it.
     """
 
     wanted: Dtype
     rank: int | None = None
     max_error: float | None = None
+    is_file: bool = False
+    recipe: str = ""
 
     kind = "adapter"
-    library = "peft"
     needs_base = False
     is_assembled = True
     reads_inputs = False
+
+    @property
+    def member(self) -> str | None:
+        """The file of the folder that alone is published; None: all."""
+        return WEIGHTS["kohya"] if self.is_file else None
 
     def dtype(self, source: TensorInfo, *, is_merged: bool) -> torch.dtype | None:
         """Return the dtype of the factors, for tensors that some model changes."""
@@ -92,6 +115,11 @@ class AdapterOutput:
             raise UsageError(
                 "Nothing that the models change can be in an adapter: neither vectors nor tied "
                 "embeddings can. Write a model."
+            )
+        if self.is_file and style_of(contents) == "peft":
+            raise UsageError(
+                "The adapters have PEFT's layout, in which a config beside the file says what the "
+                "updates are scaled by. Give a folder as the output."
             )
 
     def memory(self, contents: Contents, tensor: PlannedTensor) -> int:
@@ -128,8 +156,14 @@ class AdapterOutput:
         factors.lay_out()
         return _AdapterWriting(self, contents, places, folder, factors)
 
+    def library(self, contents: Contents) -> str:
+        """Return the library that loads adapters of such models."""
+        return "peft" if style_of(contents) == "peft" else "diffusers"
+
     def usage(self, contents: Contents, folder: str) -> str:
         """Return how to load it, and how to fold it into the base."""
+        if style_of(contents) != "peft":
+            return f"Load it with diffusers (`pipeline.load_lora_weights('{folder}')`) or ComfyUI."
         base = contents.base.source.name or "BASE"
         return (
             f"Load it with PEFT (`PeftModel.from_pretrained(base, '{folder}')`) or a server of "
@@ -239,10 +273,18 @@ class _AdapterWriting:
                 f"merge's, and max_error is {self.output.max_error:g}. --dry-run shows the rank "
                 "that each error costs."
             )
-        places = self.where
-        modules = {name: place for name, place in places.items() if isinstance(place, Module)}
         taken = carried(self.contents)
         assembled = self._assemble(r, taken)
+        if style_of(self.contents) == "peft":
+            self.folder.put(CONFIG, json_bytes(self._config(r)))
+        left_out = overall_error([{**q, "error": q["stored"] == "left out"} for q in records])
+        facts = {"rank": r, "error": error, "kept": _kept(error), "left_out": left_out**2}
+        return Finished(_summary(r, error, left_out**2, taken), facts, digests=assembled)
+
+    def _config(self, r: int) -> dict[str, Any]:
+        """Return PEFT's config."""
+        places = self.where
+        modules = {name: place for name, place in places.items() if isinstance(place, Module)}
         adapters = [model for model in self.contents.models if isinstance(model, Adapter)]
         saving = [adapter for adapter in adapters if adapter.saved]
         config = adapter_config(
@@ -256,10 +298,28 @@ class _AdapterWriting:
             task_type=_task_type(self.contents.base, adapters),
         )
         config["fan_in_fan_out"] |= any(adapter.config.fan_in_fan_out for adapter in adapters)
-        self.folder.put(CONFIG, json_bytes(config))
-        left_out = overall_error([{**q, "error": q["stored"] == "left out"} for q in records])
-        facts = {"rank": r, "error": error, "kept": _kept(error), "left_out": left_out**2}
-        return Finished(_summary(r, error, left_out**2, taken), facts, digests=assembled)
+        return config
+
+    def _metadata(self, r: int) -> dict[str, str]:
+        """Return the texts of the header: what tools of diffusion models look for; the recipe."""
+        style = style_of(self.contents)
+        if style == "peft":
+            return {}
+        adapters = [model for model in self.contents.models if isinstance(model, Adapter)]
+        headers = [adapter.checkpoint.metadata for adapter in adapters]
+        common = {
+            key: headers[0][key]
+            for key in _COMMON_METADATA
+            if key in headers[0] and all(header.get(key) == headers[0][key] for header in headers)
+        }
+        if style == "kohya":
+            common |= {
+                "ss_network_module": "networks.lora",
+                "ss_network_dim": str(r),
+                "ss_network_alpha": str(float(r)),
+            }
+        made = {"version": importlib.metadata.version("starmerge"), "recipe": self.output.recipe}
+        return {**common, **{f"starmerge_{key}": text for key, text in made.items()}}
 
     def _assemble(
         self, r: int, carried: Mapping[str, tuple[Adapter, str]]
@@ -279,6 +339,9 @@ class _AdapterWriting:
                 layout += own
                 for axis, factor in enumerate(own):
                     sources[factor.name] = _resized(collected.read, factor, axis, r)
+                for key, alpha in place.alpha(r).items():
+                    layout.append(OutputTensor(key, alpha.dtype, (), alpha.nbytes))
+                    sources[key] = _always(alpha)
             elif place is not None:
                 info = collected[place]
                 layout.append(OutputTensor(place, info.dtype, info.shape, info.nbytes))
@@ -288,9 +351,11 @@ class _AdapterWriting:
             layout.append(OutputTensor(name, info.dtype, info.shape, info.nbytes))
             sources[name] = _reader(adapter.checkpoint.read, key)
         layout.sort(key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
-        stem = WEIGHTS.removesuffix(".safetensors")
+        stem = WEIGHTS[style_of(self.contents)].removesuffix(".safetensors")
         whole = sum(tensor.nbytes for tensor in layout)
-        with ShardWriter(self.folder, layout, stem=stem, shard_bytes=whole) as writer:
+        with ShardWriter(
+            self.folder, layout, stem=stem, shard_bytes=whole, metadata=self._metadata(r)
+        ) as writer:
             for name, source in sources.items():
                 writer.write(name, source())
             digests = {name: writer.digest(name) for name in sources}
@@ -338,6 +403,10 @@ def _resized(
         return whole
 
     return resized
+
+
+def _always(tensor: Tensor) -> Callable[[], Tensor]:
+    return lambda: tensor
 
 
 def _reader(read: Callable[[str], Tensor], name: str) -> Callable[[], Tensor]:

@@ -35,7 +35,7 @@ class Kohya:
 
     def read(self, file: AdapterFile, model: Mapping[str, Any]) -> AdapterContents:
         """Sort the keys by module, and tell how each change is made."""
-        keys = {}
+        keys: dict[str, tuple[str, str]] = {}
         for key in file.checkpoint:
             match = _KEY.fullmatch(key)
             if match is None and split_key(key) is not None:
