@@ -24,7 +24,7 @@ from starmerge.methods.pipeline import Pipeline, make_pipeline
 from starmerge.storage import exists
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
-OutputKind = Literal["model", "adapter", "unified"]
+OutputKind = Literal["model", "adapter", "gguf", "unified"]
 
 
 class ModelEntry(BaseModel):
@@ -45,7 +45,8 @@ class OutputEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: OutputKind | None = Field(
-        default=None, description="model, adapter, or unified; by default what the method makes"
+        default=None,
+        description="model, adapter, gguf or unified; by default what the method makes",
     )
     rank: int | None = Field(
         default=None,
@@ -180,7 +181,7 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
     pipeline = recipe.make_pipeline()
     output = recipe.output
     output = output.model_copy(update={"kind": output.kind or pipeline.merge.outputs[0]})
-    if recipe.base is None and output.kind != "adapter":
+    if recipe.base is None and output.kind not in ("adapter", "gguf"):
         raise UsageError(
             f"{where} lacks the base. Only an adapter is made of adapters alone, without it "
             "(--as adapter; output: {kind: adapter} in a recipe)."

@@ -1,4 +1,4 @@
-"""Adapters of diffusion models as single files: diffusers loads what kohya's files were merged to."""
+"""Adapters of diffusion models as single files: diffusers loads what files of kohya become."""
 
 from pathlib import Path
 

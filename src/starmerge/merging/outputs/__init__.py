@@ -2,6 +2,7 @@
 
 from starmerge.errors import UsageError
 from starmerge.merging.outputs.adapter import AdapterOutput
+from starmerge.merging.outputs.gguf import GgufOutput
 from starmerge.merging.outputs.model import ModelOutput
 from starmerge.merging.outputs.output import Finished, Output, Slot, Writing
 from starmerge.merging.outputs.unified import UnifiedOutput
@@ -18,14 +19,15 @@ def is_output_file(recipe: Recipe, path: Place) -> bool:
     Raises:
         UsageError: It is a model, which is a folder.
     """
-    if path.suffix.lower() != ".safetensors":
-        return False
-    if recipe.output.kind != AdapterOutput.kind:
+    wanted = {".safetensors": AdapterOutput.kind, ".gguf": GgufOutput.kind}
+    kind = wanted.get(path.suffix.lower())
+    if kind is not None and recipe.output.kind != kind:
         raise UsageError(
-            f"{path} is the name of a file, and only adapters of diffusion models are single files "
-            "(--as adapter; output: {kind: adapter} in a recipe). Give a folder."
+            f"{path} is the name of a file, and only adapters of diffusion models (.safetensors; "
+            "--as adapter) and of llama.cpp (.gguf; --as gguf) are single files; in a recipe the "
+            "kind stands under output. Give a folder."
         )
-    return True
+    return kind is not None
 
 
 def make_output(recipe: Recipe, pipeline: Pipeline, *, is_file: bool = False) -> Output:
@@ -42,13 +44,14 @@ def make_output(recipe: Recipe, pipeline: Pipeline, *, is_file: bool = False) ->
     """
     possible, wanted = pipeline.merge.outputs, recipe.output
     kind = wanted.kind or possible[0]
-    if kind not in possible:
+    if (AdapterOutput.kind if kind == GgufOutput.kind else kind) not in possible:
         raise UsageError(
             f"{pipeline.merge.name} cannot be written as {kind}, but as {' or '.join(possible)}. "
             "Leave the kind of output out, or choose another merge."
         )
-    if kind == AdapterOutput.kind:
-        return AdapterOutput(recipe.dtype, wanted.rank, wanted.max_error, is_file, recipe.to_yaml())
+    if kind in (AdapterOutput.kind, GgufOutput.kind):
+        made = GgufOutput if kind == GgufOutput.kind else AdapterOutput
+        return made(recipe.dtype, wanted.rank, wanted.max_error, is_file, recipe.to_yaml())
     for key in ("rank", "max_error"):
         if getattr(wanted, key) is not None:
             raise UsageError(

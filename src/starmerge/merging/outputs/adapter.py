@@ -6,7 +6,7 @@ import importlib.metadata
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from starmerge.checkpoints.lora.file import (
     adapter_config,
     target_modules,
 )
-from starmerge.checkpoints.tensors import TensorInfo, open_checkpoint
+from starmerge.checkpoints.tensors import Checkpoint, TensorInfo, open_checkpoint
 from starmerge.checkpoints.writer import OutputTensor, ShardWriter, json_bytes
 from starmerge.deltas import LowRank, is_finite, matrix_shape
 from starmerge.errors import StarmergeError, UsageError
@@ -39,7 +39,7 @@ from starmerge.methods.pipeline import Merged
 from starmerge.recipe import Dtype
 from starmerge.storage import OutputFolder
 
-_FACTORS = "factors"
+FACTORS = "factors"
 """Folder of the factors before all ranks are known."""
 
 _COMMON_METADATA = (
@@ -99,6 +99,9 @@ class AdapterOutput:
     is_assembled = True
     reads_inputs = False
 
+    writing: ClassVar[type[AdapterWriting]]
+    """What writes it."""
+
     @property
     def member(self) -> str | None:
         """The file of the folder that alone is published; None: all."""
@@ -110,16 +113,20 @@ class AdapterOutput:
         return dtype if is_merged else None
 
     def check(self, contents: Contents) -> None:
-        """Make sure that there is something to write."""
-        if all(place is None for place in places_of(contents).values()) and not carried(contents):
-            raise UsageError(
-                "Nothing that the models change can be in an adapter: neither vectors nor tied "
-                "embeddings can. Write a model."
-            )
+        """Make sure that there is something to write, and that a file alone can be loaded."""
+        self.check_places(contents)
         if self.is_file and style_of(contents) == "peft":
             raise UsageError(
                 "The adapters have PEFT's layout, in which a config beside the file says what the "
                 "updates are scaled by. Give a folder as the output."
+            )
+
+    def check_places(self, contents: Contents) -> None:
+        """Make sure that some update has a place in an adapter."""
+        if all(place is None for place in places_of(contents).values()) and not carried(contents):
+            raise UsageError(
+                "Nothing that the models change can be in an adapter: neither vectors nor tied "
+                "embeddings can. Write a model."
             )
 
     def memory(self, contents: Contents, tensor: PlannedTensor) -> int:
@@ -141,7 +148,7 @@ class AdapterOutput:
         """Return what is read for a tensor: what is written is little beside it."""
         return tensor.bytes_to_read
 
-    def lay_out(self, contents: Contents, folder: OutputFolder) -> _AdapterWriting:
+    def lay_out(self, contents: Contents, folder: OutputFolder) -> AdapterWriting:
         """Make room for the factors at the highest rank that may be needed.
 
         They go into a folder of their own, and into the adapter's file once the rank is known.
@@ -152,9 +159,9 @@ class AdapterOutput:
         self._check_rank(contents)
         places = places_of(contents)
         layout = self._layout(contents, places)
-        factors = ShardWriter(folder, layout, stem=f"{_FACTORS}/model")
+        factors = ShardWriter(folder, layout, stem=f"{FACTORS}/model")
         factors.lay_out()
-        return _AdapterWriting(self, contents, places, folder, factors)
+        return self.writing(self, contents, places, folder, factors)
 
     def library(self, contents: Contents) -> str:
         """Return the library that loads adapters of such models."""
@@ -205,7 +212,9 @@ class AdapterOutput:
 
 
 @dataclass(frozen=True)
-class _AdapterWriting:
+class AdapterWriting:
+    """An adapter that is being written, its factors as yet at the highest rank they may have."""
+
     output: AdapterOutput
     contents: Contents
     where: Mapping[str, Where]
@@ -274,9 +283,7 @@ class _AdapterWriting:
                 "that each error costs."
             )
         taken = carried(self.contents)
-        assembled = self._assemble(r, taken)
-        if style_of(self.contents) == "peft":
-            self.folder.put(CONFIG, json_bytes(self._config(r)))
+        assembled = self.assemble(r)
         left_out = overall_error([{**q, "error": q["stored"] == "left out"} for q in records])
         facts = {"rank": r, "error": error, "kept": _kept(error), "left_out": left_out**2}
         return Finished(_summary(r, error, left_out**2, taken), facts, digests=assembled)
@@ -321,24 +328,21 @@ class _AdapterWriting:
         made = {"version": importlib.metadata.version("starmerge"), "recipe": self.output.recipe}
         return {**common, **{f"starmerge_{key}": text for key, text in made.items()}}
 
-    def _assemble(
-        self, r: int, carried: Mapping[str, tuple[Adapter, str]]
-    ) -> dict[str, dict[str, str]]:
+    def assemble(self, r: int) -> dict[str, dict[str, str]]:
         """Write all factors at rank r, and delete what they were collected in.
 
         Returns:
-            The digests of what was written.
+            The digests of what was written, by file.
         """
-        collected = open_checkpoint(self.folder.place(_FACTORS))
+        collected = open_checkpoint(self.folder.place(FACTORS))
         layout: list[OutputTensor] = []
         sources: dict[str, Callable[[], Tensor]] = {}
         for tensor in self.contents.tensors:
             place = self.where[tensor.source.name]
             if isinstance(place, Module):
-                own = place.layout(tensor.source.shape, r, tensor.dtype)
-                layout += own
-                for axis, factor in enumerate(own):
-                    sources[factor.name] = _resized(collected.read, factor, axis, r)
+                own = self.factors_at(r, tensor, place, collected)
+                layout += [factor for factor, _ in own]
+                sources |= {factor.name: read for factor, read in own}
                 for key, alpha in place.alpha(r).items():
                     layout.append(OutputTensor(key, alpha.dtype, (), alpha.nbytes))
                     sources[key] = _always(alpha)
@@ -346,12 +350,13 @@ class _AdapterWriting:
                 info = collected[place]
                 layout.append(OutputTensor(place, info.dtype, info.shape, info.nbytes))
                 sources[place] = _reader(collected.read, place)
-        for name, (adapter, key) in carried.items():
+        for name, (adapter, key) in carried(self.contents).items():
             info = adapter.checkpoint[key]
             layout.append(OutputTensor(name, info.dtype, info.shape, info.nbytes))
             sources[name] = _reader(adapter.checkpoint.read, key)
         layout.sort(key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
-        stem = WEIGHTS[style_of(self.contents)].removesuffix(".safetensors")
+        style = style_of(self.contents)
+        stem = WEIGHTS[style].removesuffix(".safetensors")
         whole = sum(tensor.nbytes for tensor in layout)
         with ShardWriter(
             self.folder, layout, stem=stem, shard_bytes=whole, metadata=self._metadata(r)
@@ -359,13 +364,32 @@ class _AdapterWriting:
             for name, source in sources.items():
                 writer.write(name, source())
             digests = {name: writer.digest(name) for name in sources}
+        if style == "peft":
+            self.folder.put(CONFIG, json_bytes(self._config(r)))
         del collected
-        self.folder.delete(_FACTORS)
+        self.folder.delete(FACTORS)
         return writer.by_file(digests)
+
+    def factors_at(
+        self, r: int, tensor: PlannedTensor, place: Module, collected: Checkpoint
+    ) -> list[tuple[OutputTensor, Callable[[], Tensor]]]:
+        """Return how A and B are stored at rank r, and what reads them with zeros up to it.
+
+        Args:
+            r: The rank.
+            tensor: The tensor that they change.
+            place: Its module.
+            collected: The factors at the highest rank that they may have.
+        """
+        own = place.layout(tensor.source.shape, r, tensor.dtype)
+        return [(f, _resized(collected.read, f, axis, r)) for axis, f in enumerate(own)]
 
     def close(self, *, flush: bool) -> None:
         """Close the file of the factors."""
         self.factors.close(flush=flush)
+
+
+AdapterOutput.writing = AdapterWriting
 
 
 def overall_error(records: Sequence[Mapping[str, Any]]) -> float:
