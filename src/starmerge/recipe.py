@@ -18,12 +18,13 @@ from pydantic import (
     model_serializer,
 )
 
+from starmerge.checkpoints.source import WEIGHTS
 from starmerge.errors import UsageError, explain, nearest
 from starmerge.methods.pipeline import Pipeline, make_pipeline
 from starmerge.storage import exists
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
-OutputKind = Literal["model", "adapter", "unified"]
+OutputKind = Literal["model", "adapter", "gguf", "unified"]
 
 
 class ModelEntry(BaseModel):
@@ -44,7 +45,8 @@ class OutputEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: OutputKind | None = Field(
-        default=None, description="model, adapter, or unified; by default what the method makes"
+        default=None,
+        description="model, adapter, gguf or unified; by default what the method makes",
     )
     rank: int | None = Field(
         default=None,
@@ -185,7 +187,7 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
     pipeline = recipe.make_pipeline()
     output = recipe.output
     output = output.model_copy(update={"kind": output.kind or pipeline.merge.outputs[0]})
-    if recipe.base is None and output.kind != "adapter":
+    if recipe.base is None and output.kind not in ("adapter", "gguf"):
         raise UsageError(
             f"{where} lacks the base. Only an adapter is made of adapters alone, without it "
             "(--as adapter; output: {kind: adapter} in a recipe)."
@@ -257,4 +259,7 @@ def _in_words(origin: Mapping[str, str]) -> str:
 
 
 def _last_part(reference: str) -> str:
-    return reference.rstrip("/").rpartition("/")[2].partition("@")[0] or reference
+    """Return a model's name: the last part of its path or Hub id, of a file without its ending."""
+    last = reference.rstrip("/").rpartition("/")[2].partition("@")[0]
+    ending = next((end for end in WEIGHTS if last.lower().endswith(end)), "")
+    return last[: len(last) - len(ending)] or reference

@@ -36,6 +36,7 @@ from starmerge import merge
 from starmerge.checkpoints.base import open_base
 from starmerge.checkpoints.finetuned import open_finetuned
 from starmerge.checkpoints.lora.adapter import Adapter, open_adapter
+from starmerge.checkpoints.lora.update import Product
 from starmerge.checkpoints.models import files_of
 from starmerge.checkpoints.names import match_names
 from starmerge.checkpoints.source import resolve
@@ -143,12 +144,13 @@ def _expected(
     if name in adapter.saved:
         expected = exact(read(adapter.replacements[name]))
         return expected, U32 * (abs(expected) + abs(expected - exact(weight)))
-    factors = adapter.factors[name]
-    B, A = read(factors.keys.b), read(factors.keys.a)
-    if not factors.keys.magnitude:
-        return oracle.plain(weight, B, A, factors.scale, factors.transposed)
-    m = read(factors.keys.magnitude)
-    return oracle.dora(weight, B, A, factors.scale, m, factors.transposed)
+    placed = adapter.updates[name]
+    change, magnitude = placed.update.change, placed.update.magnitude
+    assert isinstance(change, Product)
+    B, A = read(change.b), read(change.a)
+    if magnitude is None:
+        return oracle.plain(weight, B, A, change.scale, placed.transposed)
+    return oracle.dora(weight, B, A, change.scale, read(magnitude.key), placed.transposed)
 
 
 def _assert_as_peft(adapter: Adapter, base: Path, folded: dict[str, Tensor]) -> None:
@@ -166,7 +168,8 @@ def _assert_as_peft(adapter: Adapter, base: Path, folded: dict[str, Tensor]) -> 
             # Saved modules and DoRA: made in wide precision and rounded once.
             ours = U32 * abs(dense)
         else:
-            assert adapter.rank(name) == len(adapter.checkpoint.read(adapter.factors[name].keys.a))
+            a = adapter.updates[name].update.keys[0]
+            assert adapter.rank(name) == len(adapter.checkpoint.read(a))
             ours = bound
         assert np.all(abs(exact(weight) + dense - expected) <= ours), name
         assert np.all(abs(exact(folded[name]) - expected) <= bound + U32 * abs(expected)), name

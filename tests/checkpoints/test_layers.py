@@ -94,12 +94,12 @@ def test_gives_the_weight_that_peft_folds(
     assert adapter.tensors == {name}
     weight = base.checkpoint.read(name)
     dense = exact(adapter.delta(name, weight).to_dense().reshape(weight.shape))
-    keys = adapter.factors[name].keys
-    B, A = (adapter.checkpoint.read(key) for key in (keys.b, keys.a))
+    update = adapter.updates[name].update
+    A, B = (adapter.checkpoint.read(key) for key in update.change.keys)
     transposed = layer in ("table", "square")
     if use_dora:
-        assert keys.magnitude
-        m = adapter.checkpoint.read(keys.magnitude)
+        assert update.magnitude
+        m = adapter.checkpoint.read(update.magnitude.key)
         expected, bound = oracle.dora(weight, B, A, 2.0, m, transposed)
         ours = U32 * abs(dense)
     else:
@@ -273,6 +273,6 @@ def test_the_flag_of_input_first_layers_is_not_for_convolutions_and_embeddings(
     layers: Path, tmp_path: Path, layer: str
 ) -> None:
     path = _adapter(layers, tmp_path / "a", target_modules=[layer])
-    expected = _open(path, layers).factors
+    expected = _open(path, layers).updates
     edit_json(path / "adapter_config.json", fan_in_fan_out=True)
-    assert _open(path, layers).factors == expected
+    assert _open(path, layers).updates == expected

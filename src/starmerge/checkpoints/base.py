@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 from starmerge.checkpoints.source import SIDE_FILES, Source
-from starmerge.checkpoints.tensors import Checkpoint, open_checkpoint
+from starmerge.checkpoints.tensors import DIFFUSION_STEM, Checkpoint, open_checkpoint
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.reading import read_json
 from starmerge.storage import Place, exists, is_file, storage_of
@@ -37,6 +39,13 @@ class Base:
     """Whether the checkpoint's tensors can be read."""
 
     @property
+    def stem(self) -> str:
+        """What the names of a merged model's files with weights begin with, for what loads it."""
+        names = {file.name for file in self.checkpoint.files}
+        is_diffusion = any(name.startswith(DIFFUSION_STEM) for name in names)
+        return DIFFUSION_STEM if is_diffusion else "model"
+
+    @property
     def side_files(self) -> list[Place]:
         """The files to copy beside merged weights.
 
@@ -62,7 +71,7 @@ class Base:
         names wte and wpe or T5's relative_attention_bias in their name.
         """
         shape = self.checkpoint[name].shape
-        named = any(map(_is_embedding_name, name.lower().split(".")))
+        named = any(map(is_embedding_name, name.lower().split(".")))
         return len(shape) == 2 and (named or self._has_vocabulary_rows(name))
 
     def looks_up(self, name: str) -> bool:
@@ -71,7 +80,7 @@ class Base:
         The output layer of a language model has a row a token, too, and multiplies by all.
         """
         own = name.lower().removesuffix(".weight").rpartition(".")[2]
-        return len(self.checkpoint[name].shape) == 2 and _is_embedding_name(own)
+        return len(self.checkpoint[name].shape) == 2 and is_embedding_name(own)
 
     @cached_property
     def tied(self) -> list[str]:
@@ -149,7 +158,8 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _is_embedding_name(part: str) -> bool:
+def is_embedding_name(part: str) -> bool:
+    """Tell whether a part of a tensor's name is that of a module that looks rows up."""
     return "embed" in part or part in _EMBEDDINGS
 
 
@@ -160,7 +170,7 @@ def open_base(source: Source) -> Base:
         UsageError: The folder is an adapter, or a quantised model.
         StarmergeError: A file is missing or broken.
     """
-    if is_file(source.path / "adapter_config.json"):
+    if is_file(source.path) or is_file(source.path / "adapter_config.json"):
         raise UsageError(
             f"{source} is an adapter, and stands where the base is wanted. Give the model that it "
             "was trained on; in a recipe for mergekit as base_model."
@@ -194,6 +204,25 @@ def read_config(folder: Place) -> dict[str, Any]:
         if not isinstance(name, str):
             raise StarmergeError(f"{file}: architectures has {name!r}, which names no class.")
     return config
+
+
+def known_config(name: str | None) -> dict[str, Any]:
+    """Return the ``config.json`` of a model by its folder or Hub id; nothing if it is not at hand.
+
+    Nothing is fetched.
+    """
+    if name is None:
+        return {}
+    local = Path(name).expanduser() / "config.json"
+    if is_file(local):
+        return read_json(local)
+    with suppress(ValueError):  # the name is no Hub id
+        from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415  (slow to import)
+
+        cached = try_to_load_from_cache(name, "config.json")
+        if isinstance(cached, str):
+            return read_json(Path(cached))
+    return {}
 
 
 def _check_value(file: Place, config: Mapping[str, Any], key: str, kind: type, wanted: str) -> None:

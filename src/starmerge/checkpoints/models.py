@@ -13,6 +13,7 @@ from starmerge.checkpoints.emr_task import TASK_FILE, open_emr_task
 from starmerge.checkpoints.finetuned import open_finetuned
 from starmerge.checkpoints.lora.adapter import open_adapter
 from starmerge.checkpoints.lora.file import Module
+from starmerge.checkpoints.lora.formats import is_adapter
 from starmerge.checkpoints.source import Source
 from starmerge.checkpoints.tensors import Checkpoint, TensorInfo
 from starmerge.deltas import Delta
@@ -155,13 +156,13 @@ def open_model(
         UsageError: It is none of them, or of a kind that cannot be merged.
         StarmergeError: It does not fit the base, or a file is broken.
     """
-    if is_file(source.path / "adapter_config.json"):
+    if is_adapter(source):
         return open_adapter(name, source, base, any_base=any_base)
     if is_file(source.path / TASK_FILE):
         return open_emr_task(name, source, base, any_base=any_base)
     if is_file(source.path / "config.json"):
         return open_finetuned(name, source, base, any_base=any_base, common=common)
     raise UsageError(
-        f"{source} is neither an adapter (no adapter_config.json) nor a model (no config.json) nor "
-        f"a task of an EMR merge (no {TASK_FILE})."
+        f"{source} is neither an adapter (no adapter_config.json, and not the one file of an "
+        f"adapter) nor a model (no config.json) nor a task of an EMR merge (no {TASK_FILE})."
     )

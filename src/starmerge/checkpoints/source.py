@@ -15,14 +15,18 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "NOTICE*")
 """What stands beside the weights: configs, tokenizer, chat template, code of the model, licence."""
 
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+"""What the names of files with weights end in."""
+
 
 @dataclass(frozen=True)
 class Source:
-    """A model's folder and what is known of its name."""
+    """Where a model lies and what is known of its name."""
 
     reference: str
     """What the user wrote."""
     path: Path
+    """Its folder; of an adapter that is one file, that file."""
     name: str | None
     """Hub id of the model, as far as it is known."""
     revision: str | None
@@ -33,7 +37,9 @@ class Source:
 
 
 def resolve(reference: str | Path) -> Source:
-    """Find a model by a local folder or by a Hub id ``org/name`` or ``org/name@revision``.
+    """Find a model by a local folder, or by a Hub id ``org/name`` or ``org/name@revision``.
+
+    An adapter that is one file is found by that file.
 
     A Hub repository is downloaded into the Hub's own cache, or found there: what stands at its top,
     with the weights in safetensors if it has them so.
@@ -56,9 +62,13 @@ def resolve(reference: str | Path) -> Source:
     except RuntimeError as error:
         raise UsageError(f"{text}: no user of this machine is called so. Give a folder.") from error
     if exists(path):
-        if not storage_of(path).is_folder(path):
-            raise UsageError(f"{text} is a file. Give the folder that holds the model or adapter.")
-        if not os.access(path, os.R_OK | os.X_OK):
+        is_folder = storage_of(path).is_folder(path)
+        if not is_folder and path.suffix.lower() not in WEIGHTS:
+            raise UsageError(
+                f"{text} is a file. Give the folder that holds the model or adapter; of an adapter "
+                f"that is one file ({', '.join(WEIGHTS)}), that file."
+            )
+        if not os.access(path, os.R_OK | (os.X_OK if is_folder else 0)):
             raise StarmergeError(f"{text} may not be read by this user. Change its permissions.")
         return Source(text, path, *_cached_name(path))
     if is_url(text):

@@ -48,6 +48,9 @@ DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 MERGEABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Dtypes of tensors that a merge may change."""
 
+DIFFUSION_STEM = "diffusion_pytorch_model"
+"""What diffusers' names of files with weights begin with."""
+
 _MOST_TENSORS = 250_000
 """Most tensors in one file. A million take a process gigabytes of memory."""
 
@@ -432,8 +435,9 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 def open_checkpoint(folder: Place) -> Checkpoint:
     """Read the headers of a model's weights in a folder.
 
-    Looked for, in this order: ``model.safetensors``, ``model.safetensors.index.json``,
-    ``pytorch_model.bin``, ``pytorch_model.bin.index.json``. No code from a ``.bin`` file is run.
+    Looked for, in this order: ``model.safetensors``, ``model.safetensors.index.json``, the same for
+    ``diffusion_pytorch_model``, as diffusers calls them, ``pytorch_model.bin``,
+    ``pytorch_model.bin.index.json``. No code from a ``.bin`` file is run.
 
     Raises:
         StarmergeError: There are no weights; a file is truncated, broken, missing, too large, or
@@ -441,6 +445,7 @@ def open_checkpoint(folder: Place) -> Checkpoint:
     """
     for stem, suffix, read in (
         ("model", "safetensors", _read_safetensors),
+        (DIFFUSION_STEM, "safetensors", _read_safetensors),
         ("pytorch_model", "bin", _read_pickle),
     ):
         single = folder / f"{stem}.{suffix}"

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from starmerge.checkpoints.base import Base
-from starmerge.checkpoints.lora.adapter import open_weights
-from starmerge.checkpoints.lora.config import AdapterConfig, read_adapter_config
-from starmerge.checkpoints.lora.keys import sort_keys
-from starmerge.checkpoints.names import completed, match_stored
+from starmerge.checkpoints.base import Base, known_config
+from starmerge.checkpoints.lora.adapter import names_alone
+from starmerge.checkpoints.lora.config import AdapterConfig
+from starmerge.checkpoints.lora.formats import is_adapter, read_adapter
 from starmerge.checkpoints.source import Source
 from starmerge.checkpoints.tensors import Checkpoint, TensorInfo
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.reading import read_json
-from starmerge.storage import is_file
 
 
 class _Shapes(Checkpoint):
@@ -71,27 +67,30 @@ def unknown_base(sources: Sequence[Source], *, any_base: bool = False) -> Base:
     """
     names: dict[str, AdapterConfig] = {}
     tensors: dict[str, TensorInfo] = {}
+    has_parts: dict[bool, Source] = {}
     for source in sources:
-        file = source.path / "adapter_config.json"
-        if not is_file(file):
+        if not is_adapter(source):
             raise UsageError(
-                f"{source} is no adapter (no adapter_config.json), and without a base only "
-                "adapters can be merged. Give the base before the models."
+                f"{source} is no adapter (no adapter_config.json, and not the one file of an "
+                "adapter), and without a base only adapters can be merged. Give the base before "
+                "the models."
             )
-        config = read_adapter_config(file)
-        if name := config.base_name:
-            names.setdefault(name, config)
-        checkpoint = open_weights(source.path)
-        keys = sort_keys(source, config, checkpoint)
-        matched = match_stored(source, keys.names, {n: n for n in tensors})
-        if not matched:
-            _check_one_model(source, keys.names, tensors)
-        found = completed(keys.names, matched)
-        for module in keys.modules:
-            a, b = checkpoint[module.a], checkpoint[module.b]
-            shape = (b.shape[:1] or (0,)) + a.shape[1:]
-            shape = shape[::-1] if module.is_embedding else shape
-            tensor = TensorInfo(found[module.weight], torch.float32, shape, file)
+        contents = read_adapter(source, {})
+        if name := contents.config.base_name:
+            names.setdefault(name, contents.config)
+        has_parts.setdefault(contents.format.is_diffusion, source)
+        if len(has_parts) > 1:
+            raise UsageError(
+                f"{has_parts[True]} is of a diffusion model, whose parts its names begin with, and "
+                f"{has_parts[False]} is not. Give the base before the models."
+            )
+        found = names_alone(source, contents, tensors)
+        if tensors.keys().isdisjoint(found.values()):
+            _check_one_model(source, contents.names, tensors)
+        for update in contents.updates:
+            shape = update.change.shape[::-1] if update.is_embedding else update.change.shape
+            file = contents.config.file
+            tensor = TensorInfo(found[update.weight], torch.float32, shape, file)
             known = tensors.setdefault(tensor.name, tensor)
             if known.shape != shape:
                 raise StarmergeError(
@@ -107,7 +106,7 @@ def unknown_base(sources: Sequence[Source], *, any_base: bool = False) -> Base:
         )
     name = next(iter(names), None)
     reference = Source(name or "a base that the adapters do not name", Path(), name, None)
-    return UnknownBase(reference, _Shapes(tensors), _config(name))
+    return UnknownBase(reference, _Shapes(tensors), known_config(name))
 
 
 def _check_one_model(source: Source, names: Iterable[str], known: Mapping[str, TensorInfo]) -> None:
@@ -128,19 +127,3 @@ def _layers_of(name: str) -> str:
     """Return the name of the layers that a tensor lies in, such as model.layers; else nothing."""
     parts = name.split(".")
     return ".".join(parts[: next((i for i, part in enumerate(parts) if part.isdecimal()), 0)])
-
-
-def _config(name: str | None) -> dict[str, Any]:
-    """Return the base's config, if it is at hand."""
-    if name is None:
-        return {}
-    local = Path(name).expanduser() / "config.json"
-    if is_file(local):
-        return read_json(local)
-    with suppress(ValueError):  # the name is no Hub id
-        from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415  (slow to import)
-
-        cached = try_to_load_from_cache(name, "config.json")
-        if isinstance(cached, str):
-            return read_json(Path(cached))
-    return {}

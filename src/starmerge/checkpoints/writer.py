@@ -87,6 +87,7 @@ class ShardWriter:
         shard_bytes: Largest shard; a larger tensor gets one of its own.
         stem: What the files' names begin with, and the folder within the output that they lie in,
             such as ``unified/model``.
+        metadata: Texts that the headers hold beside the tensors.
     """
 
     def __init__(
@@ -96,14 +97,16 @@ class ShardWriter:
         *,
         shard_bytes: int = SHARD_BYTES,
         stem: str = "model",
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         self._folder = folder
         self._stem = stem
+        self._metadata = {"format": "pt", **(metadata or {})}
         self._shards: list[_Shard] = []
         self._places: dict[str, _Place] = {}
         groups = list(_split(tensors, shard_bytes))
         for number, group in enumerate(groups):
-            offset = len(_header(group))
+            offset = len(_header(group, self._metadata))
             for tensor in group:
                 self._places[tensor.name] = _Place(tensor, number, offset)
                 offset += tensor.nbytes
@@ -141,7 +144,7 @@ class ShardWriter:
         """Make the shards, with their headers, and their index."""
         try:
             for number, shard in enumerate(self._shards):
-                self._file(number).write(memoryview(_header(shard.tensors)), 0)
+                self._file(number).write(memoryview(_header(shard.tensors, self._metadata)), 0)
         except BaseException:
             self.close(flush=False)
             raise
@@ -317,8 +320,8 @@ def _name_in_file(tensor: OutputTensor) -> str:
     return joined[0] if joined else tensor.name
 
 
-def _header(tensors: Sequence[OutputTensor]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _header(tensors: Sequence[OutputTensor], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for name, group in groupby(tensors, _name_in_file):
         own = list(group)

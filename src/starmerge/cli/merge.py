@@ -32,12 +32,18 @@ def merge(
             "ours or mergekit's. [b]--as adapter[/b] does without: give the adapters alone.",
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="Folder to create; a file for some adapters, see --as."
+        ),
+    ],
     models: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[MODEL]...",
-            help="LoRA adapters and full fine-tunes: a folder or Hub id, or NAME=PATH to name it.",
+            help="LoRA adapters and full fine-tunes: a folder, an adapter's file, or a Hub id; "
+            "NAME=PATH to name it.",
         ),
     ] = None,
     method: Annotated[
@@ -80,10 +86,12 @@ def merge(
         ),
     ] = None,
     kind: Annotated[
-        Literal["model", "adapter", "unified"] | None,
+        Literal["model", "adapter", "gguf", "unified"] | None,
         typer.Option(
             "--as",
-            help="What to write: a model, or a LoRA adapter in PEFT's layout.",
+            help="What to write: a model; an adapter, in PEFT's layout or, of a diffusion model, "
+            "in that of the merged ones (one file, if OUTPUT ends in .safetensors); or one for "
+            "llama.cpp.",
             show_default="model",
         ),
     ] = None,
@@ -154,6 +162,8 @@ def merge(
 
     Example: starmerge merge --as adapter adapters/a adapters/b -o merged-adapter --rank 32
 
+    Example: starmerge merge --as adapter a.safetensors b.safetensors -o style.safetensors
+
     Example: starmerge merge recipe.yaml -o merged
     """
     with importing():
@@ -178,7 +188,7 @@ def merge(
     else:
         entries = parse_models(models or [])
         content: dict[str, Any] = {"base": base, "any_base": any_base, "common": common}
-        if kind == "adapter" and _is_adapter(base):
+        if kind in ("adapter", "gguf") and _is_adapter(base):
             entries = parse_models([base, *(models or [])])
             content["base"] = None
         content["output"] = {"kind": kind, "rank": rank, "max_error": max_error}
@@ -191,7 +201,7 @@ def merge(
     workers = Threads(threads, memory)
     if dry_run:
         _print_plan(plan, workers)
-        if plan.output.kind == "adapter":
+        if plan.output.kind in ("adapter", "gguf"):
             _print_ranks(rank_costs(plan, workers, progress=True))
         return
     for note in plan.notes:
@@ -215,11 +225,12 @@ def merge(
 
 def _is_adapter(argument: str) -> bool:
     """Tell whether a model of the command line is an adapter."""
+    from starmerge.checkpoints.lora.formats import is_adapter
     from starmerge.checkpoints.source import resolve
     from starmerge.recipe import parse_models
 
     (entry,) = parse_models([argument])
-    return (resolve(entry["path"]).path / "adapter_config.json").is_file()
+    return is_adapter(resolve(entry["path"]))
 
 
 def _print_ranks(costs: Sequence[RankCost]) -> None:

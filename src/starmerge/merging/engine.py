@@ -147,7 +147,9 @@ def run(
         storage.forget(plan.path, suffix=own)
     storage.check_room(plan.path, plan.bytes_to_write, suffix=own)
     with (
-        storage.publish(plan.path, overwrite=plan.overwrite, suffix=own) as folder,
+        storage.publish(
+            plan.path, overwrite=plan.overwrite, suffix=own, member=plan.output.member
+        ) as folder,
         executor as workers,
     ):
         merging = Merging(plan, workers, progress)
@@ -166,7 +168,7 @@ def run(
             plan.models,
             plan.recipe.to_yaml(),
             f"{report.summary()} {plan.output.usage(plan, printable(plan.path.name))}".rstrip(),
-            library=plan.output.library,
+            library=plan.output.library(plan),
             metric=None if plan.metric is None else plan.metric.file.name,
         )
         folder.put(CARD, card.encode())

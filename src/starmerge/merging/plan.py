@@ -19,7 +19,7 @@ from starmerge.checkpoints.unknown_base import unknown_base
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.layout import Contents, PlannedTensor, lay_out
 from starmerge.merging.metric import check_metric, unused_tasks
-from starmerge.merging.outputs import Output, make_output
+from starmerge.merging.outputs import Output, is_output_file, make_output
 from starmerge.methods.method import TensorContext
 from starmerge.methods.pipeline import Pipeline
 from starmerge.recipe import Recipe
@@ -162,8 +162,9 @@ def make_plan(recipe: Recipe, path: Place, *, overwrite: bool = False, writes: b
         StarmergeError: A missing, unknown or misshapen tensor, a broken file, a disk too small.
     """
     pipeline = recipe.make_pipeline()
+    is_file = is_output_file(recipe, path)
     if writes:
-        storage_of(path).check_output(path, overwrite=overwrite)
+        storage_of(path).check_output(path, overwrite=overwrite, is_file=is_file)
     metric = None if recipe.metric is None else open_metric(recipe.metric)
     base, models = open_models(recipe)
     pipeline, reason = choose(pipeline, models, metric)
@@ -173,7 +174,7 @@ def make_plan(recipe: Recipe, path: Place, *, overwrite: bool = False, writes: b
     sources = [*(model.source for model in models), *([base.source] if base.has_weights else [])]
     for source in sources if writes else ():
         _check_apart(path, source)
-    output = make_output(recipe, pipeline)
+    output = make_output(recipe, pipeline, is_file=is_file)
     tensors = lay_out(base, models, output)
     weights = [entry.weight for entry in recipe.models]
     try:

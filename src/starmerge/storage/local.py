@@ -13,7 +13,12 @@ from pathlib import Path
 
 from starmerge.storage.leftovers import leftovers
 from starmerge.storage.local_folder import LocalFolder
-from starmerge.storage.publishing import check_output, check_space, output_folder
+from starmerge.storage.publishing import (
+    check_output,
+    check_output_file,
+    check_space,
+    output_folder,
+)
 from starmerge.storage.regular import open_regular
 from starmerge.storage.storage import FileState, ShortFileError
 
@@ -106,9 +111,10 @@ class LocalStorage:
             with contextlib.suppress(OSError), file.open("rb", buffering=0) as stream:
                 os.posix_fadvise(stream.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
 
-    def check_output(self, folder: Path, *, overwrite: bool) -> None:
+    def check_output(self, place: Path, *, overwrite: bool, is_file: bool = False) -> None:
         """Make sure that a merge may be published there; see :func:`check_output`."""
-        check_output(folder, overwrite=overwrite)
+        check = check_output_file if is_file else check_output
+        check(place, overwrite=overwrite)
 
     def check_room(self, folder: Path, wanted: int, *, suffix: str | None = None) -> None:
         """Make sure that the disk has room, with what an interrupted run has left."""
@@ -124,10 +130,10 @@ class LocalStorage:
                 leftover.delete()
 
     def publish(
-        self, folder: Path, *, overwrite: bool, suffix: str
+        self, place: Path, *, overwrite: bool, suffix: str, member: str | None = None
     ) -> AbstractContextManager[LocalFolder]:
         """Yield a hidden folder beside the output; see :func:`output_folder`."""
-        return output_folder(folder, overwrite=overwrite, suffix=suffix)
+        return output_folder(place, overwrite=overwrite, suffix=suffix, member=member)
 
 
 LOCAL = LocalStorage()

@@ -112,6 +112,7 @@ def output_folder(
     overwrite: bool = False,
     kind: Replaceable = MERGED_MODEL,
     suffix: str | None = None,
+    member: str | None = None,
 ) -> Iterator[LocalFolder]:
     """Yield a hidden folder beside ``path`` that takes its place when the block ends well.
 
@@ -129,6 +130,8 @@ def output_folder(
             a hash of all that decides the content. With it the folder is resumable: one of that
             name that an interrupted run left is yielded as it is, with what it holds, and SIGTERM
             (:class:`Interrupted`) keeps it; Ctrl-C deletes it.
+        member: A file of the folder that alone takes the place of ``path``, as a file; what else
+            there is in the folder is deleted.
 
     Raises:
         UsageError: Something that may not be replaced has appeared under ``path`` meanwhile, or
@@ -136,7 +139,10 @@ def output_folder(
             one is refused.
         StarmergeError: The disk is full, or fails otherwise.
     """
-    check_output(path, overwrite=overwrite, kind=kind)
+    if member is None:
+        check_output(path, overwrite=overwrite, kind=kind)
+    else:
+        check_output_file(path, overwrite=overwrite)
     path = path.resolve()
     with _failures_named(path):
         new_parents = _make_parent(path)
@@ -146,9 +152,14 @@ def output_folder(
         with _failures_named(path):
             yield LocalFolder(partial)
             _sync_tree(partial)
-            _check_replaceable(path, overwrite=overwrite, kind=kind)
-            replaced = _put(partial, path, replace=overwrite)
-            with contextlib.suppress(OSError):  # the folder stands in its place
+            if member is None:
+                _check_replaceable(path, overwrite=overwrite, kind=kind)
+                replaced = _put(partial, path, replace=overwrite)
+            else:
+                _check_replaceable_file(path, overwrite=overwrite)
+                (partial / member).replace(path)
+                replaced = partial
+            with contextlib.suppress(OSError):  # the output stands in its place
                 _sync(*new_parents, path.parent)
             if replaced is not None:
                 shutil.rmtree(replaced, ignore_errors=True)

@@ -155,8 +155,13 @@ class Storage(Protocol):
     def prefetch(self, file: Place, offset: int, length: int) -> None:
         """Begin to fetch bytes that will soon be read, where that helps; never fails."""
 
-    def check_output(self, folder: Place, *, overwrite: bool) -> None:
+    def check_output(self, place: Place, *, overwrite: bool, is_file: bool = False) -> None:
         """Make sure that a merge may be published there.
+
+        Args:
+            place: The output.
+            overwrite: Whether it may replace what stands there.
+            is_file: Whether it is one file, and not a folder.
 
         Raises:
             UsageError: It may not.
@@ -183,14 +188,15 @@ class Storage(Protocol):
         """
 
     def publish(
-        self, folder: Place, *, overwrite: bool, suffix: str
+        self, place: Place, *, overwrite: bool, suffix: str, member: str | None = None
     ) -> AbstractContextManager[OutputFolder]:
         """Yield a folder that appears under its name, whole, when the block ends well.
 
         Args:
-            folder: The name.
+            place: The name.
             overwrite: Replace the merge that stands there.
             suffix: Decides what is taken up of an interrupted run: what it made with the same.
+            member: A file of the folder that alone appears under the name, as a file.
 
         Raises:
             UsageError: Something that may not be replaced stands there, or another process is

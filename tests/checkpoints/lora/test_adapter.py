@@ -75,7 +75,7 @@ def test_transposes_the_update_of_layers_stored_input_first(
     adapter = _open(path, base)
     (name,) = adapter.tensors
     edit_json(path / "adapter_config.json", fan_in_fan_out=False)
-    assert _open(path, base).factors == adapter.factors, "the shape of c_attn tells"
+    assert _open(path, base).updates == adapter.updates, "the shape of c_attn tells"
     before = opened.checkpoint.read(name)
     assert torch.allclose(before + adapter.delta(name, before).to_dense(), expected, atol=1e-6)
 
@@ -161,9 +161,9 @@ def test_accepts_keys_that_change_nothing(
     make_adapter: MakeAdapter, tiny_base: Path, changes: dict[str, Any]
 ) -> None:
     path = make_adapter("adapter")
-    expected = _open(path, tiny_base).factors
+    expected = _open(path, tiny_base).updates
     edit_json(path / "adapter_config.json", **changes)
-    assert _open(path, tiny_base).factors == expected
+    assert _open(path, tiny_base).updates == expected
 
 
 @pytest.mark.filterwarnings("ignore:.* changes the base weights of the model")

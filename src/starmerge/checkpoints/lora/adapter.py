@@ -1,14 +1,14 @@
-"""LoRA adapters in PEFT's layout.
+"""Adapters: the updates that a file holds, matched to the base.
 
-What the config says is read in :mod:`~starmerge.checkpoints.lora.config`, what the tensors are
-in :mod:`~starmerge.checkpoints.lora.keys`, and which of the base's they mean in
-:mod:`~starmerge.checkpoints.names`; here the shapes are checked and the deltas are made. Source of
-the layout: github.com/huggingface/peft, ``tuners/lora/layer.py``.
+The tensors of a file are read in :mod:`~starmerge.checkpoints.lora.formats`, whichever tool wrote
+them, and which of the base's they mean in :mod:`~starmerge.checkpoints.names` and
+:mod:`~starmerge.checkpoints.lora.flat_names`; here the shapes are checked against the base, and the
+deltas are made.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,47 +16,50 @@ from torch import Tensor
 
 from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.finetuned import difference
-from starmerge.checkpoints.lora.config import AdapterConfig, read_adapter_config
+from starmerge.checkpoints.lora.config import AdapterConfig
 from starmerge.checkpoints.lora.dora import dora_delta
 from starmerge.checkpoints.lora.file import Module
-from starmerge.checkpoints.lora.keys import AdapterKeys, ModuleKeys, sort_keys
+from starmerge.checkpoints.lora.flat_names import match_flat, match_parts
+from starmerge.checkpoints.lora.formats import AdapterContents, Format, read_adapter
+from starmerge.checkpoints.lora.update import Update
 from starmerge.checkpoints.names import completed, match_names, match_stored
 from starmerge.checkpoints.source import Source
-from starmerge.checkpoints.tensors import (
-    MERGEABLE,
-    Checkpoint,
-    TensorInfo,
-    open_pickle,
-    open_safetensors,
-)
-from starmerge.deltas import Delta, LowRank
+from starmerge.checkpoints.tensors import MERGEABLE, Checkpoint, TensorInfo
+from starmerge.deltas import Delta, Dense, LowRank, matrix_shape
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.storage import Place, is_file
+from starmerge.storage import Place
 
 
 @dataclass(frozen=True)
-class _Factors:
-    """Where the parts of one tensor's delta lie, and how to read them."""
+class PlacedUpdate:
+    """An update, and how the base holds the weight that it changes."""
 
-    keys: ModuleKeys
-    scale: float
+    update: Update
+    shape: tuple[int, ...]
+    """Of the base's tensor."""
     transposed: bool
-    """Whether the base holds the weight as (in, out), so that its update is (B·A)ᵀ."""
+    """Whether the base holds the weight as (in, out), so that its change is the transpose."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter; its deltas are low-rank and stay so, but for DoRA and for whole modules."""
+    """An adapter; its deltas stay in factors where it has them.
 
-    kind = "LoRA adapter"
+    Dense are DoRA's, those of whole modules, and those of LoHa and LoKr whose factors would be as
+    large as the matrix.
+    """
 
     name: str
     source: Source
+    format: Format
     checkpoint: Checkpoint
-    factors: dict[str, _Factors]
+    updates: dict[str, PlacedUpdate]
+    """By the base's names of the tensors."""
     replacements: dict[str, str]
     """Keys of the tensors that stand for the base's, by the base's names."""
     config: AdapterConfig
+    beside: list[Place]
+    """The files that its deltas depend on beside the weights, such as the config with the scale."""
     carried: dict[str, str] = field(default_factory=dict)
     """Keys of tensors of whole modules, by their names, where nothing is known of the base's."""
     notes: tuple[str, ...] = ()
@@ -70,9 +73,14 @@ class Adapter:
         return self.config.base_hub_id
 
     @property
+    def kind(self) -> str:
+        """What it is, for people."""
+        return self.format.title
+
+    @property
     def tensors(self) -> frozenset[str]:
         """Names of the base's tensors that it changes."""
-        return frozenset((*self.factors, *self.replacements))
+        return frozenset((*self.updates, *self.replacements))
 
     @property
     def saved(self) -> frozenset[str]:
@@ -84,44 +92,39 @@ class Adapter:
         """Its factors."""
         return [self.checkpoint]
 
-    @property
-    def beside(self) -> list[Place]:
-        """The config, which has the scale."""
-        return [self.source.path / "adapter_config.json"]
-
     def inputs(self, tensor: str) -> list[TensorInfo]:
         """Return what is read for a tensor's delta."""
         if tensor in self.replacements:
             return [self.checkpoint[self.replacements[tensor]]]
-        keys = self.factors[tensor].keys
-        return [self.checkpoint[k] for k in (keys.a, keys.b, keys.magnitude, keys.copy) if k]
+        return [self.checkpoint[key] for key in self.updates[tensor].update.keys]
 
     def needs_base(self, tensor: str) -> bool:
         """Tell whether a tensor's delta is made, or checked, with the base's weight."""
         if tensor in self.replacements:
             return True
-        keys = self.factors[tensor].keys
-        return bool(keys.magnitude or keys.copy)
+        update = self.updates[tensor].update
+        return bool(update.magnitude or update.copy)
 
     def module(self, tensor: str) -> Module | None:
-        """Return the module of a tensor as PEFT knows it; None where it is replaced whole."""
-        if tensor in self.replacements:
+        """Return the module of a tensor as its tool knows it.
+
+        None where the tensor is replaced whole, or is a vector, which has no factors.
+        """
+        if tensor in self.replacements or len(self.updates[tensor].shape) < 2:
             return None
-        factors = self.factors[tensor]
-        keys = factors.keys
-        return Module(keys.module, keys.is_embedding, factors.transposed and not keys.is_embedding)
+        placed = self.updates[tensor]
+        is_embedding = placed.update.is_embedding
+        return Module(placed.update.module, is_embedding, placed.transposed and not is_embedding)
 
     def rank(self, tensor: str) -> int | None:
         """Return the rank r of a tensor's factors, None where the delta is dense."""
-        if tensor in self.replacements or self.factors[tensor].keys.magnitude:
-            return None
-        return self.checkpoint[self.factors[tensor].keys.a].shape[0]
+        return None if tensor in self.replacements else self.updates[tensor].update.rank
 
     def delta(self, tensor: str, base: Tensor | None) -> Delta:
-        """Return s·B·A in factors, in the dtypes they are stored in.
+        """Return the change of a tensor: in factors where it has them, scale included.
 
         For a convolution that is the matrix (out, in·k), for an embedding and for layers stored
-        input-first it is (B·A)ᵀ. DoRA's update and that of a whole module are dense.
+        input-first it is (B·A)ᵀ. DoRA's change and that of a whole module are dense.
 
         Args:
             tensor: Its name.
@@ -133,17 +136,24 @@ class Adapter:
         if tensor in self.replacements:
             assert base is not None, "needs_base says so"
             return difference(self.checkpoint.read(self.replacements[tensor]), base)
-        factors = self.factors[tensor]
-        self._check_copy(factors.keys.copy, base)
-        A, B = self.checkpoint.read(factors.keys.a), self.checkpoint.read(factors.keys.b)
-        update = LowRank(B.flatten(1), A.flatten(1), factors.scale)
-        if factors.keys.magnitude:
+        placed = self.updates[tensor]
+        update = placed.update
+        self._check_copy(update.copy, base)
+        delta = update.change.delta(self.checkpoint.read)
+        if update.magnitude is not None:
             assert base is not None, "needs_base says so"
-            magnitude = self.checkpoint.read(factors.keys.magnitude)
-            return dora_delta(base, update, magnitude, transposed=factors.transposed)
-        if factors.transposed:
-            return LowRank(update.A.T, update.B.T, update.scale)
-        return update
+            return dora_delta(
+                base,
+                delta,
+                self.checkpoint.read(update.magnitude.key),
+                transposed=placed.transposed,
+                axis=update.magnitude.axis,
+                epsilon=update.magnitude.epsilon,
+            )
+        if isinstance(delta, Dense):
+            matrix = delta.matrix.T if placed.transposed else delta.matrix
+            return Dense(matrix.reshape(placed.shape))
+        return LowRank(delta.A.T, delta.B.T, delta.scale) if placed.transposed else delta
 
     def _check_copy(self, key: str | None, base: Tensor | None) -> None:
         if key is None or base is None:
@@ -160,11 +170,11 @@ class Adapter:
 
 
 def open_adapter(name: str, source: Source, base: Base, *, any_base: bool = False) -> Adapter:
-    """Open a LoRA adapter: read its config and header, and match every tensor to the base.
+    """Open an adapter: read its config and header, and match every tensor to the base.
 
     Args:
         name: The model's name in tables and reports.
-        source: The adapter's folder.
+        source: The adapter's folder, or its file.
         base: The base it is to be merged into.
         any_base: Accept an adapter whose config names another base.
 
@@ -172,81 +182,106 @@ def open_adapter(name: str, source: Source, base: Base, *, any_base: bool = Fals
         UsageError: The adapter names another base, or is of a kind that is not merged.
         StarmergeError: A tensor is missing, unknown or of the wrong shape; a file is broken.
     """
-    config = read_adapter_config(source.path / "adapter_config.json")
+    contents = read_adapter(source, base.config)
     if not any_base:
-        config.check_base_name(base)
-    checkpoint = open_weights(source.path)
-    keys = sort_keys(source, config, checkpoint)
+        contents.config.check_base_name(base)
     if not base.has_weights:
-        return _open_alone(name, source, base, config, checkpoint, keys)
-    found = match_names(source, base, keys.names)
-    _check_all_found(source, base, checkpoint, keys, found)
-    factors: dict[str, _Factors] = {}
-    for module in keys.modules:
-        tensor = found[module.weight]
-        _check_dtypes(base, tensor, checkpoint, module)
-        _check_shapes(source, base, tensor, checkpoint, module)
-        transposed = _is_transposed(source, config, base, tensor, checkpoint, module)
-        scale = config.scale(module.module, checkpoint[module.a].shape[0])
-        factors[tensor] = _Factors(module, scale, transposed)
+        return _open_alone(name, source, base, contents)
+    if contents.format.has_flat_names:
+        found = match_flat(source, contents.names, base.checkpoint)
+    else:
+        found = match_names(source, base, contents.names)
+    _check_all_found(source, base, contents, found)
+    updates = {
+        found[update.weight]: _place(source, base, found[update.weight], contents, update)
+        for update in contents.updates
+    }
     replacements = {
         found[saved]: key
-        for saved, key in keys.saved.items()
-        if _is_replacement(source, base, found[saved], checkpoint[key])
+        for saved, key in contents.saved.items()
+        if _is_replacement(source, base, found[saved], contents.checkpoint[key])
     }
-    adapter = Adapter(name, source, checkpoint, factors, replacements, config)
-    if not config.is_headless:
+    adapter = _adapter(name, source, contents, updates, replacements)
+    if not contents.config.is_headless:
         _check_ties(adapter, base)
     return adapter
 
 
-def _open_alone(
-    name: str,
-    source: Source,
-    base: Base,
-    config: AdapterConfig,
-    checkpoint: Checkpoint,
-    keys: AdapterKeys,
-) -> Adapter:
+def _open_alone(name: str, source: Source, base: Base, contents: AdapterContents) -> Adapter:
     """Open an adapter whose base is known by its shapes alone."""
-    stored = {tensor: tensor for tensor in base.checkpoint}
-    weights = [module.weight for module in keys.modules]
-    found = completed(weights, match_stored(source, weights, stored))
-    factors: dict[str, _Factors] = {}
-    for module in keys.modules:
-        tensor = found[module.weight]
-        if module.magnitude:
+    found = names_alone(source, contents, base.checkpoint)
+    updates: dict[str, PlacedUpdate] = {}
+    for update in contents.updates:
+        tensor = found[update.weight]
+        if update.magnitude:
             raise UsageError(
-                f"{source}: the update of {module.module} is DoRA's, which is made of the base's "
+                f"{source}: the update of {update.module} is DoRA's, which is made of the base's "
                 "weight. Give the base before the models."
             )
-        _check_dtypes(base, tensor, checkpoint, module)
-        _check_shapes(source, base, tensor, checkpoint, module)
-        scale = config.scale(module.module, checkpoint[module.a].shape[0])
-        factors[tensor] = _Factors(replace(module, copy=None), scale, module.is_embedding)
-    return Adapter(name, source, checkpoint, factors, {}, config, dict(keys.saved))
+        _check_dtypes(base, tensor, contents.checkpoint, update)
+        _check_shapes(source, base, tensor, contents.checkpoint, update)
+        shape = base.checkpoint[tensor].shape
+        updates[tensor] = PlacedUpdate(replace(update, copy=None), shape, update.is_embedding)
+    return replace(_adapter(name, source, contents, updates, {}), carried=dict(contents.saved))
 
 
-def open_weights(folder: Place) -> Checkpoint:
-    """Read the headers of an adapter's weights in a folder.
+def names_alone(
+    source: Source, contents: AdapterContents, known: Mapping[str, TensorInfo]
+) -> dict[str, str]:
+    """Return the name of each weight of an adapter among those of other adapters.
 
-    Raises:
-        StarmergeError: There are none, or they are broken.
+    Args:
+        source: The adapter.
+        contents: What it holds.
+        known: The weights of the other adapters, by their names there.
+
+    Returns:
+        The name by the adapter's own: the same weight's where it is known, else its own, with the
+        prefix changed by which some are known.
     """
-    file, pickle = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
-    if is_file(pickle) and not is_file(file):
-        return open_pickle(pickle)
-    return open_safetensors(file)
+    if contents.format.is_diffusion:
+        return match_parts(source, contents.names, known)
+    found = match_stored(source, contents.names, {tensor: tensor for tensor in known})
+    return completed(contents.names, found)
+
+
+def _adapter(
+    name: str,
+    source: Source,
+    contents: AdapterContents,
+    updates: dict[str, PlacedUpdate],
+    replacements: dict[str, str],
+) -> Adapter:
+    return Adapter(
+        name,
+        source,
+        contents.format,
+        contents.checkpoint,
+        updates,
+        replacements,
+        contents.config,
+        list(contents.beside),
+    )
+
+
+def _place(
+    source: Source, base: Base, tensor: str, contents: AdapterContents, update: Update
+) -> PlacedUpdate:
+    """Check an update against the base's tensor."""
+    _check_dtypes(base, tensor, contents.checkpoint, update)
+    _check_shapes(source, base, tensor, contents.checkpoint, update)
+    transposed = _is_transposed(source, contents.config, base, tensor, update)
+    return PlacedUpdate(update, base.checkpoint[tensor].shape, transposed)
 
 
 def _check_all_found(
-    source: Source, base: Base, checkpoint: Checkpoint, keys: AdapterKeys, found: dict[str, str]
+    source: Source, base: Base, contents: AdapterContents, found: dict[str, str]
 ) -> None:
     lacks = f"but the base {base.source} has no tensor"
-    for module in keys.modules:
+    for module in contents.updates:
         if module.weight in found:
             continue
-        shape = (checkpoint[module.b].shape[0], *checkpoint[module.a].shape[1:])
+        shape = module.change.shape
         for tied in base.tied:
             if base.checkpoint[tied].shape in (shape, shape[::-1]):
                 raise StarmergeError(
@@ -260,7 +295,7 @@ def _check_all_found(
             "the base's tensors when it loads them, install transformers 5 or later, which knows "
             "the names, or fold the adapter with PEFT's merge_and_unload and give the full model."
         )
-    for name, key in keys.saved.items():
+    for name, key in contents.saved.items():
         if name not in found:
             raise StarmergeError(
                 f"{source} holds {key}, of modules_to_save in adapter_config.json, {lacks} {name}. "
@@ -269,8 +304,8 @@ def _check_all_found(
             )
 
 
-def _check_dtypes(base: Base, tensor: str, checkpoint: Checkpoint, module: ModuleKeys) -> None:
-    parts = [checkpoint[key] for key in (module.a, module.b, module.magnitude) if key]
+def _check_dtypes(base: Base, tensor: str, checkpoint: Checkpoint, update: Update) -> None:
+    parts = [checkpoint[key] for key in update.keys if key != update.copy]
     for info in (*parts, base.checkpoint[tensor]):
         if info.dtype not in MERGEABLE:
             raise StarmergeError(
@@ -280,50 +315,49 @@ def _check_dtypes(base: Base, tensor: str, checkpoint: Checkpoint, module: Modul
 
 
 def _check_shapes(
-    source: Source, base: Base, tensor: str, checkpoint: Checkpoint, module: ModuleKeys
+    source: Source, base: Base, tensor: str, checkpoint: Checkpoint, update: Update
 ) -> None:
-    a, b = checkpoint[module.a].shape, checkpoint[module.b].shape
-    target = base.checkpoint[tensor].shape
-    if _is_grouped(a, b, target):
-        raise UsageError(
-            f"{source} adapts {module.module}, a convolution in groups. Its factors mix the "
-            "groups, which the base's weight cannot. Train without it in target_modules."
-        )
-    fits = len(a) == len(b) > 1 and 0 < a[0] == b[1] and math.prod(b[2:]) == 1
-    if not fits or (module.is_embedding and len(a) != 2):
-        raise StarmergeError(
-            f"{source}: the factors of {tensor} do not fit together: B {list(b)}, A {list(a)}."
-        )
-    shape = (b[0], *a[1:])
-    allowed = {shape} if len(shape) > 2 else {shape, shape[::-1]}
-    if module.is_embedding:
-        shape = shape[::-1]
-        allowed = {shape}
-    if target not in allowed:
+    shape, target = update.change.shape, base.checkpoint[tensor].shape
+    shape = shape[::-1] if update.is_embedding else shape
+    may_turn = len(shape) == 2 and not update.is_embedding
+    if not _fits(shape, target) and not (may_turn and shape[::-1] == target):
         raise StarmergeError(
             f"{source}: the update of {tensor} has the shape {list(shape)}, in the base "
             f"{base.source} it is {list(target)}. The adapter was trained on another model."
         )
-    if module.copy and checkpoint[module.copy].shape != target:
+    if update.copy and checkpoint[update.copy].shape != target:
         raise StarmergeError(
-            f"{source}: {module.copy} has the shape {list(checkpoint[module.copy].shape)}, in the "
+            f"{source}: {update.copy} has the shape {list(checkpoint[update.copy].shape)}, in the "
             f"base {base.source} it is {list(target)}. The adapter was trained on another base, "
             "or with another vocabulary."
         )
-    if module.magnitude and checkpoint[module.magnitude].size != b[0]:
-        raise StarmergeError(
-            f"{source}: {module.magnitude} has {checkpoint[module.magnitude].size} entries, and "
-            f"{tensor} has {b[0]} outputs."
-        )
+    if update.magnitude:
+        size, axis = checkpoint[update.magnitude.key].size, update.magnitude.axis
+        wanted = update.change.shape[0] if axis == 0 else _inputs(update, target)
+        if size != wanted:
+            raise StarmergeError(
+                f"{source}: {update.magnitude.key} has {size} entries, and {tensor} has {wanted} "
+                f"{'inputs' if axis else 'outputs'}."
+            )
+
+
+def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Tell whether a change is one of a weight of some shape.
+
+    Tools store those of kernels flat, or those of kernels of one entry without their last axes.
+    """
+    if len(shape) == len(target) or len(shape) != 2:
+        return shape == target
+    return shape == matrix_shape(target)
+
+
+def _inputs(update: Update, target: tuple[int, ...]) -> int:
+    """Return how many inputs a weight has that the base holds in some shape."""
+    return update.change.shape[1] if len(target) == 2 else target[1]
 
 
 def _is_transposed(
-    source: Source,
-    config: AdapterConfig,
-    base: Base,
-    tensor: str,
-    checkpoint: Checkpoint,
-    module: ModuleKeys,
+    source: Source, config: AdapterConfig, base: Base, tensor: str, update: Update
 ) -> bool:
     """Tell whether the base holds a weight as (in, out), given shapes that fit.
 
@@ -331,12 +365,11 @@ def _is_transposed(
     config's ``fan_in_fan_out`` does, which PEFT keeps for the whole adapter though layers may
     differ: it must agree with what the base looks like.
     """
-    if module.is_embedding:
+    if update.is_embedding:
         return True
-    target = base.checkpoint[tensor].shape
-    shape = (checkpoint[module.b].shape[0], *checkpoint[module.a].shape[1:])
-    if len(shape) > 2 or shape[0] != shape[1]:
-        return target != shape
+    shape, target = update.change.shape, base.checkpoint[tensor].shape
+    if len(target) != 2 or shape[0] != shape[1]:
+        return not _fits(shape, target)
     if config.fan_in_fan_out != base.stores_input_first:
         raise UsageError(
             f"{source}: fan_in_fan_out is {config.fan_in_fan_out}, but layers of the base "
@@ -344,14 +377,6 @@ def _is_transposed(
             "with PEFT's merge_and_unload and give the full model."
         )
     return config.fan_in_fan_out
-
-
-def _is_grouped(a: tuple[int, ...], b: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    """Tell a convolution in g groups: A reads all inputs, the base's weight a g-th of them."""
-    if not 2 < len(a) == len(b) == len(target) or 0 in (b[1], target[1]):
-        return False
-    groups = a[1] // target[1]
-    return groups > 1 and a[1] == groups * target[1] and a[0] == groups * b[1]
 
 
 def _is_replacement(source: Source, base: Base, tensor: str, saved: TensorInfo) -> bool:

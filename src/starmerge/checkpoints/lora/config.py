@@ -263,7 +263,16 @@ def read_adapter_config(file: Path) -> AdapterConfig:
         UsageError: The adapter is of a kind that is not merged, or a key that is set is unknown.
         StarmergeError: The file is missing or broken.
     """
-    content = read_json(file)
+    return checked_config(file, read_json(file))
+
+
+def checked_config(file: Path, content: dict[str, Any]) -> AdapterConfig:
+    """Check what a config of PEFT says; see :func:`read_adapter_config`.
+
+    Args:
+        file: Where it stands, for messages.
+        content: What it says.
+    """
     kind = content.get("peft_type")
     if kind != "LORA":
         raise UsageError(
@@ -292,7 +301,7 @@ def read_adapter_config(file: Path) -> AdapterConfig:
 
 def _check_types(file: Path, content: Mapping[str, Any]) -> None:
     for key in ("r", "lora_alpha"):
-        if not _is_number(content.get(key)):
+        if not is_number(content.get(key)):
             raise StarmergeError(f"{file}: {key} is missing or is not a finite number.")
     for key in _SWITCHES:
         if not isinstance(content.get(key), bool | None):
@@ -305,7 +314,7 @@ def _check_types(file: Path, content: Mapping[str, Any]) -> None:
         if not isinstance(patterns, dict):
             raise StarmergeError(f"{file}: {key} is no mapping of patterns: {patterns!r:.200}.")
         for pattern, value in patterns.items():
-            if not _is_number(value):
+            if not is_number(value):
                 raise StarmergeError(
                     f"{file}: {key} gives {pattern!r:.200} the value {value!r:.200}, which is no "
                     "number."
@@ -326,5 +335,6 @@ def _check_initialisation(file: Path, start: object) -> None:
     )
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Tell whether a value of a config is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,25 +1,43 @@
-"""Writing a LoRA adapter as PEFT and every server that takes its files read it.
+"""Writing a LoRA adapter as the tools read it that the merged ones came from.
 
-One file ``adapter_model.safetensors`` and an ``adapter_config.json`` with one rank and
-``lora_alpha = r``, so that the scale is 1 and B·A is the update; no patterns, no rsLoRA, no DoRA.
-Source of the layout: github.com/huggingface/peft, ``tuners/lora/layer.py`` and
-``utils/save_and_load.py``.
+For PEFT, and every server that takes its files, one file ``adapter_model.safetensors`` and an
+``adapter_config.json`` with one rank and ``lora_alpha = r``, so that the scale is 1 and B·A is the
+update; no patterns, no rsLoRA, no DoRA. Source of the layout: github.com/huggingface/peft,
+``tuners/lora/layer.py`` and ``utils/save_and_load.py``. For diffusion models one file with the
+names of kohya's scripts, and ``alpha = r`` for each module, or with those of diffusers, which takes
+the rank for alpha where there is none; see :mod:`~starmerge.checkpoints.lora.formats`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from starmerge.checkpoints.writer import OutputTensor
 
-WEIGHTS = "adapter_model.safetensors"
+Style: TypeAlias = Literal["peft", "kohya", "diffusers"]
+"""Whose names the factors have."""
+
+_AFFIXES: dict[Style, tuple[str, str, str]] = {
+    "peft": ("base_model.model.", ".lora_A.weight", ".lora_B.weight"),
+    "kohya": ("", ".lora_down.weight", ".lora_up.weight"),
+    "diffusers": ("", ".lora_A.weight", ".lora_B.weight"),
+}
+"""What stands before a module's name, and behind it for A and for B."""
+
+WEIGHTS: dict[Style, str] = {
+    "peft": "adapter_model.safetensors",
+    "kohya": "pytorch_lora_weights.safetensors",
+    "diffusers": "pytorch_lora_weights.safetensors",
+}
+"""The file of an adapter in a folder, as what loads it looks for it."""
+
 CONFIG = "adapter_config.json"
-PREFIX = "base_model.model."
+PREFIX = _AFFIXES["peft"][0]
 
 
 @dataclass(frozen=True)
@@ -27,11 +45,12 @@ class Module:
     """A module of the model that an adapter changes."""
 
     name: str
-    """As PEFT knows it."""
+    """As its tool knows it."""
     is_embedding: bool = False
     """Whether it looks rows up, as torch's Embedding does; its weight is (rows, width)."""
     is_transposed: bool = False
     """Whether the base holds its weight as (in, out), as GPT-2's Conv1D does."""
+    style: Style = "peft"
 
     @property
     def flips(self) -> bool:
@@ -40,12 +59,17 @@ class Module:
 
     def keys(self) -> tuple[str, str]:
         """Return the names of A and B in the file."""
-        if self.is_embedding:
+        if self.is_embedding and self.style == "peft":
             return (
                 f"{PREFIX}{self.name}.lora_embedding_A",
                 f"{PREFIX}{self.name}.lora_embedding_B",
             )
-        return f"{PREFIX}{self.name}.lora_A.weight", f"{PREFIX}{self.name}.lora_B.weight"
+        prefix, a, b = _AFFIXES[self.style]
+        return f"{prefix}{self.name}{a}", f"{prefix}{self.name}{b}"
+
+    def alpha(self, r: int) -> dict[str, Tensor]:
+        """Return the tensors that the scale is computed of, as alpha/r."""
+        return {f"{self.name}.alpha": torch.tensor(float(r))} if self.style == "kohya" else {}
 
     def layout(self, shape: tuple[int, ...], r: int, dtype: torch.dtype) -> list[OutputTensor]:
         """Return how A and B are stored.

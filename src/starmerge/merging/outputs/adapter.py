@@ -1,11 +1,12 @@
-"""A merged adapter: the update itself, as a LoRA that PEFT and servers load."""
+"""A merged adapter: the update itself, as a LoRA that the tool loads which made the merged ones."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from starmerge.checkpoints.lora.file import (
     adapter_config,
     target_modules,
 )
-from starmerge.checkpoints.tensors import TensorInfo, open_checkpoint
+from starmerge.checkpoints.tensors import Checkpoint, TensorInfo, open_checkpoint
 from starmerge.checkpoints.writer import OutputTensor, ShardWriter, json_bytes
 from starmerge.deltas import LowRank, is_finite, matrix_shape
 from starmerge.errors import StarmergeError, UsageError
@@ -33,13 +34,24 @@ from starmerge.merging.outputs.approximation import (
 )
 from starmerge.merging.outputs.model import finite
 from starmerge.merging.outputs.output import Finished, Slot
-from starmerge.merging.outputs.places import Where, carried, others, places_of
+from starmerge.merging.outputs.places import Where, carried, others, places_of, style_of
 from starmerge.methods.pipeline import Merged
 from starmerge.recipe import Dtype
 from starmerge.storage import OutputFolder
 
-_FACTORS = "factors"
+FACTORS = "factors"
 """Folder of the factors before all ranks are known."""
+
+_COMMON_METADATA = (
+    "modelspec.architecture",
+    "modelspec.implementation",
+    "modelspec.prediction_type",
+    "modelspec.resolution",
+    "modelspec.sai_model_spec",
+    "ss_base_model_version",
+    "ss_v2",
+)
+"""Keys of headers that say which model an adapter is of; kept where all adapters agree."""
 
 _TASK_TYPES = {
     "ForCausalLM": "CAUSAL_LM",
@@ -54,7 +66,10 @@ _TASK_TYPES = {
 
 @dataclass(frozen=True)
 class AdapterOutput:
-    """A folder in PEFT's layout whose B·A is the merged update.
+    """An adapter whose B·A is the merged update: a folder, or one file.
+
+    It has the layout of the merged adapters: PEFT's, or for diffusion models kohya's or that of
+    diffusers. PEFT's needs a config beside it, and is a folder.
 
     Where the update has no more factors than the rank allows, they are written as they are, in
     float32, and the adapter is exact: merged alone into the base, it gives the bytes of the merged
@@ -69,17 +84,28 @@ class AdapterOutput:
         rank: The highest rank; None: as high as the updates need.
         max_error: Refuse an adapter whose update is farther from the merge's, in the Frobenius norm
             relative to it.
+        is_file: Write one file alone, instead of a folder.
+        recipe: The recipe in YAML, for the header of a file that has no report beside it.
     """
 
     wanted: Dtype
     rank: int | None = None
     max_error: float | None = None
+    is_file: bool = False
+    recipe: str = ""
 
     kind = "adapter"
-    library = "peft"
     needs_base = False
     is_assembled = True
     reads_inputs = False
+
+    writing: ClassVar[type[AdapterWriting]]
+    """What writes it."""
+
+    @property
+    def member(self) -> str | None:
+        """The file of the folder that alone is published; None: all."""
+        return WEIGHTS["kohya"] if self.is_file else None
 
     def dtype(self, source: TensorInfo, *, is_merged: bool) -> torch.dtype | None:
         """Return the dtype of the factors, for tensors that some model changes."""
@@ -87,7 +113,16 @@ class AdapterOutput:
         return dtype if is_merged else None
 
     def check(self, contents: Contents) -> None:
-        """Make sure that there is something to write."""
+        """Make sure that there is something to write, and that a file alone can be loaded."""
+        self.check_places(contents)
+        if self.is_file and style_of(contents) == "peft":
+            raise UsageError(
+                "The adapters have PEFT's layout, in which a config beside the file says what the "
+                "updates are scaled by. Give a folder as the output."
+            )
+
+    def check_places(self, contents: Contents) -> None:
+        """Make sure that some update has a place in an adapter."""
         if all(place is None for place in places_of(contents).values()) and not carried(contents):
             raise UsageError(
                 "Nothing that the models change can be in an adapter: neither vectors nor tied "
@@ -113,7 +148,7 @@ class AdapterOutput:
         """Return what is read for a tensor: what is written is little beside it."""
         return tensor.bytes_to_read
 
-    def lay_out(self, contents: Contents, folder: OutputFolder) -> _AdapterWriting:
+    def lay_out(self, contents: Contents, folder: OutputFolder) -> AdapterWriting:
         """Make room for the factors at the highest rank that may be needed.
 
         They go into a folder of their own, and into the adapter's file once the rank is known.
@@ -124,12 +159,18 @@ class AdapterOutput:
         self._check_rank(contents)
         places = places_of(contents)
         layout = self._layout(contents, places)
-        factors = ShardWriter(folder, layout, stem=f"{_FACTORS}/model")
+        factors = ShardWriter(folder, layout, stem=f"{FACTORS}/model")
         factors.lay_out()
-        return _AdapterWriting(self, contents, places, folder, factors)
+        return self.writing(self, contents, places, folder, factors)
+
+    def library(self, contents: Contents) -> str:
+        """Return the library that loads adapters of such models."""
+        return "peft" if style_of(contents) == "peft" else "diffusers"
 
     def usage(self, contents: Contents, folder: str) -> str:
         """Return how to load it, and how to fold it into the base."""
+        if style_of(contents) != "peft":
+            return f"Load it with diffusers (`pipeline.load_lora_weights('{folder}')`) or ComfyUI."
         base = contents.base.source.name or "BASE"
         return (
             f"Load it with PEFT (`PeftModel.from_pretrained(base, '{folder}')`) or a server of "
@@ -171,7 +212,9 @@ class AdapterOutput:
 
 
 @dataclass(frozen=True)
-class _AdapterWriting:
+class AdapterWriting:
+    """An adapter that is being written, its factors as yet at the highest rank they may have."""
+
     output: AdapterOutput
     contents: Contents
     where: Mapping[str, Where]
@@ -239,10 +282,16 @@ class _AdapterWriting:
                 f"merge's, and max_error is {self.output.max_error:g}. --dry-run shows the rank "
                 "that each error costs."
             )
+        taken = carried(self.contents)
+        assembled = self.assemble(r)
+        left_out = overall_error([{**q, "error": q["stored"] == "left out"} for q in records])
+        facts = {"rank": r, "error": error, "kept": _kept(error), "left_out": left_out**2}
+        return Finished(_summary(r, error, left_out**2, taken), facts, digests=assembled)
+
+    def _config(self, r: int) -> dict[str, Any]:
+        """Return PEFT's config."""
         places = self.where
         modules = {name: place for name, place in places.items() if isinstance(place, Module)}
-        taken = carried(self.contents)
-        assembled = self._assemble(r, taken)
         adapters = [model for model in self.contents.models if isinstance(model, Adapter)]
         saving = [adapter for adapter in adapters if adapter.saved]
         config = adapter_config(
@@ -256,51 +305,91 @@ class _AdapterWriting:
             task_type=_task_type(self.contents.base, adapters),
         )
         config["fan_in_fan_out"] |= any(adapter.config.fan_in_fan_out for adapter in adapters)
-        self.folder.put(CONFIG, json_bytes(config))
-        left_out = overall_error([{**q, "error": q["stored"] == "left out"} for q in records])
-        facts = {"rank": r, "error": error, "kept": _kept(error), "left_out": left_out**2}
-        return Finished(_summary(r, error, left_out**2, taken), facts, digests=assembled)
+        return config
 
-    def _assemble(
-        self, r: int, carried: Mapping[str, tuple[Adapter, str]]
-    ) -> dict[str, dict[str, str]]:
+    def _metadata(self, r: int) -> dict[str, str]:
+        """Return the texts of the header: what tools of diffusion models look for; the recipe."""
+        style = style_of(self.contents)
+        if style == "peft":
+            return {}
+        adapters = [model for model in self.contents.models if isinstance(model, Adapter)]
+        headers = [adapter.checkpoint.metadata for adapter in adapters]
+        common = {
+            key: headers[0][key]
+            for key in _COMMON_METADATA
+            if key in headers[0] and all(header.get(key) == headers[0][key] for header in headers)
+        }
+        if style == "kohya":
+            common |= {
+                "ss_network_module": "networks.lora",
+                "ss_network_dim": str(r),
+                "ss_network_alpha": str(float(r)),
+            }
+        made = {"version": importlib.metadata.version("starmerge"), "recipe": self.output.recipe}
+        return {**common, **{f"starmerge_{key}": text for key, text in made.items()}}
+
+    def assemble(self, r: int) -> dict[str, dict[str, str]]:
         """Write all factors at rank r, and delete what they were collected in.
 
         Returns:
-            The digests of what was written.
+            The digests of what was written, by file.
         """
-        collected = open_checkpoint(self.folder.place(_FACTORS))
+        collected = open_checkpoint(self.folder.place(FACTORS))
         layout: list[OutputTensor] = []
         sources: dict[str, Callable[[], Tensor]] = {}
         for tensor in self.contents.tensors:
             place = self.where[tensor.source.name]
             if isinstance(place, Module):
-                own = place.layout(tensor.source.shape, r, tensor.dtype)
-                layout += own
-                for axis, factor in enumerate(own):
-                    sources[factor.name] = _resized(collected.read, factor, axis, r)
+                own = self.factors_at(r, tensor, place, collected)
+                layout += [factor for factor, _ in own]
+                sources |= {factor.name: read for factor, read in own}
+                for key, alpha in place.alpha(r).items():
+                    layout.append(OutputTensor(key, alpha.dtype, (), alpha.nbytes))
+                    sources[key] = _always(alpha)
             elif place is not None:
                 info = collected[place]
                 layout.append(OutputTensor(place, info.dtype, info.shape, info.nbytes))
                 sources[place] = _reader(collected.read, place)
-        for name, (adapter, key) in carried.items():
+        for name, (adapter, key) in carried(self.contents).items():
             info = adapter.checkpoint[key]
             layout.append(OutputTensor(name, info.dtype, info.shape, info.nbytes))
             sources[name] = _reader(adapter.checkpoint.read, key)
         layout.sort(key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
-        stem = WEIGHTS.removesuffix(".safetensors")
+        style = style_of(self.contents)
+        stem = WEIGHTS[style].removesuffix(".safetensors")
         whole = sum(tensor.nbytes for tensor in layout)
-        with ShardWriter(self.folder, layout, stem=stem, shard_bytes=whole) as writer:
+        with ShardWriter(
+            self.folder, layout, stem=stem, shard_bytes=whole, metadata=self._metadata(r)
+        ) as writer:
             for name, source in sources.items():
                 writer.write(name, source())
             digests = {name: writer.digest(name) for name in sources}
+        if style == "peft":
+            self.folder.put(CONFIG, json_bytes(self._config(r)))
         del collected
-        self.folder.delete(_FACTORS)
+        self.folder.delete(FACTORS)
         return writer.by_file(digests)
+
+    def factors_at(
+        self, r: int, tensor: PlannedTensor, place: Module, collected: Checkpoint
+    ) -> list[tuple[OutputTensor, Callable[[], Tensor]]]:
+        """Return how A and B are stored at rank r, and what reads them with zeros up to it.
+
+        Args:
+            r: The rank.
+            tensor: The tensor that they change.
+            place: Its module.
+            collected: The factors at the highest rank that they may have.
+        """
+        own = place.layout(tensor.source.shape, r, tensor.dtype)
+        return [(f, _resized(collected.read, f, axis, r)) for axis, f in enumerate(own)]
 
     def close(self, *, flush: bool) -> None:
         """Close the file of the factors."""
         self.factors.close(flush=flush)
+
+
+AdapterOutput.writing = AdapterWriting
 
 
 def overall_error(records: Sequence[Mapping[str, Any]]) -> float:
@@ -338,6 +427,10 @@ def _resized(
         return whole
 
     return resized
+
+
+def _always(tensor: Tensor) -> Callable[[], Tensor]:
+    return lambda: tensor
 
 
 def _reader(read: Callable[[str], Tensor], name: str) -> Callable[[], Tensor]:

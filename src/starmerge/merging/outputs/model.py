@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from starmerge.checkpoints.hashing import read_and_hash
-from starmerge.checkpoints.tensors import MERGEABLE, TensorInfo
+from starmerge.checkpoints.tensors import DIFFUSION_STEM, MERGEABLE, TensorInfo
 from starmerge.checkpoints.writer import OutputTensor, ShardWriter, json_bytes
 from starmerge.deltas import is_finite, matrix_shape
 from starmerge.errors import StarmergeError
@@ -37,10 +37,10 @@ class ModelOutput:
     wanted: Dtype
 
     kind = "model"
-    library = "transformers"
     needs_base = True
     is_assembled = False
     reads_inputs = False
+    member = None
 
     def dtype(self, source: TensorInfo, *, is_merged: bool) -> torch.dtype:
         """Return the dtype that is wanted, for tensors that can have it."""
@@ -72,9 +72,13 @@ class ModelOutput:
         layout = [
             OutputTensor(t.source.name, t.dtype, t.source.shape, t.nbytes) for t in contents.tensors
         ]
-        shards = ShardWriter(folder, layout)
+        shards = ShardWriter(folder, layout, stem=contents.base.stem)
         shards.lay_out()
         return _ModelWriting(self.wanted, contents, folder, shards)
+
+    def library(self, contents: Contents) -> str:
+        """Return the library whose models they are."""
+        return "diffusers" if contents.base.stem == DIFFUSION_STEM else "transformers"
 
     def usage(self, contents: Contents, folder: str) -> str:
         """Return nothing: the card's metadata say what loads it."""

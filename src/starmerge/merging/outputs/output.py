@@ -90,16 +90,16 @@ class Output(Placing, Protocol):
         """Its name in recipes."""
 
     @property
-    def library(self) -> str:
-        """What loads it."""
-
-    @property
     def is_assembled(self) -> bool:
         """Whether its files are put together, when it is finished, of all tensors."""
 
     @property
     def reads_inputs(self) -> bool:
         """Whether it looks at the task vectors beside the merged update."""
+
+    @property
+    def member(self) -> str | None:
+        """The file of the folder that alone is published, under the output's name; None: all."""
 
     def check(self, contents: Contents) -> None:
         """Make sure, before anything is read, that what is merged can be written so.
@@ -119,6 +119,9 @@ class Output(Placing, Protocol):
 
     def lay_out(self, contents: Contents, folder: OutputFolder) -> Writing:
         """Make the files that the tensors go into, or take up those of an interrupted run."""
+
+    def library(self, contents: Contents) -> str:
+        """Return the library that loads it, as the Hub calls it."""
 
     def usage(self, contents: Contents, folder: str) -> str:
         """Return how to use what was written, in a sentence or two for its card.

@@ -8,7 +8,8 @@ from typing import TypeAlias
 
 from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.lora.adapter import Adapter
-from starmerge.checkpoints.lora.file import PREFIX, Module
+from starmerge.checkpoints.lora.file import PREFIX, Module, Style
+from starmerge.checkpoints.lora.flat_names import flattened, part_of
 from starmerge.checkpoints.names import Change, changed, names_in_model, prefix_change
 from starmerge.merging.layout import Contents, PlannedTensor
 
@@ -21,8 +22,12 @@ def places_of(contents: Contents) -> dict[str, Where]:
     """Return where each tensor's update goes in an adapter, by the tensor's name.
 
     Modules have the names that the adapters have for them; those that only full fine-tunes change
-    have the names that transformers gives them, which is asked in a process of its own.
+    have the names that transformers gives them, which is asked in a process of its own. In adapters
+    of diffusion models names begin with a part of the pipeline; see :func:`style_of`.
     """
+    style = style_of(contents)
+    if style != "peft":
+        return _places_in_pipeline(contents, style)
     places: dict[str, Where] = {}
     unnamed = []
     change = _common_change(contents)
@@ -40,6 +45,45 @@ def places_of(contents: Contents) -> dict[str, Where]:
         is_linear = len(base.checkpoint[stored].shape) == 2 and not base.is_embedding(stored)
         places[stored] = Module(name, base.looks_up(stored), base.stores_input_first and is_linear)
     return places
+
+
+def style_of(contents: Contents) -> Style:
+    """Return whose names the modules of an adapter have: those that the merged adapters have.
+
+    Of diffusion models they are kohya's if one of the adapters has them so, since dots can be left
+    out and not put back.
+    """
+    formats = [model.format for model in contents.models if isinstance(model, Adapter)]
+    if not any(own.is_diffusion for own in formats):
+        return "peft"
+    return "kohya" if any(own.has_flat_names for own in formats) else "diffusers"
+
+
+def _places_in_pipeline(contents: Contents, style: Style) -> dict[str, Where]:
+    """Return the places in an adapter of a diffusion model."""
+    places: dict[str, Where] = {}
+    modules: dict[str, Module] = {}
+    for tensor in contents.tensors:
+        name, place = tensor.source.name, _place_by_models(tensor)
+        places[name] = None
+        if isinstance(place, Module):
+            modules[name] = place
+        elif place is None and _has_factors(contents.base, tensor):
+            modules[name] = Module(name.removesuffix(".weight"))
+    names = [module.name for module in modules.values()]
+    named = flattened(names) if style == "kohya" else _in_one_part(names)
+    for (stored, module), name in zip(modules.items(), named, strict=True):
+        places[stored] = replace(module, name=name, style=style)
+    return places
+
+
+def _in_one_part(names: Sequence[str]) -> list[str]:
+    """Put names that have no part of a pipeline into the part that others have, if it is one."""
+    heads = {name.partition(".")[0] for name in names if part_of(name)[0]}
+    if len(heads) != 1:
+        return list(names)
+    (head,) = heads
+    return [name if part_of(name)[0] else f"{head}.{name}" for name in names]
 
 
 def _place_by_models(tensor: PlannedTensor) -> Where:
@@ -82,7 +126,7 @@ def _common_change(contents: Contents) -> Change | None:
 
 def _names_in(adapter: Adapter) -> dict[str, str]:
     """Return the names that an adapter has for the weights that it changes, by the stored ones."""
-    names = {tensor: keys.keys.weight for tensor, keys in adapter.factors.items()}
+    names = {tensor: placed.update.weight for tensor, placed in adapter.updates.items()}
     whole = {tensor: key.removeprefix(PREFIX) for tensor, key in adapter.replacements.items()}
     return names | whole
 

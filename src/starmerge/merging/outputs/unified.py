@@ -43,10 +43,10 @@ class UnifiedOutput:
     wanted: Dtype
 
     kind = "unified"
-    library = "starmerge"
     needs_base = False
     is_assembled = False
     reads_inputs = True
+    member = None
 
     def dtype(self, source: TensorInfo, *, is_merged: bool) -> torch.dtype | None:
         """Return the dtype of the vector, for tensors that some model changes."""
@@ -86,6 +86,10 @@ class UnifiedOutput:
                 opened.enter_context(writer)
             opened.pop_all()  # all could be laid out, and stay open
         return _UnifiedWriting(contents, folder, names, unified, masks)
+
+    def library(self, contents: Contents) -> str:
+        """Return the library of the models that are made of it."""
+        return "starmerge"
 
     def usage(self, contents: Contents, folder: str) -> str:
         """Return how to get a task's model."""
