@@ -85,7 +85,8 @@ def open_finetuned(name: str, source: Source, base: Base) -> FinetunedModel:
         StarmergeError: A tensor is missing, is there in excess, or has another shape; a file is
             missing or broken.
     """
-    checkpoint = open_base(source).checkpoint
+    opened = open_base(source)
+    checkpoint = opened.checkpoint
     for tensor in base.checkpoint:
         if tensor not in checkpoint:
             raise StarmergeError(
@@ -111,4 +112,4 @@ def open_finetuned(name: str, source: Source, base: Base) -> FinetunedModel:
                 "fine-tune of that base?"
             )
     changed = frozenset(name for name in checkpoint if checkpoint[name].dtype in MERGEABLE)
-    return FinetunedModel(name, source, checkpoint, changed)
+    return FinetunedModel(name, source, checkpoint, changed, opened.notes)
