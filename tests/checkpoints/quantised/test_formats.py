@@ -316,6 +316,7 @@ def test_a_format_that_is_not_read_is_refused(
     [
         ({"bits": "4"}, "bits of quantization_config is '4', and must be of the type int"),
         ({"bits": True}, "bits of quantization_config is True"),
+        ({"bits": None}, "quantization_config of its config has no 'bits'"),
         ({"group_size": [3]}, "group_size"),
     ],
 )

@@ -124,6 +124,8 @@ class Entries:
         """
         value = self.settings.get(key)
         value = default if value is None else value
+        if value is None:
+            raise StarmergeError(f"{self.where}: quantization_config of its config has no '{key}'.")
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise StarmergeError(
                 f"{self.where}: {key} of quantization_config is {value!r:.100}, and must be of the "

@@ -74,8 +74,13 @@ def dequantised(checkpoint: Checkpoint, config: Mapping[str, Any], where: str) -
     method = settings.get("quant_method")
     if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
         method = "bitsandbytes"  # configs of its first releases lack the name
-    if method not in FORMATS or config.get("model_type") in _INPUT_FIRST:
+    if (
+        not isinstance(method, str)
+        or method not in FORMATS
+        or config.get("model_type") in _INPUT_FIRST
+    ):
         raise UsageError(_refusal(str(method), config, where))
+    assert isinstance(method, str)
     entries = Entries(checkpoint, settings, where)
     plain, found = FORMATS[method](entries)
     note = (
