@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from starmerge.checkpoints.quantised import bitsandbytes, packing
+from starmerge.checkpoints.quantised import bitsandbytes, dequantised, packing, settings_of
+from starmerge.checkpoints.tensors import open_checkpoint
 from starmerge.errors import StarmergeError, UsageError
 from tests.checkpoints.quantised.stored import GPTQ, gptq_layer, read
 from tests.oracles import quantised as oracle
@@ -117,6 +118,52 @@ def test_awq_reads_any_codes_and_zeros(
     assert np.array_equal(W, expected)
 
 
+@settings(max_examples=40)
+@given(
+    bits=st.integers(1, 8),
+    rows=st.integers(1, 35),
+    groups=st.integers(1, 4),
+    size=st.integers(1, 20),
+    has_zero=st.booleans(),
+    has_order=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_packed_codes_are_read_with_any_zeros_and_orders(
+    tmp_path_factory: pytest.TempPathFactory,
+    bits: int,
+    rows: int,
+    groups: int,
+    size: int,
+    has_zero: bool,
+    has_order: bool,
+    seed: int,
+) -> None:
+    random = np.random.default_rng(seed)
+    columns, low = groups * size, -(2 ** (bits - 1))
+    q = random.integers(low, -low, (columns, rows))
+    z = random.integers(low, -low, (groups, rows)) * has_zero
+    s = random.uniform(0.5, 2, (groups, rows)).astype(np.float16)
+    order = random.integers(0, groups, columns) if has_order else np.arange(columns) // size
+    stored = {
+        "a.weight_packed": torch.from_numpy(oracle.packed(q - low, bits).T.copy()),
+        "a.weight_shape": torch.tensor([rows, columns]),
+        "a.weight_scale": torch.from_numpy(s.T.copy()),
+    }
+    if has_zero:
+        stored["a.weight_zero_point"] = torch.from_numpy(oracle.packed(z.T - low, bits))
+    if has_order:
+        stored["a.weight_g_idx"] = torch.from_numpy(order.astype(np.int32))
+    scheme = {"weights": {"num_bits": bits, "strategy": "group", "group_size": size}}
+    settings = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": scheme},
+    }
+    found = read(stored, settings, tmp_path_factory.mktemp("packed"))
+    W = found.checkpoint.read("a.weight").double().numpy()
+    assert np.array_equal(W, oracle.grouped(q, z, s.astype(float), order))
+
+
 @settings(max_examples=30)
 @given(
     shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
@@ -207,9 +254,6 @@ def test_four_bits_read_any_code_book(
 
 
 def test_a_config_of_the_text_model_within_another_counts(tmp_path: Path) -> None:
-    from starmerge.checkpoints.quantised import dequantised, settings_of
-    from starmerge.checkpoints.tensors import open_checkpoint
-
     stored, expected, settings = golden("gptq_4")
     read(stored, settings, tmp_path)
     config = {"text_config": {"quantization_config": settings, "vocab_size": 3}}
@@ -280,6 +324,44 @@ def test_what_does_not_fit_is_refused_by_its_name(
         read(changed, config, tmp_path)
 
 
+STRANGE = [None, 0, -1, "x", [], {}, [1, 2], 2**70, 1.5, True, {"a": None}, {"a": {"format": []}}]
+
+
+@settings(max_examples=300)
+@given(case=st.sampled_from(CASES), data=st.data())
+def test_nothing_but_a_clear_error_comes_of_a_spoilt_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, case: str, data: st.DataObject
+) -> None:
+    stored, _, config = golden(case)
+    if data.draw(st.booleans()):
+        config[data.draw(st.sampled_from(sorted(config)))] = data.draw(st.sampled_from(STRANGE))
+    else:
+        name = data.draw(st.sampled_from(sorted(stored)))
+        part = stored[name]
+        entries = part.contiguous().view(-1).view(torch.uint8)
+        spoilt = data.draw(st.sampled_from(["dtype", "shape", "order", "bytes"]))
+        if spoilt == "dtype":
+            dtypes = [torch.float32, torch.float64, torch.int32, torch.int64, torch.uint8]
+            part = part.to(data.draw(st.sampled_from(dtypes)))
+        elif spoilt == "shape":
+            shape = data.draw(st.lists(st.integers(0, 4), max_size=3))
+            part = torch.zeros(shape).to(part.dtype)
+        elif spoilt == "order" and part.ndim > 1:
+            part = part.T.contiguous()
+        else:
+            seed = data.draw(st.integers(0, 2**16))
+            order = torch.randperm(len(entries), generator=torch.Generator().manual_seed(seed))
+            part = entries[order].view(part.dtype).view(part.shape)
+        stored[name] = part
+    try:
+        found = read(stored, config, tmp_path_factory.mktemp("spoilt"))
+        for name, info in found.checkpoint.items():
+            weight = found.checkpoint.read(name)
+            assert (weight.dtype, weight.shape) == (info.dtype, info.shape)
+    except StarmergeError as error:
+        assert "the model" in str(error) or "layer.weight" in str(error)
+
+
 def test_an_input_of_a_group_that_is_not_there_is_refused_when_it_is_read(tmp_path: Path) -> None:
     stored, _, config = golden("gptq_4")
     for wrong in (-1, 2):
@@ -333,6 +415,16 @@ def test_a_config_that_promises_quantised_weights_where_all_are_plain_is_refused
 ) -> None:
     with pytest.raises(StarmergeError, match="none of its tensors is"):
         read({"a.weight": torch.ones(2, 2)}, GPTQ, tmp_path)
+
+
+def test_a_model_whose_plain_layers_are_stored_the_other_way_round_is_refused(
+    tmp_path: Path,
+) -> None:
+    stored, _, settings = golden("gptq_4")
+    read(stored, settings, tmp_path)
+    config = {"quantization_config": settings, "model_type": "gpt2", "_name_or_path": "gpt2"}
+    with pytest.raises(UsageError, match=r"a quantised gpt2, .*the unquantised model; its config"):
+        dequantised(open_checkpoint(tmp_path), config, "the model")
 
 
 def test_without_an_order_groups_are_one_after_the_other(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from starmerge.errors import StarmergeError
 
-PANEL = 2**20
+PANEL = 2**18
 """Entries that are computed at once, at least a row of blocks."""
 
 

@@ -124,14 +124,14 @@ def fbgemm_fp8(entries: Entries) -> tuple[Checkpoint, str]:
 
 def compressed_tensors(entries: Entries) -> tuple[Checkpoint, str]:
     """Read the formats of compressed-tensors for fp8, int8 and packed integers of 1 to 8 bits."""
-    settings = entries.settings
-    formats = {settings.get("format")} | {
-        group.get("format") for group in _groups(entries) if group.get("format") is not None
-    }
     known = {"float-quantized", "int-quantized", "naive-quantized", "pack-quantized"}
-    if formats - known - {"mixed-precision"}:
-        unknown = ", ".join(sorted(str(one) for one in formats - known - {"mixed-precision"}))
-        entries.refuse(f"compressed-tensors' format {unknown}; {', '.join(sorted(known))} are read")
+    named = [entries.setting("format", str), *(group.get("format") for group in _groups(entries))]
+    unknown = {str(name) for name in named if name is not None} - known - {"mixed-precision"}
+    if unknown:
+        entries.refuse(
+            f"compressed-tensors' format {', '.join(sorted(unknown))}; "
+            f"{', '.join(sorted(known))} are read"
+        )
     if entries.setting("sparsity_config", dict, {}).get("format") not in (None, "dense"):
         entries.refuse("its weights are stored sparse")
     if entries.setting("transform_config", dict, {}).get("config_groups"):
@@ -143,7 +143,7 @@ def compressed_tensors(entries: Entries) -> tuple[Checkpoint, str]:
     block = next(iter(blocks), None)
     kinds = set()
     for prefix in entries.named(".weight_packed"):
-        kinds.add(_packed(entries, prefix, {s.get("num_bits") for s in schemes}))
+        kinds.add(_packed(entries, prefix, [s.get("num_bits") for s in schemes]))
     for name, info in entries.checkpoint.items():
         if info.dtype in (*FP8, torch.int8) and name.endswith(".weight"):
             entries.find(name)
@@ -208,7 +208,7 @@ def _block(entries: Entries, value: Any) -> tuple[int, int] | None:
     return value[0], value[1]
 
 
-def _packed(entries: Entries, prefix: str, configured: set[Any]) -> str:
+def _packed(entries: Entries, prefix: str, configured: list[Any]) -> str:
     """Put a weight in the place of its packed codes; return of how many bits they are."""
     name = f"{prefix}.weight"
     words = entries.take(f"{name}_packed", (torch.int32,), of=name)
