@@ -61,10 +61,12 @@ bench: base
 clean:
 	rm -rf $(VENV) $(DEMO_OUTPUT) site
 
-# The tested version of torch first: a looser requirement would fetch whatever is newest.
+# The tested version of torch first: a looser requirement would fetch whatever is newest. Of
+# fusion-bench a test reads the prompts alone, which need nothing that it depends on.
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet -e '.[dev]'
+	$(BIN)/pip install --quiet --no-deps 'fusion-bench>=0.2.33'
 	touch $@

@@ -308,7 +308,10 @@ def test_adapter_configs(
     ("changes", "words"),
     [
         ({"quantization_config": "x"}, "quantization_config is 'x', and must be an object"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "is quantised"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "is quantised"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "has no 'bits'"),
+        ({"quantization_config": {"quant_method": ["gptq"]}}, "is quantised"),
+        ({"text_config": {"quantization_config": 4}}, "quantization_config is 4"),
         ({"text_config": "x"}, "text_config is 'x'"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', and must be true"),
         ({"architectures": "LlamaForCausalLM"}, "architectures is .*must be a list"),

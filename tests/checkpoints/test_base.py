@@ -15,14 +15,15 @@ from starmerge.errors import StarmergeError, UsageError
 from tests.conftest import MakeAdapter, MakeFinetune, edit_json
 
 
-def test_refuses_an_adapter_and_a_quantised_model_as_base(
+def test_refuses_an_adapter_and_a_model_quantised_in_an_unknown_way_as_base(
     make_adapter: MakeAdapter, make_finetune: MakeFinetune
 ) -> None:
     with pytest.raises(UsageError, match="is an adapter"):
         open_base(resolve(make_adapter("adapter")))
     quantised = make_finetune("quantised")
-    edit_json(quantised / "config.json", quantization_config={"quant_method": "gptq"})
-    with pytest.raises(UsageError, match=r"quantised \(gptq.*unquantised"):
+    settings = {"quant_method": "hqq"}
+    edit_json(quantised / "config.json", quantization_config=settings, _name_or_path="org/plain")
+    with pytest.raises(UsageError, match=r"quantised \(hqq.*unquantised model; .* org/plain"):
         open_base(resolve(quantised))
 
 

@@ -145,6 +145,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
         (["evaluate", "{base}", "-t", "digits", "--data", "past=x.csv"], 2, "there is no file"),
         (["evaluate", "{base}", "-t", "digits", "--data", "rows"], 2, "write NAME=PATH"),
         (["evaluate", "{base}", "-t", "flan-t5/qqp"], 2, "--data qqp=rows.jsonl"),
+        (["evaluate", "{base}", "-t", "digits", "--prompts", "x"], 2, "fusion-bench"),
+        (["suite", "flan-t5", "-o", "{out}", "--prompts", "x"], 2, "fusion-bench"),
         (
             ["calibrate", "{base}", "-o", "{out}", "--texts", "gone.txt"],
             2,

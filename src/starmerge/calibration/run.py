@@ -231,6 +231,11 @@ def calibrate(
     names = [entry["name"] for entry in model_entries(models)]
     _check_names(names, list(tasks))
     opened = open_base(resolve(base))
+    if opened.quantised:
+        raise UsageError(
+            f"{opened.source} is quantised ({opened.quantised}): its layers are not those whose "
+            "inputs are measured. Give the unquantised model."
+        )
     vectors = load_task_vectors(base, models, any_base=any_base) if names else None
     model, tokenizer = load_text_model(opened.source.path, device=device, dtype=dtype)
     writer = Writer(model, tokenizer, seed=seed, length=length or LENGTH)

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from starmerge.checkpoints.quantised import QUANTISATION, dequantised, settings_of
 from starmerge.checkpoints.source import SIDE_FILES, Source
 from starmerge.checkpoints.tensors import DIFFUSION_STEM, Checkpoint, open_checkpoint
 from starmerge.errors import StarmergeError, UsageError
@@ -17,7 +18,15 @@ from starmerge.reading import read_json
 from starmerge.storage import Place, exists, is_file, storage_of
 from starmerge.storage.publishing import REPORT
 
-_OWN_FILES = ("config.json", "*.index.json", REPORT, "adapter_config.json")
+_OWN_FILES = (
+    "config.json",
+    "*.index.json",
+    REPORT,
+    "adapter_config.json",
+    # Of GPTQ and AWQ: settings of weights that are stored as plain ones now.
+    "quantize_config.json",
+    "quant_config.json",
+)
 """Files beside the weights that a merged model gets anew or must not have."""
 
 _EMBEDDINGS = ("wte", "wpe", "relative_attention_bias")
@@ -34,6 +43,9 @@ class Base:
     """``config.json``."""
     notes: tuple[str, ...] = ()
     """Sentences on it that whoever merges into it should read."""
+    quantised: str | None = None
+    """What the files store the weights as, if not as they are: "GPTQ, 4 bits". The checkpoint and
+    the config are those of plain weights."""
 
     has_weights: ClassVar[bool] = True
     """Whether the checkpoint's tensors can be read."""
@@ -166,8 +178,10 @@ def is_embedding_name(part: str) -> bool:
 def open_base(source: Source) -> Base:
     """Open a base model; reads its config and the headers of its weights.
 
+    Quantised weights stand in the checkpoint as plain ones, which are computed when they are read.
+
     Raises:
-        UsageError: The folder is an adapter, or a quantised model.
+        UsageError: The folder is an adapter, or a model quantised in a way that is not read.
         StarmergeError: A file is missing or broken.
     """
     if is_file(source.path) or is_file(source.path / "adapter_config.json"):
@@ -178,13 +192,11 @@ def open_base(source: Source) -> Base:
     if not exists(source.path / "config.json"):
         raise StarmergeError(f"{source} has no config.json, so it is not a model's folder.")
     config = read_config(source.path)
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise UsageError(
-            f"{source} is quantised ({method}, 'quantization_config' in config.json): deltas "
-            "cannot be added to its codes. Give the unquantised model as the base."
-        )
-    return Base(source, open_checkpoint(source.path), config)
+    checkpoint = open_checkpoint(source.path)
+    if settings_of(config) is None:
+        return Base(source, checkpoint, config)
+    plain = dequantised(checkpoint, config, str(source))
+    return Base(source, plain.checkpoint, plain.config, (plain.note,), plain.format)
 
 
 def read_config(folder: Place) -> dict[str, Any]:
@@ -195,9 +207,10 @@ def read_config(folder: Place) -> dict[str, Any]:
     """
     file = folder / "config.json"
     config = read_json(file)
-    for key in ("quantization_config", "text_config"):
-        _check_value(file, config, key, dict, "an object")
+    _check_value(file, config, "text_config", dict, "an object")
     for part in (config, config.get("text_config") or {}):
+        for key in QUANTISATION:
+            _check_value(file, part, key, dict, "an object")
         _check_value(file, part, "tie_word_embeddings", bool, "true or false")
     _check_value(file, config, "architectures", list, "a list")
     for name in config.get("architectures") or []:

@@ -122,7 +122,7 @@ def open_finetuned(
             f"their average would be neither: {'; '.join(compared.function)}. If this changes "
             "nothing, say so with --any-base."
         )
-    notes = []
+    notes = list(own.notes)
     if differences := [*compared.function, *compared.noted]:
         notes.append(
             f"{name}: config.json differs in {'; '.join(differences)}. The merge has the base's."

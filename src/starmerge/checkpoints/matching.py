@@ -73,7 +73,9 @@ def match(source: Source, own: Base, base: Base) -> Match:
     excess = tuple(
         name
         for name, info in theirs.items()
-        if (info.file, info.name) not in used and name != head and not _twin(own, name, theirs)
+        if name != head
+        and not used.issuperset((part.file, part.name) for part in info.stored)
+        and not _twin(own, name, theirs)
     )
     lacking = tuple(name for name in weights_of(base) if name not in found)
     return Match(found, lacking, excess, untied)

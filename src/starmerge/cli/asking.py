@@ -75,6 +75,16 @@ Data = Annotated[
         "have the same columns. Repeatable.",
     ),
 ]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        "--prompts",
+        metavar="PACKAGE",
+        help="Ask in the words of an installed package, where it has some for a task: fusion-bench "
+        "has those that the tanganke/flan-t5 adapters for GLUE were trained on.",
+        show_default="the tasks' own",
+    ),
+]
 NoCache = Annotated[
     bool,
     typer.Option(

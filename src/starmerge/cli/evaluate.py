@@ -24,6 +24,7 @@ def evaluate(
     ] = None,
     task_folder: asking.TaskFolder = None,
     data: asking.Data = None,
+    prompts: asking.Prompts = None,
     scorer: asking.Scorer = "generate",
     matching: asking.Matching = "strict",
     rows: asking.Rows = None,
@@ -57,6 +58,7 @@ def evaluate(
     from starmerge.evaluation.runner import evaluate as run
     from starmerge.evaluation.settings import Settings
     from starmerge.evaluation.table import report
+    from starmerge.evaluation.tasks.prompts import with_prompts_of
     from starmerge.recipe import parse_models
 
     settings = Settings(scorer, matching, rows, batch_size, device, dtype, backend)  # type: ignore[arg-type]
@@ -64,13 +66,15 @@ def evaluate(
         raise UsageError(f"--predictions is parquet or jsonl, not {predictions}.")
     if output is not None:
         check_results(output, overwrite=overwrite)
-    chosen = asking.tasks_of(tasks, task_folder, data)
+    chosen, wording = asking.tasks_of(tasks, task_folder, data), None
+    if prompts is not None:
+        chosen, wording = with_prompts_of(prompts, chosen)
     entries = parse_models(models or [])
     named = {entry["name"]: entry["path"] for entry in entries}
     if len(named) < len(entries):
         raise UsageError("Two models have the same name. Give each its own with NAME=PATH.")
     result = run(base, named, chosen, settings, cache=asking.cache_of(no_cache), progress=True)
-    table = report(result)
+    table = "\n\n".join([report(result), *([wording] if wording else [])])
     print(table)
     if output is not None:
         write_results(

@@ -51,6 +51,7 @@ def suite(
         ),
     ] = None,
     data: asking.Data = None,
+    prompts: asking.Prompts = None,
     scorer: asking.Scorer = "generate",
     matching: asking.Matching = "strict",
     rows: asking.Rows = None,
@@ -93,6 +94,7 @@ def suite(
         base=base,
         tasks=tasks.split(",") if tasks is not None else None,
         rows_of=asking.pairs(data, "--data"),
+        prompts=prompts,
         settings=Settings(scorer, matching, rows, batch_size, device, dtype, backend),  # type: ignore[arg-type]
         cache=asking.cache_of(no_cache),
         overwrite=overwrite,

@@ -137,7 +137,9 @@ class Plan(Contents):
 
     def memory_of(self, tensor: PlannedTensor) -> int:
         """Estimate the bytes in memory while a tensor is merged and written."""
-        merging = tensor.memory(self.pipeline, self.tasks) if tensor.models else 0
+        is_merged = bool(tensor.models)
+        reading = tensor.source.bytes_computed
+        merging = tensor.memory(self.pipeline, self.tasks) if is_merged else reading
         return merging + self.output.memory(self, tensor)
 
     def context(self, tensor: PlannedTensor, base: Tensor | None) -> TensorContext:

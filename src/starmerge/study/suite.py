@@ -15,6 +15,7 @@ from starmerge.evaluation.settings import Settings
 from starmerge.evaluation.table import report
 from starmerge.evaluation.tasks import find_task, with_rows_of
 from starmerge.evaluation.tasks.files import DataTask
+from starmerge.evaluation.tasks.prompts import with_prompts_of
 from starmerge.evaluation.tasks.suites import Suite
 from starmerge.merging.engine import MergeResult, merge
 from starmerge.methods.pipeline import Pipeline, as_pipeline
@@ -46,6 +47,7 @@ def run_suite(
     base: str | Path | None = None,
     tasks: Sequence[str] | None = None,
     rows_of: Mapping[str, Path] | None = None,
+    prompts: str | None = None,
     settings: Settings = Settings(),  # noqa: B008  (it is frozen)
     cache: ScoreCache | None = None,
     overwrite: bool = False,
@@ -60,16 +62,22 @@ def run_suite(
         base: The base, in place of the suite's.
         tasks: Some of the suite's tasks; their fine-tunes alone are merged.
         rows_of: Files with the rows of some tasks, for datasets that cannot be had.
+        prompts: The package in whose words the tasks are asked; None: their own.
         settings: How models are asked.
         cache: Where answers are kept.
         overwrite: Replace what an earlier run has left at ``output``.
         progress: Whether to show progress bars.
 
     Raises:
-        UsageError: An unknown method or task, a taken folder, a dataset that cannot be had.
+        UsageError: An unknown method or task, a taken folder, a dataset that cannot be had, prompts
+            that are not installed or do not fit.
         StarmergeError: A model cannot be had, or is broken.
     """
     found = with_rows_of(_chosen(suite, tasks), rows_of or {})
+    wording: list[str] = []
+    if prompts is not None:
+        found, note = with_prompts_of(prompts, found)
+        wording = [note]
     pipelines = {pipeline.name: pipeline for pipeline in map(as_pipeline, methods)}
     if len(pipelines) < len(methods):
         raise UsageError("A method is given twice. Run the suite once for each of its settings.")
@@ -97,7 +105,7 @@ def run_suite(
         progress=progress,
     )
     published = _published(suite) if tasks is None else ()
-    table = "\n\n".join([report(evaluation), *published])
+    table = "\n\n".join([report(evaluation), *wording, *published])
     results = output / RESULTS
     write_results(results, evaluation, table, overwrite=overwrite)
     chart = results / "chart.png"

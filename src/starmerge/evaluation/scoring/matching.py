@@ -87,7 +87,8 @@ def read(rules: Rules, response: str, gold: str, mode: Mode = "strict") -> Readi
     """Read a response.
 
     Mode ``reference`` is for comparison with numbers published with arXiv 2502.10339, and for
-    nothing else. It reads as that paper's scripts do, without case: of a closed set of labels, the
+    nothing else. It reads as that paper's scripts do, and without case, which the script of
+    Flan-T5 alone counts (it looks for each label in two spellings): of a closed set of labels, the
     first in the task's order one of whose words is a substring of the response, or its beginning
     (``starts-with``); a right answer is given if it is a substring; a number loses its sign if it
     has no decimals, is clipped to the range, and is 0 if there is none; ``token-f1`` compares the

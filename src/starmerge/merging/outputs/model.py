@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from starmerge.checkpoints.hashing import read_and_hash
 from starmerge.checkpoints.tensors import DIFFUSION_STEM, MERGEABLE, TensorInfo
 from starmerge.checkpoints.writer import OutputTensor, ShardWriter, json_bytes
 from starmerge.deltas import is_finite, matrix_shape
-from starmerge.errors import StarmergeError
+from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.checks import check_base
 from starmerge.merging.fold import Fold, fold_bytes
 from starmerge.merging.layout import Contents, PlannedTensor
@@ -49,7 +49,16 @@ class ModelOutput:
         return dtype
 
     def check(self, contents: Contents) -> None:
-        """Accept every merge: what is added to the base may be anything."""
+        """Make sure that there is a dtype to write; what is added to the base may be anything."""
+        base = contents.base
+        if base.quantised and self.wanted == "keep":
+            own = base.config.get("dtype") or base.config.get("torch_dtype")
+            computes = ", in which its config computes" if own in get_args(Dtype) else ""
+            dtype = own if computes else "bfloat16"
+            raise UsageError(
+                f"The base {base.source} is quantised ({base.quantised}), and a merge of it is "
+                f"not: there is no dtype to keep. Choose one: --dtype {dtype}{computes}."
+            )
 
     def memory(self, contents: Contents, tensor: PlannedTensor) -> int:
         """Count the panels and the factors of the sum, or a tensor that is only converted."""
