@@ -244,7 +244,11 @@ def test_gives_the_weights_that_peft_folds(
     opened = _open(adapter, base(name))
     _assert_as_peft(opened, base(name), folded)
     assert _has_dense_deltas(opened, options)
-    weights = (opened.checkpoint[key] for key in opened.checkpoint)
+    weights = (
+        opened.checkpoint[key]
+        for key in opened.checkpoint
+        if "base_layer" not in key  # compared
+    )
     size = sum(weight.nbytes for weight in weights if weight.dtype.is_floating_point)
     read = [info.nbytes for tensor in opened.tensors for info in opened.inputs(tensor)]
     assert sum(read) == size
@@ -303,19 +307,8 @@ def test_merges_convolutions_and_copies_the_counters_of_batch_norms(
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("tied llama", {"target_modules": ["lm_head"]}, r"lm_head\.weight: it is tied to another"),
-        (
-            "tied llama",
-            {"target_modules": ["embed_tokens"]},
-            r"changes model\.embed_tokens\.weight",
-        ),
-        ("tied llama", {"modules_to_save": ["embed_tokens"]}, r"embed_tokens\.weight alone, which"),
-        ("tied llama", {"modules_to_save": ["lm_head"]}, r"has no tensor lm_head\.weight"),
-        ("gpt2", {"target_modules": ["wte"]}, r"changes transformer\.wte\.weight alone"),
-        ("t5", {"target_modules": ["shared"]}, r"changes shared\.weight alone"),
-        ("t5", {"target_modules": ["encoder.embed_tokens"]}, "it is tied to another"),
-        ("mixtral", {"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
-        ("mixtral", {"target_modules": ["w1", "w2", "w3"]}, "target_parameters"),
+        ("t5", {"target_modules": ["shared"]}, "compute otherwise when they are not tied"),
+        ("t5", {"target_modules": ["encoder.embed_tokens"]}, "that this one ties to another"),
         ("llama", {"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ("llama", {"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
         ("bert", {"target_modules": ["query"], "lora_bias": True}, "lora_bias"),
@@ -329,7 +322,7 @@ def test_refuses_what_cannot_be_folded_exactly(
     options = {"target_modules": ["q_proj"]} | options
     adapter = _adapter(base(name), name, tmp_path / "a", **options)
     with pytest.raises(StarmergeError, match=message):
-        _open(adapter, base(name))
+        merge(base(name), [adapter], output=tmp_path / "out")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -453,7 +446,7 @@ def test_an_adapter_of_a_headed_model_fits_its_encoder_and_the_other_way(
     [
         ("base_model.model.classifier.weight", torch.ones(5, 16), r"\[5, 16\].*\[2, 16\]"),
         ("base_model.model.classifier.weight", torch.ones(2, 16).char(), "cannot be subtracted"),
-        ("classifier.weight", torch.ones(2, 16), r"holds classifier\.weight twice"),
+        ("classifier.weight", torch.ones(2, 16), r"classifier\.weight, which are to be the same"),
         ("base_model.model.bert.pooler.dense.bias", torch.ones(16), "is no LoRA factor"),
         ("base_model.model.classifier.new", torch.ones(2), r"has no tensor classifier\.new"),
     ],

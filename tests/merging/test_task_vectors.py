@@ -219,14 +219,24 @@ def test_what_does_not_fit_is_refused_as_in_a_merge(
     assert sm.load_task_vectors(tiny_base, models, any_base=True).names == tuple(models)
 
 
-def test_two_adapters_that_save_modules_are_loaded_and_not_merged(
-    tiny_base: Path, make_adapter: MakeAdapter
+def test_whole_modules_of_several_adapters_are_dense_task_vectors(
+    tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     saving = [make_adapter(name, seed=t, modules_to_save=["norm"]) for t, name in enumerate("ab")]
+    for t, path in enumerate(saving):
+        file = path / "adapter_model.safetensors"
+        stored = load_file(file)
+        (key,) = (key for key in stored if "norm" in key)
+        save_file(stored | {key: stored[key] + 1 + t}, file)
     vectors = sm.load_task_vectors(tiny_base, saving)
-    with pytest.raises(UsageError, match="both replace whole modules"):
-        vectors.merge("average")
-    assert "model.norm.weight" in vectors.merge("average", models=["b"])
+    merged = vectors.merge("average")["model.norm.weight"]
+    torch.testing.assert_close(merged.to_dense(), torch.full((32, 1), 1.5))
+    result = sm.merge(tiny_base, saving, "average", output=tmp_path / "out")
+    norms = [
+        load_file(folder / "model.safetensors")["model.norm.weight"]
+        for folder in (tiny_base, result.path)
+    ]
+    torch.testing.assert_close(norms[1], norms[0] + 1.5)
 
 
 def test_what_is_loaded_needs_no_files(tmp_path: Path) -> None:

@@ -47,6 +47,9 @@ class Base:
     """What the files store the weights as, if not as they are: "GPTQ, 4 bits". The checkpoint and
     the config are those of plain weights."""
 
+    head: str | None = None
+    """The output layer, where the files tie it to the embedding and the merge does not."""
+
     has_weights: ClassVar[bool] = True
     """Whether the checkpoint's tensors can be read."""
 
@@ -144,7 +147,7 @@ class Base:
             "it has weights of its own, and tie_word_embeddings is false."
         )
         view = self.checkpoint.viewed(stored)
-        return replace(self, checkpoint=view, config=config, notes=(*self.notes, note))
+        return replace(self, checkpoint=view, config=config, notes=(*self.notes, note), head=head)
 
     @cached_property
     def stores_input_first(self) -> bool:

@@ -185,8 +185,11 @@ def names_in_model(base: Base) -> dict[str, str]:
 
     Tensors that are joined or split on the way have no such name; see :func:`naming_of`.
     """
-    sources = naming_of(base).sources.items()
-    return {name: stored[0] for name, stored in sources if len(stored) == 1}
+    return {
+        name: stored[0]
+        for name, stored in naming_of(base).sources.items()
+        if len(stored) == 1 and (stack_of(name) is None or stack_of(stored[0]))
+    }
 
 
 def naming_of(base: Base) -> Naming:
@@ -212,6 +215,22 @@ def naming_of(base: Base) -> Naming:
         else:
             sources[name] = stored
     return Naming(sources, answer.ties)
+
+
+def made_of(base: Base, names: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
+    """Return what other tensors than the base's own would make up in the model.
+
+    Args:
+        base: The base, which says what model it is.
+        names: Of tensors as files might hold them, such as those of single experts.
+
+    Returns:
+        As :attr:`Naming.sources`.
+    """
+    if find_spec("transformers") is None:
+        return {}
+    config = json.dumps(base.config, sort_keys=True)
+    return _asked(base.source.path, config, tuple(names)).sources
 
 
 @lru_cache(maxsize=8)

@@ -479,6 +479,32 @@ def open_pickle(file: Place) -> Checkpoint:
     return Checkpoint(_by_expert(_read_pickle(file)), mapped=False)
 
 
+def open_shards(file: Place) -> Checkpoint:
+    """Read the headers of safetensors files that belong together, such as those of an adapter.
+
+    Args:
+        file: Their index, or any of them, ``NAME-00001-of-00003.safetensors``, where there is none.
+
+    Raises:
+        StarmergeError: A file is missing, truncated or broken; they and the index disagree.
+    """
+    if file.suffix == ".json":
+        return Checkpoint(_by_expert(_read_shards(file, _read_safetensors)), mapped=False)
+    stem, _, count = file.stem.rpartition("-of-")
+    stem = stem.rpartition("-")[0]
+    found: dict[str, TensorInfo] = {}
+    for number in range(1, int(count) + 1):
+        shard = file.parent / f"{stem}-{number:0{len(count)}d}-of-{count}.safetensors"
+        for tensor in _read_safetensors(shard):
+            if tensor.name in found:
+                raise StarmergeError(
+                    f"{shard} holds the tensor {tensor.name}, and so does "
+                    f"{found[tensor.name].file}. Which of them counts cannot be told."
+                )
+            found[tensor.name] = tensor
+    return Checkpoint(_by_expert(found.values()), mapped=False)
+
+
 def _by_expert(tensors: Iterable[TensorInfo]) -> Iterator[TensorInfo]:
     """Yield tensors, those of joined experts one expert at a time."""
     for tensor in tensors:

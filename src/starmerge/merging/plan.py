@@ -234,8 +234,8 @@ def check_merge(
         The tensors, those whose inputs matter to the chain with the metric.
 
     Raises:
-        UsageError: The parameters do not fit; two adapters replace whole modules; the metric lacks
-            a moment, or is of another base.
+        UsageError: The parameters do not fit; two adapters without a base replace whole modules;
+            the metric lacks a moment, or is of another base.
         StarmergeError: No model changes anything; the metric is damaged.
     """
     _check_saved_modules(models)
@@ -279,10 +279,12 @@ def _check_apart(output: Place, source: Source) -> None:
 
 
 def _check_saved_modules(models: Iterable[FineTune]) -> None:
-    saving = [model for model in models if isinstance(model, Adapter) and model.saved]
+    """Refuse several whole modules of which nothing tells what the training changed in them."""
+    saving = [model for model in models if isinstance(model, Adapter) and model.carried]
     if len(saving) > 1:
         raise UsageError(
             f"{saving[0].source} and {saving[1].source} both replace whole modules "
-            f"(modules_to_save in adapter_config.json), such as {min(saving[1].saved)}. Merge at "
-            "most one such adapter."
+            f"(modules_to_save in adapter_config.json), such as {min(saving[1].saved)}, and what "
+            "the training changed in them is a difference from the base's. Give the base before "
+            "the models."
         )

@@ -108,7 +108,7 @@ def test_square_weights_need_a_flag_that_agrees_with_the_base(
         ({"bias": "lora_only"}, ["bias", "lora_only"]),
         ({"modules_to_save": ["lm_head"]}, ["modules_to_save", "holds no tensor"]),
         ({"modules_to_save": "lm_head"}, ["modules_to_save", "no list"]),
-        ({"target_parameters": ["x"]}, ["target_parameters", "merge_and_unload"]),
+        ({"target_parameters": ["x"]}, ["target_parameters", "holds no factors"]),
         ({"trainable_token_indices": [1]}, ["trainable_token_indices", "merge_and_unload"]),
         ({"trainable_token_indices": {"x": [1]}}, ["trainable_token_indices"]),
         ({"layer_replication": [[0, 1]]}, ["layer_replication", "as the base"]),

@@ -8,7 +8,7 @@ deltas are made.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,10 +18,13 @@ from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.finetuned import difference
 from starmerge.checkpoints.lora.config import AdapterConfig
 from starmerge.checkpoints.lora.dora import dora_delta
+from starmerge.checkpoints.lora.experts import joined_updates, single_updates
 from starmerge.checkpoints.lora.file import Module
 from starmerge.checkpoints.lora.flat_names import match_flat, match_parts
 from starmerge.checkpoints.lora.formats import AdapterContents, Format, read_adapter
-from starmerge.checkpoints.lora.update import Update
+from starmerge.checkpoints.lora.keys import unconsumed
+from starmerge.checkpoints.lora.ties import are_equal, ends_of, head_not_stored, name_of_head
+from starmerge.checkpoints.lora.update import Blocks, ExpertProduct, Update
 from starmerge.checkpoints.names import completed, match_names, match_stored
 from starmerge.checkpoints.source import Source
 from starmerge.checkpoints.tensors import MERGEABLE, Checkpoint, TensorInfo
@@ -102,17 +105,19 @@ class Adapter:
         """Tell whether a tensor's delta is made, or checked, with the base's weight."""
         if tensor in self.replacements:
             return True
-        update = self.updates[tensor].update
-        return bool(update.magnitude or update.copy)
+        return bool(self.updates[tensor].update.magnitude)
 
     def module(self, tensor: str) -> Module | None:
         """Return the module of a tensor as its tool knows it.
 
-        None where the tensor is replaced whole, or is a vector, which has no factors.
+        None where the tensor is replaced whole, is a vector, which has no factors, or one of
+        several experts that have theirs together.
         """
         if tensor in self.replacements or len(self.updates[tensor].shape) < 2:
             return None
         placed = self.updates[tensor]
+        if isinstance(placed.update.change, ExpertProduct | Blocks):
+            return None
         is_embedding = placed.update.is_embedding
         return Module(placed.update.module, is_embedding, placed.transposed and not is_embedding)
 
@@ -129,16 +134,12 @@ class Adapter:
         Args:
             tensor: Its name.
             base: The base's tensor, any floating dtype; None where it is not needed.
-
-        Raises:
-            StarmergeError: The adapter comes with a copy of the base's weight, which is another.
         """
         if tensor in self.replacements:
             assert base is not None, "needs_base says so"
             return difference(self.checkpoint.read(self.replacements[tensor]), base)
         placed = self.updates[tensor]
         update = placed.update
-        self._check_copy(update.copy, base)
         delta = update.change.delta(self.checkpoint.read)
         if update.magnitude is not None:
             assert base is not None, "needs_base says so"
@@ -155,22 +156,11 @@ class Adapter:
             return Dense(matrix.reshape(placed.shape))
         return LowRank(delta.A.T, delta.B.T, delta.scale) if placed.transposed else delta
 
-    def _check_copy(self, key: str | None, base: Tensor | None) -> None:
-        if key is None or base is None:
-            return
-        copy = self.checkpoint.read(key)
-        # The base may have been rounded when it was loaded for training, and saved wider.
-        roundings = (copy.dtype, torch.bfloat16, torch.float16)
-        if not any(torch.equal(copy, base.to(dtype).to(copy.dtype)) for dtype in roundings):
-            raise StarmergeError(
-                f"{self.source}: {key} is not the base's weight. The adapter was trained on "
-                "another base, or together with that weight; then fold it with PEFT's "
-                "merge_and_unload and give the full model."
-            )
-
 
 def open_adapter(name: str, source: Source, base: Base, *, any_base: bool = False) -> Adapter:
     """Open an adapter: read its config and header, and match every tensor to the base.
+
+    Copies of the base's weights that it comes with are compared with them.
 
     Args:
         name: The model's name in tables and reports.
@@ -190,21 +180,87 @@ def open_adapter(name: str, source: Source, base: Base, *, any_base: bool = Fals
     if contents.format.has_flat_names:
         found = match_flat(source, contents.names, base.checkpoint)
     else:
-        found = match_names(source, base, contents.names)
-    _check_all_found(source, base, contents, found)
-    updates = {
+        found = match_names(source, base, [*contents.names, *contents.copies])
+    _check_copies(source, base, contents, found)
+    head = None if contents.config.is_headless else head_not_stored(base, contents, found)
+    left = [update for update in contents.updates if update.weight not in found]
+    experts = joined_updates(source, base, contents)
+    experts |= single_updates(source, base, contents, left)
+    _check_all_found(source, base, contents, found, experts, head)
+    placed = {
         found[update.weight]: _place(source, base, found[update.weight], contents, update)
         for update in contents.updates
+        if update.weight in found
+    }
+    placed |= {
+        tensor: PlacedUpdate(update, base.checkpoint[tensor].shape, transposed=False)
+        for tensor, update in experts.items()
     }
     replacements = {
         found[saved]: key
         for saved, key in contents.saved.items()
-        if _is_replacement(source, base, found[saved], contents.checkpoint[key])
+        if saved in found and _is_replacement(source, base, found[saved], contents.checkpoint[key])
     }
-    adapter = _adapter(name, source, contents, updates, replacements)
-    if not contents.config.is_headless:
-        _check_ties(adapter, base)
-    return adapter
+    adapter = _adapter(name, source, contents, placed, replacements)
+    return adapter if contents.config.is_headless else _tied(adapter, base, contents, found, head)
+
+
+def _tied(
+    adapter: Adapter,
+    base: Base,
+    contents: AdapterContents,
+    found: Mapping[str, str],
+    head: str | None,
+) -> Adapter:
+    """Return an adapter whose changes of tied ends are one; or with the end that it unties.
+
+    Args:
+        adapter: The adapter, without its change of an output layer that is not stored.
+        base: The base.
+        contents: What the adapter holds.
+        found: The base's names for the adapter's.
+        head: Its name of an output layer that is changed and not stored.
+    """
+    ends = ends_of(base)
+    changed = [end for end in ends if end in adapter.tensors]
+    if base.embedding is None or not (changed or head):
+        return adapter
+
+    def change_of(end: str) -> Update | str:
+        return adapter.replacements.get(end) or adapter.updates[end].update
+
+    read = adapter.checkpoint.read
+    first = change_of(changed[0]) if changed else None
+    if head is not None:
+        by_weight = {update.weight: update for update in contents.updates}
+        own = contents.saved.get(head) or by_weight[head]
+        if first is None and contents.config.ties:
+            return _with_ends(adapter, base, [base.embedding], own)
+        if first is not None and are_equal(first, own, read):
+            return adapter
+        return replace(adapter, untied=name_of_head(base, head, found))
+    assert first is not None, "some end is changed"
+    is_one = all(are_equal(first, change_of(end), read) for end in changed[1:])
+    if is_one and (contents.config.ties or (len(changed) == len(ends) > 1)):
+        return _with_ends(adapter, base, [end for end in ends if end not in changed], first)
+    if base.tied and contents.config.ties and not is_one:
+        raise StarmergeError(
+            f"{adapter.source} changes {' and '.join(changed)} differently, and ties them "
+            "(ensure_weight_tying in adapter_config.json). Set the key to false, if that was so."
+        )
+    return replace(adapter, untied=name_of_head(base, None, found) if base.tied else None)
+
+
+def _with_ends(adapter: Adapter, base: Base, ends: Iterable[str], change: Update | str) -> Adapter:
+    """Return an adapter that changes further ends of tied weights, all in one way."""
+    updates, replacements = dict(adapter.updates), dict(adapter.replacements)
+    for end in ends:
+        if isinstance(change, str):
+            replacements[end] = change
+        else:
+            shape = base.checkpoint[end].shape
+            updates[end] = PlacedUpdate(change, shape, change.is_embedding)
+    return replace(adapter, updates=updates, replacements=replacements)
 
 
 def _open_alone(name: str, source: Source, base: Base, contents: AdapterContents) -> Adapter:
@@ -221,7 +277,7 @@ def _open_alone(name: str, source: Source, base: Base, contents: AdapterContents
         _check_dtypes(base, tensor, contents.checkpoint, update)
         _check_shapes(source, base, tensor, contents.checkpoint, update)
         shape = base.checkpoint[tensor].shape
-        updates[tensor] = PlacedUpdate(replace(update, copy=None), shape, update.is_embedding)
+        updates[tensor] = PlacedUpdate(update, shape, update.is_embedding)
     return replace(_adapter(name, source, contents, updates, {}), carried=dict(contents.saved))
 
 
@@ -274,21 +330,64 @@ def _place(
     return PlacedUpdate(update, base.checkpoint[tensor].shape, transposed)
 
 
-def _check_all_found(
-    source: Source, base: Base, contents: AdapterContents, found: dict[str, str]
+def _check_copies(
+    source: Source, base: Base, contents: AdapterContents, found: Mapping[str, str]
 ) -> None:
+    """Make sure that what is said, or seems, to be a copy of the base's weight is one."""
+    for name, key in contents.copies.items():
+        tensor = found.get(name)
+        copy = contents.checkpoint[key]
+        if tensor is None and base.embedding is not None:
+            # The output layer, which the base's files do not hold where it is tied.
+            tied = copy.shape == base.checkpoint[base.embedding].shape and bool(base.tied)
+            tensor = base.embedding if tied else None
+        is_same = tensor is not None and _is_copy(contents.checkpoint.read(key), base, tensor)
+        if name in contents.undeclared and not is_same:
+            others = [other for other in contents.saved.values() if other != key]
+            if not any(_are_same(contents.checkpoint, key, other) for other in others):
+                raise StarmergeError(unconsumed(source, key))
+        elif tensor is not None and not is_same:
+            ours = base.checkpoint[tensor].shape
+            if copy.shape != ours:
+                raise StarmergeError(
+                    f"{source}: {key} has the shape {list(copy.shape)}, in the base {base.source} "
+                    f"it is {list(ours)}. The adapter was trained on another base, or with another "
+                    "vocabulary."
+                )
+            raise StarmergeError(
+                f"{source}: {key} is not the base's weight. The adapter was trained on another "
+                "base, or together with that weight; then fold it with PEFT's merge_and_unload and "
+                "give the full model."
+            )
+
+
+def _is_copy(copy: Tensor, base: Base, tensor: str) -> bool:
+    """Tell whether a tensor is the base's, which may have been rounded when it was loaded."""
+    weight = base.checkpoint.read(tensor)
+    roundings = (copy.dtype, torch.bfloat16, torch.float16)
+    return copy.shape == weight.shape and any(
+        torch.equal(copy, weight.to(dtype).to(copy.dtype)) for dtype in roundings
+    )
+
+
+def _are_same(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    shapes = {checkpoint[key].shape for key in (first, second)}
+    return len(shapes) == 1 and torch.equal(checkpoint.read(first), checkpoint.read(second))
+
+
+def _check_all_found(
+    source: Source,
+    base: Base,
+    contents: AdapterContents,
+    found: Mapping[str, str],
+    experts: Mapping[str, Update],
+    head: str | None,
+) -> None:
+    joined = {key for update in experts.values() for key in update.change.keys}
     lacks = f"but the base {base.source} has no tensor"
     for module in contents.updates:
-        if module.weight in found:
+        if module.weight in found or module.weight == head or joined.issuperset(module.keys):
             continue
-        shape = module.change.shape
-        for tied in base.tied:
-            if base.checkpoint[tied].shape in (shape, shape[::-1]):
-                raise StarmergeError(
-                    f"{source} adapts {module.module}, {lacks} {module.weight}: it is tied to "
-                    f"another, probably {tied} (tie_word_embeddings in config.json). Untie the "
-                    "base first, so that its files hold both, or do not adapt it."
-                )
         raise StarmergeError(
             f"{source} adapts {module.module}, {lacks} {module.weight}. The adapter was trained on "
             "another model, or on a weight that this one ties to another. If transformers renames "
@@ -296,7 +395,7 @@ def _check_all_found(
             "the names, or fold the adapter with PEFT's merge_and_unload and give the full model."
         )
     for name, key in contents.saved.items():
-        if name not in found:
+        if name not in found and name != head:
             raise StarmergeError(
                 f"{source} holds {key}, of modules_to_save in adapter_config.json, {lacks} {name}. "
                 "Give a base that has the module, such as the model the training began with, "
@@ -305,7 +404,7 @@ def _check_all_found(
 
 
 def _check_dtypes(base: Base, tensor: str, checkpoint: Checkpoint, update: Update) -> None:
-    parts = [checkpoint[key] for key in update.keys if key != update.copy]
+    parts = [checkpoint[key] for key in update.keys]
     for info in (*parts, base.checkpoint[tensor]):
         if info.dtype not in MERGEABLE:
             raise StarmergeError(
@@ -324,12 +423,6 @@ def _check_shapes(
         raise StarmergeError(
             f"{source}: the update of {tensor} has the shape {list(shape)}, in the base "
             f"{base.source} it is {list(target)}. The adapter was trained on another model."
-        )
-    if update.copy and checkpoint[update.copy].shape != target:
-        raise StarmergeError(
-            f"{source}: {update.copy} has the shape {list(checkpoint[update.copy].shape)}, in the "
-            f"base {base.source} it is {list(target)}. The adapter was trained on another base, "
-            "or with another vocabulary."
         )
     if update.magnitude:
         size, axis = checkpoint[update.magnitude.key].size, update.magnitude.axis
@@ -394,15 +487,3 @@ def _is_replacement(source: Source, base: Base, tensor: str, saved: TensorInfo) 
             f"{stored.dtype}; they cannot be subtracted. Use unquantised checkpoints."
         )
     return saved.dtype in MERGEABLE
-
-
-def _check_ties(adapter: Adapter, base: Base) -> None:
-    """Refuse a delta for one end of tied weights: folding it would change the other end too."""
-    for tensor in base.tied:
-        if tensor in adapter.tensors:
-            raise StarmergeError(
-                f"{adapter.source} changes {tensor} alone, which the base ties to other tensors "
-                "(tie_word_embeddings in config.json): both ends of the model would change. Untie "
-                "the base first, so that its files hold both; or set the key to false, if the "
-                "model puts out no tokens and ties nothing."
-            )

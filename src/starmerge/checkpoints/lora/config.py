@@ -8,6 +8,7 @@ and ``tuners/lora/layer.py``.
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,13 +34,16 @@ _READ = {
     "init_lora_weights",
     "modules_to_save",
     "task_type",
+    "target_modules",
+    "target_parameters",
+    "ensure_weight_tying",
+    "peft_version",
 }
 """Keys that are looked at below."""
 
 _HARMLESS = {
     "auto_mapping",
     "corda_config",
-    "ensure_weight_tying",
     "eva_config",
     "exclude_modules",
     "inference_mode",
@@ -50,14 +54,12 @@ _HARMLESS = {
     "lora_ga_config",
     "megatron_config",
     "megatron_core",
-    "peft_version",
     "qalora_group_size",
     "revision",
     "runtime_config",
-    "target_modules",
 }
 """Keys of training and of bookkeeping. Those of initialisations count only together with
-``init_lora_weights``, those of ties only for tied weights, which no adapter may change."""
+``init_lora_weights``."""
 
 _FOLD = "Fold the adapter with PEFT's merge_and_unload and give the full model."
 _NO_PRODUCT = f"this offspring of LoRA is not s·B·A. {_FOLD}"
@@ -75,8 +77,6 @@ _REFUSED = {
     "lora_bias": "trained biases are not merged. Train with lora_bias=False, or fold the adapter "
     "with PEFT's merge_and_unload and give the full model",
     "monteclora_config": _NO_PRODUCT,
-    "target_parameters": "parameters adapted outside of modules, such as fused experts, are not "
-    f"merged. {_FOLD}",
     "trainable_token_indices": f"single trained token rows are not merged. {_FOLD}",
     "use_bdlora": _NO_PRODUCT,
     "use_qalora": _NO_PRODUCT,
@@ -137,6 +137,41 @@ class AdapterConfig:
         return list(self.content.get("modules_to_save") or [])
 
     @property
+    def ties(self) -> bool:
+        """Whether a change of an embedding is one of the output layer that is tied to it, too."""
+        return bool(self.content.get("ensure_weight_tying"))
+
+    @property
+    def target_parameters(self) -> list[str]:
+        """Ends of the names of parameters, such as joined experts, that have factors."""
+        return list(self.content.get("target_parameters") or [])
+
+    @property
+    def peft_version(self) -> tuple[int, ...] | None:
+        """The version of PEFT that wrote the adapter, as far as it says so."""
+        numbers = re.match(r"\d+(\.\d+)*", str(self.content.get("peft_version") or ""))
+        return tuple(map(int, numbers[0].split("."))) if numbers else None
+
+    def holds_parameters(self, module: str) -> bool:
+        """Tell whether a module's factors are those of parameters that it holds.
+
+        Args:
+            module: The module's name as PEFT knows it.
+        """
+        if not self.parameters_of(module):
+            return False
+        targets = self.content.get("target_modules") or []
+        if isinstance(targets, str):
+            pattern = _Patterns(self.file, "target_modules", {targets: 1.0})
+            return pattern.find(module) is None
+        return not any(module == end or module.endswith(f".{end}") for end in targets)
+
+    def parameters_of(self, module: str) -> list[str]:
+        """Return the names of a module's parameters that may have factors."""
+        ends = ((end, end.rpartition(".")[2]) for end in self.target_parameters)
+        return [name for end, name in ends if f".{module}.{name}".endswith(f".{end}")]
+
+    @property
     def is_headless(self) -> bool:
         """Whether the adapter was trained on a model without an output over the vocabulary."""
         return self.task_type in _HEADLESS_TASKS
@@ -181,7 +216,7 @@ class AdapterConfig:
         Raises:
             StarmergeError: The config gives the module another rank; a pattern is broken.
         """
-        declared = self._of_module("rank_pattern", module, self.content["r"])
+        declared = self.rank(module)
         if declared != rank:
             raise StarmergeError(
                 f"{self.file}: the rank of {module} is {declared} here and {rank} in the tensors, "
@@ -189,6 +224,10 @@ class AdapterConfig:
             )
         alpha = self._of_module("alpha_pattern", module, self.content["lora_alpha"])
         return float(alpha) / (math.sqrt(rank) if self.content.get("use_rslora") else rank)
+
+    def rank(self, module: str) -> float:
+        """Return the rank that a module, or a parameter, is said to have."""
+        return self._of_module("rank_pattern", module, self.content["r"])
 
     def _of_module(self, key: str, module: str, default: float) -> float:
         """Return what the first matching pattern under ``key`` says of a module, or the default."""
@@ -293,9 +332,17 @@ def checked_config(file: Path, content: dict[str, Any]) -> AdapterConfig:
             f"adapter computes. {_FOLD}"
         )
     _check_types(file, content)
-    saved = content.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(name and isinstance(name, str) for name in saved):
-        raise StarmergeError(f"{file}: modules_to_save is {saved!r}, which is no list of names.")
+    for key in ("modules_to_save", "target_parameters"):
+        names = content.get(key) or []
+        if not isinstance(names, list) or not all(name and isinstance(name, str) for name in names):
+            raise StarmergeError(f"{file}: {key} is {names!r:.200}, which is no list of names.")
+    targets = content.get("target_modules") or []
+    if not isinstance(targets, str) and not (
+        isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+    ):
+        raise StarmergeError(
+            f"{file}: target_modules is {targets!r:.200}, which is neither names nor a pattern."
+        )
     return AdapterConfig(file, content)
 
 

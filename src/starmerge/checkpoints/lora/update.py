@@ -67,8 +67,6 @@ class Update:
     is_embedding: bool = False
     """Whether the module looks rows up: its weight is the transpose of the change."""
     magnitude: Magnitude | None = None
-    copy: str | None = None
-    """Key of a copy of the base's weight."""
     parameter: str = "weight"
     """Which of the module's parameters is changed."""
 
@@ -81,7 +79,7 @@ class Update:
     def keys(self) -> tuple[str, ...]:
         """The tensors that are read for it."""
         magnitude = () if self.magnitude is None else (self.magnitude.key,)
-        return (*self.change.keys, *magnitude, *((self.copy,) if self.copy else ()))
+        return (*self.change.keys, *magnitude)
 
     @property
     def rank(self) -> int | None:
@@ -119,6 +117,83 @@ class Product:
             A, B = A.T, B.T
         A, B = A.flatten(1), B.flatten(1)
         return LowRank(B if self.rows is None else B[list(self.rows)], A, self.scale)
+
+
+@dataclass(frozen=True)
+class ExpertProduct:
+    """LoRA's s·B·A of one of several experts whose factors are stored together, as PEFT does.
+
+    A is (E·r, in), expert after expert; B is (out, r·E), in which the columns of an expert are
+    every E-th. Source: github.com/huggingface/peft, ``tuners/lora/layer.py``, ``ParamWrapper``.
+    """
+
+    a: str
+    b: str
+    scale: float
+    shape: tuple[int, ...]
+    rank: int
+    expert: int
+    experts: int
+    """E."""
+    turned: bool
+    """Whether the weight's change is (B·A)ᵀ."""
+    start: int = 0
+    """The first row of the expert's change that is one of this weight."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """A and B, of all experts."""
+        return self.a, self.b
+
+    def delta(self, read: Read) -> LowRank:
+        """Return the expert's s·B·A in factors, in the dtypes they are stored in."""
+        A, B = read(self.a), read(self.b)
+        A = A.view(self.experts, self.rank, -1)[self.expert]
+        B = B.view(len(B), self.rank, self.experts)[:, :, self.expert]
+        left, right = (A.T, B.T) if self.turned else (B, A)
+        return LowRank(left[self.start : self.start + self.shape[0]], right, self.scale)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Changes of some of the rows of a weight, one below the other.
+
+    Args:
+        parts: The first row of each, and the change of these rows.
+        shape: Of the whole weight.
+    """
+
+    parts: tuple[tuple[int, Change], ...]
+    shape: tuple[int, ...]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The tensors of all."""
+        return tuple(key for _, change in self.parts for key in change.keys)
+
+    @property
+    def rank(self) -> int | None:
+        """The sum of the ranks."""
+        ranks = [change.rank for _, change in self.parts]
+        known = [rank for rank in ranks if rank is not None]
+        return sum(known) if len(known) == len(ranks) else None
+
+    def delta(self, read: Read) -> Delta:
+        """Return it in factors: B has a block for each part, A their rows."""
+        deltas = [(start, change.delta(read)) for start, change in self.parts]
+        low = [(start, delta) for start, delta in deltas if isinstance(delta, LowRank)]
+        if len(low) < len(deltas):
+            whole = torch.zeros(self.shape, dtype=torch.float32)
+            for start, delta in deltas:
+                whole[start : start + delta.shape[0]] = delta.to_dense()
+            return Dense(whole)
+        B = torch.zeros(self.shape[0], sum(delta.rank for _, delta in low))
+        column = 0
+        for start, delta in low:
+            block = B[start : start + delta.shape[0], column : column + delta.rank]
+            block.copy_(delta.B).mul_(delta.scale)
+            column += delta.rank
+        return LowRank(B, torch.cat([delta.A.float() for _, delta in low]))
 
 
 @dataclass(frozen=True)

@@ -8,22 +8,28 @@ follows, is the same for all formats.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from starmerge.checkpoints.lora.formats.contents import AdapterContents, AdapterFile, Format
+from starmerge.checkpoints.lora.formats.contents import (
+    AdapterContents,
+    AdapterFile,
+    Factors,
+    Format,
+)
 from starmerge.checkpoints.lora.formats.diffusers import Diffusers
 from starmerge.checkpoints.lora.formats.kohya import Kohya
 from starmerge.checkpoints.lora.formats.mlx import Mlx
 from starmerge.checkpoints.lora.formats.peft import Peft
 from starmerge.checkpoints.lora.formats.torchtune import Torchtune
 from starmerge.checkpoints.source import Source
-from starmerge.checkpoints.tensors import Checkpoint, open_pickle, open_safetensors
+from starmerge.checkpoints.tensors import Checkpoint, open_pickle, open_safetensors, open_shards
 from starmerge.errors import UsageError
 from starmerge.reading import read_json
 from starmerge.storage import Place, exists, is_file, storage_of
 
-__all__ = ["AdapterContents", "AdapterFile", "Format", "is_adapter", "read_adapter"]
+__all__ = ["AdapterContents", "AdapterFile", "Factors", "Format", "is_adapter", "read_adapter"]
 
 FORMATS: Sequence[Format] = (Mlx(), Torchtune(), Peft(), Kohya(), Diffusers())
 """All that are known, in the order in which they are asked."""
@@ -39,6 +45,8 @@ _WEIGHTS = (
     "pytorch_lora_weights.bin",
 )
 """What tools call an adapter's file: PEFT, torchtune, MLX-LM, diffusers."""
+
+_SHARD = re.compile(r"adapter_model-\d+-of-\d+\.safetensors")
 
 
 def is_adapter(source: Source) -> bool:
@@ -92,11 +100,16 @@ def _open(source: Source) -> AdapterFile:
 
 
 def open_weights(file: Place) -> Checkpoint:
-    """Read the header of an adapter's weights.
+    """Read the headers of an adapter's weights.
+
+    Args:
+        file: Their file, or the index of several, or the first of several without one.
 
     Raises:
         StarmergeError: They are missing or broken.
     """
+    if file.suffix == ".json" or _SHARD.fullmatch(file.name):
+        return open_shards(file)
     is_pickled = file.suffix != ".safetensors"
     return open_pickle(file) if is_pickled else open_safetensors(file)
 
@@ -104,10 +117,16 @@ def open_weights(file: Place) -> Checkpoint:
 def _weights(folder: Place) -> Place | None:
     """Return the file of an adapter's weights in a folder.
 
-    One of those names that tools give it, or the only safetensors file.
+    One of those names that tools give it, its shards' index or the first of them, or the only
+    safetensors file.
     """
     for name in _WEIGHTS:
         if is_file(folder / name):
             return folder / name
-    names = [name for name in storage_of(folder).names(folder) if name.endswith(".safetensors")]
+    names = storage_of(folder).names(folder)
+    shards = sorted(name for name in names if _SHARD.fullmatch(name))
+    index = f"{_WEIGHTS[0]}.index.json"
+    if index in names or shards:
+        return folder / (index if index in names else shards[0])
+    names = [name for name in names if name.endswith(".safetensors")]
     return folder / names[0] if len(names) == 1 else None

@@ -48,6 +48,18 @@ class AdapterFile:
 
 
 @dataclass(frozen=True)
+class Factors:
+    """A and B of some parameter of a module; which one, their shapes tell."""
+
+    module: str
+    """The module's name as PEFT knows it."""
+    a: str
+    b: str
+    parameters: tuple[str, ...]
+    """Names of the module's parameters that may be meant."""
+
+
+@dataclass(frozen=True)
 class AdapterContents:
     """An adapter's file, read: the updates, and what is known of the adapter beside them."""
 
@@ -58,6 +70,12 @@ class AdapterContents:
     """What its config says of base, task and layers, in PEFT's terms."""
     saved: dict[str, str] = field(default_factory=dict)
     """Tensors of modules that were trained whole: the key by the name of the tensor."""
+    parameters: tuple[Factors, ...] = ()
+    """Factors of parameters that are no weights of a module's own, such as joined experts."""
+    copies: dict[str, str] = field(default_factory=dict)
+    """Copies of the base's weights: the key by the name of the weight."""
+    undeclared: frozenset[str] = frozenset()
+    """Names of those that only their equality with the base tells to be copies."""
     beside: tuple[Place, ...] = ()
     """The files that the updates depend on beside the weights."""
 

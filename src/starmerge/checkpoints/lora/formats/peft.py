@@ -11,9 +11,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from starmerge.checkpoints.lora.config import AdapterConfig, read_adapter_config
 from starmerge.checkpoints.lora.file import PREFIX
-from starmerge.checkpoints.lora.formats.contents import AdapterContents, AdapterFile
+from starmerge.checkpoints.lora.formats.contents import AdapterContents, AdapterFile, Factors
 from starmerge.checkpoints.lora.keys import ModuleKeys, sort_keys
 from starmerge.checkpoints.lora.update import Magnitude, Product, Update
 from starmerge.errors import StarmergeError, UsageError
@@ -40,9 +42,35 @@ class Peft:
             )
         config = read_adapter_config(file.config)
         keys = sort_keys(file.source, config, file.checkpoint)
-        updates = [_update(file, config, module) for module in keys.modules]
-        beside = (file.config,)
-        return AdapterContents(self, file.checkpoint, updates, config, keys.saved, beside)
+        for first, second in keys.twice:
+            if not torch.equal(file.checkpoint.read(first), file.checkpoint.read(second)):
+                raise StarmergeError(
+                    f"{file.source} holds {first} and {second}, which are to be the same and are "
+                    "not. Which of them counts cannot be told; remove the other."
+                )
+        return AdapterContents(
+            self,
+            file.checkpoint,
+            [_update(file, config, module) for module in keys.modules],
+            config,
+            keys.saved,
+            tuple(_factors(file, config, module) for module in keys.parameters),
+            keys.copies,
+            frozenset(keys.undeclared),
+            (file.config,),
+        )
+
+
+def _factors(file: AdapterFile, config: AdapterConfig, keys: ModuleKeys) -> Factors:
+    """Return the factors of a parameter, checked against each other."""
+    a, b = file.checkpoint[keys.a].shape, file.checkpoint[keys.b].shape
+    if len(a) != 2 or len(b) != 2 or not 0 < a[0] == b[1]:
+        raise StarmergeError(
+            f"{file.source}: the factors of {keys.module} do not fit together: B {list(b)}, A "
+            f"{list(a)}."
+        )
+    module = keys.module.replace(".base_layer", "")
+    return Factors(module, keys.a, keys.b, tuple(config.parameters_of(module)))
 
 
 def _update(file: AdapterFile, config: AdapterConfig, module: ModuleKeys) -> Update:
@@ -69,7 +97,7 @@ def _update(file: AdapterFile, config: AdapterConfig, module: ModuleKeys) -> Upd
         magnitude = Magnitude(module.magnitude)
     scale = config.scale(module.module, a[0])
     change = Product(module.a, module.b, scale, (b[0], *a[1:]), a[0])
-    return Update(module.module, change, module.is_embedding, magnitude, module.copy)
+    return Update(module.module, change, module.is_embedding, magnitude)
 
 
 def _is_grouped(a: tuple[int, ...], b: tuple[int, ...]) -> bool:

@@ -1,0 +1,101 @@
+"""Adapters of models whose output layer is tied to the embedding.
+
+A change of both ends that is the same is one of the tied weights. A change of one end alone is what
+PEFT computes with, though its merge_and_unload changes the other end, too: the merge has two ends
+of their own then, unless the adapter says that it ties them (``ensure_weight_tying``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from starmerge.checkpoints.base import Base
+from starmerge.checkpoints.lora.formats import AdapterContents
+from starmerge.checkpoints.lora.update import Update
+from starmerge.checkpoints.names import completed, naming_of
+from starmerge.deltas import Dense, LowRank
+from starmerge.errors import StarmergeError
+
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
+"""How the classes of transformers end whose output layer is called lm_head."""
+
+
+def ends_of(base: Base) -> list[str]:
+    """Return the base's tensors that are, or were before this merge, one with the embedding."""
+    if base.tied:
+        return base.tied
+    return [base.embedding, base.head] if base.head and base.embedding else []
+
+
+def head_not_stored(base: Base, contents: AdapterContents, found: Mapping[str, str]) -> str | None:
+    """Return the adapter's name of the output layer, where it changes one that is not stored.
+
+    Args:
+        base: The base.
+        contents: What the adapter holds.
+        found: The base's names for the adapter's.
+    """
+    if not base.tied or base.embedding is None:
+        return None
+    wanted = base.checkpoint[base.embedding].shape
+    changed = {update.weight: update.change.shape for update in contents.updates}
+    changed |= {name: contents.checkpoint[key].shape for name, key in contents.saved.items()}
+    left = [name for name, shape in changed.items() if name not in found and shape == wanted]
+    return left[0] if len(left) == 1 else None
+
+
+def name_of_head(base: Base, name: str | None, found: Mapping[str, str]) -> str | None:
+    """Return the name that the output layer is to have in the merge; None: the base has none.
+
+    Args:
+        base: The base, whose embedding stands for both ends.
+        name: The adapter's name for it, if it has one.
+        found: The base's names for the adapter's.
+
+    Raises:
+        StarmergeError: It is not known what the model calls it.
+    """
+    if name is not None:
+        return completed([name], found)[name]
+    others = [end for end in base.tied if end != base.embedding]
+    if others:
+        return others[0]
+    naming = naming_of(base)
+    if naming.ties:
+        return next(iter(naming.ties))
+    if naming.sources:
+        return None  # transformers knows the model, and ties nothing in it
+    if str((base.config.get("architectures") or [""])[0]).endswith(_LANGUAGE_MODELS):
+        return "lm_head.weight"
+    raise StarmergeError(
+        f"{base.source} ties {base.embedding} to its output layer (tie_word_embeddings in "
+        "config.json), and what that is called is not known. Install transformers 5 or later, "
+        "which knows; or set the key to false, if the model puts out no tokens."
+    )
+
+
+def are_equal(first: Update | str, second: Update | str, read: Callable[[str], Tensor]) -> bool:
+    """Tell whether two changes of a table are the same.
+
+    Args:
+        first: An update, or the key of the whole table.
+        second: Likewise.
+        read: Returns a stored tensor by its key.
+    """
+    if isinstance(first, str) and isinstance(second, str):
+        return torch.equal(read(first), read(second))
+    if isinstance(first, str) or isinstance(second, str):
+        return False
+    deltas = []
+    for update in (first, second):
+        delta = update.change.delta(read)
+        if isinstance(delta, Dense) or update.magnitude:
+            return False
+        turned = LowRank(delta.A.T, delta.B.T, delta.scale)
+        deltas.append(turned if update.is_embedding else delta)
+    one, other = deltas
+    is_same = torch.equal(one.B, other.B) and torch.equal(one.A, other.A)
+    return is_same and one.scale == other.scale
