@@ -266,6 +266,17 @@ def test_one_layout_comes_out_of_two(tmp_path: Path) -> None:
         assert len(tensors) == 6
 
 
+def test_layers_under_the_names_of_their_maker_are_not_merged_with_those_of_diffusers(
+    tmp_path: Path,
+) -> None:
+    for n, layer in enumerate(["input_blocks.1.1", "down_blocks.0.attentions.0"]):
+        _style(tmp_path / f"{n}.safetensors", {f"unet.{layer}.to_q": (8, 6)}, n, 2, None, "kohya")
+    files = [tmp_path / "0.safetensors", tmp_path / "1.safetensors"]
+    for order in (files, files[::-1]):
+        with pytest.raises(UsageError, match="its maker.*save_lora_weights"):
+            merge(None, order, "average", output=tmp_path / "o", output_kind="adapter")
+
+
 def test_one_style_alone_keeps_its_update(tmp_path: Path) -> None:
     layers = {"unet.mid_block.attn.to_q": (12, 10), "unet.mid_block.conv": (6, 4, 3, 3)}
     for spelling in ("kohya", "diffusers"):
