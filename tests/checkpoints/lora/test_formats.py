@@ -63,7 +63,7 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], **metadata: str) -> Path
 
 
 def _open(path: Path, base: Path) -> Adapter:
-    return open_adapter("a", resolve(path), open_base(resolve(base)))
+    return open_adapter("a", resolve(path, may_be_file=True), open_base(resolve(base)))
 
 
 def _check(adapter: Adapter, base: Path, name: str, expected: NDArray[np.float64]) -> None:
