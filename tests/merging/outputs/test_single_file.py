@@ -1,6 +1,7 @@
 """Adapters of diffusion models as single files: diffusers loads what files of kohya become."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from numpy.typing import NDArray
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -228,6 +230,46 @@ def test_three_styles_of_flux(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("saved_by", ["model", "pipeline"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"rank_pattern": {"proj_in": 3}, "alpha_pattern": {"proj_in": 5}},
+    ],
+    ids=str,
+)
+def test_reads_what_diffusers_saves(tmp_path: Path, saved_by: str, options: dict[str, Any]) -> None:
+    unet = _unet()
+    unet.save_pretrained(tmp_path / "unet")
+    targets = ["to_q", "to_out.0", "proj_in", "conv1"]
+    config = LoraConfig(
+        r=2, lora_alpha=6, target_modules=targets, init_lora_weights=False, **options
+    )
+    unet.add_adapter(config)
+    if saved_by == "model":
+        unet.save_lora_adapter(tmp_path / "style")
+    else:
+        StableDiffusionPipeline.save_lora_weights(
+            tmp_path / "style",
+            unet_lora_layers=get_peft_model_state_dict(unet),
+            unet_lora_adapter_metadata=config.to_dict(),
+        )
+    before = _unet().state_dict()
+    unet.fuse_lora()
+    fused = {name.replace(".base_layer", ""): t for name, t in unet.state_dict().items()}
+    made = merge(tmp_path / "unet", [tmp_path / "style"], "average", output=tmp_path / "merged")
+    merged = UNet2DConditionModel.from_pretrained(made.path).state_dict()
+    changed = 0
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, fused[name], rtol=0, atol=2e-6)
+        changed += not torch.equal(tensor, before[name])
+    assert changed > 10
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_style_is_folded_into_a_unet(tmp_path: Path) -> None:
     """The merged folder is a model of diffusers, with the weights that its loader would fuse."""
     unet = _unet()
@@ -296,6 +338,44 @@ def test_one_style_alone_keeps_its_update(tmp_path: Path) -> None:
                 stem, ends = "lora_" + name.replace(".", "_"), ("lora_up", "lora_down")
             up, down = (tensors[f"{stem}.{end}.weight"] for end in ends)
             np.testing.assert_allclose(oracle.lora(up, down, 1.0), update, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr", "locon"])
+def test_factors_of_lycoris_become_those_of_kohya(tmp_path: Path, kind: str) -> None:
+    """Three tools' structures, written as s·B·A: the same update to 1e-7 of its largest entry."""
+    generator = torch.Generator().manual_seed(0)
+    stem = "lora_unet_mid_block_attn_to_q"
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    if kind == "loha":
+        a = {f"hada_w{n}_a": random(12, 2) for n in (1, 2)}
+        b = {f"hada_w{n}_b": random(2, 10) for n in (1, 2)}
+        parts = {**a, **b}
+        halves = [oracle.half(a[f"hada_w{n}_a"], b[f"hada_w{n}_b"]) for n in (1, 2)]
+        update = oracle.loha(*halves, 1.5)
+    elif kind == "lokr":
+        parts = {"lokr_w1": random(3, 2), "lokr_w2_a": random(4, 2), "lokr_w2_b": random(2, 5)}
+        second = oracle.half(parts["lokr_w2_a"], parts["lokr_w2_b"])
+        update = oracle.lokr(exact(parts["lokr_w1"]), second, 1.5)
+    else:
+        shapes = {"up": (12, 2, 1, 1), "mid": (2, 2, 3, 3), "down": (2, 10, 1, 1)}
+        parts = {f"lora_{part}.weight": random(*shape) for part, shape in shapes.items()}
+        update = oracle.locon(*parts.values(), 1.5)
+    tensors = {f"{stem}.{part}": tensor for part, tensor in parts.items()}
+    save_file(tensors | {f"{stem}.alpha": torch.tensor(3.0)}, tmp_path / "a.safetensors")
+    made = merge(
+        None,
+        [tmp_path / "a.safetensors"],
+        "average",
+        output=tmp_path / "b.safetensors",
+        output_kind="adapter",
+    )
+    written = load_file(made.path)
+    up, down = written[f"{stem}.lora_up.weight"], written[f"{stem}.lora_down.weight"]
+    ours = oracle.lora(up, down, float(written[f"{stem}.alpha"]) / len(down))
+    np.testing.assert_allclose(ours, update, rtol=0, atol=1e-7 * abs(update).max() + 1e-7)
 
 
 def test_refusals_of_single_files(tmp_path: Path, make_adapter: MakeAdapter) -> None:

@@ -106,17 +106,20 @@ def _scale(file: AdapterFile) -> Scale | None:
         raise StarmergeError(f"{where} is not JSON: {error}. Is the file complete?") from error
     if not isinstance(content, dict):
         raise StarmergeError(f"{where} is no object of LoRA configs. Is the file complete?")
+    # A pipeline's parts have a config each; a model that is saved by itself has one without a part.
     settings: dict[str, dict[str, Any]] = {}
     for key, value in content.items():
-        part, _, own = key.partition(".")
+        part, _, own = key.rpartition(".")
         settings.setdefault(part, {"peft_type": "LORA"})[own] = value
     configs = {
-        part: checked_config(file.weights.with_name(f"{file.weights.name} ({part})"), own)
+        part: checked_config(
+            file.weights.with_name(f"{file.weights.name} ({part or METADATA})"), own
+        )
         for part, own in settings.items()
     }
 
     def scale(module: str, rank: int) -> float:
-        part, _, name = module.partition(".")
+        part, _, name = ("", "", module) if "" in configs else module.partition(".")
         if part not in configs:
             raise StarmergeError(
                 f"{where} has no config for {part}, so the scale of {module} is unknown. Remove "
