@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from starmerge.checkpoints.base import open_base
 from starmerge.checkpoints.lora.adapter import Adapter, open_adapter
@@ -19,6 +21,7 @@ from starmerge.checkpoints.models import open_model
 from starmerge.checkpoints.source import resolve
 from starmerge.deltas import LowRank
 from starmerge.errors import StarmergeError, UsageError
+from starmerge.merging.engine import merge
 from tests.oracles import formats as oracle
 from tests.oracles.bounds import U32
 from tests.oracles.deltas import exact
@@ -372,6 +375,26 @@ def test_torchtune_orders_the_rows_of_queries_and_keys_as_meta_does(
     expected = update if heads is None else oracle.from_interleaved(update, heads)
     assert adapter.tensors == {f"model.layers.1.{ours}.weight"}
     _check(adapter, tiny_base, f"model.layers.1.{ours}.weight", expected)
+
+
+def test_mlx_adapters_become_one_of_peft_without_their_base(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    """PEFT loads what two adapters of MLX-LM are merged to, and adds what MLX-LM would."""
+    module = "model.layers.0.self_attn.v_proj"
+    folders, expected = [], np.zeros((16, 32))
+    for n in range(2):
+        a, b = _random(32, 3, seed=n), _random(3, 16, seed=n + 7)
+        folders.append(_mlx(tmp_path / str(n), {f"{module}.lora_a": a, f"{module}.lora_b": b}))
+        expected += 20 * (exact(a) @ exact(b)).T / 2
+    made = merge(None, folders, "average", output=tmp_path / "one", output_kind="adapter")
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    before = exact(model.state_dict()[f"{module}.weight"])
+    folded = PeftModel.from_pretrained(model, made.path).merge_and_unload().state_dict()
+    # Entries of some 50 are added in float32.
+    np.testing.assert_allclose(
+        exact(folded[f"{module}.weight"]), before + expected, rtol=1e-6, atol=1e-5
+    )
 
 
 # Bad input: a message that names the key, and what to do.
