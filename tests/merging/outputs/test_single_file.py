@@ -11,6 +11,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from starmerge.checkpoints.lora.unet_names import makers_name
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.engine import merge
 from tests.conftest import MakeAdapter
@@ -30,17 +32,18 @@ Updates = dict[str, NDArray[np.float64]]
 """By the names of weights, those of text encoders behind ``text_encoder.``."""
 
 
-def _unet() -> UNet2DConditionModel:
+def _unet(layers: int = 1, *, attends: bool = False) -> UNet2DConditionModel:
+    """Return a U-Net of two blocks each way, both or one of which have attentions."""
     torch.manual_seed(0)
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
         out_channels=4,
-        layers_per_block=1,
+        layers_per_block=layers,
         block_out_channels=(8, 16),
         norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D", f"{'CrossAttn' * attends}DownBlock2D"),
+        up_block_types=(f"{'CrossAttn' * attends}UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=12,
         attention_head_dim=4,
     ).eval()
@@ -227,6 +230,74 @@ def test_three_styles_of_flux(tmp_path: Path) -> None:
         fused = flux(**inputs).sample
     _assert_adds(flux, before, _average(updates), "transformer")
     torch.testing.assert_close(beside, fused, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layers", [1, 2])
+def test_names_of_the_makers_of_stable_diffusion_xl(tmp_path: Path, layers: int) -> None:
+    """What kohya trains for XL is found in diffusers' U-Net where diffusers itself puts it."""
+    unet = _unet(layers, attends=True)
+    unet.save_pretrained(tmp_path / "unet")
+    tensors, found = {}, set()
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in unet.state_dict().items():
+        stored = makers_name(name.removesuffix(".weight"), list(unet.state_dict()), layers)
+        # diffusers' loader does not take factors of time embeddings by these names, nor of "ff".
+        if stored is None or weight.ndim < 2 or "blocks" not in name or ".ff." in name:
+            continue
+        found.add(stored)
+        up, down = _factors(tuple(weight.shape), 2, generator)
+        stem = f"lora_unet_{stored.replace('.', '_')}"
+        tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
+        tensors[f"{stem}.alpha"] = torch.tensor(1.0)
+    assert {key.split("_")[2] for key in tensors} == {"input", "middle", "output"}
+    assert all(any(part in key for key in tensors) for part in ("_op.", "skip", "_2_conv.", "emb"))
+    save_file(tensors, tmp_path / "xl.safetensors")
+    dotted = {
+        f"diffusion_model.{stored}.{end}": tensors[f"lora_unet_{stored.replace('.', '_')}.{end}"]
+        for stored in sorted(found)
+        for end in ("lora_up.weight", "lora_down.weight", "alpha")
+    }
+    save_file(dotted, tmp_path / "comfy.safetensors")
+    files = [tmp_path / "xl.safetensors", tmp_path / "comfy.safetensors"]
+    made = merge(tmp_path / "unet", files, "average", output=tmp_path / "m")
+    merged = UNet2DConditionModel.from_pretrained(made.path).state_dict()
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    state, alphas = StableDiffusionXLPipeline.lora_state_dict(
+        tmp_path, weight_name="xl.safetensors", unet_config=unet.config
+    )
+    StableDiffusionXLPipeline.load_lora_into_unet(state, network_alphas=alphas, unet=unet)
+    unet.fuse_lora()
+    fused = {name.replace(".base_layer", ""): t for name, t in unet.state_dict().items()}
+    changed = sum(not torch.equal(merged[name], before[name]) for name in merged)
+    assert changed == len(tensors) // 3
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, fused[name], rtol=0, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("conv_in", "input_blocks.0.0"),
+        ("conv_out", "out.2"),
+        ("time_embedding.linear_2", "time_embed.2"),
+        ("add_embedding.linear_1", "label_emb.0.0"),
+        ("down_blocks.0.resnets.1.conv1", "input_blocks.2.0.in_layers.2"),
+        ("down_blocks.0.downsamplers.0.conv", "input_blocks.3.0.op"),
+        ("down_blocks.2.attentions.0.proj_in", "input_blocks.7.1.proj_in"),
+        ("down_blocks.3.resnets.1.conv_shortcut", "input_blocks.11.0.skip_connection"),
+        ("mid_block.resnets.1.time_emb_proj", "middle_block.2.emb_layers.1"),
+        ("mid_block.attentions.0.proj_out", "middle_block.1.proj_out"),
+        ("up_blocks.0.upsamplers.0.conv", "output_blocks.2.1.conv"),
+        ("up_blocks.1.upsamplers.0.conv", "output_blocks.5.2.conv"),
+        ("up_blocks.3.attentions.2.proj_in", "output_blocks.11.1.proj_in"),
+        ("up_blocks.3.resnets.2.norm2", "output_blocks.11.0.out_layers.0"),
+    ],
+)
+def test_names_in_the_published_files_of_stable_diffusion(ours: str, theirs: str) -> None:
+    """Of version 1.5, whose first block on the way up has no attentions."""
+    names = [f"up_blocks.{block}.attentions.0.norm.weight" for block in (1, 2, 3)]
+    assert makers_name(ours, names, 2) == theirs
 
 
 @pytest.mark.filterwarnings("ignore")

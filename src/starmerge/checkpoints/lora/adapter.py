@@ -187,10 +187,11 @@ def open_adapter(name: str, source: Source, base: Base, *, any_base: bool = Fals
         contents.config.check_base_name(base)
     if not base.has_weights:
         return _open_alone(name, source, base, contents)
-    if contents.format.has_flat_names:
-        found = match_flat(source, contents.names, base.checkpoint)
-    else:
+    found = {}
+    if not contents.format.has_flat_names:
         found = match_names(source, base, contents.names)
+    if contents.format.is_diffusion and len(found) < len(contents.names):
+        found = match_flat(source, contents.names, base.checkpoint, base.config)
     _check_all_found(source, base, contents, found)
     updates = {
         found[update.weight]: _place(source, base, found[update.weight], contents, update)
@@ -281,6 +282,13 @@ def _check_all_found(
     for module in contents.updates:
         if module.weight in found:
             continue
+        if contents.format.is_diffusion:
+            raise StarmergeError(
+                f"{source} changes {module.module}, {lacks} of that name. The base is one part of "
+                "a pipeline: an adapter that changes others, too, such as text encoders, is merged "
+                "with adapters alone (--as adapter). If it has the names of the model's maker, "
+                "load it with diffusers (load_lora_weights), and save it (save_lora_weights)."
+            )
         shape = module.change.shape
         for tied in base.tied:
             if base.checkpoint[tied].shape in (shape, shape[::-1]):

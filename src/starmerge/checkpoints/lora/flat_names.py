@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
+from starmerge.checkpoints.lora.unet_names import makers_name
 from starmerge.checkpoints.source import Source
 from starmerge.errors import StarmergeError, UsageError
 
@@ -44,8 +46,10 @@ _RIVALS = {
 _RIVALS |= {ours: theirs for theirs, ours in _RIVALS.items()}
 
 
-def match_flat(source: Source, names: Sequence[str], stored: Collection[str]) -> dict[str, str]:
-    """Find a base's tensors by names without dots.
+def match_flat(
+    source: Source, names: Sequence[str], stored: Collection[str], config: Mapping[str, Any]
+) -> dict[str, str]:
+    """Find a base's tensors by names without dots, or as if they had none.
 
     The base is one part of a pipeline, and its names may have a prefix that the adapter's lack.
 
@@ -53,9 +57,11 @@ def match_flat(source: Source, names: Sequence[str], stored: Collection[str]) ->
         source: The adapter.
         names: Of weights, such as ``lora_unet_mid_block_attentions_0_proj_in.weight``.
         stored: Names of the base's tensors.
+        config: The base's.
 
     Returns:
-        The base's name for each of ``names`` that is found, under the prefix by which most are.
+        The base's name for each of ``names`` that is found, under the prefix by which most are. Of
+        diffusers' U-Nets, the names of their makers mean the same layers.
 
     Raises:
         StarmergeError: A name means several tensors.
@@ -63,7 +69,14 @@ def match_flat(source: Source, names: Sequence[str], stored: Collection[str]) ->
     tensors: dict[str, list[str]] = defaultdict(list)
     for name in stored:
         tensors[_flat(name)].append(name)
-    own = {name: _PART.sub("", name, count=1) for name in names}
+    layers = config.get("layers_per_block")
+    if isinstance(layers, int):
+        for name in stored:
+            module, dot, parameter = name.rpartition(".")
+            other = makers_name(module, stored, layers)
+            if other is not None:
+                tensors[_flat(f"{other}{dot}{parameter}")].append(name)
+    own = {name: _flat(part_of(name)[1]) for name in names}
     ends = set(own.values())
     votes = Counter(
         prefix for flat in tensors for prefix in _prefixes(flat) if flat[len(prefix) :] in ends
