@@ -381,20 +381,27 @@ def test_mlx_adapters_become_one_of_peft_without_their_base(
     tiny_base: Path, tmp_path: Path
 ) -> None:
     """PEFT loads what two adapters of MLX-LM are merged to, and adds what MLX-LM would."""
-    module = "model.layers.0.self_attn.v_proj"
-    folders, expected = [], np.zeros((16, 32))
+    modules = [f"model.layers.{layer}.self_attn.v_proj" for layer in (0, 1)]
+    folders, expected = [], {module: np.zeros((16, 32)) for module in modules}
     for n in range(2):
-        a, b = _random(32, 3, seed=n), _random(3, 16, seed=n + 7)
-        folders.append(_mlx(tmp_path / str(n), {f"{module}.lora_a": a, f"{module}.lora_b": b}))
-        expected += 20 * (exact(a) @ exact(b)).T / 2
+        tensors = {}
+        for layer, module in enumerate(modules):
+            a, b = _random(32, 3, seed=4 * n + layer), _random(3, 16, seed=4 * n + layer + 2)
+            tensors |= {f"{module}.lora_a": a, f"{module}.lora_b": b}
+            expected[module] += 20 * (exact(a) @ exact(b)).T / 2
+        folders.append(_mlx(tmp_path / str(n), tensors))
     made = merge(None, folders, "average", output=tmp_path / "one", output_kind="adapter")
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
-    before = exact(model.state_dict()[f"{module}.weight"])
+    before = {module: exact(model.state_dict()[f"{module}.weight"]) for module in modules}
     folded = PeftModel.from_pretrained(model, made.path).merge_and_unload().state_dict()
-    # Entries of some 50 are added in float32.
-    np.testing.assert_allclose(
-        exact(folded[f"{module}.weight"]), before + expected, rtol=1e-6, atol=1e-5
-    )
+    for module in modules:
+        # Entries of some 50 are added in float32.
+        np.testing.assert_allclose(
+            exact(folded[f"{module}.weight"]),
+            before[module] + expected[module],
+            rtol=1e-6,
+            atol=1e-5,
+        )
 
 
 # Bad input: a message that names the key, and what to do.
