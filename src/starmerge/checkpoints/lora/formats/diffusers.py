@@ -4,7 +4,7 @@
 names for the factors; ``….lora.down.weight`` and ``….processor.to_q_lora.down.weight`` as it did;
 ``diffusion_model.….lora_A.weight`` or ``.lora_down.weight`` as ComfyUI and trainers for it do.
 Sources: github.com/huggingface/diffusers, ``loaders/lora_base.py`` and
-``utils/state_dict_utils.py``; github.com/comfyanonymous/ComfyUI, ``comfy/lora.py``.
+``utils/state_dict_utils.py``; github.com/comfyanonymous/ComfyUI, ``comfy/weight_adapter/lora.py``.
 
 The scale is alpha/r with an alpha in the file, or that of the LoRA configs in the header
 (``lora_adapter_metadata``); without either it is 1.
