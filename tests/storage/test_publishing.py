@@ -490,6 +490,52 @@ def test_the_lock_of_a_process_ends_with_it(tmp_path: Path, make: str) -> None:
     assert not any(tmp_path.iterdir())
 
 
+def test_one_file_of_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "style.safetensors"
+    with output_folder(path, member="weights", suffix="f00") as folder:
+        folder.put("weights", b"new")
+        folder.put("report", b"gone")
+        assert not path.exists()
+    assert path.read_bytes() == b"new"
+    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
+    with pytest.raises(UsageError, match="exists"), output_folder(path, member="weights"):
+        raise AssertionError
+    with (
+        pytest.raises(ZeroDivisionError),
+        output_folder(path, member="weights", overwrite=True) as folder,
+    ):
+        folder.put("weights", b"newer")
+        raise ZeroDivisionError
+    assert path.read_bytes() == b"new"
+    with output_folder(path, member="weights", overwrite=True) as folder:
+        folder.put("weights", b"newer")
+    assert path.read_bytes() == b"newer"
+    with (
+        pytest.raises(Interrupted),
+        output_folder(path, member="weights", overwrite=True, suffix="f00") as folder,
+    ):
+        folder.put("half", b"done")
+        raise Interrupted(signal.SIGTERM)
+    assert path.read_bytes() == b"newer"
+    with output_folder(path, member="weights", overwrite=True, suffix="f00") as folder:
+        assert folder.names() == ["half"]
+        folder.put("weights", b"newest")
+    assert path.read_bytes() == b"newest"
+    assert [left.name for left in tmp_path.iterdir()] == [path.name]
+    (tmp_path / "folder").mkdir()
+    with (
+        pytest.raises(UsageError, match="a folder or a link"),
+        output_folder(tmp_path / "folder", member="weights", overwrite=True),
+    ):
+        raise AssertionError
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def test_a_given_suffix_is_made_by_one_process_and_then_gone_on_with(tmp_path: Path) -> None:
     with _making(tmp_path, "out", suffix="f00"):
         partial = tmp_path / ".out.partial-f00"

@@ -190,7 +190,8 @@ def open_base(source: Source) -> Base:
     if is_file(source.path) or is_file(source.path / "adapter_config.json"):
         raise UsageError(
             f"{source} is an adapter, and stands where the base is wanted. Give the model that it "
-            "was trained on; in a recipe for mergekit as base_model."
+            "was trained on; in a recipe for mergekit as base_model. Adapters alone are merged "
+            "into one with --as adapter."
         )
     if not exists(source.path / "config.json"):
         raise StarmergeError(f"{source} has no config.json, so it is not a model's folder.")

@@ -36,13 +36,15 @@ class Source:
         return self.reference
 
 
-def resolve(reference: str | Path) -> Source:
+def resolve(reference: str | Path, *, may_be_file: bool = False) -> Source:
     """Find a model by a local folder, or by a Hub id ``org/name`` or ``org/name@revision``.
-
-    An adapter that is one file is found by that file.
 
     A Hub repository is downloaded into the Hub's own cache, or found there: what stands at its top,
     with the weights in safetensors if it has them so.
+
+    Args:
+        reference: The folder or the Hub id; or, where it may be, the file of an adapter.
+        may_be_file: Accept a file of weights.
 
     Raises:
         UsageError: There is no such folder, and it is no Hub id.
@@ -63,10 +65,10 @@ def resolve(reference: str | Path) -> Source:
         raise UsageError(f"{text}: no user of this machine is called so. Give a folder.") from error
     if exists(path):
         is_folder = storage_of(path).is_folder(path)
-        if not is_folder and path.suffix.lower() not in WEIGHTS:
+        if not is_folder and not (may_be_file and path.suffix.lower() in WEIGHTS):
             raise UsageError(
-                f"{text} is a file. Give the folder that holds the model or adapter; of an adapter "
-                f"that is one file ({', '.join(WEIGHTS)}), that file."
+                f"{text} is a file. Give the folder that holds the model or adapter. (To a merge, "
+                f"an adapter that is one file may be given: {', '.join(WEIGHTS)}.)"
             )
         if not os.access(path, os.R_OK | (os.X_OK if is_folder else 0)):
             raise StarmergeError(f"{text} may not be read by this user. Change its permissions.")

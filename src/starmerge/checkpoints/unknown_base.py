@@ -67,6 +67,7 @@ def unknown_base(sources: Sequence[Source], *, any_base: bool = False) -> Base:
     """
     names: dict[str, AdapterConfig] = {}
     tensors: dict[str, TensorInfo] = {}
+    origins: dict[str, Source] = {}
     has_parts: dict[bool, Source] = {}
     for source in sources:
         if not is_adapter(source):
@@ -86,17 +87,17 @@ def unknown_base(sources: Sequence[Source], *, any_base: bool = False) -> Base:
             )
         found = names_alone(source, contents, tensors)
         if tensors.keys().isdisjoint(found.values()):
-            _check_one_model(source, contents.names, tensors)
+            _check_one_model(source, contents.names, origins)
         for update in contents.updates:
             shape = update.change.shape[::-1] if update.is_embedding else update.change.shape
             file = contents.config.file
             tensor = TensorInfo(found[update.weight], torch.float32, shape, file)
             known = tensors.setdefault(tensor.name, tensor)
+            origin = origins.setdefault(tensor.name, source)
             if known.shape != shape:
                 raise StarmergeError(
                     f"{source}: the update of {tensor.name} has the shape {list(shape)}, that of "
-                    f"{known.file.parent} {list(known.shape)}. The adapters are of different "
-                    "bases."
+                    f"{origin} {list(known.shape)}. The adapters are of different bases."
                 )
     if len({name.lower() for name in names}) > 1 and not any_base:
         first, second = list(names)[:2]
@@ -109,7 +110,7 @@ def unknown_base(sources: Sequence[Source], *, any_base: bool = False) -> Base:
     return UnknownBase(reference, _Shapes(tensors), known_config(name))
 
 
-def _check_one_model(source: Source, names: Iterable[str], known: Mapping[str, TensorInfo]) -> None:
+def _check_one_model(source: Source, names: Iterable[str], known: Mapping[str, Source]) -> None:
     """Refuse names of which nothing tells whether they lack a prefix that the known ones have."""
     ours, theirs = ({_layers_of(name): name for name in each} for each in (names, known))
     for layers, name in ours.items():
@@ -117,7 +118,7 @@ def _check_one_model(source: Source, names: Iterable[str], known: Mapping[str, T
             shorter, longer = sorted((layers, others), key=len)
             if shorter and shorter != longer and longer.endswith(f".{shorter}"):
                 raise UsageError(
-                    f"{source} changes {name}, and {known[other].file.parent} {other}: whether "
+                    f"{source} changes {name}, and {known[other]} {other}: whether "
                     "they mean layers of one model cannot be told, as no module is in both. Give "
                     "the base before the models."
                 )

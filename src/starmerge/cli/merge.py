@@ -230,7 +230,7 @@ def _is_adapter(argument: str) -> bool:
     from starmerge.recipe import parse_models
 
     (entry,) = parse_models([argument])
-    return is_adapter(resolve(entry["path"]))
+    return is_adapter(resolve(entry["path"], may_be_file=True))
 
 
 def _print_ranks(costs: Sequence[RankCost]) -> None:

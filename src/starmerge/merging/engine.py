@@ -35,7 +35,7 @@ class MergeResult:
     """A finished merge."""
 
     path: Path
-    """The folder of the merged model."""
+    """The folder of the merged model, or the file of an adapter."""
     report: MergeReport
     taken_up: int = 0
     """Tensors that an earlier run, which was killed, had written."""
@@ -68,16 +68,18 @@ def merge(
     Args:
         base: The base model: a folder, or a Hub id ``org/name`` or ``org/name@revision``. None:
             adapters alone are merged into an adapter.
-        models: LoRA adapters in PEFT's layout and full fine-tunes, as folders or Hub ids; a mapping
-            gives them names.
+        models: LoRA adapters and full fine-tunes, as folders, files of adapters or Hub ids; a
+            mapping gives them names.
         method: A method such as ``Star(eta=40)``, a chain of some, or a name such as "star+ties".
-        output: The folder to create.
+        output: The folder to create; a file, ending in .safetensors or .gguf, for adapters of
+            diffusion models and of llama.cpp.
         weights: Factors of the task vectors, one for each model; by default all are 1.
         metric: A file of :func:`starmerge.calibrate` for this base: spectral methods then merge in
             whitened inputs.
         dtype: Dtype of the floating-point tensors; "keep" keeps each as it is.
-        output_kind: "model", or "adapter" for a LoRA adapter in PEFT's layout; by default a model,
-            or of ``emr`` its unified vector with masks.
+        output_kind: "model"; "adapter" for a LoRA adapter in PEFT's layout or, of diffusion models,
+            in that of the merged adapters; "gguf" for one for llama.cpp; by default a model, or of
+            ``emr`` its unified vector with masks.
         rank: The highest rank of an adapter; by default as high as its updates need.
         max_error: Refuse an adapter whose update is farther from the merge's, in the Frobenius norm
             relative to it.

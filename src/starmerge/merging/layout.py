@@ -13,7 +13,7 @@ from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.metric import Metric
 from starmerge.checkpoints.models import FineTune
 from starmerge.checkpoints.tensors import MERGEABLE, TensorInfo, stored_of
-from starmerge.deltas import wide
+from starmerge.deltas import matrix_shape, wide
 from starmerge.errors import StarmergeError
 from starmerge.merging.metric import inputs_of, wanted
 from starmerge.methods.memory import DeltaShape, InputsShape, TensorShape
@@ -110,12 +110,7 @@ class PlannedTensor:
             tasks: Names of all models of the merge.
         """
         name = self.source.name
-        factors = sum(
-            info.nbytes
-            for model in self.models.values()
-            if model.rank(name) is not None
-            for info in model.inputs(name)
-        )
+        factors = sum(map(self._factor_bytes, self.models.values()))
         # What a dense delta is computed of, as DoRA's is: its factors in float64.
         computing = max(
             8 * sum(info.nbytes for info in model.inputs(name)) if self._is_computed(model) else 0
@@ -156,6 +151,17 @@ class PlannedTensor:
         }
         own = tuple(rows[task] for task in tasks if task in rows)
         return InputsShape(n, rows.get(None), own)
+
+    def _factor_bytes(self, model: FineTune) -> int:
+        """Count the factors of a model's delta in memory: as stored, or made of what is stored."""
+        name = self.source.name
+        rank, stored = model.rank(name), model.inputs(name)
+        if rank is None:
+            return 0
+        entries = rank * sum(matrix_shape(self.source.shape))
+        held = sum(info.nbytes for info in stored)
+        is_made = sum(info.size for info in stored) < entries
+        return held + entries * torch.float32.itemsize * is_made
 
     def _is_computed(self, model: FineTune) -> bool:
         """Tell whether a dense delta is a matrix in memory, and no difference of stored tensors."""

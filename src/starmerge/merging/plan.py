@@ -202,8 +202,8 @@ def open_models(recipe: Recipe) -> tuple[Base, tuple[FineTune, ...]]:
         UsageError: A model is of another base, or of a kind that cannot be merged.
         StarmergeError: A missing, unknown or misshapen tensor, a broken file.
     """
-    given = None if recipe.base is None else open_base(resolve(recipe.base))
-    sources = [resolve(entry.path) for entry in recipe.models]
+    given = None if recipe.base is None else open_base(resolve(recipe.base, may_be_file=True))
+    sources = [resolve(entry.path, may_be_file=True) for entry in recipe.models]
     base = given or unknown_base(sources, any_base=recipe.any_base)
     named = [(entry.name, source) for entry, source in zip(recipe.models, sources, strict=True)]
     return checkpoints.open_models(named, base, any_base=recipe.any_base, common=recipe.common)

@@ -198,7 +198,7 @@ def _check_inputs(report: Mapping[str, Any], progress: bool) -> Iterator[tuple[s
     for source in report["inputs"]:
         try:
             path = Path(source["reference"])
-            found = path if is_file(path) else resolve(source["reference"]).path
+            found = path if is_file(path) else resolve(source["reference"], may_be_file=True).path
         except StarmergeError:
             found = None
         kinds = (("blake3", blake3_of), ("tensors", partial(_contents, progress=progress)))

@@ -1,6 +1,7 @@
 """Adapters of other tools: the deltas that their formulas give, and a refusal of all else."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from starmerge.checkpoints.base import open_base
 from starmerge.checkpoints.lora.adapter import Adapter, open_adapter
@@ -18,6 +21,7 @@ from starmerge.checkpoints.models import open_model
 from starmerge.checkpoints.source import resolve
 from starmerge.deltas import LowRank
 from starmerge.errors import StarmergeError, UsageError
+from starmerge.merging.engine import merge
 from tests.oracles import formats as oracle
 from tests.oracles.bounds import U32
 from tests.oracles.deltas import exact
@@ -62,7 +66,7 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], **metadata: str) -> Path
 
 
 def _open(path: Path, base: Path) -> Adapter:
-    return open_adapter("a", resolve(path), open_base(resolve(base)))
+    return open_adapter("a", resolve(path, may_be_file=True), open_base(resolve(base)))
 
 
 def _check(adapter: Adapter, base: Path, name: str, expected: NDArray[np.float64]) -> None:
@@ -373,6 +377,33 @@ def test_torchtune_orders_the_rows_of_queries_and_keys_as_meta_does(
     _check(adapter, tiny_base, f"model.layers.1.{ours}.weight", expected)
 
 
+def test_mlx_adapters_become_one_of_peft_without_their_base(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    """PEFT loads what two adapters of MLX-LM are merged to, and adds what MLX-LM would."""
+    modules = [f"model.layers.{layer}.self_attn.v_proj" for layer in (0, 1)]
+    folders, expected = [], {module: np.zeros((16, 32)) for module in modules}
+    for n in range(2):
+        tensors = {}
+        for layer, module in enumerate(modules):
+            a, b = _random(32, 3, seed=4 * n + layer), _random(3, 16, seed=4 * n + layer + 2)
+            tensors |= {f"{module}.lora_a": a, f"{module}.lora_b": b}
+            expected[module] += 20 * (exact(a) @ exact(b)).T / 2
+        folders.append(_mlx(tmp_path / str(n), tensors))
+    made = merge(None, folders, "average", output=tmp_path / "one", output_kind="adapter")
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    before = {module: exact(model.state_dict()[f"{module}.weight"]) for module in modules}
+    folded = PeftModel.from_pretrained(model, made.path).merge_and_unload().state_dict()
+    for module in modules:
+        # Entries of some 50 are added in float32.
+        np.testing.assert_allclose(
+            exact(folded[f"{module}.weight"]),
+            before[module] + expected[module],
+            rtol=1e-6,
+            atol=1e-5,
+        )
+
+
 # Bad input: a message that names the key, and what to do.
 
 _UP, _DOWN = _lora(SHAPES[LINEAR], 3)
@@ -531,3 +562,96 @@ def test_names_without_dots_that_mean_two_tensors_are_refused(tmp_path: Path) ->
     }
     with pytest.raises(StarmergeError, match="a.b_c.weight and a_b.c.weight"):
         _open(_write(tmp_path, tensors), base)
+
+
+# The table of the manual: each row's tensors are read, with the scale that it says.
+
+_PAGE = (Path(__file__).parents[3] / "docs" / "adapters.md").read_text(encoding="utf-8")
+_ROWS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in _PAGE.splitlines()
+    if re.match(r"\| [A-Za-z-]+[^|]* \| `", line)
+]
+_MODULES = {
+    "PEFT": ("base_model.model.model.layers.0.mlp.up_proj", "LoRA adapter"),
+    "kohya": (_flat(LINEAR), "kohya"),
+    "diffusers": (f"unet.{LINEAR}", "diffusers"),
+    "diffusers before PEFT": (f"unet.{LINEAR}", "diffusers"),
+    "ComfyUI": (f"diffusion_model.{LINEAR}", "diffusers"),
+    "LoCon with a core": (_flat(CONV), "kohya"),
+    "LoHa": (_flat(LINEAR), "kohya"),
+    "LoKr": (_flat(LINEAR), "kohya"),
+    "LoKr of whole matrices": (_flat(LINEAR), "kohya"),
+    "full difference": (_flat(LINEAR), "kohya"),
+    "MLX-LM": ("model.layers.0.mlp.up_proj", "MLX-LM"),
+    "torchtune": ("layers.0.mlp.w3", "torchtune"),
+}
+_PART_SHAPES = {
+    ("LoCon with a core", "lora_down.weight"): (2, 6, 1, 1),
+    ("LoCon with a core", "lora_up.weight"): (8, 2, 1, 1),
+    ("MLX-LM", "lora_a"): (32, 2),
+    ("MLX-LM", "lora_b"): (2, 48),
+    ("torchtune", "lora_a.weight"): (2, 32),
+    ("torchtune", "lora_b.weight"): (48, 2),
+    ("PEFT", "lora_A.weight"): (2, 32),
+    ("PEFT", "lora_B.weight"): (48, 2),
+}
+_SHAPES_OF_PARTS = {
+    "lora_A.weight": (2, 10),
+    "lora_B.weight": (12, 2),
+    "lora_down.weight": (2, 10),
+    "lora_up.weight": (12, 2),
+    "lora.down.weight": (2, 10),
+    "lora.up.weight": (12, 2),
+    "lora_mid.weight": (2, 2, 3, 3),
+    "hada_w1_a": (12, 2),
+    "hada_w1_b": (2, 10),
+    "hada_w2_a": (12, 2),
+    "hada_w2_b": (2, 10),
+    "lokr_w1": (3, 2),
+    "lokr_w2": (4, 5),
+    "lokr_w2_a": (4, 2),
+    "lokr_w2_b": (2, 5),
+    "diff": (12, 10),
+    "diff_b": (12,),
+    "alpha": (),
+}
+
+
+def test_the_manual_has_a_row_for_each_layout() -> None:
+    assert [row[0] for row in _ROWS] == [*_MODULES, "GGUF"]
+
+
+@pytest.mark.parametrize("row", _ROWS[:-1], ids=lambda row: row[0])
+def test_every_row_of_the_manual(
+    unet: Path, tiny_base: Path, tmp_path: Path, row: list[str]
+) -> None:
+    """With alpha = 7, r = 2, and a scale of 5 where a config says one."""
+    name, parts, formula = row[:3]
+    module, kind = _MODULES[name]
+    tensors = {}
+    for n, part in enumerate(re.findall(r"`([^`]+)`", parts)):
+        shape = _PART_SHAPES.get((name, part), _SHAPES_OF_PARTS.get(part))
+        assert shape is not None
+        tensor = torch.tensor(7.0) if part == "alpha" else _random(*shape, seed=n)
+        tensors[f"{module}.{part}"] = tensor
+    base = unet
+    if name in ("PEFT", "MLX-LM", "torchtune"):
+        base, path = tiny_base, tmp_path / "adapter"
+        if name == "MLX-LM":
+            _mlx(path, tensors, lora_parameters={"rank": 2, "scale": 5.0})
+        elif name == "torchtune":
+            _torchtune(path, tensors, r=2, lora_alpha=7)
+        else:
+            path.mkdir()
+            save_file(tensors, path / "adapter_model.safetensors")
+            config = {"peft_type": "LORA", "r": 2, "lora_alpha": 7, "target_modules": ["up_proj"]}
+            (path / "adapter_config.json").write_text(json.dumps(config))
+    else:
+        path = _write(tmp_path, tensors)
+    adapter = _open(path, base)
+    assert kind in adapter.kind
+    update = next(p.update for t, p in adapter.updates.items() if t.endswith(".weight"))
+    scale = {"alpha/r": 3.5, "1": 1.0, "scale": 5.0}[formula]
+    assert getattr(update.change, "scale", 1.0) == scale
+    assert (update.rank is None) == (row[3] == "no")

@@ -1,6 +1,7 @@
 """Adapters of diffusion models as single files: diffusers loads what files of kohya become."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,14 +11,17 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from numpy.typing import NDArray
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from starmerge.checkpoints.lora.unet_names import makers_name
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.engine import merge
 from tests.conftest import MakeAdapter
@@ -28,17 +32,18 @@ Updates = dict[str, NDArray[np.float64]]
 """By the names of weights, those of text encoders behind ``text_encoder.``."""
 
 
-def _unet() -> UNet2DConditionModel:
+def _unet(layers: int = 1, *, attends: bool = False) -> UNet2DConditionModel:
+    """Return a U-Net of two blocks each way, both or one of which have attentions."""
     torch.manual_seed(0)
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
         out_channels=4,
-        layers_per_block=1,
+        layers_per_block=layers,
         block_out_channels=(8, 16),
         norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D", f"{'CrossAttn' * attends}DownBlock2D"),
+        up_block_types=(f"{'CrossAttn' * attends}UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=12,
         attention_head_dim=4,
     ).eval()
@@ -228,6 +233,114 @@ def test_three_styles_of_flux(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layers", [1, 2])
+def test_names_of_the_makers_of_stable_diffusion_xl(tmp_path: Path, layers: int) -> None:
+    """What kohya trains for XL is found in diffusers' U-Net where diffusers itself puts it."""
+    unet = _unet(layers, attends=True)
+    unet.save_pretrained(tmp_path / "unet")
+    tensors, found = {}, set()
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in unet.state_dict().items():
+        stored = makers_name(name.removesuffix(".weight"), list(unet.state_dict()), layers)
+        # diffusers' loader does not take factors of time embeddings by these names, nor of "ff".
+        if stored is None or weight.ndim < 2 or "blocks" not in name or ".ff." in name:
+            continue
+        found.add(stored)
+        up, down = _factors(tuple(weight.shape), 2, generator)
+        stem = f"lora_unet_{stored.replace('.', '_')}"
+        tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
+        tensors[f"{stem}.alpha"] = torch.tensor(1.0)
+    assert {key.split("_")[2] for key in tensors} == {"input", "middle", "output"}
+    assert all(any(part in key for key in tensors) for part in ("_op.", "skip", "_2_conv.", "emb"))
+    save_file(tensors, tmp_path / "xl.safetensors")
+    dotted = {
+        f"diffusion_model.{stored}.{end}": tensors[f"lora_unet_{stored.replace('.', '_')}.{end}"]
+        for stored in sorted(found)
+        for end in ("lora_up.weight", "lora_down.weight", "alpha")
+    }
+    save_file(dotted, tmp_path / "comfy.safetensors")
+    files = [tmp_path / "xl.safetensors", tmp_path / "comfy.safetensors"]
+    made = merge(tmp_path / "unet", files, "average", output=tmp_path / "m")
+    merged = UNet2DConditionModel.from_pretrained(made.path).state_dict()
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    state, alphas = StableDiffusionXLPipeline.lora_state_dict(
+        tmp_path, weight_name="xl.safetensors", unet_config=unet.config
+    )
+    StableDiffusionXLPipeline.load_lora_into_unet(state, network_alphas=alphas, unet=unet)
+    unet.fuse_lora()
+    fused = {name.replace(".base_layer", ""): t for name, t in unet.state_dict().items()}
+    changed = sum(not torch.equal(merged[name], before[name]) for name in merged)
+    assert changed == len(tensors) // 3
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, fused[name], rtol=0, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("conv_in", "input_blocks.0.0"),
+        ("conv_out", "out.2"),
+        ("time_embedding.linear_2", "time_embed.2"),
+        ("add_embedding.linear_1", "label_emb.0.0"),
+        ("down_blocks.0.resnets.1.conv1", "input_blocks.2.0.in_layers.2"),
+        ("down_blocks.0.downsamplers.0.conv", "input_blocks.3.0.op"),
+        ("down_blocks.2.attentions.0.proj_in", "input_blocks.7.1.proj_in"),
+        ("down_blocks.3.resnets.1.conv_shortcut", "input_blocks.11.0.skip_connection"),
+        ("mid_block.resnets.1.time_emb_proj", "middle_block.2.emb_layers.1"),
+        ("mid_block.attentions.0.proj_out", "middle_block.1.proj_out"),
+        ("up_blocks.0.upsamplers.0.conv", "output_blocks.2.1.conv"),
+        ("up_blocks.1.upsamplers.0.conv", "output_blocks.5.2.conv"),
+        ("up_blocks.3.attentions.2.proj_in", "output_blocks.11.1.proj_in"),
+        ("up_blocks.3.resnets.2.norm2", "output_blocks.11.0.out_layers.0"),
+    ],
+)
+def test_names_in_the_published_files_of_stable_diffusion(ours: str, theirs: str) -> None:
+    """Of version 1.5, whose first block on the way up has no attentions."""
+    names = [f"up_blocks.{block}.attentions.0.norm.weight" for block in (1, 2, 3)]
+    assert makers_name(ours, names, 2) == theirs
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("saved_by", ["model", "pipeline"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"rank_pattern": {"proj_in": 3}, "alpha_pattern": {"proj_in": 5}},
+    ],
+    ids=str,
+)
+def test_reads_what_diffusers_saves(tmp_path: Path, saved_by: str, options: dict[str, Any]) -> None:
+    unet = _unet()
+    unet.save_pretrained(tmp_path / "unet")
+    targets = ["to_q", "to_out.0", "proj_in", "conv1"]
+    config = LoraConfig(
+        r=2, lora_alpha=6, target_modules=targets, init_lora_weights=False, **options
+    )
+    unet.add_adapter(config)
+    if saved_by == "model":
+        unet.save_lora_adapter(tmp_path / "style")
+    else:
+        StableDiffusionPipeline.save_lora_weights(
+            tmp_path / "style",
+            unet_lora_layers=get_peft_model_state_dict(unet),
+            unet_lora_adapter_metadata=config.to_dict(),
+        )
+    before = _unet().state_dict()
+    unet.fuse_lora()
+    fused = {name.replace(".base_layer", ""): t for name, t in unet.state_dict().items()}
+    made = merge(tmp_path / "unet", [tmp_path / "style"], "average", output=tmp_path / "merged")
+    merged = UNet2DConditionModel.from_pretrained(made.path).state_dict()
+    changed = 0
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, fused[name], rtol=0, atol=2e-6)
+        changed += not torch.equal(tensor, before[name])
+    assert changed > 10
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_style_is_folded_into_a_unet(tmp_path: Path) -> None:
     """The merged folder is a model of diffusers, with the weights that its loader would fuse."""
     unet = _unet()
@@ -266,6 +379,17 @@ def test_one_layout_comes_out_of_two(tmp_path: Path) -> None:
         assert len(tensors) == 6
 
 
+def test_layers_under_the_names_of_their_maker_are_not_merged_with_those_of_diffusers(
+    tmp_path: Path,
+) -> None:
+    for n, layer in enumerate(["input_blocks.1.1", "down_blocks.0.attentions.0"]):
+        _style(tmp_path / f"{n}.safetensors", {f"unet.{layer}.to_q": (8, 6)}, n, 2, None, "kohya")
+    files = [tmp_path / "0.safetensors", tmp_path / "1.safetensors"]
+    for order in (files, files[::-1]):
+        with pytest.raises(UsageError, match="its maker.*save_lora_weights"):
+            merge(None, order, "average", output=tmp_path / "o", output_kind="adapter")
+
+
 def test_one_style_alone_keeps_its_update(tmp_path: Path) -> None:
     layers = {"unet.mid_block.attn.to_q": (12, 10), "unet.mid_block.conv": (6, 4, 3, 3)}
     for spelling in ("kohya", "diffusers"):
@@ -285,6 +409,44 @@ def test_one_style_alone_keeps_its_update(tmp_path: Path) -> None:
                 stem, ends = "lora_" + name.replace(".", "_"), ("lora_up", "lora_down")
             up, down = (tensors[f"{stem}.{end}.weight"] for end in ends)
             np.testing.assert_allclose(oracle.lora(up, down, 1.0), update, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr", "locon"])
+def test_factors_of_lycoris_become_those_of_kohya(tmp_path: Path, kind: str) -> None:
+    """Three tools' structures, written as s·B·A: the same update to 1e-7 of its largest entry."""
+    generator = torch.Generator().manual_seed(0)
+    stem = "lora_unet_mid_block_attn_to_q"
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    if kind == "loha":
+        a = {f"hada_w{n}_a": random(12, 2) for n in (1, 2)}
+        b = {f"hada_w{n}_b": random(2, 10) for n in (1, 2)}
+        parts = {**a, **b}
+        halves = [oracle.half(a[f"hada_w{n}_a"], b[f"hada_w{n}_b"]) for n in (1, 2)]
+        update = oracle.loha(*halves, 1.5)
+    elif kind == "lokr":
+        parts = {"lokr_w1": random(3, 2), "lokr_w2_a": random(4, 2), "lokr_w2_b": random(2, 5)}
+        second = oracle.half(parts["lokr_w2_a"], parts["lokr_w2_b"])
+        update = oracle.lokr(exact(parts["lokr_w1"]), second, 1.5)
+    else:
+        shapes = {"up": (12, 2, 1, 1), "mid": (2, 2, 3, 3), "down": (2, 10, 1, 1)}
+        parts = {f"lora_{part}.weight": random(*shape) for part, shape in shapes.items()}
+        update = oracle.locon(*parts.values(), 1.5)
+    tensors = {f"{stem}.{part}": tensor for part, tensor in parts.items()}
+    save_file(tensors | {f"{stem}.alpha": torch.tensor(3.0)}, tmp_path / "a.safetensors")
+    made = merge(
+        None,
+        [tmp_path / "a.safetensors"],
+        "average",
+        output=tmp_path / "b.safetensors",
+        output_kind="adapter",
+    )
+    written = load_file(made.path)
+    up, down = written[f"{stem}.lora_up.weight"], written[f"{stem}.lora_down.weight"]
+    ours = oracle.lora(up, down, float(written[f"{stem}.alpha"]) / len(down))
+    np.testing.assert_allclose(ours, update, rtol=0, atol=1e-7 * abs(update).max() + 1e-7)
 
 
 def test_refusals_of_single_files(tmp_path: Path, make_adapter: MakeAdapter) -> None:

@@ -177,10 +177,12 @@ def open_adapter(name: str, source: Source, base: Base, *, any_base: bool = Fals
         contents.config.check_base_name(base)
     if not base.has_weights:
         return _open_alone(name, source, base, contents)
-    if contents.format.has_flat_names:
-        found = match_flat(source, contents.names, base.checkpoint)
-    else:
-        found = match_names(source, base, [*contents.names, *contents.copies])
+    found: dict[str, str] = {}
+    names = [*contents.names, *contents.copies]
+    if not contents.format.has_flat_names:
+        found = match_names(source, base, names)
+    if contents.format.is_diffusion and len(found) < len(contents.names):
+        found = match_flat(source, contents.names, base.checkpoint, base.config)
     _check_copies(source, base, contents, found)
     head = None if contents.config.is_headless else head_not_stored(base, contents, found)
     left = [update for update in contents.updates if update.weight not in found]
@@ -388,6 +390,13 @@ def _check_all_found(
     for module in contents.updates:
         if module.weight in found or module.weight == head or joined.issuperset(module.keys):
             continue
+        if contents.format.is_diffusion:
+            raise StarmergeError(
+                f"{source} changes {module.module}, {lacks} of that name. The base is one part of "
+                "a pipeline: an adapter that changes others, too, such as text encoders, is merged "
+                "with adapters alone (--as adapter). If it has the names of the model's maker, "
+                "load it with diffusers (load_lora_weights), and save it (save_lora_weights)."
+            )
         raise StarmergeError(
             f"{source} adapts {module.module}, {lacks} {module.weight}. The adapter was trained on "
             "another model, or on a weight that this one ties to another. If transformers renames "

@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
+from starmerge.checkpoints.lora.unet_names import makers_name
 from starmerge.checkpoints.source import Source
-from starmerge.errors import StarmergeError
+from starmerge.errors import StarmergeError, UsageError
 
 _PART = re.compile(r"(?P<part>lora_(?:prior_)?[a-z]+\d*|lycoris)_")
 
@@ -32,9 +34,22 @@ _PARTS = {
 }
 """A part of a pipeline, by what names in kohya's, diffusers' and ComfyUI's layout begin with."""
 
+_RIVALS = {
+    "input_blocks": "down_blocks",
+    "middle_block": "mid_block",
+    "output_blocks": "up_blocks",
+    "double_blocks": "transformer_blocks",
+    "single_blocks": "single_transformer_blocks",
+}
+"""What the makers of Stable Diffusion and Flux call layers, and what diffusers does; both ways."""
 
-def match_flat(source: Source, names: Sequence[str], stored: Collection[str]) -> dict[str, str]:
-    """Find a base's tensors by names without dots.
+_RIVALS |= {ours: theirs for theirs, ours in _RIVALS.items()}
+
+
+def match_flat(
+    source: Source, names: Sequence[str], stored: Collection[str], config: Mapping[str, Any]
+) -> dict[str, str]:
+    """Find a base's tensors by names without dots, or as if they had none.
 
     The base is one part of a pipeline, and its names may have a prefix that the adapter's lack.
 
@@ -42,9 +57,11 @@ def match_flat(source: Source, names: Sequence[str], stored: Collection[str]) ->
         source: The adapter.
         names: Of weights, such as ``lora_unet_mid_block_attentions_0_proj_in.weight``.
         stored: Names of the base's tensors.
+        config: The base's.
 
     Returns:
-        The base's name for each of ``names`` that is found, under the prefix by which most are.
+        The base's name for each of ``names`` that is found, under the prefix by which most are. Of
+        diffusers' U-Nets, the names of their makers mean the same layers.
 
     Raises:
         StarmergeError: A name means several tensors.
@@ -52,7 +69,14 @@ def match_flat(source: Source, names: Sequence[str], stored: Collection[str]) ->
     tensors: dict[str, list[str]] = defaultdict(list)
     for name in stored:
         tensors[_flat(name)].append(name)
-    own = {name: _PART.sub("", name, count=1) for name in names}
+    layers = config.get("layers_per_block")
+    if isinstance(layers, int):
+        for name in stored:
+            module, dot, parameter = name.rpartition(".")
+            other = makers_name(module, stored, layers)
+            if other is not None:
+                tensors[_flat(f"{other}{dot}{parameter}")].append(name)
+    own = {name: _flat(part_of(name)[1]) for name in names}
     ends = set(own.values())
     votes = Counter(
         prefix for flat in tensors for prefix in _prefixes(flat) if flat[len(prefix) :] in ends
@@ -88,14 +112,40 @@ def match_parts(
         The others' name for each of ``names``, or the name itself where they do not have it.
 
     Raises:
+        UsageError: The others call the layers of the same model differently.
         StarmergeError: Two of ``names`` are one.
     """
     others = {_key(name): name for name in known}
+    _check_spelling(source, names, others)
     found = {name: others.get(_key(name), name) for name in names}
     if len(set(found.values())) < len(names):
         twice = next(name for name, count in Counter(found.values()).items() if count > 1)
         raise StarmergeError(f"{source} holds {twice} twice, in two spellings. Remove one.")
     return found
+
+
+def _check_spelling(
+    source: Source, names: Iterable[str], others: Mapping[tuple[str, str], str]
+) -> None:
+    """Refuse names of diffusers' model beside those of the model's maker, for the same layers."""
+    ours, theirs = (
+        {kind: name for name in each if (kind := _spelling(name)) is not None}
+        for each in (names, others.values())
+    )
+    for kind, name in ours.items():
+        rival = theirs.get(_RIVALS[kind])
+        if rival is not None:
+            raise UsageError(
+                f"{source} changes {name}, and another adapter {rival}: the layers of one model "
+                "under the names of its maker, and under those of diffusers. Convert one: load it "
+                "with diffusers (load_lora_weights), and save it (save_lora_weights)."
+            )
+
+
+def _spelling(name: str) -> str | None:
+    """Return what the layers of a denoiser are called that a name is of, where it is known."""
+    rest = _flat(part_of(name)[1])
+    return next((kind for kind in _RIVALS if rest.startswith(f"{kind}_")), None)
 
 
 def part_of(name: str) -> tuple[str, str]:

@@ -4,7 +4,7 @@
 names for the factors; ``….lora.down.weight`` and ``….processor.to_q_lora.down.weight`` as it did;
 ``diffusion_model.….lora_A.weight`` or ``.lora_down.weight`` as ComfyUI and trainers for it do.
 Sources: github.com/huggingface/diffusers, ``loaders/lora_base.py`` and
-``utils/state_dict_utils.py``; github.com/comfyanonymous/ComfyUI, ``comfy/lora.py``.
+``utils/state_dict_utils.py``; github.com/comfyanonymous/ComfyUI, ``comfy/weight_adapter/lora.py``.
 
 The scale is alpha/r with an alpha in the file, or that of the LoRA configs in the header
 (``lora_adapter_metadata``); without either it is 1.
@@ -106,17 +106,20 @@ def _scale(file: AdapterFile) -> Scale | None:
         raise StarmergeError(f"{where} is not JSON: {error}. Is the file complete?") from error
     if not isinstance(content, dict):
         raise StarmergeError(f"{where} is no object of LoRA configs. Is the file complete?")
+    # A pipeline's parts have a config each; a model that is saved by itself has one without a part.
     settings: dict[str, dict[str, Any]] = {}
     for key, value in content.items():
-        part, _, own = key.partition(".")
+        part, _, own = key.rpartition(".")
         settings.setdefault(part, {"peft_type": "LORA"})[own] = value
     configs = {
-        part: checked_config(file.weights.with_name(f"{file.weights.name} ({part})"), own)
+        part: checked_config(
+            file.weights.with_name(f"{file.weights.name} ({part or METADATA})"), own
+        )
         for part, own in settings.items()
     }
 
     def scale(module: str, rank: int) -> float:
-        part, _, name = module.partition(".")
+        part, _, name = ("", "", module) if "" in configs else module.partition(".")
         if part not in configs:
             raise StarmergeError(
                 f"{where} has no config for {part}, so the scale of {module} is unknown. Remove "

@@ -35,6 +35,8 @@ PARTS = {
     "lora_mid.weight": "mid",
     "lora_A.weight": "down",
     "lora_B.weight": "up",
+    "lora_A": "down",
+    "lora_B": "up",
     "lora_A.default.weight": "down",
     "lora_B.default.weight": "up",
     "lora.down.weight": "down",
@@ -82,7 +84,7 @@ _FOREIGN = {
 """What keys contain of adapters that no change here stands for."""
 
 _EPSILON = 2.0**-23
-"""What LyCORIS and ComfyUI add to norms, in float32."""
+"""What LyCORIS adds to norms, in float32."""
 
 
 def unknown_key(file: AdapterFile, key: str, tool: str) -> StarmergeError:
