@@ -320,12 +320,13 @@ def _check_shapes(
     shape, target = update.change.shape, base.checkpoint[tensor].shape
     shape = shape[::-1] if update.is_embedding else shape
     may_turn = len(shape) == 2 and not update.is_embedding
-    if not _fits(shape, target) and not (may_turn and shape[::-1] == target):
+    is_own = _fits(shape, target) or (may_turn and shape[::-1] == target)
+    if not is_own and not base.fits(tensor, shape):
         raise StarmergeError(
             f"{source}: the update of {tensor} has the shape {list(shape)}, in the base "
             f"{base.source} it is {list(target)}. The adapter was trained on another model."
         )
-    if update.copy and checkpoint[update.copy].shape != target:
+    if update.copy and checkpoint[update.copy].shape != (target if is_own else shape):
         raise StarmergeError(
             f"{source}: {update.copy} has the shape {list(checkpoint[update.copy].shape)}, in the "
             f"base {base.source} it is {list(target)}. The adapter was trained on another base, "
@@ -369,7 +370,7 @@ def _is_transposed(
         return True
     shape, target = update.change.shape, base.checkpoint[tensor].shape
     if len(target) != 2 or shape[0] != shape[1]:
-        return not _fits(shape, target)
+        return not (_fits(shape, target) or base.fits(tensor, shape))
     if config.fan_in_fan_out != base.stores_input_first:
         raise UsageError(
             f"{source}: fan_in_fan_out is {config.fan_in_fan_out}, but layers of the base "
@@ -382,7 +383,7 @@ def _is_transposed(
 def _is_replacement(source: Source, base: Base, tensor: str, saved: TensorInfo) -> bool:
     """Check a tensor of a whole module; tell whether it is weights, and no counter of steps."""
     stored = base.checkpoint[tensor]
-    if saved.shape != stored.shape:
+    if not base.fits(tensor, saved.shape):
         raise StarmergeError(
             f"{source}: {saved.name}, of modules_to_save in adapter_config.json, has the shape "
             f"{list(saved.shape)}, in the base {base.source} it is {list(stored.shape)}. The "
