@@ -15,9 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import starmerge as sm
-from starmerge.checkpoints.side_files import side_files
+from starmerge.checkpoints.side_files import side_files, too_long
 from starmerge.checkpoints.source import resolve
 from starmerge.errors import StarmergeError
+from tests.conftest import MakeAdapter
 
 COPIED = [
     *("tokenizer.json", "tokenizer.model", "qwen.tiktoken", "source.spm", "spiece.model"),
@@ -89,6 +90,21 @@ def test_a_file_too_long_for_a_tokenizer_is_taken_for_weights(tmp_path: Path) ->
         with (tmp_path / name).open("wb") as stream:
             stream.truncate(size)
     assert list(side_files(tmp_path)) == ["huge.vocab"]
+    assert too_long(tmp_path) == ["weights.q4"]
+
+
+def test_a_merge_notes_a_file_that_it_takes_for_weights(
+    tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    with (base / "weights.q4").open("wb") as stream:
+        stream.truncate(2**28 + 1)
+    (note,) = sm.merge(
+        base, [make_adapter("a")], "average", output=tmp_path / "out"
+    ).report.content["notes"]
+    assert note.startswith("weights.q4 of the base is not copied")
+    assert not (tmp_path / "out/weights.q4").exists()
 
 
 def test_refuses_links_out_of_the_folder_from_folders_too(tmp_path: Path) -> None:

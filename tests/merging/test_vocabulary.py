@@ -30,6 +30,8 @@ from transformers import (
 import starmerge as sm
 from starmerge.demo.base_model import prepared_base
 from starmerge.errors import StarmergeError, UsageError
+from starmerge.merging.engine import run
+from starmerge.merging.executors.threads import Threads
 from starmerge.merging.plan import make_plan
 from starmerge.recipe import make_recipe
 from starmerge.recipe_file import load_recipe, write_recipe
@@ -409,6 +411,19 @@ def test_refuses_longer_tables_whose_tokens_are_lost_or_not_known(
     for tokenizer in ("base", "union"):
         with pytest.raises(UsageError, match=r"65 rows of tokens.*tokenizer\.json"):
             sm.merge(base, [a], "average", output=tmp_path / "out", tokenizer=tokenizer)
+
+
+def test_a_merge_of_the_common_part_leaves_tables_that_do_not_fit(
+    base: Path, tune: Make, tmp_path: Path
+) -> None:
+    a = tune("a", ["<1>", "<2>", "<3>", "<4>"], rows=65)
+    sources = {"base": str(base), "models": [str(a)], "method": "average", "common": True}
+    result = run(make_plan(make_recipe(sources), tmp_path / "out"), Threads())
+    made, ours, theirs = (_weights(folder) for folder in (tmp_path / "out", base, a))
+    assert "a: its tables of 65 rows of tokens are left out" in _notes(result)
+    for name in TABLES:
+        assert torch.equal(made[name], ours[name])
+    torch.testing.assert_close(made["model.norm.weight"], theirs["model.norm.weight"])
 
 
 def test_refuses_a_union_of_other_vocabularies(base: Path, tune: Make, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ there only those files are copied that something in the model names.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Any
@@ -107,6 +107,18 @@ def side_files(folder: Place) -> dict[str, Place]:
         StarmergeError: One is a link to a file outside of the model's folder, or has a name that is
             not UTF-8.
     """
+    files = _files(folder)
+    left_out = _too_long(files)
+    return {name: file for name, file in files.items() if name not in left_out}
+
+
+def too_long(folder: Place) -> list[str]:
+    """Return the names of files that are not copied for their length alone."""
+    return sorted(_too_long(_files(folder)))
+
+
+def _files(folder: Place) -> dict[str, Place]:
+    """Return the files to copy, by their names, as far as names tell."""
     files = {
         name: folder / name
         for name in storage_of(folder).names(folder)
@@ -116,23 +128,24 @@ def side_files(folder: Place) -> dict[str, Place]:
     for name in _names_inside(folder, [pattern.partition("/")[0] for pattern in wanted]):
         if matches(name, wanted) and not matches(PurePosixPath(name).name, KEPT_BACK):
             files[name] = folder / name
-    found = {}
     for name, file in files.items():
         _check_link(folder, file)
         _check_name(file, name)
-        if _is_module(name, wanted) or storage_of(file).state(file).size <= _MOST_BYTES:
-            found[name] = file
-    return found
+    return files
+
+
+def _too_long(files: Mapping[str, Place]) -> set[str]:
+    """Return the names of files too long for anything but weights; modules may have such."""
+    return {
+        name
+        for name, file in files.items()
+        if "/" not in name and storage_of(file).state(file).size > _MOST_BYTES
+    }
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Tell whether a name, or a path with slashes, matches one of some patterns of shells."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _is_module(name: str, wanted: Iterable[str]) -> bool:
-    """Tell whether a file is of a module's folder, which may hold large weights of its own."""
-    return matches(name, [pattern for pattern in wanted if pattern.endswith("/*")])
 
 
 def _names_inside(folder: Place, wanted: Iterable[str] = ("*",), place: str = "") -> Iterator[str]:

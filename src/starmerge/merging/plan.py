@@ -13,6 +13,7 @@ from starmerge.checkpoints.base import Base, open_base
 from starmerge.checkpoints.lora.adapter import Adapter
 from starmerge.checkpoints.metric import Metric, open_metric
 from starmerge.checkpoints.models import FineTune
+from starmerge.checkpoints.side_files import too_long
 from starmerge.checkpoints.source import Source, resolve
 from starmerge.checkpoints.tensors import MERGEABLE, Checkpoint
 from starmerge.checkpoints.unknown_base import unknown_base
@@ -182,6 +183,8 @@ def make_plan(recipe: Recipe, path: Place, *, overwrite: bool = False, writes: b
     for source in sources if writes else ():
         _check_apart(path, source)
     output = make_output(recipe, pipeline, is_file=is_file)
+    if output.needs_base:
+        base = replace(base, notes=(*base.notes, *map(_note_too_long, too_long(base.source.path))))
     tensors = lay_out(base, models, output)
     weights = [entry.weight for entry in recipe.models]
     try:
@@ -278,6 +281,13 @@ def check_merge(
         ],
     )
     return planned
+
+
+def _note_too_long(name: str) -> str:
+    return (
+        f"{name} of the base is not copied: it is too long for a tokenizer's file or code, and is "
+        "taken for weights. Copy it yourself if the model needs it."
+    )
 
 
 def _check_apart(output: Place, source: Source) -> None:
