@@ -413,6 +413,20 @@ def test_refuses_longer_tables_whose_tokens_are_lost_or_not_known(
             sm.merge(base, [a], "average", output=tmp_path / "out", tokenizer=tokenizer)
 
 
+def test_pieces_of_sentencepiece_that_differ_tell_no_rows(
+    base: Path, tune: Make, tmp_path: Path
+) -> None:
+    a = tune("a", rows=70)
+    for folder in (base, a):
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).unlink()
+        (folder / "tokenizer.model").write_bytes(b"pieces")
+    sm.merge(base, [a], "average", output=tmp_path / "same")
+    (a / "tokenizer.model").write_bytes(b"others")
+    with pytest.raises(UsageError, match=r"cannot be told, as not both folders have"):
+        sm.merge(base, [a], "average", output=tmp_path / "out")
+
+
 def test_a_merge_of_the_common_part_leaves_tables_that_do_not_fit(
     base: Path, tune: Make, tmp_path: Path
 ) -> None:
@@ -490,7 +504,7 @@ def test_a_tokenizer_of_a_folder_may_have_tokens_that_no_model_has(
     assert "changed" in sm.verify(out).inputs.values()
 
 
-@pytest.mark.parametrize("where", ["model", "file", "folder"])
+@pytest.mark.parametrize("where", ["model", "file", "folder", "text"])
 def test_the_output_has_the_chat_template_that_is_chosen(
     base: Path, tune: Make, tmp_path: Path, where: str
 ) -> None:
@@ -499,7 +513,12 @@ def test_the_output_has_the_chat_template_that_is_chosen(
     (base / "additional_chat_templates/rag.jinja").write_text("old rag")
     a = tune("a", template="{{ messages }} of a")
     (tmp_path / "mine.jinja").write_text("{{ messages }} of a")
-    chosen = {"model": "a", "file": str(tmp_path / "mine.jinja"), "folder": str(a)}[where]
+    chosen = {
+        "model": "a",
+        "file": str(tmp_path / "mine.jinja"),
+        "folder": str(a),
+        "text": "{{ messages }} of a",
+    }[where]
     out = tmp_path / "out"
     result = sm.merge(base, [a], "average", output=out, chat_template=chosen)
     assert AutoTokenizer.from_pretrained(out).chat_template == "{{ messages }} of a"

@@ -146,6 +146,10 @@ class Tokenizer:
         """Tell whether another tokenizer has the same tokens, as its files are the same."""
         return self._digests == other._digests
 
+    def tells(self, other: Tokenizer) -> bool:
+        """Tell whether it is known which tokens of another tokenizer are this one's."""
+        return self.has_same_files(other) or bool(self.vocabulary and other.vocabulary)
+
     def lacks(self, other: Tokenizer) -> dict[str, int]:
         """Return the tokens of another tokenizer that this one does not have, with their ids there.
 

@@ -163,19 +163,18 @@ class _Vocabularies:
     ) -> FineTune:
         """Return a model whose rows are not the base's with the base's."""
         is_lost = bool(lacking) and count > self._size
-        is_known = self._ours is not None and theirs is not None
+        is_known = self._ours is not None and theirs is not None and self._ours.tells(theirs)
         if self._recipe.common and isinstance(model, FinetunedModel) and (is_lost or not is_known):
             self.notes.append(
                 f"{model.name}: its tables of {count} rows of tokens are left out, as the base has "
                 f"{self._size}; {_UNION} merges them by token, where the tokenizers are known."
             )
             return without_tables(model, self._base.token_tables)
-        if self._ours is None or theirs is None:
+        if theirs is None or not is_known:
             raise UsageError(
                 f"{model.source} has {count} rows of tokens, the base {self._base.source} "
-                f"{self._size}, and which belong together cannot be told: "
-                f"{'the base' if self._ours is None else 'the model'} has no tokenizer in its "
-                "folder. Put its files there (tokenizer.json)."
+                f"{self._size}, and which belong together cannot be told, as not both folders have "
+                "a tokenizer.json. Put it there; transformers' AutoTokenizer saves it."
             )
         if is_lost:
             raise UsageError(
