@@ -79,6 +79,8 @@ class Recipe(BaseModel):
         method: star
         parameters: {eta: 40}
         metric: metric.safetensors
+        tokenizer: union
+        chat_template: digits
         dtype: keep
 
     A method that is not starmerge's own is a plug-in: of an installed package by its name, of a
@@ -108,6 +110,18 @@ class Recipe(BaseModel):
         default=None,
         min_length=1,
         description="a file of `starmerge calibrate`: spectral methods merge in whitened inputs",
+    )
+    tokenizer: str = Field(
+        default="base",
+        min_length=1,
+        description="the output's: base; union, which adds the tokens of all models; the name of a "
+        "model, or a folder or Hub id with a tokenizer",
+    )
+    chat_template: str | None = Field(
+        default=None,
+        min_length=1,
+        description="the output's: base, the name of a model, a Jinja file, a folder or Hub id "
+        "with a tokenizer; by default the tokenizer's",
     )
     dtype: Dtype = Field(default="keep", description="dtype of the merged floating-point tensors")
     output: OutputEntry = Field(
@@ -191,6 +205,11 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
         raise UsageError(
             f"{where} lacks the base. Only an adapter is made of adapters alone, without it "
             "(--as adapter; output: {kind: adapter} in a recipe)."
+        )
+    if output.kind != "model" and (recipe.tokenizer != "base" or recipe.chat_template is not None):
+        raise UsageError(
+            f"{where} chooses a tokenizer or a chat template, and the output, of the kind "
+            f"{output.kind}, has neither. Leave the choice out, or write a model."
         )
     origins = {name: origin.record() for name, origin in pipeline.plugins.items()}
     for name, given in recipe.plugins.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from starmerge import plugins
@@ -47,7 +48,7 @@ def load_recipe(path: Path) -> Recipe:
     models = [entry.model_copy(update={"path": beside(entry.path)}) for entry in recipe.models]
     metric = None if recipe.metric is None else beside(recipe.metric)
     base = None if recipe.base is None else beside(recipe.base)
-    found = {"base": base, "models": models, "metric": metric}
+    found = {"base": base, "models": models, "metric": metric, **_tokenizers(recipe, beside)}
     return recipe.model_copy(update=found)
 
 
@@ -90,7 +91,18 @@ def write_recipe(recipe: Recipe, file: Path, *, overwrite: bool = False) -> None
         "models": models,
         "method": map_chain(recipe.method, lambda part: plugins.placed(part, folder)),
         "metric": metric,
+        **_tokenizers(recipe, beside),
     }
     placed = recipe.model_copy(update=places)
     with output_file(file, overwrite=overwrite) as partial:
         partial.write_text(placed.to_yaml(), encoding="utf-8")
+
+
+def _tokenizers(recipe: Recipe, beside: Callable[[str], str]) -> dict[str, str | None]:
+    """Return a recipe's choices of tokenizer and chat template, paths among them as placed."""
+    names = {"base", "union", *(entry.name for entry in recipe.models)}
+    chosen = {"tokenizer": recipe.tokenizer, "chat_template": recipe.chat_template}
+    return {
+        key: value if value is None or value in names else beside(value)
+        for key, value in chosen.items()
+    }

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from starmerge.checkpoints.quantised import QUANTISATION, dequantised, settings_of
-from starmerge.checkpoints.source import SIDE_FILES, Source
+from starmerge.checkpoints.side_files import side_files
+from starmerge.checkpoints.source import Source
 from starmerge.checkpoints.tensors import DIFFUSION_STEM, Checkpoint, open_checkpoint
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.reading import read_json
-from starmerge.storage import Place, exists, is_file, storage_of
-from starmerge.storage.publishing import REPORT
-
-_OWN_FILES = (
-    "config.json",
-    "*.index.json",
-    REPORT,
-    "adapter_config.json",
-    # Of GPTQ and AWQ: settings of weights that are stored as plain ones now.
-    "quantize_config.json",
-    "quant_config.json",
-)
-"""Files beside the weights that a merged model gets anew or must not have."""
+from starmerge.storage import Place, exists, is_file
 
 _EMBEDDINGS = ("wte", "wpe", "relative_attention_bias")
 """Parts of the names of embeddings that have no "embed" in them."""
+
+_OUTPUTS = ("shared", "lm_head", "embed_out", "output_layer", "output", "predictions", "head")
+"""Parts of the names of tables of tokens that have no "embed" in them."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +40,11 @@ class Base:
 
     head: str | None = None
     """The output layer, where the files tie it to the embedding and the merge does not."""
+    beside: Mapping[str, Place | bytes | None] = field(default_factory=dict)
+    """Files beside merged weights in place of those in the base's folder, by their names: a file to
+    copy, or its content; None: it is left out."""
+    made_of: tuple[Place, ...] = ()
+    """Files outside of the base's folder that decide what is merged, such as tokenizers."""
 
     has_weights: ClassVar[bool] = True
     """Whether the checkpoint's tensors can be read."""
@@ -56,28 +52,20 @@ class Base:
     @property
     def stem(self) -> str:
         """What the names of a merged model's files with weights begin with, for what loads it."""
-        names = {file.name for file in self.checkpoint.files}
+        names = {file.name for file in self.checkpoint.opened.files}
         is_diffusion = any(name.startswith(DIFFUSION_STEM) for name in names)
         return DIFFUSION_STEM if is_diffusion else "model"
 
     @property
-    def side_files(self) -> list[Place]:
-        """The files to copy beside merged weights.
+    def side_files(self) -> dict[str, Place | bytes]:
+        """The files to put beside merged weights, by their names relative to the folder.
 
         Raises:
             StarmergeError: One is a link to a file outside of the base's folder, or has a name
                 that is not UTF-8.
         """
-        folder = self.source.path
-        files = [
-            folder / name
-            for name in storage_of(folder).names(folder)
-            if _matches(name, SIDE_FILES) and not _matches(name, _OWN_FILES)
-        ]
-        for file in files:
-            _check_link(file)
-            _check_name(file)
-        return files
+        files = {**side_files(self.source.path), **self.beside}
+        return {name: file for name, file in files.items() if file is not None}
 
     def is_embedding(self, name: str) -> bool:
         """Tell whether each row of a tensor stands for a token or a position.
@@ -112,8 +100,8 @@ class Base:
 
     @cached_property
     def vocabulary(self) -> list[str]:
-        """Names of the matrices with a row for each token of the vocabulary."""
-        return [name for name in self.checkpoint if self._has_vocabulary_rows(name)]
+        """Names of the matrices with a row for each token."""
+        return [name for name in self.token_tables if len(self.checkpoint[name].shape) == 2]
 
     @cached_property
     def embedding(self) -> str | None:
@@ -163,14 +151,47 @@ class Base:
                     return True
         return False
 
+    @cached_property
+    def token_tables(self) -> list[str]:
+        """Names of the tensors with a row, or an entry, for each token: embeddings, output layers.
+
+        Other tensors may have as many rows by chance. If some tensor of a layer has, names tell.
+        """
+        text = self.config.get("text_config") or self.config
+        found = {
+            name: name.lower().split(".")
+            for name, info in self.checkpoint.items()
+            if 0 < len(info.shape) < 3 and info.shape[0] == text.get("vocab_size")
+        }
+        found = {name: parts for name, parts in found.items() if not _is_of_positions(parts)}
+        if any(part.isdecimal() for parts in found.values() for part in parts):
+            return [name for name, parts in found.items() if _is_of_tokens(parts)]
+        return list(found)
+
+    def fits(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Tell whether a tensor of another model has the shape of one of the base.
+
+        Tables of tokens may have any number of rows: tokenizers tell which belong together.
+        """
+        own = self.checkpoint[name].shape
+        return shape == own or (
+            name in self.token_tables and shape[1:] == own[1:] and len(shape) > 0
+        )
+
     def _has_vocabulary_rows(self, name: str) -> bool:
         text = self.config.get("text_config") or self.config
         shape = self.checkpoint[name].shape
         return len(shape) == 2 and shape[0] == text.get("vocab_size")
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def _is_of_tokens(parts: list[str]) -> bool:
+    """Tell whether a name is that of an embedding or of an output layer."""
+    return any(is_embedding_name(part) or part in _OUTPUTS for part in parts)
+
+
+def _is_of_positions(parts: list[str]) -> bool:
+    """Tell whether a name is that of an embedding of positions or of segments."""
+    return any("position" in part or "token_type" in part or part == "wpe" for part in parts)
 
 
 def is_embedding_name(part: str) -> bool:
@@ -248,28 +269,3 @@ def _check_value(file: Place, config: Mapping[str, Any], key: str, kind: type, w
         raise StarmergeError(
             f"{file}: {key} is {value!r:.200}, and must be {wanted}. Is the file that of a model?"
         )
-
-
-def _check_link(file: Place) -> None:
-    """Refuse a link out of its folder: what it points to would be copied, and perhaps published.
-
-    The Hub's cache is made of links, to files beside the snapshots (``blobs``) under their hashes.
-    """
-    target = file.resolve()
-    is_cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
-    if not target.is_relative_to(file.parent.resolve()) and not is_cached:
-        raise StarmergeError(
-            f"{file} is a link to {target}, outside of the model's folder, and would be copied "
-            "beside the merged weights. Put the file itself there, or remove the link."
-        )
-
-
-def _check_name(file: Place) -> None:
-    """Refuse a name that the report, which lists all files, cannot hold."""
-    try:
-        file.name.encode()
-    except UnicodeEncodeError as error:
-        raise StarmergeError(
-            f"{str(file)!a} has a name that is not UTF-8, which the report of a merge is. Rename "
-            "the file."
-        ) from error

@@ -129,9 +129,7 @@ def open_finetuned(
         )
     matched = match(source, own, base)
     fitting = {
-        tensor: info
-        for tensor, info in matched.found.items()
-        if info.shape == base.checkpoint[tensor].shape
+        tensor: info for tensor, info in matched.found.items() if base.fits(tensor, info.shape)
     }
     misshapen = tuple(tensor for tensor in matched.found if tensor not in fitting)
     _check_complete(source, base, matched, fitting, misshapen)
@@ -207,8 +205,8 @@ def _check_same(source: Source, base: Base, matched: Match, misshapen: tuple[str
         ours, theirs = base.checkpoint[tensor].shape, matched.found[tensor].shape
         raise StarmergeError(
             f"{source}: tensor {matched.found[tensor].name} has the shape {list(theirs)}, in the "
-            f"base {base.source} it is {list(ours)}. Fine-tunes of another base, or with another "
-            f"vocabulary, cannot be merged. {remedy}"
+            f"base {base.source} it is {list(ours)}. Fine-tunes of another base cannot be merged. "
+            f"{remedy}"
         )
 
 

@@ -176,7 +176,7 @@ class Metric:
             StarmergeError: A moment does not fit the tensor that it is said to belong to.
         """
         recorded = self._content.base
-        files = {file.name: file for file in base.checkpoint.files}
+        files = {file.name: file for file in base.checkpoint.opened.files}
         if files.keys() != recorded.blake3.keys() or any(
             remembered_blake3_of(file) != recorded.blake3[name] for name, file in files.items()
         ):

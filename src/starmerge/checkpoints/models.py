@@ -78,7 +78,7 @@ class FineTune(Protocol):
 
 def files_of(model: FineTune) -> list[Place]:
     """Return the files that a model's deltas are read from."""
-    return [*model.beside, *(file for own in model.checkpoints for file in own.files)]
+    return [*model.beside, *(file for own in model.checkpoints for file in own.opened.files)]
 
 
 def open_models(

@@ -7,13 +7,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from starmerge.checkpoints.side_files import KEPT_BACK, PASSED_OVER, WEIGHT_FILES, parts
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.storage import exists, is_url, storage_of
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
-SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "NOTICE*")
-"""What stands beside the weights: configs, tokenizer, chat template, code of the model, licence."""
+_CONSOLIDATED = "consolidated*"
+"""Weights that some repositories have a second time, under the names of their author's own code."""
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 """What the names of files with weights end in."""
@@ -39,8 +40,8 @@ class Source:
 def resolve(reference: str | Path, *, may_be_file: bool = False) -> Source:
     """Find a model by a local folder, or by a Hub id ``org/name`` or ``org/name@revision``.
 
-    A Hub repository is downloaded into the Hub's own cache, or found there: what stands at its top,
-    with the weights in safetensors if it has them so.
+    A Hub repository is downloaded into the Hub's own cache, or found there: the weights at its top,
+    in safetensors if it has them so, and the files that a merged model gets a copy of.
 
     Args:
         reference: The folder or the Hub id; or, where it may be, the file of an adapter.
@@ -114,19 +115,22 @@ def _download(name: str, revision: str | None) -> tuple[Path, str, str]:
         LocalEntryNotFoundError,
     )
 
-    def fetch(weights: str) -> Path:
+    def fetch(ignored: list[str], wanted: list[str] | None = None) -> Path:
         folder = snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=[weights, *SIDE_FILES],
-            ignore_patterns=["*/*"],
+            name, revision=revision, allow_patterns=wanted, ignore_patterns=[*KEPT_BACK, *ignored]
         )
         return Path(folder)
 
+    def fetch_top(weights: str) -> Path:
+        others = [pattern for pattern in WEIGHT_FILES if pattern != weights]
+        return fetch(["*/*", _CONSOLIDATED, *others])
+
     try:
-        path = fetch("*.safetensors")
-        if not any(name.endswith(".safetensors") for name in storage_of(path).names(path)):
-            path = fetch("*.bin")
+        path = fetch_top("*.safetensors")
+        if not any(file.endswith(".safetensors") for file in storage_of(path).names(path)):
+            path = fetch_top("*.bin")
+        inside = [f"*/{pattern}" for pattern in KEPT_BACK]
+        path = fetch([*inside, *(f"{folder}/*" for folder in PASSED_OVER)], parts(path))
     except HFValidationError as error:
         raise UsageError(
             f"{name} does not exist, and is no Hub id: {error} Give a folder, or a Hub id such as "

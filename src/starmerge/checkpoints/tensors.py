@@ -315,6 +315,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
         self._tensors = {tensor.name: tensor for tensor in tensors}
         self._mapped = mapped
         self.metadata = dict(metadata or {})
+        self.opened = self
+        """The checkpoint with the tensors that its files have, under their names there."""
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
@@ -340,7 +342,9 @@ class Checkpoint(Mapping[str, TensorInfo]):
         Args:
             tensors: The entries.
         """
-        return Checkpoint(tensors, mapped=self._mapped, metadata=self.metadata)
+        view = Checkpoint(tensors, mapped=self._mapped, metadata=self.metadata)
+        view.opened = self.opened
+        return view
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, in the dtype it is stored in.

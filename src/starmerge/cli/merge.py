@@ -79,6 +79,24 @@ def merge(
             "whitened inputs, and regmean knows the tasks' prompts.",
         ),
     ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="base|union|MODEL|PATH",
+            help="The output's tokenizer: the base's; [b]union[/b], which adds the tokens of all "
+            "models, each with its own row; that of a model, or of a folder or Hub id.",
+            show_default="base",
+        ),
+    ] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="base|MODEL|PATH",
+            help="The output's chat template: the base's, a model's, a Jinja file, or that of a "
+            "folder or Hub id.",
+            show_default="the tokenizer's",
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -177,12 +195,15 @@ def merge(
         from starmerge.storage.leftovers import leftovers
 
     if Path(base).suffix in (".yaml", ".yml") and not Path(base).is_dir():
-        options = (models, method, parameter, weight, metric, dtype, kind, rank, max_error)
+        options = (
+            *(models, method, parameter, weight, metric, tokenizer, chat_template),
+            *(dtype, kind, rank, max_error),
+        )
         if any(option is not None for option in options) or any_base or common:
             raise UsageError(
                 "A recipe says everything itself: give it without models and without --method, "
-                "--parameter, --weight, --metric, --dtype, --as, --rank, --max-error and "
-                "--any-base."
+                "--parameter, --weight, --metric, --tokenizer, --chat-template, --dtype, --as, "
+                "--rank, --max-error, --any-base and --common."
             )
         recipe = load_recipe(Path(base))
     else:
@@ -192,7 +213,13 @@ def merge(
             entries = parse_models([base, *(models or [])])
             content["base"] = None
         content["output"] = {"kind": kind, "rank": rank, "max_error": max_error}
-        given = {"method": method, "metric": metric, "dtype": dtype}
+        given = {
+            "method": method,
+            "metric": metric,
+            "tokenizer": tokenizer,
+            "chat_template": chat_template,
+            "dtype": dtype,
+        }
         content |= {key: value for key, value in given.items() if value is not None}
         content["models"] = _weighted(entries, weight or [])
         content["parameters"] = parameters(parameter or [])

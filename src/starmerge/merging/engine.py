@@ -49,6 +49,8 @@ def merge(
     output: str | Path,
     weights: Sequence[float] | None = None,
     metric: str | Path | None = None,
+    tokenizer: str | Path = "base",
+    chat_template: str | Path | None = None,
     dtype: Dtype = "keep",
     output_kind: OutputKind | None = None,
     rank: int | None = None,
@@ -76,6 +78,10 @@ def merge(
         weights: Factors of the task vectors, one for each model; by default all are 1.
         metric: A file of :func:`starmerge.calibrate` for this base: spectral methods then merge in
             whitened inputs.
+        tokenizer: The output's: "base"; "union", which adds the tokens of all models; the name of
+            a model, or a folder or Hub id with a tokenizer.
+        chat_template: The output's: "base", the name of a model, a Jinja file, or a folder or Hub
+            id with a tokenizer; by default the tokenizer's own.
         dtype: Dtype of the floating-point tensors; "keep" keeps each as it is.
         output_kind: "model"; "adapter" for a LoRA adapter in PEFT's layout or, of diffusion models,
             in that of the merged adapters; "gguf" for one for llama.cpp; by default a model, or of
@@ -114,6 +120,8 @@ def merge(
             "method": pipeline.name,
             "parameters": pipeline.parameters(),
             "metric": None if metric is None else str(metric),
+            "tokenizer": str(tokenizer),
+            "chat_template": None if chat_template is None else str(chat_template),
             "dtype": dtype,
             "output": {"kind": output_kind, "rank": rank, "max_error": max_error},
             "any_base": any_base,

@@ -13,6 +13,7 @@ from starmerge.checkpoints.base import Base, open_base
 from starmerge.checkpoints.lora.adapter import Adapter
 from starmerge.checkpoints.metric import Metric, open_metric
 from starmerge.checkpoints.models import FineTune
+from starmerge.checkpoints.side_files import too_long
 from starmerge.checkpoints.source import Source, resolve
 from starmerge.checkpoints.tensors import MERGEABLE, Checkpoint
 from starmerge.checkpoints.unknown_base import unknown_base
@@ -20,6 +21,7 @@ from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.layout import Contents, PlannedTensor, lay_out
 from starmerge.merging.metric import check_metric, unused_tasks
 from starmerge.merging.outputs import Output, is_output_file, make_output
+from starmerge.merging.vocabulary import with_one_vocabulary
 from starmerge.methods.method import TensorContext
 from starmerge.methods.pipeline import Pipeline
 from starmerge.recipe import Recipe
@@ -34,7 +36,7 @@ class Input:
     kind: str
     source: Source
     checkpoints: tuple[Checkpoint, ...] = ()
-    """Its tensors, which are read one by one."""
+    """Its tensors as its files have them, which are read one by one."""
     beside: tuple[Place, ...] = ()
     """Files that it depends on beside them, as wholes."""
 
@@ -72,13 +74,17 @@ class Plan(Contents):
 
     @property
     def inputs(self) -> list[Input]:
-        """What is merged: the base, if it has weights, the models, the metric."""
+        """What is merged: the base, if it has weights, the models, tokenizers, the metric."""
         inputs = []
         if self.base.has_weights:
-            inputs.append(Input("base", "base", self.base.source, (self.base.checkpoint,)))
+            inputs.append(Input("base", "base", self.base.source, (self.base.checkpoint.opened,)))
         for model in self.models:
-            own = tuple(model.checkpoints), tuple(model.beside)
+            own = tuple(own.opened for own in model.checkpoints), tuple(model.beside)
             inputs.append(Input(model.name, model.kind, model.source, *own))
+        for file in self.base.made_of:
+            source = Source(str(file.parent), file.parent, None, None)
+            name = f"{file.parent.name}/{file.name}"
+            inputs.append(Input(name, "tokenizer", source, beside=(file,)))
         if self.metric is not None:
             file = self.metric.file
             source = Source(str(file), file, None, None)
@@ -177,6 +183,8 @@ def make_plan(recipe: Recipe, path: Place, *, overwrite: bool = False, writes: b
     for source in sources if writes else ():
         _check_apart(path, source)
     output = make_output(recipe, pipeline, is_file=is_file)
+    if output.needs_base:
+        base = replace(base, notes=(*base.notes, *map(_note_too_long, too_long(base.source.path))))
     tensors = lay_out(base, models, output)
     weights = [entry.weight for entry in recipe.models]
     try:
@@ -191,22 +199,27 @@ def make_plan(recipe: Recipe, path: Place, *, overwrite: bool = False, writes: b
     if writes:
         storage_of(path).check_room(path, plan.bytes_to_write)
     files = {file for entry in plan.inputs for file in entry.files}
-    files.update(base.side_files if output.needs_base else ())
+    files.update(base.made_of)
+    if output.needs_base:
+        beside = base.side_files.values()
+        files.update(file for file in beside if not isinstance(file, bytes))
     return replace(plan, states={file: storage_of(file).state(file) for file in sorted(files)})
 
 
 def open_models(recipe: Recipe) -> tuple[Base, tuple[FineTune, ...]]:
-    """Open a recipe's base and its models; reads configs and headers only.
+    """Open a recipe's base and its models; reads configs, headers, and tokenizers that differ.
 
     Raises:
-        UsageError: A model is of another base, or of a kind that cannot be merged.
+        UsageError: A model is of another base, or of a kind that cannot be merged; its tokenizer
+            does not fit the one that is wanted.
         StarmergeError: A missing, unknown or misshapen tensor, a broken file.
     """
     given = None if recipe.base is None else open_base(resolve(recipe.base, may_be_file=True))
     sources = [resolve(entry.path, may_be_file=True) for entry in recipe.models]
     base = given or unknown_base(sources, any_base=recipe.any_base)
     named = [(entry.name, source) for entry, source in zip(recipe.models, sources, strict=True)]
-    return checkpoints.open_models(named, base, any_base=recipe.any_base, common=recipe.common)
+    opened = checkpoints.open_models(named, base, any_base=recipe.any_base, common=recipe.common)
+    return with_one_vocabulary(recipe, *opened)
 
 
 def choose(
@@ -268,6 +281,13 @@ def check_merge(
         ],
     )
     return planned
+
+
+def _note_too_long(name: str) -> str:
+    return (
+        f"{name} of the base is not copied: it is too long for a tokenizer's file or code, and is "
+        "taken for weights. Copy it yourself if the model needs it."
+    )
 
 
 def _check_apart(output: Place, source: Source) -> None:

@@ -46,6 +46,10 @@ class LocalStorage:
         """List the names of the files in a folder, not of those in its folders, sorted."""
         return sorted(member.name for member in folder.iterdir() if member.is_file())
 
+    def folders(self, folder: Path) -> list[str]:
+        """List the names of the folders in a folder, sorted."""
+        return sorted(member.name for member in folder.iterdir() if member.is_dir())
+
     def state(self, file: Path) -> FileState:
         """Return the state of a file: device, inode, size, and the times of its last changes.
 

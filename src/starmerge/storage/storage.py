@@ -119,6 +119,9 @@ class Storage(Protocol):
     def names(self, folder: Place) -> list[str]:
         """List the names of the files in a folder, not of those in its folders, sorted."""
 
+    def folders(self, folder: Place) -> list[str]:
+        """List the names of the folders in a folder, sorted."""
+
     def state(self, file: Place) -> FileState:
         """Return the state of a file.
 

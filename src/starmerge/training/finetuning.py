@@ -8,7 +8,6 @@ positions only.
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from starmerge.checkpoints.base import open_base
+from starmerge.checkpoints.side_files import side_files
 from starmerge.checkpoints.source import resolve
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation.models.asking import LocalModel, ask, prompter_of, scored
@@ -126,8 +125,8 @@ def finetune(
         if recipe.full:
             model.to(stored).save_pretrained(folder)
             # Tokenizer and generation settings as the base has them: the model's are for asking.
-            for file in open_base(resolve(base)).side_files:
-                shutil.copyfile(file, folder / file.name)
+            for name, file in side_files(resolve(base).path).items():
+                made.copy(name, file)
         else:
             # Only the adapter: "auto" would ask the Hub for the base's vocabulary.
             adapted.save_pretrained(folder, save_embedding_layers=False)

@@ -63,6 +63,8 @@ class Adapter:
     config: AdapterConfig
     beside: list[Place]
     """The files that its deltas depend on beside the weights, such as the config with the scale."""
+    copies: dict[str, str] = field(default_factory=dict)
+    """Keys of copies of the base's tables that have another number of rows, by the base's names."""
     carried: dict[str, str] = field(default_factory=dict)
     """Keys of tensors of whole modules, by their names, where nothing is known of the base's."""
     notes: tuple[str, ...] = ()
@@ -183,7 +185,7 @@ def open_adapter(name: str, source: Source, base: Base, *, any_base: bool = Fals
         found = match_names(source, base, names)
     if contents.format.is_diffusion and len(found) < len(contents.names):
         found = match_flat(source, contents.names, base.checkpoint, base.config)
-    _check_copies(source, base, contents, found)
+    grown = _check_copies(source, base, contents, found)
     head = None if contents.config.is_headless else head_not_stored(base, contents, found)
     left = [update for update in contents.updates if update.weight not in found]
     experts = joined_updates(source, base, contents)
@@ -203,7 +205,7 @@ def open_adapter(name: str, source: Source, base: Base, *, any_base: bool = Fals
         for saved, key in contents.saved.items()
         if saved in found and _is_replacement(source, base, found[saved], contents.checkpoint[key])
     }
-    adapter = _adapter(name, source, contents, placed, replacements)
+    adapter = replace(_adapter(name, source, contents, placed, replacements), copies=grown)
     return adapter if contents.config.is_headless else _tied(adapter, base, contents, found, head)
 
 
@@ -334,8 +336,13 @@ def _place(
 
 def _check_copies(
     source: Source, base: Base, contents: AdapterContents, found: Mapping[str, str]
-) -> None:
-    """Make sure that what is said, or seems, to be a copy of the base's weight is one."""
+) -> dict[str, str]:
+    """Make sure that what is said, or seems, to be a copy of the base's weight is one.
+
+    Returns:
+        Keys of those that have another number of rows, by the base's names of the tables.
+    """
+    grown: dict[str, str] = {}
     for name, key in contents.copies.items():
         tensor = found.get(name)
         copy = contents.checkpoint[key]
@@ -344,6 +351,8 @@ def _check_copies(
             tied = copy.shape == base.checkpoint[base.embedding].shape and bool(base.tied)
             tensor = base.embedding if tied else None
         is_same = tensor is not None and _is_copy(contents.checkpoint.read(key), base, tensor)
+        if is_same and tensor is not None and copy.shape != base.checkpoint[tensor].shape:
+            grown[tensor] = key
         if name in contents.undeclared and not is_same:
             others = [other for other in contents.saved.values() if other != key]
             if not any(_are_same(contents.checkpoint, key, other) for other in others):
@@ -361,14 +370,21 @@ def _check_copies(
                 "base, or together with that weight; then fold it with PEFT's merge_and_unload and "
                 "give the full model."
             )
+    return grown
 
 
 def _is_copy(copy: Tensor, base: Base, tensor: str) -> bool:
-    """Tell whether a tensor is the base's, which may have been rounded when it was loaded."""
+    """Tell whether a tensor is the base's, which may have been rounded when it was loaded.
+
+    Of tables of tokens the rows that both have are compared.
+    """
     weight = base.checkpoint.read(tensor)
+    if copy.ndim != weight.ndim or not base.fits(tensor, tuple(copy.shape)):
+        return False
+    rows = min(len(copy), len(weight))
     roundings = (copy.dtype, torch.bfloat16, torch.float16)
-    return copy.shape == weight.shape and any(
-        torch.equal(copy, weight.to(dtype).to(copy.dtype)) for dtype in roundings
+    return any(
+        torch.equal(copy[:rows], weight[:rows].to(dtype).to(copy.dtype)) for dtype in roundings
     )
 
 
@@ -428,7 +444,8 @@ def _check_shapes(
     shape, target = update.change.shape, base.checkpoint[tensor].shape
     shape = shape[::-1] if update.is_embedding else shape
     may_turn = len(shape) == 2 and not update.is_embedding
-    if not _fits(shape, target) and not (may_turn and shape[::-1] == target):
+    is_own = _fits(shape, target) or (may_turn and shape[::-1] == target)
+    if not is_own and not base.fits(tensor, shape):
         raise StarmergeError(
             f"{source}: the update of {tensor} has the shape {list(shape)}, in the base "
             f"{base.source} it is {list(target)}. The adapter was trained on another model."
@@ -471,7 +488,7 @@ def _is_transposed(
         return True
     shape, target = update.change.shape, base.checkpoint[tensor].shape
     if len(target) != 2 or shape[0] != shape[1]:
-        return not _fits(shape, target)
+        return not (_fits(shape, target) or base.fits(tensor, shape))
     if config.fan_in_fan_out != base.stores_input_first:
         raise UsageError(
             f"{source}: fan_in_fan_out is {config.fan_in_fan_out}, but layers of the base "
@@ -484,7 +501,7 @@ def _is_transposed(
 def _is_replacement(source: Source, base: Base, tensor: str, saved: TensorInfo) -> bool:
     """Check a tensor of a whole module; tell whether it is weights, and no counter of steps."""
     stored = base.checkpoint[tensor]
-    if saved.shape != stored.shape:
+    if not base.fits(tensor, saved.shape):
         raise StarmergeError(
             f"{source}: {saved.name}, of modules_to_save in adapter_config.json, has the shape "
             f"{list(saved.shape)}, in the base {base.source} it is {list(stored.shape)}. The "

@@ -20,7 +20,7 @@ from starmerge.merging.layout import Contents, PlannedTensor
 from starmerge.merging.outputs.output import Finished, Slot, digests_by_file
 from starmerge.methods.pipeline import Merged
 from starmerge.recipe import Dtype
-from starmerge.storage import OutputFolder, storage_of
+from starmerge.storage import OutputFolder, Place, storage_of
 
 _LITTLE = 0.9
 """Share of the update; when less survives, that is said."""
@@ -69,8 +69,8 @@ class ModelOutput:
 
     def bytes_to_write(self, contents: Contents) -> int:
         """Return the bytes of weights and of the files beside them."""
-        beside = sum(storage_of(file).state(file).size for file in contents.base.side_files)
-        return beside + sum(map(self.nbytes, contents.tensors))
+        beside = contents.base.side_files.values()
+        return sum(map(_size, beside)) + sum(map(self.nbytes, contents.tensors))
 
     def nbytes(self, tensor: PlannedTensor) -> int:
         """Return the bytes of a tensor."""
@@ -126,8 +126,11 @@ class _ModelWriting:
         self, records: Sequence[Mapping[str, Any]], digests: Mapping[str, Sequence[str]]
     ) -> Finished:
         """Write the config, and copy the tokenizer and what else stands beside the weights."""
-        for file in self.contents.base.side_files:
-            self.folder.copy(file.name, file)
+        for name, file in self.contents.base.side_files.items():
+            if isinstance(file, bytes):
+                self.folder.put(name, file)
+            else:
+                self.folder.copy(name, file)
         self.folder.put("config.json", json_bytes(self._config()))
         by_file = digests_by_file(self, self.contents.tensors, digests)
         return Finished(survival(records), digests=by_file)
@@ -174,6 +177,11 @@ def survival(records: Sequence[Mapping[str, Any]]) -> str:
     kept = sum(r["survived"] * e for r, e in zip(records, energies, strict=True)) / sum(energies)
     text = f"{kept:.1%} of the update survives the rounding of the output"
     return text if kept >= _LITTLE else f"{text} (with dtype float32 all of it would)"
+
+
+def _size(file: Place | bytes) -> int:
+    """Return the bytes of a file, or of its content."""
+    return len(file) if isinstance(file, bytes) else storage_of(file).state(file).size
 
 
 def _is_copied(tensor: PlannedTensor) -> bool:
