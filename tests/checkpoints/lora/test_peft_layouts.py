@@ -58,7 +58,8 @@ def _trained(
     model = base
     if isinstance(base, Path):
         model = AutoModelForCausalLM.from_pretrained(base)
-    peft = get_peft_model(model, LoraConfig(r=3, lora_alpha=5, task_type="CAUSAL_LM", **options))
+    settings = {"r": 3, "lora_alpha": 5, "task_type": "CAUSAL_LM"}
+    peft = get_peft_model(model, LoraConfig(**settings | options))
     generator = torch.Generator().manual_seed(seed)
     done: set[int] = set()
     with torch.no_grad():
@@ -403,3 +404,51 @@ def test_sharded_adapters_are_read_whole(tmp_path: Path, index: bool) -> None:
     (tmp_path / "a" / shards[1]).unlink()
     with pytest.raises(sm.StarmergeError, match=r"adapter_model-00002-of-00002\.safetensors"):
         _merged(base, tmp_path / "a")
+
+
+# Adapters out of adapters
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+)
+def test_a_merged_adapter_ties_what_its_sources_tie(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    base = _llama(tmp_path / "base", tie_word_embeddings=True)
+    peft = _trained(base, tmp_path / "a", **options)
+    sm.merge(base, [tmp_path / "a"], "average", output=tmp_path / "m", output_kind="adapter")
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "m")
+    torch.testing.assert_close(_logits(again), _logits(peft), rtol=1e-5, atol=1e-6)
+
+
+def test_tied_ends_that_are_saved_whole_make_no_adapter(tmp_path: Path) -> None:
+    base = _llama(tmp_path / "base", tie_word_embeddings=True)
+    options = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    _trained(base, tmp_path / "a", target_modules=["q_proj"], **options)
+    with pytest.raises(sm.UsageError, match=r"embed_tokens\.weight is replaced whole.*a model"):
+        sm.merge(base, [tmp_path / "a"], "average", output=tmp_path / "m", output_kind="adapter")
+
+
+def test_merged_experts_are_an_adapter_that_peft_loads(tmp_path: Path) -> None:
+    base = _save(_moe("square"), tmp_path / "base")
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    # torch's grouped products want strides of 16 bytes.
+    options = {"r": 4, "rank_pattern": {"gate_up_proj": 8}}
+    peft = _trained(
+        base, tmp_path / "a", target_modules=["q_proj"], target_parameters=names, **options
+    )
+    sm.merge(base, [tmp_path / "a"], "average", output=tmp_path / "m", output_kind="adapter")
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "m")
+    torch.testing.assert_close(_logits(again), _logits(peft), rtol=1e-5, atol=1e-6)
+    model = Qwen3MoeForCausalLM.from_pretrained(base)
+    save_file(dict(model.state_dict()), base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(sm.UsageError, match=r"down_proj\[0\].*joined.*Write a model"):
+        sm.merge(base, [tmp_path / "a"], "average", output=tmp_path / "n", output_kind="adapter")

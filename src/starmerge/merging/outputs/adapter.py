@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from starmerge.checkpoints.base import Base
+from starmerge.checkpoints.experts import stack_of
 from starmerge.checkpoints.lora.adapter import Adapter
 from starmerge.checkpoints.lora.file import (
     CONFIG,
@@ -122,8 +123,21 @@ class AdapterOutput:
             )
 
     def check_places(self, contents: Contents) -> None:
-        """Make sure that some update has a place in an adapter."""
-        if all(place is None for place in places_of(contents).values()) and not carried(contents):
+        """Make sure that some update has a place in an adapter, and all of experts have."""
+        for tensor in contents.tensors:
+            if stack_of(tensor.source.name):
+                raise UsageError(
+                    f"{tensor.source.name} is one of several joined experts, for whose updates an "
+                    "adapter is not written. Write a model."
+                )
+        places = places_of(contents)
+        for name, place in places.items():
+            if isinstance(place, str) and name in contents.base.tied:
+                raise UsageError(
+                    f"{name} is replaced whole, together with the output layer that is tied to it, "
+                    "and an adapter is not written of both. Write a model."
+                )
+        if all(place is None for place in places.values()) and not carried(contents):
             raise UsageError(
                 "Nothing that the models change can be in an adapter: neither vectors nor tied "
                 "embeddings can. Write a model."
@@ -304,6 +318,7 @@ class AdapterWriting:
             base_name=_base_name(self.contents.base, adapters),
             task_type=_task_type(self.contents.base, adapters),
         )
+        config["ensure_weight_tying"] = any(tensor in self.contents.base.tied for tensor in places)
         config["fan_in_fan_out"] |= any(adapter.config.fan_in_fan_out for adapter in adapters)
         return config
 
