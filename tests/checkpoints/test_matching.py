@@ -245,6 +245,25 @@ def test_finds_the_text_model_within_one_for_images_and_text(tmp_path: Path) -> 
     _assert_mean(merged, before, before | theirs)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("layers.", "layers._fsdp_wrapped_module."),
+        (".mlp.", "._checkpoint_wrapped_module.mlp."),
+        ("model.", "_orig_mod.model."),
+        ("", "module."),
+    ],
+)
+def test_what_wrappers_of_training_put_into_names_is_ignored(
+    llama: Callable[..., Path], old: str, new: str
+) -> None:
+    base, tuned = llama("base"), llama("tuned", seed=1)
+    weights = _weights(tuned)
+    _store(tuned, {name.replace(old, new, 1): tensor for name, tensor in weights.items()})
+    assert _weights(tuned).keys() != weights.keys()
+    _assert_mean(_merged(base, tuned), _weights(base), weights)
+
+
 # Experts
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from starmerge.checkpoints.base import Base
-from starmerge.checkpoints.names import completed, match_stored, naming_of
+from starmerge.checkpoints.names import completed, match_stored, naming_of, unwrapped
 from starmerge.checkpoints.source import Source
 from starmerge.checkpoints.tensors import TensorInfo, joined, read_tensor, stored_of
 
@@ -54,6 +54,7 @@ def match(source: Source, own: Base, base: Base) -> Match:
     Raises:
         StarmergeError: Its names may mean several of the base's.
     """
+    own = _unwrapped(own)
     theirs = {name: own.checkpoint[name] for name in weights_of(own)}
     tied = {name for name in own.tied if _is_like_embedding(own, name)}
     embedding = None if own.embedding is None else own.checkpoint[own.embedding]
@@ -79,6 +80,15 @@ def match(source: Source, own: Base, base: Base) -> Match:
     )
     lacking = tuple(name for name in weights_of(base) if name not in found)
     return Match(found, lacking, excess, untied)
+
+
+def _unwrapped(model: Base) -> Base:
+    """Return a model under the names that its tensors have without wrappers of its training."""
+    names = {name: unwrapped(name) for name in model.checkpoint}
+    if all(name == plain for name, plain in names.items()):
+        return model
+    renamed = (model.checkpoint[name].renamed(plain) for name, plain in names.items())
+    return replace(model, checkpoint=model.checkpoint.viewed(renamed))
 
 
 def weights_of(model: Base) -> list[str]:

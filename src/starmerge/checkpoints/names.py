@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -32,8 +33,18 @@ Change = tuple[str, str]
 
 _NONE: Change = ("", "")
 
+_WRAPPER = re.compile(
+    r"(?:(?<=\.)|^)(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\."
+)
+"""What FSDP, torch.compile and activation checkpointing put into the paths of modules."""
+
 _PATIENCE = 120.0
 """Seconds that transformers gets to be imported and to lay out a model without weights."""
+
+
+def unwrapped(name: str) -> str:
+    """Return a tensor's name without what FSDP and others put into it while a model is trained."""
+    return _WRAPPER.sub("", name)
 
 
 def match_names(source: Source, base: Base, names: Sequence[str]) -> dict[str, str]:

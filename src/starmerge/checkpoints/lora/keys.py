@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from starmerge.checkpoints.lora.config import AdapterConfig
+from starmerge.checkpoints.names import unwrapped
 from starmerge.checkpoints.source import Source
 from starmerge.errors import StarmergeError
 
@@ -28,11 +29,6 @@ _PART = re.compile(
 )
 _COPY = re.compile(r"(?P<module>.+)\.(base_layer|original_module)(?:\.default)?\.(?P<leaf>.+)")
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save(?:\.default)?\.(?P<leaf>.+)")
-_WRAPPER = re.compile(
-    r"(?:(?<=\.)|^)(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\."
-)
-"""What FSDP, torch.compile and activation checkpointing put into the paths of modules."""
-
 _PREFIX = "base_model.model."
 _NESTED = ".base_layer"
 
@@ -89,7 +85,7 @@ def sort_keys(source: Source, config: AdapterConfig, keys: Iterable[str]) -> Ada
     parts: dict[str, dict[str, str]] = {}
     adapters = set()
     for key in keys:
-        name = _WRAPPER.sub("", key).removeprefix(_PREFIX)
+        name = unwrapped(key).removeprefix(_PREFIX)
         if match := _PART.fullmatch(name):
             module, part = match["module"], match["part"]
             adapters.add(match["adapter"])
