@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from starmerge.checkpoints.base import Base
+from starmerge.checkpoints.layers import layers
 from starmerge.checkpoints.metric import Metric
 from starmerge.checkpoints.models import FineTune
 from starmerge.checkpoints.tensors import MERGEABLE, TensorInfo, stored_of
@@ -33,7 +34,7 @@ class PlannedTensor:
     """The models that change it, by their number in the recipe."""
     is_embedding: bool
     layer: tuple[int, int] | None = None
-    """Which of how many layers it belongs to; see :func:`layers`."""
+    """Which of how many layers it belongs to; see :func:`starmerge.checkpoints.layers.layers`."""
     metric: Metric | None = None
     """What knows the moments of its inputs, where a method asks for them."""
     reads_base: bool = True
@@ -234,30 +235,6 @@ def lay_out(
     """
     planned = _planned(base, models, placing or Everything())
     return tuple(sorted(planned, key=lambda tensor: -tensor.dtype.itemsize))
-
-
-def layers(names: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Return the layer of each tensor that belongs to one: its index, and how many there are.
-
-    The layer is the first part of the name that is a number; layers whose names begin alike are
-    counted together: ``encoder.layers.3.fc.weight`` is one of those of ``encoder.layers``. A name
-    without a number, as that of an embedding, belongs to none.
-    """
-    places: dict[str, tuple[str, int]] = {}
-    counts: dict[str, int] = {}
-    for name in names:
-        prefix, _, number = layer_of(name).rpartition(".")
-        if number.isdecimal():
-            places[name] = prefix, int(number)
-            counts[prefix] = max(counts.get(prefix, 0), int(number) + 1)
-    return {name: (index, counts[prefix]) for name, (prefix, index) in places.items()}
-
-
-def layer_of(name: str) -> str:
-    """Return a tensor's name up to its first part that is a number, the layer; else all of it."""
-    parts = name.split(".")
-    place = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
-    return ".".join(parts[: place + 1])
 
 
 def _planned(base: Base, models: Sequence[FineTune], placing: Placing) -> Iterator[PlannedTensor]:

@@ -96,6 +96,15 @@ class Deltas:
 
         return Deltas({task: changed(task, load) for task, load in self._loaders.items()})
 
+    def chosen(self, numbers: Mapping[int, int]) -> Deltas:
+        """Return some of these deltas under other numbers.
+
+        Args:
+            numbers: The new number of each task that stays, by its number here.
+        """
+        own = {t: load for t, load in self._loaders.items() if t in numbers}
+        return Deltas({numbers[t]: own[t] for t in sorted(own, key=lambda t: numbers[t])})
+
 
 def _given(delta: Delta) -> Delta:
     return delta
