@@ -87,7 +87,7 @@ def load_recipes(path: Path, output: Path) -> list[Step]:
             which = "have no name" if name is None else f"are called {name!r}"
             raise UsageError(f"{where}: two recipes {which}. Each but the last has one of its own.")
         made[name] = _made(content, path, where)
-    needs = {
+    needs: dict[str | None, list[str | None]] = {
         name: [other for other in made if other in _named(recipe)] for name, recipe in made.items()
     }
     try:
