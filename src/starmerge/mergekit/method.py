@@ -225,6 +225,11 @@ class Mergekit(Merge):
             for tensor in left:
                 if (place := self._place(tensor)) is not None:
                     found = self._resolved(place)
+                    if self.merge_method == "passthrough" and place.weights(found) != (1.0,):
+                        raise UsageError(
+                            f"passthrough: the scale of {tensor.name}, which no adapter changes, "
+                            "is not 1. Merge the adapter first, and scale what comes out of it."
+                        )
                     self._linear(found).check_tensors([], [place.with_weights(found)])
 
     def _check_layers(self, tensors: Sequence[TensorContext]) -> None:
