@@ -26,7 +26,7 @@ from transformers import (
 )
 
 import starmerge as sm
-from starmerge.checkpoints.stacked import is_before_layers, is_of
+from starmerge.checkpoints.layers import is_before_layers, is_of
 from starmerge.errors import UsageError
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}

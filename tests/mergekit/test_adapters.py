@@ -42,7 +42,8 @@ def merged(recipe, models, folder):
     for name, path in models.items():
         text = text.replace(f"{{{name}}}", str(path))
     file.write_text(text)
-    result = run(make_plan(load_recipe(file), folder / "out"), Threads())
+    output = folder / f"out-{len(list(folder.glob('out-*')))}"
+    result = run(make_plan(load_recipe(file), output), Threads())
     return {n: t.double().numpy() for n, t in load_file(result.path / "model.safetensors").items()}
 
 

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from starmerge.checkpoints.base import Base, open_base
 from starmerge.checkpoints.folded import FoldedModel, open_folded
-from starmerge.checkpoints.layers import layer_of
+from starmerge.checkpoints.layers import (
+    OF_ALL_LAYERS,
+    PARTS,
+    is_before_layers,
+    is_of,
+    layer_of,
+)
 from starmerge.checkpoints.models import FineTune
 from starmerge.checkpoints.references import Cut, Piece, parse_reference, spell
 from starmerge.checkpoints.source import Source, resolve
@@ -25,41 +31,6 @@ from starmerge.checkpoints.tensors import Checkpoint, TensorInfo
 from starmerge.deltas import Delta
 from starmerge.errors import UsageError
 from starmerge.storage import Place
-
-_PARTS = {
-    "encoder": ("encoder",),
-    "decoder": ("decoder",),
-    "vision": ("vision_tower", "vision_model", "visual"),
-    "projector": ("multi_modal_projector", "merger", "deepstack_merger_list"),
-}
-"""Parts of models, and the words in tensors' names that tell them; of several the last counts."""
-
-PARTS = ("text", *_PARTS)
-"""The parts that a model may have; "text" is what belongs to none of the others."""
-
-_BEFORE = ("embed", "wte", "wpe", "shared", "patch", "conv1", "conv2")
-"""Parts of words in the names of tensors that stand before the layers."""
-
-_BEHIND = ("embed_out", "lm_head")
-"""Words in the names of tensors that stand behind them, whatever else they are called."""
-
-_OF_ALL_LAYERS = "relative_attention_bias"
-"""What T5's first layer holds for all."""
-
-
-def is_of(part: str, name: str) -> bool:
-    """Tell whether a tensor belongs to a part of a model; all do to the part "", the whole."""
-    words = name.split(".")
-    found = ["text", *(p for p, signs in _PARTS.items() if any(sign in words for sign in signs))]
-    return part in ("", found[-1])
-
-
-def is_before_layers(name: str) -> bool:
-    """Tell whether a tensor outside of the layers stands before them, as embeddings do."""
-    words = name.lower().split(".")
-    if any(word in _BEHIND for word in words):
-        return False
-    return _OF_ALL_LAYERS in words or any(sign in word for word in words for sign in _BEFORE)
 
 
 class Spot(NamedTuple):
@@ -345,7 +316,7 @@ def _check_outside(name: str, base: Base, first: Base) -> None:
 def _index(name: str, family: str) -> int | None:
     """Return the number of the layer that a tensor belongs to, if it is one of a family."""
     prefix, _, number = layer_of(name).rpartition(".")
-    if prefix != family or not number.isdecimal() or _OF_ALL_LAYERS in name.split("."):
+    if prefix != family or not number.isdecimal() or OF_ALL_LAYERS in name.split("."):
         return None
     return int(number)
 

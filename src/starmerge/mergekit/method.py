@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from starmerge.checkpoints.stacked import is_before_layers, is_of
+from starmerge.checkpoints.layers import is_before_layers, is_of
 from starmerge.deltas import Delta, Dense, LowRank, matrix_shape
 from starmerge.errors import UsageError
 from starmerge.mergekit.family import FAMILY, agree, magnitude_mask, outlier_mask
@@ -252,6 +252,10 @@ class Mergekit(Merge):
         if self.merge_method == "arcee_fusion":
             # The importance of all entries in float64, and a few panels; a vector is one.
             return tensor.held + 12 * tensor.size + panel_bytes(tensor, 2, numbers=12)
+        if self.merge_method in ("ram", "ramplus_tl", "nearswap"):
+            # Of all task vectors the rows of a panel, where they are active, and their shares.
+            numbers = 6 * len(tensor.deltas) + 2
+            return tensor.held + 4 * tensor.size + panel_bytes(tensor, numbers=numbers)
         if self.merge_method not in FAMILY:
             return combine_bytes(tensor, "columns", with_base=True)
         # A mask for each task. While one is made: all entries, in float64 first where they have
