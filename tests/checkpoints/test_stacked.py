@@ -202,7 +202,7 @@ def gemma3(**options):
 @pytest.mark.parametrize(
     ("kind", "config", "layers_at"),
     [
-        (GPT2LMHeadModel, GPT2Config(vocab_size=64, n_embd=16, n_layer=4, n_head=2), "n_layer"),
+        (GPT2LMHeadModel, GPT2Config(vocab_size=80, n_embd=16, n_layer=4, n_head=2), "n_layer"),
         (
             Gemma3ForCausalLM,
             gemma3(layer_types=["full_attention", *["sliding_attention"] * 3]),
@@ -290,16 +290,49 @@ def test_whisper_has_the_numbers_of_both_stacks(make, tmp_path):
     [
         ("{x}[0:5]", r"x has 4 layers, and \[0:5\] goes beyond"),
         ("{x}[0:2],{wide}[0:2]", r"wide: tensor .* has the shape .* no layer of .*x has one like"),
-        ("{x}[0:2],{gpt}[0:2]", "are called transformer.h, those of .*x model.layers"),
+        ("{x}[0:2],{gpt}[0:2]", "gpt: by its config.json its layers are other functions"),
+        ("{x}[0:2],{heads}[0:2]", "other functions of their weights .* num_key_value_heads: 2"),
         ("{x}[0:2],{large}[0:2]", "has .* as .*, and .*x a tensor of the shape"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(reference, message, make, tmp_path):
-    make("x"), make("wide", hidden_size=32), make("large", vocab_size=80)
+    make("x"), make("wide", intermediate_size=32), make("large", vocab_size=80)
+    make("heads", num_key_value_heads=2)
     make("gpt", GPT2LMHeadModel, GPT2Config(vocab_size=64, n_embd=16, n_layer=4, n_head=2))
-    places = {name: tmp_path / name for name in ("x", "wide", "gpt", "large")}
+    places = {name: tmp_path / name for name in ("x", "wide", "gpt", "large", "heads")}
     with pytest.raises(UsageError, match=message):
         stacked(reference.format(**places), tmp_path / "out", [places["x"]])
+
+
+def test_layers_of_another_kind_are_stacked_on_request(make, tmp_path):
+    x, y = make("x"), make("y")
+    config = json.loads((y / "config.json").read_text()) | {"model_type": "mistral"}
+    (y / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="model_type: 'mistral', in the base 'llama'.*--any-base"):
+        stacked(f"{x}[0:2],{y}[0:2]", tmp_path / "out")
+    merged = stacked(f"{x}[0:2],{y}[0:2]", tmp_path / "out", any_base=True)
+    assert any("model_type" in note for note in merged.report.content["notes"])
+
+
+def tied(name, make, **options):
+    """A model with tied ends, which files hold once."""
+    return make(name, tie_word_embeddings=True, **options)
+
+
+def test_ends_that_are_tied(make, tmp_path):
+    x, y, a = tied("x", make), tied("y", make), make("a")
+    found = weights(stacked(f"{x}[0:2],{y}[2:4]", tmp_path / "both").path)
+    assert "lm_head.weight" not in found
+    assert torch.equal(found["model.embed_tokens.weight"], weights(x)["model.embed_tokens.weight"])
+    # The first model has an output layer of its own, and the last one's is its embedding.
+    found = weights(stacked(f"{a}[0:2],{y}[2:4]", tmp_path / "mixed").path)
+    assert torch.equal(found["lm_head.weight"], weights(y)["model.embed_tokens.weight"])
+    # A model that is not tied unties the stack.
+    merged = stacked(f"{x}[0:2],{y}[2:4]", tmp_path / "untied", [a])
+    found, of_a = weights(merged.path), weights(a)
+    assert json.loads((merged.path / "config.json").read_text())["tie_word_embeddings"] is False
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        torch.testing.assert_close(found[name], of_a[name])
 
 
 def test_cuts_that_differ_are_refused(make, tmp_path):

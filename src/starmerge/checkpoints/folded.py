@@ -41,6 +41,16 @@ class FoldedModel:
         return tuple(note for part in self.parts for note in part.notes)
 
     @property
+    def base_name(self) -> str | None:
+        """That of the first part; the others may name the model below them."""
+        return self.parts[0].base_name
+
+    @property
+    def untied(self) -> str | None:
+        """As the first part that is not tied where the base is says."""
+        return next((part.untied for part in self.parts if part.untied is not None), None)
+
+    @property
     def tensors(self) -> frozenset[str]:
         """Names of the base's tensors that some part changes."""
         return frozenset().union(*(part.tensors for part in self.parts))
@@ -101,6 +111,7 @@ def open_folded(
     base: Base,
     *,
     any_base: bool = False,
+    common: bool = False,
     alone: bool = True,
 ) -> FineTune:
     """Open a model with the adapters that are folded into it.
@@ -110,6 +121,7 @@ def open_folded(
         references: Folders or Hub ids: the model, then the adapters.
         base: The base.
         any_base: As for :func:`open_model`.
+        common: As for :func:`open_model`.
         alone: Whether adapters on the base itself are opened without it. Not where they are merged
             into other layers than those that they were trained on.
 
@@ -120,9 +132,10 @@ def open_folded(
     sources = [resolve(reference) for reference in references]
     if alone and len(sources) > 1 and sources[0].path.resolve() == base.source.path.resolve():
         del sources[0]
+    first, *others = sources
+    parts = [open_model(name, first, base, any_base=any_base, common=common)]
     # An adapter on a fine-tune may name that one as its base.
-    any_base |= len(sources) > 1
-    parts = [open_model(name, source, base, any_base=any_base) for source in sources]
+    parts += [open_model(name, source, base, any_base=True) for source in others]
     for part in parts[1:]:
         if part.kind == "full fine-tune":
             raise UsageError(

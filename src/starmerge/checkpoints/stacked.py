@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from starmerge.checkpoints.base import Base, open_base
+from starmerge.checkpoints.configs import compare_configs
 from starmerge.checkpoints.folded import FoldedModel, open_folded
 from starmerge.checkpoints.layers import (
     OF_ALL_LAYERS,
@@ -31,6 +32,9 @@ from starmerge.checkpoints.tensors import Checkpoint, TensorInfo
 from starmerge.deltas import Delta
 from starmerge.errors import UsageError
 from starmerge.storage import Place
+
+_OF_LAYERS = ("layer_types",)
+"""Keys of configs that have an entry for each layer, which each layer brings with it."""
 
 
 class Spot(NamedTuple):
@@ -59,6 +63,11 @@ class StackedBase(Base):
         """The models of the pieces, each once."""
         return tuple({base.source.reference: base for base in self.bases}.values())
 
+    def untied(self, head: str) -> Base:
+        """Return the same stack of models with output layers of their own; see :class:`Base`."""
+        bases = [base.untied(head) if base.tied else base for base in self.bases]
+        return _stacked(self.pieces, bases, self.notes)
+
 
 @dataclass(frozen=True)
 class StackedModel:
@@ -76,6 +85,15 @@ class StackedModel:
         """What it is, for people."""
         kinds = dict.fromkeys(part.kind for part in self.parts)
         return f"layers of {', '.join(kinds)}"
+
+    @property
+    def base_name(self) -> None:
+        """None: its layers may be of several."""
+
+    @property
+    def untied(self) -> str | None:
+        """As the first model that is not tied where the base is says."""
+        return next((part.untied for part in self.parts if part.untied is not None), None)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -133,8 +151,12 @@ def parts_of(model: FineTune) -> tuple[FineTune, ...]:
     return (model,)
 
 
-def open_referenced_base(reference: str) -> Base:
+def open_referenced_base(reference: str, *, any_base: bool = False) -> Base:
     """Open a base by its reference: a model, or a stack of layers.
+
+    Args:
+        reference: Where it lies.
+        any_base: Stack layers though by their configs they are other functions of their weights.
 
     Raises:
         UsageError: There are adapters on it; a range of layers does not fit.
@@ -150,15 +172,23 @@ def open_referenced_base(reference: str) -> Base:
     if pieces[0].cut is None:
         return open_base(resolve(pieces[0].models[0]))
     opened = {piece.models[0]: open_base(resolve(piece.models[0])) for piece in pieces}
-    return _stacked(pieces, [opened[piece.models[0]] for piece in pieces])
+    notes = _compared(list(opened.values()), any_base=any_base)
+    return _stacked(pieces, [opened[piece.models[0]] for piece in pieces], notes)
 
 
 def open_referenced_model(
-    name: str, reference: str, base: Base, *, any_base: bool = False
+    name: str, reference: str, base: Base, *, any_base: bool = False, common: bool = False
 ) -> FineTune:
     """Open a model to merge by its reference: any that :func:`parse_reference` reads.
 
     Where the base is a stack, a model is cut as it is, unless the reference says its own layers.
+
+    Args:
+        name: Its name in tables and reports.
+        reference: Where it lies.
+        base: The base it is to be merged into.
+        any_base: As for :func:`starmerge.checkpoints.models.open_model`.
+        common: As for :func:`starmerge.checkpoints.models.open_model`.
 
     Raises:
         UsageError: The model is cut otherwise than the base.
@@ -167,7 +197,8 @@ def open_referenced_model(
     pieces = parse_reference(reference)
     if not isinstance(base, StackedBase):
         if pieces[0].cut is None:
-            return open_folded(name, pieces[0].models, base, any_base=any_base)
+            (piece,) = pieces
+            return open_folded(name, piece.models, base, any_base=any_base, common=common)
         base = _cut_like(pieces, base)
     if pieces[0].cut is None:
         pieces = tuple(Piece(pieces[0].models, own.cut) for own in base.pieces)
@@ -182,7 +213,9 @@ def open_referenced_model(
         aligned = piece.cut == own.cut
         key = piece.models, below.source.reference, aligned
         if key not in opened:
-            opened[key] = open_folded(name, piece.models, below, any_base=any_base, alone=aligned)
+            opened[key] = open_folded(
+                name, piece.models, below, any_base=any_base, common=common, alone=aligned
+            )
         models.append(opened[key])
     steps = [own.start - c.start for own, c in zip(_cuts(pieces), _cuts(base.pieces), strict=True)]
     for piece, model, step in zip(pieces, models, steps, strict=True):
@@ -201,8 +234,44 @@ def open_referenced_model(
     return StackedModel(name, source, tuple(opened.values()), spots)
 
 
-def _stacked(pieces: Sequence[Piece], bases: Sequence[Base]) -> StackedBase:
-    """Stack pieces of models that have been opened."""
+def _compared(bases: Sequence[Base], *, any_base: bool) -> tuple[str, ...]:
+    """Compare the configs of the models of a stack.
+
+    Returns:
+        A sentence on each model whose layers are functions that the first one's config is not of.
+
+    Raises:
+        UsageError: There is one, and that is not asked for.
+    """
+    first, *others = bases
+    notes = []
+    for other in others:
+        own, theirs = (
+            {key: value for key, value in base.config.items() if key not in _OF_LAYERS}
+            for base in (first, other)
+        )
+        if differences := compare_configs(own, theirs).function:
+            note = (
+                f"{other.source}: by its config.json its layers are other functions of their "
+                f"weights than those of {first.source}, whose config the stack has: "
+                f"{'; '.join(differences)}."
+            )
+            if not any_base:
+                raise UsageError(f"{note} If this changes nothing, say so with --any-base.")
+            notes.append(note)
+    return tuple(notes)
+
+
+def _stacked(
+    pieces: Sequence[Piece], bases: Sequence[Base], notes: Sequence[str] = ()
+) -> StackedBase:
+    """Stack pieces of models that have been opened.
+
+    Args:
+        pieces: The pieces.
+        bases: Their models.
+        notes: Sentences on all of them.
+    """
     first, cuts = bases[0], _cuts(pieces)
     config = first.config
     spots: dict[str, Spot] = {}
@@ -226,14 +295,21 @@ def _stacked(pieces: Sequence[Piece], bases: Sequence[Base]) -> StackedBase:
             del left[name]
             if _index(name, family) is None:
                 number = numbers[0] if is_before_layers(name) else numbers[-1]
-                _check_outside(name, bases[number], first)
-                spots[name] = Spot(number, name, False)
+                spots[name] = Spot(number, _outside(name, bases[number], first), False)
     spots |= {name: Spot(0, name, False) for name in left}
     tensors = [bases[s.piece].checkpoint[s.name].renamed(name) for name, s in spots.items()]
     source = Source(spell(pieces), first.source.path, None, None)
-    notes = tuple(dict.fromkeys(note for base in bases for note in base.notes))
-    viewed = first.checkpoint.viewed(tensors)
-    return StackedBase(source, viewed, config, notes, tuple(pieces), tuple(bases), spots)
+    own_notes = (note for base in bases for note in base.notes)
+    return StackedBase(
+        source,
+        first.checkpoint.viewed(tensors),
+        config,
+        tuple(dict.fromkeys((*notes, *own_notes))),
+        next((base.quantised for base in bases if base.quantised is not None), None),
+        pieces=tuple(pieces),
+        bases=tuple(bases),
+        spots=spots,
+    )
 
 
 def _cut_like(pieces: Sequence[Piece], base: Base) -> StackedBase:
@@ -303,14 +379,18 @@ def _checked_layers(base: Base, first: Base, cut: Cut) -> dict[int, list[str]]:
     return layers
 
 
-def _check_outside(name: str, base: Base, first: Base) -> None:
-    shape = first.checkpoint[name].shape
-    if name not in base.checkpoint or base.checkpoint[name].shape != shape:
-        has = list(base.checkpoint[name].shape) if name in base.checkpoint else "nothing"
+def _outside(name: str, base: Base, first: Base) -> str:
+    """Return what a model calls a tensor outside of the layers of the first one."""
+    own, shape = name, first.checkpoint[name].shape
+    if name not in base.checkpoint and name in first.vocabulary and base.tied and base.embedding:
+        own = base.embedding  # which is the output layer, too
+    if own not in base.checkpoint or base.checkpoint[own].shape != shape:
+        has = list(base.checkpoint[own].shape) if own in base.checkpoint else "nothing"
         raise UsageError(
             f"{base.source} has {has} as {name}, and {first.source} a tensor of the shape "
             f"{list(shape)}. The models of a stack must be of one architecture and size."
         )
+    return own
 
 
 def _index(name: str, family: str) -> int | None:

@@ -227,7 +227,7 @@ def open_models(recipe: Recipe) -> tuple[Base, tuple[FineTune, ...]]:
         sources = [resolve(entry.path, may_be_file=True) for entry in recipe.models]
         base = unknown_base(sources, any_base=recipe.any_base)
     else:
-        base = open_referenced_base(recipe.base)
+        base = open_referenced_base(recipe.base, any_base=recipe.any_base)
 
     def opened(base: Base) -> tuple[FineTune, ...]:
         return tuple(
