@@ -18,13 +18,10 @@ from starmerge.checkpoints.references import Cut, Piece, spell
 from starmerge.errors import UsageError, explain, nearest
 from starmerge.mergekit.settings import BASE, PARAMETERS, Setting, read_settings
 
-_TOKENS = "No tokenizer is changed here: all models must have the base's"
 _MIXTURE = "Mixtures of experts are made by mergekit-moe, not here."
 _SEARCH = "Merges are searched by mergekit-evolve, not here."
 
 _REFUSED = {
-    "tokenizer": f"{_TOKENS}. Leave the key out.",
-    "chat_template": "The base's chat template is copied. Leave the key out.",
     "experts": _MIXTURE,
     "gate_mode": _MIXTURE,
     "source_model": _MIXTURE,
@@ -36,7 +33,7 @@ _REFUSED = {
 }
 """Keys that mergekit's tools know, and what to do about them."""
 
-_MARKS = {"merge_method", "base_model", "slices", "modules", *_REFUSED} - {"tasks", "tokenizer"}
+_MARKS = {"merge_method", "base_model", "slices", "modules", *_REFUSED} - {"tasks"}
 """Keys that no recipe of our own has."""
 
 _NO_BASE = {"linear", "nuslerp", "karcher", "multislerp", "passthrough"}
@@ -85,6 +82,10 @@ class _Module(_Keys):
     parameters: dict[str, Any] | None = None
 
 
+class _Tokenizer(_Keys):
+    source: str | dict[str, Any] = "union"
+
+
 class _Recipe(_Keys):
     merge_method: str
     models: list[_Model] | None = None
@@ -95,6 +96,8 @@ class _Recipe(_Keys):
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer_source: str | dict[str, Any] | None = None
+    tokenizer: _Tokenizer | None = None
+    chat_template: str | None = None
 
 
 @dataclass
@@ -157,8 +160,7 @@ def translate(
     method = content.get("merge_method")
     if isinstance(method, str) and method not in PARAMETERS:
         problems.found.append(f"no merge_method is called {method!r}.{nearest(method, PARAMETERS)}")
-    if content.get("tokenizer_source") not in (None, "base"):
-        problems.found.append(f"tokenizer_source is {content['tokenizer_source']!r}. {_TOKENS}.")
+    problems.found += _of_tokenizer(content)
     for reference in _references(content):
         with problems.noting():
             _reference(reference)
@@ -193,6 +195,9 @@ def _check_keys(content: Mapping[str, Any], problems: _Problems) -> None:
                 )
 
     check(content, _Recipe, "the recipe")
+    if isinstance(content.get("tokenizer"), dict):
+        known = {k: v for k, v in content["tokenizer"].items() if k not in _TOKENIZER_KEYS}
+        check(known, _Tokenizer, "'tokenizer'")
     modules = content.get("modules")
     groups = [content, *_dicts(list(modules.values()) if isinstance(modules, dict) else None)]
     for module in groups[1:]:
@@ -206,11 +211,41 @@ def _check_keys(content: Mapping[str, Any], problems: _Problems) -> None:
                 check(source, _Source, "a source")
 
 
+_TOKENIZER_KEYS = {
+    "tokens": "each new token has the row of the model that has it, or the mean of several",
+    "pad_to_multiple_of": "the tables are as long as the tokens need, or as the base's",
+}
+"""Keys of mergekit's tokenizer that do not run, and what is done instead."""
+
+
+def _of_tokenizer(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what does not run of the tokenizer and the chat template that a recipe asks for."""
+    tokenizer, template = content.get("tokenizer"), content.get("chat_template")
+    if tokenizer is not None and content.get("tokenizer_source") is not None:
+        yield "'tokenizer' and 'tokenizer_source' both choose the tokenizer. Leave one out."
+    if isinstance(tokenizer, dict):
+        for key, instead in _TOKENIZER_KEYS.items():
+            if tokenizer.get(key):
+                yield f"the key {key!r} of 'tokenizer' is not supported: {instead}. Leave it out."
+    if template == "auto":
+        yield (
+            "chat_template is 'auto', which counts the models' templates. Leave the key out, and "
+            "the merge says which models have another one than the base."
+        )
+    elif isinstance(template, str) and "{" not in template:
+        yield (
+            f"chat_template is {template!r}: mergekit brings a template of that name, and here is "
+            "none. Give the Jinja text of it."
+        )
+
+
 def _references(content: Any) -> Iterator[str | dict[str, Any]]:
     """Yield all models that a recipe names."""
     if isinstance(content, dict):
         for key, value in content.items():
-            if key in ("model", "base_model"):
+            if key in ("model", "base_model") or (
+                key == "tokenizer_source" and value not in _SOURCES
+            ):
                 if isinstance(value, str | dict):
                     yield value
             elif key not in ("parameters", "tokenizer"):
@@ -218,6 +253,10 @@ def _references(content: Any) -> Iterator[str | dict[str, Any]]:
     elif isinstance(content, list):
         for item in content:
             yield from _references(item)
+
+
+_SOURCES = ("base", "union")
+"""Tokenizers that are no model's."""
 
 
 @dataclass(frozen=True)
@@ -299,8 +338,27 @@ class _Translation:
                 "of_weights": self._base is None and not merged[0].joins,
                 "slices": [] if is_whole else slices,
             },
+            **self._tokenizer(names, merged[0].base),
             "dtype": _dtype(self._recipe),
         }
+
+    def _tokenizer(self, names: Mapping[str, str], base: Piece) -> dict[str, str]:
+        """Return our keys for tokenizer and chat template.
+
+        Args:
+            names: The names of the models beside the base, by what the recipe calls them.
+            base: The base of the first layers, whose tokenizer is the base's.
+        """
+        chosen, template = self._recipe.tokenizer_source, self._recipe.chat_template
+        if self._recipe.tokenizer is not None:
+            chosen = self._recipe.tokenizer.source
+        keys = {} if template is None else {"chat_template": template}
+        if chosen is None or chosen == "base":
+            return keys
+        reference = chosen if chosen == "union" else _reference(chosen)
+        if reference == base.models[0]:
+            return keys
+        return {"tokenizer": names.get(reference, reference.partition("+")[0]), **keys}
 
     def _groups(self) -> list[_Group]:
         """Return the groups of models that are merged, in the order of the output."""
