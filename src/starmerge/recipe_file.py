@@ -87,8 +87,9 @@ def load_recipes(path: Path, output: Path) -> list[Step]:
             which = "have no name" if name is None else f"are called {name!r}"
             raise UsageError(f"{where}: two recipes {which}. Each but the last has one of its own.")
         made[name] = _made(content, path, where)
+    named = {name: _named(recipe, path.parent) for name, recipe in made.items()}
     needs: dict[str | None, list[str | None]] = {
-        name: [other for other in made if other in _named(recipe)] for name, recipe in made.items()
+        name: [other for other in made if other in named[name]] for name in made
     }
     try:
         order = list(TopologicalSorter(needs).static_order())
@@ -165,12 +166,17 @@ def _placed(recipe: Recipe, path: Path, steps: Mapping[str, Path]) -> Recipe:
     return recipe.model_copy(update=found)
 
 
-def _named(recipe: Recipe) -> set[str]:
-    """Return the places that a recipe names."""
+def _named(recipe: Recipe, folder: Path) -> set[str]:
+    """Return the places that a recipe names, as a file in some folder has them."""
     references = [entry.path for entry in recipe.models]
     references += [] if recipe.base is None else [recipe.base]
-    pieces = (piece for reference in references for piece in parse_reference(reference))
-    return {place for piece in pieces for place in piece.models}
+    tokenizers = {recipe.tokenizer, recipe.chat_template or ""}
+    return tokenizers.union(
+        place
+        for reference in references
+        for piece in parse_reference(reference, lambda place: exists(folder / place))
+        for place in piece.models
+    )
 
 
 def _last(path: Path, needs: Mapping[str | None, list[str | None]]) -> str | None:

@@ -306,6 +306,27 @@ def test_stacked_layers_are_those_of_mergekit(name, label, inputs, tmp_path):
             assert near.double().mean() >= (0.99 if "ties" in name else 1), tensor
 
 
+def test_layers_that_are_passed_through_are_copied(inputs, tmp_path):
+    recipe = translated(content("slices_passthrough"), inputs / "float32")
+    result = run(make_plan(recipe, tmp_path / "out"), Threads())
+    scaled = {
+        f"model.layers.{layer}.{module}.weight"
+        for layer in (2, 3)
+        for module in ("self_attn.o_proj", "mlp.down_proj")
+    }
+    assert {record["name"] for record in result.report.tensors} == scaled
+    del recipe.parameters["settings"][:]
+    result = run(make_plan(recipe, tmp_path / "plain"), Threads())
+    assert result.report.tensors == []
+    assert result.report.content["unchanged"] == []
+    assert "0 tensors merged, 48 left as they are" in result.report.summary()
+    merged = load_file(result.path / "model.safetensors")
+    assert torch.equal(
+        merged["model.layers.3.mlp.up_proj.weight"],
+        model_tensors("b", torch.float32)["model.layers.2.mlp.up_proj.weight"],
+    )
+
+
 @pytest.mark.parametrize("label", LABELS)
 def test_arcee_fusion_takes_what_the_reference_takes(label, inputs, tmp_path):
     merged = merge(translated(content("arcee_fusion"), inputs / label), tmp_path / "out")

@@ -122,7 +122,10 @@ def name_of(text: str) -> str:
         ending = next((end for end in WEIGHTS if name.lower().endswith(end)), "")
         return name[: len(name) - len(ending)] or place
 
-    return map_reference(text, last)
+    try:
+        return map_reference(text, last)
+    except UsageError:  # of a folder that is found elsewhere, or not at all
+        return last(text)
 
 
 def _summands(text: str, is_there: Callable[[str], bool]) -> tuple[str, ...]:

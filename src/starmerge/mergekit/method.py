@@ -243,6 +243,13 @@ class Mergekit(Merge):
                     f"base has {' or '.join(map(str, sorted(counts))) or 'none'}."
                 )
 
+    def leaves(self, tensor: TensorContext) -> bool:
+        """Yes, where layers are passed through as they are; see :meth:`Merge.leaves`."""
+        if self.merge_method != "passthrough":
+            return False
+        place = self._place(tensor)
+        return place is None or place.weights(self._resolved(place)) == (1.0,)
+
     def memory(self, tensor: TensorShape) -> int:
         """Tell the bytes needed; see :meth:`Method.memory`."""
         if self.merge_method in _SUMS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -60,6 +60,15 @@ class PlannedTensor:
     def stored_inputs(self) -> tuple[TensorInfo, ...]:
         """The tensors of files that are read, each once."""
         return stored_of(self.inputs)
+
+    @property
+    def repeats_base(self) -> bool:
+        """Whether all models that seem to change it have the very tensor of the base's files."""
+        own = replace(self.source, name="", origin=None)
+        inputs = [model.inputs(self.source.name) for model in self.models.values()]
+        return all(
+            len(read) == 1 and replace(read[0], name="", origin=None) == own for read in inputs
+        )
 
     @property
     def bytes_to_read(self) -> int:

@@ -299,7 +299,12 @@ def check_merge(
             if not t.models and t.source.dtype in MERGEABLE
         ],
     )
-    return planned
+    return tuple(
+        replace(t, models={})
+        if t.models and t.repeats_base and pipeline.merge.leaves(t.context(tasks, weights, None))
+        else t
+        for t in planned
+    )
 
 
 def _note_too_long(name: str) -> str:

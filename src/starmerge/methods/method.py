@@ -274,6 +274,14 @@ class Merge(Method):
         """Go through the model before the merge; what is returned comes back in :meth:`merge`."""
         return None
 
+    def leaves(self, tensor: TensorContext) -> bool:
+        """Tell whether it adds nothing to a tensor of which all models have the base's values.
+
+        It is asked where that is known before anything is read: the tensor is copied then, and not
+        merged. By default no: the weights may have been scaled.
+        """
+        return False
+
     def result(self, tensor: TensorShape) -> DeltaShape:
         """Tell what :meth:`merge` returns, before it is there; by default what a sum is."""
         return total_shape(tensor)
