@@ -170,7 +170,7 @@ def _named(recipe: Recipe, folder: Path) -> set[str]:
     """Return the places that a recipe names, as a file in some folder has them."""
     references = [entry.path for entry in recipe.models]
     references += [] if recipe.base is None else [recipe.base]
-    tokenizers = {recipe.tokenizer, recipe.chat_template or ""}
+    tokenizers = {recipe.tokenizer, recipe.chat_template or ""} - {"base", "union"}
     return tokenizers.union(
         place
         for reference in references
