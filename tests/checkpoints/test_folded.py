@@ -21,6 +21,13 @@ def folded_by_peft(model, *adapters):
     return loaded.state_dict()
 
 
+def assert_verified(merged, files):
+    verdict = sm.verify(merged.path, repeat="all")
+    assert verdict.is_right
+    assert len(verdict.inputs) == files
+    assert set(verdict.inputs.values()) == {"same"}
+
+
 def alone(base, reference, output):
     """The weights of a merge of one model: those of the model itself."""
     merged = sm.merge(base, {"it": reference}, "average", output=output, any_base=True)
@@ -49,8 +56,8 @@ def test_a_fine_tune_with_an_adapter_is_what_peft_makes_of_it(
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=2e-6)
     inputs = merged.report.content["inputs"]
     assert [entry["kind"] for entry in inputs] == ["base", "full fine-tune", "LoRA adapter"]
-    assert {entry["name"] for entry in inputs[1:]} == {"it"}
-    assert sm.verify(merged.path, repeat="all").is_right
+    assert [entry["name"] for entry in inputs] == ["base", f"it, {tuned}", f"it, {adapter}"]
+    assert_verified(merged, files=4)
 
 
 def test_adapters_on_the_base_are_no_more_than_themselves(tiny_base, make_adapter, tmp_path):

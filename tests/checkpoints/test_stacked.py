@@ -54,6 +54,11 @@ def stacked(base, output, models=None, method="average", **options):
     return sm.merge(str(base), [str(m) for m in models or [base]], method, output=output, **options)
 
 
+def merged_name(x, y):
+    """What a model is called that has the layers of the test below."""
+    return f"{x.name}[0:3],{y.name}[1:4],{x.name}[3:4]"
+
+
 def test_layers_are_renumbered_and_load(make, tmp_path):
     x, y = make("x"), make("y")
     merged = stacked(f"{x}[0:3],{y}[1:4],{x}[3:4]", tmp_path / "out")
@@ -82,7 +87,10 @@ def test_layers_are_renumbered_and_load(make, tmp_path):
     torch.testing.assert_close(loaded(tokens).logits, one(tokens).logits)
     inputs = merged.report.content["inputs"]
     assert [entry["reference"] for entry in inputs] == [str(x), str(y)] * 2
-    assert sm.verify(merged.path, repeat="all").is_right
+    verdict = sm.verify(merged.path, repeat="all")
+    assert verdict.is_right
+    whose = [f"{name}, {folder}" for name in ("base", merged_name(x, y)) for folder in (x, y)]
+    assert verdict.inputs == {f"{own}: model.safetensors": "same" for own in whose}
 
 
 def test_what_stands_before_and_behind_the_layers(make, tmp_path):

@@ -19,6 +19,7 @@ from starmerge.mergekit.settings import PARAMETERS, Setting, resolve
 from starmerge.merging.engine import run
 from starmerge.merging.executors.threads import Threads
 from starmerge.merging.plan import make_plan
+from starmerge.merging.verify import verify
 from starmerge.methods import Sce
 from starmerge.methods.kinds.masks import chances_by_rank, l1_factor
 from starmerge.recipe import Recipe, make_recipe
@@ -297,6 +298,8 @@ def test_stacked_layers_are_those_of_mergekit(name, label, inputs, tmp_path):
     numbers = {int(tensor.split(".")[2]) for tensor in merged if "layers" in tensor}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert numbers == set(range(config["num_hidden_layers"]))
+    verdict = verify(tmp_path / "out", repeat="all")
+    assert verdict.is_right and set(verdict.inputs.values()) == {"same"}
     for key, theirs in golden(name).items():
         if key.startswith(label) and key.count("/") == 1:
             tensor = key.split("/")[1]

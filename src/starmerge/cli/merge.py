@@ -44,7 +44,8 @@ def merge(
         typer.Argument(
             metavar="[MODEL]...",
             help="LoRA adapters and full fine-tunes: a folder, an adapter's file, or a Hub id; "
-            "NAME=PATH to name it.",
+            "NAME=PATH to name it. MODEL+ADAPTER is a model with an adapter folded in, "
+            "A\\[0:8],B\\[4:12] layers of several.",
         ),
     ] = None,
     method: Annotated[

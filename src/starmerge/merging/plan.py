@@ -83,12 +83,16 @@ class Plan(Contents):
         """What is merged: the base, if it has weights, the models, tokenizers, the metric."""
         inputs = []
         if self.base.has_weights:
-            for base in bases_of(self.base):
-                inputs.append(Input("base", "base", base.source, (base.checkpoint.opened,)))
+            bases = bases_of(self.base)
+            for base in bases:
+                name = _name_of_part("base", base.source, bases)
+                inputs.append(Input(name, "base", base.source, (base.checkpoint.opened,)))
         for model in self.models:
-            for part in parts_of(model):
+            parts = parts_of(model)
+            for part in parts:
+                name = _name_of_part(model.name, part.source, parts)
                 own = tuple(own.opened for own in part.checkpoints), tuple(part.beside)
-                inputs.append(Input(model.name, part.kind, part.source, *own))
+                inputs.append(Input(name, part.kind, part.source, *own))
         for file in self.base.made_of:
             source = Source(str(file.parent), file.parent, None, None)
             name = f"{file.parent.name}/{file.name}"
@@ -312,6 +316,11 @@ def _note_too_long(name: str) -> str:
         f"{name} of the base is not copied: it is too long for a tokenizer's file or code, and is "
         "taken for weights. Copy it yourself if the model needs it."
     )
+
+
+def _name_of_part(whole: str, source: Source, parts: Collection[object]) -> str:
+    """Return what a report calls one of the models that a base or a model is made of."""
+    return whole if len(parts) == 1 else f"{whole}, {source}"
 
 
 def _check_apart(output: Place, source: Source) -> None:
