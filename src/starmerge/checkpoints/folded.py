@@ -129,7 +129,7 @@ def open_folded(
         UsageError: What is folded into the model is another model.
         StarmergeError: As for :func:`open_model`.
     """
-    sources = [resolve(reference) for reference in references]
+    sources = [resolve(reference, may_be_file=True) for reference in references]
     if alone and len(sources) > 1 and sources[0].path.resolve() == base.source.path.resolve():
         del sources[0]
     first, *others = sources

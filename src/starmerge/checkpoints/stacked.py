@@ -170,8 +170,10 @@ def open_referenced_base(reference: str, *, any_base: bool = False) -> Base:
                 f"{piece.models[0]} as the base and the adapter as one of the models."
             )
     if pieces[0].cut is None:
-        return open_base(resolve(pieces[0].models[0]))
-    opened = {piece.models[0]: open_base(resolve(piece.models[0])) for piece in pieces}
+        return open_base(resolve(pieces[0].models[0], may_be_file=True))
+    opened = {
+        piece.models[0]: open_base(resolve(piece.models[0], may_be_file=True)) for piece in pieces
+    }
     notes = _compared(list(opened.values()), any_base=any_base)
     return _stacked(pieces, [opened[piece.models[0]] for piece in pieces], notes)
 
