@@ -128,3 +128,30 @@ def test_a_recipe_replaces_nothing_unasked(tmp_path: Path) -> None:
         write_recipe(recipe, tmp_path / "folder.yaml")
     with pytest.raises(StarmergeError, match="recipe.yaml is a file"):
         write_recipe(recipe, file / "recipe.yaml")
+
+
+def test_references_of_several_places_are_written_and_read_relative_to_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "a", "lora", "c++"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+    models = ["models/a+models/lora[0:2],org/b[1:3]", "models/c++", "org/b@v2+models/lora"]
+    recipe = make_recipe({"base": "models/base[0:2],org/b[1:3]", "models": models})
+    file = tmp_path / "models" / "recipe.yaml"
+    write_recipe(recipe, file)
+    written = yaml.safe_load(file.read_text())
+    assert written["base"] == "base[0:2],org/b[1:3]"
+    assert [entry["path"] for entry in written["models"]] == [
+        "a+lora[0:2],org/b[1:3]",
+        "c++",
+        "org/b@v2+lora",
+    ]
+    read = load_recipe(file)
+    folder = tmp_path / "models"
+    assert read.base == f"{folder}/base[0:2],org/b[1:3]"
+    assert [entry.path for entry in read.models] == [
+        f"{folder}/a+{folder}/lora[0:2],org/b[1:3]",
+        f"{folder}/c++",
+        f"org/b@v2+{folder}/lora",
+    ]

@@ -18,7 +18,7 @@ from pydantic import (
     model_serializer,
 )
 
-from starmerge.checkpoints.source import WEIGHTS
+from starmerge.checkpoints.references import name_of
 from starmerge.errors import UsageError, explain, nearest
 from starmerge.methods.pipeline import Pipeline, make_pipeline
 from starmerge.storage import exists
@@ -32,7 +32,10 @@ class ModelEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: str = Field(min_length=1, description="a folder, or a Hub id org/name[@revision]")
+    path: str = Field(
+        min_length=1,
+        description="a folder or a Hub id org/name[@rev]; MODEL+ADAPTER; layers: A[0:8],B[4:12]",
+    )
     name: str = Field(min_length=1, description="its name in tables and reports")
     weight: float = Field(
         default=1.0, allow_inf_nan=False, description="factor of its task vector, w_t"
@@ -91,7 +94,8 @@ class Recipe(BaseModel):
 
     base: str | None = Field(
         default=None,
-        description="the base model: a folder or a Hub id; adapters make an adapter without it",
+        description="the base model: a folder or a Hub id, or layers of several, A[0:8],B[4:12]; "
+        "adapters make an adapter without it",
     )
     models: list[ModelEntry] = Field(min_length=1, description="the fine-tunes to merge")
     method: str = Field(
@@ -144,7 +148,7 @@ class Recipe(BaseModel):
         if not isinstance(models, list | tuple):
             return models
         return [
-            {"name": _last_part(entry["path"]), **entry}
+            {"name": name_of(entry["path"]), **entry}
             if isinstance(entry, dict) and isinstance(entry.get("path"), str)
             else entry
             for entry in ({"path": m} if isinstance(m, str) else m for m in models)
@@ -266,7 +270,7 @@ def parse_models(arguments: Sequence[str]) -> list[dict[str, str]]:
         if equals and not exists(Path(argument)):
             entries.append({"name": name, "path": path})
         else:
-            entries.append({"name": _last_part(argument), "path": argument})
+            entries.append({"name": name_of(argument), "path": argument})
     return entries
 
 
@@ -275,10 +279,3 @@ _KEYS = list(Recipe.model_fields)
 
 def _in_words(origin: Mapping[str, str]) -> str:
     return ", ".join(f"{key} {value}" for key, value in origin.items()) or "of no origin"
-
-
-def _last_part(reference: str) -> str:
-    """Return a model's name: the last part of its path or Hub id, of a file without its ending."""
-    last = reference.rstrip("/").rpartition("/")[2].partition("@")[0]
-    ending = next((end for end in WEIGHTS if last.lower().endswith(end)), "")
-    return last[: len(last) - len(ending)] or reference

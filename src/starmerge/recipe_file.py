@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 from starmerge import plugins
+from starmerge.checkpoints.references import map_reference, parse_reference
 from starmerge.errors import UsageError
 from starmerge.mergekit.recipe import is_mergekit_recipe, translate
 from starmerge.methods.pipeline import map_chain
-from starmerge.reading import read_yaml
+from starmerge.reading import read_json, read_yaml
 from starmerge.recipe import Recipe, make_recipe
-from starmerge.storage import exists
+from starmerge.storage import exists, is_file
 from starmerge.storage.publishing import check_output_file, output_file
+
+
+@dataclass(frozen=True)
+class Step:
+    """A merge of a file of recipes, and where it goes."""
+
+    recipe: Recipe
+    output: Path
+    name: str | None
+    """What the recipes call it; None where it has no name."""
+    needs: tuple[Path, ...] = ()
+    """The outputs of other steps that it is made of."""
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -22,34 +40,163 @@ def load_recipe(path: Path) -> Recipe:
     at that folder; loading the recipe executes them.
 
     Raises:
-        UsageError: The file is missing or not YAML; an unknown key, a missing one, a wrong value.
+        UsageError: The file is missing or not YAML; an unknown key, a missing one, a wrong value;
+            there are several recipes in it.
         StarmergeError: The package or the file of a method cannot be loaded.
     """
-    documents = read_yaml(path)
+    documents = _documents(path)
     if len(documents) > 1:
         raise UsageError(
-            f"{path} holds {len(documents)} documents, as mergekit-multi reads them. Put each into "
-            "a file of its own, and run them one after the other."
+            f"{path} holds {len(documents)} recipes. `starmerge merge` runs them one after the "
+            "other; here one is wanted."
         )
-    (content,) = documents
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} holds no recipe: it needs the keys 'base' and 'models'.")
+    return _placed(_made(documents[0], path, str(path)), path, {})
+
+
+def load_recipes(path: Path, output: Path) -> list[Step]:
+    """Read a file of one recipe, or of several of which some are made of others.
+
+    The recipes are the documents of the file, or the items of its list, in our keys or in
+    mergekit's. Each has a ``name``, but for the last one, which may have none. A model or base of
+    that name is the merge of it, which goes into a folder of its own, in OUTPUT-steps.
+
+    Args:
+        path: The file.
+        output: Where the last merge goes.
+
+    Returns:
+        The merges, such that each stands behind those that it is made of.
+
+    Raises:
+        UsageError: As for :func:`load_recipe`; two recipes have one name, none or several may be
+            the last, or they are made of each other in a circle.
+        StarmergeError: The package or the file of a method cannot be loaded.
+    """
+    documents = _documents(path)
+    if len(documents) == 1:
+        content = {key: value for key, value in documents[0].items() if key != "name"}
+        return [Step(_placed(_made(content, path, str(path)), path, {}), output, None)]
+    made = dict[str | None, Recipe]()
+    for number, document in enumerate(documents, 1):
+        content = dict(document)
+        name = content.pop("name", None)
+        where = f"{path}, recipe {number}" + ("" if name is None else f" ({name})")
+        if name is not None:
+            _check_step_name(name, where)
+        if name in made:
+            which = "have no name" if name is None else f"are called {name!r}"
+            raise UsageError(f"{where}: two recipes {which}. Each but the last has one of its own.")
+        made[name] = _made(content, path, where)
+    named = {name: _named(recipe, path.parent) for name, recipe in made.items()}
+    needs: dict[str | None, list[str | None]] = {
+        name: [other for other in made if other in named[name]] for name in made
+    }
+    try:
+        order = list(TopologicalSorter(needs).static_order())
+    except CycleError as error:
+        circle = " → ".join(str(name) for name in reversed(error.args[1]))
+        raise UsageError(f"{path}: recipes are made of each other: {circle}.") from error
+    last = _last(path, needs)
+    folder = output.absolute().with_name(f"{output.name}-steps")
+    places = {name: folder / name for name in made if name is not None and name != last}
+    steps = [
+        Step(
+            _placed(made[name], path, places),
+            output if name is None or name == last else places[name],
+            name,
+            tuple(places[needed] for needed in needs[name] if needed is not None),
+        )
+        for name in order
+    ]
+    # The output may stand before merges that nothing needs.
+    return sorted(steps, key=lambda step: step.name == last)
+
+
+def _documents(path: Path) -> list[dict[str, Any]]:
+    """Return the recipes of a file, not yet validated."""
+    documents = read_yaml(path)
+    if len(documents) == 1 and isinstance(documents[0], list):
+        documents = documents[0]
+    for content in documents:
+        if not isinstance(content, dict):
+            raise UsageError(f"{path} holds no recipe: it needs the keys 'base' and 'models'.")
+    if not documents:
+        raise UsageError(f"{path} is empty.")
+    return documents
+
+
+def _made(content: dict[str, Any], path: Path, where: str) -> Recipe:
+    """Make a recipe of the keys of a document, with its paths as they stand there."""
     if is_mergekit_recipe(content):
-        content = translate(content, where=str(path))
+        content = translate(content, where=where, base_of=partial(_base_of, path.parent))
     if isinstance(content.get("method"), str):
         method = map_chain(content["method"], lambda part: plugins.beside(part, path.parent))
         content = {**content, "method": method}
-    recipe = make_recipe(content, where=str(path))
+    return make_recipe(content, where=where)
+
+
+def _base_of(folder: Path, reference: str) -> str | None:
+    """Return the name of the base in the config of an adapter, if that is one and is at hand."""
+    for place in (folder / reference, Path(reference)):
+        file = place / "adapter_config.json"
+        if is_file(file):
+            name = read_json(file).get("base_model_name_or_path")
+            return name if isinstance(name, str) and name else None
+    return None
+
+
+def _placed(recipe: Recipe, path: Path, steps: Mapping[str, Path]) -> Recipe:
+    """Return a recipe with its models where they lie: steps, or relative to the recipe's file."""
+
+    def is_there(place: str) -> bool:
+        return exists(path.parent / place)
+
+    def local(place: str) -> str:
+        if place in steps:
+            return str(steps[place])
+        return str(path.parent / place) if is_there(place) else place
 
     def beside(reference: str) -> str:
-        local = path.parent / reference
-        return str(local) if exists(local) else reference
+        return map_reference(reference, local, is_there)
 
     models = [entry.model_copy(update={"path": beside(entry.path)}) for entry in recipe.models]
-    metric = None if recipe.metric is None else beside(recipe.metric)
+    metric = None if recipe.metric is None else local(recipe.metric)
     base = None if recipe.base is None else beside(recipe.base)
-    found = {"base": base, "models": models, "metric": metric, **_tokenizers(recipe, beside)}
+    found = {"base": base, "models": models, "metric": metric, **_tokenizers(recipe, local)}
     return recipe.model_copy(update=found)
+
+
+def _named(recipe: Recipe, folder: Path) -> set[str]:
+    """Return the places that a recipe names, as a file in some folder has them."""
+    references = [entry.path for entry in recipe.models]
+    references += [] if recipe.base is None else [recipe.base]
+    tokenizers = {recipe.tokenizer, recipe.chat_template or ""} - {"base", "union"}
+    return tokenizers.union(
+        place
+        for reference in references
+        for piece in parse_reference(reference, lambda place: exists(folder / place))
+        for place in piece.models
+    )
+
+
+def _last(path: Path, needs: Mapping[str | None, list[str | None]]) -> str | None:
+    """Return the recipe that is the output: the one without a name, or that none is made of."""
+    if None in needs:
+        return None
+    unused = [name for name in needs if not any(name in own for own in needs.values())]
+    if len(unused) > 1:
+        raise UsageError(
+            f"{path}: no recipe is made of {', '.join(map(repr, unused))}, so which of them is the "
+            "output? Leave the name out of that one."
+        )
+    return unused[0]
+
+
+def _check_step_name(name: object, where: str) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[\w][\w.-]*", name):
+        raise UsageError(
+            f"{where}: the name is {name!r}. A folder is called so: letters, digits, '.', '_', '-'."
+        )
 
 
 def check_recipe_file(file: Path, *, overwrite: bool) -> None:
@@ -77,21 +224,24 @@ def write_recipe(recipe: Recipe, file: Path, *, overwrite: bool = False) -> None
     check_recipe_file(file, overwrite=overwrite)
     folder = file.parent.absolute()
 
-    def beside(reference: str) -> str:
-        path = Path(reference).expanduser().absolute()
+    def place(text: str) -> str:
+        path = Path(text).expanduser().absolute()
         if not exists(path):
-            return reference
+            return text
         return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
+    def beside(reference: str) -> str:
+        return map_reference(reference, place)
+
     models = [entry.model_copy(update={"path": beside(entry.path)}) for entry in recipe.models]
-    metric = None if recipe.metric is None else beside(recipe.metric)
+    metric = None if recipe.metric is None else place(recipe.metric)
     base = None if recipe.base is None else beside(recipe.base)
     places = {
         "base": base,
         "models": models,
         "method": map_chain(recipe.method, lambda part: plugins.placed(part, folder)),
         "metric": metric,
-        **_tokenizers(recipe, beside),
+        **_tokenizers(recipe, place),
     }
     placed = recipe.model_copy(update=places)
     with output_file(file, overwrite=overwrite) as partial:

@@ -23,6 +23,8 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPVisionModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -435,3 +437,11 @@ def test_rotary_embeddings_are_compared_across_spellings(llama: Callable[..., Pa
     edit_json(tuned / "config.json", rope_theta=5e5)
     with pytest.raises(sm.UsageError, match="rope_theta: 500000"):
         sm.merge(base, [tuned], output=base.parent / "third")
+
+
+def test_a_matrix_as_long_as_the_vocabulary_is_no_end_of_the_tie(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=8)
+    base = _saved(GPT2LMHeadModel(config), tmp_path / "base")  # mlp.c_proj is (64, 16), too
+    tuned = _saved(_shaken(GPT2LMHeadModel.from_pretrained(base)), tmp_path / "tuned")
+    _assert_mean(_merged(base, tuned), _weights(base), _weights(tuned))

@@ -11,14 +11,15 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from starmerge.checkpoints.layers import layers
 from starmerge.deltas import Dense
 from starmerge.errors import UsageError
 from starmerge.mergekit.family import FAMILY, agree
 from starmerge.mergekit.settings import PARAMETERS, Setting, resolve
 from starmerge.merging.engine import run
 from starmerge.merging.executors.threads import Threads
-from starmerge.merging.layout import layers
 from starmerge.merging.plan import make_plan
+from starmerge.merging.verify import verify
 from starmerge.methods import Sce
 from starmerge.methods.kinds.masks import chances_by_rank, l1_factor
 from starmerge.recipe import Recipe, make_recipe
@@ -32,15 +33,6 @@ from tests.oracles import mergekit as oracle
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mergekit"
 RECIPES = {path.stem: path for path in sorted((GOLDEN / "recipes").glob("*.yaml"))}
-NOT_RUN = {
-    "arcee_fusion",
-    "multislerp",
-    "multislerp_base",
-    "multislerp_unnormalized",
-    "nearswap",
-    "ram",
-    "ramplus_tl",
-}
 IGNORED = {
     "precedence": ("normalize", [("a", "normalize"), ("a", "lambda"), ("a", "unheard_of")]),
     "ties_base_listed": ("weight, density", [("base", "weight"), ("base", "density")]),
@@ -49,12 +41,20 @@ IGNORED = {
 UNITS = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-10}
 """Of float32 half an ulp; of the others an ulp, since both round and may differ by one."""
 LABELS = ["float32", "bfloat16"]
+SMALL = ("model.layers.2.mlp.down_proj.weight", "model.layers.2.input_layernorm.weight")
+"""Tensors whose differences are much smaller than the others'."""
+STACKED = [
+    *("modules_slices", "slices_linear", "slices_passthrough", "slices_slerp", "slices_ties"),
+]
+"""Recipes whose layers have other numbers than in the models."""
 MERGED = [
     (name, label)
-    for name in sorted(set(RECIPES) - NOT_RUN)
+    for name in sorted(set(RECIPES) - set(STACKED))
     for label in LABELS
     # There mergekit rounds the inputs, and we the result: they are to be rounded already.
     if (name, label) != ("dtype_bfloat16", "float32")
+    # There mergekit's importance is rounding: its softmax has the dtype of the models.
+    and (name, label) != ("arcee_fusion", "bfloat16")
 ]
 
 
@@ -144,7 +144,8 @@ def resolved(recipe, tensor):
     settings = [Setting(**setting) for setting in parameters["settings"]]
     names = [entry.name for entry in recipe.models] + ["base"] * parameters["with_base"]
     context = SimpleNamespace(name=tensor, layer=layers(shapes()).get(tensor))
-    found = resolve(parameters["merge_method"], settings, names, context)
+    number = 0 if parameters["slices"] else None
+    found = resolve(parameters["merge_method"], settings, names, context, number)
     return found.shared, dict(zip(names, found.own, strict=True))
 
 
@@ -185,6 +186,8 @@ def undecided(name, label, tensor, recipe):
     by at most six roundings of its terms.
     """
     method = recipe.parameters["merge_method"]
+    if method == "arcee_fusion":
+        return near_threshold(label, tensor)
     votes = method == "sce" or (method in FAMILY and FAMILY[method].consensus)
     if dtypes(name, label)[0] == "float32" or not votes:
         return np.zeros(shapes()[tensor], dtype=bool)
@@ -199,6 +202,19 @@ def undecided(name, label, tensor, recipe):
     return (np.abs(sum(x)) <= 6 * UNITS["bfloat16"] * terms) & (terms > 0)
 
 
+def near_threshold(label, tensor):
+    """Entries of which mergekit's rounding may decide whether they are important.
+
+    A divergence sums p log(p/q) over a row, with Σp = 1: four roundings of it, mostly of p/q.
+    """
+    base, model = weights(label)["base"][tensor], weights(label)["a"][tensor]
+    scores, threshold = oracle.importance(base, model)
+    rounding = 4 * UNITS[label] * np.abs(model - base)
+    # The threshold is a sum of quartiles, which are scores themselves.
+    near = np.abs(scores - threshold) <= rounding + 4 * np.quantile(rounding, 0.75)
+    return near & (model != base)
+
+
 def assert_same(name, label, recipe, merged, tensors):
     """Compare merged tensors with mergekit's."""
     for tensor in tensors:
@@ -207,7 +223,9 @@ def assert_same(name, label, recipe, merged, tensors):
         error = np.abs(merged[tensor].double().numpy() - theirs.double().numpy())
         bound = tolerance(name, label, tensor, recipe)
         assert np.all(error[decided] <= bound[decided]), tensor
-        assert decided.mean() > 0.75, tensor
+        # The small differences of these have divergences below mergekit's rounding.
+        if name != "arcee_fusion" or tensor not in SMALL:
+            assert decided.mean() > 0.75, tensor
 
 
 def golden_tensors(name, label):
@@ -272,6 +290,58 @@ def test_a_recipe_gives_what_mergekit_gives(name, label, inputs, tmp_path):
     assert_same(name, label, recipe, with_masks(name, label, recipe, by_mask), by_mask)
 
 
+@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("name", STACKED)
+def test_stacked_layers_are_those_of_mergekit(name, label, inputs, tmp_path):
+    recipe = translated(content(name), inputs / label)
+    merged = merge(recipe, tmp_path / "out")
+    numbers = {int(tensor.split(".")[2]) for tensor in merged if "layers" in tensor}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert numbers == set(range(config["num_hidden_layers"]))
+    verdict = verify(tmp_path / "out", repeat="all")
+    assert verdict.is_right and set(verdict.inputs.values()) == {"same"}
+    for key, theirs in golden(name).items():
+        if key.startswith(label) and key.count("/") == 1:
+            tensor = key.split("/")[1]
+            error = (merged[tensor].double() - theirs.double()).abs()
+            near = error <= 8.5 * UNITS[label] * theirs.double().abs().max()
+            # At cuts through equal magnitudes, and where signs cancel, others may stay.
+            assert near.double().mean() >= (0.99 if "ties" in name else 1), tensor
+
+
+def test_layers_that_are_passed_through_are_copied(inputs, tmp_path):
+    recipe = translated(content("slices_passthrough"), inputs / "float32")
+    result = run(make_plan(recipe, tmp_path / "out"), Threads())
+    scaled = {
+        f"model.layers.{layer}.{module}.weight"
+        for layer in (2, 3)
+        for module in ("self_attn.o_proj", "mlp.down_proj")
+    }
+    assert {record["name"] for record in result.report.tensors} == scaled
+    del recipe.parameters["settings"][:]
+    result = run(make_plan(recipe, tmp_path / "plain"), Threads())
+    assert result.report.tensors == []
+    assert result.report.content["unchanged"] == []
+    assert "0 tensors merged, 48 left as they are" in result.report.summary()
+    merged = load_file(result.path / "model.safetensors")
+    assert torch.equal(
+        merged["model.layers.3.mlp.up_proj.weight"],
+        model_tensors("b", torch.float32)["model.layers.2.mlp.up_proj.weight"],
+    )
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_arcee_fusion_takes_what_the_reference_takes(label, inputs, tmp_path):
+    merged = merge(translated(content("arcee_fusion"), inputs / label), tmp_path / "out")
+    for tensor, found in merged.items():
+        base, model = weights(label)["base"][tensor], weights(label)["a"][tensor]
+        scores, threshold = oracle.importance(base, model)
+        near = np.isclose(scores, threshold, rtol=1e-9, atol=0)  # other sums of the same terms
+        assert near.sum() <= 1 or not scores.any()
+        expected = np.where(scores >= threshold, model, base)
+        np.testing.assert_array_equal(found.double().numpy()[~near], expected[~near])
+
+
 def merge(recipe, output):
     return load_file(run(make_plan(recipe, output), Threads()).path / "model.safetensors")
 
@@ -321,13 +391,6 @@ def test_the_parameters_come_to_what_mergekit_takes_them_for(name, tmp_path):
             assert own[model] == pytest.approx(parameters, rel=1e-12), (tensor, model)
 
 
-@pytest.mark.parametrize("name", sorted(NOT_RUN))
-def test_methods_that_do_not_run_are_refused_by_name(name):
-    method = content(name)["merge_method"]
-    with pytest.raises(UsageError, match=rf"{name}\.yaml: the merge_method '{method}' is not supp"):
-        load_recipe(RECIPES[name])
-
-
 @pytest.mark.parametrize("name", sorted(IGNORED))
 def test_what_mergekit_ignores_is_refused(name):
     with pytest.raises(UsageError, match=f"{IGNORED[name][0]}.*would"):
@@ -346,27 +409,37 @@ TIES = {
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"modles": []}, "unknown key 'modles', which mergekit ignores. Did you mean 'models'?"),
-        ({"modules": {}}, "the key 'modules' is not supported"),
-        ({"tokenizer": {"source": "base"}}, "the key 'tokenizer' is not supported"),
-        ({"tokenizer_source": "union"}, "tokenizer_source is 'union'"),
-        ({"chat_template": "auto"}, "the key 'chat_template' is not supported"),
-        ({"name": "first"}, "the key 'name' is not supported. .*mergekit-multi"),
+        ({"modls": []}, "unknown key 'modls', which mergekit ignores. Did you mean 'models'?"),
+        ({"modules": {}}, "one of the keys 'models', 'slices' and 'modules'"),
+        ({"modules": {"default": {}}, "models": None}, "the module 'default' has 'models' or"),
+        ({"modules": {"decodr": {}}, "models": None}, "no module is called 'decodr'. Did you"),
+        ({"modules": {"decoder": {"sclices": []}}, "models": None}, "a module has the unknown key"),
+        (
+            {"tokenizer": {"source": "base", "tokens": {"<a>": {"source": "org/a"}}}},
+            "the key 'tokens' of 'tokenizer' is not supported: each new token has the row",
+        ),
+        ({"tokenizer": {"pad_to_multiple_of": 8}}, "the key 'pad_to_multiple_of' of 'tokenizer'"),
+        ({"tokenizer": {"sauce": "base"}}, "'tokenizer' has the unknown key 'sauce'"),
+        ({"tokenizer": {}, "tokenizer_source": "base"}, "both choose the tokenizer"),
+        ({"chat_template": "chatml"}, "mergekit brings a template of that name"),
+        ({"chat_template": "auto"}, "chat_template is 'auto', which counts the models' templates"),
         ({"experts": []}, "the key 'experts' is not supported. .*mergekit-moe"),
         ({"gate_mode": "hidden"}, "the key 'gate_mode' is not supported"),
         ({"genome": {}}, "the key 'genome' is not supported. .*mergekit-evolve"),
-        ({"merge_method": "passthrough"}, "merge_method 'passthrough' is not supported"),
+        ({"merge_method": "passthrough"}, "passthrough: there are 2 models"),
         ({"merge_method": "tise"}, "no merge_method is called 'tise'. Did you mean 'ties'?"),
         ({"base_model": None}, "ties needs the key 'base_model'"),
         ({"models": []}, "'models' is empty"),
-        ({"models": None}, "'models' and 'slices'"),
+        ({"models": None}, "one of the keys 'models', 'slices' and 'modules'"),
         ({"models": [{"model": "org/base"}]}, "'org/base' is the only model"),
         ({"models": [{"model": "org/a"}, {"model": "org/a"}]}, "'org/a' is listed twice"),
-        ({"models": [{"model": "org/a+org/lora"}]}, "'org/a.org/lora' is a model and an adapter"),
+        ({"models": [{"model": "a+b+c"}]}, "'a.b.c' is no model: one adapter may follow"),
+        ({"models": [{"model": "org/a+"}]}, "'org/a.' is no model: one adapter may follow"),
+        ({"base_model": "org/a+org/b"}, "base_model 'org/a.org/b' has an adapter"),
         ({"models": [{"model": "org/a", "wieght": 1}]}, "unknown key 'wieght'"),
         (
-            {"models": [{"model": {"model": {"path": "org/a"}, "lora": {"path": "x"}}}]},
-            "the key 'lora' of a model is not supported",
+            {"models": [{"model": {"model": {"path": "org/a"}, "lora": {"pfad": "x"}}}]},
+            "is no model: give its path or Hub id",
         ),
         (
             {"models": [{"model": {"model": "org/a", "override_architecture": "X"}}]},
@@ -385,17 +458,24 @@ TIES = {
         ({"dtype": "bf16"}, "dtype is 'bf16'. Did you mean"),
         ({"dtype": "int64"}, "dtype is 'int64'"),
         ({"dtype": "float64"}, "float64"),
-        ({"slices": [], "models": None}, "there are 0 'slices'"),
+        ({"slices": [], "models": None}, "'slices' is empty"),
         (
-            {
-                "slices": [{"sources": [{"model": "org/a", "layer_range": [0, 3]}]}] * 2,
-                "models": None,
-            },
-            "there are 2 'slices'",
+            {"slices": [{"sources": [{"model": "a", "layer_range": [8, 8]}]}], "models": None},
+            r"'layer_range' is \[8, 8\]: it goes from the first layer, counted from 0",
         ),
         (
-            {"slices": [{"sources": [{"model": "a", "layer_range": [4, 8]}]}], "models": None},
-            "'layer_range' is .4, 8.. Only whole models",
+            {
+                "slices": [
+                    {
+                        "sources": [
+                            {"model": "org/base", "layer_range": [0, 8]},
+                            {"model": "a", "layer_range": [0, 4]},
+                        ]
+                    }
+                ],
+                "models": None,
+            },
+            "'layer_range's of the sources of a slice, .*have different lengths",
         ),
         (
             {"slices": [{"sources": [{"model": "a", "layer_range": [0, 8]}]}], "models": None},
@@ -409,10 +489,35 @@ def test_what_does_not_run_is_refused_by_its_key(changes, message, tmp_path):
         translated(recipe, tmp_path)
 
 
-def test_several_documents_in_one_file_are_refused(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("name: one\n---\nname: two\n")
-    with pytest.raises(UsageError, match="2 documents, as mergekit-multi"):
-        load_recipe(tmp_path / "recipe.yaml")
+def test_everything_that_does_not_run_is_listed_at_once(tmp_path):
+    recipe = TIES | {
+        "chat_template": "auto",
+        "experts": [],
+        "gate_mode": "hidden",
+        "tokenizer": {"tokens": {"<a>": {}}},
+        "dtyp": "float32",
+        "dtype": "bf16",
+        "models": [{"model": {"model": "a", "override_architecture": "X"}, "wieght": 1}],
+    }
+    with pytest.raises(UsageError, match="7 things do not run") as raised:
+        translated(recipe, tmp_path)
+    for part in (
+        "chat_template is 'auto'",
+        "the keys 'experts', 'gate_mode'",
+        "'tokens' of 'tokenizer'",
+        "'dtyp'",
+        "dtype is 'bf16'",
+        "override_architecture",
+        "'wieght'",
+    ):
+        assert part in str(raised.value)
+    wrong = TIES | {
+        "parameters": {"wieght": 1, "gamma": 1},
+        "models": [{"model": "org/a", "parameters": {"density": 7}}],
+    }
+    with pytest.raises(UsageError, match="3 things do not run") as raised:
+        translated(wrong, tmp_path)
+    assert all(word in str(raised.value) for word in ("wieght", "gamma", "density"))
 
 
 @pytest.mark.parametrize(
@@ -438,9 +543,20 @@ def test_several_documents_in_one_file_are_refused(tmp_path):
         (
             {
                 "merge_method": "linear",
-                "models": [{"model": m, "parameters": {"weight": 1}} for m in "ab"],
+                "models": [{"model": "a", "parameters": {"weight": 1}}, {"model": "base"}],
             },
             "parameter 'weight' of the base is not given",
+        ),
+        ({"merge_method": "nearswap", "models": [{"model": m} for m in "ab"]}, "exactly one"),
+        ({"merge_method": "arcee_fusion", "models": [{"model": m} for m in "ab"]}, "exactly one"),
+        (
+            {
+                "merge_method": "multislerp",
+                "models": [
+                    {"model": m, "parameters": {"weight": w}} for m, w in (("a", 1), ("b", -1))
+                ],
+            },
+            "multislerp: the weights sum to zero",
         ),
         (
             {
@@ -469,10 +585,10 @@ def test_several_documents_in_one_file_are_refused(tmp_path):
         (
             {
                 "merge_method": "slerp",
-                "slices": [{"sources": [{"model": m, "layer_range": [0, 2]} for m in BOTH]}],
+                "slices": [{"sources": [{"model": m, "layer_range": [0, 4]} for m in BOTH]}],
                 "parameters": {"t": 0.5},
             },
-            "for all of 2 layers, and the base has 3",
+            r"base has 3 layers, and \[0:4\] goes beyond",
         ),
     ],
 )

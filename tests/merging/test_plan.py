@@ -75,15 +75,19 @@ def test_refuses_to_write_over_an_input(
         make_plan(recipe, adapter)
 
 
-def test_refuses_to_change_one_of_two_tied_tensors(
+def test_one_of_two_tied_tensors_that_is_changed_alone_is_untied(
     tiny_base: Path, make_adapter: MakeAdapter, make_finetune: MakeFinetune, tmp_path: Path
 ) -> None:
     adapter = make_adapter("adapter", target_modules=["lm_head"])
     base, tuned = make_finetune("base", scale=0.0), make_finetune("tuned")
     edit_json(base / "config.json", tie_word_embeddings=True)
-    with pytest.raises(StarmergeError, match=r"changes lm_head\.weight alone.*tie_word_embeddings"):
-        _plan(base, [adapter], tmp_path / "out")
-    assert len(_plan(base, [tuned], tmp_path / "out").merged) == 21
+    plan = _plan(base, [adapter], tmp_path / "out")
+    assert [tensor.source.name for tensor in plan.merged] == ["lm_head.weight"]
+    assert plan.base.config["tie_word_embeddings"] is False
+    assert "lm_head.weight is no longer tied to model.embed_tokens.weight" in plan.notes[0]
+    plan = _plan(base, [tuned], tmp_path / "out")
+    assert (len(plan.merged), plan.notes) == (21, ())
+    assert plan.base.config["tie_word_embeddings"] is True
 
 
 def test_refuses_places_that_do_not_exist(tiny_base: Path, tmp_path: Path) -> None:
@@ -108,16 +112,18 @@ def test_refuses_a_weight_that_cannot_be_merged(
         _plan(base, [adapter], tmp_path / "out")
 
 
-def test_refuses_two_adapters_that_save_whole_modules(
+def test_two_adapters_that_save_whole_modules_need_the_base(
     tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     saving = [make_adapter(f"a{seed}", seed=seed, modules_to_save=["lm_head"]) for seed in range(2)]
     plain = make_adapter("plain", seed=3)
-    recipe = make_recipe({"base": str(tiny_base), "models": [str(path) for path in saving]})
-    with pytest.raises(UsageError, match=r"modules_to_save.*lm_head\.weight.*at most one"):
-        make_plan(recipe, tmp_path / "out")
-    one = make_recipe({"base": str(tiny_base), "models": [str(saving[0]), str(plain)]})
-    assert "lm_head.weight" in {t.source.name for t in make_plan(one, tmp_path / "out").merged}
+    alone = {"models": [str(path) for path in saving], "output": {"kind": "adapter"}}
+    with pytest.raises(UsageError, match=r"modules_to_save.*lm_head\.weight.*Give the base"):
+        make_plan(make_recipe(alone), tmp_path / "out")
+    for models in (saving, [saving[0], plain]):
+        recipe = make_recipe({"base": str(tiny_base), "models": [str(path) for path in models]})
+        merged = make_plan(recipe, tmp_path / "out").merged
+        assert "lm_head.weight" in {tensor.source.name for tensor in merged}
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/out", "gs://bucket/out", "https://host/out"])

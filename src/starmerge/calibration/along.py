@@ -18,10 +18,11 @@ from itertools import groupby
 from torch import nn
 
 from starmerge.calibration.moments import Group, Sum
+from starmerge.checkpoints.layers import layer_of
 from starmerge.checkpoints.names import match_names
 from starmerge.deltas import Delta
 from starmerge.merging.apply import Applied, apply
-from starmerge.merging.layout import PlannedTensor, lay_out, layer_of
+from starmerge.merging.layout import PlannedTensor, lay_out
 from starmerge.merging.task_vectors import TaskVectors
 from starmerge.methods.method import Deltas
 from starmerge.methods.regmean import RegMean

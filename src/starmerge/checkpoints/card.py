@@ -10,6 +10,7 @@ import yaml
 
 from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.models import FineTune
+from starmerge.checkpoints.stacked import bases_of, parts_of
 
 CARD = "README.md"
 
@@ -35,7 +36,9 @@ def card_of(
         library: What loads the folder.
         metric: Name of the file with the moments of inputs, if the merge had one.
     """
-    hub_ids = [source.name for source in (base.source, *(m.source for m in models)) if source.name]
+    sources = [own.source for own in bases_of(base)]
+    sources += [part.source for model in models for part in parts_of(model)]
+    hub_ids = list(dict.fromkeys(source.name for source in sources if source.name))
     data: dict[str, Any] = {"library_name": library, "tags": ["merge", "starmerge"]}
     if hub_ids:
         data = {"base_model": hub_ids, **data, "base_model_relation": "merge"}

@@ -60,7 +60,10 @@ def remembered_blake3_of_tensor(info: TensorInfo) -> str:
 
 
 def read_and_hash(info: TensorInfo) -> tuple[Tensor, str]:
-    """Return a stored tensor, and the same hash as :func:`remembered_blake3_of_tensor`."""
+    """Return a tensor, and the same hash as :func:`remembered_blake3_of_tensor`."""
+    if not info.is_stored:  # its name is not the one that it has in the file
+        tensor = read_tensor(info)
+        return tensor, str(blake3_of_tensor(tensor).hexdigest())
     # The state of the file before it is read: another may take its name at any time.
     state = storage_of(info.file).state(info.file)
     tensor = read_tensor(info)

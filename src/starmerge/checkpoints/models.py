@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -82,19 +82,14 @@ def files_of(model: FineTune) -> list[Place]:
 
 
 def open_models(
-    models: Sequence[tuple[str, Source]],
-    base: Base,
-    *,
-    any_base: bool = False,
-    common: bool = False,
+    opened: Callable[[Base], tuple[FineTune, ...]], base: Base, *, any_base: bool = False
 ) -> tuple[Base, tuple[FineTune, ...]]:
     """Open the models of a merge.
 
     Args:
-        models: Their names and where they lie.
-        base: The base they are to be merged into.
-        any_base: Accept models that name another base, or whose config differs.
-        common: Of full fine-tunes, merge what they share with the base.
+        opened: Opens them, given the base they are to be merged into.
+        base: That base.
+        any_base: Accept models that name different bases.
 
     Returns:
         The base, untied where one of the models changes one end of tied weights alone; the models.
@@ -103,13 +98,6 @@ def open_models(
         UsageError: A model is of another base, or of a kind that cannot be merged.
         StarmergeError: One does not fit the base, or a file is broken.
     """
-
-    def opened(base: Base) -> tuple[FineTune, ...]:
-        return tuple(
-            open_model(name, source, base, any_base=any_base, common=common)
-            for name, source in models
-        )
-
     found = opened(base)
     base = _named(base, found, any_base=any_base)
     heads = [model.untied for model in found if model.untied is not None]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from starmerge.merging.executors.threads import Threads
     from starmerge.merging.plan import Plan
     from starmerge.merging.ranks import RankCost
+    from starmerge.recipe_file import Step
 
 
 def merge(
@@ -43,7 +44,8 @@ def merge(
         typer.Argument(
             metavar="[MODEL]...",
             help="LoRA adapters and full fine-tunes: a folder, an adapter's file, or a Hub id; "
-            "NAME=PATH to name it.",
+            "NAME=PATH to name it. MODEL+ADAPTER is a model with an adapter folded in, "
+            "A\\[0:8],B\\[4:12] layers of several.",
         ),
     ] = None,
     method: Annotated[
@@ -183,6 +185,11 @@ def merge(
     Example: starmerge merge --as adapter a.safetensors b.safetensors -o style.safetensors
 
     Example: starmerge merge recipe.yaml -o merged
+
+    Example: starmerge merge BASE org/tuned+org/adapter other -o merged -m ties
+
+    A file of several recipes with names, of which some are made of others, is run in their order;
+    the merges before the last one stay in OUTPUT-steps, and are not repeated.
     """
     with importing():
         from starmerge.merging.engine import run
@@ -191,7 +198,7 @@ def merge(
         from starmerge.merging.plan import make_plan
         from starmerge.merging.ranks import rank_costs
         from starmerge.recipe import make_recipe, parse_models
-        from starmerge.recipe_file import load_recipe
+        from starmerge.recipe_file import load_recipes
         from starmerge.storage.leftovers import leftovers
 
     if Path(base).suffix in (".yaml", ".yml") and not Path(base).is_dir():
@@ -205,7 +212,8 @@ def merge(
                 "--parameter, --weight, --metric, --tokenizer, --chat-template, --dtype, --as, "
                 "--rank, --max-error, --any-base and --common."
             )
-        recipe = load_recipe(Path(base))
+        *before, last = load_recipes(Path(base), output)
+        recipe = last.recipe
     else:
         entries = parse_models(models or [])
         content: dict[str, Any] = {"base": base, "any_base": any_base, "common": common}
@@ -224,8 +232,13 @@ def merge(
         content["models"] = _weighted(entries, weight or [])
         content["parameters"] = parameters(parameter or [])
         recipe = make_recipe(content, where="The command line")
-    plan = make_plan(recipe, output, overwrite=overwrite)
+        before = []
     workers = Threads(threads, memory)
+    if before and not _merge_steps(
+        before, output, workers, dry_run=dry_run, overwrite=overwrite, fresh=fresh
+    ):
+        return
+    plan = make_plan(recipe, output, overwrite=overwrite)
     if dry_run:
         _print_plan(plan, workers)
         if plan.output.kind in ("adapter", "gguf"):
@@ -248,6 +261,42 @@ def merge(
         )
     print(f"{plan.recipe.method}: {result.report.summary()}")
     print(f"{plan.output.kind.capitalize()}: {result.path} ({time.monotonic() - started:.1f} s)")
+
+
+def _merge_steps(
+    steps: Sequence[Step],
+    output: Path,
+    workers: Threads,
+    *,
+    dry_run: bool,
+    overwrite: bool,
+    fresh: bool,
+) -> bool:
+    """Carry out the merges that the last one is made of; return whether that one can be planned."""
+    from starmerge.merging.engine import run
+    from starmerge.merging.plan import make_plan
+    from starmerge.merging.steps import is_there
+    from starmerge.storage import exists, storage_of
+
+    storage_of(output).check_output(output, overwrite=overwrite)
+    for step in steps:
+        if dry_run and not all(map(exists, step.needs)):
+            continue
+        # What stands there may be this merge, so only what is no merge is refused.
+        plan = make_plan(step.recipe, step.output, overwrite=True)
+        if dry_run:
+            _print_plan(plan, workers)
+            continue
+        if not fresh and is_there(plan, progress=True):
+            print(f"{step.name}: {step.output} is there already.")
+            continue
+        storage_of(step.output).check_output(step.output, overwrite=overwrite)
+        result = run(plan, workers, fresh=fresh, progress=True)
+        print(f"{step.name}: {result.report.summary()}")
+    left = [str(step.name) for step in steps if dry_run and not exists(step.output)]
+    if left:
+        print(f"Merges that are made of others, {', '.join(left)} among them, have no plan yet.")
+    return not left
 
 
 def _is_adapter(argument: str) -> bool:

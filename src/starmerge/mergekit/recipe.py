@@ -6,59 +6,62 @@ Read as mergekit 0.1.5 reads them, with one difference: what it ignores is an er
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import chain, count
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from starmerge.checkpoints.references import Cut, Piece, spell
 from starmerge.errors import UsageError, explain, nearest
 from starmerge.mergekit.settings import BASE, PARAMETERS, Setting, read_settings
 
-_WHOLE = "Only whole models are merged here"
-_TOKENS = "No tokenizer is changed here: all models must have the base's"
+_MIXTURE = "Mixtures of experts are made by mergekit-moe, not here."
+_SEARCH = "Merges are searched by mergekit-evolve, not here."
 
 _REFUSED = {
-    "modules": f"{_WHOLE}, as 'models'.",
-    "tokenizer": f"{_TOKENS}. Leave the key out.",
-    "chat_template": "The base's chat template is copied. Leave the key out.",
-    "name": "Several recipes in one are for mergekit-multi: run them one after the other.",
-    "experts": "Mixtures of experts are made by mergekit-moe, not here.",
-    "gate_mode": "Mixtures of experts are made by mergekit-moe, not here.",
-    "source_model": "Mixtures of experts are made by mergekit-moe, not here.",
-    "experts_per_token": "Mixtures of experts are made by mergekit-moe, not here.",
-    "shared_experts": "Mixtures of experts are made by mergekit-moe, not here.",
-    "architecture": "Mixtures of experts are made by mergekit-moe, not here.",
-    "genome": "Merges are searched by mergekit-evolve, not here.",
-    "tasks": "Merges are searched by mergekit-evolve, not here.",
+    "experts": _MIXTURE,
+    "gate_mode": _MIXTURE,
+    "source_model": _MIXTURE,
+    "experts_per_token": _MIXTURE,
+    "shared_experts": _MIXTURE,
+    "architecture": _MIXTURE,
+    "genome": _SEARCH,
+    "tasks": _SEARCH,
 }
 """Keys that mergekit's tools know, and what to do about them."""
 
-_MARKS = {"merge_method", "base_model", "slices", *_REFUSED} - {"name", "tasks", "tokenizer"}
+_MARKS = {"merge_method", "base_model", "slices", "modules", *_REFUSED} - {"tasks"}
 """Keys that no recipe of our own has."""
 
-_NO_BASE = {"linear", "nuslerp", "karcher"}
+_NO_BASE = {"linear", "nuslerp", "karcher", "multislerp", "passthrough"}
 """Methods that need no base model."""
 
 _BASE_JOINS = {"linear", "karcher"}
 """Methods for which a base model that is given is one of the models to merge."""
 
-_OTHER_METHODS = {
-    "passthrough": "it copies layers instead of merging them.",
-    "multislerp": "for several models there is karcher.",
-    "arcee_fusion": "its choice of entries is decided by rounding.",
-    "nearswap": "slerp with a small t also keeps near to the base.",
-    "ram": "sce and ties also keep what single models changed.",
-    "ramplus_tl": "sce and ties also keep what single models changed.",
+_PARTS = {
+    "default": "",
+    "encoder": "encoder",
+    "decoder": "decoder",
+    "shared": "text",
+    "text_decoder": "text",
+    "vision_tower": "vision",
+    "vision_model": "vision",
+    "multi_modal_projector": "projector",
 }
-"""Merge methods of mergekit that do not run here."""
+"""The parts of a model by mergekit's names of modules."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class _Keys(BaseModel):
+    """Some keys of a recipe; that there are no others is checked before."""
+
+    model_config = ConfigDict(extra="ignore")
 
 
-class _Model(_Strict):
+class _Model(_Keys):
     model: str | dict[str, Any]
     parameters: dict[str, Any] | None = None
 
@@ -67,20 +70,63 @@ class _Source(_Model):
     layer_range: tuple[int, int]
 
 
-class _Slice(_Strict):
+class _Slice(_Keys):
     sources: list[_Source] = Field(min_length=1)
+    base_model: str | dict[str, Any] | None = None
     parameters: dict[str, Any] | None = None
 
 
-class _Recipe(_Strict):
+class _Module(_Keys):
+    models: list[_Model] | None = None
+    slices: list[_Slice] | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class _Tokenizer(_Keys):
+    source: str | dict[str, Any] = "union"
+
+
+class _Recipe(_Keys):
     merge_method: str
     models: list[_Model] | None = None
     slices: list[_Slice] | None = None
+    modules: dict[str, _Module] | None = None
     base_model: str | dict[str, Any] | None = None
     parameters: dict[str, Any] | None = None
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer_source: str | dict[str, Any] | None = None
+    tokenizer: _Tokenizer | None = None
+    chat_template: str | None = None
+
+
+@dataclass
+class _Problems:
+    """What is wrong with a recipe, all of it."""
+
+    found: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Note what is raised, and go on after it."""
+        try:
+            yield
+        except UsageError as error:
+            self.found.append(str(error))
+        except ValidationError as error:
+            self.found.append(explain(error))
+
+    def stop(self, where: str) -> None:
+        """Raise what has been found.
+
+        Raises:
+            UsageError: There is something.
+        """
+        found = list(dict.fromkeys(self.found))
+        if len(found) == 1:
+            raise UsageError(f"{where}: {found[0]}")
+        if found:
+            raise UsageError("\n- ".join([f"{where}: {len(found)} things do not run:", *found]))
 
 
 def is_mergekit_recipe(content: Mapping[str, Any]) -> bool:
@@ -88,148 +134,452 @@ def is_mergekit_recipe(content: Mapping[str, Any]) -> bool:
     return not _MARKS.isdisjoint(content) and "method" not in content
 
 
-def translate(content: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+def translate(
+    content: Mapping[str, Any],
+    *,
+    where: str,
+    base_of: Callable[[str], str | None] = lambda reference: None,
+) -> dict[str, Any]:
     """Return the keys of a :class:`starmerge.recipe.Recipe` that does what mergekit's would.
 
     Args:
         content: The keys of mergekit's recipe.
         where: How error messages call it.
+        base_of: Returns the name of the base that an adapter's config tells; None for what is no
+            adapter, or not at hand.
 
     Raises:
-        UsageError: It asks for what does not run here, or for what mergekit would ignore.
+        UsageError: It asks for what does not run here, or for what mergekit would ignore. All that
+            is found is listed.
     """
-    try:
-        return _translated(content)
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from error
-    except ValidationError as error:
-        raise UsageError(f"{where}: {explain(error)}") from error
+    problems = _Problems()
+    _check_keys(content, problems)
+    recipe = None
+    with problems.noting():
+        recipe = _Recipe.model_validate(dict(content))
+    method = content.get("merge_method")
+    if isinstance(method, str) and method not in PARAMETERS:
+        problems.found.append(f"no merge_method is called {method!r}.{nearest(method, PARAMETERS)}")
+    problems.found += _of_tokenizer(content)
+    for reference in _references(content):
+        with problems.noting():
+            _reference(reference)
+    for key in ("dtype", "out_dtype"):
+        with problems.noting():
+            _check_dtype(key, content.get(key))
+    problems.stop(where)
+    assert recipe is not None, "otherwise there was a problem"
+    translation = _Translation(recipe, problems, base_of)
+    translated: dict[str, Any] = {}
+    with problems.noting():
+        translated = translation.keys()
+    problems.stop(where)
+    return translated
 
 
-def _translated(content: Mapping[str, Any]) -> dict[str, Any]:
-    _check_keys(content, _Recipe, "the recipe", _REFUSED)
-    for kind, members in (("models", _Model), ("slices", _Slice)):
-        for member in _dicts(content.get(kind)):
-            _check_keys(member, members, f"an entry of {kind!r}", {})
-            for source in _dicts(member.get("sources")):
-                _check_keys(source, _Source, "a source", {})
-    recipe = _Recipe.model_validate(dict(content))
-    method = recipe.merge_method
-    _check_method(method)
-    if recipe.tokenizer_source not in (None, "base"):
-        raise UsageError(f"tokenizer_source is {recipe.tokenizer_source!r}. {_TOKENS}.")
-    models, of_slice, layers = _models(recipe)
-    base = None if recipe.base_model is None else _reference(recipe.base_model)
-    if base is None and method not in _NO_BASE:
-        raise UsageError(f"{method} needs the key 'base_model'.")
+def _check_keys(content: Mapping[str, Any], problems: _Problems) -> None:
+    """Note the keys that do not run here, and those that mergekit ignores."""
+    refused = dict[str, list[str]]()
+    for key in (key for key in content if key in _REFUSED):
+        refused.setdefault(_REFUSED[key], []).append(repr(key))
+    for advice, keys in refused.items():
+        which = f"the key {keys[0]} is" if len(keys) == 1 else f"the keys {', '.join(keys)} are"
+        problems.found.append(f"{which} not supported. {advice}")
 
-    references = [_reference(entry.model) for entry in models]
-    for reference, times in Counter(references).items():
-        if times > 1:
-            raise UsageError(f"the model {reference!r} is listed twice. A model counts once.")
-    if layers is not None and base is not None and base not in references:
-        raise UsageError(
-            f"base_model {base!r} is none of the sources of the slice. List it there, or write "
-            "'models' instead of 'slices'."
+    def check(mapping: Mapping[str, Any], model: type[BaseModel], what: str) -> None:
+        for key in mapping:
+            if key not in model.model_fields and (model is not _Recipe or key not in _REFUSED):
+                hint = nearest(str(key), model.model_fields)
+                problems.found.append(
+                    f"{what} has the unknown key {key!r}, which mergekit ignores.{hint}"
+                )
+
+    check(content, _Recipe, "the recipe")
+    if isinstance(content.get("tokenizer"), dict):
+        known = {k: v for k, v in content["tokenizer"].items() if k not in _TOKENIZER_KEYS}
+        check(known, _Tokenizer, "'tokenizer'")
+    modules = content.get("modules")
+    groups = [content, *_dicts(list(modules.values()) if isinstance(modules, dict) else None)]
+    for module in groups[1:]:
+        check(module, _Module, "a module")
+    for group in groups:
+        for entry in _dicts(group.get("models")):
+            check(entry, _Model, "an entry of 'models'")
+        for entry in _dicts(group.get("slices")):
+            check(entry, _Slice, "an entry of 'slices'")
+            for source in _dicts(entry.get("sources")):
+                check(source, _Source, "a source")
+
+
+_TOKENIZER_KEYS = {
+    "tokens": "each new token has the row of the model that has it, or the mean of several",
+    "pad_to_multiple_of": "the tables are as long as the tokens need, or as the base's",
+}
+"""Keys of mergekit's tokenizer that do not run, and what is done instead."""
+
+
+def _of_tokenizer(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what does not run of the tokenizer and the chat template that a recipe asks for."""
+    tokenizer, template = content.get("tokenizer"), content.get("chat_template")
+    if tokenizer is not None and content.get("tokenizer_source") is not None:
+        yield "'tokenizer' and 'tokenizer_source' both choose the tokenizer. Leave one out."
+    if isinstance(tokenizer, dict):
+        for key, instead in _TOKENIZER_KEYS.items():
+            if tokenizer.get(key):
+                yield f"the key {key!r} of 'tokenizer' is not supported: {instead}. Leave it out."
+    if template == "auto":
+        yield (
+            "chat_template is 'auto', which counts the models' templates. Leave the key out, and "
+            "the merge says which models have another one than the base."
         )
-    with_base = base is None or method in _BASE_JOINS
-    # Without a base, the differences from the first model are as good as any: it is one of them.
-    base = references[0] if base is None else base
-    others = [reference for reference in references if reference != base]
-    if not others:
-        raise UsageError(f"{base!r} is the only model. Give another one to merge.")
-    names = {**dict(zip(others, _names(others), strict=True)), base: BASE}
-    settings = []
-    for entry, reference in zip(models, references, strict=True):
-        if reference == base and not with_base and entry.parameters:
-            raise UsageError(
-                f"the base {base!r} has parameters ({', '.join(entry.parameters)}), which "
-                f"{method} would ignore. Leave them out."
+    elif isinstance(template, str) and "{" not in template:
+        yield (
+            f"chat_template is {template!r}: mergekit brings a template of that name, and here is "
+            "none. Give the Jinja text of it."
+        )
+
+
+def _references(content: Any) -> Iterator[str | dict[str, Any]]:
+    """Yield all models that a recipe names."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if key in ("model", "base_model") or (
+                key == "tokenizer_source" and value not in _SOURCES
+            ):
+                if isinstance(value, str | dict):
+                    yield value
+            elif key not in ("parameters", "tokenizer"):
+                yield from _references(value)
+    elif isinstance(content, list):
+        for item in content:
+            yield from _references(item)
+
+
+_SOURCES = ("base", "union")
+"""Tokenizers that are no model's."""
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Models that are merged with each other: of a slice, a module, or the whole model."""
+
+    entries: Sequence[_Model]
+    base: str | None
+    """The base model that is given for it."""
+    part: str
+    parameters: Sequence[Mapping[str, Any] | None]
+    """Those of the slice and of the module, the nearer ones first."""
+    is_slice: bool
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """What a group comes to here."""
+
+    base: Piece
+    others: Mapping[str, Piece]
+    """The models beside the base, by what the recipe calls them."""
+    joins: bool
+    """Whether the base is one of the models."""
+
+
+class _Translation:
+    """The translation of one recipe.
+
+    Args:
+        recipe: mergekit's recipe.
+        problems: Where to note what is wrong.
+        base_of: As for :func:`translate`.
+    """
+
+    def __init__(
+        self, recipe: _Recipe, problems: _Problems, base_of: Callable[[str], str | None]
+    ) -> None:
+        self._recipe, self._problems, self._base_of = recipe, problems, base_of
+        self._method = recipe.merge_method
+        self._base = None if recipe.base_model is None else _reference(recipe.base_model)
+
+    def keys(self) -> dict[str, Any]:
+        """Return the keys of our recipe."""
+        groups = self._groups()
+        merged = [self._merged(group) for group in groups]
+        called = list(dict.fromkeys(name for own in merged for name in own.others))
+        names = dict(zip(called, _names(called), strict=True))
+        is_whole = len(groups) == 1 and not groups[0].is_slice and not groups[0].part
+        settings, slices = [], []
+        for number, (group, own) in enumerate(zip(groups, merged, strict=True)):
+            of_slice = None if is_whole else number
+            settings += self._settings_of(group, own, names, of_slice)
+            cut = own.base.cut
+            slices.append(
+                {
+                    "models": [*(names[name] for name in own.others), *[BASE] * own.joins],
+                    **({} if cut is None else {"layers": cut.size}),
+                    **({"part": group.part} if group.part else {}),
+                }
             )
-        settings += _settings(method, entry.parameters, names[reference])
-    settings += _settings(method, of_slice, None) + _settings(method, recipe.parameters, None)
-    return {
-        "base": base,
-        "models": [{"path": reference, "name": names[reference]} for reference in others],
-        "method": "mergekit",
-        "parameters": {
-            "merge_method": method,
-            "settings": settings,
-            "with_base": with_base,
-            "layers": layers,
-        },
-        "dtype": _dtype(recipe),
-    }
+        settings += self._settings(self._recipe.parameters, None, None)
+        is_cut = any(group.is_slice for group in groups)
+        if is_cut:
+            # Where a model is not merged, its stack has the base's layers.
+            paths = {name: spell([m.others.get(name, m.base) for m in merged]) for name in called}
+            base = spell([own.base for own in merged])
+        else:
+            paths = {name: str(piece) for m in merged for name, piece in m.others.items()}
+            base = str(merged[0].base)
+        return {
+            "base": base,
+            "models": [{"path": paths[name], "name": names[name]} for name in called],
+            "method": "mergekit",
+            "parameters": {
+                "merge_method": self._method,
+                "settings": settings,
+                "with_base": is_whole and merged[0].joins,
+                "of_weights": self._base is None and not merged[0].joins,
+                "slices": [] if is_whole else slices,
+            },
+            **self._tokenizer(names, merged[0].base),
+            "dtype": _dtype(self._recipe),
+        }
 
+    def _tokenizer(self, names: Mapping[str, str], base: Piece) -> dict[str, str]:
+        """Return our keys for tokenizer and chat template.
 
-def _check_keys(
-    content: Mapping[str, Any], model: type[BaseModel], what: str, refused: Mapping[str, str]
-) -> None:
-    for key in content:
-        if key in refused:
-            raise UsageError(f"the key {key!r} is not supported. {refused[key]}")
-        if key not in model.model_fields:
-            hint = nearest(str(key), model.model_fields)
-            raise UsageError(f"{what} has the unknown key {key!r}, which mergekit ignores.{hint}")
+        Args:
+            names: The names of the models beside the base, by what the recipe calls them.
+            base: The base of the first layers, whose tokenizer is the base's.
+        """
+        chosen, template = self._recipe.tokenizer_source, self._recipe.chat_template
+        if self._recipe.tokenizer is not None:
+            chosen = self._recipe.tokenizer.source
+        keys = {} if template is None else {"chat_template": template}
+        if chosen is None or chosen == "base":
+            return keys
+        reference = chosen if chosen == "union" else _reference(chosen)
+        if reference == base.models[0]:
+            return keys
+        return {"tokenizer": names.get(reference, reference.partition("+")[0]), **keys}
 
+    def _groups(self) -> list[_Group]:
+        """Return the groups of models that are merged, in the order of the output."""
+        recipe = self._recipe
+        given = [key for key in ("models", "slices", "modules") if getattr(recipe, key) is not None]
+        if len(given) != 1:
+            raise UsageError(
+                "one of the keys 'models', 'slices' and 'modules' says what is merged. Give one."
+            )
+        if recipe.modules is None:
+            modules = {"default": _Module(models=recipe.models, slices=recipe.slices)}
+        else:
+            modules = recipe.modules
+        groups = list[_Group]()
+        for name, module in modules.items():
+            if name not in _PARTS:
+                raise UsageError(f"no module is called {name!r}.{nearest(name, _PARTS)}")
+            if (module.models is None) == (module.slices is None):
+                raise UsageError(f"the module {name!r} has 'models' or 'slices'. Give one of them.")
+            for key in ("models", "slices"):
+                if getattr(module, key) == []:
+                    raise UsageError(f"{key!r} is empty. List the models to merge.")
+            part = _PARTS[name]
+            if module.models is not None:
+                own = (module.parameters,)
+                groups.append(_Group(module.models, self._base, part, own, is_slice=False))
+            for slice_ in module.slices or ():
+                base = self._base if slice_.base_model is None else _reference(slice_.base_model)
+                parameters = (slice_.parameters, module.parameters)
+                groups.append(_Group(slice_.sources, base, part, parameters, is_slice=True))
+        if len({group.is_slice for group in groups}) > 1:
+            raise UsageError(
+                "some modules have 'slices' and others 'models'. Give all of them slices: "
+                "'models' mean the layer_range from 0 to the last layer."
+            )
+        return groups
 
-def _check_method(method: str) -> None:
-    if method in _OTHER_METHODS:
-        raise UsageError(f"the merge_method {method!r} is not supported: {_OTHER_METHODS[method]}")
-    if method not in PARAMETERS:
-        raise UsageError(f"no merge_method is called {method!r}.{nearest(method, PARAMETERS)}")
+    def _merged(self, group: _Group) -> _Merged:
+        """Find the base of a group, and the models beside it."""
+        method, place = self._method, "the slice" if group.is_slice else "the recipe"
+        called = [_reference(entry.model) for entry in group.entries]
+        for reference, times in Counter(called).items():
+            if times > 1:
+                raise UsageError(f"the model {reference!r} is listed twice. A model counts once.")
+        ranges = [entry.layer_range for entry in group.entries if isinstance(entry, _Source)]
+        cuts = [self._cut(range_, group.part) for range_ in ranges]
+        if len({cut.size for cut in cuts}) > 1:
+            raise UsageError(
+                f"the 'layer_range's of the sources of a slice, {', '.join(map(str, ranges))}, "
+                "have different lengths."
+            )
+        if group.base is None and method not in _NO_BASE:
+            raise UsageError(f"{method} needs the key 'base_model'.")
+        if method == "passthrough":
+            return self._passed(group, called, cuts)
+        base = group.base
+        if base is not None and "+" in base:
+            raise UsageError(
+                f"base_model {base!r} has an adapter. Merge the two first, with passthrough."
+            )
+        is_listed = base in called
+        if group.is_slice and base is not None and not is_listed and method not in _NO_BASE:
+            raise UsageError(
+                f"base_model {base!r} is none of the sources of {place}. List it there, or write "
+                "'models' instead of 'slices'."
+            )
+        if base is None or (group.is_slice and not is_listed):
+            # The differences from the first model are as good as any: it is one of the models,
+            # unless it stands there with an adapter, or is one.
+            base = self._base_of(called[0]) or called[0].partition("+")[0]
+            joins = base in called
+        elif method in _BASE_JOINS:
+            # Where no weight reaches a base that is not listed, mergekit stops.
+            levels = (*group.parameters, self._recipe.parameters)
+            joins = is_listed or method != "linear" or any("weight" in (p or {}) for p in levels)
+        else:
+            joins = False
+        others = [reference for reference in called if reference != base]
+        if not others:
+            raise UsageError(f"{base!r} is the only model. Give another one to merge.")
+        cut_of = dict(zip(called, cuts, strict=True)) if cuts else {}
+        own_cut = cut_of.get(base, cuts[0] if cuts else None)
+        pieces = {r: _piece(r, cut_of.get(r), base, own_cut) for r in others}
+        return _Merged(Piece((base,), own_cut), pieces, joins)
 
-
-def _models(recipe: _Recipe) -> tuple[Sequence[_Model], dict[str, Any] | None, int | None]:
-    """Return the models, the parameters of the slice they are in, and how many layers it has."""
-    if (recipe.models is None) == (recipe.slices is None):
-        raise UsageError("one of the keys 'models' and 'slices' says what is merged. Give one.")
-    if recipe.slices is None:
-        if not recipe.models:
-            raise UsageError("'models' is empty. List the models to merge.")
-        return recipe.models, None, None
-    if len(recipe.slices) != 1:
-        raise UsageError(
-            f"there are {len(recipe.slices)} 'slices'. {_WHOLE}: one slice of all layers, or "
-            "'models'."
+    def _passed(self, group: _Group, called: Sequence[str], cuts: Sequence[Cut]) -> _Merged:
+        """Find the model that a group passes through: it is merged into itself."""
+        if len(called) != 1:
+            raise UsageError(
+                f"passthrough: there are {len(called)} models in a slice ({', '.join(called)}). "
+                "It copies one."
+            )
+        model, *adapters = called[0].split("+")
+        if group.base not in (None, model):
+            raise UsageError(
+                f"passthrough: the base_model {group.base!r} is none of the models. Leave it out: "
+                "config and tokenizer are those of the first slice."
+            )
+        cut = cuts[0] if cuts else None
+        piece = Piece(tuple(adapters) or (model,), cut)
+        return _Merged(
+            Piece((model,), cut), {_PASSED if group.is_slice else called[0]: piece}, False
         )
-    (whole,) = recipe.slices
-    ranges = {source.layer_range for source in whole.sources}
-    if len(ranges) > 1:
-        raise UsageError(f"the 'layer_range' of the sources differ. {_WHOLE}.")
-    (first,) = ranges
-    if first[0] != 0 or first[1] < 1:
-        raise UsageError(f"'layer_range' is {list(first)}. {_WHOLE}: from 0 to the last layer.")
-    return whole.sources, whole.parameters, first[1]
+
+    def _cut(self, given: tuple[int, int], part: str) -> Cut:
+        if not 0 <= given[0] < given[1]:
+            raise UsageError(
+                f"'layer_range' is {list(given)}: it goes from the first layer, counted from 0, to "
+                "the one after the last."
+            )
+        return Cut(*given, part)
+
+    def _settings_of(
+        self, group: _Group, own: _Merged, names: Mapping[str, str], number: int | None
+    ) -> list[dict[str, Any]]:
+        """Return the settings of a group's models and of its own levels."""
+        settings = list[dict[str, Any]]()
+        for entry in group.entries:
+            reference = _reference(entry.model)
+            is_base = reference not in own.others and self._method != "passthrough"
+            if is_base and not own.joins and entry.parameters:
+                self._problems.found.append(
+                    f"the base {reference!r} has parameters ({', '.join(entry.parameters)}), which "
+                    f"{self._method} would ignore. Leave them out."
+                )
+                continue
+            name = BASE if is_base else names.get(reference, next(iter(names.values())))
+            settings += self._settings(entry.parameters, name, number)
+        for level in group.parameters:
+            settings += self._settings(level, None, number)
+        return settings
+
+    def _settings(
+        self, parameters: Mapping[str, Any] | None, model: str | None, number: int | None
+    ) -> list[dict[str, Any]]:
+        """Return the parameters of one level of a recipe as settings, in their order."""
+        settings = list[dict[str, Any]]()
+        for name, value in (parameters or {}).items():
+            with self._problems.noting():
+                settings += _read(self._method, name, value, model, number)
+        return settings
+
+
+_PASSED = "layers"
+"""What the model of a stack of layers that are passed through is called."""
+
+
+def _piece(reference: str, cut: Cut | None, base: str, base_cut: Cut | None) -> Piece:
+    """Return a model beside a base; of an adapter on the base, the adapter alone is wanted."""
+    model, *adapters = reference.split("+")
+    is_adapter = bool(adapters) and model == base and cut == base_cut
+    return Piece(tuple(adapters) if is_adapter else (model, *adapters), cut)
+
+
+def _read(
+    method: str, name: str, value: Any, model: str | None, number: int | None
+) -> list[dict[str, Any]]:
+    """Return a parameter as settings, one for each choice of its value."""
+    conditional = [value] if isinstance(value, dict) else value
+    if not isinstance(conditional, list) or not any(isinstance(v, dict) for v in conditional):
+        conditional = [{"value": value}]
+    settings = list[Setting]()
+    for choice in conditional:
+        if not isinstance(choice, dict):
+            raise UsageError(
+                f"{name!r} mixes values with filters. For the tensors that no filter matches, "
+                f"write '- value: {choice}'."
+            )
+        if "value" not in choice or not choice.keys() <= {"filter", "value"}:
+            raise UsageError(f"{name!r}: a choice has a 'value', and may have a 'filter'.")
+        matching = None if choice.get("filter") == "*" else choice.get("filter")
+        settings.append(
+            Setting(
+                parameter=name, value=choice["value"], model=model, filter=matching, slice=number
+            )
+        )
+    try:
+        read = read_settings(method, settings)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return [setting.model_dump(exclude_none=True) for setting in read]
 
 
 def _reference(model: str | dict[str, Any]) -> str:
-    """Return a model's path or Hub id, with its revision."""
+    """Return a model's path or Hub id, with its revision; and its adapter's behind a ``+``.
+
+    Raises:
+        UsageError: It is none, or has an architecture of its own.
+    """
     if isinstance(model, str):
-        if "+" in model:
-            raise UsageError(
-                f"the model {model!r} is a model and an adapter. List the adapter itself: its "
-                "update is merged without rounding it first."
-            )
+        if model.count("+") > 1 or not all(model.split("+")):
+            raise UsageError(f"{model!r} is no model: one adapter may follow it, MODEL+ADAPTER.")
         return model
-    for key in ("lora", "override_architecture"):
-        if model.get(key) is not None:
-            advice = "List the adapter itself as a model." if key == "lora" else "Leave it out."
-            raise UsageError(f"the key {key!r} of a model is not supported. {advice}")
-    inner = model.get("model")
-    if isinstance(inner, str):
-        return _reference(inner)
-    if not isinstance(inner, dict) or not isinstance(inner.get("path"), str):
+    if model.get("override_architecture") is not None:
+        raise UsageError(
+            "the key 'override_architecture' of a model is not supported. Leave it out."
+        )
+    for key in model:
+        if key not in _MODEL_KEYS:
+            raise UsageError(
+                f"a model has the unknown key {key!r}.{nearest(str(key), _MODEL_KEYS)}"
+            )
+    own = _path(model.get("model"), model)
+    return own if model.get("lora") is None else f"{own}+{_path(model['lora'], model)}"
+
+
+def _path(place: Any, model: Mapping[str, Any]) -> str:
+    """Return a path or Hub id with its revision, as a mapping of a model gives them."""
+    if isinstance(place, str):
+        return place
+    if not isinstance(place, dict) or not isinstance(place.get("path"), str):
         raise UsageError(f"{model!r} is no model: give its path or Hub id.")
-    for part, known in ((model, ("model", "lora", "override_architecture")), (inner, _PATH)):
-        for key in part:
-            if key not in known:
-                raise UsageError(f"a model has the unknown key {key!r}.{nearest(str(key), known)}")
-    revision = inner.get("revision")
-    return inner["path"] if revision is None else f"{inner['path']}@{revision}"
+    for key in place:
+        if key not in _PATH_KEYS:
+            raise UsageError(f"a model has the unknown key {key!r}.{nearest(str(key), _PATH_KEYS)}")
+    revision = place.get("revision")
+    return str(place["path"] if revision is None else f"{place['path']}@{revision}")
 
 
-_PATH = ("path", "revision")
+_MODEL_KEYS = ("model", "lora", "override_architecture")
+_PATH_KEYS = ("path", "revision")
 
 
 def _names(references: Sequence[str]) -> list[str]:
@@ -242,40 +592,8 @@ def _names(references: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def _settings(
-    method: str, parameters: Mapping[str, Any] | None, model: str | None
-) -> list[dict[str, Any]]:
-    """Return the parameters of one level of a recipe as settings, in their order."""
-    settings = list[Setting]()
-    for name, value in (parameters or {}).items():
-        conditional = [value] if isinstance(value, dict) else value
-        if not isinstance(conditional, list) or not any(isinstance(v, dict) for v in conditional):
-            conditional = [{"value": value}]
-        for choice in conditional:
-            if not isinstance(choice, dict):
-                raise UsageError(
-                    f"{name!r} mixes values with filters. For the tensors that no filter matches, "
-                    f"write '- value: {choice}'."
-                )
-            if "value" not in choice or not choice.keys() <= {"filter", "value"}:
-                raise UsageError(f"{name!r}: a choice has a 'value', and may have a 'filter'.")
-            matching = None if choice.get("filter") == "*" else choice.get("filter")
-            settings.append(
-                Setting(parameter=name, value=choice["value"], model=model, filter=matching)
-            )
-    try:
-        read = read_settings(method, settings)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    return [setting.model_dump(exclude_none=True) for setting in read]
-
-
 def _dtype(recipe: _Recipe) -> str:
     """Return the output's dtype. What mergekit computes in, ``dtype``, decides it by itself."""
-    for key in ("dtype", "out_dtype"):
-        given = getattr(recipe, key)
-        if given is not None and given.removeprefix("torch.") not in _DTYPES:
-            raise UsageError(f"{key} is {given!r}.{nearest(given, _DTYPES)}")
     chosen = recipe.out_dtype or recipe.dtype
     if chosen is None:
         return "keep"
@@ -285,6 +603,11 @@ def _dtype(recipe: _Recipe) -> str:
             "is computed in float64 anyway."
         )
     return chosen.removeprefix("torch.")
+
+
+def _check_dtype(key: str, given: Any) -> None:
+    if isinstance(given, str) and given.removeprefix("torch.") not in _DTYPES:
+        raise UsageError(f"{key} is {given!r}.{nearest(given, _DTYPES)}")
 
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")

@@ -79,6 +79,9 @@ _DENSITY = Parameter(_SHARE, 1.0, of_each_model=True)
 _GAMMA = Parameter(_SHARE, 0.01, of_each_model=True)
 _EPSILON = Parameter(_SHARE, 0.15, of_each_model=True)
 _OFF, _ON = Parameter(bool, False), Parameter(bool, True)
+_POSITIVE = Annotated[float, Field(gt=0)]
+_AT_LEAST_0 = Annotated[float, Field(ge=0)]
+_EPSILON_OF_RAM = Parameter(_AT_LEAST_0, 1e-5)
 
 
 def _arithmetic(
@@ -95,8 +98,22 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
     "nuslerp": {"weight": _WEIGHT, "nuslerp_row_wise": _OFF, "nuslerp_flatten": _ON},
     "karcher": {
         "max_iter": Parameter(Annotated[int, Field(ge=1)], 10),
-        "tol": Parameter(Annotated[float, Field(gt=0)], 1e-5),
+        "tol": Parameter(_POSITIVE, 1e-5),
     },
+    "multislerp": {
+        "weight": _WEIGHT,
+        "normalize_weights": _ON,
+        "eps": Parameter(_POSITIVE, 1e-8),
+    },
+    "nearswap": {"t": Parameter(_AT_LEAST_0)},
+    "arcee_fusion": {},
+    "ram": {"epsilon": _EPSILON_OF_RAM},
+    "ramplus_tl": {
+        "epsilon": _EPSILON_OF_RAM,
+        "r": Parameter(float, 0.1),
+        "alpha": Parameter(_AT_LEAST_0, 0.2),
+    },
+    "passthrough": {"scale": Parameter(float, 1.0, of_each_model=True)},
     "model_stock": {"filter_wise": _OFF},
     "sce": {"select_topk": Parameter(_SHARE, 1.0), "int8_mask": _OFF},
     "task_arithmetic": _arithmetic(normalize=_OFF),
@@ -123,6 +140,21 @@ class Setting(BaseModel):
     """The model it is for; None for all."""
     filter: str | None = None
     """What a tensor's name must contain; None for all."""
+    slice: Annotated[int, Field(ge=0)] | None = None
+    """The number of the slice it is for; None for all."""
+
+
+class Slice(BaseModel):
+    """Layers that are merged of the same models, or a part of the model that is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    models: tuple[str, ...] = Field(min_length=1)
+    """The models that are merged there, the base among them if it counts as one."""
+    layers: Annotated[int, Field(ge=1)] | None = None
+    """How many layers there are; None: all."""
+    part: str = ""
+    """The part of the model that it is of: decoder, vision, …; empty: the whole."""
 
 
 def read_settings(method: str, settings: Iterable[Setting]) -> tuple[Setting, ...]:
@@ -159,12 +191,23 @@ class Resolved:
 
 
 def resolve(
-    method: str, settings: Sequence[Setting], models: Sequence[str], tensor: TensorContext
+    method: str,
+    settings: Sequence[Setting],
+    models: Sequence[str],
+    tensor: TensorContext,
+    slice_number: int | None = None,
 ) -> Resolved:
     """Return what all parameters come to for one tensor.
 
-    The first setting counts that is for the parameter, for the model or for all, and whose filter
-    the tensor's name contains; without one, the default.
+    The first setting counts that is for the parameter, for the model or for all, for the slice or
+    for all, and whose filter the tensor's name contains; without one, the default.
+
+    Args:
+        method: mergekit's name of the method.
+        settings: The settings of the recipe.
+        models: The models that are merged.
+        tensor: The tensor; its layer is that within the slice.
+        slice_number: The number of the slice; None where there are none.
 
     Raises:
         UsageError: A parameter without a default has no value, or an interpolated one is wrong.
@@ -176,6 +219,7 @@ def resolve(
             if (
                 setting.parameter == name
                 and setting.model in (None, model)
+                and setting.slice in (None, slice_number)
                 and (setting.filter is None or setting.filter in tensor.name)
             ):
                 try:

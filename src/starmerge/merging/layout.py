@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from starmerge.checkpoints.base import Base
+from starmerge.checkpoints.layers import layers
 from starmerge.checkpoints.metric import Metric
 from starmerge.checkpoints.models import FineTune
 from starmerge.checkpoints.tensors import MERGEABLE, TensorInfo, stored_of
@@ -33,7 +34,7 @@ class PlannedTensor:
     """The models that change it, by their number in the recipe."""
     is_embedding: bool
     layer: tuple[int, int] | None = None
-    """Which of how many layers it belongs to; see :func:`layers`."""
+    """Which of how many layers it belongs to; see :func:`starmerge.checkpoints.layers.layers`."""
     metric: Metric | None = None
     """What knows the moments of its inputs, where a method asks for them."""
     reads_base: bool = True
@@ -59,6 +60,15 @@ class PlannedTensor:
     def stored_inputs(self) -> tuple[TensorInfo, ...]:
         """The tensors of files that are read, each once."""
         return stored_of(self.inputs)
+
+    @property
+    def repeats_base(self) -> bool:
+        """Whether all models that seem to change it have the very tensor of the base's files."""
+        own = replace(self.source, name="", origin=None)
+        inputs = [model.inputs(self.source.name) for model in self.models.values()]
+        return all(
+            len(read) == 1 and replace(read[0], name="", origin=None) == own for read in inputs
+        )
 
     @property
     def bytes_to_read(self) -> int:
@@ -234,30 +244,6 @@ def lay_out(
     """
     planned = _planned(base, models, placing or Everything())
     return tuple(sorted(planned, key=lambda tensor: -tensor.dtype.itemsize))
-
-
-def layers(names: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Return the layer of each tensor that belongs to one: its index, and how many there are.
-
-    The layer is the first part of the name that is a number; layers whose names begin alike are
-    counted together: ``encoder.layers.3.fc.weight`` is one of those of ``encoder.layers``. A name
-    without a number, as that of an embedding, belongs to none.
-    """
-    places: dict[str, tuple[str, int]] = {}
-    counts: dict[str, int] = {}
-    for name in names:
-        prefix, _, number = layer_of(name).rpartition(".")
-        if number.isdecimal():
-            places[name] = prefix, int(number)
-            counts[prefix] = max(counts.get(prefix, 0), int(number) + 1)
-    return {name: (index, counts[prefix]) for name, (prefix, index) in places.items()}
-
-
-def layer_of(name: str) -> str:
-    """Return a tensor's name up to its first part that is a number, the layer; else all of it."""
-    parts = name.split(".")
-    place = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
-    return ".".join(parts[: place + 1])
 
 
 def _planned(base: Base, models: Sequence[FineTune], placing: Placing) -> Iterator[PlannedTensor]:

@@ -9,12 +9,18 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from starmerge.checkpoints import models as checkpoints
-from starmerge.checkpoints.base import Base, open_base
+from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.lora.adapter import Adapter
 from starmerge.checkpoints.metric import Metric, open_metric
 from starmerge.checkpoints.models import FineTune
 from starmerge.checkpoints.side_files import too_long
 from starmerge.checkpoints.source import Source, resolve
+from starmerge.checkpoints.stacked import (
+    bases_of,
+    open_referenced_base,
+    open_referenced_model,
+    parts_of,
+)
 from starmerge.checkpoints.tensors import MERGEABLE, Checkpoint
 from starmerge.checkpoints.unknown_base import unknown_base
 from starmerge.errors import StarmergeError, UsageError
@@ -77,10 +83,16 @@ class Plan(Contents):
         """What is merged: the base, if it has weights, the models, tokenizers, the metric."""
         inputs = []
         if self.base.has_weights:
-            inputs.append(Input("base", "base", self.base.source, (self.base.checkpoint.opened,)))
+            bases = bases_of(self.base)
+            for base in bases:
+                name = _name_of_part("base", base.source, bases)
+                inputs.append(Input(name, "base", base.source, (base.checkpoint.opened,)))
         for model in self.models:
-            own = tuple(own.opened for own in model.checkpoints), tuple(model.beside)
-            inputs.append(Input(model.name, model.kind, model.source, *own))
+            parts = parts_of(model)
+            for part in parts:
+                name = _name_of_part(model.name, part.source, parts)
+                own = tuple(own.opened for own in part.checkpoints), tuple(part.beside)
+                inputs.append(Input(name, part.kind, part.source, *own))
         for file in self.base.made_of:
             source = Source(str(file.parent), file.parent, None, None)
             name = f"{file.parent.name}/{file.name}"
@@ -179,7 +191,8 @@ def make_plan(recipe: Recipe, path: Place, *, overwrite: bool = False, writes: b
     if reason is not None:
         chosen = {"method": pipeline.name, "parameters": pipeline.parameters()}
         recipe = recipe.model_copy(update=chosen)
-    sources = [*(model.source for model in models), *([base.source] if base.has_weights else [])]
+    sources = [part.source for model in models for part in parts_of(model)]
+    sources += [part.source for part in bases_of(base)] if base.has_weights else []
     for source in sources if writes else ():
         _check_apart(path, source)
     output = make_output(recipe, pipeline, is_file=is_file)
@@ -214,12 +227,22 @@ def open_models(recipe: Recipe) -> tuple[Base, tuple[FineTune, ...]]:
             does not fit the one that is wanted.
         StarmergeError: A missing, unknown or misshapen tensor, a broken file.
     """
-    given = None if recipe.base is None else open_base(resolve(recipe.base, may_be_file=True))
-    sources = [resolve(entry.path, may_be_file=True) for entry in recipe.models]
-    base = given or unknown_base(sources, any_base=recipe.any_base)
-    named = [(entry.name, source) for entry, source in zip(recipe.models, sources, strict=True)]
-    opened = checkpoints.open_models(named, base, any_base=recipe.any_base, common=recipe.common)
-    return with_one_vocabulary(recipe, *opened)
+    if recipe.base is None:
+        sources = [resolve(entry.path, may_be_file=True) for entry in recipe.models]
+        base = unknown_base(sources, any_base=recipe.any_base)
+    else:
+        base = open_referenced_base(recipe.base, any_base=recipe.any_base)
+
+    def opened(base: Base) -> tuple[FineTune, ...]:
+        return tuple(
+            open_referenced_model(
+                entry.name, entry.path, base, any_base=recipe.any_base, common=recipe.common
+            )
+            for entry in recipe.models
+        )
+
+    found = checkpoints.open_models(opened, base, any_base=recipe.any_base)
+    return with_one_vocabulary(recipe, *found)
 
 
 def choose(
@@ -280,7 +303,12 @@ def check_merge(
             if not t.models and t.source.dtype in MERGEABLE
         ],
     )
-    return planned
+    return tuple(
+        replace(t, models={})
+        if t.models and t.repeats_base and pipeline.merge.leaves(t.context(tasks, weights, None))
+        else t
+        for t in planned
+    )
 
 
 def _note_too_long(name: str) -> str:
@@ -288,6 +316,11 @@ def _note_too_long(name: str) -> str:
         f"{name} of the base is not copied: it is too long for a tokenizer's file or code, and is "
         "taken for weights. Copy it yourself if the model needs it."
     )
+
+
+def _name_of_part(whole: str, source: Source, parts: Collection[object]) -> str:
+    """Return what a report calls one of the models that a base or a model is made of."""
+    return whole if len(parts) == 1 else f"{whole}, {source}"
 
 
 def _check_apart(output: Place, source: Source) -> None:

@@ -166,7 +166,11 @@ def make_report(
             "findings": {**findings, **finished.findings},
             "output": {"kind": plan.output.kind, **finished.facts, "summary": finished.summary},
             "metric": metric,
-            "unchanged": [model.name for t, model in enumerate(plan.models) if t not in changing],
+            "unchanged": [
+                plan.models[t].name
+                for t in sorted({t for tensor in plan.tensors for t in tensor.models})
+                if t not in changing
+            ],
             "inputs": [
                 {
                     "name": given.name,

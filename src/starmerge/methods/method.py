@@ -96,6 +96,15 @@ class Deltas:
 
         return Deltas({task: changed(task, load) for task, load in self._loaders.items()})
 
+    def chosen(self, numbers: Mapping[int, int]) -> Deltas:
+        """Return some of these deltas under other numbers.
+
+        Args:
+            numbers: The new number of each task that stays, by its number here.
+        """
+        own = {t: load for t, load in self._loaders.items() if t in numbers}
+        return Deltas({numbers[t]: own[t] for t in sorted(own, key=lambda t: numbers[t])})
+
 
 def _given(delta: Delta) -> Delta:
     return delta
@@ -264,6 +273,14 @@ class Merge(Method):
     def survey(self, walk: Walk) -> Any:
         """Go through the model before the merge; what is returned comes back in :meth:`merge`."""
         return None
+
+    def leaves(self, tensor: TensorContext) -> bool:
+        """Tell whether it adds nothing to a tensor of which all models have the base's values.
+
+        It is asked where that is known before anything is read: the tensor is copied then, and not
+        merged. By default no: the weights may have been scaled.
+        """
+        return False
 
     def result(self, tensor: TensorShape) -> DeltaShape:
         """Tell what :meth:`merge` returns, before it is there; by default what a sum is."""

@@ -60,6 +60,16 @@ KEPT = (
     "model.norm.weight",
 )
 KEPT_OF_SETTINGS = (*KEPT, "lm_head.weight")
+KEPT_OF_STACKS = (
+    *(
+        f"model.layers.{i}.self_attn.{name}.weight"
+        for i in (2, 3, 4)
+        for name in ("q_proj", "o_proj")
+    ),
+    "model.layers.3.mlp.down_proj.weight",
+    "lm_head.weight",
+)
+"""What is kept besides where layers are stacked, as far as it is there."""
 RESOLVED = ("linear_base_joins", "slerp_gradient", "slerp_filters", "gradients", "precedence")
 
 
@@ -173,6 +183,8 @@ def main(names: list[str]) -> None:
                 with chdir(inputs):
                     merged = recorder.run(path.read_text(), Path("merged") / path.stem)
                 kept = KEPT_OF_SETTINGS if path.stem in RESOLVED else KEPT
+                if "layer_range" in path.read_text():
+                    kept = tuple(name for name in (*KEPT, *KEPT_OF_STACKS) if name in merged)
                 stored |= {f"{label}/{name}": merged[name] for name in kept}
                 stored |= {f"{label}/{name}": drawn for name, drawn in recorder.drawn.items()}
             save_file(
