@@ -80,7 +80,8 @@ def test_one_of_two_tied_tensors_that_is_changed_alone_is_untied(
 ) -> None:
     adapter = make_adapter("adapter", target_modules=["lm_head"])
     base, tuned = make_finetune("base", scale=0.0), make_finetune("tuned")
-    edit_json(base / "config.json", tie_word_embeddings=True)
+    for folder in (base, tuned):
+        edit_json(folder / "config.json", tie_word_embeddings=True)
     plan = _plan(base, [adapter], tmp_path / "out")
     assert [tensor.source.name for tensor in plan.merged] == ["lm_head.weight"]
     assert plan.base.config["tie_word_embeddings"] is False
