@@ -35,7 +35,8 @@ from transformers import (
 from starmerge import merge
 from starmerge.checkpoints.base import open_base
 from starmerge.checkpoints.finetuned import open_finetuned
-from starmerge.checkpoints.lora.adapter import Adapter, open_adapter
+from starmerge.checkpoints.lora.adapter import Adapter
+from starmerge.checkpoints.lora.opening import open_adapter
 from starmerge.checkpoints.lora.update import Product
 from starmerge.checkpoints.models import files_of
 from starmerge.checkpoints.names import match_names

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 import starmerge
 from starmerge.checkpoints import names
 from starmerge.checkpoints.metric import open_metric
+from starmerge.checkpoints.opening import open_checkpoint
 from starmerge.checkpoints.renaming import naming
-from starmerge.checkpoints.tensors import open_checkpoint
 from starmerge.cli.parameters import parameters
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation.tasks.files import load_task
@@ -102,7 +102,7 @@ def test_a_header_of_a_million_tensors_is_refused_before_it_takes_memory(world: 
 
 
 def test_the_bound_on_tensors_is_stated(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("starmerge.checkpoints.tensors._MOST_TENSORS", 4)
+    monkeypatch.setattr("starmerge.checkpoints.opening._MOST_TENSORS", 4)
     _refuses(world.merge, r"model\.safetensors .* has 5 tensors, and 4 are read at most")
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from starmerge.checkpoints import names
-from starmerge.checkpoints.tensors import open_safetensors
+from starmerge.checkpoints.opening import open_safetensors
 from starmerge.errors import StarmergeError
 from tests.checkpoints.bad_files import (
     KINDS,

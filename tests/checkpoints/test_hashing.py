@@ -16,7 +16,7 @@ from starmerge.checkpoints.hashing import (
     read_and_hash,
     remembered_blake3_of_tensor,
 )
-from starmerge.checkpoints.tensors import open_safetensors
+from starmerge.checkpoints.opening import open_safetensors
 from starmerge.deltas import Delta, Dense, LowRank, Stored
 from starmerge.storage import local
 

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from starmerge.checkpoints.base import open_base
-from starmerge.checkpoints.lora.adapter import Adapter, open_adapter
+from starmerge.checkpoints.lora.adapter import Adapter
 from starmerge.checkpoints.lora.dora import dora_delta
+from starmerge.checkpoints.lora.opening import open_adapter
 from starmerge.checkpoints.source import resolve
 from starmerge.checkpoints.tensors import MERGEABLE
 from starmerge.deltas import Dense, LowRank

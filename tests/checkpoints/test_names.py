@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from starmerge.checkpoints.base import Base, open_base
-from starmerge.checkpoints.lora.adapter import open_adapter
+from starmerge.checkpoints.lora.opening import open_adapter
 from starmerge.checkpoints.names import match_names
+from starmerge.checkpoints.opening import open_safetensors
 from starmerge.checkpoints.source import Source, resolve
-from starmerge.checkpoints.tensors import open_safetensors
 from starmerge.errors import StarmergeError
 from tests.conftest import MakeAdapter
 

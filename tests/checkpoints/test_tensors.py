@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from starmerge.checkpoints.tensors import DTYPES, open_checkpoint, open_safetensors, raw_bytes
+from starmerge.checkpoints.opening import open_checkpoint, open_safetensors
+from starmerge.checkpoints.tensors import DTYPES, raw_bytes
 from starmerge.errors import StarmergeError
 from starmerge.storage.local_folder import LocalFile
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from starmerge.checkpoints.tensors import open_checkpoint, open_safetensors
+from starmerge.checkpoints.opening import open_checkpoint, open_safetensors
 from starmerge.checkpoints.writer import OutputTensor, ShardWriter
 from starmerge.storage.local_folder import LocalFolder
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import starmerge as sm
 from starmerge.checkpoints.hashing import blake3_of_contents
-from starmerge.checkpoints.tensors import open_safetensors
+from starmerge.checkpoints.opening import open_safetensors
 from starmerge.merging.verify import verify
 from tests.conftest import MakeAdapter
 

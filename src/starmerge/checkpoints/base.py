@@ -9,10 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from starmerge.checkpoints.opening import DIFFUSION_STEM, open_checkpoint
 from starmerge.checkpoints.quantised import QUANTISATION, dequantised, settings_of
 from starmerge.checkpoints.side_files import side_files
 from starmerge.checkpoints.source import Source
-from starmerge.checkpoints.tensors import DIFFUSION_STEM, Checkpoint, open_checkpoint
+from starmerge.checkpoints.tensors import Checkpoint
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.reading import read_json
 from starmerge.storage import Place, exists, is_file
@@ -70,12 +71,11 @@ class Base:
     def is_embedding(self, name: str) -> bool:
         """Tell whether each row of a tensor stands for a token or a position.
 
-        Such are the matrices with as many rows as the vocabulary, and those with "embed", the GPT-2
-        names wte and wpe or T5's relative_attention_bias in their name.
+        Such are the tables of tokens, and matrices with "embed", the GPT-2 names wte and wpe or
+        T5's relative_attention_bias in their name.
         """
-        shape = self.checkpoint[name].shape
         named = any(map(is_embedding_name, name.lower().split(".")))
-        return len(shape) == 2 and (named or self._has_vocabulary_rows(name))
+        return len(self.checkpoint[name].shape) == 2 and (named or name in self.token_matrices)
 
     def looks_up(self, name: str) -> bool:
         """Tell whether a tensor is the table of a module that looks rows up, by the module's name.
@@ -96,17 +96,17 @@ class Base:
         configs = (self.config, self.config.get("text_config") or {})
         if any(key in config for config in configs) and not any(c.get(key) for c in configs):
             return []
-        return self.vocabulary
+        return self.token_matrices
 
     @cached_property
-    def vocabulary(self) -> list[str]:
-        """Names of the matrices with a row for each token."""
+    def token_matrices(self) -> list[str]:
+        """Names of those of the token tables that are matrices: all but biases of output layers."""
         return [name for name in self.token_tables if len(self.checkpoint[name].shape) == 2]
 
     @cached_property
     def embedding(self) -> str | None:
         """Name of the table that tokens are looked up in, if it is known."""
-        tables = sorted(self.vocabulary, key=lambda name: not self.looks_up(name))
+        tables = sorted(self.token_matrices, key=lambda name: not self.looks_up(name))
         return tables[0] if tables else None
 
     def untied(self, head: str) -> Base:
@@ -177,11 +177,6 @@ class Base:
         return shape == own or (
             name in self.token_tables and shape[1:] == own[1:] and len(shape) > 0
         )
-
-    def _has_vocabulary_rows(self, name: str) -> bool:
-        text = self.config.get("text_config") or self.config
-        shape = self.checkpoint[name].shape
-        return len(shape) == 2 and shape[0] == text.get("vocab_size")
 
 
 def _is_of_tokens(parts: list[str]) -> bool:

@@ -21,14 +21,9 @@ import torch
 from torch import Tensor
 
 from starmerge.checkpoints.base import Base
+from starmerge.checkpoints.opening import open_checkpoint, open_safetensors
 from starmerge.checkpoints.source import Source
-from starmerge.checkpoints.tensors import (
-    MERGEABLE,
-    Checkpoint,
-    TensorInfo,
-    open_checkpoint,
-    open_safetensors,
-)
+from starmerge.checkpoints.tensors import MERGEABLE, Checkpoint, TensorInfo
 from starmerge.checkpoints.writer import OutputTensor, ShardWriter, json_bytes
 from starmerge.deltas import Dense, wide
 from starmerge.errors import StarmergeError, UsageError

@@ -62,7 +62,7 @@ def match(source: Source, own: Base, base: Base) -> Match:
         theirs |= dict.fromkeys(tied, embedding)
     found = _by_name(source, own, base, theirs)
     has_embedding = any(info is embedding for info in found.values())
-    for tensor in base.vocabulary:
+    for tensor in base.token_matrices:
         if tensor in found:
             continue
         if tied and has_embedding and embedding is not None:
@@ -177,10 +177,10 @@ def _is_like_embedding(model: Base, name: str) -> bool:
 
 def _twin(model: Base, name: str, others: Iterable[str]) -> str | None:
     """Return another of a model's tables over the vocabulary that holds the same values."""
-    if name not in model.vocabulary:
+    if name not in model.token_matrices:
         return None
     info = model.checkpoint[name]
-    for other in model.vocabulary:
+    for other in model.token_matrices:
         twin = model.checkpoint[other]
         if (
             other != name
@@ -203,7 +203,7 @@ def _untied_head(own: Base, base: Base, found: Mapping[str, TensorInfo]) -> tupl
     if not base.tied or own.tied or own.embedding is None:
         return None
     embedding = read_tensor(own.checkpoint[own.embedding])
-    for name in own.vocabulary:
+    for name in own.token_matrices:
         is_end = name != own.embedding and not own.looks_up(name) and _is_like_embedding(own, name)
         if is_end and not torch.equal(read_tensor(own.checkpoint[name]), embedding):
             pairs = {info.name: tensor for tensor, info in found.items()}

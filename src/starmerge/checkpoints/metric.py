@@ -27,12 +27,8 @@ from torch import Tensor
 
 from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.hashing import remembered_blake3_of
-from starmerge.checkpoints.tensors import (
-    DTYPE_CODES,
-    Checkpoint,
-    open_safetensors,
-    raw_bytes,
-)
+from starmerge.checkpoints.opening import open_safetensors
+from starmerge.checkpoints.tensors import DTYPE_CODES, Checkpoint, raw_bytes
 from starmerge.errors import StarmergeError, UsageError, explain
 from starmerge.parsing import parse_json
 from starmerge.spectral.moment import Moment, Side

@@ -11,9 +11,9 @@ from torch import Tensor
 from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.emr_task import TASK_FILE, open_emr_task
 from starmerge.checkpoints.finetuned import open_finetuned
-from starmerge.checkpoints.lora.adapter import open_adapter
 from starmerge.checkpoints.lora.file import Module
 from starmerge.checkpoints.lora.formats import is_adapter
+from starmerge.checkpoints.lora.opening import open_adapter
 from starmerge.checkpoints.source import Source
 from starmerge.checkpoints.tensors import Checkpoint, TensorInfo
 from starmerge.deltas import Delta

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from starmerge.checkpoints.base import Base, known_config
-from starmerge.checkpoints.lora.adapter import names_alone
 from starmerge.checkpoints.lora.config import AdapterConfig
 from starmerge.checkpoints.lora.formats import is_adapter, read_adapter
+from starmerge.checkpoints.lora.opening import names_alone
 from starmerge.checkpoints.source import Source
 from starmerge.checkpoints.tensors import Checkpoint, TensorInfo
 from starmerge.errors import StarmergeError, UsageError

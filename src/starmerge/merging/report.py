@@ -10,7 +10,7 @@ from typing import Any
 
 from starmerge.checkpoints.card import CARD
 from starmerge.checkpoints.hashing import blake3_of, blake3_of_contents
-from starmerge.checkpoints.tensors import open_safetensors
+from starmerge.checkpoints.opening import open_safetensors
 from starmerge.merging.layout import PlannedTensor
 from starmerge.merging.outputs import Finished
 from starmerge.merging.plan import Plan

@@ -13,13 +13,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from starmerge.checkpoints.hashing import blake3_of, blake3_of_contents, blake3_of_tensor
+from starmerge.checkpoints.opening import open_pickle, open_safetensors
 from starmerge.checkpoints.source import resolve
-from starmerge.checkpoints.tensors import (
-    TensorInfo,
-    open_pickle,
-    open_safetensors,
-    read_tensor,
-)
+from starmerge.checkpoints.tensors import TensorInfo, read_tensor
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.engine import Merging
 from starmerge.merging.executors.threads import Threads

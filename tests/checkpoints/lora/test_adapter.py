@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from starmerge import merge
 from starmerge.checkpoints.base import open_base
-from starmerge.checkpoints.lora.adapter import Adapter, open_adapter
+from starmerge.checkpoints.lora.adapter import Adapter
+from starmerge.checkpoints.lora.opening import open_adapter
 from starmerge.checkpoints.source import resolve
 from starmerge.deltas import LowRank
 from starmerge.errors import StarmergeError, UsageError

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from starmerge.checkpoints.base import open_base
-from starmerge.checkpoints.lora.adapter import Adapter, open_adapter
+from starmerge.checkpoints.lora.adapter import Adapter
+from starmerge.checkpoints.lora.opening import open_adapter
 from starmerge.checkpoints.models import open_model
 from starmerge.checkpoints.source import resolve
 from starmerge.deltas import LowRank

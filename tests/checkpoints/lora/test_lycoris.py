@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from starmerge.checkpoints.base import open_base
-from starmerge.checkpoints.lora.adapter import open_adapter
+from starmerge.checkpoints.lora.opening import open_adapter
 from starmerge.checkpoints.source import resolve
 
 _LAYERS = {

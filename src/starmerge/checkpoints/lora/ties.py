@@ -7,12 +7,14 @@ of their own then, unless the adapter says that it ties them (``ensure_weight_ty
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from starmerge.checkpoints.base import Base
+from starmerge.checkpoints.lora.adapter import Adapter, PlacedUpdate
 from starmerge.checkpoints.lora.formats import AdapterContents
 from starmerge.checkpoints.lora.update import Update
 from starmerge.checkpoints.names import completed, naming_of
@@ -45,6 +47,64 @@ def head_not_stored(base: Base, contents: AdapterContents, found: Mapping[str, s
     changed |= {name: contents.checkpoint[key].shape for name, key in contents.saved.items()}
     left = [name for name, shape in changed.items() if name not in found and shape == wanted]
     return left[0] if len(left) == 1 else None
+
+
+def with_tied_ends(
+    adapter: Adapter,
+    base: Base,
+    contents: AdapterContents,
+    found: Mapping[str, str],
+    head: str | None,
+) -> Adapter:
+    """Return an adapter whose changes of tied ends are one; or with the end that it unties.
+
+    Args:
+        adapter: The adapter, without its change of an output layer that is not stored.
+        base: The base.
+        contents: What the adapter holds.
+        found: The base's names for the adapter's.
+        head: Its name of an output layer that is changed and not stored.
+    """
+    ends = ends_of(base)
+    changed = [end for end in ends if end in adapter.tensors]
+    if base.embedding is None or not (changed or head):
+        return adapter
+
+    def change_of(end: str) -> Update | str:
+        return adapter.replacements.get(end) or adapter.updates[end].update
+
+    read = adapter.checkpoint.read
+    first = change_of(changed[0]) if changed else None
+    if head is not None:
+        by_weight = {update.weight: update for update in contents.updates}
+        own = contents.saved.get(head) or by_weight[head]
+        if first is None and contents.config.ties:
+            return _with_ends(adapter, base, [base.embedding], own)
+        if first is not None and are_equal(first, own, read):
+            return adapter
+        return replace(adapter, untied=name_of_head(base, head, found))
+    assert first is not None, "some end is changed"
+    is_one = all(are_equal(first, change_of(end), read) for end in changed[1:])
+    if is_one and (contents.config.ties or (len(changed) == len(ends) > 1)):
+        return _with_ends(adapter, base, [end for end in ends if end not in changed], first)
+    if base.tied and contents.config.ties and not is_one:
+        raise StarmergeError(
+            f"{adapter.source} changes {' and '.join(changed)} differently, and ties them "
+            "(ensure_weight_tying in adapter_config.json). Set the key to false, if that was so."
+        )
+    return replace(adapter, untied=name_of_head(base, None, found) if base.tied else None)
+
+
+def _with_ends(adapter: Adapter, base: Base, ends: Iterable[str], change: Update | str) -> Adapter:
+    """Return an adapter that changes further ends of tied weights, all in one way."""
+    updates, replacements = dict(adapter.updates), dict(adapter.replacements)
+    for end in ends:
+        if isinstance(change, str):
+            replacements[end] = change
+        else:
+            shape = base.checkpoint[end].shape
+            updates[end] = PlacedUpdate(change, shape, change.is_embedding)
+    return replace(adapter, updates=updates, replacements=replacements)
 
 
 def name_of_head(base: Base, name: str | None, found: Mapping[str, str]) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from starmerge.checkpoints.base import read_config
-from starmerge.checkpoints.tensors import open_checkpoint
+from starmerge.checkpoints.opening import open_checkpoint
 from starmerge.errors import UsageError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

@@ -21,7 +21,8 @@ from starmerge.checkpoints.lora.file import (
     adapter_config,
     target_modules,
 )
-from starmerge.checkpoints.tensors import Checkpoint, TensorInfo, open_checkpoint
+from starmerge.checkpoints.opening import open_checkpoint
+from starmerge.checkpoints.tensors import Checkpoint, TensorInfo
 from starmerge.checkpoints.writer import OutputTensor, ShardWriter, json_bytes
 from starmerge.deltas import LowRank, is_finite, matrix_shape
 from starmerge.errors import StarmergeError, UsageError

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from starmerge.checkpoints.lora.file import Module
-from starmerge.checkpoints.tensors import open_checkpoint
+from starmerge.checkpoints.opening import open_checkpoint
 from starmerge.errors import UsageError
 from starmerge.merging.layout import Contents
 from starmerge.merging.outputs.adapter import FACTORS, AdapterOutput, AdapterWriting

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from starmerge.checkpoints.hashing import read_and_hash
-from starmerge.checkpoints.tensors import DIFFUSION_STEM, MERGEABLE, TensorInfo
+from starmerge.checkpoints.opening import DIFFUSION_STEM
+from starmerge.checkpoints.tensors import MERGEABLE, TensorInfo
 from starmerge.checkpoints.writer import OutputTensor, ShardWriter, json_bytes
 from starmerge.deltas import is_finite, matrix_shape
 from starmerge.errors import StarmergeError, UsageError

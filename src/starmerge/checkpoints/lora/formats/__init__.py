@@ -23,8 +23,9 @@ from starmerge.checkpoints.lora.formats.kohya import Kohya
 from starmerge.checkpoints.lora.formats.mlx import Mlx
 from starmerge.checkpoints.lora.formats.peft import Peft
 from starmerge.checkpoints.lora.formats.torchtune import Torchtune
+from starmerge.checkpoints.opening import open_pickle, open_safetensors, open_shards
 from starmerge.checkpoints.source import Source
-from starmerge.checkpoints.tensors import Checkpoint, open_pickle, open_safetensors, open_shards
+from starmerge.checkpoints.tensors import Checkpoint
 from starmerge.errors import UsageError
 from starmerge.reading import read_json
 from starmerge.storage import Place, exists, is_file, storage_of

@@ -1,7 +1,7 @@
 """Adapters in PEFT's layout.
 
 ``adapter_config.json`` is read in :mod:`~starmerge.checkpoints.lora.config`, the keys are sorted in
-:mod:`~starmerge.checkpoints.lora.keys`. Source: github.com/huggingface/peft,
+:mod:`~starmerge.checkpoints.lora.formats.peft_keys`. Source: github.com/huggingface/peft,
 ``tuners/lora/layer.py``.
 """
 
@@ -16,7 +16,7 @@ import torch
 from starmerge.checkpoints.lora.config import AdapterConfig, read_adapter_config
 from starmerge.checkpoints.lora.file import PREFIX
 from starmerge.checkpoints.lora.formats.contents import AdapterContents, AdapterFile, Factors
-from starmerge.checkpoints.lora.keys import ModuleKeys, sort_keys
+from starmerge.checkpoints.lora.formats.peft_keys import ModuleKeys, sort_keys
 from starmerge.checkpoints.lora.update import Magnitude, Product, Update
 from starmerge.errors import StarmergeError, UsageError
 

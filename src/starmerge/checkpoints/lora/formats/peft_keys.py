@@ -68,11 +68,6 @@ class AdapterKeys:
     twice: list[tuple[str, str]] = field(default_factory=list)
     """Keys of whole modules that are to be the same tensor."""
 
-    @property
-    def names(self) -> list[str]:
-        """The names of all weights that are updated or replaced, as PEFT knows them."""
-        return [*(keys.weight for keys in self.modules), *self.saved]
-
 
 def sort_keys(source: Source, config: AdapterConfig, keys: Iterable[str]) -> AdapterKeys:
     """Tell what each tensor of an adapter's file is.
