@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from starmerge.checkpoints.base import Base, known_config
+from starmerge.checkpoints.lora.checks import fits_weight
 from starmerge.checkpoints.lora.config import AdapterConfig
 from starmerge.checkpoints.lora.formats import is_adapter, read_adapter
 from starmerge.checkpoints.lora.opening import names_alone
@@ -94,7 +95,9 @@ def unknown_base(sources: Sequence[Source], *, any_base: bool = False) -> Base:
             tensor = TensorInfo(found[update.weight], torch.float32, shape, file)
             known = tensors.setdefault(tensor.name, tensor)
             origin = origins.setdefault(tensor.name, source)
-            if known.shape != shape:
+            if len(known.shape) < len(shape) and fits_weight(known.shape, shape):
+                tensors[tensor.name] = tensor  # a kernel, of which the other has the matrix
+            elif not fits_weight(shape, known.shape):
                 raise StarmergeError(
                     f"{source}: the update of {tensor.name} has the shape {list(shape)}, that of "
                     f"{origin} {list(known.shape)}. The adapters are of different bases."

@@ -49,7 +49,11 @@ BatchSize = Annotated[
     ),
 ]
 AnyBase = Annotated[
-    bool, typer.Option("--any-base", help="Accept adapters that name another base.")
+    bool,
+    typer.Option(
+        "--any-base",
+        help="Accept models that name another base, or whose config differs from the base's.",
+    ),
 ]
 Device = Annotated[
     str | None,

@@ -256,7 +256,8 @@ def _planned(base: Base, models: Sequence[FineTune], placing: Placing) -> Iterat
             if name in base.tied and not changed[t].issuperset(base.tied):
                 raise StarmergeError(
                     f"{model.source} changes {name} alone, which the base ties to other tensors "
-                    "(tie_word_embeddings in config.json). Untie the base first, or adapt neither."
+                    "(tie_word_embeddings in config.json). Give a model that changes all of "
+                    "them, or none."
                 )
         if changing and source.dtype not in MERGEABLE:
             raise StarmergeError(

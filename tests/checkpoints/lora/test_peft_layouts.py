@@ -139,6 +139,14 @@ def test_a_tied_adapter_changes_both_ends_where_another_unties_them(tmp_path: Pa
     torch.testing.assert_close(model.lm_head.weight.data, before + (first + second) / 2)
 
 
+def test_ends_that_are_tied_and_were_trained_apart_are_an_error(tmp_path: Path) -> None:
+    base = _llama(tmp_path / "base", tie_word_embeddings=True)
+    _trained(base, tmp_path / "a", target_modules=["embed_tokens", "lm_head"])
+    edit_json(tmp_path / "a" / "adapter_config.json", ensure_weight_tying=True)
+    with pytest.raises(sm.StarmergeError, match=r"differently.*ensure_weight_tying"):
+        _merged(base, tmp_path / "a")
+
+
 def test_gpt2_unties_its_table_of_tokens(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=12)

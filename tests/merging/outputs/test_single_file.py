@@ -449,6 +449,38 @@ def test_factors_of_lycoris_become_those_of_kohya(tmp_path: Path, kind: str) -> 
     np.testing.assert_allclose(ours, update, rtol=0, atol=1e-7 * abs(update).max() + 1e-7)
 
 
+@pytest.mark.parametrize("order", [("flat", "kernel"), ("kernel", "flat")])
+def test_flat_kernels_are_merged_with_others_without_a_base(
+    tmp_path: Path, order: tuple[str, str]
+) -> None:
+    """LyCORIS stores the factors of kernels flat, kohya does not: the merge has the kernel."""
+    generator = torch.Generator().manual_seed(0)
+    stem = "lora_unet_mid_block_resnets_0_conv1"
+    down, up = (torch.randn(*s, generator=generator) for s in ((3, 4, 3, 3), (6, 3, 1, 1)))
+    a = [torch.randn(6, 2, generator=generator) for _ in range(2)]
+    b = [torch.randn(2, 36, generator=generator) for _ in range(2)]
+    parts = {
+        "kernel": {"lora_down.weight": down, "lora_up.weight": up},
+        "flat": {f"hada_w{n + 1}_{s}": t[n] for s, t in (("a", a), ("b", b)) for n in (0, 1)},
+    }
+    for name, own in parts.items():
+        save_file({f"{stem}.{p}": t for p, t in own.items()}, tmp_path / f"{name}.safetensors")
+    flat = oracle.loha(oracle.half(a[0], b[0]), oracle.half(a[1], b[1]), 1.0)
+    update = (oracle.lora(up, down, 1.0) + flat.reshape(6, 4, 3, 3)) / 2
+    made = merge(
+        None,
+        [tmp_path / f"{name}.safetensors" for name in order],
+        "average",
+        output=tmp_path / "merged.safetensors",
+        output_kind="adapter",
+    )
+    written = load_file(made.path)
+    up, down = written[f"{stem}.lora_up.weight"], written[f"{stem}.lora_down.weight"]
+    assert down.shape[1:] == (4, 3, 3)
+    ours = oracle.lora(up, down, float(written[f"{stem}.alpha"]) / len(down))
+    np.testing.assert_allclose(ours, update, rtol=0, atol=1e-6 * abs(update).max())
+
+
 def test_refusals_of_single_files(tmp_path: Path, make_adapter: MakeAdapter) -> None:
     layers = {"unet.mid_block.attn.to_q": (12, 10)}
     _style(tmp_path / "a.safetensors", layers, 0, 3, 2.0, "kohya")

@@ -151,7 +151,7 @@ def check_shapes(
     shape, target = update.change.shape, base.checkpoint[tensor].shape
     shape = shape[::-1] if update.is_embedding else shape
     may_turn = len(shape) == 2 and not update.is_embedding
-    is_own = _fits(shape, target) or (may_turn and shape[::-1] == target)
+    is_own = fits_weight(shape, target) or (may_turn and shape[::-1] == target)
     if not is_own and not base.fits(tensor, shape):
         raise StarmergeError(
             f"{source}: the update of {tensor} has the shape {list(shape)}, in the base "
@@ -167,7 +167,7 @@ def check_shapes(
             )
 
 
-def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+def fits_weight(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     """Tell whether a change is one of a weight of some shape.
 
     Tools store those of kernels flat, or those of kernels of one entry without their last axes.
@@ -195,7 +195,7 @@ def is_transposed(
         return True
     shape, target = update.change.shape, base.checkpoint[tensor].shape
     if len(target) != 2 or shape[0] != shape[1]:
-        return not (_fits(shape, target) or base.fits(tensor, shape))
+        return not (fits_weight(shape, target) or base.fits(tensor, shape))
     if config.fan_in_fan_out != base.stores_input_first:
         raise UsageError(
             f"{source}: fan_in_fan_out is {config.fan_in_fan_out}, but layers of the base "

@@ -64,6 +64,9 @@ def with_tied_ends(
         contents: What the adapter holds.
         found: The base's names for the adapter's.
         head: Its name of an output layer that is changed and not stored.
+
+    Raises:
+        StarmergeError: The adapter ties both ends, and changes them differently.
     """
     ends = ends_of(base)
     changed = [end for end in ends if end in adapter.tensors]
@@ -82,17 +85,24 @@ def with_tied_ends(
             return _with_ends(adapter, base, [base.embedding], own)
         if first is not None and are_equal(first, own, read):
             return adapter
+        if first is not None and contents.config.ties:
+            raise _differ(adapter, [changed[0], head])
         return replace(adapter, untied=name_of_head(base, head, found))
     assert first is not None, "some end is changed"
     is_one = all(are_equal(first, change_of(end), read) for end in changed[1:])
     if is_one and (contents.config.ties or (len(changed) == len(ends) > 1)):
         return _with_ends(adapter, base, [end for end in ends if end not in changed], first)
     if base.tied and contents.config.ties and not is_one:
-        raise StarmergeError(
-            f"{adapter.source} changes {' and '.join(changed)} differently, and ties them "
-            "(ensure_weight_tying in adapter_config.json). Set the key to false, if that was so."
-        )
+        raise _differ(adapter, changed)
     return replace(adapter, untied=name_of_head(base, None, found) if base.tied else None)
+
+
+def _differ(adapter: Adapter, ends: Iterable[str]) -> StarmergeError:
+    return StarmergeError(
+        f"{adapter.source} changes {' and '.join(ends)} differently, and says that it ties them "
+        "(ensure_weight_tying in adapter_config.json). If the two were trained apart, set the key "
+        "to false."
+    )
 
 
 def _with_ends(adapter: Adapter, base: Base, ends: Iterable[str], change: Update | str) -> Adapter:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Protocol, TypeAlias
 
 import torch
@@ -179,21 +180,27 @@ class Blocks:
         return sum(known) if len(known) == len(ranks) else None
 
     def delta(self, read: Read) -> Delta:
-        """Return it in factors: B has a block for each part, A their rows."""
+        """Return it in factors, B with a block for each part, A with their rows; or dense.
+
+        In float32, or in float64 where a part is stored so.
+        """
         deltas = [(start, change.delta(read)) for start, change in self.parts]
         low = [(start, delta) for start, delta in deltas if isinstance(delta, LowRank)]
+        factors = [t for _, delta in low for t in (delta.B, delta.A)]
+        dense = [delta.matrix for _, delta in deltas if isinstance(delta, Dense)]
+        dtype = reduce(torch.promote_types, (t.dtype for t in factors + dense), torch.float32)
         if len(low) < len(deltas):
-            whole = torch.zeros(self.shape, dtype=torch.float32)
+            whole = torch.zeros(self.shape, dtype=dtype)
             for start, delta in deltas:
                 whole[start : start + delta.shape[0]] = delta.to_dense()
             return Dense(whole)
-        B = torch.zeros(self.shape[0], sum(delta.rank for _, delta in low))
+        B = torch.zeros(self.shape[0], sum(delta.rank for _, delta in low), dtype=dtype)
         column = 0
         for start, delta in low:
             block = B[start : start + delta.shape[0], column : column + delta.rank]
             block.copy_(delta.B).mul_(delta.scale)
             column += delta.rank
-        return LowRank(B, torch.cat([delta.A.float() for _, delta in low]))
+        return LowRank(B, torch.cat([delta.A.to(dtype) for _, delta in low]))
 
 
 @dataclass(frozen=True)
