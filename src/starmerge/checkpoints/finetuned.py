@@ -139,10 +139,10 @@ def open_finetuned(
     left = (*matched.lacking, *misshapen)
     if left:
         words = in_words(left, fitting)
-        notes.append(f"{name}: the base's own {words} stay as they are.")
+        notes.append(f"{name} has nothing to merge with {words} of the base, which stays so.")
     if matched.excess:
         words = in_words(matched.excess, _names(fitting))
-        notes.append(f"{name}: {words}, which the base lacks, are left out.")
+        notes.append(f"Left out of {name}, as the base lacks it: {words}.")
     changed = {}
     for tensor in base.checkpoint:
         if tensor in fitting and base.checkpoint[tensor].dtype in MERGEABLE:
