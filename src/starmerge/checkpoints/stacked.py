@@ -384,7 +384,12 @@ def _checked_layers(base: Base, first: Base, cut: Cut) -> dict[int, list[str]]:
 def _outside(name: str, base: Base, first: Base) -> str:
     """Return what a model calls a tensor outside of the layers of the first one."""
     own, shape = name, first.checkpoint[name].shape
-    if name not in base.checkpoint and name in first.vocabulary and base.tied and base.embedding:
+    if (
+        name not in base.checkpoint
+        and name in first.token_matrices
+        and base.tied
+        and base.embedding
+    ):
         own = base.embedding  # which is the output layer, too
     if own not in base.checkpoint or base.checkpoint[own].shape != shape:
         has = list(base.checkpoint[own].shape) if own in base.checkpoint else "nothing"

@@ -260,8 +260,8 @@ def merge(
             "earlier run that was killed."
         )
     print(f"{plan.recipe.method}: {result.report.summary()}")
-    kind = {"gguf": "GGUF"}.get(plan.output.kind, plan.output.kind.capitalize())
-    print(f"{kind}: {result.path} ({time.monotonic() - started:.1f} s)")
+    made = {"gguf": "GGUF"}.get(plan.output.kind, plan.output.kind.capitalize())
+    print(f"{made}: {result.path} ({time.monotonic() - started:.1f} s)")
 
 
 def _merge_steps(
