@@ -1,16 +1,22 @@
 """Whether two models compute the same function of their weights, as far as their configs tell.
 
 Weights of one shape may be read with other numbers of heads, other rotary embeddings or another
-activation: such models have nothing to average. What decides is what both configs say; a key that
-only one of them has is left to its library's default.
+activation: such models have nothing to average. A key may stand in one config alone, or be spelled
+as another version of transformers did: then transformers is asked for what both say, with all
+defaults. Where it does not know the model, what both configs say decides.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any
+
+from starmerge.checkpoints import filling
+from starmerge.checkpoints.aside import ask
 
 _FUNCTION = (
     "model_type",
@@ -33,13 +39,27 @@ _FUNCTION = (
     "*norm*eps*",
     "normalize_before",
     "do_layer_norm_before",
+    "do_stable_layer_norm",
+    "apply_residual_connection_post_layernorm",
+    "feat_extract_norm",
+    "*norm_num_groups",
+    "num_groups",
     "*rope*",
     "rotary*",
     "*rotary_*",
     "position_embedding_type",
+    "position_buckets",
+    "pos_att_type",
+    "max_relative_positions",
+    "sinusoidal_pos_embds",
     "alibi*",
     "relative_attention_*",
     "layer_types",
+    "attention_types",
+    "attention_type",
+    "*sliding_window_pattern",
+    "use_qk_norm",
+    "clip_qkv",
     "*softcap*",
     "query_pre_attn_scalar",
     "*multiplier",
@@ -62,8 +82,10 @@ _FUNCTION = (
     "add_cross_attention",
     "use_bidirectional_attention",
     "patch_size",
+    "*stride*",
     "spatial_merge_size",
     "downsample_*",
+    "vision_feature_*",
     "pooling_type",
 )
 """Patterns of the keys that change what a model makes of its weights."""
@@ -85,6 +107,47 @@ _NOTED = (
 """Keys that do not, or only for long texts, and are worth a note."""
 
 
+_SAME = (
+    ("silu", "swish"),
+    ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate"),
+    ("longrope", "su"),
+    ("default", "mrope"),
+)
+"""Values that say the same: activations, and kinds of rotary embeddings."""
+
+_ASIDE = ("architectures", "id2label", "label2id", "auto_map", "task_specific_params")
+"""Keys that tell transformers nothing of what a model computes."""
+
+
+_MISSING = object()
+"""Stands for the value of a key that a config does not have."""
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """A key whose value is another in a fine-tune's config than in the base's."""
+
+    key: str
+    before: object
+    """The base's value; :data:`_MISSING` where it lacks the key."""
+    after: object
+    """The fine-tune's, likewise."""
+
+    @property
+    def is_on_both_sides(self) -> bool:
+        """Whether both have the key."""
+        return self.before is not _MISSING and self.after is not _MISSING
+
+    @property
+    def is_said(self) -> bool:
+        """Whether both give the key a value."""
+        return self.is_on_both_sides and self.before is not None and self.after is not None
+
+    def __str__(self) -> str:
+        """Return the difference in words."""
+        return f"{self.key}: {_shown(self.after)}, in the base {_shown(self.before)}"
+
+
 @dataclass(frozen=True)
 class Comparison:
     """How a fine-tune's config differs from the base's."""
@@ -100,20 +163,36 @@ class Comparison:
 def compare_configs(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Comparison:
     """Compare the content of two ``config.json``, or of those parts that are of one kind.
 
+    transformers is asked, which takes seconds, where something of the function may differ.
+
     Args:
         base: The base's.
         tuned: The fine-tune's.
     """
     ours, theirs, is_part = _counterparts(base, tuned)
-    function, noted = [], []
-    for key, before, after in _differences(_normal(ours), _normal(theirs)):
-        said = f"{key}: {_shown(after)}, in the base {_shown(before)}"
-        name = key.rpartition(".")[2]
-        if any(fnmatchcase(name, pattern) for pattern in _NOTED):
-            noted.append(said)
-        elif any(fnmatchcase(part, p) for part in key.split(".") for p in _FUNCTION):
-            function.append(said)
-    return Comparison(is_part, tuple(function), tuple(noted))
+    differences = _differences(_normal(ours), _normal(theirs))
+    said = [each for each in differences if each.is_said]
+    noted = tuple(map(str, filter(_is_noted, said)))
+    if any(map(_is_of_function, differences)):
+        filled = _filled(_as_text(base), _as_text(tuned))
+        if filled is not None:
+            ours, theirs, is_part = _counterparts(*filled)
+            differences = _differences(_normal(ours), _normal(theirs))
+            # Both have all keys of their class; nothing reads a key that only one of them has.
+            said = [each for each in differences if each.is_on_both_sides]
+    return Comparison(is_part, tuple(map(str, filter(_is_of_function, said))), noted)
+
+
+@lru_cache(maxsize=64)
+def _filled(*configs: str) -> list[dict[str, Any]] | None:
+    """Return configs as transformers fills them; None where it does not know them all."""
+    answer = ask(filling, [[json.loads(config) for config in configs]])
+    return None if answer is None or None in answer else answer
+
+
+def _as_text(config: Mapping[str, Any]) -> str:
+    own = {k: v for k, v in config.items() if k not in _ASIDE and not k.startswith("_")}
+    return json.dumps(own, sort_keys=True)
 
 
 def _counterparts(
@@ -153,30 +232,64 @@ def _normal(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("rope_parameters", "rope_scaling"):
         value = normal.pop(key, None)
         if isinstance(value, dict):
-            rope |= {"rope_type" if k == "type" else k: own for k, own in value.items()}
+            own = {"rope_type": value["type"]} if "type" in value else {}
+            rope |= own | {k: v for k, v in value.items() if k != "type"}
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in normal:
             value = normal.pop(key)
             rope.setdefault(key, value)
     if rope:
-        rope.setdefault("rope_type", "default")
+        if not any(isinstance(value, dict) for value in rope.values()):
+            rope.setdefault("rope_type", "default")
         normal["rope_parameters"] = rope
+    width, heads = (normal.get(key) for key in ("hidden_size", "num_attention_heads"))
+    if type(heads) is int and heads > 0:
+        if "num_key_value_heads" in normal and normal["num_key_value_heads"] is None:
+            normal["num_key_value_heads"] = heads
+        if "head_dim" in normal and normal["head_dim"] is None and type(width) is int:
+            normal["head_dim"] = width // heads
     return normal
 
 
 def _differences(
     base: Mapping[str, Any], tuned: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the keys whose values differ, with both; keys of parts behind a dot."""
-    for key in base.keys() & tuned.keys():
-        before, after = base[key], tuned[key]
-        if key.endswith(("_config", "rope_parameters")) and isinstance(before, dict):
-            if isinstance(after, dict):
-                own = before if key == "rope_parameters" else _normal(before)
-                other = after if key == "rope_parameters" else _normal(after)
-                yield from _differences(own, other, f"{prefix}{key}.")
-        elif before is not None and after is not None and before != after:
-            yield f"{prefix}{key}", before, after
+) -> list[_Difference]:
+    """Return the keys whose values differ, those that only one config has among them.
+
+    Args:
+        base: The base's config, or a part of it, in :func:`_normal` spelling.
+        tuned: The fine-tune's, likewise.
+        prefix: The names of the part, which keys of parts have before a dot.
+    """
+    found: list[_Difference] = []
+    for key in {**base, **tuned}:
+        before, after = base.get(key, _MISSING), tuned.get(key, _MISSING)
+        path = f"{prefix}{key}"
+        is_part = key.endswith("_config") or "rope_parameters" in path.split(".")
+        if is_part and (isinstance(before, dict) or isinstance(after, dict)):
+            parts = [value if isinstance(value, dict) else {} for value in (before, after)]
+            ours, theirs = map(_normal, parts) if key.endswith("_config") else parts
+            found += _differences(ours, theirs, f"{path}.")
+        elif not _are_same(before, after):
+            found.append(_Difference(path, before, after))
+    return found
+
+
+def _are_same(before: object, after: object) -> bool:
+    """Tell whether two values of a key say the same; one of none says nothing."""
+    if before == after or {id(before), id(after)} <= {id(None), id(_MISSING)}:
+        return True
+    return any(before in group and after in group for group in _SAME)
+
+
+def _is_of_function(difference: _Difference) -> bool:
+    parts = difference.key.split(".")
+    return not _is_noted(difference) and any(fnmatchcase(p, own) for p in parts for own in _FUNCTION)
+
+
+def _is_noted(difference: _Difference) -> bool:
+    name = difference.key.rpartition(".")[2]
+    return any(fnmatchcase(name, pattern) for pattern in _NOTED)
 
 
 def _shown(value: object) -> str:

@@ -10,19 +10,15 @@ those of the files do not match.
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from starmerge.checkpoints import renaming
+from starmerge.checkpoints.aside import ask
 from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.experts import expert_name, stack_of
 from starmerge.checkpoints.source import Source
@@ -37,10 +33,6 @@ _WRAPPER = re.compile(
     r"(?:(?<=\.)|^)(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\."
 )
 """What FSDP, torch.compile and activation checkpointing put into the paths of modules."""
-
-_PATIENCE = 120.0
-"""Seconds that transformers gets to be imported and to lay out a model without weights."""
-
 
 def unwrapped(name: str) -> str:
     """Return a tensor's name without what FSDP and others put into it while a model is trained."""
@@ -209,8 +201,6 @@ def naming_of(base: Base) -> Naming:
     Nothing is known, and the result is empty, where transformers is absent, or older than 5, or
     does not know the model.
     """
-    if find_spec("transformers") is None:
-        return Naming({}, {})
     # Joined experts have one name in the file.
     experts: dict[str, list[str]] = {}
     for name in base.checkpoint:
@@ -238,38 +228,21 @@ def made_of(base: Base, names: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
     Returns:
         As :attr:`Naming.sources`.
     """
-    if find_spec("transformers") is None:
-        return {}
     config = json.dumps(base.config, sort_keys=True)
     return _asked(base.source.path, config, tuple(names)).sources
 
 
 @lru_cache(maxsize=8)
 def _asked(folder: Path, config: str, names: tuple[str, ...]) -> Naming:
-    """Ask transformers for names, in a process of its own.
-
-    A config can make transformers loop for ever, or end the process. The result is kept for the
-    other models of a merge.
+    """Ask transformers for names; the result is kept for the other models of a merge.
 
     Args:
         folder: The base's.
         config: What its config says; by it, the result is known again.
         names: Of its tensors, in its files.
     """
-    question = json.dumps([str(folder.absolute()), names])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    try:
-        finished = subprocess.run(
-            [sys.executable, "-m", renaming.__name__],
-            input=question,
-            env=environment,
-            capture_output=True,
-            encoding="utf-8",
-            timeout=_PATIENCE,
-            check=True,
-        )
-        answer: dict[str, Any] = json.loads(finished.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError):
+    answer = ask(renaming, [str(folder.absolute()), names])
+    if answer is None:
         return Naming({}, {})
     sources = {name: tuple(stored) for name, stored in answer["sources"].items()}
     return Naming(sources, answer["ties"])

@@ -1,18 +1,15 @@
 """What transformers calls the tensors of a checkpoint: a program that names.py runs.
 
-It reads a folder and the names in its files from standard input, as JSON, and writes what
-:func:`naming` returns. It is a process of its own since a config may make transformers loop for
-ever, take all memory, or end the process.
+It asks transformers, in a process of its own; see :mod:`~starmerge.checkpoints.aside`.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
+
+from starmerge.checkpoints.aside import answer_with
 
 _JOINS = {
     (("MergeModulelist", 0),),
@@ -21,9 +18,6 @@ _JOINS = {
 }
 """Operations of transformers' converters that put tensors of the files one below the other: those
 of an expert, and of several experts into one tensor of all."""
-
-_MEMORY = 32 * 2**30
-"""Bytes of address space; libraries take some before they need them."""
 
 
 def naming(folder: str, names: Sequence[str]) -> dict[str, Any]:
@@ -106,20 +100,5 @@ def _operations(converter: Any) -> tuple[tuple[str, object], ...]:
     return tuple((type(op).__name__, getattr(op, "dim", None)) for op in converter.operations)
 
 
-def _limit_memory() -> None:
-    try:
-        import resource  # noqa: PLC0415  (not on all systems)
-
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    except (ImportError, OSError, ValueError):
-        pass
-
-
 if __name__ == "__main__":
-    # What libraries print is not the answer.
-    answers = os.dup(1)
-    os.dup2(2, 1)
-    _limit_memory()
-    answer = naming(*json.load(sys.stdin))
-    with os.fdopen(answers, "w", encoding="utf-8") as stream:
-        json.dump(answer, stream)
+    answer_with(naming)
