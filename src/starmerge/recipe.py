@@ -137,8 +137,8 @@ class Recipe(BaseModel):
     )
     common: bool = Field(
         default=False,
-        description="of full fine-tunes, merge what they share with the base; heads and towers "
-        "that one side lacks are the base's",
+        description="merge what the models share with the base; heads and towers that one side "
+        "lacks are the base's",
     )
 
     @field_validator("models", mode="before")

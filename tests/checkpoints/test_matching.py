@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -34,10 +36,13 @@ from transformers import (
     PreTrainedModel,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import starmerge as sm
 from starmerge.checkpoints.base import open_base
+from starmerge.checkpoints.configs import compare_configs
 from starmerge.checkpoints.finetuned import open_finetuned
 from starmerge.checkpoints.source import resolve
 from starmerge.merging.verify import verify
@@ -205,6 +210,65 @@ def test_a_causal_mask_is_a_buffer_and_a_bias_of_that_name_is_not(
     merged = _merged(base, tuned)
     assert torch.equal(merged["h.0.attn.bias"], mask)
     assert torch.equal(merged["h.1.attn.bias"], bias + 1)
+
+
+def _bart() -> PreTrainedModel:
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 12}
+    widths = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    return BartForConditionalGeneration(BartConfig(vocab_size=40, **heads, **layers, **widths))
+
+
+def _t5() -> PreTrainedModel:
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+    )
+
+
+@pytest.mark.parametrize("old", ["base", "tuned"])
+@pytest.mark.parametrize("kind", ["bert", "bart", "t5"])
+def test_what_old_files_hold_and_models_do_not_is_left_alone(
+    tmp_path: Path, kind: str, old: str
+) -> None:
+    made = {"bert": lambda: BertForMaskedLM(BertConfig(**_BERT)), "bart": _bart, "t5": _t5}[kind]
+    torch.manual_seed(0)
+    base = _saved(made(), tmp_path / "base")
+    tuned = _saved(_shaken(type(made()).from_pretrained(base)), tmp_path / "tuned")
+    wanted = type(made()).from_pretrained(tuned).state_dict()
+    folder = base if old == "base" else tuned
+    stored = _weights(folder)
+    if kind == "bert":  # both ends of the tied weight and of its bias
+        stored["cls.predictions.decoder.weight"] = stored["bert.embeddings.word_embeddings.weight"]
+        stored["cls.predictions.decoder.bias"] = stored["cls.predictions.bias"]
+    elif kind == "bart":
+        stored["model.encoder.version"] = torch.tensor([3.0])
+        stored.pop("final_logits_bias")  # of zeros
+    else:  # the files of t5-small have it
+        bias = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+        stored[bias] = torch.ones(32, 2)
+    _store(folder, stored)
+    _merged(base, tuned)
+    merged = type(made()).from_pretrained(base.parent / "out").state_dict()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(merged[name], tensor, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_an_output_layer_that_is_untied_has_its_bias_beside_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = _saved(BertForMaskedLM(BertConfig(**_BERT)), tmp_path / "base")
+    model = BertForMaskedLM.from_pretrained(base)
+    model.config.tie_word_embeddings = False
+    output = model.cls.predictions.decoder
+    output.weight = torch.nn.Parameter(output.weight.detach().clone())
+    output.bias = torch.nn.Parameter(output.bias.detach().clone())
+    tuned = _saved(_shaken(model), tmp_path / "tuned")
+    wanted = BertForMaskedLM.from_pretrained(tuned)
+    _merged(base, tuned)
+    merged = BertForMaskedLM.from_pretrained(base.parent / "out")
+    tokens = torch.tensor([[3, 5, 7]])
+    with torch.no_grad():
+        ours, theirs = (each.eval()(tokens).logits for each in (merged, wanted))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 # Names
@@ -445,3 +509,67 @@ def test_a_matrix_as_long_as_the_vocabulary_is_no_end_of_the_tie(tmp_path: Path)
     base = _saved(GPT2LMHeadModel(config), tmp_path / "base")  # mlp.c_proj is (64, 16), too
     tuned = _saved(_shaken(GPT2LMHeadModel.from_pretrained(base)), tmp_path / "tuned")
     _assert_mean(_merged(base, tuned), _weights(base), _weights(tuned))
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned"),
+    [
+        ({"model_type": "llama"}, {"model_type": "llama", "head_dim": 128, "hidden_act": "swish"}),
+        (
+            {"model_type": "qwen2_vl", "num_attention_heads": 4, "rope_theta": 1e6},
+            {
+                "model_type": "qwen2_vl",
+                "text_config": {
+                    "model_type": "qwen2_vl_text",
+                    "num_attention_heads": 4,
+                    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+                },
+            },
+        ),
+        (
+            {"model_type": "gemma3_text", "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+            {
+                "model_type": "gemma3_text",
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                },
+            },
+        ),
+        ({"model_type": "gpt_neox", "rotary_pct": 0.25}, {"model_type": "gpt_neox"}),
+        ({"model_type": "gpt2", "n_head": 4}, {"model_type": "gpt2", "num_attention_heads": 4}),
+        (
+            {"model_type": "qwen2_vl", "rope_scaling": {"type": "mrope"}},
+            {"model_type": "qwen2_vl", "rope_scaling": {"type": "default", "rope_type": "default"}},
+        ),
+        ({"model_type": "unknown", "head_dim": None}, {"model_type": "unknown", "head_dim": 4}),
+    ],
+)
+def test_configs_that_say_the_same_in_other_words_differ_in_nothing(
+    base: dict[str, Any], tuned: dict[str, Any]
+) -> None:
+    assert compare_configs(base, tuned).function == ()
+    assert compare_configs(tuned, base).function == ()
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "words"),
+    [
+        ({"model_type": "llama"}, {"rms_norm_eps": 1e-5}, "rms_norm_eps: 1e-05, in the base 1e-06"),
+        ({"model_type": "llama"}, {"rope_theta": 5e5}, "rope_theta: 500000.0"),
+        (
+            {"model_type": "gemma2"},
+            {"attn_logit_softcapping": None},
+            "attn_logit_softcapping: None, in the base 50.0",
+        ),
+        ({"model_type": "gpt2", "n_head": 4}, {"num_attention_heads": 2}, "n_head: 2, in the"),
+        ({"model_type": "gpt2"}, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by"),
+        ({"model_type": "gpt_neox"}, {"rotary_pct": 1.0}, "partial_rotary_factor: 1.0"),
+        ({"model_type": "clip"}, {"text_config": {"hidden_act": "gelu"}}, "text_config.hidden_act"),
+    ],
+)
+def test_a_key_that_one_config_leaves_out_has_the_default_of_its_class(
+    base: dict[str, Any], tuned: dict[str, Any], words: str
+) -> None:
+    (found,) = compare_configs(base, {"model_type": base["model_type"], **tuned}).function
+    assert words in found

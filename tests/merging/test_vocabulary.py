@@ -372,6 +372,36 @@ def test_a_union_of_tied_tables_stays_tied(base: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
+def test_a_grown_adapter_of_a_tied_base_as_published_stays_tied(base: Path, tmp_path: Path) -> None:
+    config = LlamaConfig.from_pretrained(base, tie_word_embeddings=True)
+    torch.manual_seed(5)
+    LlamaForCausalLM(config).save_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(67)
+    settings = LoraConfig(
+        r=3,
+        task_type="CAUSAL_LM",
+        target_modules=["q_proj"],
+        modules_to_save=["embed_tokens"],
+        ensure_weight_tying=True,
+    )
+    peft = get_peft_model(model, settings)
+    with torch.no_grad():
+        for parameter in peft.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    a = tmp_path / "a"
+    peft.save_pretrained(a)
+    special = ["<tool>", "<|im_start|>", "<|im_end|>", "<x>", "<y>"]
+    _save_tokenizer(a, special)
+    out = tmp_path / "out"
+    sm.merge(base, [a], "average", output=out, tokenizer="union")
+    assert "lm_head.weight" not in _weights(out)
+    folded = peft.merge_and_unload()
+    theirs, ours = _logits(a, TEXT, special, folded), _logits(out, TEXT, special)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("rows", [62, 80])
 def test_rows_that_only_pad_a_table_are_left_out(
     base: Path, tune: Make, tmp_path: Path, rows: int
@@ -562,6 +592,22 @@ def test_files_of_slow_tokenizers_are_compared_as_far_as_they_tell(
     assert sm.merge(base, [a, b], "average", output=tmp_path / "1").report.content["notes"] == []
     (base / "added_tokens.json").write_text('{"<own>": 61}')
     notes = _notes(sm.merge(base, [a, b], "average", output=tmp_path / "2"))
+    assert "The base's tokenizer lacks a token of a (<x>)." in notes
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("vocab.json", '{"w0": 0, "w1": 1}'), ("vocab.txt", "w0\nw1\n")]
+)
+def test_a_slow_tokenizer_that_lists_its_tokens_lacks_others(
+    base: Path, tune: Make, tmp_path: Path, file: str, content: str
+) -> None:
+    a = tune("a")
+    for folder in (base, a):
+        (folder / "tokenizer.json").unlink()
+        (folder / file).write_text(content)
+    assert sm.merge(base, [a], "average", output=tmp_path / "1").report.content["notes"] == []
+    (a / "added_tokens.json").write_text('{"w1": 1, "<x>": 61}')
+    notes = _notes(sm.merge(base, [a], "average", output=tmp_path / "2"))
     assert "The base's tokenizer lacks a token of a (<x>)." in notes
 
 

@@ -109,11 +109,13 @@ class Base:
         tables = sorted(self.token_matrices, key=lambda name: not self.looks_up(name))
         return tables[0] if tables else None
 
-    def untied(self, head: str) -> Base:
+    def untied(self, head: str, ties: Mapping[str, str]) -> Base:
         """Return the same model with an output layer of its own, which has the embedding's values.
 
         Args:
-            head: Its name; it is stored already, or added.
+            head: The name of its weight; it is stored already, or added.
+            ties: What transformers ties in the model, by name the other's name; what the output
+                layer has beside its weight, such as BERT's bias, is added likewise.
 
         Raises:
             UsageError: The model is of a kind that computes otherwise where the two are tied.
@@ -127,6 +129,10 @@ class Base:
         key, stored = "tie_word_embeddings", list(self.checkpoint.values())
         if head not in self.checkpoint:
             stored.append(self.checkpoint[self.embedding].renamed(head))
+        for name, other in ties.items():
+            is_beside = name != head and name.rpartition(".")[0] == head.rpartition(".")[0]
+            if is_beside and name not in self.checkpoint and other in self.checkpoint:
+                stored.append(self.checkpoint[other].renamed(name))
         config = self.config | {key: False}
         if "text_config" in config:
             config["text_config"] = config["text_config"] | {key: False}

@@ -77,7 +77,6 @@ _FUNCTION = (
     "use_parallel_residual",
     "*decoder_architecture",
     "is_decoder",
-    "is_encoder_decoder",
     "is_causal",
     "add_cross_attention",
     "use_bidirectional_attention",
@@ -100,11 +99,13 @@ _NOTED = (
     "sliding_window",
     "max_window_layers",
     "use_sliding_window",
+    "is_encoder_decoder",
     "dtype",
     "torch_dtype",
     "transformers_version",
 )
-"""Keys that do not, or only for long texts, and are worth a note."""
+"""Keys that do not, or only for long texts, and are worth a note. An encoder alone is told by the
+tensors that it lacks."""
 
 
 _SAME = (
@@ -284,7 +285,9 @@ def _are_same(before: object, after: object) -> bool:
 
 def _is_of_function(difference: _Difference) -> bool:
     parts = difference.key.split(".")
-    return not _is_noted(difference) and any(fnmatchcase(p, own) for p in parts for own in _FUNCTION)
+    return not _is_noted(difference) and any(
+        fnmatchcase(p, own) for p in parts for own in _FUNCTION
+    )
 
 
 def _is_noted(difference: _Difference) -> bool:

@@ -14,13 +14,17 @@ from starmerge.checkpoints.source import Source
 from starmerge.checkpoints.tensors import TensorInfo, joined, read_tensor, stored_of
 
 _RECOMPUTED = re.compile(
-    r"(.*\.)?(inv_freq|original_inv_freq|rotary_emb\.(cos|sin)_cached|freqs_cis|position_ids"
+    r"(.*\.)?((\w+_)?inv_freq|rotary_emb\.(cos|sin)_cached|freqs_cis|position_ids"
     r"|token_type_ids|relative_position_index|attn\.masked_bias|attention\.masked_bias)"
 )
 """Names of buffers that a model computes when it is made: old files hold them, new ones do not."""
 
 _MASK = re.compile(r"(.*\.)?(attn|attention)\.bias")
 """Names of causal masks, which have four dimensions, and of biases, which have one."""
+
+
+_LOGITS_BIAS = re.compile(r"(.*\.)?final_logits_bias")
+"""Names of the buffers that BART and its kin add to the logits."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,10 @@ def match(source: Source, own: Base, base: Base) -> Match:
         theirs |= dict.fromkeys(tied, embedding)
     found = _by_name(source, own, base, theirs)
     has_embedding = any(info is embedding for info in found.values())
-    for tensor in base.token_matrices:
+    for tensor in base.token_tables:
         if tensor in found:
             continue
-        if tied and has_embedding and embedding is not None:
+        if tied and has_embedding and embedding is not None and tensor in base.token_matrices:
             found[tensor] = embedding
         elif twin := _twin(base, tensor, found):
             found[tensor] = found[twin]
@@ -74,11 +78,15 @@ def match(source: Source, own: Base, base: Base) -> Match:
     excess = tuple(
         name
         for name, info in theirs.items()
-        if name != head
+        if not (head and name.rpartition(".")[0] == head.rpartition(".")[0])
         and not used.issuperset((part.file, part.name) for part in info.stored)
         and not _twin(own, name, theirs)
     )
     lacking = tuple(name for name in weights_of(base) if name not in found)
+    if excess:
+        excess = _without_idle(own, excess)
+    if lacking:
+        lacking = _without_idle(base, lacking)
     return Match(found, lacking, excess, untied)
 
 
@@ -89,6 +97,20 @@ def _unwrapped(model: Base) -> Base:
         return model
     renamed = (model.checkpoint[name].renamed(plain) for name, plain in names.items())
     return replace(model, checkpoint=model.checkpoint.viewed(renamed))
+
+
+def _without_idle(model: Base, names: Iterable[str]) -> tuple[str, ...]:
+    """Return those of a model's tensors that count, as far as transformers knows.
+
+    A bias of the output that is 0 is the one of a model that lacks it.
+    """
+    idle = naming_of(model).idle
+    return tuple(
+        name
+        for name in names
+        if name not in idle
+        and not (_LOGITS_BIAS.fullmatch(name) and not read_tensor(model.checkpoint[name]).any())
+    )
 
 
 def weights_of(model: Base) -> list[str]:
@@ -177,10 +199,10 @@ def _is_like_embedding(model: Base, name: str) -> bool:
 
 def _twin(model: Base, name: str, others: Iterable[str]) -> str | None:
     """Return another of a model's tables over the vocabulary that holds the same values."""
-    if name not in model.token_matrices:
+    if name not in model.token_tables:
         return None
     info = model.checkpoint[name]
-    for other in model.token_matrices:
+    for other in model.token_tables:
         twin = model.checkpoint[other]
         if (
             other != name

@@ -14,6 +14,7 @@ from starmerge.checkpoints.finetuned import open_finetuned
 from starmerge.checkpoints.lora.file import Module
 from starmerge.checkpoints.lora.formats import is_adapter
 from starmerge.checkpoints.lora.opening import open_adapter
+from starmerge.checkpoints.names import naming_of
 from starmerge.checkpoints.source import Source
 from starmerge.checkpoints.tensors import Checkpoint, TensorInfo
 from starmerge.deltas import Delta
@@ -103,7 +104,7 @@ def open_models(
     heads = [model.untied for model in found if model.untied is not None]
     if not heads:
         return base, found
-    untied = base.untied(heads[0])
+    untied = base.untied(heads[0], naming_of(base).ties)
     return untied, opened(untied)
 
 
@@ -138,14 +139,14 @@ def open_model(
         source: Where it lies.
         base: The base it is to be merged into.
         any_base: Accept a model that names another base, or whose config differs.
-        common: Of a full fine-tune, merge what it shares with the base.
+        common: Merge what it shares with the base.
 
     Raises:
         UsageError: It is none of them, or of a kind that cannot be merged.
         StarmergeError: It does not fit the base, or a file is broken.
     """
     if is_adapter(source):
-        return open_adapter(name, source, base, any_base=any_base)
+        return open_adapter(name, source, base, any_base=any_base, common=common)
     if is_file(source.path / TASK_FILE):
         return open_emr_task(name, source, base, any_base=any_base)
     if is_file(source.path / "config.json"):

@@ -34,6 +34,7 @@ _WRAPPER = re.compile(
 )
 """What FSDP, torch.compile and activation checkpointing put into the paths of modules."""
 
+
 def unwrapped(name: str) -> str:
     """Return a tensor's name without what FSDP and others put into it while a model is trained."""
     return _WRAPPER.sub("", name)
@@ -181,6 +182,8 @@ class Naming:
     splitting or permuting, are left out."""
     ties: Mapping[str, str]
     """By the name of a tensor in the model that of the other which it is tied to."""
+    idle: frozenset[str] = frozenset()
+    """Names in the files of tensors that the model computes itself, or does not use."""
 
 
 def names_in_model(base: Base) -> dict[str, str]:
@@ -215,7 +218,7 @@ def naming_of(base: Base) -> Naming:
             sources |= {expert_name(name, number): (each,) for number, each in enumerate(own)}
         else:
             sources[name] = stored
-    return Naming(sources, answer.ties)
+    return Naming(sources, answer.ties, answer.idle)
 
 
 def made_of(base: Base, names: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
@@ -245,4 +248,4 @@ def _asked(folder: Path, config: str, names: tuple[str, ...]) -> Naming:
     if answer is None:
         return Naming({}, {})
     sources = {name: tuple(stored) for name, stored in answer["sources"].items()}
-    return Naming(sources, answer["ties"])
+    return Naming(sources, answer["ties"], frozenset(answer["idle"]))

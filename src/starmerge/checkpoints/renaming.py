@@ -5,6 +5,7 @@ It asks transformers, in a process of its own; see :mod:`~starmerge.checkpoints.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +32,8 @@ def naming(folder: str, names: Sequence[str]) -> dict[str, Any]:
         ``sources``: for each tensor in the model, by its name, the names in the files of those that
         make it up, one below the other; of joined experts there is one tensor for each expert,
         ``NAME[EXPERT]``. Tensors that are made otherwise are left out. ``ties``: by the name of a
-        tensor in the model that of the other which it is tied to.
+        tensor in the model that of the other which it is tied to. ``idle``: names in the files of
+        those that the model computes itself when it is made, or does not use.
 
     Raises:
         ImportError: transformers is absent, or older than 5.
@@ -75,6 +77,7 @@ def naming(folder: str, names: Sequence[str]) -> dict[str, Any]:
     for stored, (name, converter) in renamed.items():
         if name not in own and f"{prefix}.{name}" in own:
             renamed[stored] = f"{prefix}.{name}", converter
+    idle = [stored for stored, (name, _) in renamed.items() if _is_idle(model, name)]
     taken = Counter(name for name, _ in renamed.values())
     sources = {
         name: [stored]
@@ -93,7 +96,24 @@ def naming(folder: str, names: Sequence[str]) -> dict[str, Any]:
             joined = name
         pieces.setdefault(joined, []).append((converter.source_patterns.index(pattern), stored))
     sources |= {name: [stored for _, stored in sorted(own)] for name, own in pieces.items()}
-    return {"sources": sources, "ties": dict(getattr(model, "all_tied_weights_keys", None) or {})}
+    ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    return {"sources": sources, "ties": ties, "idle": idle}
+
+
+def _is_idle(model: Any, name: str) -> bool:
+    """Tell whether a model does not save a tensor, or drops it when it is loaded."""
+    module, _, leaf = name.rpartition(".")
+    try:
+        own = model.get_submodule(module)
+    except AttributeError:
+        own = None
+    unsaved = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    dropped = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return (
+        leaf in getattr(own, "_non_persistent_buffers_set", ())
+        or name in unsaved
+        or any(re.search(pattern, name) for pattern in dropped)
+    )
 
 
 def _operations(converter: Any) -> tuple[tuple[str, object], ...]:

@@ -63,9 +63,9 @@ class StackedBase(Base):
         """The models of the pieces, each once."""
         return tuple({base.source.reference: base for base in self.bases}.values())
 
-    def untied(self, head: str) -> Base:
+    def untied(self, head: str, ties: Mapping[str, str]) -> Base:
         """Return the same stack of models with output layers of their own; see :class:`Base`."""
-        bases = [base.untied(head) if base.tied else base for base in self.bases]
+        bases = [base.untied(head, ties) if base.tied else base for base in self.bases]
         return _stacked(self.pieces, bases, self.notes)
 
 

@@ -65,6 +65,9 @@ _TEMPLATE_NAME = re.compile(r"\w[\w. -]{0,99}")
 _MOST_BYTES = 2**20
 """Longest chat template."""
 
+_MOST_LISTED = 64 * 2**20
+"""Longest list of tokens, bytes."""
+
 _MOST_TOKENS = 10**7
 """Bound of ids. The largest vocabularies have a million tokens."""
 
@@ -110,6 +113,14 @@ class Tokenizer:
         return {**self.vocabulary, **{text: own["id"] for text, own in self.added.items()}}
 
     @cached_property
+    def _listed(self) -> set[str]:
+        """Tokens that the files of a slow tokenizer list: of byte-pairs or of word pieces."""
+        found = set(_object(self.folder / "vocab.json"))
+        if is_file(self.folder / "vocab.txt"):
+            found.update(read_text(self.folder / "vocab.txt", _MOST_LISTED).split("\n"))
+        return found
+
+    @cached_property
     def roles(self) -> dict[str, str]:
         """Tokens by their purpose, such as ``eos_token``."""
         special = _object(self.folder / "special_tokens_map.json")
@@ -153,15 +164,16 @@ class Tokenizer:
     def lacks(self, other: Tokenizer) -> dict[str, int]:
         """Return the tokens of another tokenizer that this one does not have, with their ids there.
 
-        Where no JSON file has the vocabulary of one of them, added tokens are compared: those that
-        are beyond the other's trained vocabulary, if that is known.
+        Where ``tokenizer.json`` does not have the vocabulary of one of them, added tokens are
+        compared: those that are beyond the other's trained vocabulary, if that is known.
         """
-        if self.has_same_files(other) or not (self.tokens or other.vocabulary):
+        ours = {*self.tokens, *(() if self.vocabulary else self._listed)}
+        if self.has_same_files(other) or not (ours or other.vocabulary):
             return {}
         theirs = other.tokens
         if not (self.vocabulary and other.vocabulary):
             theirs = {t: own["id"] for t, own in other.added.items() if t not in other.vocabulary}
-        return {token: number for token, number in theirs.items() if token not in self.tokens}
+        return {token: number for token, number in theirs.items() if token not in ours}
 
     def moved(self, other: Tokenizer) -> dict[str, int]:
         """Return the tokens to which another tokenizer gives another id, with their ids there."""

@@ -136,8 +136,8 @@ def merge(
         bool,
         typer.Option(
             "--common",
-            help="Of full fine-tunes, merge what they share with the base: heads and towers that "
-            "one side lacks are the base's.",
+            help="Merge what the models share with the base: heads and towers that one side lacks "
+            "are the base's.",
         ),
     ] = False,
     threads: Annotated[

@@ -90,8 +90,8 @@ def merge(
         max_error: Refuse an adapter whose update is farther from the merge's, in the Frobenius norm
             relative to it.
         any_base: Accept models whose config names another base, or differs from the base's.
-        common: Of full fine-tunes, merge what they share with the base: heads and towers that one
-            side lacks are the base's.
+        common: Merge what the models share with the base: heads and towers that one side lacks are
+            the base's.
         overwrite: Replace what stands at ``output``.
         fresh: Begin anew. By default the merge goes on where one of the same inputs, recipe and
             output was killed, with the tensors that it had written; the bytes are the same.

@@ -42,7 +42,7 @@ def load_task_vectors(
         models: LoRA adapters in PEFT's layout and full fine-tunes, as folders or Hub ids; a mapping
             gives them names.
         any_base: Accept models whose config names another base, or differs from the base's.
-        common: Of full fine-tunes, take what they share with the base.
+        common: Take what the models share with the base.
 
     Raises:
         UsageError: Something was asked for wrongly.

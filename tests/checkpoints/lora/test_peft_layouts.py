@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     GptOssConfig,
@@ -460,3 +461,24 @@ def test_merged_experts_are_an_adapter_that_peft_loads(tmp_path: Path) -> None:
     save_file(dict(model.state_dict()), base / "model.safetensors", {"format": "pt"})
     with pytest.raises(sm.UsageError, match=r"down_proj\[0\].*joined.*Write a model"):
         sm.merge(base, [tmp_path / "a"], "average", output=tmp_path / "n", output_kind="adapter")
+
+
+# Heads
+
+
+def test_a_head_that_the_base_lacks_is_left_out_on_request(tmp_path: Path) -> None:
+    base = _llama(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, pad_token_id=0)
+    options = {"task_type": "SEQ_CLS", "target_modules": ["q_proj"]}
+    peft = get_peft_model(model, LoraConfig(r=3, init_lora_weights=False, **options))
+    peft.save_pretrained(tmp_path / "a")
+    with pytest.raises(sm.StarmergeError, match=r"no tensor score\.weight.*--common"):
+        sm.merge(base, [tmp_path / "a"], output=tmp_path / "out")
+    result = sm.merge(base, [tmp_path / "a"], "average", output=tmp_path / "out", common=True)
+    note = "a: of the adapter, score.weight is left out, which the base lacks."
+    assert note in result.report.content["notes"]
+    folded = peft.merge_and_unload().state_dict()
+    before, merged = _weights(base), _weights(tmp_path / "out")
+    assert torch.equal(merged.pop("lm_head.weight"), before["lm_head.weight"])
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, folded[name], rtol=1e-5, atol=1e-6, msg=name)

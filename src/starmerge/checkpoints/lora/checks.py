@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -116,13 +116,19 @@ def check_all_found(
             "the base's tensors when it loads them, install transformers 5 or later, which knows "
             "the names, or fold the adapter with PEFT's merge_and_unload and give the full model."
         )
-    for name, key in contents.saved.items():
-        if name not in found and name != head:
-            raise StarmergeError(
-                f"{source} holds {key}, of modules_to_save in adapter_config.json, {lacks} {name}. "
-                "Give a base that has the module, such as the model the training began with, "
-                "saved with its new head."
-            )
+
+
+def lacks_modules(
+    source: Source, base: Base, contents: AdapterContents, lacking: Sequence[str]
+) -> str:
+    """Return what is wrong with an adapter that replaces modules which the base does not have."""
+    return (
+        f"{source} holds {contents.saved[lacking[0]]}, of modules_to_save in adapter_config.json, "
+        f"but the base {base.source} has no tensor {lacking[0]}. Give a base that has the module, "
+        "such as the model the training began with, saved with its new head; or merge the part "
+        "that both have, and leave the adapter's own modules out, with --common (common: true in a "
+        "recipe)."
+    )
 
 
 def check_dtypes(base: Base, tensor: str, checkpoint: Checkpoint, update: Update) -> None:

@@ -19,19 +19,23 @@ from starmerge.checkpoints.lora.checks import (
     check_shapes,
     is_replacement,
     is_transposed,
+    lacks_modules,
 )
 from starmerge.checkpoints.lora.experts import joined_updates, single_updates
 from starmerge.checkpoints.lora.flat_names import match_flat, match_parts
 from starmerge.checkpoints.lora.formats import AdapterContents, read_adapter
 from starmerge.checkpoints.lora.ties import head_not_stored, with_tied_ends
 from starmerge.checkpoints.lora.update import Update
+from starmerge.checkpoints.matching import in_words
 from starmerge.checkpoints.names import completed, match_names, match_stored
 from starmerge.checkpoints.source import Source
 from starmerge.checkpoints.tensors import TensorInfo
-from starmerge.errors import UsageError
+from starmerge.errors import StarmergeError, UsageError
 
 
-def open_adapter(name: str, source: Source, base: Base, *, any_base: bool = False) -> Adapter:
+def open_adapter(
+    name: str, source: Source, base: Base, *, any_base: bool = False, common: bool = False
+) -> Adapter:
     """Open an adapter: read its config and header, and match every tensor to the base.
 
     Copies of the base's weights that it comes with are compared with them.
@@ -41,6 +45,7 @@ def open_adapter(name: str, source: Source, base: Base, *, any_base: bool = Fals
         source: The adapter's folder, or its file.
         base: The base it is to be merged into.
         any_base: Accept an adapter whose config names another base.
+        common: Leave out whole modules that the base lacks, such as a head.
 
     Raises:
         UsageError: The adapter names another base, or is of a kind that is not merged.
@@ -63,6 +68,9 @@ def open_adapter(name: str, source: Source, base: Base, *, any_base: bool = Fals
     experts = joined_updates(source, base, contents)
     experts |= single_updates(source, base, contents, left)
     check_all_found(source, base, contents, found, experts, head)
+    lacking = [saved for saved in contents.saved if saved not in found and saved != head]
+    if lacking and not common:
+        raise StarmergeError(lacks_modules(source, base, contents, lacking))
     placed = {
         found[update.weight]: _place(source, base, found[update.weight], contents, update)
         for update in contents.updates
@@ -78,6 +86,10 @@ def open_adapter(name: str, source: Source, base: Base, *, any_base: bool = Fals
         if saved in found and is_replacement(source, base, found[saved], contents.checkpoint[key])
     }
     adapter = replace(_adapter(name, source, contents, placed, replacements), copies=grown)
+    if lacking:
+        words = in_words(lacking, [*found, *contents.names])
+        note = f"{name}: of the adapter, {words} is left out, which the base lacks."
+        adapter = replace(adapter, notes=(*adapter.notes, note))
     if contents.config.is_headless:
         return adapter
     return with_tied_ends(adapter, base, contents, found, head)

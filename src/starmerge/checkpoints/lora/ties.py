@@ -42,10 +42,10 @@ def head_not_stored(base: Base, contents: AdapterContents, found: Mapping[str, s
     """
     if not base.tied or base.embedding is None:
         return None
-    wanted = base.checkpoint[base.embedding].shape
+    embedding = base.embedding
     changed = {update.weight: update.change.shape for update in contents.updates}
     changed |= {name: contents.checkpoint[key].shape for name, key in contents.saved.items()}
-    left = [name for name, shape in changed.items() if name not in found and shape == wanted]
+    left = [n for n, shape in changed.items() if n not in found and base.fits(embedding, shape)]
     return left[0] if len(left) == 1 else None
 
 
