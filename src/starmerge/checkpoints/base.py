@@ -128,7 +128,7 @@ class Base:
         if head not in self.checkpoint:
             stored.append(self.checkpoint[self.embedding].renamed(head))
         config = self.config | {key: False}
-        if "text_config" in config:
+        if config.get("text_config"):
             config["text_config"] = config["text_config"] | {key: False}
         note = (
             f"{head} is no longer tied to {self.embedding}, as a model changed one of them alone: "

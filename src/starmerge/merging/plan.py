@@ -14,7 +14,7 @@ from starmerge.checkpoints.lora.adapter import Adapter
 from starmerge.checkpoints.metric import Metric, open_metric
 from starmerge.checkpoints.models import FineTune
 from starmerge.checkpoints.side_files import too_long
-from starmerge.checkpoints.source import Source, resolve
+from starmerge.checkpoints.source import Source, folder_of, resolve
 from starmerge.checkpoints.tensors import MERGEABLE, Checkpoint
 from starmerge.checkpoints.unknown_base import unknown_base
 from starmerge.errors import StarmergeError, UsageError
@@ -47,8 +47,7 @@ class Input:
 
     def label(self, file: Place) -> str:
         """Return how a report calls a file: relative to the input's folder."""
-        folder = self.source.path
-        return os.path.relpath(file, folder if file != folder else folder.parent)
+        return os.path.relpath(file, folder_of(self.source.path))
 
 
 @dataclass(frozen=True)

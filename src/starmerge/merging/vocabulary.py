@@ -491,7 +491,8 @@ class _Vocabularies:
         by_id = {number: token for token, number in self._known().tokens.items()}
 
         def moved(number: Any) -> Any:
-            return tokens.get(by_id[number]) if number in by_id else number
+            is_ours = type(number) is int and number in by_id
+            return tokens.get(by_id[number]) if is_ours else number
 
         found = dict(config)
         for key, value in config.items():

@@ -218,9 +218,10 @@ def test_which_way_a_square_expert_is_held_is_told_by_the_version(
     delta = peft.merge_and_unload().state_dict()[key] - before
     expected = delta if version == "0.19.1" else delta.transpose(1, 2)
     torch.testing.assert_close(merged[key] - before, expected, rtol=1e-4, atol=1e-6)
-    edit_json(tmp_path / "a" / "adapter_config.json", peft_version=None)
-    with pytest.raises(sm.UsageError, match=r"square.*peft_version"):
-        _merged(base, tmp_path / "a")
+    for unknown in (None, "9" * 5000):
+        edit_json(tmp_path / "a" / "adapter_config.json", peft_version=unknown)
+        with pytest.raises(sm.UsageError, match=r"square.*peft_version"):
+            _merged(base, tmp_path / "a")
 
 
 def test_the_sides_of_a_square_expert_are_told_by_the_others_first(tmp_path: Path) -> None:
