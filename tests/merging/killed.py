@@ -1,8 +1,8 @@
 """Merges that are killed before each of their operations on files, and run again.
 
 Run as a script with a JSON object: {"base", "models", "method", "kind", "dtype", "output",
-"overwrite", "stride", "moments"}. Each merge runs in a fork of this process, which has everything loaded. Prints a JSON
-object: how many operations there are, and what went wrong.
+"overwrite", "stride", "moments"}. Each merge runs in a fork of this process, which has everything
+loaded. Prints a JSON object: how many operations there are, and what went wrong.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ from starmerge.checkpoints.source import Source
 from starmerge.checkpoints.tensors import Checkpoint, TensorInfo
 from starmerge.errors import StarmergeError, UsageError
 
-
 _MOST_ENTRIES = 2**34
 """Entries of a dense update. The factors of a LoKr of a few kilobytes may claim any number."""
 

@@ -76,7 +76,9 @@ class Plan(Contents):
         """What is merged: the base, if it has weights, the models, tokenizers, the metric."""
         inputs = []
         if self.base.has_weights:
-            inputs.append(Input("base", "base", self.base.source, (self.base.checkpoint.opened,)))
+            base = self.base
+            weights = (base.checkpoint.opened,)
+            inputs.append(Input("base", "base", base.source, weights, base.settings))
         for model in self.models:
             own = tuple(own.opened for own in model.checkpoints), tuple(model.beside)
             inputs.append(Input(model.name, model.kind, model.source, *own))

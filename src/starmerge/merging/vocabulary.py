@@ -238,6 +238,7 @@ class _Vocabularies:
                     f"its own: {named(moved)}."
                 )
         if found:
+            self._read += ours.token_files
             self.notes.append(
                 f"The output's tokenizer has {_counted(found)} more than the base's: "
                 f"{named(found)}."
@@ -294,7 +295,7 @@ class _Vocabularies:
             size = max(size, self._size)
         self._files = {name: None for name in self._base.side_files if matches(name, FILES)}
         self._files |= files_of(folder)
-        self._read += files_of(folder).values()
+        self._read += [*files_of(folder).values(), *ours.token_files]
         return _Target(chosen.tokens, size, found)
 
     def on(self, target: _Target) -> tuple[Base, tuple[FineTune, ...]]:

@@ -489,7 +489,11 @@ def test_refusals_of_single_files(tmp_path: Path, make_adapter: MakeAdapter) -> 
     save_file(huge, tmp_path / "huge.safetensors")
     with pytest.raises(StarmergeError, match=r"\[160000, 160000\], larger than any"):
         merge(
-            None, [tmp_path / "huge.safetensors"], output=tmp_path / "x", output_kind="adapter", rank=2
+            None,
+            [tmp_path / "huge.safetensors"],
+            output=tmp_path / "x",
+            output_kind="adapter",
+            rank=2,
         )
     assert output.read_bytes() == b"mine"
     assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]

@@ -235,7 +235,7 @@ def _heads(contents: Contents, module: Module) -> int | None:
         heads = config.get("num_key_value_heads") or heads
     if type(heads) is not int or heads < 1:
         raise UsageError(
-            f"The base's config.json says {heads!r:.100} of the heads of {module.name}, on which the "
-            f"order of its rows in GGUF depends. {_TOOL}"
+            f"The base's config.json says {heads!r:.100} of the heads of {module.name}, on which "
+            f"the order of its rows in GGUF depends. {_TOOL}"
         )
     return heads
