@@ -284,6 +284,10 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(world: World) -> None:
             r"alpha_pattern has patterns, such as .* names",
         ),
         ({"rank_pattern": {r"((.|..)*)*s": 3}}, "rank_pattern has patterns"),
+        (
+            {"target_modules": r"((.|..)*)*s", "target_parameters": ["q_proj.weight"]},
+            "target_modules has patterns",
+        ),
     ],
     ids=str,
 )

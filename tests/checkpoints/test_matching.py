@@ -152,6 +152,10 @@ def test_an_untied_fine_tune_of_a_tied_base_unties_the_output(llama: Callable[..
     assert config["tie_word_embeddings"] is False
     loaded = AutoModelForCausalLM.from_pretrained(result.path)
     assert torch.equal(loaded.lm_head.weight, _weights(result.path)["lm_head.weight"])
+    # Some configs name a part for text, and have none.
+    edit_json(base / "config.json", text_config=None)
+    name = "lm_head.weight"
+    torch.testing.assert_close(_merged(base, untied)[name], _weights(untied)[name])
     # Trained apart, but equal still: nothing is untied.
     weights = _weights(untied)
     _store(untied, weights | {"lm_head.weight": weights[embedding]})

@@ -121,6 +121,19 @@ def test_refuses_links_out_of_the_folder_from_folders_too(tmp_path: Path) -> Non
     assert "1_Pooling/link.json" in side_files(folder)
 
 
+def test_links_to_folders_are_followed_only_where_they_are_named(tmp_path: Path) -> None:
+    """Where a config names code, it is looked for in all folders, but not on the whole disk."""
+    folder = _fill(tmp_path / "model")
+    expected = list(side_files(folder))
+    (folder / "disk").symlink_to("/")
+    (folder / "own" / "back").symlink_to(folder)
+    assert list(side_files(folder)) == expected
+    (folder / "4_Dense").symlink_to(_fill(tmp_path / "other", ["config.json"]))
+    (folder / "modules.json").write_text(json.dumps([{"path": "4_Dense"}]))
+    with pytest.raises(StarmergeError, match="4_Dense/config.json is a link to .*, outside"):
+        side_files(folder)
+
+
 def test_the_hub_gives_what_a_local_copy_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,8 +1,8 @@
 """Merges that are killed before each of their operations on files, and run again.
 
-Run as a script with a JSON object: {"base", "models", "method", "kind", "output", "overwrite",
-"moments"}. Each merge runs in a fork of this process, which has everything loaded. Prints a JSON
-object: how many operations there are, and what went wrong.
+Run as a script with a JSON object: {"base", "models", "method", "kind", "dtype", "output",
+"overwrite", "stride", "moments"}. Each merge runs in a fork of this process, which has everything
+loaded. Prints a JSON object: how many operations there are, and what went wrong.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from starmerge.storage import publishing
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Return the content of a folder."""
+    """Return the content of a folder, or of a file."""
+    if folder.is_file():
+        return {"": folder.read_bytes()}
     return {
         file.relative_to(folder).as_posix(): file.read_bytes()
         for file in sorted(folder.rglob("*"))
@@ -42,6 +44,7 @@ def merge(task: dict[str, Any], output: Path) -> int:
         task["method"],
         output=output,
         output_kind=task["kind"],
+        dtype=task["dtype"],
         overwrite=task["overwrite"],
         threads=1,
     )
@@ -109,12 +112,12 @@ def main() -> None:  # noqa: PLR0915  (a story of one task)
     """Kill and resume."""
     task = json.loads(sys.argv[1])
     output = Path(task["output"])
-    reference = output.with_name("reference")
+    reference = output.with_name(f"reference{output.suffix}")
     forked(lambda: merge(task | {"overwrite": False}, reference))
     wanted = tree(reference)
     # The card has the folder's name.
     name = {file for file in wanted if file.endswith("README.md")}
-    old = output.with_name("old")
+    old = output.with_name(f"old{output.suffix}")
     if task["overwrite"]:
         other = task | {"method": "task_arithmetic" if task["kind"] != "unified" else "emr"}
         forked(lambda: merge(other | {"models": task["models"][:2], "overwrite": False}, old))
@@ -125,10 +128,9 @@ def main() -> None:  # noqa: PLR0915  (a story of one task)
     def start() -> None:
         for left in output.parent.glob(f".{output.name}.*"):
             shutil.rmtree(left)
-        if output.exists():
-            shutil.rmtree(output)
+        shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
         if task["overwrite"]:
-            shutil.copytree(old, output)
+            (shutil.copytree if old.is_dir() else shutil.copy)(old, output)
 
     def check(where: str) -> None:
         nonlocal taken_up

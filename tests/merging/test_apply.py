@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import starmerge as sm
 from starmerge.checkpoints.tensors import raw_bytes
@@ -20,6 +20,7 @@ from starmerge.errors import StarmergeError, UsageError
 from tests.conftest import MakeAdapter, MakeFinetune
 from tests.oracles import samples
 
+_FILE = "model.safetensors"
 _DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -446,3 +447,53 @@ def test_an_empty_update_is_none() -> None:
     before = _bits(model)
     with sm.apply(model, {}):
         _assert_unchanged(model, before)
+
+
+def test_experts_that_the_model_joins_are_changed_one_by_one(
+    make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        tie_word_embeddings=False,
+    )
+    base = tmp_path / "base"
+    # The files hold the experts as the model does: joined.
+    MixtralForCausalLM(config).save_pretrained(base, save_original_format=False)
+    joined = "model.layers.0.mlp.experts.down_proj"
+    options = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+    adapter = make_adapter("a", base=base, lora_dropout=0.0, **options)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    before, parameter = _bits(model), model.get_parameter(joined)
+    update = sm.load_task_vectors(base, [adapter]).merge("average")
+    assert {f"{joined}[{expert}]" for expert in range(4)} <= update.keys()
+    written = load_file(sm.merge(base, [adapter], "average", output=tmp_path / "out").path / _FILE)
+    with sm.apply(model, update):
+        assert all(torch.equal(written[name], own) for name, own in model.state_dict().items())
+        assert model.get_parameter(joined) is parameter
+    _assert_unchanged(model, before)
+
+    one = {f"{joined}[2]": update[f"{joined}[2]"]}
+    with sm.apply(model, one):
+        found = model.state_dict()[joined]
+        assert torch.equal(found[2], written[joined][2])
+        assert torch.equal(found[[0, 1, 3]], before[joined][[0, 1, 3]])
+    applied = sm.apply(model, one)
+    with torch.no_grad():
+        model.get_parameter(joined)[0] = 0
+    with pytest.raises(UsageError, match=f"{joined} was converted, replaced or written to"):
+        applied.restore()
+
+    for update, said in (
+        ({f"{joined}[4]": one[f"{joined}[2]"]}, r"The model has no tensor .*\[4\]"),
+        ({f"{joined}[0]": Dense(torch.zeros(3, 3))}, r"\[0\] has the shape \[16, 24\]"),
+        ({"lm_head.weight[0]": Dense(torch.zeros(3, 3))}, "lm_head.weight"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            sm.apply(model, update)

@@ -16,7 +16,7 @@ from starmerge.errors import UsageError
 from starmerge.merging.plan import make_plan
 from starmerge.recipe import Recipe
 from tests.checkpoints.quantised.stored import gptq_model
-from tests.conftest import MakeAdapter, MakeFinetune
+from tests.conftest import MakeAdapter, MakeFinetune, edit_json
 
 
 def _update(adapter: Path, name: str) -> np.ndarray:
@@ -59,6 +59,13 @@ def test_an_adapter_is_merged_into_a_quantised_base(
     assert verdict.is_right, verdict
     assert set(verdict.inputs.values()) == {"same"}
     assert verdict.repeated == len(merged)
+    # What the codes stand for depends on the config.
+    settings = json.loads((tmp_path / "quantised/config.json").read_text())["quantization_config"]
+    edit_json(
+        tmp_path / "quantised/config.json",
+        quantization_config=settings | {"checkpoint_format": "gptq_v2"},
+    )
+    assert sm.verify(result.path).inputs["base: config.json"] == "changed"
 
 
 def test_weights_that_no_model_changes_are_dequantised_too(

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import starmerge as sm
 from starmerge.merging import journal as journals
@@ -21,6 +23,7 @@ from starmerge.merging.journal import JOURNAL, fingerprint
 from starmerge.merging.plan import make_plan
 from starmerge.recipe import make_recipe
 from starmerge.storage.local_folder import LocalFile, LocalFolder
+from tests.checkpoints.quantised.stored import gptq_model
 from tests.conftest import MakeAdapter, MakeFinetune
 
 SCRIPT = Path(__file__).with_name("killed.py")
@@ -36,6 +39,10 @@ MOMENTS = int(os.environ.get("KILL_MOMENTS", "0"))
         ("adapter", "star", False, 7, 2),
         ("adapter", "average", True, 11, 2),
         ("unified", "emr", False, 13, 2),
+        ("file", "average", False, 23, 1),
+        ("gguf", "star", True, 29, 1),
+        ("quantised", "average", False, 37, 1),
+        ("experts", "star", True, 37, 1),
     ],
 )
 def test_a_merge_killed_before_any_operation_on_files_is_whole_or_goes_on(
@@ -48,13 +55,25 @@ def test_a_merge_killed_before_any_operation_on_files_is_whole_or_goes_on(
     stride: int,
     moments: int,
 ) -> None:
-    models = [make_adapter("a"), make_adapter("b", seed=1), make_adapter("c", seed=2)]
+    base, options = tiny_base, dict[str, Any]()
+    if kind == "quantised":
+        base = tmp_path / "base"
+        gptq_model(tiny_base, base)
+    elif kind == "experts":
+        base = _with_experts(tmp_path / "base")
+        options = {"base": base, "target_parameters": ["mlp.experts.down_proj"]}
+    models = [make_adapter(name, seed=n, **options) for n, name in enumerate("abc")]
+    if kind == "file":
+        models = [_single_file(tmp_path / f"{name}.safetensors", n) for n, name in enumerate("abc")]
+    outputs = {"adapter": "adapter", "file": "adapter", "gguf": "gguf", "unified": "unified"}
+    endings = {"file": ".safetensors", "gguf": ".gguf"}
     task = {
-        "base": None if kind == "adapter" else str(tiny_base),
+        "base": None if kind in ("adapter", "file") else str(base),
         "models": list(map(str, models)),
         "method": method,
-        "kind": kind,
-        "output": str(tmp_path / "out"),
+        "kind": outputs.get(kind, "model"),
+        "dtype": "bfloat16" if kind == "quantised" else "keep",
+        "output": str(tmp_path / f"out{endings.get(kind, '')}"),
         "overwrite": overwrite,
         "stride": 1 if MOMENTS else stride,
         "moments": MOMENTS or moments,
@@ -73,6 +92,28 @@ def test_a_merge_killed_before_any_operation_on_files_is_whole_or_goes_on(
     assert found["wrong"] == []
     assert found["operations"] > 20
     assert found["taken_up"] > 3
+
+
+def _with_experts(folder: Path) -> Path:
+    """Make a model whose files hold the experts of a layer in one tensor."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = MixtralConfig(**sizes, **heads, num_local_experts=4)
+    MixtralForCausalLM(config).save_pretrained(folder, save_original_format=False)
+    return folder
+
+
+def _single_file(file: Path, seed: int) -> Path:
+    """Make an adapter in kohya's layout."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for number in range(6):
+        stem = f"lora_unet_mid_block_attentions_{number}_proj_in"
+        tensors[f"{stem}.lora_down.weight"] = torch.randn(2, 24, generator=generator)
+        tensors[f"{stem}.lora_up.weight"] = torch.randn(32, 2, generator=generator)
+    save_file(tensors, file)
+    return file
 
 
 def _plan(base: Path, models: list[Path], output: Path, **options: Any) -> Any:

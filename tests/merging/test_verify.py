@@ -128,3 +128,30 @@ def test_a_broken_report_is_an_error(
     report.write_text(json.dumps(json.loads(report.read_text()) | edit))
     with pytest.raises(sm.StarmergeError, match=f"is broken at {next(iter(edit))}"):
         verify(path)
+
+
+def test_adapters_that_are_one_file_are_found_again(
+    make_adapter: MakeAdapter, tiny_base: Path, tmp_path: Path
+) -> None:
+    """With the config beside it, and pickled under any ending."""
+    given = make_adapter("a") / "adapter_model.safetensors"
+    name, size = "lora_te_model_layers_0_self_attn_q_proj", (32, 32)
+    pickled = tmp_path / "b.ckpt"
+    torch.save(
+        {
+            f"{name}.lora_down.weight": torch.ones(1, size[1]),
+            f"{name}.lora_up.weight": torch.ones(size[0], 1),
+        },
+        pickled,
+    )
+    path = sm.merge(tiny_base, [given, pickled], "average", output=tmp_path / "out").path
+    verdict = verify(path, repeat="all")
+    assert verdict.is_right
+    assert verdict.inputs == {
+        "base: model.safetensors": "same",
+        "adapter_model: adapter_config.json": "same",
+        "adapter_model: adapter_model.safetensors": "same",
+        "b: b.ckpt": "same",
+    }
+    (given.parent / "adapter_config.json").write_text("{}")
+    assert verify(path).inputs["adapter_model: adapter_config.json"] == "changed"

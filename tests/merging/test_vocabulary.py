@@ -153,6 +153,7 @@ def test_notes_name_the_tokens_and_templates_that_the_output_lacks(
         ("added_tokens.json", '{"<x>": "seven"}'),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"1": {"content": []}}, "a": 1}'),
         ("tokenizer_config.json", '{"chat_template": 3, "eos_token": []}'),
+        ("tokenizer_config.json", f'{{"added_tokens_decoder": {{"{"9" * 5000}": {{}}}}}}'),
         ("chat_template.jinja", b"\xff"),
         ("special_tokens_map.json", "null"),
     ],
@@ -491,6 +492,7 @@ def test_the_output_has_the_tokenizer_of_a_model_and_its_ids(
     _save_tokenizer(base, ["</s>", "<own>"])
     edit_json(base / "config.json", eos_token_id=61, pad_token_id=62, bos_token_id=1)
     generation = {"eos_token_id": [61, 2], "bos_token_id": 1, "suppress_tokens": [62, 3]}
+    generation |= {"forced_token_ids": [[1, 62]]}  # pairs of a place and an id stay as they are
     (base / "generation_config.json").write_text(json.dumps(generation))
     (base / "merges.txt").write_text("of the base")
     a = tune("a", ["</s>"], rows=72, eos_token="<|im_end|>", template="{{ messages }}")
@@ -505,6 +507,7 @@ def test_the_output_has_the_tokenizer_of_a_model_and_its_ids(
     made_generation = json.loads((out / "generation_config.json").read_text())
     assert made_generation["eos_token_id"] == [61, 62, 2]  # <|im_end|> of the tokenizer, and </s>
     assert (made_generation["bos_token_id"], made_generation["suppress_tokens"]) == (1, [3])
+    assert made_generation["forced_token_ids"] == [[1, 62]]
     assert AutoTokenizer.from_pretrained(out).chat_template == "{{ messages }}"
     assert not (out / "merges.txt").exists()
     for name in TABLES:

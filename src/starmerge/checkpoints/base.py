@@ -45,7 +45,7 @@ class Base:
     """Files beside merged weights in place of those in the base's folder, by their names: a file to
     copy, or its content; None: it is left out."""
     made_of: tuple[Place, ...] = ()
-    """Files outside of the base's folder that decide what is merged, such as tokenizers."""
+    """Files beside the weights that decide what is merged, such as tokenizers."""
 
     has_weights: ClassVar[bool] = True
     """Whether the checkpoint's tensors can be read."""
@@ -56,6 +56,11 @@ class Base:
         names = {file.name for file in self.checkpoint.opened.files}
         is_diffusion = any(name.startswith(DIFFUSION_STEM) for name in names)
         return DIFFUSION_STEM if is_diffusion else "model"
+
+    @property
+    def settings(self) -> tuple[Place, ...]:
+        """The config, where the weights are quantised: what they are depends on it."""
+        return () if self.quantised is None else (self.source.path / "config.json",)
 
     @property
     def side_files(self) -> dict[str, Place | bytes]:
@@ -134,7 +139,7 @@ class Base:
             if is_beside and name not in self.checkpoint and other in self.checkpoint:
                 stored.append(self.checkpoint[other].renamed(name))
         config = self.config | {key: False}
-        if "text_config" in config:
+        if config.get("text_config"):
             config["text_config"] = config["text_config"] | {key: False}
         note = (
             f"{head} is no longer tied to {self.embedding}, as a model changed one of them alone: "

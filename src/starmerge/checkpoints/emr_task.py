@@ -2,11 +2,13 @@
 
 The merge's folder holds ``unified``, shards of the vector τ_uni, and a folder for each task::
 
-    emr.json            format, task, base, the rescaler λ, where ``unified`` lies
+    emr.json            format, task, base, the rescaler λ, where ``unified`` lies, the output layer
+                        that the merge untied from the embedding
     mask.safetensors    M, for each tensor the task changes
 
 A mask is a vector of bytes, each of eight entries of the tensor in row-major order, the first in
-the highest bit; its shape is that of τ_uni.
+the highest bit; its shape is that of τ_uni. A merge may change some of the experts of one tensor
+alone, so each of them stands for itself here: ``NAME[3]`` is called ``NAME.3``.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from starmerge.checkpoints.base import Base
+from starmerge.checkpoints.experts import stack_of
 from starmerge.checkpoints.opening import open_checkpoint, open_safetensors
 from starmerge.checkpoints.source import Source
 from starmerge.checkpoints.tensors import MERGEABLE, Checkpoint, TensorInfo
@@ -139,10 +142,17 @@ def open_emr_task(name: str, source: Source, base: Base, *, any_base: bool = Fal
             f"{source} needs the unified vector of its merge, and {folder} is missing. Keep the "
             "tasks' folders beside it, or say in 'unified' in emr.json where it lies."
         )
-    masks = open_safetensors(source.path / f"{_STEM}.safetensors")
-    task = EmrTask(name, source, float(rescaler), open_checkpoint(folder), masks, base_name)
+    masks = _by_base(open_safetensors(source.path / f"{_STEM}.safetensors"), base)
+    unified = _by_base(open_checkpoint(folder), base)
+    head = content.get("untied")
+    # Opened again with the base that is untied then, it is like any other.
+    is_untied = isinstance(head, str) and bool(base.tied) and head in masks
+    task = EmrTask(
+        name, source, float(rescaler), unified, masks, base_name, untied=head if is_untied else None
+    )
     for tensor in masks:
-        _check_tensor(task, folder, base, tensor)
+        if tensor != task.untied or tensor in base.checkpoint:
+            _check_tensor(task, folder, base, tensor)
     return task
 
 
@@ -167,10 +177,16 @@ def check_task_names(names: Sequence[str]) -> None:
         seen.append(name.casefold())
 
 
+def stored_name(tensor: str) -> str:
+    """Return the name of a tensor of the base in the unified vector and in masks."""
+    joined = stack_of(tensor)
+    return f"{joined[0]}.{joined[1]}" if joined else tensor
+
+
 def mask_layout(tensor: TensorInfo) -> OutputTensor:
     """Return a tensor's mask as it is stored."""
     nbytes = -(-tensor.size // 8)
-    return OutputTensor(tensor.name, torch.uint8, (nbytes,), nbytes)
+    return OutputTensor(stored_name(tensor.name), torch.uint8, (nbytes,), nbytes)
 
 
 def mask_writer(folder: OutputFolder, task: str, layouts: Sequence[OutputTensor]) -> ShardWriter:
@@ -201,6 +217,7 @@ def write_task(folder: OutputFolder, task: str, base: Base, rescaler: float) -> 
         "base_hub_id": base.source.name,
         "rescaler": rescaler,
         "unified": f"../{UNIFIED}",
+        "untied": base.head,
     }
     folder.put(f"{task}/{TASK_FILE}", json_bytes(content))
 
@@ -214,6 +231,15 @@ def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return the mask of some shape, bool, from its bytes."""
     bits = np.unpackbits(packed.numpy(), count=math.prod(shape))
     return torch.from_numpy(bits.view(np.bool_)).reshape(shape)
+
+
+def _by_base(checkpoint: Checkpoint, base: Base) -> Checkpoint:
+    """Return the unified vector, or masks, under the base's names."""
+    experts = {stored_name(name): name for name in base.checkpoint if stack_of(name)}
+    return checkpoint.viewed(
+        info.renamed(experts[name]) if name in experts else info
+        for name, info in checkpoint.items()
+    )
 
 
 def _check_base_name(file: Place, merged_on: str | None, base: Base) -> None:

@@ -42,6 +42,8 @@ class FinetunedModel:
     untied: str | None = None
     """The base's name of the output layer, where the base ties it to the embedding and the
     fine-tune does not."""
+    settings: tuple[Place, ...] = ()
+    """The config, where its weights are quantised: what they are depends on it."""
 
     @property
     def tensors(self) -> frozenset[str]:
@@ -55,8 +57,8 @@ class FinetunedModel:
 
     @property
     def beside(self) -> list[Place]:
-        """No file: the weights are all."""
-        return []
+        """The config of quantised weights."""
+        return list(self.settings)
 
     def inputs(self, tensor: str) -> list[TensorInfo]:
         """Return what is read for a tensor's delta."""
@@ -154,7 +156,13 @@ def open_finetuned(
                     "checkpoint."
                 )
     return FinetunedModel(
-        name, source, own.checkpoint, changed, notes=tuple(notes), untied=matched.untied
+        name,
+        source,
+        own.checkpoint,
+        changed,
+        notes=tuple(notes),
+        untied=matched.untied,
+        settings=own.settings,
     )
 
 

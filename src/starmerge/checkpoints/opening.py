@@ -92,6 +92,16 @@ def open_pickle(file: Place) -> Checkpoint:
     return Checkpoint(_by_expert(_read_pickle(file)), mapped=False)
 
 
+def open_weights(file: Place) -> Checkpoint:
+    """Read the header of one file of weights: safetensors, or by any other ending a pickle.
+
+    Raises:
+        StarmergeError: The file is missing or broken, or asks for code to be run.
+    """
+    is_pickled = file.suffix.lower() != ".safetensors"
+    return open_pickle(file) if is_pickled else open_safetensors(file)
+
+
 def open_shards(file: Place) -> Checkpoint:
     """Read the headers of safetensors files that belong together, such as those of an adapter.
 

@@ -151,16 +151,21 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 def _names_inside(folder: Place, wanted: Iterable[str] = ("*",), place: str = "") -> Iterator[str]:
     """Yield the files in the folders inside a folder, relative to the model's.
 
+    A link to a folder is followed only where it is asked for by its name: it may lead to all that
+    the disk holds, or back.
+
     Args:
         folder: Where to look.
         wanted: Patterns of the names of its folders to look into.
         place: The folder, relative to the model's, and a slash; empty for the model's own.
     """
     storage = storage_of(folder)
+    named = [pattern for pattern in wanted if pattern != "*"]
     try:
         for name in storage.folders(folder):
             inside = f"{place}{name}/"
-            if matches(name, wanted) and not matches(name, PASSED_OVER):
+            is_wanted = matches(name, wanted) and not matches(name, PASSED_OVER)
+            if is_wanted and (matches(name, named) or not (folder / name).is_symlink()):
                 yield from (f"{inside}{file}" for file in storage.names(folder / name))
                 if inside.count("/") < _DEEPEST:
                     yield from _names_inside(folder / name, place=inside)

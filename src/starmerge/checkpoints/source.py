@@ -9,7 +9,7 @@ from pathlib import Path
 
 from starmerge.checkpoints.side_files import KEPT_BACK, PASSED_OVER, WEIGHT_FILES, parts
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.storage import exists, is_url, storage_of
+from starmerge.storage import Place, exists, is_file, is_url, storage_of
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -86,6 +86,11 @@ def resolve(reference: str | Path, *, may_be_file: bool = False) -> Source:
         )
     name, _, revision = text.partition("@")
     return Source(text, *_download(name, revision or None))
+
+
+def folder_of(path: Place) -> Place:
+    """Return the folder of a model or of another input, which may be one file."""
+    return path.parent if is_file(path) else path
 
 
 def is_hub_id(name: str) -> bool:

@@ -71,6 +71,9 @@ _MOST_LISTED = 64 * 2**20
 _MOST_TOKENS = 10**7
 """Bound of ids. The largest vocabularies have a million tokens."""
 
+_LONGEST_ID = 18
+"""Digits of an id that are read as a number."""
+
 _SHOWN = 6
 """Most tokens that a sentence names."""
 
@@ -303,7 +306,8 @@ def _added(
     for number, entry in decoder.items() if isinstance(decoder, dict) else ():
         if isinstance(entry, dict) and number.isdecimal():
             own = {key: value for key, value in entry.items() if key != "__type"}
-            found[str(entry.get("content"))] = {**own, "id": int(number)}
+            is_short = len(number) <= _LONGEST_ID
+            found[str(entry.get("content"))] = {**own, "id": int(number) if is_short else number}
     listed = content.get("added_tokens")
     for entry in listed if isinstance(listed, list) else ():
         if isinstance(entry, dict):

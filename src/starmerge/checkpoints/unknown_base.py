@@ -19,6 +19,9 @@ from starmerge.checkpoints.source import Source
 from starmerge.checkpoints.tensors import Checkpoint, TensorInfo
 from starmerge.errors import StarmergeError, UsageError
 
+_MOST_ENTRIES = 2**34
+"""Entries of a dense update. The factors of a LoKr of a few kilobytes may claim any number."""
+
 
 class _Shapes(Checkpoint):
     """Names and shapes of tensors that lie nowhere."""
@@ -93,6 +96,11 @@ def unknown_base(sources: Sequence[Source], *, any_base: bool = False) -> Base:
             shape = update.change.shape[::-1] if update.is_embedding else update.change.shape
             file = contents.config.file
             tensor = TensorInfo(found[update.weight], torch.float32, shape, file)
+            if update.rank is None and tensor.size > _MOST_ENTRIES:
+                raise StarmergeError(
+                    f"{source}: the update of {tensor.name} is a matrix of the shape "
+                    f"{list(shape)}, larger than any of a model. Is the file damaged?"
+                )
             known = tensors.setdefault(tensor.name, tensor)
             origin = origins.setdefault(tensor.name, source)
             if len(known.shape) < len(shape) and fits_weight(known.shape, shape):

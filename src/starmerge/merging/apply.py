@@ -13,6 +13,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from starmerge.checkpoints.experts import stack_of
 from starmerge.checkpoints.tensors import MERGEABLE
 from starmerge.deltas import Delta, Dense, LowRank, is_finite, matrix_shape
 from starmerge.errors import StarmergeError, UsageError
@@ -33,7 +34,8 @@ def apply(model: nn.Module, update: Mapping[str, Delta], *, threads: int | None 
 
     Args:
         model: The base, loaded; on any device.
-        update: What to add, by the names of the model's parameters and buffers.
+        update: What to add, by the names of the model's parameters and buffers; of one that holds
+            all experts of a layer, ``NAME[3]`` is that of expert 3.
         threads: How many tensors are added to at once; by default as many as for
             :func:`starmerge.merge`. The result does not depend on it.
 
@@ -56,20 +58,19 @@ def apply(model: nn.Module, update: Mapping[str, Delta], *, threads: int | None 
             "merge() of task vectors returns them."
         )
     tensors = _tensors(model)
+    targets = {name: _target(name, tensors) for name in update}
     for name, delta in update.items():
-        if name not in tensors:
-            raise UsageError(f"The model has no tensor {name}. {_remedy(name, tensors)}")
-        _check_target(name, tensors[name], delta)
-    places = _by_place({name: tensors[name] for name in update})
+        _check_target(name, targets[name], delta)
+    places = _by_place({name: target.values for name, target in targets.items()})
 
     def work(number: int) -> tuple[_Changed, Tensor]:
         names = places[number]
-        tensor = tensors[names[0]]
-        original = tensor.detach().to("cpu", copy=True)
-        return _Changed(names[0], tensor, original), _folded(names, original, update)
+        target = targets[names[0]]
+        original = target.values.to("cpu", copy=True)
+        return _Changed(target, original), _folded(names, original, update)
 
     def memory(number: int) -> int:
-        return 2 * tensors[places[number][0]].nbytes
+        return 2 * targets[places[number][0]].values.nbytes
 
     changed: list[_Changed] = []
     applied = Applied(model, changed)
@@ -81,7 +82,7 @@ def apply(model: nn.Module, update: Mapping[str, Delta], *, threads: int | None 
             ):
                 for change, weight in done:
                     changed.append(change)
-                    change.tensor.copy_(weight)
+                    change.target.values.copy_(weight)
         except BaseException:
             applied._put_back()
             raise
@@ -90,12 +91,28 @@ def apply(model: nn.Module, update: Mapping[str, Delta], *, threads: int | None 
     return applied
 
 
-@dataclass(eq=False)
-class _Changed:
-    """A tensor of a model that an update was added to."""
+@dataclass(frozen=True, eq=False)
+class _Target:
+    """A tensor of a model that an update names, or one expert's part of it."""
 
     name: str
+    """The model's name of the tensor."""
     tensor: Tensor
+    expert: int | None = None
+    """Which entry of its first dimension is meant; None: the whole."""
+
+    @property
+    def values(self) -> Tensor:
+        """The tensor, or the part, sharing its memory."""
+        own = self.tensor.detach()
+        return own if self.expert is None else own[self.expert]
+
+
+@dataclass(eq=False)
+class _Changed:
+    """What an update was added to."""
+
+    target: _Target
     original: Tensor
     """What it held before; on the CPU."""
     version: int | None = None
@@ -103,12 +120,12 @@ class _Changed:
 
     def note(self) -> None:
         """Note that the tensor is as it should be."""
-        self.version = _version(self.tensor)
+        self.version = _version(self.target.tensor)
 
     @property
     def is_intact(self) -> bool:
         """Whether nobody has written to the tensor since."""
-        return self.version == _version(self.tensor)
+        return self.version == _version(self.target.tensor)
 
 
 class Applied:
@@ -150,14 +167,14 @@ class Applied:
                 )
         tensors = _tensors(self._model)
         for changed in self._changed:
-            now, before = tensors.get(changed.name), changed.original
+            target, before = changed.target, changed.original
             if (
-                now is not changed.tensor
-                or (now.dtype, now.shape) != (before.dtype, before.shape)
+                tensors.get(target.name) is not target.tensor
+                or (target.values.dtype, target.values.shape) != (before.dtype, before.shape)
                 or not changed.is_intact
             ):
                 raise UsageError(
-                    f"{changed.name} was converted, replaced or written to since the update was "
+                    f"{target.name} was converted, replaced or written to since the update was "
                     "added. Restore a model before you change its dtype, move it, train it or load "
                     "other weights into it."
                 )
@@ -166,11 +183,11 @@ class Applied:
 
     def _put_back(self) -> None:
         for changed in self._changed:
-            changed.tensor.copy_(changed.original)
+            changed.target.values.copy_(changed.original)
         self._changed.clear()
 
     def _storages(self) -> set[int]:
-        tensors = [changed.tensor for changed in self._changed]
+        tensors = [changed.target.tensor for changed in self._changed]
         # What is empty has no place: its address is 0.
         return {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
 
@@ -204,8 +221,23 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_target(name: str, tensor: Tensor, delta: Delta) -> None:
+def _target(name: str, tensors: Mapping[str, Tensor]) -> _Target:
+    """Return what an update's name means in a model.
+
+    Raises:
+        UsageError: The model has nothing of that name.
+    """
+    if name in tensors:
+        return _Target(name, tensors[name])
+    stack, expert = stack_of(name) or ("", 0)
+    if stack in tensors and len(tensors[stack].shape) > 1 and expert < tensors[stack].shape[0]:
+        return _Target(stack, tensors[stack], expert)
+    raise UsageError(f"The model has no tensor {name}. {_remedy(name, tensors)}")
+
+
+def _check_target(name: str, target: _Target, delta: Delta) -> None:
     """Make sure that a delta can be added to a tensor of a model."""
+    tensor = target.tensor
     if not isinstance(delta, LowRank | Dense):
         raise UsageError(
             f"The update of {name} is a {type(delta).__name__}. Give a delta: Dense(tensor), or "
@@ -226,9 +258,10 @@ def _check_target(name: str, tensor: Tensor, delta: Delta) -> None:
             f"{name} is stored in {tensor.dtype}, so deltas cannot be added to it. Load the model "
             "unquantised."
         )
-    if matrix_shape(tuple(tensor.shape)) != delta.shape:
+    shape = tuple(tensor.shape if target.expert is None else tensor.shape[1:])
+    if matrix_shape(shape) != delta.shape:
         raise UsageError(
-            f"{name} has the shape {list(tensor.shape)} in the model, and its update is "
+            f"{name} has the shape {list(shape)} in the model, and its update is "
             f"{list(delta.shape)}. Give the model that was the base of the merge; if transformers "
             "changes its tensors when it loads them, merge files and load those."
         )

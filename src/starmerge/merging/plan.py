@@ -14,7 +14,7 @@ from starmerge.checkpoints.lora.adapter import Adapter
 from starmerge.checkpoints.metric import Metric, open_metric
 from starmerge.checkpoints.models import FineTune
 from starmerge.checkpoints.side_files import too_long
-from starmerge.checkpoints.source import Source, resolve
+from starmerge.checkpoints.source import Source, folder_of, resolve
 from starmerge.checkpoints.stacked import (
     bases_of,
     open_referenced_base,
@@ -53,8 +53,7 @@ class Input:
 
     def label(self, file: Place) -> str:
         """Return how a report calls a file: relative to the input's folder."""
-        folder = self.source.path
-        return os.path.relpath(file, folder if file != folder else folder.parent)
+        return os.path.relpath(file, folder_of(self.source.path))
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,8 @@ class Plan(Contents):
             bases = bases_of(self.base)
             for base in bases:
                 name = _name_of_part("base", base.source, bases)
-                inputs.append(Input(name, "base", base.source, (base.checkpoint.opened,)))
+                weights = (base.checkpoint.opened,)
+                inputs.append(Input(name, "base", base.source, weights, base.settings))
         for model in self.models:
             parts = parts_of(model)
             for part in parts:

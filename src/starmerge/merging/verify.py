@@ -13,8 +13,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from starmerge.checkpoints.hashing import blake3_of, blake3_of_contents, blake3_of_tensor
-from starmerge.checkpoints.opening import open_pickle, open_safetensors
-from starmerge.checkpoints.source import resolve
+from starmerge.checkpoints.opening import open_safetensors, open_weights
+from starmerge.checkpoints.source import folder_of, resolve
 from starmerge.checkpoints.tensors import TensorInfo, read_tensor
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.engine import Merging
@@ -186,8 +186,7 @@ def _hashed(tensors: Collection[TensorInfo], progress: bool) -> Iterator[tuple[T
 
 def _contents(file: Place, progress: bool) -> str:
     """Return the BLAKE3 of a file's tensors."""
-    opened = open_pickle(file) if file.suffix == ".bin" else open_safetensors(file)
-    return blake3_of_contents(_hashed(opened.values(), progress))
+    return blake3_of_contents(_hashed(open_weights(file).values(), progress))
 
 
 def _check_inputs(report: Mapping[str, Any], progress: bool) -> Iterator[tuple[str, str]]:
@@ -195,12 +194,13 @@ def _check_inputs(report: Mapping[str, Any], progress: bool) -> Iterator[tuple[s
         try:
             path = Path(source["reference"])
             found = path if is_file(path) else resolve(source["reference"], may_be_file=True).path
+            folder = folder_of(found)
         except StarmergeError:
-            found = None
+            folder = None
         kinds = (("blake3", blake3_of), ("tensors", partial(_contents, progress=progress)))
         for digests, hashed in kinds:
             for name, digest in source[digests].items():
-                file = found if found is None or is_file(found) else found / name
+                file = None if folder is None else folder / name
                 label = f"{source['name']}: {name}"
                 if file is None or not is_file(file):
                     yield label, "missing"

@@ -238,6 +238,7 @@ class _Vocabularies:
                     f"its own: {named(moved)}."
                 )
         if found:
+            self._read += ours.token_files
             self.notes.append(
                 f"The output's tokenizer has {_counted(found)} more than the base's: "
                 f"{named(found)}."
@@ -294,7 +295,7 @@ class _Vocabularies:
             size = max(size, self._size)
         self._files = {name: None for name in self._base.side_files if matches(name, FILES)}
         self._files |= files_of(folder)
-        self._read += files_of(folder).values()
+        self._read += [*files_of(folder).values(), *ours.token_files]
         return _Target(chosen.tokens, size, found)
 
     def on(self, target: _Target) -> tuple[Base, tuple[FineTune, ...]]:
@@ -491,7 +492,8 @@ class _Vocabularies:
         by_id = {number: token for token, number in self._known().tokens.items()}
 
         def moved(number: Any) -> Any:
-            return tokens.get(by_id[number]) if number in by_id else number
+            is_ours = type(number) is int and number in by_id
+            return tokens.get(by_id[number]) if is_ours else number
 
         found = dict(config)
         for key, value in config.items():

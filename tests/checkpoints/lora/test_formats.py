@@ -486,6 +486,7 @@ def test_refuses_what_is_more_or_less_than_an_adapter(
         ({"unet.r": 4, "unet.lora_alpha": 4}, "is 4 here and 3 in the tensors"),
         ({"text_encoder.r": 3, "text_encoder.lora_alpha": 3}, "no config for unet"),
         ({"unet.r": 3, "unet.lora_alpha": 3, "unet.lora_bias": True}, "lora_bias"),
+        ({"../\0.r": 3}, "lora_alpha is missing"),
     ],
 )
 def test_refuses_configs_in_the_header_that_do_not_fit(

@@ -152,5 +152,13 @@ def test_refusals(
     for file in tiny_base.iterdir():
         (other / file.name).write_bytes(file.read_bytes())
     config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
-    refuses("'mamba'.*convert_lora_to_gguf.py", folder, base=other)
+    for key, value, said in (
+        ("model_type", "mamba", "is 'mamba'.*convert_lora_to_gguf.py"),
+        ("model_type", ["llama"], r"is \['llama'\]"),
+        ("num_hidden_layers", "two", "'two' of num_hidden_layers"),
+        ("num_hidden_layers", 10**9, "1000000000 of num_hidden_layers"),
+        ("num_attention_heads", 3, "3 of the heads of .*q_proj, which do not divide its 32 rows"),
+        ("num_attention_heads", True, "True of the heads"),
+    ):
+        (other / "config.json").write_text(json.dumps(config | {key: value}))
+        refuses(said, folder, base=other)

@@ -515,5 +515,17 @@ def test_refusals_of_single_files(tmp_path: Path, make_adapter: MakeAdapter) -> 
             output_kind="adapter",
             overwrite=True,
         )
+    # Few numbers that stand for a matrix of terabytes.
+    stem = "lora_unet_mid_block_attn_to_q.lokr"
+    huge = {f"{stem}_w1": torch.eye(400), f"{stem}_w2": torch.eye(400)}
+    save_file(huge, tmp_path / "huge.safetensors")
+    with pytest.raises(StarmergeError, match=r"\[160000, 160000\], larger than any"):
+        merge(
+            None,
+            [tmp_path / "huge.safetensors"],
+            output=tmp_path / "x",
+            output_kind="adapter",
+            rank=2,
+        )
     assert output.read_bytes() == b"mine"
     assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]

@@ -19,7 +19,13 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import starmerge as sm
 from starmerge.checkpoints.base import open_base
@@ -569,3 +575,56 @@ def test_from_the_command_line(
     for name, weight in base.items():
         expected = weight + update.get(name, 0.0)
         np.testing.assert_allclose(made[name], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_experts_that_the_base_joins_are_masked_one_by_one(tmp_path: Path) -> None:
+    """Also where a merge changes some of them."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = MixtralConfig(**sizes, **heads, num_local_experts=4)
+    base = tmp_path / "base"
+    MixtralForCausalLM(config).save_pretrained(base, save_original_format=False)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    tensors = {
+        f"base_model.model.model.layers.1.block_sparse_moe.experts.{expert}.w2.lora_{end}.weight": (
+            torch.randn(shape)
+        )
+        for expert in (1, 3)
+        for end, shape in (("A", (2, 24)), ("B", (16, 2)))
+    }
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["w2"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    emr = sm.merge(base, {"a": adapter}, "emr", output=tmp_path / "emr").path
+    assert sm.verify(emr, repeat="all").is_right
+    name = "model.layers.1.mlp.experts.down_proj"
+    assert sorted(load_file(emr / "unified/model.safetensors")) == [f"{name}.1", f"{name}.3"]
+    ours = _weights(sm.merge(base, [emr / "a"], "average", output=tmp_path / "again").path)
+    wanted = _weights(sm.merge(base, [adapter], "average", output=tmp_path / "out").path)
+    for key, weight in wanted.items():
+        np.testing.assert_allclose(ours[key], weight, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_task_whose_output_layer_was_untied_unties_it(tmp_path: Path, stored: bool) -> None:
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    base, tuned, head = tmp_path / "base", tmp_path / "tuned", "lm_head.weight"
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=True)).save_pretrained(base)
+    tensors = load_file(base / "model.safetensors")
+    own = {name: tensor + 0.1 * torch.randn(tensor.shape) for name, tensor in tensors.items()}
+    own |= {head: torch.randn(64, 16)}
+    if stored:
+        tensors |= {head: tensors["model.embed_tokens.weight"].clone()}
+        save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    shutil.copytree(base, tuned)
+    edit_json(tuned / "config.json", tie_word_embeddings=False)
+    save_file(own, tuned / "model.safetensors", {"format": "pt"})
+    emr = sm.merge(base, {"a": tuned}, "emr", output=tmp_path / "emr").path
+    out = sm.merge(base, [emr / "a"], "average", output=tmp_path / "out").path
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    for name, weight in _weights(out).items():
+        np.testing.assert_allclose(weight, own[name].double().numpy(), rtol=0, atol=1e-6)

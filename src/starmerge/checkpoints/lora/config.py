@@ -149,7 +149,7 @@ class AdapterConfig:
     @property
     def peft_version(self) -> tuple[int, ...] | None:
         """The version of PEFT that wrote the adapter, as far as it says so."""
-        numbers = re.match(r"\d+(\.\d+)*", str(self.content.get("peft_version") or ""))
+        numbers = re.match(r"\d{1,9}(\.\d{1,9})*", str(self.content.get("peft_version") or ""))
         return tuple(map(int, numbers[0].split("."))) if numbers else None
 
     def holds_parameters(self, module: str) -> bool:
@@ -162,8 +162,7 @@ class AdapterConfig:
             return False
         targets = self.content.get("target_modules") or []
         if isinstance(targets, str):
-            pattern = _Patterns(self.file, "target_modules", {targets: 1.0})
-            return pattern.find(module) is None
+            return self._target_pattern.find(module) is None
         return not any(module == end or module.endswith(f".{end}") for end in targets)
 
     def parameters_of(self, module: str) -> list[str]:
@@ -233,6 +232,10 @@ class AdapterConfig:
         """Return what the first matching pattern under ``key`` says of a module, or the default."""
         value = self._patterns[key].find(module)
         return default if value is None else value
+
+    @cached_property
+    def _target_pattern(self) -> _Patterns:
+        return _Patterns(self.file, "target_modules", {self.content["target_modules"]: 1.0})
 
     @cached_property
     def _patterns(self) -> dict[str, _Patterns]:

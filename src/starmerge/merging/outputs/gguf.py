@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -50,6 +50,9 @@ _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 _FILE = "adapter.gguf"
 
+_MOST_LAYERS = 10_000
+"""Most layers of a model. The library lists the names of all beforehand."""
+
 
 @dataclass(frozen=True)
 class GgufOutput(AdapterOutput):
@@ -80,10 +83,11 @@ class GgufOutput(AdapterOutput):
                 "an adapter (--as adapter)."
             )
         kind = contents.base.config.get("model_type")
-        if kind not in _ARCHITECTURES:
-            what = "is not known: give the base before the models" if kind is None else repr(kind)
+        if not isinstance(kind, str) or kind not in _ARCHITECTURES:
+            is_missing = kind is None
+            what = "not known: give the base before the models" if is_missing else f"{kind!r:.100}"
             raise UsageError(
-                f"The base's model_type {what}. Adapters in GGUF are written for "
+                f"The base's model_type is {what}. Adapters in GGUF are written for "
                 f"{', '.join(_ARCHITECTURES)}. {_TOOL}"
             )
         whole = [place for place in places_of(contents).values() if isinstance(place, str)]
@@ -93,9 +97,15 @@ class GgufOutput(AdapterOutput):
                 f"{name} is stored whole (modules_to_save), and an adapter in GGUF has factors "
                 "alone. Merge into a model, and convert that."
             )
-        for module in _modules(contents).values():
+        for name, module in _modules(contents).items():
             _name(contents, module)
-            _heads(contents, module)
+            heads = _heads(contents, module)
+            rows = contents.base.checkpoint[name].shape[0]
+            if heads is not None and rows % (2 * heads):
+                raise UsageError(
+                    f"The base's config.json says {heads} of the heads of {module.name}, which do "
+                    f"not divide its {rows} rows, as rotary embeddings do. {_TOOL}"
+                )
 
     def library(self, contents: Contents) -> str:
         """Return what loads it."""
@@ -187,16 +197,27 @@ def _name(contents: Contents, module: Module) -> str:
     Raises:
         UsageError: It has none.
     """
-    import gguf  # noqa: PLC0415  (an extra)
-
-    config: dict[str, Any] = contents.base.config
-    kind = _ARCHITECTURES[config["model_type"]]
-    architecture = next(a for a, own in gguf.MODEL_ARCH_NAMES.items() if own == kind)
-    names = gguf.get_tensor_name_map(architecture, int(config.get("num_hidden_layers") or 0))
+    config = contents.base.config
+    kind, layers = _ARCHITECTURES[config["model_type"]], config.get("num_hidden_layers")
+    if type(layers) is not int or not 0 < layers <= _MOST_LAYERS:
+        raise UsageError(
+            f"The base's config.json says {layers!r:.100} of num_hidden_layers, by which llama.cpp "
+            f"names tensors. {_TOOL}"
+        )
+    names = _names(kind, layers)
     name: str | None = names.get_name(f"{module.name}.weight", try_suffixes=(".weight",))
     if name is None:
         raise UsageError(f"llama.cpp has no name for {module.name} of {kind}. {_TOOL}")
     return name
+
+
+@lru_cache(maxsize=1)
+def _names(kind: str, layers: int) -> Any:
+    """Return the gguf library's names of the tensors of an architecture."""
+    import gguf  # noqa: PLC0415  (an extra)
+
+    architecture = next(a for a, own in gguf.MODEL_ARCH_NAMES.items() if own == kind)
+    return gguf.get_tensor_name_map(architecture, layers)
 
 
 def _heads(contents: Contents, module: Module) -> int | None:
@@ -212,9 +233,9 @@ def _heads(contents: Contents, module: Module) -> int | None:
     heads = config.get("num_attention_heads")
     if own == "k_proj":
         heads = config.get("num_key_value_heads") or heads
-    if not isinstance(heads, int) or heads < 1:
+    if type(heads) is not int or heads < 1:
         raise UsageError(
-            f"The base's config.json says {heads!r} of the heads of {module.name}, on which the "
-            f"order of its rows in GGUF depends. {_TOOL}"
+            f"The base's config.json says {heads!r:.100} of the heads of {module.name}, on which "
+            f"the order of its rows in GGUF depends. {_TOOL}"
         )
     return heads

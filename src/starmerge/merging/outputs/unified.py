@@ -16,6 +16,7 @@ from starmerge.checkpoints.emr_task import (
     mask_layout,
     mask_writer,
     pack,
+    stored_name,
     write_task,
 )
 from starmerge.checkpoints.tensors import TensorInfo
@@ -74,7 +75,8 @@ class UnifiedOutput:
         """Make the shards of the vector, and the masks."""
         names = [model.name for model in contents.models]
         layout = [
-            OutputTensor(t.source.name, t.dtype, t.source.shape, t.nbytes) for t in contents.tensors
+            OutputTensor(stored_name(t.source.name), t.dtype, t.source.shape, t.nbytes)
+            for t in contents.tensors
         ]
         unified = ShardWriter(folder, layout, stem=f"{UNIFIED}/model")
         masks = []
@@ -111,7 +113,7 @@ class _UnifiedWriting:
 
     def slots(self, tensor: PlannedTensor) -> list[Slot]:
         """Return that in the unified vector, and those of the masks."""
-        name = tensor.source.name
+        name = stored_name(tensor.source.name)
         return [(self.unified, name), *((self.masks[t], name) for t in tensor.models)]
 
     def leave(self, tensor: PlannedTensor) -> str:
@@ -120,7 +122,7 @@ class _UnifiedWriting:
 
     def put(self, tensor: PlannedTensor, base: Tensor | None, merged: Merged) -> dict[str, Any]:
         """Write the tensor of the unified vector, and the mask of each task that changes it."""
-        name = tensor.source.name
+        name = stored_name(tensor.source.name)
         tau_uni = _stored(merged, tensor)
         self.unified.write(name, tau_uni.weight)
         shares, norms = {}, {}

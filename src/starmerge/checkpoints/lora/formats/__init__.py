@@ -23,7 +23,7 @@ from starmerge.checkpoints.lora.formats.kohya import Kohya
 from starmerge.checkpoints.lora.formats.mlx import Mlx
 from starmerge.checkpoints.lora.formats.peft import Peft
 from starmerge.checkpoints.lora.formats.torchtune import Torchtune
-from starmerge.checkpoints.opening import open_pickle, open_safetensors, open_shards
+from starmerge.checkpoints.opening import open_shards, open_weights
 from starmerge.checkpoints.source import Source
 from starmerge.checkpoints.tensors import Checkpoint
 from starmerge.errors import UsageError
@@ -96,23 +96,18 @@ def _open(source: Source) -> AdapterFile:
     config = folder / CONFIG
     # A file that is given by itself has the config beside it only if it is called as its tool does.
     if not exists(config) or (place != folder and place.name not in _WEIGHTS):
-        return AdapterFile(source, weights, open_weights(weights), None, {})
-    return AdapterFile(source, weights, open_weights(weights), config, read_json(config))
+        return AdapterFile(source, weights, _checkpoint(weights), None, {})
+    return AdapterFile(source, weights, _checkpoint(weights), config, read_json(config))
 
 
-def open_weights(file: Place) -> Checkpoint:
+def _checkpoint(file: Place) -> Checkpoint:
     """Read the headers of an adapter's weights.
 
     Args:
         file: Their file, or the index of several, or the first of several without one.
-
-    Raises:
-        StarmergeError: They are missing or broken.
     """
-    if file.suffix == ".json" or _SHARD.fullmatch(file.name):
-        return open_shards(file)
-    is_pickled = file.suffix != ".safetensors"
-    return open_pickle(file) if is_pickled else open_safetensors(file)
+    is_sharded = file.suffix == ".json" or _SHARD.fullmatch(file.name)
+    return open_shards(file) if is_sharded else open_weights(file)
 
 
 def _weights(folder: Place) -> Place | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from starmerge.checkpoints.lora.config import AdapterConfig, checked_config
@@ -112,9 +113,7 @@ def _scale(file: AdapterFile) -> Scale | None:
         part, _, own = key.rpartition(".")
         settings.setdefault(part, {"peft_type": "LORA"})[own] = value
     configs = {
-        part: checked_config(
-            file.weights.with_name(f"{file.weights.name} ({part or METADATA})"), own
-        )
+        part: checked_config(Path(f"{file.weights} ({part or METADATA})"), own)
         for part, own in settings.items()
     }
 
