@@ -285,7 +285,7 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(world: World) -> None:
         ),
         ({"rank_pattern": {r"((.|..)*)*s": 3}}, "rank_pattern has patterns"),
         (
-            {"target_modules": r"((.|..)*)*s", "target_parameters": ["q_proj.weight"]},
+            {"target_modules": r"((.|..)*)*s", "target_parameters": ["q.weight"]},
             "target_modules has patterns",
         ),
     ],
