@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import struct
 import subprocess
 import sys
 import zipfile
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import starmerge
 from starmerge.checkpoints import names
 from starmerge.checkpoints.metric import open_metric
-from starmerge.checkpoints.opening import open_checkpoint
+from starmerge.checkpoints.opening import open_checkpoint, open_safetensors
 from starmerge.checkpoints.renaming import naming
 from starmerge.cli.parameters import parameters
 from starmerge.errors import StarmergeError, UsageError
@@ -569,3 +570,20 @@ def test_the_command_line_says_it_in_a_line(world: World) -> None:
     assert finished.returncode == 2
     assert finished.stderr.startswith("Error: ")
     assert "is a pipe or a device, which may never end. Save its content" in finished.stderr
+
+
+def test_experts_beyond_what_can_be_handled_are_refused(tmp_path: Path) -> None:
+    shape = [4096, 1, 1]
+    header = {
+        f"model.layers.{layer}.mlp.experts.w": {
+            "dtype": "U8",
+            "shape": shape,
+            "data_offsets": [4096 * layer, 4096 * (layer + 1)],
+        }
+        for layer in range(62)
+    }
+    text = json.dumps(header).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(text)) + text + bytes(4096 * len(header)))
+    with pytest.raises(StarmergeError, match="more than 250,000 experts"):
+        open_safetensors(file)

@@ -130,10 +130,17 @@ def open_shards(file: Place) -> Checkpoint:
 
 def _by_expert(tensors: Iterable[TensorInfo]) -> Iterator[TensorInfo]:
     """Yield tensors, those of joined experts one expert at a time."""
+    left = _MOST_TENSORS
     for tensor in tensors:
         if not is_stack(tensor.name, tensor.shape):
             yield tensor
             continue
+        left -= tensor.shape[0]
+        if left < 0:
+            raise StarmergeError(
+                f"{tensor.file} and what belongs to it hold more than {_MOST_TENSORS:,} experts, "
+                "which are the most that are read."
+            )
         for expert in range(tensor.shape[0]):
             yield replace(tensor.item(expert_name(tensor.name, expert), expert), origin=None)
 

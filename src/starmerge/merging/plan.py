@@ -193,6 +193,7 @@ def make_plan(recipe: Recipe, path: Place, *, overwrite: bool = False, writes: b
         recipe = recipe.model_copy(update=chosen)
     sources = [part.source for model in models for part in parts_of(model)]
     sources += [part.source for part in bases_of(base)] if base.has_weights else []
+    sources += [] if metric is None else [Source(str(metric.file), metric.file, None, None)]
     for source in sources if writes else ():
         _check_apart(path, source)
     output = make_output(recipe, pipeline, is_file=is_file)
