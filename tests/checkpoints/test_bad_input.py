@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import starmerge
-from starmerge.checkpoints import names
+from starmerge.checkpoints import aside
 from starmerge.checkpoints.metric import open_metric
 from starmerge.checkpoints.opening import open_checkpoint, open_safetensors
 from starmerge.checkpoints.renaming import naming
@@ -52,7 +52,7 @@ def world(tmp_path: Path) -> World:
 
 @pytest.fixture
 def without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(names, "find_spec", lambda _: None)
+    monkeypatch.setattr(aside, "find_spec", lambda _: None)
 
 
 def _refuses(
