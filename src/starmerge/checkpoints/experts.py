@@ -41,6 +41,25 @@ def expert_name(stack: str, expert: int) -> str:
     return f"{stack}[{expert}]"
 
 
+def beside(name: str, suffix: str) -> str:
+    """Return the name of a tensor that belongs to a weight, such as its scale.
+
+    That of one of joined experts is one of joined tensors, too: ``NAMEsuffix[3]``.
+
+    Args:
+        name: The weight's.
+        suffix: What is put behind the name that the weight has in its file.
+    """
+    joined = stack_of(name)
+    return expert_name(joined[0] + suffix, joined[1]) if joined else name + suffix
+
+
+def name_in_file(name: str) -> str:
+    """Return a tensor's name in its file: of one of joined experts, that of all."""
+    joined = stack_of(name)
+    return joined[0] if joined else name
+
+
 def stack_of(name: str) -> tuple[str, int] | None:
     """Return the joined tensor that an expert belongs to, and its number; None if to none."""
     match = _STACKED.fullmatch(name)

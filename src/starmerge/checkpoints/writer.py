@@ -15,7 +15,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from starmerge.checkpoints.experts import stack_of
+from starmerge.checkpoints.experts import name_in_file
 from starmerge.checkpoints.hashing import remembered_blake3_of_tensor
 from starmerge.checkpoints.tensors import DTYPE_CODES, Checkpoint, raw_bytes
 from starmerge.storage import OutputFile, OutputFolder
@@ -315,9 +315,7 @@ def _split(tensors: Sequence[OutputTensor], limit: int) -> Iterator[list[OutputT
 
 
 def _name_in_file(tensor: OutputTensor) -> str:
-    """Return a tensor's name in its file: experts that follow each other are joined to one."""
-    joined = stack_of(tensor.name)
-    return joined[0] if joined else tensor.name
+    return name_in_file(tensor.name)
 
 
 def _header(tensors: Sequence[OutputTensor], metadata: Mapping[str, str]) -> bytes:

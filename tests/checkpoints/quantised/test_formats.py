@@ -189,9 +189,11 @@ def test_fp8_reads_scales_of_any_blocks(
     stored = {"experts.up_proj": q, "experts.up_proj_scale_inv": s}
     settings = {"quant_method": "fp8", "weight_block_size": list(block)}
     found = read(stored, settings, tmp_path_factory.mktemp("fp8"))
-    W = found.checkpoint.read("experts.up_proj").double()
-    pairs = zip(W.view(-1, *shape), q.view(-1, *shape), s.view(-1, *counts), strict=True)
-    for own, codes, scales in pairs:
+    names = [f"experts.up_proj[{e}]" for e in range(experts or 0)] or ["experts.up_proj"]
+    assert list(found.checkpoint) == names
+    pairs = zip(names, q.view(-1, *shape), s.view(-1, *counts), strict=True)
+    for name, codes, scales in pairs:
+        own = found.checkpoint.read(name).double()
         expected = oracle.of_blocks(codes.double().numpy(), scales.double().numpy(), *block)
         assert np.array_equal(own.numpy(), expected)  # 4 bits times 8
 
@@ -435,3 +437,16 @@ def test_without_an_order_groups_are_one_after_the_other(tmp_path: Path) -> None
     assert np.array_equal(found.checkpoint.read("layer.weight").double().numpy(), expected)
     with pytest.raises(StarmergeError, match="do not fit groups of 32 inputs"):
         read(stored, GPTQ | {"group_size": 32}, tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1, 1), (3, 6), (3, 6, 1)])
+def test_joined_experts_have_scales_of_their_own(shape: tuple[int, ...], tmp_path: Path) -> None:
+    q = torch.randn(3, 6, 5).to(torch.float8_e4m3fn)
+    s = torch.rand(shape) + 0.5
+    stored = {"experts.up_proj": q, "experts.up_proj_scale_inv": s}
+    found = read(stored, {"quant_method": "fp8", "weight_block_size": None}, tmp_path)
+    assert list(found.checkpoint) == [f"experts.up_proj[{expert}]" for expert in range(3)]
+    for expert in range(3):
+        own = s[expert].reshape(-1, 1) if s[expert].numel() > 1 else s[expert].reshape(())
+        expected = q[expert].float() * own
+        assert torch.equal(found.checkpoint.read(f"experts.up_proj[{expert}]"), expected)

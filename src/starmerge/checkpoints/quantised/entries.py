@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from starmerge.checkpoints.experts import name_in_file, stack_of
 from starmerge.checkpoints.tensors import Checkpoint, Derived, TensorInfo, Way
 from starmerge.errors import StarmergeError, UsageError
 
@@ -39,6 +40,11 @@ class Entries:
 
     def find(self, name: str) -> TensorInfo | None:
         """Return a tensor, and take it, if it is there."""
+        joined = stack_of(name)
+        if name not in self.checkpoint and joined and joined[0] in self.checkpoint:
+            # One number, or a row of them, for each of the experts.
+            self._taken.add(joined[0])
+            return self.checkpoint[joined[0]].item(name, joined[1])
         if name not in self.checkpoint:
             return None
         self._taken.add(name)
@@ -74,7 +80,7 @@ class Entries:
 
     def ignore(self, *suffixes: str) -> None:
         """Take all tensors whose names end so: no weight depends on them."""
-        self._taken.update(name for name in self.checkpoint if name.endswith(suffixes))
+        self._taken.update(n for n in self.checkpoint if name_in_file(n).endswith(suffixes))
 
     def make(
         self, first: str, name: str, shape: tuple[int, ...], parts: Iterable[Any], way: Way
@@ -103,7 +109,7 @@ class Entries:
             StarmergeError: Such a tensor belongs to no weight, or there is no quantised weight.
         """
         for name in self.checkpoint:
-            if name not in self._taken and name.endswith(suffixes):
+            if name not in self._taken and name_in_file(name).endswith(suffixes):
                 self.fail(name, "it belongs to no quantised weight that is there")
         if not self._made:
             raise StarmergeError(
