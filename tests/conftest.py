@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from starmerge.checkpoints import configs, filling, names, renaming
 from starmerge.checkpoints.hashing import blake3_of
 from starmerge.checkpoints.metric import MetricWriter
 from starmerge.demo.base_model import prepared_base
@@ -147,3 +149,21 @@ def starmerge() -> Callable[..., subprocess.CompletedProcess[str]]:
 def edit_json(path: Path, **changes: object) -> None:
     """Set keys of a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture
+def answers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let transformers answer in this process, which has imported it.
+
+    For tests that need many answers. Others start the processes that users start.
+    """
+
+    def ask(program: ModuleType, question: list[Any]) -> Any:
+        function = {renaming: renaming.naming, filling: filling.filled}[program]
+        try:
+            return json.loads(json.dumps(function(*json.loads(json.dumps(question)))))
+        except Exception:  # the process would have ended
+            return None
+
+    for room in (names, configs):
+        monkeypatch.setattr(room, "ask", ask)

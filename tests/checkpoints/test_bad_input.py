@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import starmerge
-from starmerge.checkpoints import aside
+from starmerge.checkpoints import aside, filling, renaming
 from starmerge.checkpoints.metric import open_metric
 from starmerge.checkpoints.opening import open_checkpoint, open_safetensors
 from starmerge.checkpoints.renaming import naming
@@ -486,6 +486,16 @@ def test_a_config_that_transformers_cannot_use_ends_soon(
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with time_limit(60), pytest.raises(Exception):  # noqa: B017
         naming(str(tmp_path), ["model.embed_tokens.weight"])
+
+
+def test_a_process_of_its_own_answers_what_the_function_does(tiny_base: Path) -> None:
+    names = list(load_file(tiny_base / "model.safetensors"))
+    question = [str(tiny_base), names]
+    assert aside.ask(renaming, question) == renaming.naming(*question)
+    config = json.loads((tiny_base / "config.json").read_text())
+    configs = [[config, {"model_type": "no such model"}]]
+    assert aside.ask(filling, configs) == filling.filled(*configs)
+    assert aside.ask(renaming, ["no such folder", names]) is None
 
 
 def test_a_config_that_transformers_refuses_does_not_hide_the_message(world: World) -> None:

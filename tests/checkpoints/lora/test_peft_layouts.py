@@ -34,7 +34,10 @@ from transformers import (
 import starmerge as sm
 from tests.conftest import edit_json
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("answers_at_once"),
+]
 
 _TEXT = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 _HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
