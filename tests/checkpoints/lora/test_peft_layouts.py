@@ -485,3 +485,17 @@ def test_a_head_that_the_base_lacks_is_left_out_on_request(tmp_path: Path) -> No
     assert torch.equal(merged.pop("lm_head.weight"), before["lm_head.weight"])
     for name, tensor in merged.items():
         torch.testing.assert_close(tensor, folded[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_tied_ends_of_one_shape_and_two_scales_are_not_one_change(tmp_path: Path) -> None:
+    base = _llama(tmp_path / "base", tie_word_embeddings=True)
+    tying = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    _trained(base, tmp_path / "a", **tying)
+    edit_json(tmp_path / "a" / "adapter_config.json", alpha_pattern={"lm_head": 10})
+    with pytest.raises(sm.StarmergeError, match=r"differently.*ensure_weight_tying"):
+        sm.load_task_vectors(base, [tmp_path / "a"])
+    edit_json(tmp_path / "a" / "adapter_config.json", ensure_weight_tying=False)
+    model = _merged(base, tmp_path / "a")
+    before = _weights(base)["model.embed_tokens.weight"]
+    changes = model.lm_head.weight - before, model.model.embed_tokens.weight - before
+    torch.testing.assert_close(changes[0], 2 * changes[1], rtol=1e-4, atol=1e-6)
