@@ -1,5 +1,6 @@
 """Hashes of updates in memory and of tensors in files: of their content, and of nothing else."""
 
+import os
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -115,3 +116,24 @@ def test_the_hash_of_a_file_that_takes_the_name_is_its_own(
     (tmp_path / "other").replace(file)
     assert torch.equal(tensor, old), "it is a window of the file that was opened"
     assert remembered_blake3_of_tensor(info) == blake3(new.numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("first", ["renamed", "part", "stored"])
+def test_a_tensor_under_the_name_of_another_of_its_file_has_its_own_hash(
+    tmp_path: Path, first: str
+) -> None:
+    file = tmp_path / "model.safetensors"
+    tensors = {"a": torch.arange(6.0).reshape(3, 2), "b": torch.ones(3, 2)}
+    save_file(tensors, file)
+    os.utime(file, (0, 0))  # long ago, so that hashes are remembered
+    stored = open_safetensors(file)
+    infos = {
+        "renamed": (stored["a"].renamed("b"), tensors["a"]),
+        "part": (stored["a"].rows("b", 1, 3), tensors["a"][1:]),
+        "stored": (stored["b"], tensors["b"]),
+    }
+    for name in (first, *infos):
+        info, tensor = infos[name]
+        expected = blake3(tensor.numpy().tobytes()).hexdigest()
+        assert remembered_blake3_of_tensor(info) == expected, name
+        assert read_and_hash(info)[1] == expected, name
