@@ -40,7 +40,7 @@ MOMENTS = int(os.environ.get("KILL_MOMENTS", "0"))
         ("adapter", "average", True, 11, 2),
         ("unified", "emr", False, 13, 2),
         ("file", "average", False, 23, 1),
-        ("gguf", "star", True, 29, 1),
+        ("gguf", "star", True, 3, 2),
         ("quantised", "average", False, 37, 1),
         ("experts", "star", True, 37, 1),
     ],

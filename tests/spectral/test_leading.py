@@ -170,3 +170,9 @@ def test_what_is_not_finite_is_refused(name: str, value: float) -> None:
 def test_fewer_factors_need_no_more_memory(m: int, n: int, r: int, k: int, less: int) -> None:
     """A merge knows only the most that there may be, as some methods keep a part of them."""
     assert leading_bytes(m, n, max(1, r - less), k) <= leading_bytes(m, n, r, k)
+
+
+@pytest.mark.parametrize(("r", "spectrum", "seed"), [(311, "dominated", 1), (310, "flat", 2)])
+def test_one_entry_that_is_a_sum_of_many_products(r: int, spectrum: str, seed: int) -> None:
+    delta = _delta(Case(1, 1, r, 1), spectrum, seed)
+    _check(delta, 1, *leading(delta, 1))

@@ -23,6 +23,10 @@ _ROUNDING = 1e-12
 _STEPS = 12
 _PANEL = 2**22
 _PIECE = 2**18
+_SMALL = 2**21
+"""Multiplications of a product that is made in float64: a matrix of few entries may be sums of many
+products that cancel, of which float32 leaves too little."""
+
 _EPS = torch.finfo(torch.float32).eps
 
 
@@ -41,12 +45,12 @@ def leading(delta: LowRank, k: int) -> tuple[SVD, float]:
       factors, O((m + n)rk), or, where it takes no more memory than they do, with their product,
       O(mnk), which is made once, O(mnr). The block is the same for the same shape.
 
-    The core is made in float64; so is the product of the second way where r < 16(k + 8). Else
-    products are made in float32, of factors scaled by a power of two so that no square leaves
-    float32's range. Triplets below float32's precision, 1.2e-7 of σ_1, are left out, as the core
-    leaves out what rounding may have made. Where factors nearly cancel, rounding is a share of the
-    parts, not of what is left of them: about 1e-7 of the parts' norm where products are made in
-    float32, below which neither triplets nor the energy mean anything.
+    The core is made in float64; so is the product of the second way where r < 16(k + 8), or where
+    it is small. Else products are made in float32, of factors scaled by a power of two so that no
+    square leaves float32's range. Triplets below float32's precision, 1.2e-7 of σ_1, are left out,
+    as the core leaves out what rounding may have made. Where factors nearly cancel, rounding is a
+    share of the parts, not of what is left of them: about 1e-7 of the parts' norm where products
+    are made in float32, below which neither triplets nor the energy mean anything.
 
     Args:
         delta: The delta, r factors.
@@ -69,7 +73,8 @@ def leading(delta: LowRank, k: int) -> tuple[SVD, float]:
         return factored.first(k), float(factored.S[k:].square().sum())
     exponent = _exponent(delta)
     if few or wanted > min(m, n):
-        dtype = torch.float64 if few else torch.float32
+        is_small = m * n * delta.rank <= _SMALL
+        dtype = torch.float64 if few or is_small else torch.float32
         decomposed = svd_dense(Dense(_product(delta, exponent, dtype)))
         first = certainly(decomposed, lambda sure: sure.first(k))
         # The longer side's vectors are in the product's precision: they are images of the others.

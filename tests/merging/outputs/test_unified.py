@@ -290,6 +290,7 @@ def test_says_what_it_wrote(tiny_base: Path, merged: Path, tmp_path: Path) -> No
             "base_hub_id": "tests/tiny",  # as both adapters say
             "rescaler": report["findings"]["emr"]["rescalers"][task],
             "unified": "../unified",
+            "untied": None,
         }
     card = ModelCard.load(merged / "README.md")
     assert card.data.library_name == "starmerge"
