@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from starmerge.checkpoints.opening import open_checkpoint, open_safetensors
+from starmerge.checkpoints.tensors import Derived
 from starmerge.checkpoints.writer import OutputTensor, ShardWriter
 from starmerge.storage.local_folder import LocalFolder
 
@@ -134,3 +135,24 @@ def test_a_file_that_cannot_have_its_size_is_closed(tmp_path: Path, kept: int) -
         LocalFolder(tmp_path).open("f", 2**63 - 1)
     assert sorted(Path("/proc/self/fd").iterdir()) == before
     assert (tmp_path / "f").stat().st_size == kept
+
+
+def test_a_tensor_that_is_computed_is_computed_once_to_be_copied(tmp_path: Path) -> None:
+    parts = {"a": torch.arange(6.0).reshape(3, 2), "b": torch.ones(2, 2)}
+    save_file(parts, tmp_path / "parts.safetensors")
+    stored = open_safetensors(tmp_path / "parts.safetensors")
+    times = []
+
+    def below(*tensors: torch.Tensor) -> torch.Tensor:
+        times.append(len(tensors))
+        return torch.cat(tensors)
+
+    file, both = stored["a"].file, (stored["a"], stored["b"])
+    info = Derived("c", torch.float32, (5, 2), file, both, below)
+    layout = [OutputTensor("c", torch.float32, (5, 2), info.nbytes)]
+    with ShardWriter(LocalFolder(tmp_path), layout) as writer:
+        digest = writer.copy("c", stored.viewed([info]))
+    written = load_file(tmp_path / "model.safetensors")["c"]
+    assert torch.equal(written, torch.cat([parts["a"], parts["b"]]))
+    assert digest == blake3(written.numpy().tobytes()).hexdigest()
+    assert times == [2]

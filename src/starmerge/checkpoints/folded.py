@@ -18,42 +18,22 @@ from starmerge.storage import Place
 
 
 @dataclass(frozen=True)
-class FoldedModel:
-    """Models of which each is laid on those before it; the delta is the sum of theirs.
-
-    That of a full fine-tune W with an adapter on it is (W − W_base) + s · B A, never rounded to the
-    dtype of W in between.
-    """
+class Composite:
+    """What a model to merge has that is made of several."""
 
     name: str
     source: Source
     parts: tuple[FineTune, ...]
-    """The model and its adapters, in the order in which they are folded in."""
-
-    @property
-    def kind(self) -> str:
-        """What it is, for people."""
-        return " + ".join(part.kind for part in self.parts)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Those of all parts."""
-        return tuple(note for part in self.parts for note in part.notes)
-
-    @property
-    def base_name(self) -> str | None:
-        """That of the first part; the others may name the model below them."""
-        return self.parts[0].base_name
+        return tuple(dict.fromkeys(note for part in self.parts for note in part.notes))
 
     @property
     def untied(self) -> str | None:
         """As the first part that is not tied where the base is says."""
         return next((part.untied for part in self.parts if part.untied is not None), None)
-
-    @property
-    def tensors(self) -> frozenset[str]:
-        """Names of the base's tensors that some part changes."""
-        return frozenset().union(*(part.tensors for part in self.parts))
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
@@ -64,6 +44,31 @@ class FoldedModel:
     def beside(self) -> list[Place]:
         """Those of all parts."""
         return [file for part in self.parts for file in part.beside]
+
+
+@dataclass(frozen=True)
+class FoldedModel(Composite):
+    """Models of which each is laid on those before it; the delta is the sum of theirs.
+
+    That of a full fine-tune W with an adapter on it is (W − W_base) + s · B A, never rounded to the
+    dtype of W in between. The parts are the model and its adapters, in the order in which they are
+    folded in.
+    """
+
+    @property
+    def kind(self) -> str:
+        """What it is, for people."""
+        return " + ".join(part.kind for part in self.parts)
+
+    @property
+    def base_name(self) -> str | None:
+        """That of the first part; the others may name the model below them."""
+        return self.parts[0].base_name
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """Names of the base's tensors that some part changes."""
+        return frozenset().union(*(part.tensors for part in self.parts))
 
     def inputs(self, tensor: str) -> list[TensorInfo]:
         """Return what is read for a tensor's delta."""

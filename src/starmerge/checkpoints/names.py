@@ -73,13 +73,13 @@ def match_stored(source: Source, names: Sequence[str], stored: Mapping[str, str]
     an output layer outside of the inner model, is found if it fits as it stands. Indices of layers
     are never part of a prefix.
 
-    Raises:
-        StarmergeError: Several prefixes fit all names.
-
     Args:
         source: The model.
         names: Names of tensors in the model that an adapter was trained in.
         stored: Names to find them by.
+
+    Raises:
+        StarmergeError: Several prefixes fit all names.
     """
     ends = _ends(names, stored)
     votes = Counter(change for name in names for change in _fitting_changes(name, ends))

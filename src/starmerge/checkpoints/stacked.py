@@ -16,7 +16,7 @@ from torch import Tensor
 
 from starmerge.checkpoints.base import Base, open_base
 from starmerge.checkpoints.configs import compare_configs
-from starmerge.checkpoints.folded import FoldedModel, open_folded
+from starmerge.checkpoints.folded import Composite, open_folded
 from starmerge.checkpoints.layers import (
     OF_ALL_LAYERS,
     PARTS,
@@ -28,10 +28,9 @@ from starmerge.checkpoints.models import FineTune
 from starmerge.checkpoints.references import Cut, Piece, parse_reference, spell
 from starmerge.checkpoints.source import Source, resolve
 from starmerge.checkpoints.stacked_config import restacked
-from starmerge.checkpoints.tensors import Checkpoint, TensorInfo
+from starmerge.checkpoints.tensors import TensorInfo
 from starmerge.deltas import Delta
 from starmerge.errors import UsageError
-from starmerge.storage import Place
 
 _OF_LAYERS = ("layer_types",)
 """Keys of configs that have an entry for each layer, which each layer brings with it."""
@@ -70,13 +69,9 @@ class StackedBase(Base):
 
 
 @dataclass(frozen=True)
-class StackedModel:
-    """A model to merge whose layers are those of others."""
+class StackedModel(Composite):
+    """A model to merge whose layers are those of others; its parts are these, each once."""
 
-    name: str
-    source: Source
-    parts: tuple[FineTune, ...]
-    """The models of the pieces, each once."""
     spots: Mapping[str, tuple[FineTune, str]]
     """For each tensor that some piece changes, the model there and the name in its base."""
 
@@ -91,29 +86,9 @@ class StackedModel:
         """None: its layers may be of several."""
 
     @property
-    def untied(self) -> str | None:
-        """As the first model that is not tied where the base is says."""
-        return next((part.untied for part in self.parts if part.untied is not None), None)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Those of all models."""
-        return tuple(dict.fromkeys(note for part in self.parts for note in part.notes))
-
-    @property
     def tensors(self) -> frozenset[str]:
         """Names of the base's tensors that it changes."""
         return frozenset(self.spots)
-
-    @property
-    def checkpoints(self) -> list[Checkpoint]:
-        """Those of all models."""
-        return [own for part in self.parts for own in part.checkpoints]
-
-    @property
-    def beside(self) -> list[Place]:
-        """Those of all models."""
-        return [file for part in self.parts for file in part.beside]
 
     def inputs(self, tensor: str) -> list[TensorInfo]:
         """Return what is read for a tensor's delta."""
@@ -146,7 +121,7 @@ def bases_of(base: Base) -> tuple[Base, ...]:
 
 def parts_of(model: FineTune) -> tuple[FineTune, ...]:
     """Return the models that lie in folders of their own, of which a model to merge is made."""
-    if isinstance(model, StackedModel | FoldedModel):
+    if isinstance(model, Composite):
         return tuple(own for part in model.parts for own in parts_of(part))
     return (model,)
 

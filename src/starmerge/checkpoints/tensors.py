@@ -98,8 +98,11 @@ class TensorInfo:
             name: Its name.
             start: The first row.
             stop: The one after the last.
+
+        Raises:
+            NotImplementedError: The tensor lies in no file; only its shape is known.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.name} lies in no file.")
 
     def item(self, name: str, index: int) -> TensorInfo:
         """Return one entry of the first dimension, without that dimension."""

@@ -183,7 +183,7 @@ class WriteJob(TensorJob):
             return Done(known.record, known.digests, known.inputs, known.changing, taken_up=True)
         if not tensor.models:
             digest = self.writing.leave(tensor)
-            hashes = [digest] if tensor.source.is_stored else self._read(tensor)[1]
+            hashes = [digest] if tensor.source.is_stored else self._hashes(tensor)
             return self._done(tensor, None, changing, hashes if self.hashes_inputs else [])
         base, hashes = self._read(tensor)
         reading = _Reading(tensor, base, self.checked.get(number, frozenset()), changing)
@@ -195,6 +195,11 @@ class WriteJob(TensorJob):
         stored = self.writing.put(tensor, base, merged)
         record = tensor_record(self.plan, tensor, stored, merged)
         return self._done(tensor, record, changing, hashes)
+
+    def _hashes(self, tensor: PlannedTensor) -> list[str]:
+        """Return the BLAKE3 of each tensor of a file that the base's is computed of."""
+        inputs = tensor.stored_inputs if self.hashes_inputs else ()
+        return [remembered_blake3_of_tensor(info) for info in inputs]
 
     def _read(self, tensor: PlannedTensor) -> tuple[Tensor | None, list[str]]:
         """Return the base's tensor, where it is read, and the BLAKE3 of each input."""

@@ -134,8 +134,12 @@ def name_of_head(base: Base, name: str | None, found: Mapping[str, str]) -> str 
     if others:
         return others[0]
     naming = naming_of(base)
-    if naming.ties:
-        return next(iter(naming.ties))
+    for end, other in naming.ties.items():
+        # BERT ties biases, too, and those before its weights.
+        if naming.sources.get(other) == (base.embedding,):
+            return end
+        if naming.sources.get(end) == (base.embedding,):
+            return other
     if naming.sources:
         return None  # transformers knows the model, and ties nothing in it
     if str((base.config.get("architectures") or [""])[0]).endswith(_LANGUAGE_MODELS):
