@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from starmerge.checkpoints.base import Base, read_config
 from starmerge.checkpoints.finetuned import FinetunedModel
 from starmerge.checkpoints.models import FineTune
 from starmerge.checkpoints.side_files import matches
-from starmerge.checkpoints.source import resolve
 from starmerge.checkpoints.tensors import TensorInfo, read_tensor
 from starmerge.checkpoints.tokenizer import (
     FILES,
@@ -28,7 +26,6 @@ from starmerge.checkpoints.tokenizer import (
     files_of,
     named,
     open_tokenizer,
-    with_templates,
     with_tokens,
 )
 from starmerge.checkpoints.vocabulary import (
@@ -42,7 +39,8 @@ from starmerge.checkpoints.vocabulary import (
 )
 from starmerge.checkpoints.writer import json_bytes
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.reading import read_json, read_text
+from starmerge.merging.chat_template import folder_named, with_chat_template
+from starmerge.reading import read_json
 from starmerge.recipe import Recipe
 from starmerge.storage import Place, is_file
 
@@ -94,8 +92,8 @@ def with_one_vocabulary(
     else:
         target = merging.union() if recipe.tokenizer == "union" else merging.of_another()
         made, settled = merging.on(target)
-    made = merging.with_chat_template(made)
-    return replace(made, notes=(*made.notes, *merging.notes)), settled
+    made = replace(made, notes=(*made.notes, *merging.notes))
+    return with_chat_template(recipe, made, models, merging.chosen), settled
 
 
 class _Vocabularies:
@@ -115,7 +113,8 @@ class _Vocabularies:
         self._rows = [count_rows(model, base.token_tables) for model in models]
         own = [base.checkpoint[name].shape[0] for name in base.token_tables]
         self._size = own[0] if own else 0
-        self._chosen: Tokenizer | None = None
+        self.chosen: Tokenizer | None = None
+        """The output's, where that is neither the base's nor a union."""
         self._files: dict[str, Place | bytes | None] = {}
         self._read: list[Place] = []
 
@@ -252,14 +251,14 @@ class _Vocabularies:
     def of_another(self) -> _Target:
         """Return the tokens of the tokenizer that the recipe names, and take its files."""
         ours = self._known()
-        folder = self._folder(self._recipe.tokenizer, "tokenizer")
+        folder = folder_named(self._recipe.tokenizer, "tokenizer", self._models)
         chosen = open_tokenizer(folder)
         if chosen is None or not chosen.vocabulary:
             raise UsageError(
                 f"{folder} has no tokenizer.json with a vocabulary, so its tokens are not known. "
                 "Load its tokenizer with transformers' AutoTokenizer and save it again."
             )
-        self._chosen = chosen
+        self.chosen = chosen
         additions = self._additions(str(folder), chosen)
         found: dict[str, list[tuple[int, int]]] = {token: [] for token in additions}
         for t, theirs in enumerate(self._theirs):
@@ -320,7 +319,7 @@ class _Vocabularies:
         config = self._config(self._base.config, target)
         files = {**self._files}
         generation = self._base.source.path / "generation_config.json"
-        if self._chosen is not None and is_file(generation):
+        if self.chosen is not None and is_file(generation):
             content = read_json(generation)
             files[generation.name] = json_bytes(self._with_ids(content, target.tokens))
         made = replace(
@@ -454,19 +453,6 @@ class _Vocabularies:
             own[places] = numbers
         return own
 
-    def _folder(self, reference: str, what: str) -> Place:
-        """Return the folder of the base, a model, or what a path or a Hub id names."""
-        known = {model.name: model.source.path for model in self._models}
-        if reference in known:
-            return known[reference]
-        try:
-            return resolve(reference).path
-        except UsageError as error:
-            names = ", ".join(known)
-            raise UsageError(
-                f"{what} {reference!r} is neither base nor a model of the merge ({names}): {error}"
-            ) from error
-
     def _config(self, base: Mapping[str, Any], target: _Target) -> dict[str, Any]:
         """Return the output's config, with its number of rows and the ids of its tokens."""
         config = dict(base)
@@ -477,7 +463,7 @@ class _Vocabularies:
                     config = changed
                 else:
                     config["text_config"] = changed
-        if self._chosen is None:
+        if self.chosen is None:
             return config
         if isinstance(config.get("text_config"), dict):
             config["text_config"] = self._with_ids(config["text_config"], target.tokens)
@@ -488,7 +474,7 @@ class _Vocabularies:
 
         An id follows its token. But what begins, ends and pads a text is told by the tokenizer.
         """
-        assert self._chosen is not None
+        assert self.chosen is not None
         by_id = {number: token for token, number in self._known().tokens.items()}
 
         def moved(number: Any) -> Any:
@@ -500,7 +486,7 @@ class _Vocabularies:
             is_id = key.endswith(("_token_id", "_token_ids", "_token_index", "suppress_tokens"))
             if not is_id or value is None:
                 continue
-            role = tokens.get(self._chosen.roles.get(_ROLES.get(key, ""), ""))
+            role = tokens.get(self.chosen.roles.get(_ROLES.get(key, ""), ""))
             if isinstance(value, list):
                 ids = [own for own in map(moved, value) if own is not None]
                 found[key] = ids if role is None or role in ids else [role, *ids]
@@ -508,71 +494,9 @@ class _Vocabularies:
                 found[key] = moved(value) if role is None else role
         return found
 
-    # The chat template
-
-    def with_chat_template(self, base: Base) -> Base:
-        """Return the base with the chat template that the recipe names, and note other ones."""
-        wanted = self._recipe.chat_template
-        output = self._chosen or self._ours
-        if wanted is None or (wanted == "base" and self._chosen is None):
-            if wanted is None and self._recipe.output.kind == "model":
-                self._note_templates(output)
-            return base
-        templates, files = self._templates(wanted)
-        changed = with_templates(base.side_files, templates)
-        made_of = tuple(dict.fromkeys((*base.made_of, *files)))
-        return replace(base, beside={**base.beside, **changed}, made_of=made_of)
-
-    def _templates(self, wanted: str) -> tuple[Mapping[str, str], list[Place]]:
-        """Return chat templates by name, and the files that have them."""
-        if "{%" in wanted or "{{" in wanted:
-            return {"default": wanted}, []
-        known = {model.name for model in self._models}
-        if wanted not in known and wanted != "base" and is_file(Path(wanted)):
-            return {"default": read_text(Path(wanted), 2**20)}, [Path(wanted)]
-        place = (
-            self._base.source.path if wanted == "base" else self._folder(wanted, "chat_template")
-        )
-        found = open_tokenizer(place)
-        if found is None or not found.templates:
-            raise UsageError(
-                f"chat_template {wanted!r}: {place} has no chat template. Name a model that has "
-                "one, or a Jinja file."
-            )
-        return found.templates, found.template_files
-
-    def _note_templates(self, output: Tokenizer | None) -> None:
-        """Note the models whose chat template is not the output's."""
-        try:
-            ours = output.templates if output is not None else {}
-        except StarmergeError as error:
-            self.notes.append(f"The chat template of the output was not compared: {error}")
-            return
-        groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
-        for model, theirs in zip(self._models, self._theirs, strict=True):
-            try:
-                own = theirs.templates if theirs is not None else {}
-            except StarmergeError as error:
-                self.notes.append(f"The chat template of {model.name} was not compared: {error}")
-                continue
-            if own and _stripped(own) != _stripped(ours):
-                groups.setdefault(_stripped(own), []).append(model.name)
-        whose = "the chosen tokenizer" if self._chosen is not None else "the base"
-        for names in groups.values():
-            has = "has" if len(names) == 1 else "have"
-            output_has = f"another, that of {whose}" if ours else f"none, as {whose}"
-            self.notes.append(
-                f"{' and '.join(names)} {has} a chat template. The output has {output_has}; "
-                f"--chat-template {names[0]} (chat_template: {names[0]} in a recipe) takes it."
-            )
-
 
 def _counted(tokens: Collection[str]) -> str:
     return "a token" if len(tokens) == 1 else f"{len(tokens):,} tokens"
-
-
-def _stripped(templates: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((name, template.strip()) for name, template in templates.items()))
 
 
 def _is_identity(rows: Tensor, count: int) -> bool:

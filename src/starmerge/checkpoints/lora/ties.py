@@ -135,7 +135,7 @@ def name_of_head(base: Base, name: str | None, found: Mapping[str, str]) -> str 
         return others[0]
     naming = naming_of(base)
     for end, other in naming.ties.items():
-        # BERT ties biases, too, and those before its weights.
+        # Some models, such as BERT, tie biases, too.
         if naming.sources.get(other) == (base.embedding,):
             return end
         if naming.sources.get(end) == (base.embedding,):
