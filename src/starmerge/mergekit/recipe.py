@@ -6,34 +6,26 @@ Read as mergekit 0.1.5 reads them, with one difference: what it ignores is an er
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from starmerge.checkpoints.references import Cut, Piece, spell
-from starmerge.errors import UsageError, explain, nearest
-from starmerge.mergekit.settings import BASE, PARAMETERS, Setting, read_settings
+from starmerge.errors import UsageError, nearest
+from starmerge.mergekit.schema import (
+    REFUSED,
+    Model,
+    Module,
+    Problems,
+    Recipe,
+    Source,
+    read_recipe,
+    reference_of,
+)
+from starmerge.mergekit.settings import BASE, Setting, read_settings
 
-_MIXTURE = "Mixtures of experts are made by mergekit-moe, not here."
-_SEARCH = "Merges are searched by mergekit-evolve, not here."
-
-_REFUSED = {
-    "experts": _MIXTURE,
-    "gate_mode": _MIXTURE,
-    "source_model": _MIXTURE,
-    "experts_per_token": _MIXTURE,
-    "shared_experts": _MIXTURE,
-    "architecture": _MIXTURE,
-    "genome": _SEARCH,
-    "tasks": _SEARCH,
-}
-"""Keys that mergekit's tools know, and what to do about them."""
-
-_MARKS = {"merge_method", "base_model", "slices", "modules", *_REFUSED} - {"tasks"}
+_MARKS = {"merge_method", "base_model", "slices", "modules", *REFUSED} - {"tasks"}
 """Keys that no recipe of our own has."""
 
 _NO_BASE = {"linear", "nuslerp", "karcher", "multislerp", "passthrough"}
@@ -53,80 +45,6 @@ _PARTS = {
     "multi_modal_projector": "projector",
 }
 """The parts of a model by mergekit's names of modules."""
-
-
-class _Keys(BaseModel):
-    """Some keys of a recipe; that there are no others is checked before."""
-
-    model_config = ConfigDict(extra="ignore")
-
-
-class _Model(_Keys):
-    model: str | dict[str, Any]
-    parameters: dict[str, Any] | None = None
-
-
-class _Source(_Model):
-    layer_range: tuple[int, int]
-
-
-class _Slice(_Keys):
-    sources: list[_Source] = Field(min_length=1)
-    base_model: str | dict[str, Any] | None = None
-    parameters: dict[str, Any] | None = None
-
-
-class _Module(_Keys):
-    models: list[_Model] | None = None
-    slices: list[_Slice] | None = None
-    parameters: dict[str, Any] | None = None
-
-
-class _Tokenizer(_Keys):
-    source: str | dict[str, Any] = "union"
-
-
-class _Recipe(_Keys):
-    merge_method: str
-    models: list[_Model] | None = None
-    slices: list[_Slice] | None = None
-    modules: dict[str, _Module] | None = None
-    base_model: str | dict[str, Any] | None = None
-    parameters: dict[str, Any] | None = None
-    dtype: str | None = None
-    out_dtype: str | None = None
-    tokenizer_source: str | dict[str, Any] | None = None
-    tokenizer: _Tokenizer | None = None
-    chat_template: str | None = None
-
-
-@dataclass
-class _Problems:
-    """What is wrong with a recipe, all of it."""
-
-    found: list[str] = field(default_factory=list)
-
-    @contextmanager
-    def noting(self) -> Iterator[None]:
-        """Note what is raised, and go on after it."""
-        try:
-            yield
-        except UsageError as error:
-            self.found.append(str(error))
-        except ValidationError as error:
-            self.found.append(explain(error))
-
-    def stop(self, where: str) -> None:
-        """Raise what has been found.
-
-        Raises:
-            UsageError: There is something.
-        """
-        found = list(dict.fromkeys(self.found))
-        if len(found) == 1:
-            raise UsageError(f"{where}: {found[0]}")
-        if found:
-            raise UsageError("\n- ".join([f"{where}: {len(found)} things do not run:", *found]))
 
 
 def is_mergekit_recipe(content: Mapping[str, Any]) -> bool:
@@ -152,21 +70,7 @@ def translate(
         UsageError: It asks for what does not run here, or for what mergekit would ignore. All that
             is found is listed.
     """
-    problems = _Problems()
-    _check_keys(content, problems)
-    recipe = None
-    with problems.noting():
-        recipe = _Recipe.model_validate(dict(content))
-    method = content.get("merge_method")
-    if isinstance(method, str) and method not in PARAMETERS:
-        problems.found.append(f"no merge_method is called {method!r}.{nearest(method, PARAMETERS)}")
-    problems.found += _of_tokenizer(content)
-    for reference in _references(content):
-        with problems.noting():
-            _reference(reference)
-    for key in ("dtype", "out_dtype"):
-        with problems.noting():
-            _check_dtype(key, content.get(key))
+    recipe, problems = read_recipe(content)
     problems.stop(where)
     assert recipe is not None, "otherwise there was a problem"
     translation = _Translation(recipe, problems, base_of)
@@ -177,93 +81,11 @@ def translate(
     return translated
 
 
-def _check_keys(content: Mapping[str, Any], problems: _Problems) -> None:
-    """Note the keys that do not run here, and those that mergekit ignores."""
-    refused = dict[str, list[str]]()
-    for key in (key for key in content if key in _REFUSED):
-        refused.setdefault(_REFUSED[key], []).append(repr(key))
-    for advice, keys in refused.items():
-        which = f"the key {keys[0]} is" if len(keys) == 1 else f"the keys {', '.join(keys)} are"
-        problems.found.append(f"{which} not supported. {advice}")
-
-    def check(mapping: Mapping[str, Any], model: type[BaseModel], what: str) -> None:
-        for key in mapping:
-            if key not in model.model_fields and (model is not _Recipe or key not in _REFUSED):
-                hint = nearest(str(key), model.model_fields)
-                problems.found.append(
-                    f"{what} has the unknown key {key!r}, which mergekit ignores.{hint}"
-                )
-
-    check(content, _Recipe, "the recipe")
-    if isinstance(content.get("tokenizer"), dict):
-        known = {k: v for k, v in content["tokenizer"].items() if k not in _TOKENIZER_KEYS}
-        check(known, _Tokenizer, "'tokenizer'")
-    modules = content.get("modules")
-    groups = [content, *_dicts(list(modules.values()) if isinstance(modules, dict) else None)]
-    for module in groups[1:]:
-        check(module, _Module, "a module")
-    for group in groups:
-        for entry in _dicts(group.get("models")):
-            check(entry, _Model, "an entry of 'models'")
-        for entry in _dicts(group.get("slices")):
-            check(entry, _Slice, "an entry of 'slices'")
-            for source in _dicts(entry.get("sources")):
-                check(source, _Source, "a source")
-
-
-_TOKENIZER_KEYS = {
-    "tokens": "each new token has the row of the model that has it, or the mean of several",
-    "pad_to_multiple_of": "the tables are as long as the tokens need, or as the base's",
-}
-"""Keys of mergekit's tokenizer that do not run, and what is done instead."""
-
-
-def _of_tokenizer(content: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what does not run of the tokenizer and the chat template that a recipe asks for."""
-    tokenizer, template = content.get("tokenizer"), content.get("chat_template")
-    if tokenizer is not None and content.get("tokenizer_source") is not None:
-        yield "'tokenizer' and 'tokenizer_source' both choose the tokenizer. Leave one out."
-    if isinstance(tokenizer, dict):
-        for key, instead in _TOKENIZER_KEYS.items():
-            if tokenizer.get(key):
-                yield f"the key {key!r} of 'tokenizer' is not supported: {instead}. Leave it out."
-    if template == "auto":
-        yield (
-            "chat_template is 'auto', which counts the models' templates. Leave the key out, and "
-            "the merge says which models have another one than the base."
-        )
-    elif isinstance(template, str) and "{" not in template:
-        yield (
-            f"chat_template is {template!r}: mergekit brings a template of that name, and here is "
-            "none. Give the Jinja text of it."
-        )
-
-
-def _references(content: Any) -> Iterator[str | dict[str, Any]]:
-    """Yield all models that a recipe names."""
-    if isinstance(content, dict):
-        for key, value in content.items():
-            if key in ("model", "base_model") or (
-                key == "tokenizer_source" and value not in _SOURCES
-            ):
-                if isinstance(value, str | dict):
-                    yield value
-            elif key not in ("parameters", "tokenizer"):
-                yield from _references(value)
-    elif isinstance(content, list):
-        for item in content:
-            yield from _references(item)
-
-
-_SOURCES = ("base", "union")
-"""Tokenizers that are no model's."""
-
-
 @dataclass(frozen=True)
 class _Group:
     """Models that are merged with each other: of a slice, a module, or the whole model."""
 
-    entries: Sequence[_Model]
+    entries: Sequence[Model]
     base: str | None
     """The base model that is given for it."""
     part: str
@@ -293,11 +115,11 @@ class _Translation:
     """
 
     def __init__(
-        self, recipe: _Recipe, problems: _Problems, base_of: Callable[[str], str | None]
+        self, recipe: Recipe, problems: Problems, base_of: Callable[[str], str | None]
     ) -> None:
         self._recipe, self._problems, self._base_of = recipe, problems, base_of
         self._method = recipe.merge_method
-        self._base = None if recipe.base_model is None else _reference(recipe.base_model)
+        self._base = None if recipe.base_model is None else reference_of(recipe.base_model)
 
     def keys(self) -> dict[str, Any]:
         """Return the keys of our recipe."""
@@ -355,7 +177,7 @@ class _Translation:
         keys = {} if template is None else {"chat_template": template}
         if chosen is None or chosen == "base":
             return keys
-        reference = chosen if chosen == "union" else _reference(chosen)
+        reference = chosen if chosen == "union" else reference_of(chosen)
         if reference == base.models[0]:
             return keys
         return {"tokenizer": names.get(reference, reference.partition("+")[0]), **keys}
@@ -369,7 +191,7 @@ class _Translation:
                 "one of the keys 'models', 'slices' and 'modules' says what is merged. Give one."
             )
         if recipe.modules is None:
-            modules = {"default": _Module(models=recipe.models, slices=recipe.slices)}
+            modules = {"default": Module(models=recipe.models, slices=recipe.slices)}
         else:
             modules = recipe.modules
         groups = list[_Group]()
@@ -386,7 +208,7 @@ class _Translation:
                 own = (module.parameters,)
                 groups.append(_Group(module.models, self._base, part, own, is_slice=False))
             for slice_ in module.slices or ():
-                base = self._base if slice_.base_model is None else _reference(slice_.base_model)
+                base = self._base if slice_.base_model is None else reference_of(slice_.base_model)
                 parameters = (slice_.parameters, module.parameters)
                 groups.append(_Group(slice_.sources, base, part, parameters, is_slice=True))
         if len({group.is_slice for group in groups}) > 1:
@@ -399,11 +221,11 @@ class _Translation:
     def _merged(self, group: _Group) -> _Merged:
         """Find the base of a group, and the models beside it."""
         method, place = self._method, "the slice" if group.is_slice else "the recipe"
-        called = [_reference(entry.model) for entry in group.entries]
+        called = [reference_of(entry.model) for entry in group.entries]
         for reference, times in Counter(called).items():
             if times > 1:
                 raise UsageError(f"the model {reference!r} is listed twice. A model counts once.")
-        ranges = [entry.layer_range for entry in group.entries if isinstance(entry, _Source)]
+        ranges = [entry.layer_range for entry in group.entries if isinstance(entry, Source)]
         cuts = [self._cut(range_, group.part) for range_ in ranges]
         if len({cut.size for cut in cuts}) > 1:
             raise UsageError(
@@ -477,7 +299,7 @@ class _Translation:
         """Return the settings of a group's models and of its own levels."""
         settings = list[dict[str, Any]]()
         for entry in group.entries:
-            reference = _reference(entry.model)
+            reference = reference_of(entry.model)
             is_base = reference not in own.others and self._method != "passthrough"
             if is_base and not own.joins and entry.parameters:
                 self._problems.found.append(
@@ -542,46 +364,6 @@ def _read(
     return [setting.model_dump(exclude_none=True) for setting in read]
 
 
-def _reference(model: str | dict[str, Any]) -> str:
-    """Return a model's path or Hub id, with its revision; and its adapter's behind a ``+``.
-
-    Raises:
-        UsageError: It is none, or has an architecture of its own.
-    """
-    if isinstance(model, str):
-        if model.count("+") > 1 or not all(model.split("+")):
-            raise UsageError(f"{model!r} is no model: one adapter may follow it, MODEL+ADAPTER.")
-        return model
-    if model.get("override_architecture") is not None:
-        raise UsageError(
-            "the key 'override_architecture' of a model is not supported. Leave it out."
-        )
-    for key in model:
-        if key not in _MODEL_KEYS:
-            raise UsageError(
-                f"a model has the unknown key {key!r}.{nearest(str(key), _MODEL_KEYS)}"
-            )
-    own = _path(model.get("model"), model)
-    return own if model.get("lora") is None else f"{own}+{_path(model['lora'], model)}"
-
-
-def _path(place: Any, model: Mapping[str, Any]) -> str:
-    """Return a path or Hub id with its revision, as a mapping of a model gives them."""
-    if isinstance(place, str):
-        return place
-    if not isinstance(place, dict) or not isinstance(place.get("path"), str):
-        raise UsageError(f"{model!r} is no model: give its path or Hub id.")
-    for key in place:
-        if key not in _PATH_KEYS:
-            raise UsageError(f"a model has the unknown key {key!r}.{nearest(str(key), _PATH_KEYS)}")
-    revision = place.get("revision")
-    return str(place["path"] if revision is None else f"{place['path']}@{revision}")
-
-
-_MODEL_KEYS = ("model", "lora", "override_architecture")
-_PATH_KEYS = ("path", "revision")
-
-
 def _names(references: Sequence[str]) -> list[str]:
     """Name models after the last part of their paths, or after the path where that is taken."""
     names: dict[str, None] = {}
@@ -592,7 +374,7 @@ def _names(references: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def _dtype(recipe: _Recipe) -> str:
+def _dtype(recipe: Recipe) -> str:
     """Return the output's dtype. What mergekit computes in, ``dtype``, decides it by itself."""
     chosen = recipe.out_dtype or recipe.dtype
     if chosen is None:
@@ -603,16 +385,3 @@ def _dtype(recipe: _Recipe) -> str:
             "is computed in float64 anyway."
         )
     return chosen.removeprefix("torch.")
-
-
-def _check_dtype(key: str, given: Any) -> None:
-    if isinstance(given, str) and given.removeprefix("torch.") not in _DTYPES:
-        raise UsageError(f"{key} is {given!r}.{nearest(given, _DTYPES)}")
-
-
-_DTYPES = ("bfloat16", "float16", "float32", "float64")
-
-
-def _dicts(content: object) -> list[dict[str, Any]]:
-    """Return the mappings of a list; what is wrong with the others, validation says."""
-    return [item for item in content if isinstance(item, dict)] if isinstance(content, list) else []
