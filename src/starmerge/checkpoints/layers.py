@@ -62,3 +62,9 @@ def layer_of(name: str) -> str:
     parts = name.split(".")
     place = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
     return ".".join(parts[: place + 1])
+
+
+def family_of(name: str) -> str:
+    """Return what the layers are called that a tensor lies in, as ``model.layers``; else nothing."""
+    prefix, _, number = layer_of(name).rpartition(".")
+    return prefix if number.isdecimal() else ""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from starmerge.checkpoints.base import Base, known_config
+from starmerge.checkpoints.layers import family_of
 from starmerge.checkpoints.lora.checks import fits_weight
 from starmerge.checkpoints.lora.config import AdapterConfig
 from starmerge.checkpoints.lora.formats import is_adapter, read_adapter
@@ -123,7 +124,7 @@ def unknown_base(sources: Sequence[Source], *, any_base: bool = False) -> Base:
 
 def _check_one_model(source: Source, names: Iterable[str], known: Mapping[str, Source]) -> None:
     """Refuse names of which nothing tells whether they lack a prefix that the known ones have."""
-    ours, theirs = ({_layers_of(name): name for name in each} for each in (names, known))
+    ours, theirs = ({family_of(name): name for name in each} for each in (names, known))
     for layers, name in ours.items():
         for others, other in theirs.items():
             shorter, longer = sorted((layers, others), key=len)
@@ -133,9 +134,3 @@ def _check_one_model(source: Source, names: Iterable[str], known: Mapping[str, S
                     "they mean layers of one model cannot be told, as no module is in both. Give "
                     "the base before the models."
                 )
-
-
-def _layers_of(name: str) -> str:
-    """Return the name of the layers that a tensor lies in, such as model.layers; else nothing."""
-    parts = name.split(".")
-    return ".".join(parts[: next((i for i, part in enumerate(parts) if part.isdecimal()), 0)])
