@@ -65,6 +65,6 @@ def layer_of(name: str) -> str:
 
 
 def family_of(name: str) -> str:
-    """Return what the layers are called that a tensor lies in, as ``model.layers``; else nothing."""
+    """Return what the layers are called that a tensor lies in, as ``model.layers``; or nothing."""
     prefix, _, number = layer_of(name).rpartition(".")
     return prefix if number.isdecimal() else ""
