@@ -91,7 +91,7 @@ def score_key(
             :func:`starmerge.checkpoints.hashing.blake3_of_update`.
     """
     content = {
-        "model": [_model_files(folder) for folder in folders],
+        "model": [model_files(folder) for folder in folders],
         "update": update,
         "asked": dict(asked),
         "device": device,
@@ -172,7 +172,7 @@ def _head(key: str, body: bytes) -> bytes:
     return json.dumps({"blake3": blake3(key.encode() + body).hexdigest()}).encode()
 
 
-def _model_files(folder: Path) -> dict[str, str]:
+def model_files(folder: Path) -> dict[str, str]:
     """Return the hashes of what has a part in a model's answers, by file name."""
     files = {file.relative_to(folder): file for file in folder.rglob("*") if file.is_file()}
     return {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,10 +73,13 @@ class OnBase:
         wrap: Callable[[Any, Any], Any],
     ) -> None:
         self._base, self._updates, self._adapters = base, updates, adapters
-        self._load, self._wrap = load, wrap
+        self._load, self._wrap = cache(load), wrap
         self._hashes: dict[str, str] = {}
-        self._loaded: tuple[Any, Any] | None = None
         self._switch: AdapterSwitch | None = None
+
+    def with_updates(self, updates: Mapping[str, Update]) -> OnBase:
+        """Return a group of the base and other updates of it, which shares the loaded base."""
+        return OnBase(self._base, updates, {}, self._load, self._wrap)
 
     @property
     def names(self) -> list[str]:
@@ -98,9 +102,7 @@ class OnBase:
     @contextmanager
     def active(self, name: str) -> Iterator[Any]:
         """Yield the base as it is, with an update added to its weights, or with an adapter."""
-        if self._loaded is None:
-            self._loaded = self._load(self._base)
-        model, second = self._loaded
+        model, second = self._load(self._base)
         if name in self._adapters:
             if self._switch is None:
                 self._switch = AdapterSwitch(model, self._adapters)

@@ -37,12 +37,23 @@ def candidate_name(pipeline: Pipeline) -> str:
     """
     usual = make_pipeline(pipeline.name).parameters()
     own = {
-        key: value if isinstance(value, str) else json.dumps(value, default=str)
+        key: value if isinstance(value, str) else _as_json(value)
         for key, value in pipeline.parameters().items()
         if value != usual[key]
     }
     settings = ",".join(f"{key}={value}" for key, value in own.items())
     return f"{pipeline.name}:{settings}" if settings else pipeline.name
+
+
+def _as_json(value: Any) -> str:
+    """Write a parameter as JSON, a number without a needless ".0"."""
+    return json.dumps(_plain(value), default=str)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def named_candidates(

@@ -1,0 +1,274 @@
+"""What the runs of a store say together: normalised averages with intervals, and comparisons.
+
+A run's normalised average is the mean over its tasks of its score divided by the score of the
+task's fine-tune (arXiv 2502.10339); where several merged models have one task, by the mean of their
+scores. An interval of 95 % is a bootstrap over the rows of each task: all runs of a store answered
+the same rows, and each resample draws the same ones for all of them. So it tells how the values
+would vary with other rows of the same tasks, not with other models; how they vary with the choice
+of models is told by the single combinations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from starmerge.errors import UsageError
+from starmerge.evaluation.scoring.comparison import Difference, Interval
+from starmerge.evaluation.scoring.metrics import METRICS, RESAMPLES, Score, percentiles
+from starmerge.study.runs import label_of
+from starmerge.study.store import Record, Store
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Samples = NDArray[np.float64]
+"""A value in each resample, (RESAMPLES,); NaN where it is undefined."""
+
+
+@dataclass(frozen=True)
+class RunAverage:
+    """The normalised average of one run."""
+
+    record: Record
+    value: float
+    samples: Samples
+    base: float
+    """The base's, on the same tasks."""
+    base_samples: Samples
+
+    @property
+    def label(self) -> str:
+        """The chain with the parameters that are not its defaults."""
+        return self.record.run.label
+
+    @property
+    def n(self) -> int:
+        """How many models were merged."""
+        return len(self.record.run.models)
+
+
+class Averages:
+    """The normalised averages of the merges of a store.
+
+    Args:
+        store: The store.
+
+    Raises:
+        UsageError: It has no base, or no merge all of whose tasks have a fine-tune with a score
+            above 0.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        records = [record for record in store.records if record.error is None]
+        bases = [record for record in records if record.run.kind == "base"]
+        if not bases:
+            raise UsageError(f"{store.folder} has no scores of the base yet. Go on with the study.")
+        self._base = bases[0]
+        self._tuned = {r.run.models[0]: r for r in records if r.run.kind == "fine-tune"}
+        self._counts: dict[int, NDArray[np.float64]] = {}
+        self._samples: dict[tuple[str, str], Samples] = {}
+        found = (self._average(r) for r in records if r.run.kind == "merge")
+        self.runs = tuple(average for average in found if average is not None)
+        if not self.runs:
+            raise UsageError(
+                f"{store.folder} has no merge yet all of whose tasks have a fine-tune with a score "
+                "above 0. Go on with the study."
+            )
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """The merges' chains with their parameters, in the order in which they were made."""
+        return tuple(dict.fromkeys(run.label for run in self.runs))
+
+    def mean(self, runs: Sequence[RunAverage]) -> Interval:
+        """Return the mean of some runs' normalised averages, with its interval."""
+        value = float(np.mean([run.value for run in runs]))
+        return Interval(value, *percentiles(np.mean([run.samples for run in runs], axis=0)))
+
+    def base_mean(self, runs: Sequence[RunAverage]) -> Interval:
+        """Return the mean of the base's normalised averages on the tasks of some runs."""
+        value = float(np.mean([run.base for run in runs]))
+        return Interval(value, *percentiles(np.mean([run.base_samples for run in runs], axis=0)))
+
+    def difference(self, first: Sequence[RunAverage], second: Sequence[RunAverage]) -> Difference:
+        """Return the paired difference of two means, first − second.
+
+        Args:
+            first: Runs of one chain.
+            second: Those of another, on the same combinations: those that only one has are left
+                out.
+
+        Raises:
+            UsageError: They have no combination in common.
+        """
+        ours, theirs = _by_models(first), _by_models(second)
+        common = [models for models in ours if models in theirs]
+        if not common:
+            raise UsageError("The two have no combination of models in common.")
+        value = float(np.mean([_value(ours[models]) - _value(theirs[models]) for models in common]))
+        gaps = [_sample(ours[models]) - _sample(theirs[models]) for models in common]
+        samples = np.mean(gaps, axis=0)
+        low, high, left_out = percentiles(samples)
+        beyond = 1 + min((samples <= 0).sum(), (samples >= 0).sum())
+        p_value = min(1.0, 2 * beyond / (1 + samples.size - left_out))
+        rows = sum(line["rows"] for run in first for line in run.record.lines)
+        return Difference(value, low, high, float(p_value), "paired bootstrap", rows, left_out)
+
+    def to_frame(self, without: Sequence[str] = ()) -> pd.DataFrame:
+        """Return a row for each chain and number of models.
+
+        Its columns are ``label``, ``method``, ``parameters`` (a dict), ``n``, ``combinations``,
+        ``value``, ``low``, ``high``, ``base``, ``base_low`` and ``base_high``.
+
+        Args:
+            without: Parameters that are left out of the label, as they stand on an axis.
+        """
+        import pandas as pd  # noqa: PLC0415
+
+        groups: dict[tuple[str, int], list[RunAverage]] = {}
+        for run in self.runs:
+            groups.setdefault((run.label, run.n), []).append(run)
+        rows = []
+        for (_, n), runs in groups.items():
+            own, base = self.mean(runs), self.base_mean(runs)
+            first = runs[0].record.run
+            rows.append(
+                {
+                    "label": label_of(first.method, first.parameters, without),
+                    "method": first.method,
+                    "parameters": dict(first.parameters),
+                    "n": n,
+                    "combinations": len({run.record.run.models for run in runs}),
+                    **_flat("", own),
+                    **_flat("base", base),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def runs_to_frame(self, without: Sequence[str] = ()) -> pd.DataFrame:
+        """Return a row for each run.
+
+        Its columns are ``label``, ``method``, ``parameters``, ``n``, ``combination``, ``models``,
+        ``value``, ``low``, ``high`` and ``base``.
+
+        Args:
+            without: Parameters that are left out of the label, as they stand on an axis.
+        """
+        import pandas as pd  # noqa: PLC0415
+
+        rows = []
+        for average in self.runs:
+            run = average.record.run
+            rows.append(
+                {
+                    "label": label_of(run.method, run.parameters, without),
+                    "method": run.method,
+                    "parameters": dict(run.parameters),
+                    "n": average.n,
+                    "combination": run.combination,
+                    "models": list(run.models),
+                    **_flat("", self.mean([average])),
+                    "base": average.base,
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def _average(self, record: Record) -> RunAverage | None:
+        """Return the normalised average of a merge; None where a task has no fine-tune above 0."""
+        own, own_samples, base, base_samples = [], [], [], []
+        for task, line in record.by_task.items():
+            tuned = [
+                self._tuned[model]
+                for model in record.run.models
+                if model in self._tuned and task in self._tuned[model].by_task
+            ]
+            ceiling = float(np.mean([r.by_task[task]["score"] or 0.0 for r in tuned] or [0.0]))
+            if not ceiling > 0:
+                return None
+            ceilings = np.mean([self._resampled(r, task) for r in tuned], axis=0)
+            ceilings = np.where(ceilings > 0, ceilings, np.nan)
+            own.append((line["score"] or 0.0) / ceiling)
+            own_samples.append(np.nan_to_num(self._resampled(record, task), nan=0.0) / ceilings)
+            below = self._base.by_task[task]["score"] or 0.0
+            base.append(below / ceiling)
+            base_samples.append(
+                np.nan_to_num(self._resampled(self._base, task), nan=0.0) / ceilings
+            )
+        return RunAverage(
+            record,
+            float(np.mean(own)),
+            np.mean(own_samples, axis=0),
+            float(np.mean(base)),
+            np.mean(base_samples, axis=0),
+        )
+
+    def _resampled(self, record: Record, task: str) -> Samples:
+        """Return a run's score on a task in each resample of the task's rows."""
+        key = (record.run.key, task)
+        if key not in self._samples:
+            line = record.by_task[task]
+            rows = [tuple(seen) if isinstance(seen, list) else (seen,) for seen in line["seen"]]
+            metric = METRICS.find(line["metric"])
+            statistic = metric.statistic(_bare_score(line, rows), rows)
+            self._samples[key] = np.asarray(statistic(self._drawn(task, len(rows))), np.float64)
+        return self._samples[key]
+
+    def _drawn(self, task: str, rows: int) -> NDArray[np.float64]:
+        """Return how often each row of a task is drawn in each resample, (RESAMPLES, rows)."""
+        place = list(self.store.head["tasks"]).index(task)
+        if place not in self._counts:
+            generator = np.random.default_rng([0, place])
+            drawn = generator.multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES)
+            self._counts[place] = drawn.astype(np.float64)
+        return self._counts[place]
+
+
+def _bare_score(line: Mapping[str, Any], rows: Sequence[tuple[Any, ...]]) -> Score:
+    """Return what a metric must know of a score besides its rows.
+
+    The labels of a closed task are those that its rows have: a metric of credits sees one number a
+    row, one of labels sees the right answer and what was read.
+    """
+    metric = METRICS.find(line["metric"])
+    labels = tuple(sorted({str(row[0]) for row in rows})) if len(rows[0]) == 2 else ()
+    return Score(
+        metric=metric.name,
+        computed_by=metric,
+        value=math.nan if line["score"] is None else line["score"],
+        low=math.nan,
+        high=math.nan,
+        n=line["rows"],
+        unparsed=line["unparsed"],
+        shortened=line["shortened"],
+        predictions=(),
+        labels=labels,
+    )
+
+
+def _by_models(runs: Sequence[RunAverage]) -> dict[tuple[str, ...], list[RunAverage]]:
+    """Return runs by what was merged; several have other seeds."""
+    found: dict[tuple[str, ...], list[RunAverage]] = {}
+    for run in runs:
+        found.setdefault(run.record.run.models, []).append(run)
+    return found
+
+
+def _value(runs: Sequence[RunAverage]) -> float:
+    return float(np.mean([run.value for run in runs]))
+
+
+def _sample(runs: Sequence[RunAverage]) -> Samples:
+    return np.asarray(np.mean([run.samples for run in runs], axis=0))
+
+
+def _flat(name: str, interval: Interval) -> dict[str, float]:
+    keys = (name or "value", f"{name}_low".lstrip("_"), f"{name}_high".lstrip("_"))
+    return dict(zip(keys, (interval.value, interval.low, interval.high), strict=True))
