@@ -42,6 +42,8 @@ class RunAverage:
     base: float
     """The base's, on the same tasks."""
     base_samples: Samples
+    halves: NDArray[np.float64]
+    """The value on every other row, and on the rest, (2,)."""
 
     @property
     def label(self) -> str:
@@ -74,7 +76,7 @@ class Averages:
         self._base = bases[0]
         self._tuned = {r.run.models[0]: r for r in records if r.run.kind == "fine-tune"}
         self._counts: dict[int, NDArray[np.float64]] = {}
-        self._samples: dict[tuple[str, str], Samples] = {}
+        self._known: dict[tuple[str, str], NDArray[np.float64]] = {}
         found = (self._average(r) for r in records if r.run.kind == "merge")
         self.runs = tuple(average for average in found if average is not None)
         if not self.runs:
@@ -121,6 +123,16 @@ class Averages:
         p_value = min(1.0, 2 * beyond / (1 + samples.size - left_out))
         rows = sum(line["rows"] for run in first for line in run.record.lines)
         return Difference(value, low, high, float(p_value), "paired bootstrap", rows, left_out)
+
+    def base_score(self, task: str) -> float:
+        """Return the base's score on a task; NaN where it is undefined."""
+        return float(self._values(self._base, task)[0])
+
+    def tuned_score(self, task: str) -> float:
+        """Return the mean score of a task's fine-tunes on it; NaN where there is none."""
+        own = [record for record in self._tuned.values() if task in record.by_task]
+        scores = [self._values(record, task)[0] for record in own]
+        return float(np.mean(scores)) if scores else math.nan
 
     def to_frame(self, without: Sequence[str] = ()) -> pd.DataFrame:
         """Return a row for each chain and number of models.
@@ -183,51 +195,47 @@ class Averages:
 
     def _average(self, record: Record) -> RunAverage | None:
         """Return the normalised average of a merge; None where a task has no fine-tune above 0."""
-        own, own_samples, base, base_samples = [], [], [], []
-        for task, line in record.by_task.items():
+        ratios, below = [], []
+        for task in record.by_task:
             tuned = [
-                self._tuned[model]
+                self._values(self._tuned[model], task)
                 for model in record.run.models
                 if model in self._tuned and task in self._tuned[model].by_task
             ]
-            ceiling = float(np.mean([r.by_task[task]["score"] or 0.0 for r in tuned] or [0.0]))
-            if not ceiling > 0:
+            ceiling = np.mean(tuned, axis=0) if tuned else np.zeros(1)
+            if not ceiling[0] > 0:
                 return None
-            ceilings = np.mean([self._resampled(r, task) for r in tuned], axis=0)
-            ceilings = np.where(ceilings > 0, ceilings, np.nan)
-            own.append((line["score"] or 0.0) / ceiling)
-            own_samples.append(np.nan_to_num(self._resampled(record, task), nan=0.0) / ceilings)
-            below = self._base.by_task[task]["score"] or 0.0
-            base.append(below / ceiling)
-            base_samples.append(
-                np.nan_to_num(self._resampled(self._base, task), nan=0.0) / ceilings
-            )
+            ceiling = np.where(ceiling > 0, ceiling, np.nan)
+            ratios.append(np.nan_to_num(self._values(record, task)) / ceiling)
+            below.append(np.nan_to_num(self._values(self._base, task)) / ceiling)
+        own, base = np.mean(ratios, axis=0), np.mean(below, axis=0)
         return RunAverage(
-            record,
-            float(np.mean(own)),
-            np.mean(own_samples, axis=0),
-            float(np.mean(base)),
-            np.mean(base_samples, axis=0),
+            record, float(own[0]), own[3:], float(base[0]), base[3:], np.nan_to_num(own[1:3])
         )
 
-    def _resampled(self, record: Record, task: str) -> Samples:
-        """Return a run's score on a task in each resample of the task's rows."""
+    def _values(self, record: Record, task: str) -> NDArray[np.float64]:
+        """Return a run's score on a task: on all rows, on two halves, in each resample of them."""
         key = (record.run.key, task)
-        if key not in self._samples:
+        if key not in self._known:
             line = record.by_task[task]
             rows = [tuple(seen) if isinstance(seen, list) else (seen,) for seen in line["seen"]]
             metric = METRICS.find(line["metric"])
             statistic = metric.statistic(_bare_score(line, rows), rows)
-            self._samples[key] = np.asarray(statistic(self._drawn(task, len(rows))), np.float64)
-        return self._samples[key]
+            self._known[key] = np.asarray(statistic(self._drawn(task, len(rows))), np.float64)
+        return self._known[key]
 
     def _drawn(self, task: str, rows: int) -> NDArray[np.float64]:
-        """Return how often each row of a task is drawn in each resample, (RESAMPLES, rows)."""
+        """Return how often each row of a task counts, (3 + RESAMPLES, rows).
+
+        Once; once every other row, and once the rest; as often as a resample draws it.
+        """
         place = list(self.store.head["tasks"]).index(task)
         if place not in self._counts:
             generator = np.random.default_rng([0, place])
             drawn = generator.multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES)
-            self._counts[place] = drawn.astype(np.float64)
+            every = np.arange(rows) % 2 == 0
+            counts = np.vstack([np.ones(rows), every, ~every, drawn])
+            self._counts[place] = counts.astype(np.float64)
         return self._counts[place]
 
 

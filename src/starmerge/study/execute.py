@@ -145,6 +145,12 @@ class Laboratory:
             },
             "seed": self.study.seed,
             "code": code_hash(),
+            "plugins": {
+                name: origin.record()
+                for run in self.runs
+                if run.kind == "merge"
+                for name, origin in run.pipeline.plugins.items()
+            },
             "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
             "device": device,
             "python": platform.python_version(),

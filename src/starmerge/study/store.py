@@ -40,7 +40,7 @@ SCHEMA = 1
 
 HEAD, RUNS = "study.json", "runs.jsonl"
 
-_COMPARED = ("base", "models", "tasks", "asked", "seed", "code", "versions", "device")
+_COMPARED = ("base", "models", "tasks", "asked", "seed", "code", "plugins", "versions", "device")
 """Keys of the head that must be the same for runs to stand in one store."""
 
 

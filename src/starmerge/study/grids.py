@@ -1,0 +1,130 @@
+"""What a grid of parameters is worth: its best point, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from starmerge.evaluation.scoring.comparison import Difference, Interval
+from starmerge.evaluation.scoring.metrics import percentiles
+from starmerge.methods.pipeline import make_pipeline
+from starmerge.study.averages import Averages, RunAverage
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class GridBest:
+    """The best of a chain's points for a number of models, beside the chain's defaults."""
+
+    method: str
+    n: int
+    points: int
+    default: Interval | None
+    """The normalised average with the defaults, or with the entry's own parameters where the grid
+    has one point; None if the defaults are not among the points."""
+    best_label: str
+    best: Interval
+    """The highest normalised average, on the rows that it was found on: too good."""
+    held_out: float
+    """The normalised average of the point that is best on half of the rows, on the other half; the
+    mean of both ways round."""
+    gain: Difference | None
+    """Best − default, paired; too good, too."""
+
+
+def best_of_grids(averages: Averages) -> list[GridBest]:
+    """Return the best point of each chain for each number of models."""
+    found = []
+    for (method, n), points in _points(averages).items():
+        runs = list(points.values())
+        means = [averages.mean(own) for own in runs]
+        best = int(np.argmax([mean.value for mean in means]))
+        usual = _default(method, points)
+        found.append(
+            GridBest(
+                method,
+                n,
+                len(points),
+                None if usual is None else averages.mean(usual),
+                list(points)[best],
+                means[best],
+                _held_out(runs),
+                None if usual is None else averages.difference(runs[best], usual),
+            )
+        )
+    return found
+
+
+def best_parameters(averages: Averages, parameter: str) -> pd.DataFrame:
+    """Return a parameter's best value for each chain and number of models.
+
+    The interval holds the middle 95 % of the best values in resamples of the rows: a wide one says
+    that the rows cannot tell.
+
+    Args:
+        averages: The averages.
+        parameter: A numeric parameter that several points of a chain differ in.
+
+    Returns:
+        Columns ``label`` (the chain), ``n``, ``best``, ``low``, ``high``, and ``value``, the
+        normalised average there.
+    """
+    import pandas as pd  # noqa: PLC0415
+
+    rows = []
+    for (method, n), points in _points(averages).items():
+        runs = [own for own in points.values() if value_of(own[0], parameter) is not None]
+        places = np.array([value_of(own[0], parameter) for own in runs], np.float64)
+        if len(set(places)) < 2:
+            continue
+        values = [averages.mean(own).value for own in runs]
+        samples = np.array([np.mean([run.samples for run in own], axis=0) for own in runs])
+        defined = samples[:, ~np.isnan(samples).any(axis=0)]
+        low, high, _ = percentiles(places[np.argmax(defined, axis=0)])
+        best = int(np.argmax(values))
+        rows.append(
+            {
+                "label": method,
+                "n": n,
+                "best": float(places[best]),
+                "low": low,
+                "high": high,
+                "value": values[best],
+            }
+        )
+    return pd.DataFrame(rows, columns=["label", "n", "best", "low", "high", "value"])
+
+
+def value_of(run: RunAverage, parameter: str) -> Any:
+    """Return a parameter of a run's chain; None if it has none of that name, or has not set it."""
+    parameters = run.record.run.parameters
+    found = [v for key, v in parameters.items() if key.rpartition(".")[2] == parameter]
+    return found[0] if len(found) == 1 else None
+
+
+def _points(averages: Averages) -> dict[tuple[str, int], dict[str, list[RunAverage]]]:
+    """Return the runs by chain and number of models, then by label."""
+    found: dict[tuple[str, int], dict[str, list[RunAverage]]] = {}
+    for run in averages.runs:
+        points = found.setdefault((run.record.run.method, run.n), {})
+        points.setdefault(run.label, []).append(run)
+    return found
+
+
+def _default(method: str, points: dict[str, list[RunAverage]]) -> list[RunAverage] | None:
+    """Return the runs with the chain's defaults, or those of the only point."""
+    if len(points) == 1:
+        return next(iter(points.values()))
+    return points.get(make_pipeline(method).name)
+
+
+def _held_out(points: Sequence[Sequence[RunAverage]]) -> float:
+    """Return what the point that is best on one half of the rows has on the other, both ways."""
+    halves = np.array([np.mean([run.halves for run in own], axis=0) for own in points])
+    chosen = np.argmax(halves, axis=0)
+    return float(np.mean([halves[chosen[0], 1], halves[chosen[1], 0]]))

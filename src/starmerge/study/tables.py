@@ -1,0 +1,120 @@
+"""The runs of a study as tables that people read, in Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from starmerge.evaluation.scoring.comparison import Interval
+from starmerge.evaluation.subjects import BASE
+from starmerge.evaluation.table import aligned, interval_cell
+from starmerge.study.averages import Averages, RunAverage
+from starmerge.study.grids import GridBest, best_of_grids
+from starmerge.study.store import Store
+
+LEGEND = (
+    "Normalised averages (mean over the tasks of score/fine-tune's score) with their 95 % "
+    "intervals over rows; n models merged, the mean over the combinations. What is bold is the "
+    "highest of its column."
+)
+
+GRID_LEGEND = (
+    "The best of a grid was found on the rows that it is scored on, which makes it look better "
+    "than it is; held out: chosen on half of the rows, scored on the other half."
+)
+
+
+def markdown(averages: Averages) -> str:
+    """Return the normalised averages: a row for each chain, a column for each number of models."""
+    numbers = sorted({run.n for run in averages.runs})
+    by_number = {n: [run for run in averages.runs if run.n == n] for n in numbers}
+    counts = {n: len({run.record.run.models for run in by_number[n]}) for n in numbers}
+    head = [f"n = {n}" + (f" ({counts[n]} combinations)" if counts[n] > 1 else "") for n in numbers]
+    rows = [["method", *head]]
+    rows.append([f"*{BASE}*", *(interval_cell(averages.base_mean(by_number[n])) for n in numbers)])
+    cells: dict[str, list[Interval | None]] = {}
+    for label in averages.labels:
+        own = [[run for run in by_number[n] if run.label == label] for n in numbers]
+        cells[label] = [averages.mean(runs) if runs else None for runs in own]
+    best = [
+        max((row[k].value for row in cells.values() if row[k]), default=math.nan)  # type: ignore[union-attr]
+        for k in range(len(numbers))
+    ]
+    for label, row in cells.items():
+        rows.append([label, *(_bold(cell, top) for cell, top in zip(row, best, strict=True))])
+    return aligned(rows)
+
+
+def by_task(averages: Averages) -> str:
+    """Return the scores of the merges of the most models, a column for each task."""
+    most = max(run.n for run in averages.runs)
+    runs = [run for run in averages.runs if run.n == most]
+    labels = list(dict.fromkeys(run.label for run in runs))
+    tasks = list(dict.fromkeys(task for run in runs for task in run.record.run.tasks))
+    rows = [["method", *tasks]]
+    rows.append([f"*{BASE}*", *(f"{averages.base_score(task):.2f}" for task in tasks)])
+    rows.append(["*fine-tuned*", *(f"{averages.tuned_score(task):.2f}" for task in tasks)])
+    for label in labels:
+        own = [run for run in runs if run.label == label]
+        rows.append([label, *(f"{_mean_score(own, task):.2f}" for task in tasks)])
+    return f"Scores, n = {most}:\n\n{aligned(rows)}"
+
+
+def grids(found: Sequence[GridBest]) -> str:
+    """Return the best points of grids beside the defaults, a row for each chain and number."""
+    rows = [["method", "n", "points", "default", "best of the grid", "held out", "best − default"]]
+    for grid in found:
+        gain = grid.gain
+        rows.append(
+            [
+                grid.method,
+                str(grid.n),
+                str(grid.points),
+                interval_cell(grid.default),
+                f"{interval_cell(grid.best)} {grid.best_label.partition(':')[2]}".strip(),
+                f"{grid.held_out:.3f}",
+                "" if gain is None else f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]",
+            ]
+        )
+    return f"{aligned(rows)}\n\n{GRID_LEGEND}"
+
+
+def report(store: Store) -> str:
+    """Return all tables of a store with what belongs under them, in Markdown."""
+    averages = Averages(store)
+    parts = [markdown(averages), LEGEND]
+    found = best_of_grids(averages)
+    if any(grid.points > 1 for grid in found):
+        parts.append(grids(found))
+    parts.append(by_task(averages))
+    parts += failures(store)
+    return "\n\n".join(parts)
+
+
+def failures(store: Store) -> list[str]:
+    """Return what a reader must know of runs that failed: how many, and why, each reason once."""
+    failed = store.failures
+    if not failed:
+        return []
+    reasons: dict[str, list[str]] = {}
+    for record in failed:
+        reasons.setdefault(str(record.error), []).append(record.run.label)
+    lines = [f"{len(failed)} of {len(store.records)} runs failed (--retry makes them again):"]
+    for reason, labels in reasons.items():
+        names = ", ".join(dict.fromkeys(labels))
+        times = f" ({len(labels)} runs)" if len(labels) > 1 else ""
+        lines.append(f"- {names}{times}: {reason}")
+    return ["\n".join(lines)]
+
+
+def _bold(interval: Interval | None, best: float) -> str:
+    cell = interval_cell(interval)
+    return f"**{cell}**" if interval is not None and interval.value == best else cell
+
+
+def _mean_score(runs: Sequence[RunAverage], task: str) -> float:
+    lines = [run.record.by_task[task] for run in runs if task in run.record.by_task]
+    scores = [math.nan if line["score"] is None else line["score"] for line in lines]
+    return float(np.mean(scores)) if scores else math.nan

@@ -1,0 +1,213 @@
+"""Averages over runs against NumPy that resamples single rows, and against the evaluation's own."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from starmerge.errors import UsageError
+from starmerge.evaluation.scoring.comparison import normalised_average
+from starmerge.evaluation.scoring.metrics import METRICS, RESAMPLES, Prediction, Score, score
+from starmerge.study.averages import Averages
+from starmerge.study.grids import best_of_grids, best_parameters
+from starmerge.study.runs import Run
+from starmerge.study.store import Record, Store, line_of, load_store
+from starmerge.study.tables import by_task, grids, markdown, report
+from tests.study.studies import ROWS, written_store
+
+TASKS = ["past", "plural", "pos", "digits"]
+
+
+def seen(record: Record, task: str) -> np.ndarray:
+    return np.array(record.by_task[task]["seen"], np.float64)
+
+
+def parts(store: Store) -> tuple[Record, dict[str, Record]]:
+    base = next(r for r in store.records if r.run.kind == "base")
+    return base, {r.run.models[0]: r for r in store.records if r.run.kind == "fine-tune"}
+
+
+def ratio(own: Record, tuned: dict[str, Record], rows: dict[str, np.ndarray]) -> float:
+    """Mean over the merge's tasks of score/fine-tune's score, on the rows of some numbers."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(
+            np.mean(
+                [
+                    seen(own, task)[rows[task]].mean() / seen(tuned[task], task)[rows[task]].mean()
+                    for task in own.run.tasks
+                ]
+            )
+        )
+
+
+def test_a_value_is_the_mean_ratio_and_its_interval_resamples_rows(tmp_path: Path) -> None:
+    _, store = written_store(tmp_path / "s")
+    averages = Averages(store)
+    _, tuned = parts(store)
+    everything = {task: np.arange(ROWS) for task in TASKS}
+    draw = np.random.default_rng(7)
+    resamples = [{t: draw.integers(0, ROWS, ROWS) for t in TASKS} for _ in range(4000)]
+    for average in averages.runs[::5]:
+        assert average.value == pytest.approx(ratio(average.record, tuned, everything))
+        samples = [ratio(average.record, tuned, rows) for rows in resamples]
+        low, high = np.nanquantile(samples, [0.025, 0.975])
+        own = averages.mean([average])
+        # Two different draws of 2,000 and 4,000 resamples: their quantiles differ by chance.
+        assert own.low == pytest.approx(low, abs=0.03)
+        assert own.high == pytest.approx(high, abs=0.03)
+
+
+def test_one_run_has_the_average_of_an_evaluation(tmp_path: Path) -> None:
+    _, store = written_store(tmp_path / "s")
+    averages = Averages(store)
+    _, tuned = parts(store)
+
+    def as_score(record: Record, task: str) -> Score:
+        bits = enumerate(record.by_task[task]["seen"])
+        return score([Prediction(str(n), "", b, "1", float(b)) for n, b in bits], "accuracy")
+
+    for average in averages.runs[::7]:
+        tasks = average.record.run.tasks
+        expected = normalised_average(
+            {task: as_score(average.record, task) for task in tasks},
+            {task: as_score(tuned[task], task) for task in tasks},
+        )
+        assert expected is not None
+        own = averages.mean([average])
+        assert own.value == pytest.approx(expected.value)
+        assert own.low == pytest.approx(expected.low, abs=0.03)
+        assert own.high == pytest.approx(expected.high, abs=0.03)
+
+
+def test_a_difference_is_paired_over_rows_and_combinations(tmp_path: Path) -> None:
+    _, store = written_store(tmp_path / "s")
+    averages = Averages(store)
+    first = [run for run in averages.runs if run.label == "star" and run.n == 2]
+    second = [run for run in averages.runs if run.label == "average" and run.n == 2]
+    found = averages.difference(first, second)
+    assert found.value == pytest.approx(
+        np.mean([a.value for a in first]) - np.mean([b.value for b in second])
+    )
+    gaps = np.mean([a.samples - b.samples for a, b in zip(first, second, strict=True)], axis=0)
+    assert (found.low, found.high) == tuple(np.nanquantile(gaps, [0.025, 0.975]))
+    assert averages.difference(first, first).value == 0
+    assert averages.difference(first, first).p_value == 1
+    # What only one has is left out.
+    assert averages.difference(first, second[:1]).value == pytest.approx(
+        first[0].value - second[0].value
+    )
+    four = [run for run in averages.runs if run.n == 4]
+    with pytest.raises(UsageError, match="no combination of models in common"):
+        averages.difference(first, four[:1])
+
+
+def test_several_fine_tunes_of_a_task_are_its_bound_together(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    _, store = written_store(folder)
+    head = store.head
+    line = store.records[0].by_task["past"]
+
+    def with_share(right: int) -> dict[str, object]:
+        bits = [1] * right + [0] * (ROWS - right)
+        return dict(line) | {"task": "past", "seen": bits, "score": right / ROWS}
+
+    records = [
+        Record(Run("base", (), ("past",)), (with_share(3),)),
+        Record(Run("fine-tune", ("a",), ("past",)), (with_share(12),)),
+        Record(Run("fine-tune", ("b",), ("past",)), (with_share(6),)),
+        Record(Run("merge", ("a", "b"), ("past",), "average", {}), (with_share(9),)),
+    ]
+    (average,) = Averages(Store(folder, head, {r.run.key: r for r in records})).runs
+    assert average.value == pytest.approx(9 / 9)
+    assert average.base == pytest.approx(3 / 9)
+
+
+@pytest.mark.parametrize("metric", ["f1", "spearman"])
+def test_metrics_of_all_rows_together_are_resampled_too(tmp_path: Path, metric: str) -> None:
+    _, store = written_store(tmp_path / "s")
+    labels = ["x", "y"] if metric == "f1" else []
+    gold = ["x", "y", "y", "x", "y", "x"] if labels else ["1", "2", "3", "4", "5", "6"]
+    better = [*gold[:4], *reversed(gold[4:])]
+
+    def line(answers: list[str]) -> dict[str, object]:
+        rows = [
+            Prediction(str(n), a, a if labels else float(a), g, float(a == g))
+            for n, (a, g) in enumerate(zip(answers, gold, strict=True))
+        ]
+        return {"date": "", **line_of("past", score(rows, metric, labels))}
+
+    worst = ["x"] * 6 if labels else ["3", "1", "2", "6", "4", "5"]
+    merged = line(better)
+    records = [
+        Record(Run("base", (), ("past",)), (line(worst),)),
+        Record(Run("fine-tune", ("past",), ("past",)), (line(gold),)),
+        Record(Run("merge", ("past",), ("past",), "average", {}), (merged,)),
+    ]
+    store = Store(store.folder, store.head, {r.run.key: r for r in records})
+    (average,) = Averages(store).runs
+    assert average.value == pytest.approx(merged["score"])
+    assert average.samples.shape == (RESAMPLES,)
+    assert METRICS.find(metric).name == metric
+    low, high = Averages(store).mean([average]).low, Averages(store).mean([average]).high
+    assert low < average.value <= high
+
+
+def test_a_grid_is_compared_with_the_default_and_chosen_on_other_rows(tmp_path: Path) -> None:
+    _, store = written_store(tmp_path / "s", seed=3)
+    averages = Averages(store)
+    _, tuned = parts(store)
+    found = {(grid.method, grid.n): grid for grid in best_of_grids(averages)}
+    star = found["star", 4]
+    assert star.points == 3
+    points = [run for run in averages.runs if run.n == 4 and run.record.run.method == "star"]
+    values = [run.value for run in points]
+    assert star.best.value == max(values)
+    assert star.best_label == points[int(np.argmax(values))].label
+    assert star.default is not None
+    assert star.default.value == next(run.value for run in points if run.label == "star")
+    halves = [{t: np.arange(start, ROWS, 2) for t in TASKS} for start in (0, 1)]
+    table = np.array([[ratio(run.record, tuned, half) for half in halves] for run in points])
+    chosen = table.argmax(axis=0)
+    assert star.held_out == pytest.approx((table[chosen[0], 1] + table[chosen[1], 0]) / 2)
+    assert found["average", 4].points == 1
+    frame = best_parameters(averages, "eta").set_index(["label", "n"])
+    etas = [run.record.run.parameters["eta"] for run in points]
+    assert frame.loc["star", 4].best == etas[int(np.argmax(values))]
+    assert frame.loc["star", 4].low <= frame.loc["star", 4].best <= frame.loc["star", 4].high
+    assert set(best_parameters(averages, "k").columns) == {
+        "label", "n", "best", "low", "high", "value",
+    }  # fmt: skip
+    assert best_parameters(averages, "k").empty
+    assert "held out" in grids(best_of_grids(averages))
+
+
+def test_tables_have_every_chain_and_number(tmp_path: Path) -> None:
+    _, store = written_store(tmp_path / "s")
+    averages = Averages(store)
+    table = markdown(averages).splitlines()
+    assert [cell.strip() for cell in table[0].split("|")[1:-1]] == [
+        "method", "n = 2 (2 combinations)", "n = 4",
+    ]  # fmt: skip
+    assert [line.split("|")[1].strip() for line in table[2:]] == [
+        "*base*", "average", "star:eta=20", "star", "star:eta=60",
+    ]  # fmt: skip
+    assert sum(line.count("**") // 2 for line in table) == 2
+    assert len(by_task(averages).splitlines()) == 2 + 2 + 2 + 4
+    frame = averages.to_frame(without=["eta"])
+    assert set(frame.label) == {"average", "star"}
+    assert frame.combinations.tolist() == [2 if n == 2 else 1 for n in frame.n]
+    runs = averages.runs_to_frame()
+    assert len(runs) == len(averages.runs)
+    assert (runs.low <= runs.value).all()
+    assert (runs.value <= runs.high).all()
+    assert "Scores, n = 4" in report(load_store(store.folder))
+
+
+def test_without_a_base_or_fine_tunes_there_is_no_average(tmp_path: Path) -> None:
+    _, store = written_store(tmp_path / "s")
+    base, _ = parts(store)
+    no_base = {r.run.key: r for r in store.records if r is not base}
+    with pytest.raises(UsageError, match="no scores of the base yet"):
+        Averages(Store(store.folder, store.head, no_base))
+    with pytest.raises(UsageError, match="no merge yet"):
+        Averages(Store(store.folder, store.head, {base.run.key: base}))
