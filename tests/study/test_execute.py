@@ -216,7 +216,7 @@ def test_the_command_runs_a_study_goes_on_with_it_and_draws_it(
     grown = said(file, "-o", out, "--numbers", "2,all", "--no-cache")
     assert "n = 2" in grown
     assert said(out) == grown
-    assert "8 runs, 8 of them done" in said(
+    assert "10 runs, 10 of them done" in said(
         file, "-o", out, "--numbers", "2,all", "--dry-run", "--no-cache"
     )
     refused = CliRunner().invoke(app, ["study", str(out), "-o", str(tmp_path / "else")])
