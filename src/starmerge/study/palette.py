@@ -7,7 +7,7 @@ line, so that a picture can be read in black and white.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Literal
@@ -45,7 +45,10 @@ TUNED_COLOUR = "#4D4D4D"
 """Of the fine-tunes on white, which are always a line without gaps."""
 
 SEQUENTIAL = "viridis"
-"""Colour scale of heat maps and of ordered curves, known to matplotlib and Vega by this name."""
+"""Colour scale of heat maps, known to matplotlib and Vega by this name."""
+
+_ORDERED = ("#5E4FA2", "#3288BD", "#2F9E8F", "#8AA82B", "#DD9A22", "#D9532C")
+"""From cold to warm, none too dark for a dark page or too pale for a light one."""
 
 _KNOWN = (
     "star",
@@ -115,3 +118,19 @@ def looks(labels: Iterable[str]) -> dict[str, Look]:
         free = [place for place in order if place not in taken] or order
         found[name] = next((p for p in free if _LOOKS[p].colour not in colours), free[0])
     return {name: _LOOKS[found[name]] for name in names}
+
+
+def ordered_looks(names: Sequence[str]) -> dict[str, Look]:
+    """Return a look for each of some names that have an order, such as ``n = 2`` and ``n = 4``.
+
+    Colours go from cold to warm; names of one colour differ in marker and line.
+    """
+    last = max(1, len(names) - 1)
+    return {
+        name: Look(
+            _ORDERED[round(place * (len(_ORDERED) - 1) / last)],
+            MARKERS[place % len(MARKERS)],
+            DASHES[place // len(_ORDERED) % len(DASHES)],
+        )
+        for place, name in enumerate(names)
+    }

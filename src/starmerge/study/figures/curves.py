@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -47,7 +46,7 @@ from starmerge.study.figures.style import (
     styled,
     tuned_handle,
 )
-from starmerge.study.palette import DASHES, MARKERS, SEQUENTIAL, Look, looks
+from starmerge.study.palette import SEQUENTIAL, Look, looks, ordered_looks
 
 Frame: TypeAlias = Any
 """A pandas.DataFrame, whose types mypy does not see."""
@@ -105,9 +104,9 @@ def plot_against_parameter(
 ) -> Figure:
     """Draw the normalised average against a parameter such as ``eta``, ``k`` or ``p``.
 
-    With one label there is a curve for each number of models, from dark to light; with several
-    there is a panel for each number of models, and in it a curve for each label. A label with a
-    single value of the parameter is a point.
+    With one label there is a curve for each number of models, from cold to warm colours; with
+    several there is a panel for each number of models, and in it a curve for each label. A label
+    with a single value of the parameter is a point.
 
     Args:
         averages: Described above; rows without the parameter are left out.
@@ -125,7 +124,7 @@ def plot_against_parameter(
     counts = sorted({n for _, n, _, _ in points})
     panels: list[tuple[str, dict[str, Look], list[tuple[str, float, Any, int]]]]
     if len(labels) == 1:
-        shades = _shades(counts)
+        shades = ordered_looks([f"n = {n}" for n in counts])
         named = [(f"n = {n}", x, row, n) for _, n, x, row in points]
         panels = [(labels[0], shades, named)]
     else:
@@ -446,19 +445,6 @@ class _places:  # noqa: N801  (a function that remembers its scale)
     def __call__(self, n: int, shift: float) -> float:
         """Return the place of n for the curve that stands ``shift`` curves right of the middle."""
         return n * 1.012**shift if self._is_log else n + self._step * shift
-
-
-def _shades(counts: Sequence[int]) -> dict[str, Look]:
-    """Return looks from dark to light for numbers of models, by ``n = 4``."""
-    scale = colormaps[SEQUENTIAL]
-    found = {}
-    for place, n in enumerate(counts):
-        red, green, blue, _ = scale(0.85 * place / max(1, len(counts) - 1))
-        colour = "#" + "".join(f"{round(255 * part):02x}" for part in (red, green, blue))
-        found[f"n = {n}"] = Look(
-            colour, MARKERS[place % len(MARKERS)], DASHES[place // len(MARKERS) % len(DASHES)]
-        )
-    return found
 
 
 def _legend_height(count: int) -> float:
