@@ -38,7 +38,7 @@ LETTERS = 160
 """Of a response at most that are shown."""
 
 PAIRS = 6
-"""Of models at most whose differences are drawn task by task."""
+"""Of models at most that are told in words one by one, and drawn task by task."""
 
 _OVERALL = "all: normalised average"
 
@@ -98,7 +98,31 @@ def _summary(evaluation: Evaluation) -> list[Part]:
             colour = shown[model].colour if model in shown else BASE_COLOUR
             note = f"mean of {_counted(len(values), 'score')}"
             figures.append(KeyFigure(model, f"{sum(values) / len(values):.3f}", note, colour))
-    return [KeyFigures(figures), *_listed(differences(evaluation))]
+    return [KeyFigures(figures), *_listed(_sentences(evaluation))]
+
+
+def _sentences(evaluation: Evaluation) -> list[str]:
+    """Return how models differ, in words: each pair, or of many only those with the best."""
+    sentences = differences(evaluation)
+    if len(sentences) <= PAIRS:
+        return sentences
+    averages = {model: evaluation.normalised(model) for model in evaluation.others}
+    known = {model: average.value for model, average in averages.items() if average is not None}
+    if not known:
+        return []
+    best = max(known, key=known.__getitem__)
+    return [
+        sentence
+        for pair, sentence in zip(_pairs(evaluation), sentences, strict=True)
+        if best in pair
+    ]
+
+
+def _pairs(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """Return the pairs of merged models, in the order of their sentences."""
+    return [
+        (a, b) for number, a in enumerate(evaluation.others) for b in evaluation.others[:number]
+    ]
 
 
 def _averages(evaluation: Evaluation) -> list[Part]:
@@ -227,7 +251,7 @@ def _columns(model: str) -> tuple[tuple[str, str], tuple[str, str], tuple[str, s
 
 
 def _differences(evaluation: Evaluation) -> list[Part]:
-    pairs = [(a, b) for n, a in enumerate(evaluation.others) for b in evaluation.others[:n]]
+    pairs = _pairs(evaluation)
     rows = []
     for first, second in pairs:
         overall = evaluation.difference(first, second)

@@ -20,7 +20,7 @@ from starmerge.errors import StarmergeError
 def vega() -> str:
     """Return a script that offers ``window.vegaEmbed``."""
     version = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
-    return str(vl_convert.javascript_bundle(None, version))
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", version))
 
 
 @cache

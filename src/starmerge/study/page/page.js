@@ -82,6 +82,12 @@ for (const table of document.querySelectorAll("table.data")) {
   scrolled.setAttribute("role", "region");
   scrolled.setAttribute("aria-label", caption);
   scrolled.tabIndex = 0;
+  // DataTables sorts by Enter alone, and a button also answers to the space bar.
+  around.addEventListener("keydown", (event) => {
+    if (event.key !== " " || !event.target.matches(".dt-column-order")) return;
+    event.preventDefault();
+    event.target.click();
+  });
   const search = around.querySelector(".dt-search");
   search.querySelector("input").setAttribute("aria-label", `Filter: ${caption}`);
   api.columns().every(function () {
