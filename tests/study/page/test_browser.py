@@ -248,26 +248,27 @@ def test_charts_tell_their_numbers_and_follow_choices(plain: Path, opened: Openi
 
 
 def test_the_theme_is_the_systems_until_it_is_chosen(plain: Path, opened: Opening) -> None:
-    def colours(seen: Seen) -> list[str]:
+    seen = opened(plain, color_scheme="dark")
+    button = seen.page.get_by_role("button", name="Dark theme")
+
+    def colours() -> list[str]:
         return seen.page.evaluate(
             "[getComputedStyle(document.body).backgroundColor, "
             "getComputedStyle(document.querySelector('.chart svg text')).fill]"
         )
 
-    seen, dark = opened(plain, color_scheme="light"), opened(plain, color_scheme="dark")
-    button = seen.page.get_by_role("button", name="Dark theme")
-    light_colours, dark_colours = colours(seen), colours(dark)
-    assert light_colours[0] == "rgb(255, 255, 255)"
-    assert all(a != b for a, b in zip(light_colours, dark_colours, strict=True))
-    assert button.get_attribute("aria-pressed") == "false"
-    button.press("Enter")
-    assert colours(seen) == dark_colours
+    dark = colours()
     assert button.get_attribute("aria-pressed") == "true"
+    button.press("Enter")
+    light = colours()
+    assert button.get_attribute("aria-pressed") == "false"
+    assert light[0] == "rgb(255, 255, 255)"
+    assert all(a != b for a, b in zip(light, dark, strict=True))
     button.click()
-    assert colours(seen) == light_colours
-    dark.page.emulate_media(media="print")
-    assert colours(dark)[0] == "rgb(255, 255, 255)"
-    assert not dark.page.get_by_role("navigation").is_visible()
+    assert colours() == dark
+    seen.page.emulate_media(media="print")
+    assert colours() == light
+    assert not seen.page.get_by_role("navigation").is_visible()
 
 
 def test_readers_by_ear_and_keyboard_find_their_way(plain: Path, opened: Opening) -> None:
