@@ -60,7 +60,9 @@ from starmerge.evaluation.tasks import find_task
 from starmerge.merging.apply import apply
 from starmerge.merging.task_vectors import TaskVectors, load_task_vectors
 from starmerge.methods import make_pipeline
-from starmerge.study.figures import COLOURS, plot_scores
+from starmerge.study.figures import plot_scores
+from starmerge.study.figures.style import BASE_LINE, dot_of, line_of, styled
+from starmerge.study.palette import looks
 from starmerge.training.finetuning import TrainingRecipe, finetune
 
 HERE = Path(__file__).parent
@@ -608,21 +610,16 @@ def _shown(value: Interval | Difference) -> str:
 
 # --------------------------------------------------------------------------------------- Figures
 
-DRAWN = {
-    "average": COLOURS[2],
-    "star": COLOURS[3],
-    AUTO: COLOURS[4],
-    "tsv_m": COLOURS[5],
-    "covariance+own_response": "#1b9aaa",
-}
-"""Methods with a colour of their own, that of the bars; the others are thin and grey."""
+DRAWN = looks(["average", "star", AUTO, "tsv_m", "covariance+own_response"])
+"""Methods with a look of their own; the others are thin and grey."""
 
 
 def figures(study: Study, store: Store, folder: Path) -> None:
     """Draw the three figures of docs/results.md."""
     found = by_place(study, store)
-    plot_counts(found, folder / "results_by_count.png")
-    plot_gains(found, folder / "results_differences.png")
+    with styled():
+        plot_counts(found, folder / "results_by_count.png")
+        plot_gains(found, folder / "results_differences.png")
     whole = [c for cs in found.values() for c in cs if all(m in c.scores for m in SHOWN)]
     column = max(whole, key=lambda c: (c.count, c.scorer == "rank"))
     shown = {BASE: column.base} | {method: column.scores[method] for method in SHOWN}
@@ -661,19 +658,18 @@ def plot_counts(found: Mapping[tuple[str, str], Sequence[Comparison]], path: Pat
                 [count * shift for count, _ in shown],
                 values[:, 0],
                 yerr=values[:, 1:].T if method in DRAWN else None,
-                color=DRAWN.get(method, "#c3cad1"),
+                **line_of(DRAWN[method])
+                if method in DRAWN
+                else {"color": "#c3cad1", "marker": "o"},
                 linewidth=2.2 if method == AUTO else 1.3,
                 elinewidth=0.8,
-                marker="o",
                 markersize=5 if method in DRAWN else 3,
                 label=method if method in DRAWN else "other methods",
             )
         panel.plot(
             [column.count for column in columns],
             [column.average(BASE).value for column in columns],
-            color="#444444",
-            linewidth=1,
-            linestyle=(0, (4, 3)),
+            **BASE_LINE,
             label=BASE,
         )
         counts = [column.count for column in columns]
@@ -715,15 +711,14 @@ def plot_gains(found: Mapping[tuple[str, str], Sequence[Comparison]], path: Path
             gain.value,
             place,
             xerr=[[gain.value - gain.low], [gain.high - gain.value]],
-            fmt="o",
-            color=DRAWN[method],
+            **dot_of(DRAWN[method]),
             markersize=6 if method == AUTO else 4.5,
             linewidth=1.4,
         )
         places.append(place)
         names.append(method)
         place += 1
-    axes.axvline(0, color=DRAWN["star"], linewidth=1, zorder=0)
+    axes.axvline(0, color=DRAWN["star"].colour, linewidth=1, zorder=0)
     axes.set_yticks(places, names, fontsize=9)
     for label in axes.get_yticklabels():
         if label.get_text() not in DRAWN:

@@ -207,7 +207,7 @@ def _choice(stopped: dict[str, str | None], best: str, chosen: str, p_value: flo
     """Return a choice among candidates that were stopped or not, in the order given."""
     average, gap = Interval(0.5, 0.4, 0.6), Difference(-0.01, -0.05, 0.02, p_value, "t", 50)
     standings = tuple(
-        Standing(name, 1, 8, average, None if name == best else gap, why)  # type: ignore[arg-type]
+        Standing(name, 1, 8, (average,), None if name == best else gap, why)  # type: ignore[arg-type]
         for name, why in stopped.items()
     )
     ties = tuple(name for name, why in stopped.items() if why is None)

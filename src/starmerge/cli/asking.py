@@ -13,6 +13,7 @@ from starmerge.errors import UsageError
 if TYPE_CHECKING:
     from starmerge.evaluation.cache import ScoreCache
     from starmerge.evaluation.sheets import AnyTask
+    from starmerge.study.suite import SuiteResult
 
 Tasks = Annotated[
     str,
@@ -97,6 +98,15 @@ NoCache = Annotated[
         "by the content of its files and of the task.",
     ),
 ]
+Report = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="FILE.html",
+        help="Write a page to read in a browser, all in one file: charts, tables that sort and "
+        "filter, answers. Needs the extra [b]study[/b].",
+    ),
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace what an earlier run has left there.")
 ]
@@ -140,3 +150,26 @@ def tasks_of(tasks: str, folder: Path | None, data: Sequence[str] | None) -> lis
     found = with_rows_of({name: find_task(name, own) for name in plain}, pairs(data, "--data"))
     harness = [name for name in names if name.startswith(PREFIX)]
     return [*found, *(load_tasks(harness, folder) if harness else ())]
+
+
+def check_report(report: Path | None, *, overwrite: bool) -> None:
+    """Make sure that the page of a report can be made, if one is wanted, before models are asked.
+
+    Raises:
+        UsageError: The file is no HTML file by its name, or may not be replaced.
+        ModuleNotFoundError: A package of the extra ``study`` is missing.
+    """
+    if report is not None:
+        from starmerge.study.page import check_page
+
+        check_page(report, overwrite=overwrite)
+
+
+def write_suite_report(result: SuiteResult, report: Path, *, overwrite: bool) -> None:
+    """Write the page of a suite, and say where it is."""
+    from starmerge.study.page import write_page
+    from starmerge.study.page.evaluation import evaluation_page
+
+    page = evaluation_page(result.evaluation, title=result.title, remarks=result.remarks)
+    write_page(page, report, overwrite=overwrite)
+    print(f"Report: {report}")

@@ -70,8 +70,9 @@ def choose(
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
+    report: asking.Report = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file of the recipe.")
+        bool, typer.Option("--overwrite", help="Replace the files of recipe and report.")
     ] = False,
     no_cache: asking.NoCache = False,
 ) -> None:
@@ -100,6 +101,7 @@ def choose(
     settings = Settings(scorer, matching, rows, batch_size, device, dtype)  # type: ignore[arg-type]
     if output is not None:
         check_recipe_file(output, overwrite=overwrite)
+    asking.check_report(report, overwrite=overwrite)
     candidates = [
         found
         for text in method or [_DEFAULTS]
@@ -123,9 +125,17 @@ def choose(
     )
     if output is not None:
         write_recipe(choice.recipe, output, overwrite=overwrite)
+    if report is not None:
+        from starmerge.study.page import write_page
+        from starmerge.study.page.choice import choice_page, choice_title
+
+        page = choice_page(choice, title=choice_title(base, choice))
+        write_page(page, report, overwrite=overwrite)
     if json:
         print(jsonlib.dumps(choice.to_json(), indent=2, ensure_ascii=False))
         return
     print(choice.report)
     if output is not None:
         print(f"\nRecipe: {output}. Merge with: starmerge merge {output} -o FOLDER")
+    if report is not None:
+        print(f"\nReport: {report}")

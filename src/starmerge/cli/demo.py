@@ -37,6 +37,7 @@ def run(
     ] = Path("demo-output"),
     rows: Annotated[int, typer.Option(min=1, help="Held-out rows a task.")] = 100,
     scorer: asking.Scorer = "generate",
+    report: asking.Report = None,
     overwrite: asking.Overwrite = False,
     no_cache: asking.NoCache = False,
 ) -> None:
@@ -44,6 +45,7 @@ def run(
     from starmerge.demo.run import run_demo
     from starmerge.evaluation.settings import Settings
 
+    asking.check_report(report, overwrite=overwrite)
     result = run_demo(
         output,
         Settings(scorer, rows=rows),
@@ -57,3 +59,5 @@ def run(
     print(f"Chart: {result.chart}")
     for name, merge in result.merges.items():
         print(f"Model merged with {name}: {merge.path}")
+    if report is not None:
+        asking.write_suite_report(result, report, overwrite=overwrite)

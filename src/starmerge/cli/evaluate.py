@@ -43,6 +43,7 @@ def evaluate(
     predictions: Annotated[
         str, typer.Option(help="Format of the predictions: parquet or jsonl.")
     ] = "parquet",
+    report: asking.Report = None,
     overwrite: asking.Overwrite = False,
     no_cache: asking.NoCache = False,
 ) -> None:
@@ -57,7 +58,7 @@ def evaluate(
     from starmerge.evaluation.results import check_results, write_results
     from starmerge.evaluation.runner import evaluate as run
     from starmerge.evaluation.settings import Settings
-    from starmerge.evaluation.table import report
+    from starmerge.evaluation.table import report as reported
     from starmerge.evaluation.tasks.prompts import with_prompts_of
     from starmerge.recipe import parse_models
 
@@ -66,6 +67,7 @@ def evaluate(
         raise UsageError(f"--predictions is parquet or jsonl, not {predictions}.")
     if output is not None:
         check_results(output, overwrite=overwrite)
+    asking.check_report(report, overwrite=overwrite)
     chosen, wording = asking.tasks_of(tasks, task_folder, data), None
     if prompts is not None:
         chosen, wording = with_prompts_of(prompts, chosen)
@@ -74,7 +76,7 @@ def evaluate(
     if len(named) < len(entries):
         raise UsageError("Two models have the same name. Give each its own with NAME=PATH.")
     result = run(base, named, chosen, settings, cache=asking.cache_of(no_cache), progress=True)
-    table = "\n\n".join([report(result), *([wording] if wording else [])])
+    table = "\n\n".join([reported(result), *([wording] if wording else [])])
     print(table)
     if output is not None:
         write_results(
@@ -85,3 +87,12 @@ def evaluate(
             overwrite=overwrite,
         )
         print(f"\nResults: {output}")
+    if report is not None:
+        from starmerge.study.page import write_page
+        from starmerge.study.page.evaluation import evaluation_page, evaluation_title
+
+        title = evaluation_title(base, result)
+        remarks = [wording] if wording else []
+        page = evaluation_page(result, title=title, remarks=remarks)
+        write_page(page, report, overwrite=overwrite)
+        print(f"\nReport: {report}")

@@ -59,6 +59,7 @@ def suite(
     device: asking.Device = None,
     dtype: asking.Dtype = "auto",
     backend: asking.BackendName = "transformers",
+    report: asking.Report = None,
     overwrite: asking.Overwrite = False,
     no_cache: asking.NoCache = False,
 ) -> None:
@@ -85,6 +86,7 @@ def suite(
             print(f"  {task:<24} {chosen.models.get(task.rpartition('/')[2], '')}")
         print(f"{chosen.notes}\nRun it: starmerge suite {name} --output FOLDER")
         return
+    asking.check_report(report, overwrite=overwrite)
     methods = method or ["average", "star", "auto"]
     given = parameters(parameter or [])
     result = run_suite(
@@ -105,3 +107,5 @@ def suite(
     print(f"\n{result.table}\n")
     print(f"Results: {result.results}")
     print(f"Chart: {result.chart}")
+    if report is not None:
+        asking.write_suite_report(result, report, overwrite=overwrite)

@@ -52,14 +52,20 @@ class Standing:
     """How many rounds it was asked in."""
     rows: int
     """That it was asked, over all tasks."""
-    average: Interval | None
-    """Its normalised average on those rows; None where that is undefined."""
+    averages: tuple[Interval | None, ...]
+    """After each of its rounds, its normalised average on all rows up to it; None where that is
+    undefined."""
     gap: Difference | None
     """Its average less that of the race's best on the same rows, paired; None for the best itself,
     and where an average is undefined."""
     stopped: Literal["behind", "budget"] | None
     """Why its last round was its last: it was clearly behind, or there were too few rows left in
     the budget. None if neither happened up to the end of the race."""
+
+    @property
+    def average(self) -> Interval | None:
+        """Its normalised average on all rows that it was asked."""
+        return self.averages[-1]
 
 
 @dataclass(frozen=True)
@@ -165,7 +171,10 @@ def _standing(
         name,
         len(own),
         sum(costs[: len(own)]),
-        normalised_average(own[last], ceilings[last]),
+        tuple(
+            normalised_average(scores, ceiling)
+            for scores, ceiling in zip(own, ceilings, strict=False)
+        ),
         None if is_best else difference(own[last], best[last], ceilings[last]),
         stopped,
     )

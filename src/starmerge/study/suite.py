@@ -21,6 +21,7 @@ from starmerge.merging.engine import MergeResult, merge
 from starmerge.methods.pipeline import Pipeline, as_pipeline
 from starmerge.storage.publishing import check_output
 from starmerge.study.figures import plot_scores
+from starmerge.study.names import model_name
 
 RESULTS = "results"
 """Folder of the scores, beside those of the merges."""
@@ -30,10 +31,14 @@ RESULTS = "results"
 class SuiteResult:
     """What came out of a suite."""
 
+    title: str
+    """The suite, and what it merges: names, no folders."""
     evaluation: Evaluation
     merges: dict[str, MergeResult]
     table: str
     """The scores in Markdown, how the merges differ, and what was published."""
+    remarks: list[str]
+    """In whose words the tasks were asked, and what was published."""
     results: Path
     """The folder of the scores."""
     chart: Path
@@ -109,9 +114,9 @@ def run_suite(
     results = output / RESULTS
     write_results(results, evaluation, table, overwrite=overwrite)
     chart = results / "chart.png"
-    name = Path(base or suite.base).name
-    plot_scores(evaluation, chart, title=f"{suite.name}: {len(models)} fine-tunes of {name}")
-    return SuiteResult(evaluation, merges, table, results, chart)
+    title = f"{suite.name}: {len(models)} fine-tunes of {model_name(base or suite.base)}"
+    plot_scores(evaluation, chart, title=title)
+    return SuiteResult(title, evaluation, merges, table, [*wording, *published], results, chart)
 
 
 def _chosen(suite: Suite, names: Sequence[str] | None) -> dict[str, DataTask]:
