@@ -200,7 +200,7 @@ def test_tables_have_every_chain_and_number(tmp_path: Path) -> None:
     assert len(runs) == len(averages.runs)
     assert (runs.low <= runs.value).all()
     assert (runs.value <= runs.high).all()
-    assert "Scores, n = 4" in report(load_store(store.folder))
+    assert "Scores, n = 4" in report(Averages(load_store(store.folder)))
 
 
 def test_without_a_base_or_fine_tunes_there_is_no_average(tmp_path: Path) -> None:

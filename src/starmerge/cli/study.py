@@ -11,6 +11,7 @@ from starmerge.cli import asking
 from starmerge.errors import UsageError
 
 if TYPE_CHECKING:
+    from starmerge.study.store import Store
     from starmerge.study.study_file import Study
 
 
@@ -83,6 +84,10 @@ def study(
     retry: Annotated[
         bool, typer.Option("--retry", help="Make the runs again that failed before.")
     ] = False,
+    report: asking.Report = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file of the report.")
+    ] = False,
     no_cache: asking.NoCache = False,
 ) -> None:
     """Merge some fine-tunes in many ways, score every merge, and draw what comes out.
@@ -104,7 +109,6 @@ def study(
     Example: starmerge study runs
     """
     from starmerge.study.execute import Laboratory
-    from starmerge.study.outcome import write_outcome
     from starmerge.study.store import is_store, load_store, open_store
     from starmerge.study.study_file import find_study, studies
 
@@ -113,13 +117,14 @@ def study(
             about = f"{known.description}{f' ({known.paper})' if known.paper else ''}"
             print(f"{known.name:<12} {about}")
         return
+    asking.check_report(report, overwrite=overwrite)
     if is_store(Path(name)):
         if output is not None:
             raise UsageError(
                 f"{name} is the folder of a study that was run, whose figures are drawn there. "
                 "Leave --output out; or name the study to go on with it."
             )
-        print(write_outcome(load_store(Path(name))))
+        _draw(load_store(Path(name)), report, overwrite=overwrite)
         return
     chosen = _changed(
         find_study(name),
@@ -147,7 +152,21 @@ def study(
     assert output is not None  # or the study was shown
     with open_store(output, laboratory.head(), retry=retry) as store:
         laboratory.run(store, progress=True)
-        print(write_outcome(store))
+        _draw(store, report, overwrite=overwrite)
+
+
+def _draw(store: Store, report: Path | None, *, overwrite: bool) -> None:
+    """Write tables, figures and page of a store, and print the tables."""
+    from starmerge.study.outcome import FIGURES, write_outcome
+
+    print(write_outcome(store))
+    print(f"\nFigures: {store.folder / FIGURES}")
+    if report is not None:
+        from starmerge.study.page import write_page
+        from starmerge.study.page.study import study_page
+
+        write_page(study_page(store), report, overwrite=overwrite)
+        print(f"Report: {report}")
 
 
 def _changed(study: Study, **changes: Any) -> Study:

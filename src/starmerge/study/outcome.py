@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
+from starmerge.errors import UsageError
 from starmerge.storage.publishing import output_file
 from starmerge.study.averages import Averages
+from starmerge.study.figures import (
+    plot_against_number,
+    plot_against_parameter,
+    plot_best_parameter,
+    plot_grid,
+    plot_heat_map,
+)
+from starmerge.study.frames import (
+    best_by_number,
+    by_number,
+    by_parameter,
+    one_shot,
+    shares_by_task,
+)
 from starmerge.study.store import Store
+from starmerge.study.study_file import FigureEntry, FigureKind
 from starmerge.study.tables import report
 
-TABLE, AVERAGES = "table.md", "averages.csv"
+TABLE, AVERAGES, FIGURES = "table.md", "averages.csv", "figures"
+
+FORMATS = (".png", ".pdf")
+"""In which each figure is written."""
 
 
 def write_outcome(store: Store) -> str:
@@ -17,9 +39,89 @@ def write_outcome(store: Store) -> str:
         UsageError: The store has no merges that can be averaged yet.
         StarmergeError: The disk is full, or fails otherwise.
     """
-    table = report(store)
+    averages = Averages(store)
+    table = report(averages)
     with output_file(store.folder / TABLE, overwrite=True) as partial:
         partial.write_text(f"{table}\n", encoding="utf-8")
     with output_file(store.folder / AVERAGES, overwrite=True) as partial:
-        Averages(store).to_frame().to_csv(partial, index=False)
+        averages.to_frame().to_csv(partial, index=False)
+    (store.folder / FIGURES).mkdir(exist_ok=True)
+    for entry in figure_entries(store):
+        for suffix in FORMATS:
+            _PLOTS[entry.figure](
+                averages, entry, store.folder / FIGURES / f"{file_stem(entry)}{suffix}"
+            )
     return table
+
+
+def figure_entries(store: Store) -> list[FigureEntry]:
+    """Return the figures that a store's study names and its runs can be drawn as."""
+    entries = [FigureEntry.model_validate(entry) for entry in store.head["study"]["figures"]]
+    averages = Averages(store)
+    known = {run.record.run.method for run in averages.runs}
+    return [
+        entry for entry in entries if entry.methods is None or known.intersection(entry.methods)
+    ]
+
+
+def file_stem(entry: FigureEntry) -> str:
+    """Return the name of a figure's files without their suffix."""
+    return "_".join(filter(None, [entry.figure.replace("-", "_"), entry.parameter]))
+
+
+def title_of(store: Store, entry: FigureEntry) -> str:
+    """Return the title of a figure: the study's own words, and whose fine-tunes they are."""
+    pool = f"{len(store.head['models'])} fine-tunes of {store.head['base']['name']}"
+    about = _ABOUT[entry.figure].format(parameter=entry.parameter)
+    return entry.title or f"{about}: {pool}"
+
+
+_ABOUT: dict[FigureKind, str] = {
+    "number": "Performance against the number of models",
+    "parameter": "Sensitivity to {parameter}",
+    "best": "The best {parameter} against the number of models",
+    "one-shot": "Without a search, and the best of a grid",
+    "tasks": "Share of the fine-tune's score that is kept",
+}
+
+
+def _plot_number(averages: Averages, entry: FigureEntry, path: Path) -> None:
+    means, runs = by_number(averages, entry.methods)
+    plot_against_number(means, path, title=title_of(averages.store, entry), runs=runs)
+
+
+def _plot_parameter(averages: Averages, entry: FigureEntry, path: Path) -> None:
+    parameter = _parameter(entry)
+    means, runs = by_parameter(averages, parameter, entry.methods)
+    plot_against_parameter(means, parameter, path, title=title_of(averages.store, entry), runs=runs)
+
+
+def _plot_best(averages: Averages, entry: FigureEntry, path: Path) -> None:
+    parameter = _parameter(entry)
+    best = best_by_number(averages, parameter, entry.methods)
+    plot_best_parameter(best, parameter, path, title=title_of(averages.store, entry))
+
+
+def _plot_one_shot(averages: Averages, entry: FigureEntry, path: Path) -> None:
+    means, defaults = one_shot(averages, entry.methods)
+    plot_grid(means, defaults, path, title=title_of(averages.store, entry))
+
+
+def _plot_tasks(averages: Averages, entry: FigureEntry, path: Path) -> None:
+    shares = shares_by_task(averages, entry.methods)
+    plot_heat_map(shares, path, title=title_of(averages.store, entry), value="share")
+
+
+def _parameter(entry: FigureEntry) -> str:
+    if entry.parameter is None:
+        raise UsageError(f"The figure {entry.figure!r} needs the key parameter.")
+    return entry.parameter
+
+
+_PLOTS: dict[FigureKind, Callable[[Averages, FigureEntry, Path], None]] = {
+    "number": _plot_number,
+    "parameter": _plot_parameter,
+    "best": _plot_best,
+    "one-shot": _plot_one_shot,
+    "tasks": _plot_tasks,
+}

@@ -81,15 +81,14 @@ def grids(found: Sequence[GridBest]) -> str:
     return f"{aligned(rows)}\n\n{GRID_LEGEND}"
 
 
-def report(store: Store) -> str:
+def report(averages: Averages) -> str:
     """Return all tables of a store with what belongs under them, in Markdown."""
-    averages = Averages(store)
     parts = [markdown(averages), LEGEND]
     found = best_of_grids(averages)
     if any(grid.points > 1 for grid in found):
         parts.append(grids(found))
     parts.append(by_task(averages))
-    parts += failures(store)
+    parts += failures(averages.store)
     return "\n\n".join(parts)
 
 

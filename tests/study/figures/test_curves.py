@@ -111,13 +111,24 @@ def test_several_methods_have_a_panel_for_each_number_of_models(tmp_path: Path) 
     assert _legend(figure) == ["star", "ties", "fine-tunes"]
 
 
-def test_the_best_value_has_a_line_of_all_that_are_as_good(tmp_path: Path) -> None:
-    figure = plot_best_parameter(BY_ETA[0], "eta", tmp_path / "a.png", title="t")
-    ((line, _, (near,)),) = _curves(figure.axes[0])
-    assert list(line.get_xydata()[0]) == [2, 90]
-    assert list(line.get_xydata()[1]) == [8, 40]
-    # Within 0.03 below the best lies 40 for two models, and nothing for eight.
-    assert [segment[:, 1].tolist() for segment in near.get_segments()] == [[40, 90], [40, 40]]
+def test_the_best_value_has_the_interval_that_resamples_give_it(tmp_path: Path) -> None:
+    best = pd.DataFrame(
+        {
+            "label": ["star", "star", "ties"],
+            "n": [2, 8, 8],
+            "best": [90.0, 40.0, 20.0],
+            "low": [40.0, 40.0, 10.0],
+            "high": [90.0, 60.0, 20.0],
+        }
+    )
+    figure = plot_best_parameter(best, "eta", tmp_path / "a.png", title="t")
+    (line, _, (bars,)), (other, _, _) = _curves(figure.axes[0])
+    assert line.get_ydata().tolist() == [90, 40]
+    assert line.get_xdata().tolist() == pytest.approx([2, 8], abs=0.5)
+    assert other.get_ydata().tolist() == [20]
+    assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[40, 90], [40, 60]]
+    with pytest.raises(UsageError, match="several values of 'k'"):
+        plot_best_parameter(best[:0], "k", tmp_path / "b.png", title="t")
 
 
 def test_a_grid_stands_beside_the_setting_without_a_search(tmp_path: Path) -> None:
@@ -163,7 +174,9 @@ def test_any_names_fit_in_the_figures(tmp_path: Path) -> None:
     drawn = [
         plot_against_number(by_number, file, title=title, runs=runs),
         plot_against_parameter(averages, "W" * 80, file, title=title, runs=runs),
-        plot_best_parameter(averages, "W" * 80, file, title=title),
+        plot_best_parameter(
+            by_number.assign(best=1.0, low=0.5, high=2.0), "W" * 80, file, title=title
+        ),
         plot_grid(averages, {}, file, title=title),
         plot_heat_map(
             averages.drop_duplicates("label"), file, title=title, rows="label", columns="label"

@@ -170,51 +170,45 @@ def plot_against_parameter(
     return save(figure, path)
 
 
-def plot_best_parameter(averages: Frame, parameter: str, path: Path, *, title: str) -> Figure:
+def plot_best_parameter(best: Frame, parameter: str, path: Path, *, title: str) -> Figure:
     """Draw the best value of a parameter against the number of models, a curve for each label.
 
-    The best value is that of the highest mean. A thin line holds all values whose mean lies within
-    the interval of the best one: where it is long, the best value is hardly better than others.
-
     Args:
-        averages: Described above; rows without the parameter are left out.
+        best: A row for each label and n with ``label``, ``n``, ``best``, and ``low`` and ``high``,
+            the ends of the interval that the best value has over resamples of the rows.
         parameter: Its name.
         path: Figure to write; see :func:`starmerge.study.figures.style.save`.
         title: Stands above.
 
     Raises:
-        UsageError: No row has the parameter as a number.
+        UsageError: There is nothing to draw, or a label has two rows for one n.
     """
-    points = _with_parameter(averages, parameter)
-    shown = looks(label for label, _, _, _ in points)
-    counts = sorted({n for _, n, _, _ in points})
+    points = [(str(row.label), int(row.n), row) for row in best.itertuples(index=False)]
+    if not points:
+        raise UsageError(f"No method was run with several values of {parameter!r}.")
+    _check_once([(label, n) for label, n, _ in points], "number of models")
+    shown = looks(label for label, _, _ in points)
+    counts = sorted({n for _, n, _ in points})
     with styled():
         figure = new_figure(6.5, 3.8 + _legend_height(len(shown)), title)
         axes = figure.subplots()
         place = _places(axes, counts)
         for number, (label, look) in enumerate(shown.items()):
-            found = []
-            for n in counts:
-                own = [(x, row) for other, m, x, row in points if other == label and m == n]
-                if own:
-                    best, top = max(own, key=lambda pair: pair[1].value)
-                    level = top.value if math.isnan(top.low) else top.low
-                    near = [x for x, row in own if row.value >= level]
-                    found.append((place(n, number - (len(shown) - 1) / 2), best, near))
+            shift = number - (len(shown) - 1) / 2
+            own = [(place(n, shift), row) for other, n, row in points if other == label]
+            own.sort(key=lambda pair: pair[0])
             axes.errorbar(
-                [x for x, _, _ in found],
-                [best for _, best, _ in found],
+                [x for x, _ in own],
+                [row.best for _, row in own],
                 yerr=[
-                    [best - min(near) for _, best, near in found],
-                    [max(near) - best for _, best, near in found],
+                    [row.best - row.low for _, row in own],
+                    [row.high - row.best for _, row in own],
                 ],
                 **line_of(look),
                 elinewidth=1,
             )
         axes.set_xlabel("models in a merge")
-        axes.set_ylabel(
-            f"best {fitted([parameter], 100, SMALL)[0]}, and all values within its interval"
-        )
+        axes.set_ylabel(f"best {fitted([parameter], 100, SMALL)[0]}, 95 % interval")
         _legend(figure, shown, None)
     return save(figure, path)
 
