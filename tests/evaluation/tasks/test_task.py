@@ -89,7 +89,7 @@ def test_a_task_is_written_as_it_was_read(tmp_path: Path) -> None:
         ({"labels": ["a", "b"], "match": "contains"}, "is for tasks without labels"),
         ({"labels": ["a", "b"], "choices": "options"}, "choices are for tasks without labels"),
         ({"match": "whole-word"}, "match 'whole-word' needs labels"),
-        ({"match": "fuzzy"}, "match: Input should be"),
+        ({"match": "fuzzy"}, "match: No matcher is called 'fuzzy'. Known: contains, exact"),
         ({"metric": "spearman"}, "metric 'spearman' is of numbers: it needs match 'number'"),
         ({"metric": "f1"}, "needs labels, or match 'token-f1'"),
         ({"match": "token-f1"}, "match 'token-f1' needs metric 'f1'"),

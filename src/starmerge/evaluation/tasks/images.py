@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, model_validator
 
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.evaluation.scoring.metrics import METRICS, Metric
+from starmerge.evaluation.scoring.metrics import DEFAULT, METRICS, Metric
 from starmerge.evaluation.tasks.sources import (
     DATA_SEED,
     Data,
@@ -122,13 +122,13 @@ class ImageTask(Data):
     ``id2label`` has. Where that says nothing (LABEL_0, LABEL_1 ...), the order is that of the
     outputs. Without labels, all classes of the model are there to choose from, and the data has
     their names, or all the numbers of their outputs."""
-    metric: MetricName = "accuracy"
+    metric: MetricName = DEFAULT
 
     @model_validator(mode="after")
     def _parts_fit(self) -> ImageTask:
         if self.labels is not None:
             check_words(self.labels)
-        self.scored_by.check(match=None, closed=self.labels is not None)
+        self.scored_by.check(None, closed=self.labels is not None)
         return self
 
     @cached_property

@@ -7,7 +7,6 @@ keys are errors.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ from blake3 import blake3
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.evaluation.scoring.matching import Match
-from starmerge.evaluation.scoring.metrics import METRICS, Metric
+from starmerge.evaluation.scoring.matching import MATCHERS, Matcher
+from starmerge.evaluation.scoring.metrics import DEFAULT, METRICS, Metric
 from starmerge.evaluation.tasks.sources import (
     Data,
     FileSource,
@@ -35,20 +34,30 @@ from starmerge.evaluation.tasks.sources import (
     read_rows,
     text_of,
 )
+from starmerge.plugins import Registry
 
 Chat = Literal["auto", "none", "template", "template-without-generation-prompt"]
 """Whether a prompt is a message of the tokenizer's chat template; auto: if it has one."""
 
 
-def _known_metric(name: str) -> str:
-    try:
-        METRICS.find(name)
-    except StarmergeError as error:
-        raise ValueError(str(error)) from error
-    return name
+def _known_in(registry: Registry[Any]) -> AfterValidator:
+    """Return what makes sure that a registry knows a name."""
+
+    def check(name: str) -> str:
+        try:
+            registry.find(name)
+        except StarmergeError as error:
+            raise ValueError(str(error)) from error
+        return name
+
+    return AfterValidator(check)
 
 
-MetricName = Annotated[str, AfterValidator(_known_metric)]
+MatcherName = Annotated[str, _known_in(MATCHERS)]
+"""How a response is read: a matcher of :mod:`starmerge.evaluation.scoring.matching` or of an
+installed package, or one of a file, ``path/to/file.py:NAME``."""
+
+MetricName = Annotated[str, _known_in(METRICS)]
 """What a score is: a metric of :mod:`starmerge.evaluation.scoring.metrics` or of an installed
 package, or one of a file, ``path/to/file.py:NAME``."""
 
@@ -138,14 +147,14 @@ class Task(Data):
     of which is trained on and ranked. Without, any text or number may be right."""
     choices: str | None = None
     """Field with a row's own answers to rank, for tasks without labels."""
-    match: Match = "whole-word"
+    match: MatcherName = "whole-word"
     """How an answer is read, see :mod:`starmerge.evaluation.scoring.matching`; by default
     ``whole-word`` with labels and ``contains`` without."""
     answer: str = r"\w+"
     """For ``contains``: regular expression of what counts as an answer at all."""
     range: tuple[float, float] | None = None
     """Least and greatest answer, for ``number``."""
-    metric: MetricName = "accuracy"
+    metric: MetricName = DEFAULT
     max_new_tokens: int = Field(default=10, ge=1)
     """Length of an answer; 10 is the rule of arXiv 2502.10339."""
     case_sensitive: bool = False
@@ -162,23 +171,25 @@ class Task(Data):
         places = list(_placeholders(self.prompt))
         if self.passage is not None and self.passage not in places:
             raise ValueError(f"passage {self.passage!r} is not in the prompt: it has {places}")
-        closed = ("whole-word", "starts-with")
         try:
             re.compile(self.answer)
         except re.error as error:
             raise ValueError(f"answer: not a regular expression: {error}") from error
-        if self.labels is None and self.match in closed:
-            raise ValueError(f"match {self.match!r} needs labels")
+        closed = self.labels is not None
+        self.read_by.check(closed=closed)
         if self.labels is not None:
-            if self.match not in (*closed, "exact"):
-                raise ValueError(f"match {self.match!r} is for tasks without labels")
             if self.choices is not None:
                 raise ValueError("choices are for tasks without labels: labels are ranked")
             check_words(self.labels)
-        if self.range is not None and self.match != "number":
+        if self.range is not None and not self.read_by.reads_numbers:
             raise ValueError("range is for match 'number'")
-        self.scored_by.check(match=self.match, closed=self.labels is not None)
+        self.scored_by.check(self.read_by, closed=closed)
         return self
+
+    @cached_property
+    def read_by(self) -> Matcher:
+        """The matcher itself."""
+        return MATCHERS.find(self.match)
 
     @cached_property
     def scored_by(self) -> Metric:
@@ -193,7 +204,7 @@ class Task(Data):
     @property
     def answers(self) -> str:
         """What is answered, in a word or two, for lists."""
-        return f"{len(self.words)} labels" if self.words else self.match
+        return f"{len(self.words)} labels" if self.words else self.read_by.name
 
     @property
     def where(self) -> str:
@@ -283,6 +294,14 @@ class Task(Data):
     def fingerprint(self, examples: list[Example]) -> str:
         """Return a hash of all that decides what a model is asked, and how it is read."""
         spec = self.model_dump(mode="json", exclude={"name", "description", "source", "sample"})
+        spec |= {
+            key: [found.name, found_in.record()]
+            for key, found, found_in in (
+                ("match", self.read_by, MATCHERS.origin(self.read_by)),
+                ("metric", self.scored_by, METRICS.origin(self.scored_by)),
+            )
+            if found_in is not None
+        }
         rows = [(row.id, dict(row.fields), row.label, row.choices) for row in examples]
         content = json.dumps([spec, rows], sort_keys=True, default=str)
         return str(blake3(content.encode()).hexdigest())
@@ -332,10 +351,12 @@ def _example(task: Task, place: str, fields: dict[str, Any]) -> Example:
     if task.labels is not None:
         words = _words_of(task, gold, where)
         return Example(place, fields, words[0], tuple(words[0] for words in task.words))
-    if task.match == "number":
-        return Example(place, fields, _number(gold, where))
-    if not gold.strip():
-        raise UsageError(f"{where}: the right answer is empty.")
+    try:
+        gold = task.read_by.gold(gold)
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}.") from error
+    if task.read_by.reads_numbers:
+        return Example(place, fields, gold)
     if isinstance(own, str) or not all(isinstance(choice, str) for choice in own):
         raise UsageError(f"{where}: {task.choices!r} is no list of texts.")
     choices = tuple(dict.fromkeys(own))
@@ -389,13 +410,3 @@ def _words_of(task: Task, gold: str, where: str) -> tuple[str, ...]:
     raise UsageError(
         f"{where}: the label {gold!r} is none of the task's: {', '.join(map(repr, task.labels))}."
     )
-
-
-def _number(gold: str, where: str) -> str:
-    try:
-        number = float(gold)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise UsageError(f"{where}: the right answer {gold!r} is no number.")
-    return repr(number)
