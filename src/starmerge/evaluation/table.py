@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from starmerge.evaluation.runner import Evaluation
 from starmerge.evaluation.scoring.comparison import Interval, in_words
-from starmerge.evaluation.scoring.metrics import Score
+from starmerge.evaluation.scoring.metrics import DEFAULT, Score
 from starmerge.evaluation.subjects import BASE
 
 LEGEND = (
@@ -29,7 +29,7 @@ def markdown(evaluation: Evaluation) -> str:
     for model in evaluation.others:
         columns[model] = {t: _cell(score) for t, score in evaluation.scores[model].items()}
     metrics = {task: score.metric for task, score in evaluation.scores[BASE].items()}
-    is_plain = set(metrics.values()) == {"accuracy"}
+    is_plain = set(metrics.values()) == {DEFAULT}
     rows = [["task", "n", *columns]]
     for task, metric in metrics.items():
         n = evaluation.scores[BASE][task].n
