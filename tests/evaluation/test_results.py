@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from starmerge.errors import StarmergeError, UsageError
+from starmerge.evaluation.evaluation import Evaluation
 from starmerge.evaluation.results import check_results, load_results, write_results
-from starmerge.evaluation.runner import Evaluation
 from starmerge.evaluation.scoring.metrics import Prediction, score
 
 TABLE = "| task | base |\n|------|------|\n| NA   | 0.50 |"

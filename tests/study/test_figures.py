@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import matplotlib.pyplot as plt
 import pytest
 
-from starmerge.evaluation.runner import Evaluation
+from starmerge.evaluation.evaluation import Evaluation
 from starmerge.evaluation.scoring.metrics import Prediction, Score, score
 from starmerge.study.figures import plot_methods
 

@@ -19,6 +19,7 @@ from starmerge.evaluation.models.classification import load_image_model
 from starmerge.evaluation.models.loading import AdapterSwitch, Dtype, device_of, load_model
 from starmerge.evaluation.models.vllm import check_vllm, load_vllm
 from starmerge.merging.apply import apply
+from starmerge.progress import Progress
 
 BASE = "base"
 """Name of the base in every evaluation."""
@@ -41,8 +42,8 @@ class Group(Protocol):
         """Return the hash of what is added to the folders' weights in memory; None: nothing."""
 
     @contextmanager
-    def active(self, name: str) -> Iterator[Any]:
-        """Yield a model, loaded; one at a time."""
+    def active(self, name: str, progress: Progress) -> Iterator[Any]:
+        """Yield a model, loaded; one at a time. The progress is told of what is loaded."""
 
 
 Loader = Callable[[Path], tuple[Any, Any]]
@@ -96,17 +97,20 @@ class OnBase:
         return self._hashes.get(name)
 
     @contextmanager
-    def active(self, name: str) -> Iterator[Any]:
+    def active(self, name: str, progress: Progress) -> Iterator[Any]:
         """Yield the base as it is, with an update added to its weights, or with an adapter."""
         if self._loaded is None:
+            progress.waits_for(f"loading {BASE}")
             self._loaded = self._load(self._base)
         model, second = self._loaded
         if name in self._adapters:
             if self._switch is None:
+                progress.waits_for(f"loading adapters {', '.join(self._adapters)}")
                 self._switch = AdapterSwitch(model, self._adapters)
             with self._switch.active(name) as adapted:
                 yield self._wrap(adapted, second)
         elif name in self._updates:
+            progress.waits_for(f"adding {name} to {BASE}")
             applied = apply(model, self._updates[name])
             try:
                 yield self._wrap(model, second)
@@ -144,8 +148,9 @@ class Whole:
         """Return None: the model is as its files have it."""
 
     @contextmanager
-    def active(self, name: str) -> Iterator[Any]:
+    def active(self, name: str, progress: Progress) -> Iterator[Any]:
         """Yield the model, loaded."""
+        progress.waits_for(f"loading {self._name}")
         yield self._wrap(*self._load(self._folders[0]))
 
 
@@ -176,9 +181,10 @@ class OnVllm:
         """Return None: the models are as their files have them."""
 
     @contextmanager
-    def active(self, name: str) -> Iterator[Any]:
+    def active(self, name: str, progress: Progress) -> Iterator[Any]:
         """Yield the model, or an adapter on it."""
         if self._views is None:
+            progress.waits_for(f"loading {', '.join(self.names)}")
             self._views = load_vllm(self._path, self._adapters, dtype=self._dtype)
         yield self._views[name if name in self._adapters else None]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from starmerge.evaluation.runner import Evaluation
+from starmerge.evaluation.evaluation import Evaluation
 from starmerge.evaluation.subjects import BASE
 
 COLOURS = ("#9aa5b1", "#2f6690", "#d98e04", "#3a7d44", "#a23b72", "#6a4c93")

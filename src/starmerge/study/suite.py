@@ -9,8 +9,9 @@ from pathlib import Path
 from starmerge.checkpoints.source import resolve
 from starmerge.errors import UsageError
 from starmerge.evaluation.cache import ScoreCache
+from starmerge.evaluation.evaluation import Evaluation
 from starmerge.evaluation.results import check_results, write_results
-from starmerge.evaluation.runner import Evaluation, check, evaluate
+from starmerge.evaluation.runner import check, evaluate
 from starmerge.evaluation.settings import Settings
 from starmerge.evaluation.table import report
 from starmerge.evaluation.tasks import find_task, with_rows_of
@@ -88,11 +89,18 @@ def run_suite(
     for task in found:
         if task.name not in suite.models:
             raise UsageError(f"The suite {suite.name} names no model for its task {task.name}.")
-    start = resolve(suite.base if base is None else base).path
-    models = {task.name: resolve(suite.models[task.name]).path for task in found}
+    start: str | Path = suite.base if base is None else base
+    models: dict[str, str | Path] = {task.name: suite.models[task.name] for task in found}
+    sources = {name: resolve(model).path for name, model in models.items()}
+    source = resolve(start).path
     merges = {
         name: merge(
-            start, models, pipeline, output=output / name, overwrite=overwrite, progress=progress
+            resolve(start).path,
+            sources,
+            pipeline,
+            output=output / name,
+            overwrite=overwrite,
+            progress=progress,
         )
         for name, pipeline in pipelines.items()
     }

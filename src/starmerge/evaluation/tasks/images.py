@@ -146,6 +146,15 @@ class ImageTask(Data):
         """What is answered, in a word or two, for lists."""
         return f"{len(self.words)} classes" if self.words else "classes"
 
+    @property
+    def where(self) -> str:
+        """Where the images come from, for lists."""
+        if isinstance(self.source, FolderSource):
+            return str(self.source.folder)
+        if isinstance(self.source, ArraySource):
+            return str(self.source.array)
+        return "made at run time"
+
     def beside(self, folder: Path) -> ImageTask:
         """Return the task with the paths of its source beginning at a folder."""
         return self.model_copy(update={"source": self.source.beside(folder)})

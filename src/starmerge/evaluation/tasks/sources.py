@@ -246,6 +246,17 @@ def _(source: GeneratorSource, split: Split, task: str) -> list[Row]:
     return _split(rows, source.key, source.held_out, split)
 
 
+def split_sizes(source: Any, task: str) -> tuple[int, int] | None:
+    """Return how many rows of a file are held out, and how many are left to train on.
+
+    Returns:
+        None where no share of a file is held out.
+    """
+    if not isinstance(source, FileSource) or source.held_out is None:
+        return None
+    return len(read_rows(source, "test", task)), len(read_rows(source, "train", task))
+
+
 def function_of(generator: str | Callable[..., Any]) -> Callable[[random.Random], Iterable[Any]]:
     """Return the function that a generator source names.
 
