@@ -69,7 +69,7 @@ class Results:
         return wide.reindex(index=order["task"], columns=order["model"])
 
     def __repr__(self) -> str:
-        """Return a few lines: how much there is, of which models and tasks, and when it was made."""
+        """Return a few lines: how much there is, when it was made, the tasks and the models."""
         made = "" if self.provenance is None else f", {self.provenance['date']}"
         return "\n".join(
             [

@@ -23,9 +23,9 @@ from starmerge.evaluation.models.classification import classify, predicted
 from starmerge.evaluation.scoring.matching import MATCHERS, Matcher
 from starmerge.evaluation.scoring.metrics import METRICS, Metric, Prediction, Score, score
 from starmerge.evaluation.settings import Settings
-from starmerge.evaluation.tasks.images import ImageTask
+from starmerge.evaluation.tasks.images import ImageTask, described
 from starmerge.evaluation.tasks.lm_eval import HarnessTask
-from starmerge.evaluation.tasks.sources import split_sizes
+from starmerge.evaluation.tasks.sources import describe, split_sizes
 from starmerge.evaluation.tasks.spare import Origin, spare_rows
 from starmerge.evaluation.tasks.task import Example, Task
 from starmerge.plugins import Registry
@@ -128,7 +128,7 @@ class _TextSheet:
         task = self._task
         held_out, training = split_sizes(task.source, task.name) or (None, None)
         return {
-            "source": task.where,
+            "source": describe(task.source),
             "blake3": task.fingerprint(self._examples),
             "rows": self.size,
             "held_out": held_out,
@@ -177,7 +177,7 @@ class _ImageSheet:
     def record(self) -> dict[str, Any]:
         task = self._task
         return {
-            "source": task.where,
+            "source": described(task.source),
             "blake3": task.fingerprint(self._examples),
             "rows": self.size,
             "held_out": None,

@@ -10,6 +10,7 @@ from starmerge.checkpoints.source import resolve
 from starmerge.errors import UsageError
 from starmerge.evaluation.cache import ScoreCache
 from starmerge.evaluation.evaluation import Evaluation
+from starmerge.evaluation.flat import check_flat, write_flat
 from starmerge.evaluation.results import check_results, write_results
 from starmerge.evaluation.runner import check, evaluate
 from starmerge.evaluation.settings import Settings
@@ -38,6 +39,8 @@ class SuiteResult:
     results: Path
     """The folder of the scores."""
     chart: Path
+    flat: Path | None = None
+    """The folder of the scores in the paper's layout, where they were wanted."""
 
 
 def run_suite(
@@ -49,6 +52,7 @@ def run_suite(
     tasks: Sequence[str] | None = None,
     rows_of: Mapping[str, Path] | None = None,
     prompts: str | None = None,
+    flat: Path | None = None,
     settings: Settings = Settings(),  # noqa: B008  (it is frozen)
     cache: ScoreCache | None = None,
     overwrite: bool = False,
@@ -64,6 +68,8 @@ def run_suite(
         tasks: Some of the suite's tasks; their fine-tunes alone are merged.
         rows_of: Files with the rows of some tasks, for datasets that cannot be had.
         prompts: The package in whose words the tasks are asked; None: their own.
+        flat: Folder for the scores in the paper's layout too; see
+            :mod:`starmerge.evaluation.flat`.
         settings: How models are asked.
         cache: Where answers are kept.
         overwrite: Replace what an earlier run has left at ``output``.
@@ -85,6 +91,9 @@ def run_suite(
     check_results(output / RESULTS, overwrite=overwrite)
     for name in pipelines:
         check_output(output / name, overwrite=overwrite)
+    if flat is not None:
+        names = [task.name for task in found]
+        check_flat(flat, [*names, *pipelines], names, overwrite=overwrite)
     check(found, settings)  # before hours of merging
     for task in found:
         if task.name not in suite.models:
@@ -95,7 +104,7 @@ def run_suite(
     source = resolve(start).path
     merges = {
         name: merge(
-            resolve(start).path,
+            source,
             sources,
             pipeline,
             output=output / name,
@@ -119,7 +128,8 @@ def run_suite(
     chart = results / "chart.png"
     name = Path(base or suite.base).name
     plot_scores(evaluation, chart, title=f"{suite.name}: {len(models)} fine-tunes of {name}")
-    return SuiteResult(evaluation, merges, table, results, chart)
+    written = write_flat(flat, evaluation, overwrite=overwrite) if flat is not None else None
+    return SuiteResult(evaluation, merges, table, results, chart, written)
 
 
 def _chosen(suite: Suite, names: Sequence[str] | None) -> dict[str, DataTask]:

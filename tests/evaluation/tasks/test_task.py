@@ -194,7 +194,7 @@ def test_what_cannot_be_asked_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="r.jsonl, line 1: .* holds half a character"):
         _task(file).examples("test")
     file.write_text('{"text": "x", "label": NaN}\n')
-    with pytest.raises(UsageError, match="the right answer 'nan' is no number"):
+    with pytest.raises(UsageError, match=r"the right answer 'label' is empty \(NaN\)"):
         _task(file, match="number").examples("test")
 
 

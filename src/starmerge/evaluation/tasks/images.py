@@ -14,6 +14,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, model_validator
+from typing_extensions import Self
 
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation.scoring.metrics import DEFAULT, METRICS, Metric
@@ -23,6 +24,7 @@ from starmerge.evaluation.tasks.sources import (
     Sample,
     Source,
     Split,
+    function_name,
     function_of,
     is_held_out,
 )
@@ -50,6 +52,10 @@ class FolderSource(Source):
     held_out: float | None = Field(default=None, gt=0, lt=1)
     """Score this share of the images, chosen by a hash of the files, and train on the rest."""
 
+    def undivided(self) -> Self:
+        """Return the source with all images to score."""
+        return self if self.held_out is None else self.model_copy(update={"held_out": None})
+
 
 class ArraySource(Source):
     """Arrays of a NumPy file (.npz).
@@ -76,6 +82,10 @@ class ArraySource(Source):
         if self.train_images is not None and self.held_out is not None:
             raise ValueError("give train_images or held_out, not both")
         return self
+
+    def undivided(self) -> Self:
+        """Return the source with all images to score."""
+        return self if self.held_out is None else self.model_copy(update={"held_out": None})
 
 
 class ImageGeneratorSource(Source):
@@ -146,15 +156,6 @@ class ImageTask(Data):
         """What is answered, in a word or two, for lists."""
         return f"{len(self.words)} classes" if self.words else "classes"
 
-    @property
-    def where(self) -> str:
-        """Where the images come from, for lists."""
-        if isinstance(self.source, FolderSource):
-            return str(self.source.folder)
-        if isinstance(self.source, ArraySource):
-            return str(self.source.array)
-        return "made at run time"
-
     def beside(self, folder: Path) -> ImageTask:
         """Return the task with the paths of its source beginning at a folder."""
         return self.model_copy(update={"source": self.source.beside(folder)})
@@ -196,6 +197,15 @@ class ImageTask(Data):
             )
         choices = tuple(words[0] for words in self.words)
         return Example(place, {"image": image}, self.labels[label][0], choices)
+
+
+def described(source: FolderSource | ArraySource | ImageGeneratorSource) -> str:
+    """Say where images come from."""
+    if isinstance(source, FolderSource):
+        return str(source.folder)
+    if isinstance(source, ArraySource):
+        return str(source.array)
+    return function_name(source.generator)
 
 
 def _read(

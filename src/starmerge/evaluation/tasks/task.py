@@ -29,6 +29,7 @@ from starmerge.evaluation.tasks.sources import (
     Row,
     Sample,
     Split,
+    absence,
     describe,
     look_up,
     read_rows,
@@ -375,8 +376,9 @@ def _check_prompt(task: Task, place: str, fields: dict[str, Any]) -> str:
     try:
         task.ask(fields).encode()
         for path in _placeholders(task.prompt):
-            if look_up(fields, path) is None:
-                raise UsageError(f"{where}: the field {path!r} is empty (null).")
+            nothing = absence(look_up(fields, path))
+            if nothing is not None:
+                raise UsageError(f"{where}: the field {path!r} is empty ({nothing}).")
     except UnicodeEncodeError as error:
         raise UsageError(f"{where}: the prompt holds half a character: {error}.") from error
     except LookupError as error:
@@ -390,9 +392,20 @@ def _no_field(where: str, fields: dict[str, Any], error: LookupError) -> UsageEr
 
 
 def _gold(task: Task, fields: dict[str, Any], where: str) -> str:
+    field = task.gold.field if isinstance(task.gold, Gold) else task.gold
+    nothing = absence(look_up(fields, field))
+    if nothing is not None:
+        raise UsageError(
+            f"{where}: the right answer {field!r} is empty ({nothing}). Fill it in, or leave the "
+            "row out."
+        )
+    text = text_of(look_up(fields, field))
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{where}: {field!r} holds half a character: {error}.") from error
     if not isinstance(task.gold, Gold):
-        return text_of(look_up(fields, task.gold))
-    text = text_of(look_up(fields, task.gold.field))
+        return text
     found = re.search(task.gold.pattern, text)
     if found is None or found[1] is None:
         raise UsageError(f"{where}: the pattern of 'gold' finds nothing in {text!r}.")
