@@ -20,8 +20,8 @@ Tasks = Annotated[
         "--tasks",
         "-t",
         help="Separated by commas, or repeated: names of [b]starmerge tasks[/b], task files "
-        "(.yaml), rows (.jsonl, .csv, .parquet), folders with train.jsonl and test.jsonl, FILE.py:NAME, or "
-        "lm-eval:NAME.",
+        "(.yaml), rows (.jsonl, .csv, .parquet), folders with train.jsonl and test.jsonl, "
+        "FILE.py:NAME, or lm-eval:NAME.",
     ),
 ]
 TaskFolder = Annotated[
