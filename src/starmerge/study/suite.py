@@ -21,6 +21,7 @@ from starmerge.evaluation.tasks.prompts import with_prompts_of
 from starmerge.evaluation.tasks.suites import Suite
 from starmerge.merging.engine import MergeResult, merge
 from starmerge.methods.pipeline import Pipeline, as_pipeline
+from starmerge.progress import progress_bar
 from starmerge.storage.publishing import check_output
 from starmerge.study.figures import plot_scores
 
@@ -94,7 +95,8 @@ def run_suite(
     if flat is not None:
         names = [task.name for task in found]
         check_flat(flat, [*names, *pipelines], names, overwrite=overwrite)
-    check(found, settings)  # before hours of merging
+    with progress_bar("before merging", None, show=progress) as bar:
+        check(found, settings, progress=bar)
     for task in found:
         if task.name not in suite.models:
             raise UsageError(f"The suite {suite.name} names no model for its task {task.name}.")
