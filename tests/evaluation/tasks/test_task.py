@@ -262,6 +262,8 @@ def test_a_folder_is_a_task_with_instruction_and_given_split(tmp_path: Path) -> 
         ("", "has no rows"),
         ('{"input": "row 0", "label": "a", "choices": ["a"]}', "no rows for testing"),
         ('{"input": "x", "label": "a", "choices": ["b"]}', "'a' is not in 'choices'"),
+        ('{"input": "x", "label": "a", "choices": null}', "'choices' is no list of texts"),
+        ('{"input": "x", "label": "a", "choices": "ab"}', "'choices' is no list of texts"),
     ],
 )
 def test_says_what_is_wrong_with_bare_rows(tmp_path: Path, line: str, message: str) -> None:

@@ -358,7 +358,8 @@ def _example(task: Task, place: str, fields: dict[str, Any]) -> Example:
         raise UsageError(f"{where}: {error}.") from error
     if task.read_by.reads_numbers:
         return Example(place, fields, gold)
-    if isinstance(own, str) or not all(isinstance(choice, str) for choice in own):
+    is_list = isinstance(own, list | tuple)
+    if not is_list or not all(isinstance(choice, str) for choice in own):
         raise UsageError(f"{where}: {task.choices!r} is no list of texts.")
     choices = tuple(dict.fromkeys(own))
     if choices and gold not in choices:

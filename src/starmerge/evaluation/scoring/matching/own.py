@@ -82,14 +82,8 @@ class _Own(Matcher):
                 f"The matcher {self.name!r} failed at the response {response[:200]!r}: "
                 f"{type(error).__name__}: {error}."
             ) from error
-        value, credit = (
-            returned
-            if isinstance(returned, tuple) and len(returned) == 2
-            else (
-                returned,
-                None,
-            )
-        )
+        is_pair = isinstance(returned, tuple) and len(returned) == 2
+        value, credit = returned if is_pair else (returned, None)
         value = self._value(value, labels, response)
         right = float(gold) if self.reads_numbers else gold
         return Reading(value, self._credit(float(value == right) if credit is None else credit))

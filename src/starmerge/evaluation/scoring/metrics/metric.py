@@ -52,7 +52,7 @@ class Score:
     """Share of responses from which no answer could be read."""
     shortened: int
     """Rows whose passage was cut."""
-    predictions: tuple[Prediction, ...]
+    predictions: tuple[Prediction, ...] = field(repr=False)
     labels: tuple[str, ...] = ()
     """The labels of a closed task; what F1 is depends on whether there are any."""
     left_out: int = 0
