@@ -6,15 +6,14 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
-from starmerge.checkpoints.source import resolve
+from starmerge.checkpoints.source import Source
 from starmerge.evaluation.cache import blake3_of_model, versions
 from starmerge.evaluation.models.loading import device_kind, device_name, dtype_name
 from starmerge.evaluation.settings import Settings
 from starmerge.evaluation.sheets import Sheet
-from starmerge.evaluation.subjects import Group, Update
+from starmerge.evaluation.subjects import Group
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class ModelRecord:
     """Which model was asked."""
 
     path: str | None
-    """Folder or Hub id as it was given; None: an update of the base in memory."""
+    """Hub id, or the folder as it was given; None: an update of the base in memory."""
     revision: str | None
     """Commit of a Hub repository, where that is known."""
     blake3: str
@@ -82,25 +81,23 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def record_of(
-    name: str, given: str | Path | Update, group: Group, settings: Settings
-) -> ModelRecord:
+def record_of(name: str, source: Source | None, group: Group, settings: Settings) -> ModelRecord:
     """Return the record of a model that is about to be asked; its files are hashed.
 
     Args:
         name: Its name.
-        given: The folder, Hub id or update that was given.
+        source: Where it lies; None: an update of the base in memory.
         group: The group that it is asked in.
         settings: How it is asked.
     """
     device = device_kind(settings.device)
     dtype = dtype_name(group.folders(name)[0], settings.dtype, device)
-    update = group.update(name)
-    if isinstance(given, Mapping):
+    if source is None:
+        update = group.update(name)
         assert update is not None
         return ModelRecord(None, None, update, dtype)
-    source = resolve(given)
-    return ModelRecord(source.reference, source.revision, blake3_of_model(source.path), dtype)
+    path = source.name or source.reference
+    return ModelRecord(path, source.revision, blake3_of_model(source.path), dtype)
 
 
 def gathered(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from starmerge.checkpoints.source import resolve
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation.cache import Record, ScoreCache, score_key
 from starmerge.evaluation.evaluation import Evaluation
@@ -34,7 +35,8 @@ def evaluate(
     normalised average, and is asked that task only. Every other model is asked all tasks.
 
     The base is loaded once: adapters are switched on and off by PEFT, updates in memory are added
-    to its weights and taken back. What the cache knows is not asked again.
+    to its weights and taken back. What the cache knows is not asked again. The files of each model
+    are hashed: the result says by their content which models and rows these were.
 
     Args:
         base: The base: a folder or a Hub id.
@@ -53,18 +55,24 @@ def evaluate(
     date = now()
     with progress_bar("evaluating", None, show=progress) as bar:
         sheets = check(tasks, settings, progress=bar)
+        bar.waits_for("finding the models")
+        start = resolve(base)
+        sources = {
+            name: resolve(model) for name, model in models.items() if not isinstance(model, Mapping)
+        }
         subjects = groups(
-            base,
-            models,
+            start.path,
+            {**models, **{name: source.path for name, source in sources.items()}},
             kind=next(iter(sheets.values())).kind,
             device=settings.device,
             dtype=settings.dtype,
             backend=settings.backend,
         )
-        given: dict[str, str | Path | Update] = {BASE: base, **models}
+        sources[BASE] = start
+        names = [BASE, *models]
         asked = {
             name: [sheet for task, sheet in sheets.items() if name == task or name not in sheets]
-            for name in given
+            for name in names
         }
         scores: dict[str, dict[str, Score]] = {}
         records: dict[str, ModelRecord] = {}
@@ -74,7 +82,7 @@ def evaluate(
             gc.collect()  # models hold themselves in circles
             for name in group.names:
                 bar.waits_for(f"hashing {name}")
-                records[name] = record_of(name, given[name], group, settings)
+                records[name] = record_of(name, sources.get(name), group, settings)
                 found = answers(name, group, asked[name], settings, cache, bar)
                 scores[name] = {
                     sheet.name: sheet.score(answered)
@@ -83,9 +91,9 @@ def evaluate(
     return Evaluation(
         settings.scorer,
         settings.mode,
-        {name: scores[name] for name in given},
+        {name: scores[name] for name in names},
         {name: scores[name][name] for name in models if name in sheets},
-        gathered(date, {name: records[name] for name in given}, sheets, settings),
+        gathered(date, {name: records[name] for name in names}, sheets, settings),
     )
 
 

@@ -100,18 +100,11 @@ def run_suite(
     for task in found:
         if task.name not in suite.models:
             raise UsageError(f"The suite {suite.name} names no model for its task {task.name}.")
-    start: str | Path = suite.base if base is None else base
-    models: dict[str, str | Path] = {task.name: suite.models[task.name] for task in found}
-    sources = {name: resolve(model).path for name, model in models.items()}
-    source = resolve(start).path
+    start = resolve(suite.base if base is None else base).path
+    models = {task.name: resolve(suite.models[task.name]).path for task in found}
     merges = {
         name: merge(
-            source,
-            sources,
-            pipeline,
-            output=output / name,
-            overwrite=overwrite,
-            progress=progress,
+            start, models, pipeline, output=output / name, overwrite=overwrite, progress=progress
         )
         for name, pipeline in pipelines.items()
     }
