@@ -33,8 +33,9 @@ from common import parser_of, print_machine
 from starmerge.demo.base_model import prepared_base
 from starmerge.demo.run import ADAPTERS
 from starmerge.errors import StarmergeError
+from starmerge.evaluation.evaluation import Evaluation
 from starmerge.evaluation.models.asking import SCORERS
-from starmerge.evaluation.runner import Evaluation, evaluate
+from starmerge.evaluation.runner import evaluate
 from starmerge.evaluation.scoring.comparison import Difference, Interval
 from starmerge.evaluation.scoring.metrics import Score
 from starmerge.evaluation.settings import Settings

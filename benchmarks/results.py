@@ -45,8 +45,9 @@ from starmerge.demo.base_model import prepared_base
 from starmerge.demo.run import ADAPTERS
 from starmerge.errors import StarmergeError
 from starmerge.evaluation.cache import ScoreCache
+from starmerge.evaluation.evaluation import Evaluation
 from starmerge.evaluation.models.loading import load_model
-from starmerge.evaluation.runner import Evaluation, evaluate
+from starmerge.evaluation.runner import evaluate
 from starmerge.evaluation.scoring.comparison import (
     Difference,
     Interval,

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from starmerge import Dense, merge_state
+from starmerge.evaluation.scoring.matching import Reading, read
 from starmerge.evaluation.scoring.metrics import Prediction, score
 from starmerge.evaluation.tasks import find_task
+from starmerge.evaluation.tasks.task import Task
 from starmerge.methods import METHODS, Pipeline, make_pipeline
 
 _ROOT = Path(__file__).parents[1]
@@ -46,7 +48,13 @@ def test_the_examples_on_the_page_on_plug_ins_can_be_used(tmp_path: Path) -> Non
     predictions = [Prediction("1", "abcd", "abcd", "ab", 0.0)]
     assert score(predictions, f"{tmp_path}/1.py:brevity").value == 0.5
     assert score(predictions, f"{tmp_path}/1.py:length_ratio").value == 2
-    (row,) = find_task(f"{tmp_path}/2.py:quiz").examples("test", 1)
+    bare = {"name": "t", "source": {"file": "rows.jsonl"}, "prompt": ""}
+    rules = Task(**bare, match=f"{tmp_path}/2.py:json_field")
+    assert read(rules, 'So: {"answer": "4"}', "4") == Reading("4", 1.0)
+    assert read(rules, "So: 4", "4") == Reading(None, 0.0)
+    close = Task(**bare, match=f"{tmp_path}/2.py:close_number", metric="f1")
+    assert read(close, "3, no, 5", "4") == Reading(5.0, 0.9)
+    (row,) = find_task(f"{tmp_path}/3.py:quiz").examples("test", 1)
     assert float(row.label) == int(row.fields["input"].split()[0]) + 1
     project = (_ROOT / "examples" / "plugin" / "pyproject.toml").read_text(encoding="utf-8")
     (offers,) = re.findall(r"^```toml\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)

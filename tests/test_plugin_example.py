@@ -41,7 +41,7 @@ def test_the_example_passes_its_own_tests(env: dict[str, str]) -> None:
         command, check=False, capture_output=True, text=True, env=env, cwd=EXAMPLE
     )
     assert finished.returncode == 0, finished.stdout
-    assert "4 passed" in finished.stdout
+    assert "5 passed" in finished.stdout
 
 
 def test_the_example_is_listed_with_its_package(

@@ -1,4 +1,4 @@
-"""Plug-ins: methods, tasks and metrics by name, from starmerge, other packages and files.
+"""Plug-ins: methods, tasks, metrics and matchers by name, from starmerge, other packages and files.
 
 Each kind has a :class:`Registry`. A name is found there whoever defines it:
 
@@ -88,7 +88,7 @@ class _Unloaded(Generic[_Thing]):
 
 
 class Registry(Mapping[str, _Thing]):
-    """All methods, tasks or metrics that have a plain name, and the way to find others.
+    """All methods, tasks, metrics or matchers that have a plain name, and the way to find others.
 
     As a mapping it has what is defined in starmerge, in packages that are loaded, and in the
     running program; not what files define. What starmerge itself offers by entry points is loaded

@@ -160,6 +160,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
         (["choose", "{base}", "{adapter}", "-t", "digits", "-m", "star"], 2, "two candidates"),
         (["choose", "{base}", "{adapter}", "-t", "digits", "-o", "{out}"], 2, "ends in .yaml"),
         (["suite", "flan"], 2, "flan-t5"),
+        (["evaluate", "{base}", "-t", "digits", "--columns", "text"], 2, "write NAME=COLUMN"),
+        (["evaluate", "{base}", "-t", "digits", "--columns", "input=a"], 2, "file of bare rows"),
+        (["evaluate", "{base}", "-t", "digits", "--all-rows"], 2, "Leave the option out"),
+        (["finetune", "{base}", "-t", "a", "-t", "b", "-o", "{out}"], 2, "names 2 tasks"),
         (["tasks", "flan-t5/qqq"], 2, "Did you mean 'flan-t5/qqp'"),
         (["finetune", "{base}", "--task", "digits", "-o", "{base}"], 2, "not empty"),
         (["demo", "run", "--scorer", "x"], 2, "generate, rank"),
@@ -238,6 +242,28 @@ def test_lists_tasks_and_suites_and_shows_a_task_as_its_file(starmerge: Run) -> 
     assert shown["labels"] == {"0": ["yes"], "1": ["no"], "2": ["maybe"]}
     assert "mistralai/Mistral-7B-Instruct-v0.2" in starmerge("suite").stdout
     assert "Lots-of-LoRAs/Mistral-7B-Instruct" in starmerge("suite", "mistral-nli").stdout
+
+
+def test_tasks_add_up_and_bare_rows_may_have_columns_of_other_names(
+    starmerge: Run, tmp_path: Path
+) -> None:
+    base = store("llama", tmp_path / "base")
+    rows = [f"w{n} w{n + 1},w{10 + n % 2}" for n in range(40)]
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.csv").write_text("\n".join(["text,kind", *rows]) + "\n")
+    finished = starmerge(
+        *["evaluate", base, "-t", "a.csv,b.csv", "-t", "c.csv", "--columns"],
+        *["input=text,label=kind", "--all-rows", "--scorer", "rank", "--flat", "R", "-o", "out"],
+        cwd=tmp_path,
+    )
+    assert finished.returncode == 0, finished.stderr
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())["scores"]
+    assert [(score["task"], score["n"]) for score in scores] == [("a", 40), ("b", 40), ("c", 40)]
+    flat = json.loads((tmp_path / "R" / "a_b_c" / "pretrained.json").read_text())
+    assert flat == {score["task"]: round(score["score"], 4) for score in scores}
+    lacking = starmerge("evaluate", base, "-t", "a.csv", cwd=tmp_path)
+    assert lacking.returncode == 2
+    assert "--columns input=text,label=kind" in lacking.stderr
 
 
 def test_every_command_explains_itself(starmerge: Run) -> None:

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from starmerge.errors import StarmergeError, UsageError
+from starmerge.evaluation.evaluation import Evaluation
 from starmerge.evaluation.results import check_results, load_results, write_results
-from starmerge.evaluation.runner import Evaluation
 from starmerge.evaluation.scoring.metrics import Prediction, score
 
 TABLE = "| task | base |\n|------|------|\n| NA   | 0.50 |"
@@ -201,6 +201,12 @@ def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
     (folder / "scores.json").write_text('{"scores": [')
     with pytest.raises(StarmergeError, match=r"scores\.json is not JSON"):
         load_results(folder)
-    (folder / "scores.json").write_text('{"scores": 1}')
+    (folder / "scores.json").write_text('{"scores": []}')
+    with pytest.raises(StarmergeError, match="has no schema version: an older starmerge wrote it"):
+        load_results(folder)
+    (folder / "scores.json").write_text('{"schema_version": 7, "scores": []}')
+    with pytest.raises(StarmergeError, match=r"has the schema version 7: .* reads version 1"):
+        load_results(folder)
+    (folder / "scores.json").write_text('{"schema_version": 1, "scores": 1}')
     with pytest.raises(StarmergeError, match=r"scores\.json holds no list of scores"):
         load_results(folder)

@@ -14,8 +14,9 @@ from starmerge.demo.run import ADAPTERS
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation import subjects
 from starmerge.evaluation.cache import ScoreCache
+from starmerge.evaluation.evaluation import Evaluation
 from starmerge.evaluation.results import load_results, write_results
-from starmerge.evaluation.runner import Evaluation, evaluate
+from starmerge.evaluation.runner import evaluate
 from starmerge.evaluation.scoring.metrics import Prediction, Score, score
 from starmerge.evaluation.settings import Settings
 from starmerge.evaluation.table import differences, markdown, notes, report

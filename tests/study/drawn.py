@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from starmerge.evaluation.runner import Evaluation
+from starmerge.evaluation.evaluation import Evaluation
 from starmerge.evaluation.scoring.metrics import Prediction, Score, score
 
 LONG = "organisation/" + "a-very-long-name-of-a-merged-model_" * 4

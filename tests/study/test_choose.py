@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -134,10 +135,19 @@ def test_a_reader_is_told_what_was_compared_and_how_sure_it_is(world: World) -> 
     assert lines[-1].startswith("| *base*")
     assert "Rows of one, two: held out" in report
     assert "its average is optimistic" in report
-    records = pd.DataFrame(choice.to_records())
+    records = choice.to_frame()
+    pd.testing.assert_frame_equal(records, pd.DataFrame(choice.to_records()))
     assert set(records.candidate) == {"average", "star", "task_arithmetic:alpha=-1"}
     assert list(records[records.chosen].candidate) == [choice.chosen]
     assert json.loads(json.dumps(choice.to_json()))["recipe"]["method"] == choice.chosen
+    shown = repr(choice).splitlines()
+    assert shown[:2] == [f"Choice: {choice.chosen} of 3 candidates", f"  {choice.sentence}"]
+    assert len(shown) == 2 + 3
+    drawn = ElementTree.fromstring(f"<div>{choice._repr_html_()}</div>")
+    assert drawn.findtext("p") == choice.sentence
+    cells = [[cell.text or "" for cell in row] for row in drawn.iter("tr")]
+    assert cells == choice.cells()
+    assert [row[0] for row in cells[1:]] == [s.name for s in choice.outcome.standings] + ["base"]
     if len(choice.outcome.ties) > 1:
         assert choice.sentence.startswith("No clear difference between ")
 

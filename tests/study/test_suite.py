@@ -43,6 +43,7 @@ def test_a_suite_is_merged_and_scored(smollm2: Path, tmp_path: Path) -> None:
         base=smollm2,
         rows_of={"demo/sentiment": rows},
         settings=Settings(rows=6),
+        flat=tmp_path / "flat",
     )
     assert result.evaluation.tasks == ["language", "sentiment"]
     assert result.evaluation.scores["average"]["sentiment"].n == 3
@@ -52,6 +53,15 @@ def test_a_suite_is_merged_and_scored(smollm2: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "average" / "model.safetensors").is_file()
     assert result.chart.read_bytes().startswith(b"\x89PNG")
     scores, predictions = load_results(result.results)
+    assert result.flat == tmp_path / "flat" / "language_sentiment"
+    assert {file.name for file in result.flat.iterdir()} == {
+        "pretrained.json",
+        "lora.json",
+        "average.json",
+    }
+    made = result.evaluation.provenance
+    assert made is not None
+    assert made.models["language"].path == str(ADAPTERS / "language")
     assert set(scores.model) == {"base", "language", "sentiment", "average"}
     assert len(predictions) == 3 * (6 + 3)
 

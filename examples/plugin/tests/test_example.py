@@ -5,6 +5,7 @@ import torch
 from starmerge_example.methods import Median
 
 import starmerge as sm
+from starmerge.evaluation.scoring.matching import read
 from starmerge.evaluation.scoring.metrics import METRICS, Prediction, score
 from starmerge.evaluation.tasks import find_task
 from starmerge.methods import METHODS, make_method
@@ -40,6 +41,12 @@ def test_metrics_of_rows_and_of_sums():
     shared = score(predictions, "char_f1")
     np.testing.assert_allclose(shared.value, 2 * 9 / (10 + 15))
     assert shared.low < shared.value < shared.high
+
+
+def test_the_matcher_reads_the_last_word():
+    task = find_task("backwards")
+    assert read(task, "hello, so olleh.", "olleh").value == "olleh"
+    assert read(task, "...", "olleh").value is None
 
 
 def test_the_task_is_scored_by_the_metric():

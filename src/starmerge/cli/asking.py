@@ -16,17 +16,43 @@ if TYPE_CHECKING:
     from starmerge.study.suite import SuiteResult
 
 Tasks = Annotated[
-    str,
+    list[str],
     typer.Option(
         "--tasks",
         "-t",
-        help="Separated by commas: names of [b]starmerge tasks[/b], task files (.yaml), rows "
-        "(.jsonl, .csv, .parquet), folders with train.jsonl and test.jsonl, FILE.py:NAME, or "
-        "lm-eval:NAME.",
+        help="Separated by commas, or repeated: names of [b]starmerge tasks[/b], task files "
+        "(.yaml), rows (.jsonl, .csv, .parquet), folders with train.jsonl and test.jsonl, "
+        "FILE.py:NAME, or lm-eval:NAME.",
     ),
 ]
 TaskFolder = Annotated[
     Path | None, typer.Option(help="Folder with task files of your own (.yaml), by their name.")
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        "--columns",
+        metavar="NAME=COLUMN,...",
+        help="Which columns of bare rows are input, label and choices, where they have other "
+        "names: input=text,label=kind.",
+    ),
+]
+AllRows = Annotated[
+    bool,
+    typer.Option(
+        "--all-rows",
+        help="Score all rows of a file. Else one in five of bare rows is scored, and the others "
+        "count as training rows.",
+    ),
+]
+Flat = Annotated[
+    Path | None,
+    typer.Option(
+        "--flat",
+        metavar="FOLDER",
+        help="Also write the scores as the paper's scripts do: FOLDER/TASKS/METHOD.json, each "
+        "with {task: score}.",
+    ),
 ]
 Scorer = Annotated[
     str,
@@ -138,16 +164,67 @@ def pairs(arguments: Sequence[str] | None, option: str) -> dict[str, Path]:
     return found
 
 
-def tasks_of(tasks: str, folder: Path | None, data: Sequence[str] | None) -> list[AnyTask]:
-    """Find the tasks of an option; those of the harness, which have its prefix, come last."""
-    from starmerge.evaluation.tasks import find_task, folder_tasks, with_rows_of
+def names_of(tasks: Sequence[str]) -> list[str]:
+    """Return the names in a repeatable option, each of which has some, separated by commas."""
+    return [name.strip() for text in tasks for name in text.split(",") if name.strip()]
+
+
+def columns_of(columns: str | None) -> dict[str, str]:
+    """Read what an option gives as NAME=COLUMN,...
+
+    Raises:
+        UsageError: There is no equals sign, or one name twice.
+    """
+    found: dict[str, str] = {}
+    for part in columns.split(",") if columns is not None else ():
+        name, equals, column = (text.strip() for text in part.partition("="))
+        if not (equals and name and column):
+            raise UsageError(
+                f"--columns {columns}: write NAME=COLUMN, such as --columns input=text,label=kind."
+            )
+        if name in found:
+            raise UsageError(f"--columns {name} is given twice. Leave one out.")
+        found[name] = column
+    return found
+
+
+def tasks_of(
+    tasks: Sequence[str],
+    folder: Path | None,
+    data: Sequence[str] | None,
+    columns: str | None = None,
+    *,
+    all_rows: bool = False,
+) -> list[AnyTask]:
+    """Find the tasks of an option; those of the harness, which have its prefix, come last.
+
+    Args:
+        tasks: The option, as often as it is given.
+        folder: The user's own task files.
+        data: Files in place of some tasks' rows, TASK=FILE.
+        columns: What bare rows call their columns.
+        all_rows: Whether all rows of files are scored.
+
+    Raises:
+        UsageError: There is no such task, or an option does not fit the tasks.
+    """
+    from starmerge.evaluation.tasks import all_rows_of, find_task, folder_tasks, with_rows_of
     from starmerge.evaluation.tasks.lm_eval import PREFIX, load_tasks
 
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    names = names_of(tasks)
     plain = [name for name in names if not name.startswith(PREFIX)]
     # The folder is the harness's where all tasks are: it may hold its files, or ours.
     own = folder_tasks(folder).values() if folder is not None and plain else ()
-    found = with_rows_of({name: find_task(name, own) for name in plain}, pairs(data, "--data"))
+    mapped = columns_of(columns)
+    by_name = {name: find_task(name, own, mapped) for name in plain}
+    if mapped and not any(getattr(task.source, "columns", None) for task in by_name.values()):
+        raise UsageError(
+            f"--columns {columns}: none of the tasks is a file of bare rows. Leave the option out, "
+            "or name the columns in the task's file."
+        )
+    found = with_rows_of(by_name, pairs(data, "--data"))
+    if all_rows:
+        found = all_rows_of(found)
     harness = [name for name in names if name.startswith(PREFIX)]
     return [*found, *(load_tasks(harness, folder) if harness else ())]
 

@@ -54,6 +54,7 @@ def choose(
     ] = None,
     task_folder: asking.TaskFolder = None,
     data: asking.Data = None,
+    columns: asking.Columns = None,
     scorer: asking.Scorer = "generate",
     matching: asking.Matching = "strict",
     batch_size: asking.BatchSize = None,
@@ -115,7 +116,7 @@ def choose(
     choice = run(
         base,
         named,
-        asking.tasks_of(tasks, task_folder, data),
+        asking.tasks_of(tasks, task_folder, data, columns),
         candidates,
         settings=settings,
         budget=budget,

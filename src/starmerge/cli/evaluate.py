@@ -24,6 +24,8 @@ def evaluate(
     ] = None,
     task_folder: asking.TaskFolder = None,
     data: asking.Data = None,
+    columns: asking.Columns = None,
+    all_rows: asking.AllRows = False,
     prompts: asking.Prompts = None,
     scorer: asking.Scorer = "generate",
     matching: asking.Matching = "strict",
@@ -44,6 +46,7 @@ def evaluate(
         str, typer.Option(help="Format of the predictions: parquet or jsonl.")
     ] = "parquet",
     report: asking.Report = None,
+    flat: asking.Flat = None,
     overwrite: asking.Overwrite = False,
     no_cache: asking.NoCache = False,
 ) -> None:
@@ -54,7 +57,10 @@ def evaluate(
     normalised averages.
 
     Example: starmerge evaluate BASE adapters/digits adapters/past merged -t digits,past -o scores
+
+    Example: starmerge evaluate BASE merged -t mail.csv --columns input=text,label=kind --all-rows
     """
+    from starmerge.evaluation.flat import check_flat, write_flat
     from starmerge.evaluation.results import check_results, write_results
     from starmerge.evaluation.runner import evaluate as run
     from starmerge.evaluation.settings import Settings
@@ -68,13 +74,15 @@ def evaluate(
     if output is not None:
         check_results(output, overwrite=overwrite)
     asking.check_report(report, overwrite=overwrite)
-    chosen, wording = asking.tasks_of(tasks, task_folder, data), None
+    chosen, wording = asking.tasks_of(tasks, task_folder, data, columns, all_rows=all_rows), None
     if prompts is not None:
         chosen, wording = with_prompts_of(prompts, chosen)
     entries = parse_models(models or [])
     named = {entry["name"]: entry["path"] for entry in entries}
     if len(named) < len(entries):
         raise UsageError("Two models have the same name. Give each its own with NAME=PATH.")
+    if flat is not None:
+        check_flat(flat, named, [task.name for task in chosen], overwrite=overwrite)
     result = run(base, named, chosen, settings, cache=asking.cache_of(no_cache), progress=True)
     table = "\n\n".join([reported(result), *([wording] if wording else [])])
     print(table)
@@ -96,3 +104,5 @@ def evaluate(
         page = evaluation_page(result, title=title, remarks=remarks)
         write_page(page, report, overwrite=overwrite)
         print(f"\nReport: {report}")
+    if flat is not None:
+        print(f"Flat: {write_flat(flat, result, overwrite=overwrite)}")

@@ -9,11 +9,13 @@ from typing import Annotated
 
 import typer
 
+from starmerge.cli import asking
+
 
 def finetune(
     base: Annotated[str, typer.Argument(help="The model to fine-tune: a folder or a Hub id.")],
     task: Annotated[
-        str,
+        list[str],
         typer.Option(
             "--task",
             "-t",
@@ -24,6 +26,7 @@ def finetune(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder to create for adapter or model.")
     ],
+    columns: asking.Columns = None,
     full: Annotated[
         bool, typer.Option("--full", help="Train all weights and save a whole model, no adapter.")
     ] = False,
@@ -55,7 +58,6 @@ def finetune(
     """
     from starmerge.checkpoints.source import resolve
     from starmerge.errors import UsageError
-    from starmerge.evaluation.tasks import find_task
     from starmerge.evaluation.tasks.task import Task
     from starmerge.storage.publishing import check_output
     from starmerge.training.finetuning import StoredDtype, TrainingRecipe
@@ -65,9 +67,18 @@ def finetune(
     if dtype not in known:
         raise UsageError(f"--dtype {dtype} is not one of {', '.join(known)}.")
     check_output(output, overwrite=False)
-    chosen = find_task(task)
+    names = asking.names_of(task)
+    if len(names) != 1:
+        raise UsageError(
+            f"--task names {len(names)} tasks, and a model is trained on one. Run the command once "
+            "for each."
+        )
+    (chosen,) = asking.tasks_of(names, None, None, columns)
     if not isinstance(chosen, Task):
-        raise UsageError(f"{task} is a task of images: starmerge trains language models.")
+        raise UsageError(
+            f"{names[0]} is a task of images or of a harness: starmerge trains language models on "
+            "tasks of text."
+        )
     source = resolve(base)
     adapter = TrainingRecipe()
     if full and (rank, alpha, targets) != (adapter.rank, adapter.alpha, ",".join(adapter.targets)):

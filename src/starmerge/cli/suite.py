@@ -42,11 +42,12 @@ def suite(
         typer.Option(help="The base: a folder or a Hub id.", show_default="the suite's own"),
     ] = None,
     tasks: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--tasks",
             "-t",
-            help="Some of the tasks, separated by commas; their fine-tunes alone are merged.",
+            help="Some of the tasks, separated by commas or repeated; their fine-tunes alone are "
+            "merged.",
             show_default="all",
         ),
     ] = None,
@@ -60,6 +61,7 @@ def suite(
     dtype: asking.Dtype = "auto",
     backend: asking.BackendName = "transformers",
     report: asking.Report = None,
+    flat: asking.Flat = None,
     overwrite: asking.Overwrite = False,
     no_cache: asking.NoCache = False,
 ) -> None:
@@ -94,9 +96,10 @@ def suite(
         output,
         methods=[make_pipeline(name, parameters_of(name, given, methods)) for name in methods],
         base=base,
-        tasks=tasks.split(",") if tasks is not None else None,
+        tasks=asking.names_of(tasks) if tasks is not None else None,
         rows_of=asking.pairs(data, "--data"),
         prompts=prompts,
+        flat=flat,
         settings=Settings(scorer, matching, rows, batch_size, device, dtype, backend),  # type: ignore[arg-type]
         cache=asking.cache_of(no_cache),
         overwrite=overwrite,
@@ -107,5 +110,7 @@ def suite(
     print(f"\n{result.table}\n")
     print(f"Results: {result.results}")
     print(f"Chart: {result.chart}")
+    if result.flat is not None:
+        print(f"Flat: {result.flat}")
     if report is not None:
         asking.write_suite_report(result, report, overwrite=overwrite)

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
@@ -91,12 +92,12 @@ def score_key(
             :func:`starmerge.checkpoints.hashing.blake3_of_update`.
     """
     content = {
-        "model": [model_files(folder) for folder in folders],
+        "model": [_model_files(folder) for folder in folders],
         "update": update,
         "asked": dict(asked),
         "device": device,
         "dtype": dtype,
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": versions(),
         "code": _code(*([] if update is None else _ADDING)),
     }
     return blake3(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -167,12 +168,29 @@ class ScoreCache:
         return [file for file in self.folder.glob("*.jsonl") if _NAME.fullmatch(file.name)]
 
 
+def blake3_of_model(folder: Path) -> str:
+    """Return one hash of all files of a folder that have a part in a model's answers.
+
+    That of a JSON object of their hashes by name; where the folder lies does not count.
+    """
+    return blake3(json.dumps(_model_files(folder), sort_keys=True).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that compute answers, of those that are installed."""
+    found = {}
+    for name in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def _head(key: str, body: bytes) -> bytes:
     """Return a file's first line; the key has a part in it, so that no file passes for another."""
     return json.dumps({"blake3": blake3(key.encode() + body).hexdigest()}).encode()
 
 
-def model_files(folder: Path) -> dict[str, str]:
+def _model_files(folder: Path) -> dict[str, str]:
     """Return the hashes of what has a part in a model's answers, by file name."""
     files = {file.relative_to(folder): file for file in folder.rglob("*") if file.is_file()}
     return {
@@ -180,13 +198,6 @@ def model_files(folder: Path) -> dict[str, str]:
         for path, file in files.items()
         if not any(fnmatchcase(part, pattern) for part in path.parts for pattern in _NO_PART)
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _code(*modules: ModuleType) -> list[str]:

@@ -1,6 +1,7 @@
 """A folder of results: scores, every prediction, the table; written whole, read by pandas.
 
-- ``scores.json``: all scores, averages and differences; null where one is undefined
+- ``scores.json``: all scores, averages and differences, null where one is undefined, and the
+  provenance of them: models and rows by their content, device, versions, date
 - ``scores.csv``: the scores, one a line
 - ``predictions.parquet`` or ``predictions.jsonl``: each row of each task, as each model answered it
 - ``table.md``: the table for people
@@ -15,11 +16,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from starmerge.checkpoints.writer import json_bytes
 from starmerge.errors import StarmergeError, UsageError
+from starmerge.evaluation.evaluation import SCHEMA, Evaluation, shortened
 from starmerge.parsing import parse_json
 from starmerge.reading import read_json
 from starmerge.storage.publishing import Replaceable, check_output, output_folder
@@ -28,7 +31,6 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-    from starmerge.evaluation.runner import Evaluation
 
 _SCORES = "scores.json"
 _CSV = "scores.csv"
@@ -39,13 +41,48 @@ _MEMBERS = (_SCORES, _CSV, _PARQUET, _JSONL, _TABLE, "chart.*")
 _RESULTS = Replaceable("results folder", _SCORES, _MEMBERS)
 
 
-class Results(NamedTuple):
-    """What stands in a results folder."""
+@dataclass(frozen=True, repr=False)
+class Results:
+    """What stands in a results folder: ``scores, predictions = load_results(folder)``.
+
+    A notebook shows the scores as a table.
+    """
 
     scores: pd.DataFrame
     """A row for each model and task."""
     predictions: pd.DataFrame
     """A row for each row of a task, task and model."""
+    provenance: dict[str, Any] | None
+    """Which models and rows these were, and what computed the answers: the plain data of
+    :class:`starmerge.evaluation.provenance.Provenance`."""
+
+    def __iter__(self) -> Iterator[pd.DataFrame]:
+        """Yield scores and predictions."""
+        yield self.scores
+        yield self.predictions
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The scores with a row for each task and a column for each model, in their order."""
+        order = {name: list(dict.fromkeys(self.scores[name])) for name in ("task", "model")}
+        wide = self.scores.pivot(index="task", columns="model", values="score")
+        return wide.reindex(index=order["task"], columns=order["model"])
+
+    def __repr__(self) -> str:
+        """Return a few lines: how much there is, when it was made, the tasks and the models."""
+        made = "" if self.provenance is None else f", {self.provenance['date']}"
+        return "\n".join(
+            [
+                f"Results: {len(self.scores)} scores, {len(self.predictions)} predictions{made}",
+                f"  tasks: {shortened(list(self.scores['task'].unique()))}",
+                f"  models: {shortened(list(self.scores['model'].unique()))}",
+            ]
+        )
+
+    def _repr_html_(self) -> str:
+        """Return the table of scores for a notebook."""
+        drawn: str = self.table.to_html(float_format=lambda score: f"{score:.2f}", na_rep="")
+        return drawn
 
 
 def check_results(folder: Path, *, overwrite: bool) -> None:
@@ -79,7 +116,6 @@ def write_results(
         UsageError: Something stands there that may not be replaced.
         StarmergeError: The disk is full, or fails otherwise.
     """
-    import pandas as pd  # noqa: PLC0415
     import pyarrow as pa  # noqa: PLC0415
     import pyarrow.parquet as pq  # noqa: PLC0415
 
@@ -88,7 +124,7 @@ def write_results(
     with output_folder(folder, overwrite=overwrite, kind=_RESULTS) as made:
         made.put(_SCORES, json_bytes(without_nan(evaluation.to_json())))
         partial = made.path
-        pd.DataFrame(evaluation.to_records()).to_csv(partial / _CSV, index=False)
+        evaluation.to_frame().to_csv(partial / _CSV, index=False)
         if predictions == "parquet":
             pq.write_table(pa.Table.from_pylist(rows, _schema()), partial / _PARQUET)
         else:
@@ -103,20 +139,31 @@ def load_results(folder: Path) -> Results:
 
     Raises:
         UsageError: ``folder`` is no results folder.
-        StarmergeError: A file of it is missing or broken.
+        StarmergeError: A file of it is missing or broken, or another version wrote it.
     """
     import pandas as pd  # noqa: PLC0415
 
     if not (folder / _SCORES).is_file():
         raise UsageError(f"{folder} holds no {_SCORES}, so it is no results folder.")
-    records = read_json(folder / _SCORES).get("scores")
+    content = read_json(folder / _SCORES)
+    version = content.get("schema_version")
+    if version != SCHEMA:
+        of = "no schema version: an older starmerge wrote it"
+        if version is not None:
+            of = f"the schema version {version!r}: another starmerge wrote it"
+        raise StarmergeError(
+            f"{folder / _SCORES} has {of}, and this one reads version {SCHEMA}. Evaluate again, or "
+            "load it with the starmerge that wrote it."
+        )
+    records = content.get("scores")
     if not isinstance(records, list):
         raise StarmergeError(f"{folder / _SCORES} holds no list of scores. Was it changed?")
     scores = [
         {name: math.nan if value is None else value for name, value in record.items()}
         for record in records
     ]
-    return Results(pd.DataFrame(scores), _read_predictions(folder).to_pandas())
+    predictions = _read_predictions(folder).to_pandas()
+    return Results(pd.DataFrame(scores), predictions, content.get("provenance"))
 
 
 def without_nan(content: Any) -> Any:

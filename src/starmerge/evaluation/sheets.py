@@ -13,7 +13,6 @@ from typing import Any, Literal, Protocol
 from starmerge.errors import UsageError
 from starmerge.evaluation.cache import Record
 from starmerge.evaluation.models.asking import (
-    Advance,
     Answer,
     LocalModel,
     ask,
@@ -21,12 +20,16 @@ from starmerge.evaluation.models.asking import (
     scored,
 )
 from starmerge.evaluation.models.classification import classify, predicted
-from starmerge.evaluation.scoring.metrics import Prediction, Score, score
+from starmerge.evaluation.scoring.matching import MATCHERS, Matcher
+from starmerge.evaluation.scoring.metrics import METRICS, Metric, Prediction, Score, score
 from starmerge.evaluation.settings import Settings
-from starmerge.evaluation.tasks.images import ImageTask
+from starmerge.evaluation.tasks.images import ImageTask, described
 from starmerge.evaluation.tasks.lm_eval import HarnessTask
+from starmerge.evaluation.tasks.sources import describe, split_sizes
 from starmerge.evaluation.tasks.spare import Origin, spare_rows
 from starmerge.evaluation.tasks.task import Example, Task
+from starmerge.plugins import Registry
+from starmerge.progress import Progress
 
 AnyTask = Task | ImageTask | HarnessTask
 """Every kind of task that can be asked."""
@@ -50,10 +53,13 @@ class Sheet(Protocol):
     def asked(self) -> dict[str, Any]:
         """Return all that decides what a model is asked, for a key of answers."""
 
+    def record(self) -> dict[str, Any]:
+        """Return which rows these are, for :class:`starmerge.evaluation.provenance.TaskRecord`."""
+
     def part(self, start: int, stop: int) -> Sheet:
         """Return a sheet of the rows from one number up to another, which it leaves out."""
 
-    def ask(self, model: Any, batch_size: int | None, advance: Advance) -> list[Record]:
+    def ask(self, model: Any, batch_size: int | None, advance: Progress) -> list[Record]:
         """Ask a loaded model; return what it answers, a row each."""
 
     def score(self, records: Sequence[Record]) -> Score:
@@ -95,6 +101,12 @@ def _sheet_of(task: Task | ImageTask, examples: list[Example], settings: Setting
     return _ImageSheet(task, examples)
 
 
+def _plugin(registry: Registry[Any], thing: Matcher | Metric) -> dict[str, dict[str, str]]:
+    """Return where a matcher or metric comes from, by its name; nothing if it is starmerge's."""
+    origin = registry.origin(thing)
+    return {} if origin is None else {thing.name: origin.record()}
+
+
 class _TextSheet:
     kind: Literal["text", "image"] = "text"
 
@@ -112,10 +124,27 @@ class _TextSheet:
             "mode": self._settings.mode,
         }
 
+    def record(self) -> dict[str, Any]:
+        task = self._task
+        held_out, training = split_sizes(task.source, task.name) or (None, None)
+        return {
+            "source": describe(task.source),
+            "blake3": self.asked["task"],
+            "rows": self.size,
+            "held_out": held_out,
+            "training": training,
+            "match": task.read_by.name,
+            "metric": task.scored_by.name,
+            "plugins": {
+                **_plugin(MATCHERS, task.read_by),
+                **_plugin(METRICS, task.scored_by),
+            },
+        }
+
     def part(self, start: int, stop: int) -> _TextSheet:
         return _TextSheet(self._task, self._examples[start:stop], self._settings)
 
-    def ask(self, model: Any, batch_size: int | None, advance: Advance) -> list[Record]:
+    def ask(self, model: Any, batch_size: int | None, advance: Progress) -> list[Record]:
         answers = ask(
             model,
             self._task,
@@ -145,10 +174,23 @@ class _ImageSheet:
     def asked(self) -> dict[str, Any]:
         return {"task": self._task.fingerprint(self._examples)}
 
+    def record(self) -> dict[str, Any]:
+        task = self._task
+        return {
+            "source": described(task.source),
+            "blake3": self.asked["task"],
+            "rows": self.size,
+            "held_out": None,
+            "training": None,
+            "match": None,
+            "metric": task.scored_by.name,
+            "plugins": _plugin(METRICS, task.scored_by),
+        }
+
     def part(self, start: int, stop: int) -> _ImageSheet:
         return _ImageSheet(self._task, self._examples[start:stop])
 
-    def ask(self, model: Any, batch_size: int | None, advance: Advance) -> list[Record]:
+    def ask(self, model: Any, batch_size: int | None, advance: Progress) -> list[Record]:
         classifier, processor = model
         answers = classify(
             classifier,
@@ -179,11 +221,23 @@ class _HarnessSheet:
     def asked(self) -> dict[str, Any]:
         return {"task": self._task.fingerprint(self._rows, self._skipped)}
 
+    def record(self) -> dict[str, Any]:
+        return {
+            "source": self.name,
+            "blake3": self.asked["task"],
+            "rows": self.size,
+            "held_out": None,
+            "training": None,
+            "match": None,
+            "metric": self._task.measure,
+            "plugins": {},
+        }
+
     def part(self, start: int, stop: int) -> _HarnessSheet:
         stop = min(stop, self.size)
         return _HarnessSheet(self._task, self._skipped + stop, self._skipped + start)
 
-    def ask(self, model: Any, batch_size: int | None, advance: Advance) -> list[Record]:
+    def ask(self, model: Any, batch_size: int | None, advance: Progress) -> list[Record]:
         if not isinstance(model, LocalModel):
             raise UsageError(f"{self.name} is asked by its harness, on transformers alone.")
         answers = self._task.ask(

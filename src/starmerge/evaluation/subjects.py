@@ -5,9 +5,9 @@ Nothing is loaded before it is needed: a model whose answers are all known is ne
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from starmerge.evaluation.models.classification import load_image_model
 from starmerge.evaluation.models.loading import AdapterSwitch, Dtype, device_of, load_model
 from starmerge.evaluation.models.vllm import check_vllm, load_vllm
 from starmerge.merging.apply import apply
+from starmerge.progress import Progress
 
 BASE = "base"
 """Name of the base in every evaluation."""
@@ -42,12 +43,32 @@ class Group(Protocol):
         """Return the hash of what is added to the folders' weights in memory; None: nothing."""
 
     @contextmanager
-    def active(self, name: str) -> Iterator[Any]:
-        """Yield a model, loaded; one at a time."""
+    def active(self, name: str, progress: Progress) -> Iterator[Any]:
+        """Yield a model, loaded; one at a time. The progress is told of what is loaded."""
 
 
 Loader = Callable[[Path], tuple[Any, Any]]
 """Returns a model of a folder, and its tokenizer or what prepares its images."""
+
+
+class _Loaded:
+    """A base that is loaded when it is first wanted.
+
+    Args:
+        path: Its folder.
+        load: Loads it.
+    """
+
+    def __init__(self, path: Path, load: Loader) -> None:
+        self._path, self._load = path, load
+        self._parts: tuple[Any, Any] | None = None
+
+    def get(self, progress: Progress) -> tuple[Any, Any]:
+        """Return the model, and its tokenizer or what prepares its images."""
+        if self._parts is None:
+            progress.waits_for(f"loading {BASE}")
+            self._parts = self._load(self._path)
+        return self._parts
 
 
 class OnBase:
@@ -73,13 +94,16 @@ class OnBase:
         wrap: Callable[[Any, Any], Any],
     ) -> None:
         self._base, self._updates, self._adapters = base, updates, adapters
-        self._load, self._wrap = cache(load), wrap
+        self._wrap = wrap
+        self._loaded = _Loaded(base, load)
         self._hashes: dict[str, str] = {}
         self._switch: AdapterSwitch | None = None
 
     def with_updates(self, updates: Mapping[str, Update]) -> OnBase:
         """Return a group of the base and other updates of it, which shares the loaded base."""
-        return OnBase(self._base, updates, {}, self._load, self._wrap)
+        group = copy.copy(self)
+        group._updates, group._adapters, group._hashes = updates, {}, {}
+        return group
 
     @property
     def names(self) -> list[str]:
@@ -100,15 +124,17 @@ class OnBase:
         return self._hashes.get(name)
 
     @contextmanager
-    def active(self, name: str) -> Iterator[Any]:
+    def active(self, name: str, progress: Progress) -> Iterator[Any]:
         """Yield the base as it is, with an update added to its weights, or with an adapter."""
-        model, second = self._load(self._base)
+        model, second = self._loaded.get(progress)
         if name in self._adapters:
             if self._switch is None:
+                progress.waits_for(f"loading adapters {', '.join(self._adapters)}")
                 self._switch = AdapterSwitch(model, self._adapters)
             with self._switch.active(name) as adapted:
                 yield self._wrap(adapted, second)
         elif name in self._updates:
+            progress.waits_for(f"adding {name} to {BASE}")
             applied = apply(model, self._updates[name])
             try:
                 yield self._wrap(model, second)
@@ -146,8 +172,9 @@ class Whole:
         """Return None: the model is as its files have it."""
 
     @contextmanager
-    def active(self, name: str) -> Iterator[Any]:
+    def active(self, name: str, progress: Progress) -> Iterator[Any]:
         """Yield the model, loaded."""
+        progress.waits_for(f"loading {self._name}")
         yield self._wrap(*self._load(self._folders[0]))
 
 
@@ -178,9 +205,10 @@ class OnVllm:
         """Return None: the models are as their files have them."""
 
     @contextmanager
-    def active(self, name: str) -> Iterator[Any]:
+    def active(self, name: str, progress: Progress) -> Iterator[Any]:
         """Yield the model, or an adapter on it."""
         if self._views is None:
+            progress.waits_for(f"loading {', '.join(self.names)}")
             self._views = load_vllm(self._path, self._adapters, dtype=self._dtype)
         yield self._views[name if name in self._adapters else None]
 

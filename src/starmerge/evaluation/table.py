@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-from starmerge.evaluation.runner import Evaluation
-from starmerge.evaluation.scoring.comparison import Interval, in_words
-from starmerge.evaluation.scoring.metrics import Score
+from starmerge.evaluation.evaluation import AVERAGE, Evaluation
+from starmerge.evaluation.grids import aligned
+from starmerge.evaluation.provenance import TaskRecord
+from starmerge.evaluation.scoring.comparison import in_words
 from starmerge.evaluation.subjects import BASE
 
 LEGEND = (
@@ -17,29 +17,11 @@ LEGEND = (
 
 
 def markdown(evaluation: Evaluation) -> str:
-    """Return the scores as a table: a row for each task, a column for each model.
-
-    The tasks' own fine-tunes share the column "fine-tuned". The last row has the normalised
-    averages, if every task has a fine-tune.
-    """
-    columns: dict[str, dict[str, str]] = {}
-    columns[BASE] = {task: _cell(score) for task, score in evaluation.scores[BASE].items()}
-    if evaluation.tuned:
-        columns["fine-tuned"] = {t: _cell(score) for t, score in evaluation.tuned.items()}
-    for model in evaluation.others:
-        columns[model] = {t: _cell(score) for t, score in evaluation.scores[model].items()}
-    metrics = {task: score.metric for task, score in evaluation.scores[BASE].items()}
-    is_plain = set(metrics.values()) == {"accuracy"}
-    rows = [["task", "n", *columns]]
-    for task, metric in metrics.items():
-        n = evaluation.scores[BASE][task].n
-        title = task if is_plain else f"{task} ({metric})"
-        rows.append([title, str(n), *(cells.get(task, "") for cells in columns.values())])
-    averages = {model: evaluation.normalised(model) for model in (BASE, *evaluation.others)}
-    if any(averages.values()):
-        cells = [interval_cell(averages[c]) if c in averages else "1" for c in columns]
-        rows.append(["**normalised average**", "", *(f"**{cell}**" for cell in cells)])
-    return aligned(rows)
+    """Return the scores as a table; see :meth:`Evaluation.cells`."""
+    *rows, last = evaluation.cells()
+    if last[0] == AVERAGE:
+        last = [f"**{cell}**" if cell else "" for cell in last]
+    return aligned([*rows, last])
 
 
 def differences(evaluation: Evaluation) -> list[str]:
@@ -73,6 +55,12 @@ def notes(evaluation: Evaluation) -> list[str]:
             "them, by the first substring, for comparison with published numbers; that rule finds "
             "answers that are none."
         )
+    if evaluation.provenance is not None:
+        found += [
+            note
+            for task, record in evaluation.provenance.tasks.items()
+            if (note := _split(task, record)) is not None
+        ]
     for model, scores in evaluation.scores.items():
         for task, score in scores.items():
             if score.shortened:
@@ -100,29 +88,12 @@ def report(evaluation: Evaluation) -> str:
     return "\n\n".join([markdown(evaluation), LEGEND, *differences(evaluation), *notes(evaluation)])
 
 
-def _cell(score: Score) -> str:
-    if math.isnan(score.value):
-        return "–"
-    text = f"{score.value:.2f} [{score.low:.2f}, {score.high:.2f}]"
-    return f"{text} u {score.unparsed:.0%}" if score.unparsed else text
-
-
-def interval_cell(interval: Interval | None) -> str:
-    """Return an average with its interval for people, "–" where there is none."""
-    if interval is None:
-        return "–"
-    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table, the first row its head, with columns of one width."""
-    rows = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| "
-        + " | ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
-        + " |"
-        for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+def _split(task: str, record: TaskRecord) -> str | None:
+    """Say how many rows of a file were left out since they count as training rows."""
+    if not record.training or record.held_out is None:
+        return None
+    others = "the others" if record.rows == record.held_out else f"{record.training} of the others"
+    return (
+        f"{task}: scored {record.rows} of {record.held_out + record.training} rows: {others} count "
+        "as training rows (--all-rows scores all)."
+    )

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation.cache import Record, ScoreCache
+from starmerge.evaluation.grids import aligned, html_table, interval_cell
 from starmerge.evaluation.runner import answers, check
 from starmerge.evaluation.scoring.comparison import (
     Difference,
@@ -21,7 +22,6 @@ from starmerge.evaluation.scoring.comparison import (
 from starmerge.evaluation.settings import Settings
 from starmerge.evaluation.sheets import AnyTask, Sheet, prepare_spare
 from starmerge.evaluation.subjects import BASE, Group, Update, groups
-from starmerge.evaluation.table import aligned, interval_cell
 from starmerge.evaluation.tasks import find_task
 from starmerge.evaluation.tasks.spare import Origin
 from starmerge.merging.task_vectors import TaskVectors, load_task_vectors
@@ -32,6 +32,9 @@ from starmerge.recipe import Recipe, make_recipe, model_entries, reference
 from starmerge.study.candidates import named_candidates
 from starmerge.study.race import START, Outcome, Scores, race, sizes
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 ROWS = 64
 """Rows of a task in the last round, unless the settings say otherwise."""
 
@@ -39,9 +42,12 @@ _TUNED = "fine-tune of "
 """What stands before a task's name in that of its fine-tune, beside which the candidates race."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Choice:
-    """What came out of a race of candidates; made by :func:`choose`."""
+    """What came out of a race of candidates; made by :func:`choose`.
+
+    A notebook shows it as a table.
+    """
 
     recipe: Recipe
     """The chosen merge: ``starmerge merge`` runs it."""
@@ -84,16 +90,38 @@ class Choice:
             verdict += f" The budget stopped {_listed(unsure)}, not clearly behind."
         return verdict
 
+    def __repr__(self) -> str:
+        """Return a few lines: the verdict, and the candidates that came farthest."""
+        standings = self.outcome.standings
+        lines = [f"Choice: {self.chosen} of {len(standings)} candidates", f"  {self.sentence}"]
+        lines += [
+            f"  {standing.name}: {interval_cell(standing.average)}, {standing.rows} rows"
+            for standing in standings[:_SHOWN]
+        ]
+        if len(standings) > _SHOWN:
+            lines.append(f"  … and {len(standings) - _SHOWN} more: to_frame() has all")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Return the verdict and the table of candidates for a notebook."""
+        return html_table(self.cells(), self.sentence)
+
     @property
     def table(self) -> str:
         """The candidates in Markdown, those that came farthest first, the base last."""
+        head, *rows, base = self.cells()
+        for row in rows:
+            row[0] = f"**{row[0]}**" if row[0] == self.chosen else row[0]
+        return aligned([head, *rows, [f"*{base[0]}*", *base[1:]]])
+
+    def cells(self) -> list[list[str]]:
+        """Return the candidates as cells for people, the head first, the base last."""
         average = "normalised average" if self.is_normalised else "mean score"
         rows = [["candidate", "rounds", "rows", average, f"− {self.outcome.best}", "stopped"]]
         for standing in self.outcome.standings:
-            name = f"**{standing.name}**" if standing.name == self.chosen else standing.name
             rows.append(
                 [
-                    name,
+                    standing.name,
                     str(standing.rounds),
                     str(standing.rows),
                     interval_cell(standing.average),
@@ -101,8 +129,8 @@ class Choice:
                     _STOPPED[standing.stopped],
                 ]
             )
-        rows.append([f"*{BASE}*", "", "", interval_cell(self.base), "", ""])
-        return aligned(rows)
+        rows.append([BASE, "", "", interval_cell(self.base), "", ""])
+        return rows
 
     @property
     def report(self) -> str:
@@ -117,8 +145,14 @@ class Choice:
         parts += [f"Left out: {name}. {reason}" for name, reason in self.left_out.items()]
         return "\n\n".join(parts)
 
+    def to_frame(self) -> pd.DataFrame:
+        """Return a row for each candidate, with the columns of :meth:`to_records`."""
+        import pandas as pd  # noqa: PLC0415  (slow to import)
+
+        return pd.DataFrame(self.to_records())
+
     def to_records(self) -> list[dict[str, Any]]:
-        """Return a flat record for each candidate: ``pandas.DataFrame(choice.to_records())``."""
+        """Return a flat record for each candidate, as plain data."""
         return [
             {
                 "candidate": standing.name,
@@ -149,6 +183,9 @@ class Choice:
             "recipe": self.recipe.model_dump(),
         }
 
+
+_SHOWN = 8
+"""Candidates that ``repr`` names at most."""
 
 _STOPPED = {None: "", "behind": "clearly behind", "budget": "by the budget"}
 
@@ -221,7 +258,7 @@ def choose(
             "Candidates are added to the weights of a loaded model, which only the backend "
             "transformers allows. Leave the backend out."
         )
-    sheets, origins = _sheets(tasks, settings)
+    sheets, origins = _sheets(tasks, settings, show=progress)
     ends = sizes(max(sheet.size for sheet in sheets.values()))
     costs = [_size(sheets, end) - _size(sheets, start) for start, end in pairwise([0, *ends])]
     _check_budget(budget, len(pipelines), costs[0])
@@ -311,9 +348,9 @@ class _Asking:
             for name, tasks in tasks_of.items()
         }
         total = sum(part.size for own in parts.values() for part in own)
-        with progress_bar(label, total, show=self._progress) as advance:
+        with progress_bar(label, total, show=self._progress) as bar:
             for name, own in parts.items():
-                found = answers(name, self._group, own, self._settings, self._cache, advance)
+                found = answers(name, self._group, own, self._settings, self._cache, bar)
                 for part, records in zip(own, found, strict=True):
                     self._records.setdefault((name, part.name), []).extend(records)
         return {name: self.scores(name, number) for name in tasks_of}
@@ -336,7 +373,7 @@ class _Asking:
 
 
 def _sheets(
-    tasks: Sequence[str | AnyTask], settings: Settings
+    tasks: Sequence[str | AnyTask], settings: Settings, *, show: bool
 ) -> tuple[dict[str, Sheet], dict[str, Origin]]:
     """Read the rows of the tasks, and tell where those of each come from."""
     origins: dict[str, Origin] = {}
@@ -354,7 +391,8 @@ def _sheets(
         return sheet
 
     found = [find_task(task) if isinstance(task, str) else task for task in tasks]
-    return check(found, settings, prepared), origins
+    with progress_bar("choosing", None, show=show) as bar:
+        return check(found, settings, prepared, progress=bar), origins
 
 
 def _size(sheets: Mapping[str, Sheet], end: int) -> int:
@@ -377,15 +415,16 @@ def _merged(
     """Merge by each candidate; tell why those that do not merge these models do not."""
     updates: dict[str, Update] = {}
     left_out: dict[str, str] = {}
-    with progress_bar("merging", len(pipelines), show=show) as advance:
+    with progress_bar("merging", len(pipelines), show=show) as bar:
         for name, pipeline in pipelines.items():
+            bar.waits_for(name)
             try:
                 updates[name] = vectors.merge(pipeline)
             except UsageError:
                 raise
             except StarmergeError as error:
                 left_out[name] = str(error)
-            advance(1)
+            bar(1)
     if len(updates) < 2:
         reasons = " ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise StarmergeError(

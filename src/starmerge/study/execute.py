@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -20,19 +19,16 @@ from blake3 import blake3
 from starmerge.checkpoints.hashing import remembered_blake3_of
 from starmerge.checkpoints.source import is_hub_id, resolve
 from starmerge.errors import StarmergeError
-from starmerge.evaluation.cache import ScoreCache, model_files
+from starmerge.evaluation.cache import ScoreCache, blake3_of_model, versions
 from starmerge.evaluation.models.loading import device_kind, dtype_name
 from starmerge.evaluation.runner import answers, check
 from starmerge.evaluation.settings import Settings
 from starmerge.evaluation.subjects import BASE, OnBase, groups
 from starmerge.merging.task_vectors import TaskVectors, load_task_vectors
-from starmerge.progress import progress_bar
+from starmerge.progress import SILENT, Progress, progress_bar
 from starmerge.study.runs import Run, runs_of
 from starmerge.study.store import SCHEMA, Store, line_of, open_store
 from starmerge.study.study_file import Study, pool_of
-
-_PACKAGES = ("starmerge", "torch", "transformers", "tokenizers", "numpy")
-"""What computes merges and answers, by the names of the distributions."""
 
 _ROOM = Path(__file__).parent.parent
 _ASIDE = ("cli", "demo", "training", "calibration", "study")
@@ -125,12 +121,12 @@ class Laboratory:
         return {
             "schema": SCHEMA,
             "study": self.study.model_dump(mode="json", exclude={"base", "models", "tasks"}),
-            "base": {"name": _public(self.pool.base), "files": _hash(model_files(self._base))},
+            "base": {"name": _public(self.pool.base), "files": blake3_of_model(self._base)},
             "models": {
                 name: {
                     "name": _public(self.pool.models[name]),
                     "task": self.pool.task_of[name],
-                    "files": _hash(model_files(path)),
+                    "files": blake3_of_model(path),
                 }
                 for name, path in self._models.items()
             },
@@ -151,7 +147,7 @@ class Laboratory:
                 if run.kind == "merge"
                 for name, origin in run.pipeline.plugins.items()
             },
-            "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+            "versions": versions(),
             "device": device,
             "python": platform.python_version(),
             "begun": _now(),
@@ -202,9 +198,9 @@ class Laboratory:
         """
         left = [run for run in self.runs if run not in store]
         total = sum(self._size(run) for run in left)
-        with progress_bar(f"study {self.study.name}", total, show=progress) as advance:
+        with progress_bar(f"study {self.study.name}", total, show=progress) as bar:
             for run in left:
-                done = _Count(advance)
+                done = _Counted(bar)
                 try:
                     lines = self._lines(run, done)
                 except Exception as error:  # of methods and models of whatever kind
@@ -214,18 +210,19 @@ class Laboratory:
                 store.add(run, lines)
                 done(self._size(run) - done.count)
 
-    def _lines(self, run: Run, advance: Callable[[int], None]) -> list[dict[str, Any]]:
+    def _lines(self, run: Run, progress: Progress) -> list[dict[str, Any]]:
         """Merge and ask the models of a run; return a line for each task."""
         begin = time.perf_counter()
         group, name = self._group, BASE
         if run.kind != "base":
-            name = "merge"
+            name = run.label
+            progress.waits_for(f"merging {name}, n = {len(run.models)}")
             chain = run.pipeline if run.kind == "merge" else "average"
             update = self.vectors.merge(chain, models=run.models)
             group = group.with_updates({name: update})
         merged = time.perf_counter()
         sheets = [self.sheets[task] for task in run.tasks]
-        found = answers(name, group, sheets, self.settings, self._cache, advance)
+        found = answers(name, group, sheets, self.settings, self._cache, progress)
         asked = time.perf_counter()
         times = {"merging": merged - begin, "asking": asked - merged, "date": _now()}
         return [
@@ -242,7 +239,7 @@ class Laboratory:
         parts = [sheet.part(0, min(_SAMPLE_ROWS, sheet.size)) for sheet in self.sheets.values()]
         for _ in range(2):  # the first time loads the model
             begin = time.perf_counter()
-            answers(BASE, self._group, parts, self.settings, None, lambda _: None)
+            answers(BASE, self._group, parts, self.settings, None, SILENT)
             per_row = (time.perf_counter() - begin) / sum(part.size for part in parts)
         per_merge: dict[str, float] = {}
         for run in runs:
@@ -254,19 +251,25 @@ class Laboratory:
         return per_row, per_merge
 
 
-class _Count:
-    """Passes a number of rows on, and counts them.
+class _Counted(Progress):
+    """Passes on what a run tells, and counts the rows that are done.
 
     Args:
-        advance: Gets them.
+        bar: Where to.
     """
 
-    def __init__(self, advance: Callable[[int], None]) -> None:
-        self._advance, self.count = advance, 0
+    def __init__(self, bar: Progress) -> None:
+        super().__init__()
+        self._shown, self.count = bar, 0
 
-    def __call__(self, rows: int) -> None:
-        self.count += rows
-        self._advance(rows)
+    def __call__(self, units: int) -> None:
+        """Move on by some rows."""
+        self.count += units
+        self._shown(units)
+
+    def waits_for(self, what: str) -> None:
+        """Say what is being done now."""
+        self._shown.waits_for(what)
 
 
 def run_study(

@@ -9,8 +9,10 @@ from pathlib import Path
 from starmerge.checkpoints.source import resolve
 from starmerge.errors import UsageError
 from starmerge.evaluation.cache import ScoreCache
+from starmerge.evaluation.evaluation import Evaluation
+from starmerge.evaluation.flat import check_flat, write_flat
 from starmerge.evaluation.results import check_results, write_results
-from starmerge.evaluation.runner import Evaluation, check, evaluate
+from starmerge.evaluation.runner import check, evaluate
 from starmerge.evaluation.settings import Settings
 from starmerge.evaluation.table import report
 from starmerge.evaluation.tasks import find_task, with_rows_of
@@ -19,6 +21,7 @@ from starmerge.evaluation.tasks.prompts import with_prompts_of
 from starmerge.evaluation.tasks.suites import Suite
 from starmerge.merging.engine import MergeResult, merge
 from starmerge.methods.pipeline import Pipeline, as_pipeline
+from starmerge.progress import progress_bar
 from starmerge.storage.publishing import check_output
 from starmerge.study.figures import plot_scores
 from starmerge.study.names import model_name
@@ -42,6 +45,8 @@ class SuiteResult:
     results: Path
     """The folder of the scores."""
     chart: Path
+    flat: Path | None = None
+    """The folder of the scores in the paper's layout, where they were wanted."""
 
 
 def run_suite(
@@ -53,6 +58,7 @@ def run_suite(
     tasks: Sequence[str] | None = None,
     rows_of: Mapping[str, Path] | None = None,
     prompts: str | None = None,
+    flat: Path | None = None,
     settings: Settings = Settings(),  # noqa: B008  (it is frozen)
     cache: ScoreCache | None = None,
     overwrite: bool = False,
@@ -68,6 +74,8 @@ def run_suite(
         tasks: Some of the suite's tasks; their fine-tunes alone are merged.
         rows_of: Files with the rows of some tasks, for datasets that cannot be had.
         prompts: The package in whose words the tasks are asked; None: their own.
+        flat: Folder for the scores in the paper's layout too; see
+            :mod:`starmerge.evaluation.flat`.
         settings: How models are asked.
         cache: Where answers are kept.
         overwrite: Replace what an earlier run has left at ``output``.
@@ -89,7 +97,11 @@ def run_suite(
     check_results(output / RESULTS, overwrite=overwrite)
     for name in pipelines:
         check_output(output / name, overwrite=overwrite)
-    check(found, settings)  # before hours of merging
+    if flat is not None:
+        names = [task.name for task in found]
+        check_flat(flat, [*names, *pipelines], names, overwrite=overwrite)
+    with progress_bar("before merging", None, show=progress) as bar:
+        check(found, settings, progress=bar)
     for task in found:
         if task.name not in suite.models:
             raise UsageError(f"The suite {suite.name} names no model for its task {task.name}.")
@@ -116,7 +128,9 @@ def run_suite(
     chart = results / "chart.png"
     title = f"{suite.name}: {len(models)} fine-tunes of {model_name(base or suite.base)}"
     plot_scores(evaluation, chart, title=title)
-    return SuiteResult(title, evaluation, merges, table, [*wording, *published], results, chart)
+    written = write_flat(flat, evaluation, overwrite=overwrite) if flat is not None else None
+    remarks = [*wording, *published]
+    return SuiteResult(title, evaluation, merges, table, remarks, results, chart, written)
 
 
 def _chosen(suite: Suite, names: Sequence[str] | None) -> dict[str, DataTask]:

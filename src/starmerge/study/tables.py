@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from starmerge.evaluation.grids import aligned, interval_cell
 from starmerge.evaluation.scoring.comparison import Interval
 from starmerge.evaluation.subjects import BASE
-from starmerge.evaluation.table import aligned, interval_cell
 from starmerge.study.averages import Averages, RunAverage
 from starmerge.study.grids import GridBest, best_of_grids
 from starmerge.study.store import Store

@@ -89,7 +89,7 @@ def test_a_task_is_written_as_it_was_read(tmp_path: Path) -> None:
         ({"labels": ["a", "b"], "match": "contains"}, "is for tasks without labels"),
         ({"labels": ["a", "b"], "choices": "options"}, "choices are for tasks without labels"),
         ({"match": "whole-word"}, "match 'whole-word' needs labels"),
-        ({"match": "fuzzy"}, "match: Input should be"),
+        ({"match": "fuzzy"}, "match: No matcher is called 'fuzzy'. Known: contains, exact"),
         ({"metric": "spearman"}, "metric 'spearman' is of numbers: it needs match 'number'"),
         ({"metric": "f1"}, "needs labels, or match 'token-f1'"),
         ({"match": "token-f1"}, "match 'token-f1' needs metric 'f1'"),
@@ -194,7 +194,7 @@ def test_what_cannot_be_asked_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="r.jsonl, line 1: .* holds half a character"):
         _task(file).examples("test")
     file.write_text('{"text": "x", "label": NaN}\n')
-    with pytest.raises(UsageError, match="the right answer 'nan' is no number"):
+    with pytest.raises(UsageError, match=r"the right answer 'label' is empty \(NaN\)"):
         _task(file, match="number").examples("test")
 
 
@@ -262,6 +262,8 @@ def test_a_folder_is_a_task_with_instruction_and_given_split(tmp_path: Path) -> 
         ("", "has no rows"),
         ('{"input": "row 0", "label": "a", "choices": ["a"]}', "no rows for testing"),
         ('{"input": "x", "label": "a", "choices": ["b"]}', "'a' is not in 'choices'"),
+        ('{"input": "x", "label": "a", "choices": null}', "'choices' is no list of texts"),
+        ('{"input": "x", "label": "a", "choices": "ab"}', "'choices' is no list of texts"),
     ],
 )
 def test_says_what_is_wrong_with_bare_rows(tmp_path: Path, line: str, message: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from starmerge.evaluation.runner import Evaluation
+from starmerge.evaluation.evaluation import Evaluation
 from starmerge.evaluation.scoring.metrics import Score
 from starmerge.study.page import (
     Chart,

@@ -1,1 +1,1 @@
-"""A method, metrics and a task for starmerge."""
+"""A method, metrics, a matcher and a task for starmerge."""

@@ -21,5 +21,6 @@ backwards = Task(
     description="How is the word written backwards?",
     source=GeneratorSource(generator=rows),
     prompt="Write the word backwards. Answer with one word.\n{input}",
+    match="last_word",
     metric="edit_similarity",
 )

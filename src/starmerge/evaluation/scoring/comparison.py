@@ -179,9 +179,8 @@ def paired(first: Score, second: Score) -> Difference:
         return Difference(value, math.nan, math.nan, math.nan, "none", first.n)
     a, b = resample([first, second])
     result = _bootstrapped(value, a - b, first.n, _differing(first, second))
-    if first.metric == "accuracy":
-        return replace(result, p_value=_mcnemar(first, second), test="McNemar, exact")
-    return result
+    own = first.computed_by.paired_test(first, second)
+    return result if own is None else replace(result, p_value=own[0], test=own[1])
 
 
 def by_task(first: Mapping[str, Score], second: Mapping[str, Score]) -> dict[str, Difference]:
@@ -293,15 +292,6 @@ def _answers(score: Score) -> dict[str, tuple[Any, ...]]:
     """Return what was read in the response to each row, what it earned and what the metric sees."""
     seen = score.computed_by.rows(score)
     return {p.id: (p.value, p.credit, row) for p, row in zip(score.predictions, seen, strict=True)}
-
-
-def _mcnemar(first: Score, second: Score) -> float:
-    """Return the exact two-sided p-value; rows in one order, credits 0 or 1."""
-    from scipy.stats import binomtest  # noqa: PLC0415
-
-    pairs = zip(first.predictions, second.predictions, strict=True)
-    gains = [a.credit == 1 for a, b in pairs if a.credit != b.credit]
-    return float(binomtest(sum(gains), len(gains)).pvalue) if gains else 1.0
 
 
 def _aligned(score: Score, other: Score) -> Score:

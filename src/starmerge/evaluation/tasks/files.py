@@ -48,8 +48,8 @@ def make_task(content: Mapping[str, Any], *, where: str, folder: Path = Path()) 
         content: The keys and values; ``kind`` is "text" or "image-classification", by default the
             former.
         where: What to call it in errors.
-        folder: Where relative paths begin, also those of files with a metric or a generator, which
-            are executed.
+        folder: Where relative paths begin, also those of files with a matcher, a metric or a
+            generator, which are executed.
 
     Raises:
         UsageError: A key is missing or unknown, or a value does not fit.
@@ -58,10 +58,13 @@ def make_task(content: Mapping[str, Any], *, where: str, folder: Path = Path()) 
     if kind not in _KINDS:
         raise UsageError(f"{where}: the kind {kind!r} is unknown.{nearest(kind, _KINDS)}")
     model, sources = _KINDS[kind]
-    if isinstance(content.get("metric"), str):
-        content = {**content, "metric": plugins.beside(content["metric"], folder.absolute())}
+    named = {
+        key: plugins.beside(content[key], folder.absolute())
+        for key in ("match", "metric")
+        if isinstance(content.get(key), str)
+    }
     try:
-        task = model.model_validate(_with_one_source(content, sources, where))
+        task = model.model_validate(_with_one_source({**content, **named}, sources, where))
     except ValidationError as error:
         known = {key for part in (model, Sample, Gold) for key in part.model_fields}
         raise UsageError(f"{where}: {explain(error, known)}") from error

@@ -14,15 +14,17 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, model_validator
+from typing_extensions import Self
 
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.evaluation.scoring.metrics import METRICS, Metric
+from starmerge.evaluation.scoring.metrics import DEFAULT, METRICS, Metric
 from starmerge.evaluation.tasks.sources import (
     DATA_SEED,
     Data,
     Sample,
     Source,
     Split,
+    function_name,
     function_of,
     is_held_out,
 )
@@ -50,6 +52,10 @@ class FolderSource(Source):
     held_out: float | None = Field(default=None, gt=0, lt=1)
     """Score this share of the images, chosen by a hash of the files, and train on the rest."""
 
+    def undivided(self) -> Self:
+        """Return the source with all images to score."""
+        return self if self.held_out is None else self.model_copy(update={"held_out": None})
+
 
 class ArraySource(Source):
     """Arrays of a NumPy file (.npz).
@@ -76,6 +82,10 @@ class ArraySource(Source):
         if self.train_images is not None and self.held_out is not None:
             raise ValueError("give train_images or held_out, not both")
         return self
+
+    def undivided(self) -> Self:
+        """Return the source with all images to score."""
+        return self if self.held_out is None else self.model_copy(update={"held_out": None})
 
 
 class ImageGeneratorSource(Source):
@@ -122,13 +132,13 @@ class ImageTask(Data):
     ``id2label`` has. Where that says nothing (LABEL_0, LABEL_1 ...), the order is that of the
     outputs. Without labels, all classes of the model are there to choose from, and the data has
     their names, or all the numbers of their outputs."""
-    metric: MetricName = "accuracy"
+    metric: MetricName = DEFAULT
 
     @model_validator(mode="after")
     def _parts_fit(self) -> ImageTask:
         if self.labels is not None:
             check_words(self.labels)
-        self.scored_by.check(match=None, closed=self.labels is not None)
+        self.scored_by.check(None, closed=self.labels is not None)
         return self
 
     @cached_property
@@ -187,6 +197,15 @@ class ImageTask(Data):
             )
         choices = tuple(words[0] for words in self.words)
         return Example(place, {"image": image}, self.labels[label][0], choices)
+
+
+def described(source: FolderSource | ArraySource | ImageGeneratorSource) -> str:
+    """Say where images come from."""
+    if isinstance(source, FolderSource):
+        return str(source.folder)
+    if isinstance(source, ArraySource):
+        return str(source.array)
+    return function_name(source.generator)
 
 
 def _read(

@@ -55,10 +55,9 @@ class HarnessTask:
     """An ``lm_eval.api.task.Task``."""
 
     @property
-    def metric(self) -> str:
-        """What :class:`Score` calls the measure: "accuracy" if rows are right or wrong."""
-        own = self.task.config.process_results is None
-        return "accuracy" if own and self.measure in _RIGHT_OR_WRONG else self.measure
+    def is_right_or_wrong(self) -> bool:
+        """Whether the harness itself gives each row 0 or 1: the score then is an accuracy."""
+        return self.task.config.process_results is None and self.measure in _RIGHT_OR_WRONG
 
     def fingerprint(self, rows: int | None, skipped: int = 0) -> str:
         """Return a hash of all that decides what a model is asked, and what a row earns.
@@ -136,9 +135,9 @@ class HarnessTask:
 
     def score(self, predictions: Sequence[Prediction]) -> Score:
         """Score what a model answered: the share of right rows, or the mean of what rows earn."""
-        if self.metric == "accuracy":
+        if self.is_right_or_wrong:
             return score(predictions, "accuracy")
-        return replace(score(predictions, "f1"), metric=self.metric)  # the mean of the credits
+        return replace(score(predictions, "f1"), metric=self.measure)  # the mean of the credits
 
     def _which(self, rows: int | None, skipped: int) -> dict[str, Any]:
         """Return the rows as the harness's functions take them."""

@@ -8,18 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from starmerge.errors import UsageError, nearest
+from starmerge.evaluation.tasks.bare_rows import HELD_OUT, task_of_rows
 from starmerge.evaluation.tasks.files import DataTask, load_task
 from starmerge.evaluation.tasks.sources import FileSource, read_file
 from starmerge.evaluation.tasks.task import Task
 from starmerge.plugins import Registry, is_file_reference
-from starmerge.reading import read_text
 from starmerge.storage import exists
 
 FOLDER = Path(__file__).parent / "built_in"
 """Where the tasks lie that come with the package: a folder for each suite."""
-
-HELD_OUT = 0.2
-"""Share of a bare file of rows that is held out for testing."""
 
 
 def _built_in() -> dict[str, Callable[[], DataTask]]:
@@ -63,7 +60,9 @@ def folder_tasks(folder: Path) -> dict[str, DataTask]:
     return tasks
 
 
-def find_task(name: str, own: Iterable[DataTask] = ()) -> DataTask:
+def find_task(
+    name: str, own: Iterable[DataTask] = (), columns: Mapping[str, str] | None = None
+) -> DataTask:
     """Find a task by its name, or read it from a file or a folder.
 
     Args:
@@ -72,6 +71,7 @@ def find_task(name: str, own: Iterable[DataTask] = ()) -> DataTask:
             train.jsonl and test.jsonl; the name of a task of an installed package; or one of a
             file, ``path/to/file.py:NAME``.
         own: Tasks of the user's, which go before those of the package.
+        columns: Of bare rows, the file's names of ``input``, ``label`` and ``choices``.
 
     Raises:
         UsageError: There is no such task and no such path, the name is of several, or the file is
@@ -92,7 +92,7 @@ def find_task(name: str, own: Iterable[DataTask] = ()) -> DataTask:
     if path.suffix in (".yaml", ".yml"):
         return load_task(path)
     if exists(path) and path.suffix != ".py":
-        return task_of_rows(path)
+        return task_of_rows(path, columns)
     return TASKS.find(name)
 
 
@@ -125,40 +125,23 @@ def with_rows_of(tasks: Mapping[str, DataTask], files: Mapping[str, Path]) -> li
     return list(replaced.values())
 
 
-def task_of_rows(path: Path) -> Task:
-    """Make a task of a bare file of rows, or of a folder with ``train.jsonl`` and ``test.jsonl``.
-
-    Each row has ``input`` and ``label``, and ``choices``, a list, where the answers to rank differ
-    from row to row. Without choices, the labels that occur are the closed set of answers. A folder
-    may hold the instruction in ``INSTRUCTION.txt``; it stands before each input. Of a single file
-    one row in five is held out, by a hash of the input.
+def all_rows_of(tasks: Iterable[DataTask]) -> list[DataTask]:
+    """Return tasks that score all rows of their files, also those that count as training rows.
 
     Raises:
-        UsageError: A missing file, a broken line, a row without input or label.
+        UsageError: None of them holds rows of a file back.
     """
-    instruction = path / "INSTRUCTION.txt"
-    if path.is_dir():
-        source = FileSource(file=path / "test.jsonl", train_file=path / "train.jsonl")
-        files = [path / "train.jsonl", path / "test.jsonl"]
-    else:
-        source, files = FileSource(file=path, held_out=HELD_OUT), [path]
-    labels: dict[str, None] = {}
-    is_open = False
-    for file in files:
-        for number, row in enumerate(read_file(file), start=1):
-            if not {"input", "label"} <= row.keys():
-                raise UsageError(f"{file}, row {number}: a row has 'input' and 'label'.")
-            labels[str(row["label"])] = None
-            is_open |= "choices" in row
-    text = read_text(instruction).strip() if instruction.is_file() else ""
-    head = text.replace("{", "{{").replace("}", "}}") + "\n" if text else ""
-    return Task(
-        name=path.name if path.is_dir() else path.stem,
-        source=source,
-        prompt=head + "{input}",
-        labels=None if is_open else {label: (label,) for label in sorted(labels)},
-        choices="choices" if is_open else None,
-    )
+    tasks = list(tasks)
+    whole = [task.source.undivided() for task in tasks]
+    if all(task.source is source for task, source in zip(tasks, whole, strict=True)):
+        raise UsageError(
+            "--all-rows: none of the tasks has a file of which some rows count as training rows. "
+            "Leave the option out."
+        )
+    return [
+        task.model_copy(update={"source": source})
+        for task, source in zip(tasks, whole, strict=True)
+    ]
 
 
 def task_of_prompts(name: str, path: Path) -> Task:

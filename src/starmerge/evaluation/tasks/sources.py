@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import importlib
+import math
 import random
 import re
 from collections import Counter
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
 from starmerge import plugins
-from starmerge.errors import UsageError
+from starmerge.errors import UsageError, nearest
 from starmerge.parsing import parse_json
 from starmerge.storage import exists
 
@@ -54,6 +55,13 @@ class Source(Data):
                 places[key] = plugins.beside(value, folder.absolute())
         return self.model_copy(update=places)
 
+    def undivided(self) -> Self:
+        """Return the source with all rows of its file to score, where a share is held out.
+
+        A source without such a file is returned itself.
+        """
+        return self
+
 
 class HubSource(Source):
     """Rows of a dataset on the Hugging Face Hub, by the library ``datasets``."""
@@ -86,12 +94,18 @@ class FileSource(Source):
     """Score this share of ``file``, chosen by a hash of ``key``, and train on the rest."""
     key: str = "input"
     """Field that tells rows apart where a share is held out."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Fields by the names that the task knows them by, and the file's columns that hold them."""
 
     @model_validator(mode="after")
     def _one_way_to_split(self) -> FileSource:
         if self.train_file is not None and self.held_out is not None:
             raise ValueError("give train_file or held_out, not both")
         return self
+
+    def undivided(self) -> Self:
+        """Return the source with all rows of the file to score."""
+        return self if self.held_out is None else self.model_copy(update={"held_out": None})
 
 
 class GeneratorSource(Source):
@@ -162,9 +176,14 @@ def describe(source: HubSource | FileSource | GeneratorSource) -> str:
         return " ".join(part for part in parts if part) + at
     if isinstance(source, FileSource):
         return str(source.file)
-    if callable(source.generator):
-        return f"{source.generator.__module__}:{source.generator.__qualname__}"
-    return source.generator
+    return function_name(source.generator)
+
+
+def function_name(generator: str | Callable[..., Any]) -> str:
+    """Return the name of a generator, package.module:function."""
+    if callable(generator):
+        return f"{generator.__module__}:{generator.__qualname__}"
+    return generator
 
 
 @singledispatch
@@ -227,7 +246,8 @@ def _(source: FileSource, split: Split, task: str) -> list[Row]:
                 f"Task {task} names no rows to train on (train_file or held_out in its source)."
             )
         file = source.train_file
-    rows = [(f"{file.name}/{number}", row) for number, row in enumerate(read_file(file), start=1)]
+    named = enumerate(read_named(file, source.columns), start=1)
+    rows = [(f"{file.name}/{number}", row) for number, row in named]
     return rows if source.held_out is None else _split(rows, source.key, source.held_out, split)
 
 
@@ -244,6 +264,17 @@ def _(source: GeneratorSource, split: Split, task: str) -> list[Row]:
             f"Task {task}: the generator {describe(source)} failed: {type(error).__name__}: {error}"
         ) from error
     return _split(rows, source.key, source.held_out, split)
+
+
+def split_sizes(source: Any, task: str) -> tuple[int, int] | None:
+    """Return how many rows of a file are held out, and how many are left to train on.
+
+    Returns:
+        None where no share of a file is held out.
+    """
+    if not isinstance(source, FileSource) or source.held_out is None:
+        return None
+    return len(read_rows(source, "test", task)), len(read_rows(source, "train", task))
 
 
 def function_of(generator: str | Callable[..., Any]) -> Callable[[random.Random], Iterable[Any]]:
@@ -304,12 +335,54 @@ def read_file(file: Path) -> Iterator[dict[str, Any]]:
     try:
         rows = list(reader(file))
     except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is not UTF-8: {error}. Save it as UTF-8.") from error
+        raise UsageError(
+            f"{file}{_place_of_fault(file)} is not UTF-8: {error}. Save it as UTF-8."
+        ) from error
     except csv.Error as error:
         raise UsageError(f"{file} is not a CSV file: {error}.") from error
     if not rows:
         raise UsageError(f"{file} has no rows.")
     return iter(rows)
+
+
+def read_named(file: Path, columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Read the rows of a file, with some of its columns under other names, too.
+
+    Args:
+        file: JSONL, CSV or Parquet.
+        columns: By the new name, the file's.
+
+    Raises:
+        UsageError: As :func:`read_file`; or a row lacks such a column.
+    """
+    for number, row in enumerate(read_file(file), start=1):
+        for column in columns.values():
+            if column not in row:
+                raise UsageError(
+                    f"{file}, row {number}: there is no column {column!r}. It has: "
+                    f"{', '.join(row)}.{nearest(column, row)}"
+                )
+        yield {**row, **{name: row[column] for name, column in columns.items()}}
+
+
+def _place_of_fault(file: Path) -> str:
+    """Return which line or row of a file is not UTF-8, for errors; nothing where none is found."""
+    if file.suffix.lower() != ".parquet":
+        for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return f", line {number}"
+        return ""
+    from pyarrow import parquet  # noqa: PLC0415
+
+    table = parquet.read_table(file)
+    for number in range(table.num_rows):
+        try:
+            table.slice(number, 1).to_pylist()
+        except UnicodeDecodeError:
+            return f", row {number + 1}"
+    return ""
 
 
 def _read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
@@ -320,7 +393,9 @@ def _read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
             try:
                 row = parse_json(line)
             except ValueError as error:
-                raise UsageError(f"{file}, line {number}: not JSON ({error}).") from error
+                raise UsageError(
+                    f"{file}, line {number}: not JSON ({error}). Mend the line, or leave it out."
+                ) from error
             if not isinstance(row, dict):
                 raise UsageError(f"{file}, line {number}: a row is an object with fields.")
             yield row
@@ -378,6 +453,13 @@ def look_up(fields: Mapping[str, Any], path: str) -> Any:
     return value
 
 
+def absence(value: Any) -> str | None:
+    """Return what stands in a field that holds nothing, "null" or "NaN"; None if it holds some."""
+    if value is None:
+        return "null"
+    return "NaN" if isinstance(value, float) and math.isnan(value) else None
+
+
 def text_of(value: Any) -> str:
     """Write a field of a row as text: 1.0 is "1", and None is empty."""
     if value is None:
@@ -389,7 +471,11 @@ def text_of(value: Any) -> str:
 
 def _text_at(row: dict[str, Any], key: str, place: str) -> str:
     try:
-        return text_of(look_up(row, key))
+        text = text_of(look_up(row, key))
+        text.encode()
+        return text
+    except UnicodeEncodeError as error:
+        raise UsageError(f"Row {place}: {key!r} holds half a character: {error}.") from error
     except LookupError as error:
         raise UsageError(
             f"Row {place} has no field {key!r}, by which rows are told apart."

@@ -7,7 +7,6 @@ keys are errors.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ from blake3 import blake3
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.evaluation.scoring.matching import Match
-from starmerge.evaluation.scoring.metrics import METRICS, Metric
+from starmerge.evaluation.scoring.matching import MATCHERS, Matcher
+from starmerge.evaluation.scoring.metrics import DEFAULT, METRICS, Metric
 from starmerge.evaluation.tasks.sources import (
     Data,
     FileSource,
@@ -30,25 +29,36 @@ from starmerge.evaluation.tasks.sources import (
     Row,
     Sample,
     Split,
+    absence,
     describe,
     look_up,
     read_rows,
     text_of,
 )
+from starmerge.plugins import Registry
 
 Chat = Literal["auto", "none", "template", "template-without-generation-prompt"]
 """Whether a prompt is a message of the tokenizer's chat template; auto: if it has one."""
 
 
-def _known_metric(name: str) -> str:
-    try:
-        METRICS.find(name)
-    except StarmergeError as error:
-        raise ValueError(str(error)) from error
-    return name
+def _known_in(registry: Registry[Any]) -> AfterValidator:
+    """Return what makes sure that a registry knows a name."""
+
+    def check(name: str) -> str:
+        try:
+            registry.find(name)
+        except StarmergeError as error:
+            raise ValueError(str(error)) from error
+        return name
+
+    return AfterValidator(check)
 
 
-MetricName = Annotated[str, AfterValidator(_known_metric)]
+MatcherName = Annotated[str, _known_in(MATCHERS)]
+"""How a response is read: a matcher of :mod:`starmerge.evaluation.scoring.matching` or of an
+installed package, or one of a file, ``path/to/file.py:NAME``."""
+
+MetricName = Annotated[str, _known_in(METRICS)]
 """What a score is: a metric of :mod:`starmerge.evaluation.scoring.metrics` or of an installed
 package, or one of a file, ``path/to/file.py:NAME``."""
 
@@ -138,14 +148,14 @@ class Task(Data):
     of which is trained on and ranked. Without, any text or number may be right."""
     choices: str | None = None
     """Field with a row's own answers to rank, for tasks without labels."""
-    match: Match = "whole-word"
+    match: MatcherName = "whole-word"
     """How an answer is read, see :mod:`starmerge.evaluation.scoring.matching`; by default
     ``whole-word`` with labels and ``contains`` without."""
     answer: str = r"\w+"
     """For ``contains``: regular expression of what counts as an answer at all."""
     range: tuple[float, float] | None = None
     """Least and greatest answer, for ``number``."""
-    metric: MetricName = "accuracy"
+    metric: MetricName = DEFAULT
     max_new_tokens: int = Field(default=10, ge=1)
     """Length of an answer; 10 is the rule of arXiv 2502.10339."""
     case_sensitive: bool = False
@@ -162,23 +172,25 @@ class Task(Data):
         places = list(_placeholders(self.prompt))
         if self.passage is not None and self.passage not in places:
             raise ValueError(f"passage {self.passage!r} is not in the prompt: it has {places}")
-        closed = ("whole-word", "starts-with")
         try:
             re.compile(self.answer)
         except re.error as error:
             raise ValueError(f"answer: not a regular expression: {error}") from error
-        if self.labels is None and self.match in closed:
-            raise ValueError(f"match {self.match!r} needs labels")
+        closed = self.labels is not None
+        self.read_by.check(closed=closed)
         if self.labels is not None:
-            if self.match not in (*closed, "exact"):
-                raise ValueError(f"match {self.match!r} is for tasks without labels")
             if self.choices is not None:
                 raise ValueError("choices are for tasks without labels: labels are ranked")
             check_words(self.labels)
-        if self.range is not None and self.match != "number":
+        if self.range is not None and not self.read_by.reads_numbers:
             raise ValueError("range is for match 'number'")
-        self.scored_by.check(match=self.match, closed=self.labels is not None)
+        self.scored_by.check(self.read_by, closed=closed)
         return self
+
+    @cached_property
+    def read_by(self) -> Matcher:
+        """The matcher itself."""
+        return MATCHERS.find(self.match)
 
     @cached_property
     def scored_by(self) -> Metric:
@@ -193,7 +205,7 @@ class Task(Data):
     @property
     def answers(self) -> str:
         """What is answered, in a word or two, for lists."""
-        return f"{len(self.words)} labels" if self.words else self.match
+        return f"{len(self.words)} labels" if self.words else self.read_by.name
 
     @property
     def where(self) -> str:
@@ -283,6 +295,14 @@ class Task(Data):
     def fingerprint(self, examples: list[Example]) -> str:
         """Return a hash of all that decides what a model is asked, and how it is read."""
         spec = self.model_dump(mode="json", exclude={"name", "description", "source", "sample"})
+        spec |= {
+            key: [found.name, found_in.record()]
+            for key, found, found_in in (
+                ("match", self.read_by, MATCHERS.origin(self.read_by)),
+                ("metric", self.scored_by, METRICS.origin(self.scored_by)),
+            )
+            if found_in is not None
+        }
         rows = [(row.id, dict(row.fields), row.label, row.choices) for row in examples]
         content = json.dumps([spec, rows], sort_keys=True, default=str)
         return str(blake3(content.encode()).hexdigest())
@@ -332,11 +352,14 @@ def _example(task: Task, place: str, fields: dict[str, Any]) -> Example:
     if task.labels is not None:
         words = _words_of(task, gold, where)
         return Example(place, fields, words[0], tuple(words[0] for words in task.words))
-    if task.match == "number":
-        return Example(place, fields, _number(gold, where))
-    if not gold.strip():
-        raise UsageError(f"{where}: the right answer is empty.")
-    if isinstance(own, str) or not all(isinstance(choice, str) for choice in own):
+    try:
+        gold = task.read_by.gold(gold)
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}.") from error
+    if task.read_by.reads_numbers:
+        return Example(place, fields, gold)
+    is_list = isinstance(own, list | tuple)
+    if not is_list or not all(isinstance(choice, str) for choice in own):
         raise UsageError(f"{where}: {task.choices!r} is no list of texts.")
     choices = tuple(dict.fromkeys(own))
     if choices and gold not in choices:
@@ -354,8 +377,9 @@ def _check_prompt(task: Task, place: str, fields: dict[str, Any]) -> str:
     try:
         task.ask(fields).encode()
         for path in _placeholders(task.prompt):
-            if look_up(fields, path) is None:
-                raise UsageError(f"{where}: the field {path!r} is empty (null).")
+            nothing = absence(look_up(fields, path))
+            if nothing is not None:
+                raise UsageError(f"{where}: the field {path!r} is empty ({nothing}).")
     except UnicodeEncodeError as error:
         raise UsageError(f"{where}: the prompt holds half a character: {error}.") from error
     except LookupError as error:
@@ -369,9 +393,20 @@ def _no_field(where: str, fields: dict[str, Any], error: LookupError) -> UsageEr
 
 
 def _gold(task: Task, fields: dict[str, Any], where: str) -> str:
+    field = task.gold.field if isinstance(task.gold, Gold) else task.gold
+    nothing = absence(look_up(fields, field))
+    if nothing is not None:
+        raise UsageError(
+            f"{where}: the right answer {field!r} is empty ({nothing}). Fill it in, or leave the "
+            "row out."
+        )
+    text = text_of(look_up(fields, field))
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{where}: {field!r} holds half a character: {error}.") from error
     if not isinstance(task.gold, Gold):
-        return text_of(look_up(fields, task.gold))
-    text = text_of(look_up(fields, task.gold.field))
+        return text
     found = re.search(task.gold.pattern, text)
     if found is None or found[1] is None:
         raise UsageError(f"{where}: the pattern of 'gold' finds nothing in {text!r}.")
@@ -389,13 +424,3 @@ def _words_of(task: Task, gold: str, where: str) -> tuple[str, ...]:
     raise UsageError(
         f"{where}: the label {gold!r} is none of the task's: {', '.join(map(repr, task.labels))}."
     )
-
-
-def _number(gold: str, where: str) -> str:
-    try:
-        number = float(gold)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise UsageError(f"{where}: the right answer {gold!r} is no number.")
-    return repr(number)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from starmerge.evaluation.runner import Evaluation
+from starmerge.evaluation.evaluation import Evaluation
 from starmerge.evaluation.scoring.comparison import Interval
 from starmerge.evaluation.scoring.metrics import Score
 from starmerge.evaluation.subjects import BASE
