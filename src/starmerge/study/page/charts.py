@@ -108,19 +108,22 @@ def dots(frame: Frame, *, title: str = "score", zero_to_one: bool = True) -> alt
     merged = [record for record in records if record["label"] in shown]
     # Dots that share a row stand below each other.
     is_shared = len({record["row"] for record in merged}) < len(merged)
+    # A row that has the name of its dot needs no legend.
+    has_legend = any(record["row"] != record["label"] for record in merged)
     if merged:
         offset = {"yOffset": alt.YOffset("label:N", sort=labels)} if is_shared else {}
         place = alt.Chart(alt.Data(values=merged)).encode(
-            y=y, tooltip=tooltip, **offset, **_coloured(shown)
+            y=y, tooltip=tooltip, **offset, **_coloured(shown, has_legend=has_legend)
         )
-        chosen = alt.selection_point(fields=["label"], bind="legend")
-        faded = alt.condition(chosen, alt.value(1), alt.value(0.15))
-        layers += [
-            place.mark_rule(strokeWidth=1.6).encode(x=low, x2="high:Q", opacity=faded),
-            place.mark_point(filled=True, size=62, opacity=1)
-            .encode(x=x, shape=_shape(shown), opacity=faded)
-            .add_params(chosen),
-        ]
+        rules = place.mark_rule(strokeWidth=1.6).encode(x=low, x2="high:Q")
+        shape = _shape(shown, has_legend=has_legend)
+        points = place.mark_point(filled=True, size=62, opacity=1).encode(x=x, shape=shape)
+        if has_legend:
+            chosen = alt.selection_point(fields=["label"], bind="legend")
+            faded = alt.condition(chosen, alt.value(1), alt.value(0.15))
+            rules = rules.encode(opacity=faded)
+            points = points.encode(opacity=faded).add_params(chosen)
+        layers += [rules, points]
     height = len(rows) * (14 * max(2, len(labels) if is_shared else 1) + 14)
     return _wide(alt.layer(*layers), height)
 
@@ -397,15 +400,18 @@ def _line_at_one(upright: Mapping[str, Any]) -> list[alt.Chart]:
     ]
 
 
-def _coloured(shown: Mapping[str, Look], key: str = "label") -> dict[str, Any]:
+def _coloured(
+    shown: Mapping[str, Look], key: str = "label", *, has_legend: bool = True
+) -> dict[str, Any]:
     """Return the encoding of colour, with a legend above in as many columns as have place."""
     longest = max((min(len(name), 40) for name in shown), default=1)
     columns = max(1, min(len(shown), 78 // (longest + 6)))
+    legend = alt.Legend(orient="top", columns=columns, title=None, symbolOpacity=1)
     return {
         "color": alt.Color(
             f"{key}:N",
             scale=alt.Scale(domain=list(shown), range=[look.colour for look in shown.values()]),
-            legend=alt.Legend(orient="top", columns=columns, title=None, symbolOpacity=1),
+            legend=legend if has_legend else None,
         )
     }
 
@@ -416,12 +422,11 @@ def _dashed(shown: Mapping[str, Look], key: str) -> alt.StrokeDash:
     return alt.StrokeDash(f"{key}:N", scale=scale, title=None)
 
 
-def _shape(shown: Mapping[str, Look], key: str = "label") -> alt.Shape:
-    return alt.Shape(
-        f"{key}:N",
-        scale=alt.Scale(domain=list(shown), range=[look.marker for look in shown.values()]),
-        title=None,
-    )
+def _shape(shown: Mapping[str, Look], key: str = "label", *, has_legend: bool = True) -> alt.Shape:
+    scale = alt.Scale(domain=list(shown), range=[look.marker for look in shown.values()])
+    # A legend of both colour and shape is drawn where neither is switched off.
+    off = {} if has_legend else {"legend": None}
+    return alt.Shape(f"{key}:N", scale=scale, title=None, **off)
 
 
 def _tooltip(
