@@ -144,11 +144,21 @@ def curves(
         title: Of the x-axis.
 
     Raises:
-        UsageError: There is nothing to draw, or no run has the parameter.
+        UsageError: There is nothing to draw, no run has the parameter, or a curve has two rows for
+            one place.
     """
     points = _points(_rows_of(averages), x)
     if not points:
         raise UsageError(f"No average has the number {x!r}, so there is no curve to draw.")
+    seen = set()
+    for point in points:
+        key = (point["label"], point["n"], point["x"])
+        if key in seen:
+            raise UsageError(
+                f"{point['label']}, n = {point['n']}: there are two averages for {x} = "
+                f"{point['x']}. Give the rows of one setting, or labels that tell settings apart."
+            )
+        seen.add(key)
     labels = list(dict.fromkeys(point["label"] for point in points))
     counts = sorted({point["n"] for point in points})
     by_count = x != "n" and len(labels) == 1
