@@ -150,15 +150,7 @@ def curves(
     points = _points(_rows_of(averages), x)
     if not points:
         raise UsageError(f"No average has the number {x!r}, so there is no curve to draw.")
-    seen = set()
-    for point in points:
-        key = (point["label"], point["n"], point["x"])
-        if key in seen:
-            raise UsageError(
-                f"{point['label']}, n = {point['n']}: there are two averages for {x} = "
-                f"{point['x']}. Give the rows of one setting, or labels that tell settings apart."
-            )
-        seen.add(key)
+    _check_once(points, x)
     labels = list(dict.fromkeys(point["label"] for point in points))
     counts = sorted({point["n"] for point in points})
     by_count = x != "n" and len(labels) == 1
@@ -198,23 +190,16 @@ def curves(
     layers: list[Any] = [*_line_at_one(upright)]
     base = _base(single, counts)
     if x == "n" and len(base) > 1:
-        line = drawn(base).encode(y=level, tooltip=_BASE_TOOLTIP)
-        layers.append(line.mark_line(**_BASE_MARK).encode(x=alt.X("n:Q", title=name, scale=scale)))
-        layers.append(
-            drawn(base[-1:])
-            .mark_text(text=BASE, dy=-9, fontSize=11, color=BASE_COLOUR)
-            .encode(x=alt.X("n:Q", title=name, scale=scale), y=level)
-        )
+        along = alt.X("n:Q", title=name, scale=scale)
+        line, last = (drawn(part).encode(x=along, y=level) for part in (base, base[-1:]))
+        layers.append(line.mark_line(**_BASE_MARK).encode(tooltip=_BASE_TOOLTIP))
+        layers.append(last.mark_text(text=BASE, dy=-9, fontSize=11, color=BASE_COLOUR))
     elif base:
         if not is_chosen:
             base = [{"value": sum(one["value"] for one in base) / len(base)}]
         line = drawn(base).encode(y=level, tooltip=_BASE_TOOLTIP)
-        layers.append(line.mark_rule(**_BASE_MARK))
-        layers.append(
-            line.mark_text(text=BASE, align="right", dy=-8, fontSize=11, color=BASE_COLOUR).encode(
-                x=alt.value("width")
-            )
-        )
+        text = line.mark_text(text=BASE, align="right", dy=-8, fontSize=11, color=BASE_COLOUR)
+        layers += [line.mark_rule(**_BASE_MARK), text.encode(x=alt.value("width"))]
     if single:
         layers.append(
             drawn(single)
@@ -398,6 +383,19 @@ def _base(points: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> list[di
         if values:
             found.append({"n": n, "value": sum(values.values()) / len(values)})
     return found
+
+
+def _check_once(points: Sequence[Mapping[str, Any]], x: str) -> None:
+    """Make sure that a curve has one average for each place."""
+    seen = set()
+    for point in points:
+        key = (point["label"], point["n"], point["x"])
+        if key in seen:
+            raise UsageError(
+                f"{point['label']}, n = {point['n']}: there are two averages for {x} = "
+                f"{point['x']}. Give the rows of one setting, or labels that tell settings apart."
+            )
+        seen.add(key)
 
 
 def _line_at_one(upright: Mapping[str, Any]) -> list[alt.Chart]:
