@@ -216,6 +216,8 @@ def test_curves_are_drawn_from_the_frames() -> None:
     assert {p["series"] for p in _drawn(curves(star, "eta"), "point")} == {"n = 2", "n = 4"}
     with pytest.raises(UsageError, match="'k'"):
         curves(averages, "k")
+    with pytest.raises(UsageError, match="star, n = 2: there are two averages for n = 2"):
+        curves(averages)
 
 
 def test_frames_of_any_column_names_are_drawn() -> None:

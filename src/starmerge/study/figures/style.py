@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -147,8 +148,10 @@ def dot_of(look: Look) -> dict[str, Any]:
 def add_legend(figure: Figure, handles: Sequence[Artist], names: Sequence[str]) -> None:
     """Put a legend below all panels, in as many columns as the width has place for."""
     names = fitted(names, 72 * 2.4, SMALL)
-    widest = max((_width(name, SMALL) for name in names), default=0) + 5 * SMALL
-    columns = max(1, min(len(names), int(72 * (figure.get_figwidth() - 0.2) / widest)))
+    widths = [_width(name, SMALL) + 5.2 * SMALL for name in names]
+    columns = len(names)
+    while columns > 1 and _total(widths, columns) > 72 * (figure.get_figwidth() - 0.2):
+        columns -= 1
     # matplotlib leaves out labels that begin with an underscore, so the names are set afterwards.
     legend = figure.legend(
         handles, ["x"] * len(names), loc="outside lower center", ncols=columns, handlelength=2.4
@@ -224,6 +227,11 @@ def wrapped(text: str, width: float, size: float) -> list[str]:
         if all(_width(line, size) <= width for line in lines):
             return lines
     return [""]
+
+
+def _total(widths: Sequence[float], columns: int) -> float:
+    """Return how wide a legend of so many columns is, which matplotlib fills one by one."""
+    return float(sum(column.max() for column in np.array_split(np.array(widths), columns)))
 
 
 def _fit(name: str, width: float, size: float) -> str:

@@ -108,19 +108,22 @@ def dots(frame: Frame, *, title: str = "score", zero_to_one: bool = True) -> alt
     merged = [record for record in records if record["label"] in shown]
     # Dots that share a row stand below each other.
     is_shared = len({record["row"] for record in merged}) < len(merged)
+    # A row that has the name of its dot needs no legend.
+    has_legend = any(record["row"] != record["label"] for record in merged)
     if merged:
         offset = {"yOffset": alt.YOffset("label:N", sort=labels)} if is_shared else {}
         place = alt.Chart(alt.Data(values=merged)).encode(
-            y=y, tooltip=tooltip, **offset, **_coloured(shown)
+            y=y, tooltip=tooltip, **offset, **_coloured(shown, has_legend=has_legend)
         )
-        chosen = alt.selection_point(fields=["label"], bind="legend")
-        faded = alt.condition(chosen, alt.value(1), alt.value(0.15))
-        layers += [
-            place.mark_rule(strokeWidth=1.6).encode(x=low, x2="high:Q", opacity=faded),
-            place.mark_point(filled=True, size=62, opacity=1)
-            .encode(x=x, shape=_shape(shown), opacity=faded)
-            .add_params(chosen),
-        ]
+        rules = place.mark_rule(strokeWidth=1.6).encode(x=low, x2="high:Q")
+        shape = _shape(shown, has_legend=has_legend)
+        points = place.mark_point(filled=True, size=62, opacity=1).encode(x=x, shape=shape)
+        if has_legend:
+            chosen = alt.selection_point(fields=["label"], bind="legend")
+            faded = alt.condition(chosen, alt.value(1), alt.value(0.15))
+            rules = rules.encode(opacity=faded)
+            points = points.encode(opacity=faded).add_params(chosen)
+        layers += [rules, points]
     height = len(rows) * (14 * max(2, len(labels) if is_shared else 1) + 14)
     return _wide(alt.layer(*layers), height)
 
@@ -141,11 +144,13 @@ def curves(
         title: Of the x-axis.
 
     Raises:
-        UsageError: There is nothing to draw, or no run has the parameter.
+        UsageError: There is nothing to draw, no run has the parameter, or a curve has two rows for
+            one place.
     """
     points = _points(_rows_of(averages), x)
     if not points:
         raise UsageError(f"No average has the number {x!r}, so there is no curve to draw.")
+    _check_once(points, x)
     labels = list(dict.fromkeys(point["label"] for point in points))
     counts = sorted({point["n"] for point in points})
     by_count = x != "n" and len(labels) == 1
@@ -185,23 +190,16 @@ def curves(
     layers: list[Any] = [*_line_at_one(upright)]
     base = _base(single, counts)
     if x == "n" and len(base) > 1:
-        line = drawn(base).encode(y=level, tooltip=_BASE_TOOLTIP)
-        layers.append(line.mark_line(**_BASE_MARK).encode(x=alt.X("n:Q", title=name, scale=scale)))
-        layers.append(
-            drawn(base[-1:])
-            .mark_text(text=BASE, dy=-9, fontSize=11, color=BASE_COLOUR)
-            .encode(x=alt.X("n:Q", title=name, scale=scale), y=level)
-        )
+        along = alt.X("n:Q", title=name, scale=scale)
+        line, last = (drawn(part).encode(x=along, y=level) for part in (base, base[-1:]))
+        layers.append(line.mark_line(**_BASE_MARK).encode(tooltip=_BASE_TOOLTIP))
+        layers.append(last.mark_text(text=BASE, dy=-9, fontSize=11, color=BASE_COLOUR))
     elif base:
         if not is_chosen:
             base = [{"value": sum(one["value"] for one in base) / len(base)}]
         line = drawn(base).encode(y=level, tooltip=_BASE_TOOLTIP)
-        layers.append(line.mark_rule(**_BASE_MARK))
-        layers.append(
-            line.mark_text(text=BASE, align="right", dy=-8, fontSize=11, color=BASE_COLOUR).encode(
-                x=alt.value("width")
-            )
-        )
+        text = line.mark_text(text=BASE, align="right", dy=-8, fontSize=11, color=BASE_COLOUR)
+        layers += [line.mark_rule(**_BASE_MARK), text.encode(x=alt.value("width"))]
     if single:
         layers.append(
             drawn(single)
@@ -387,6 +385,19 @@ def _base(points: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> list[di
     return found
 
 
+def _check_once(points: Sequence[Mapping[str, Any]], x: str) -> None:
+    """Make sure that a curve has one average for each place."""
+    seen = set()
+    for point in points:
+        key = (point["label"], point["n"], point["x"])
+        if key in seen:
+            raise UsageError(
+                f"{point['label']}, n = {point['n']}: there are two averages for {x} = "
+                f"{point['x']}. Give the rows of one setting, or labels that tell settings apart."
+            )
+        seen.add(key)
+
+
 def _line_at_one(upright: Mapping[str, Any]) -> list[alt.Chart]:
     """Return the line of the fine-tunes, with its name at the right end."""
     line = alt.Chart(alt.Data(values=[{"level": 1}])).encode(y=alt.Y("level:Q", **upright))
@@ -397,15 +408,18 @@ def _line_at_one(upright: Mapping[str, Any]) -> list[alt.Chart]:
     ]
 
 
-def _coloured(shown: Mapping[str, Look], key: str = "label") -> dict[str, Any]:
+def _coloured(
+    shown: Mapping[str, Look], key: str = "label", *, has_legend: bool = True
+) -> dict[str, Any]:
     """Return the encoding of colour, with a legend above in as many columns as have place."""
     longest = max((min(len(name), 40) for name in shown), default=1)
     columns = max(1, min(len(shown), 78 // (longest + 6)))
+    legend = alt.Legend(orient="top", columns=columns, title=None, symbolOpacity=1)
     return {
         "color": alt.Color(
             f"{key}:N",
             scale=alt.Scale(domain=list(shown), range=[look.colour for look in shown.values()]),
-            legend=alt.Legend(orient="top", columns=columns, title=None, symbolOpacity=1),
+            legend=legend if has_legend else None,
         )
     }
 
@@ -416,12 +430,11 @@ def _dashed(shown: Mapping[str, Look], key: str) -> alt.StrokeDash:
     return alt.StrokeDash(f"{key}:N", scale=scale, title=None)
 
 
-def _shape(shown: Mapping[str, Look], key: str = "label") -> alt.Shape:
-    return alt.Shape(
-        f"{key}:N",
-        scale=alt.Scale(domain=list(shown), range=[look.marker for look in shown.values()]),
-        title=None,
-    )
+def _shape(shown: Mapping[str, Look], key: str = "label", *, has_legend: bool = True) -> alt.Shape:
+    scale = alt.Scale(domain=list(shown), range=[look.marker for look in shown.values()])
+    # A legend of both colour and shape is drawn where neither is switched off.
+    off = {} if has_legend else {"legend": None}
+    return alt.Shape(f"{key}:N", scale=scale, title=None, **off)
 
 
 def _tooltip(
