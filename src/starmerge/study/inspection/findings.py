@@ -1,0 +1,396 @@
+"""What an inspection found, in words, and what to do about it.
+
+The thresholds stand here, each beside its reason. None of them was fitted to scores: they say what
+is worth a look, not what a merge will keep; ``starmerge choose`` finds that out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Literal
+
+from starmerge.study.inspection.totals import Record
+
+LARGE = 2.0
+"""A model so many times as large as the others' median norm is an outlier; so is one that is as
+many times smaller."""
+
+SAME = 0.9
+"""Task vectors of at least this cosine are as good as one model, given twice."""
+
+OPPOSED = -0.1
+"""Task vectors of at most this cosine take away from each other in a sum."""
+
+STRONG = 0.5
+"""A task that answers at least so strongly to another's inputs, over the other's own answer, is
+heard there."""
+
+SHARED = 0.5
+"""Input or output directions that overlap at least so much, and ten times as much as by chance, are
+shared."""
+
+_BY_CHANCE = 10.0
+
+SURVIVES = 0.9
+"""An update of which less than this survives the rounding suffers from it."""
+
+NOISY = 0.1
+"""A stored fine-tune with at least this share of its energy below the noise floor is noisy."""
+
+ONE_DIRECTION = 2.0
+"""Where STAR keeps fewer directions than this in the mean, it keeps hardly more than the first."""
+
+APART = 0.5
+"""A model with at least this share of its energy in tensors that no other changes is apart."""
+
+STANDS_OUT = 1.25
+"""A layer or module stands out with a conflict so many times that of the whole model."""
+
+FEW_TENSORS = 0.05
+"""The share of a model's tensors that counts as few."""
+
+DOMINATED = 0.5
+"""Few tensors that hold at least this share of its energy dominate a model."""
+
+WEAK = 0.25
+"""A merge that does less than this of what a task does on the task's own inputs weakens it."""
+
+OVERLAID = 0.75
+"""A merge whose foreign answer to a task's inputs is at least so strong, over the task's own answer,
+overlays it."""
+
+_MOST_NAMED = 3
+
+Topic = Literal[
+    "nothing", "size", "rounding", "noise", "pair", "layers", "rank", "apart", "tensors", "kept"
+]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence on the models, and what to do."""
+
+    topic: Topic
+    text: str
+    advice: str | None = None
+    models: tuple[str, ...] = ()
+    """Those that it is about, where it is about some."""
+
+    def record(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {
+            "topic": self.topic,
+            "text": self.text,
+            "advice": self.advice,
+            "models": list(self.models),
+        }
+
+    def __str__(self) -> str:
+        """Return both in one line."""
+        return f"{self.text} {self.advice}" if self.advice else self.text
+
+
+def findings_of(
+    models: Sequence[Record],
+    conflicts: Sequence[Record],
+    tensors: Sequence[Record],
+    kept: Sequence[Record],
+    *,
+    conflict: float | None,
+    by_layer: Mapping[str, float],
+    by_module: Mapping[str, float],
+    eta: float,
+    dtype: str,
+) -> list[Finding]:
+    """Return what is worth saying of an inspection, the weightiest first.
+
+    Args:
+        models: A record for each model.
+        conflicts: A record for each pair of models.
+        tensors: A record for each tensor and model.
+        kept: A record for each merge and model.
+        conflict: That of the whole model.
+        by_layer: The conflict in each layer, by what it is called.
+        by_module: The same by module.
+        eta: STAR's η.
+        dtype: The base's.
+    """
+    changing = [model for model in models if model["norm"] > 0]
+    return [
+        *_kept(kept),
+        *_nothing(models),
+        *_sizes(changing),
+        *_rounding(changing, dtype),
+        *_noise(changing),
+        *_pairs(conflicts),
+        *_places(conflict, by_layer, by_module),
+        *_ranks(changing, eta),
+        *_apart(changing),
+        *_tensors(changing, tensors),
+    ]
+
+
+def _nothing(models: Sequence[Record]) -> Iterator[Finding]:
+    empty = tuple(model["model"] for model in models if model["norm"] == 0)
+    if empty:
+        yield Finding(
+            "nothing",
+            f"{_listed(empty)}: all task vectors are zero. As a model of a merge it counts, and "
+            "an average is divided by its number.",
+            "Leave it out, unless it is meant to weaken the others.",
+            empty,
+        )
+
+
+def _sizes(models: Sequence[Record]) -> Iterator[Finding]:
+    if len(models) < 2:
+        return
+    if len(models) == 2:
+        small, large = sorted(models, key=lambda model: model["norm"])
+        ratio = large["norm"] / small["norm"]
+        if ratio >= LARGE:
+            names = (large["model"], small["model"])
+            yield Finding(
+                "size",
+                f"{names[0]} is {ratio:.1f} times as large as {names[1]}.",
+                _equalised(large["model"], 1 / ratio),
+                names,
+            )
+        return
+    typical = median(model["norm"] for model in models)
+    for model in models:
+        times = model["times_others"]
+        if times >= LARGE:
+            yield Finding(
+                "size",
+                f"{model['model']} is {times:.1f} times as large as the others (median of norms): "
+                "in a sum or an average it drowns them.",
+                _equalised(model["model"], typical / model["norm"]),
+                (model["model"],),
+            )
+    for model in models:
+        times = model["times_others"]
+        if times <= 1 / LARGE:
+            yield Finding(
+                "size",
+                f"{model['model']} is {1 / times:.1f} times smaller than the others (median of "
+                "norms): it may be drowned.",
+                f"Try -w {model['model']}={min(1 / times, 4):.2g}, and let starmerge choose race "
+                "it against the plain merge.",
+                (model["model"],),
+            )
+
+
+def _equalised(name: str, weight: float) -> str:
+    return (
+        f"Try -w {name}={weight:.2g}, or let starmerge choose race -m auto -m average "
+        "-m shares:response=0.5."
+    )
+
+
+def _rounding(models: Sequence[Record], dtype: str) -> Iterator[Finding]:
+    hurt = [model for model in models if model["survived"] < SURVIVES]
+    if hurt:
+        worst = min(hurt, key=lambda model: float(model["survived"]))
+        more = f" (and less than {SURVIVES:.0%} of {len(hurt) - 1} more)" if len(hurt) > 1 else ""
+        yield Finding(
+            "rounding",
+            f"Added to the base and rounded to {dtype}, {worst['survived']:.0%} of "
+            f"{worst['model']}'s update survives{more}; an average divides by the number of "
+            "models, and keeps less.",
+            "Merge with --dtype float32, or as an adapter (--as adapter).",
+            tuple(model["model"] for model in hurt),
+        )
+
+
+def _noise(models: Sequence[Record]) -> Iterator[Finding]:
+    noisy = [model for model in models if (model["noise"] or 0) >= NOISY]
+    if noisy:
+        worst = max(noisy, key=lambda model: float(model["noise"]))
+        yield Finding(
+            "noise",
+            f"{worst['noise']:.0%} of {worst['model']}'s update is explained by the rounding of "
+            f"its stored weights ({len(noisy)} of {len(models)} models have {NOISY:.0%} or more). "
+            "Ranks and spectra here are of what stands above that floor.",
+            "star drops it by itself; before other spectral merges write denoise, as in "
+            "-m denoise+shares, which -m auto does.",
+            tuple(model["model"] for model in noisy),
+        )
+
+
+def _pairs(conflicts: Sequence[Record]) -> Iterator[Finding]:
+    same = [pair for pair in conflicts if (pair["cosine"] or 0) >= SAME]
+    for pair in same[:_MOST_NAMED]:
+        yield Finding(
+            "pair",
+            f"{pair['a']} and {pair['b']} are nearly one model (cosine {pair['cosine']:.2f}).",
+            "Leave one out: it counts twice.",
+            (pair["a"], pair["b"]),
+        )
+    against = sorted(
+        (pair for pair in conflicts if (pair["cosine"] or 0) <= OPPOSED),
+        key=lambda pair: float(pair["cosine"]),
+    )
+    for pair in against[:_MOST_NAMED]:
+        yield Finding(
+            "pair",
+            f"{pair['a']} and {pair['b']} oppose each other (cosine {pair['cosine']:.2f}, "
+            f"{pair['sign_conflict']:.0%} of the magnitude with different signs).",
+            "Merge one of them with the rest, or let ties elect signs: -m ties.",
+            (pair["a"], pair["b"]),
+        )
+    loud = [
+        (float(pair[f"{x}_on_{y}"]), pair[x], pair[y])
+        for pair in conflicts
+        for x, y in (("a", "b"), ("b", "a"))
+        if pair not in same and (pair[f"{x}_on_{y}"] or 0) >= STRONG
+    ]
+    loud.sort(reverse=True)
+    if loud:
+        named = "; ".join(f"{one} on {other} {ratio:.2f}" for ratio, one, other in loud[:3])
+        yield Finding(
+            "pair",
+            f"Some tasks answer to another's inputs half as strongly as the other itself, or more: "
+            f"{named}{_and_more(len(loud) - _MOST_NAMED)}.",
+            "Merges that divide shared directions keep such tasks apart: -m auto, "
+            "-m covariance+own_response, -m tsv_m.",
+            tuple(dict.fromkeys(name for _, one, other in loud[:3] for name in (one, other))),
+        )
+    for side, words in (("in", "input"), ("out", "output")):
+        shared = [
+            pair
+            for pair in conflicts
+            if pair not in same
+            and (pair[f"overlap_{side}"] or 0)
+            >= max(SHARED, min(1.0, _BY_CHANCE * (pair[f"chance_{side}"] or 0)))
+        ]
+        if shared:
+            top = max(shared, key=lambda pair: float(pair[f"overlap_{side}"]))
+            how = (
+                "Adapters trained from one seed share their first A, and so their inputs."
+                if side == "in"
+                else "The tasks push the same outputs: try -m pico+task_arithmetic+mean_norm, or "
+                "-m covariance+own_response:side=output."
+            )
+            yield Finding(
+                "pair",
+                f"{len(shared)} of {len(conflicts)} pairs share their {words} directions; most "
+                f"{top['a']} and {top['b']} (overlap {top[f'overlap_{side}']:.2f}, by chance "
+                f"{top[f'chance_{side}']:.3f}).",
+                how,
+                (top["a"], top["b"]),
+            )
+    known = [pair for pair in conflicts if pair["a_on_b"] is not None]
+    if known and not (same or against or loud):
+        most = max(max(pair["a_on_b"], pair["b_on_a"] or 0.0) for pair in known)
+        yield Finding(
+            "pair",
+            f"No pair clashes: no task answers more than {most:.2f} times as strongly to "
+            "another's inputs as the other itself.",
+            "Averaging then weakens more than it mixes up: try -m auto, or a larger scale.",
+        )
+
+
+def _places(
+    conflict: float | None, by_layer: Mapping[str, float], by_module: Mapping[str, float]
+) -> Iterator[Finding]:
+    if not conflict:
+        return
+    parts = []
+    for found in (by_layer, by_module):
+        high = sorted(found.items(), key=lambda item: -item[1])[:_MOST_NAMED]
+        parts += [f"{name} ({value:.2f})" for name, value in high if value >= STANDS_OUT * conflict]
+    if parts:
+        yield Finding(
+            "layers",
+            f"Tasks clash most in {_listed(parts)}; in the whole model one answers to another's "
+            f"inputs {conflict:.2f} times as strongly as the other itself.",
+            "STAR can keep less there: -p 'eta={\"*PART OF A NAME*\": 20, \"*\": 40}'.",
+        )
+
+
+def _ranks(models: Sequence[Record], eta: float) -> Iterator[Finding]:
+    known = [model for model in models if model["kept"] is not None]
+    if not known:
+        return
+    kept = sum(model["kept"] for model in known) / len(known)
+    rank = sum(model["rank"] for model in known) / len(known)
+    top = sum(model["top_share"] for model in known) / len(known)
+    if kept < ONE_DIRECTION <= rank / 2:
+        yield Finding(
+            "rank",
+            f"STAR at η = {eta:g} keeps {kept:.1f} of {rank:.1f} directions in the mean: one "
+            f"singular value holds {top:.0%} of the nuclear norm.",
+            "Then STAR is near an average of first directions: try -m star -p eta=60, or -m auto.",
+        )
+
+
+def _apart(models: Sequence[Record]) -> Iterator[Finding]:
+    apart = [model for model in models if len(models) > 1 and (model["alone"] or 0) >= APART]
+    if apart:
+        most = max(apart, key=lambda model: float(model["alone"]))
+        yield Finding(
+            "apart",
+            f"{most['alone']:.0%} of {most['model']}'s update lies in tensors that no other model "
+            f"changes{_and_more(len(apart) - 1)}. Methods that divide what tasks share keep such "
+            "updates whole, and the other tasks meet them in later layers.",
+            "Race -m shares:response=0.5 and -m average against -m auto with starmerge choose.",
+            tuple(model["model"] for model in apart),
+        )
+
+
+def _tensors(models: Sequence[Record], tensors: Sequence[Record]) -> Iterator[Finding]:
+    for model in models:
+        own = sorted(
+            (record for record in tensors if record["model"] == model["model"]),
+            key=lambda record: -float(record["norm"]),
+        )
+        few = max(1, round(FEW_TENSORS * len(own)))
+        share = sum(record["norm"] ** 2 for record in own[:few]) / model["norm"] ** 2
+        if len(own) >= 1 / FEW_TENSORS and share >= DOMINATED:
+            yield Finding(
+                "tensors",
+                f"{few} of {len(own)} tensors hold {share:.0%} of {model['model']}'s update, first "
+                f"{own[0]['tensor']}.",
+                None,
+                (model["model"],),
+            )
+
+
+def _kept(kept: Sequence[Record]) -> Iterator[Finding]:
+    for merge in dict.fromkeys(record["merge"] for record in kept):
+        own = [r for r in kept if r["merge"] == merge and r["own"] is not None]
+        weak = [record for record in own if record["own"] < WEAK]
+        overlaid = [record for record in own if record["others"] >= OVERLAID]
+        for record in sorted(weak, key=lambda r: float(r["own"]))[:_MOST_NAMED]:
+            also = record in overlaid
+            mixed = f", and other tasks answer there {record['others']:.2f} times as strongly"
+            yield Finding(
+                "kept",
+                f"{merge}: {record['model']} suffers. On its inputs the merge does "
+                f"{record['own']:.2f} of what it does{mixed if also else ''}.",
+                f"Give it more weight (-w {record['model']}=2), or scale the merge up "
+                "(-m average+own_response).",
+                (record["model"],),
+            )
+        for record in sorted(overlaid, key=lambda r: -float(r["others"]))[:_MOST_NAMED]:
+            if record not in weak:
+                yield Finding(
+                    "kept",
+                    f"{merge}: {record['model']} is overlaid. On its inputs the merge does "
+                    f"{record['own']:.2f} of what it does, and other tasks answer there "
+                    f"{record['others']:.2f} times as strongly.",
+                    "Merges that divide shared directions lower that: -m auto; or leave out the "
+                    "model that answers most there (see the pairs).",
+                    (record["model"],),
+                )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _and_more(count: int) -> str:
+    return f" (and {count} more)" if count > 0 else ""
