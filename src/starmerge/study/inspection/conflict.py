@@ -10,17 +10,17 @@ small matrices:
 - ⟨τ_i, τ_j⟩ = Σ_kl σ_k s_l K_kl L_kl, where s are the singular values of τ_j;
 - the **response** of task i to the inputs of task j, ‖τ_i C_j^½‖² = Σ_kl σ_k² s_l² L_kl²/‖τ_j‖²;
 - its part **along** what task j itself does there, ⟨τ_i C_j, τ_j⟩ = Σ_kl σ_k s_l³ K_kl L_kl/‖τ_j‖²;
-- the **overlap** of the inputs, tr(C_i C_j)/(‖C_i‖‖C_j‖), and of the outputs, the same with τ_jτ_jᵀ.
-  It is 1 for the same directions in the same proportions, and near √(d_i d_j)/n for random ones
-  in n dimensions, where d = (Σσ²)²/Σσ⁴;
+- the **overlap** of the inputs, tr(C_i C_j)/(‖C_i‖‖C_j‖), and of the outputs, the same with
+  τ_jτ_jᵀ. It is 1 for the same directions in the same proportions; the mean over random rotations
+  in n dimensions is √(d_i d_j)/n, where d = (Σσ²)²/Σσ⁴;
 - the share of task i's energy that is **acting** on task j's leading inputs, ‖τ_i P_j‖²/‖τ_i‖²,
   where P_j projects on the right singular vectors that STAR keeps of task j.
 
 **The paper's bound** (arXiv 2502.10339) is on what a task vector B of rank r_B does to an input x
 of unit length in the span of the r_A right singular vectors of A: ‖Bx‖ ≤ r_B β √r_A. Here
-β = max_kl σ_k(B) |v_k(B)ᵀ v_l(A)|. With x = Σ_l α_l v_l(A), each of the r_B terms σ_k v_k(B)ᵀx is at
-most β Σ|α_l| ≤ β √r_A. Beside it stand the largest ‖Bx‖ there is, the **reach** ‖diag(σ) L‖₂, and
-its root mean square over all such x, ‖diag(σ) L‖_F/√r_A.
+β = max_kl σ_k(B) |v_k(B)ᵀ v_l(A)|: with x = Σ_l α_l v_l(A), each of the r_B terms σ_k v_k(B)ᵀx is
+at most β Σ|α_l| ≤ β √r_A. Beside it stand the largest ‖Bx‖ there is, the **reach** ‖diag(σ) L‖₂,
+and its root mean square over all such x, ‖diag(σ) L‖_F/√r_A.
 """
 
 from __future__ import annotations
@@ -115,10 +115,8 @@ def conflict_bytes(shape: tuple[int, int], ranks: Sequence[int]) -> int:
 def _compared(spectra: Sequence[Spectrum]) -> Mapping[str, Matrix]:
     """Return all that the triplets tell, by name; each task has one triplet at least."""
     counts = [len(own.svd.S) for own in spectra]
-    U, V = (
-        torch.cat([side(own) for own in spectra], dim=1)
-        for side in (lambda own: own.svd.U, lambda own: own.svd.V)
-    )
+    U = torch.cat([own.svd.U for own in spectra], dim=1)
+    V = torch.cat([own.svd.V for own in spectra], dim=1)
     S = torch.cat([own.svd.S for own in spectra])
     kept = torch.cat([(torch.arange(len(own.svd.S)) < own.kept).double() for own in spectra])
     K, L = U.T @ U, V.T @ V

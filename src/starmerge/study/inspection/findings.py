@@ -55,11 +55,14 @@ DOMINATED = 0.5
 """Few tensors that hold at least this share of its energy dominate a model."""
 
 WEAK = 0.25
-"""A merge that does less than this of what a task does on the task's own inputs weakens it."""
+"""A merge that does less than this of what tasks do on their own inputs, in the median, is weak."""
+
+BEHIND = 0.5
+"""A task of which a merge does less than this share of the median over the tasks suffers most."""
 
 OVERLAID = 0.75
-"""A merge whose foreign answer to a task's inputs is at least so strong, over the task's own answer,
-overlays it."""
+"""A merge overlays a task if its other answer to the task's inputs is at least so strong, over the
+task's own answer, and stronger than what it keeps of the task."""
 
 _MOST_NAMED = 3
 
@@ -269,7 +272,9 @@ def _pairs(conflicts: Sequence[Record]) -> Iterator[Finding]:
         if shared:
             top = max(shared, key=lambda pair: float(pair[f"overlap_{side}"]))
             how = (
-                "Adapters trained from one seed share their first A, and so their inputs."
+                "So do adapters that were trained from one seed, as they share their first A. "
+                "Merges that need other inputs for other tasks (covariance:side=input) have little "
+                "to go by."
                 if side == "in"
                 else "The tasks push the same outputs: try -m pico+task_arithmetic+mean_norm, or "
                 "-m covariance+own_response:side=output."
@@ -289,7 +294,7 @@ def _pairs(conflicts: Sequence[Record]) -> Iterator[Finding]:
             "pair",
             f"No pair clashes: no task answers more than {most:.2f} times as strongly to "
             "another's inputs as the other itself.",
-            "Averaging then weakens more than it mixes up: try -m auto, or a larger scale.",
+            "Averaging then weakens more than it mixes up: try -m auto.",
         )
 
 
@@ -298,16 +303,21 @@ def _places(
 ) -> Iterator[Finding]:
     if not conflict:
         return
-    parts = []
-    for found in (by_layer, by_module):
-        high = sorted(found.items(), key=lambda item: -item[1])[:_MOST_NAMED]
-        parts += [f"{name} ({value:.2f})" for name, value in high if value >= STANDS_OUT * conflict]
-    if parts:
+    high = [
+        item
+        for found in (by_layer, by_module)
+        for item in sorted(found.items(), key=lambda item: -item[1])[:_MOST_NAMED]
+        if item[1] >= STANDS_OUT * conflict
+    ]
+    if high:
+        first = high[0][0]
+        pattern = f"*.{first.split()[-1]}.*" if first in by_layer else f"*{first.split()[-1]}*"
+        named = _listed([f"{name} ({value:.2f})" for name, value in high])
         yield Finding(
             "layers",
-            f"Tasks clash most in {_listed(parts)}; in the whole model one answers to another's "
-            f"inputs {conflict:.2f} times as strongly as the other itself.",
-            "STAR can keep less there: -p 'eta={\"*PART OF A NAME*\": 20, \"*\": 40}'.",
+            f"Tasks clash most in {named}; in the whole model one answers to another's inputs "
+            f"{conflict:.2f} times as strongly as the other itself.",
+            f'STAR can keep less there: -m star -p \'eta={{"{pattern}": 20, "*": 40}}\'.',
         )
 
 
@@ -362,30 +372,40 @@ def _tensors(models: Sequence[Record], tensors: Sequence[Record]) -> Iterator[Fi
 def _kept(kept: Sequence[Record]) -> Iterator[Finding]:
     for merge in dict.fromkeys(record["merge"] for record in kept):
         own = [r for r in kept if r["merge"] == merge and r["own"] is not None]
-        weak = [record for record in own if record["own"] < WEAK]
-        overlaid = [record for record in own if record["others"] >= OVERLAID]
-        for record in sorted(weak, key=lambda r: float(r["own"]))[:_MOST_NAMED]:
-            also = record in overlaid
-            mixed = f", and other tasks answer there {record['others']:.2f} times as strongly"
+        if not own:
+            continue
+        low, high = min(r["own"] for r in own), max(r["own"] for r in own)
+        typical = median(r["own"] for r in own)
+        if typical < WEAK:
             yield Finding(
                 "kept",
-                f"{merge}: {record['model']} suffers. On its inputs the merge does "
-                f"{record['own']:.2f} of what it does{mixed if also else ''}.",
-                f"Give it more weight (-w {record['model']}=2), or scale the merge up "
-                "(-m average+own_response).",
-                (record["model"],),
+                f"{merge} weakens all tasks: on their own inputs it does {low:.2f} to {high:.2f} "
+                "of what they do.",
+                "Merges that keep tasks apart may be stronger: try -m auto, or "
+                "-m covariance+own_response.",
             )
-        for record in sorted(overlaid, key=lambda r: -float(r["others"]))[:_MOST_NAMED]:
-            if record not in weak:
+        for record in sorted(own, key=lambda r: float(r["own"])):
+            if len(own) > 1 and record["own"] < BEHIND * typical:
                 yield Finding(
                     "kept",
-                    f"{merge}: {record['model']} is overlaid. On its inputs the merge does "
-                    f"{record['own']:.2f} of what it does, and other tasks answer there "
-                    f"{record['others']:.2f} times as strongly.",
-                    "Merges that divide shared directions lower that: -m auto; or leave out the "
-                    "model that answers most there (see the pairs).",
+                    f"{merge}: {record['model']} suffers more than the others. On its inputs the "
+                    f"merge does {record['own']:.2f} of what it does, of the others' "
+                    f"{typical:.2f} (median).",
+                    f"Give it more weight: -w {record['model']}=2.",
                     (record["model"],),
                 )
+        overlaid = [r for r in own if r["others"] >= max(OVERLAID, abs(r["own"]))]
+        overlaid.sort(key=lambda r: -float(r["others"]))
+        if overlaid:
+            named = _listed([f"{r['model']} ({r['others']:.2f})" for r in overlaid[:_MOST_NAMED]])
+            yield Finding(
+                "kept",
+                f"{merge}: other tasks overlay {named}{_and_more(len(overlaid) - _MOST_NAMED)}: on "
+                "the task's inputs they are heard as strongly as the task itself, or more.",
+                "Merge fewer models, leave out the one that is heard most (pairs: a on b), or take "
+                "a merge that divides shared directions: -m auto.",
+                tuple(r["model"] for r in overlaid),
+            )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -127,7 +127,7 @@ class Inspection:
     @property
     def report(self) -> str:
         """The tables of models, pairs and merges, and the findings, in Markdown: one screen."""
-        return text.report(self)
+        return text.markdown(self._tables, self.findings, self._all_notes)
 
     def __repr__(self) -> str:
         """Return a line on what was inspected, and the findings."""
@@ -137,7 +137,19 @@ class Inspection:
 
     def _repr_html_(self) -> str:
         """Return the report for notebooks."""
-        return text.html(self)
+        return text.html(self._tables, self.findings, self._all_notes)
+
+    @property
+    def _tables(self) -> list[text.TextTable]:
+        return text.tables(self.models, self.conflicts, self.kept)
+
+    @property
+    def _all_notes(self) -> tuple[str, ...]:
+        if not self.sampled:
+            return self.notes
+        noun = "1 large tensor" if self.sampled == 1 else f"{self.sampled} large tensors"
+        sampled = f"of {noun} some rows, evenly spread, were looked at for signs and rounding."
+        return (sampled, *self.notes)
 
 
 def make_inspection(

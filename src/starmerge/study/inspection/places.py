@@ -18,7 +18,7 @@ def modules(names: Iterable[str]) -> dict[str, str]:
     families = {name: family_of(name) for name in names}
     stacks = _stacks(sorted({family for family in families.values() if family}))
     rests = {name: _rest(name) for name in names}
-    found = {}
+    found: dict[str, str] = {}
     for family in set(families.values()):
         own = [name for name in names if families[name] == family]
         short = _shortest({rests[name] for name in own})

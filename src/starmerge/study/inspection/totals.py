@@ -253,8 +253,8 @@ def layer_records(
 def grouped_conflict(looks: Iterable[TensorLook]) -> float | None:
     """Return how strongly one task answers to another's inputs in some tensors, over the other's.
 
-    √(Σ_{i≠j} ‖τ_i C_j^½‖² / Σ_j (n − 1)‖τ_j C_j^½‖²) with sums over the tensors and the n tasks that
-    change each: the root mean square of ``a_on_b``, weighted by the size of b's own answer.
+    √(Σ_{i≠j} ‖τ_i C_j^½‖² / Σ_j (n − 1)‖τ_j C_j^½‖²) with sums over the tensors and the n tasks
+    that change each: the root mean square of ``a_on_b``, weighted by the size of b's own answer.
     """
     cross = own = 0.0
     for look in looks:
@@ -297,7 +297,7 @@ def kept_records(
         for merge, kept in look.kept.items():
             for t, own in zip(look.tasks, kept, strict=True):
                 totals[merge, t] += own
-                where = {
+                where: Record = {
                     "merge": merge,
                     "tensor": look.name,
                     "layer": look.layer,
