@@ -43,7 +43,8 @@ ONE_DIRECTION = 2.0
 """Where STAR keeps fewer directions than this in the mean, it keeps hardly more than the first."""
 
 APART = 0.5
-"""A model with at least this share of its energy in tensors that no other changes is apart."""
+"""A model with at least this share of its energy in tensors that at most half of the models change
+is apart."""
 
 STANDS_OUT = 1.25
 """A layer or module stands out with a conflict so many times that of the whole model."""
@@ -338,15 +339,16 @@ def _ranks(models: Sequence[Record], eta: float) -> Iterator[Finding]:
 
 
 def _apart(models: Sequence[Record]) -> Iterator[Finding]:
-    apart = [model for model in models if len(models) > 1 and (model["alone"] or 0) >= APART]
+    apart = [model for model in models if len(models) > 1 and model["apart"] >= APART]
     if apart:
-        most = max(apart, key=lambda model: float(model["alone"]))
+        most = max(apart, key=lambda model: float(model["apart"]))
+        others = _listed([model["model"] for model in apart if model is not most])
         yield Finding(
             "apart",
-            f"{most['alone']:.0%} of {most['model']}'s update lies in tensors that no other model "
-            f"changes{_and_more(len(apart) - 1)}. Methods that divide what tasks share keep such "
-            "updates whole, and the other tasks meet them in later layers.",
-            "Race -m shares:response=0.5 and -m average against -m auto with starmerge choose.",
+            f"{most['apart']:.0%} of {most['model']}'s update lies in tensors that at most half of "
+            f"the models change{f'; {others} are alike' if others else ''}. Methods that divide "
+            "what tasks share keep it nearly whole, and the other tasks meet it in later layers.",
+            "Let starmerge choose race -m shares:response=0.5 and -m average against -m auto.",
             tuple(model["model"] for model in apart),
         )
 
@@ -409,7 +411,7 @@ def _kept(kept: Sequence[Record]) -> Iterator[Finding]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def _and_more(count: int) -> str:

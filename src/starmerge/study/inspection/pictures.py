@@ -128,9 +128,10 @@ def plot_spectra(inspection: Inspection, path: Path) -> None:
         for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     if len(lines) <= _MOST_WRITTEN:
+        ordered = [name for name in map(_short, names) if name in lines]
         figure.legend(
-            lines.values(),
-            lines.keys(),
+            [lines[name] for name in ordered],
+            ordered,
             loc="outside lower center",
             ncols=min(len(lines), max(2, 2 * columns)),
             frameon=False,

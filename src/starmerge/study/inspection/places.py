@@ -24,7 +24,7 @@ def modules(names: Iterable[str]) -> dict[str, str]:
         short = _shortest({rests[name] for name in own})
         before = f"{stacks[family]}: " if len(stacks) > 1 and family else ""
         found |= {name: before + short[rests[name]] for name in own}
-    return found
+    return {name: found[name] for name in names}
 
 
 def _rest(name: str) -> str:

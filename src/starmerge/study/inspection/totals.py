@@ -118,7 +118,7 @@ class Sums:
             key: np.zeros((T, T))
             for key in ("overlap_in", "overlap_out", "chance_in", "chance_out")
         }
-        self.energy, self.above, self.alone, self.base = np.zeros((4, T))
+        self.energy, self.above, self.apart, self.base = np.zeros((4, T))
         self.sizes, self.outvoted, self.updates, self.lost, self.noise = np.zeros((5, T))
         self.tensors = np.zeros(T, dtype=np.int64)
         self.tightness: dict[tuple[int, int], list[float]] = defaultdict(list)
@@ -150,8 +150,8 @@ class Sums:
         ]
         self.tensors[tasks] += changed
         self.base[tasks] += np.where(changed, e.base, 0.0)
-        if changed.sum() == 1:
-            self.alone[tasks] += energies
+        if 2 * changed.sum() <= len(self.energy):
+            self.apart[tasks] += energies
         self.sizes[tasks] += e.sizes
         self.outvoted[tasks] += e.outvoted
         self.updates[tasks] += e.updates
@@ -182,7 +182,7 @@ def model_records(
                 "times_others": norms[t] / median(others) if others else None,
                 **means[t],
                 "noise": _ratio(sums.noise[t], sums.energy[t]),
-                "alone": _ratio(sums.alone[t], sums.energy[t]),
+                "apart": _ratio(sums.apart[t], sums.energy[t]),
                 "survived": _survived(sums.lost[t], sums.updates[t]),
                 "outvoted": _ratio(sums.outvoted[t], sums.sizes[t]),
                 "others_on_it": _root(on_it, sums.response[t, t]) if others else None,
