@@ -243,7 +243,8 @@ def test_lists_tasks_and_suites_and_shows_a_task_as_its_file(starmerge: Run) -> 
 def test_every_command_explains_itself(starmerge: Run) -> None:
     top = starmerge("--help")
     assert top.returncode == 0
-    commands = ["merge", "calibrate", "evaluate", "choose", "suite", "finetune", "methods", "tasks"]
+    commands = ["merge", "inspect", "calibrate", "evaluate", "choose", "suite", "finetune"]
+    commands += ["methods", "tasks"]
     for command in [*commands, "demo"]:
         assert command in top.stdout
         assert starmerge(command, "--help").returncode == 0

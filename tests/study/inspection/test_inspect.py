@@ -21,7 +21,6 @@ from tests.conftest import MakeFinetune
 from tests.oracles import inspection as oracle
 from tests.oracles import samples
 
-
 QV = ("self_attn.q_proj", "self_attn.v_proj")
 MLP = ("mlp.up_proj", "mlp.down_proj")
 

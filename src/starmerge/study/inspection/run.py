@@ -131,7 +131,7 @@ def inspect(
     return make_inspection(
         found,
         [Subject(model.name, model.kind) for model in tasks],
-        base=str(opened.source),
+        base=opened.source.name or opened.source.path.name,
         dtype=sizes.most_common(1)[0][0],
         eta=eta,
         notes=(*opened.notes, *(note for model in fine_tunes for note in model.notes)),
