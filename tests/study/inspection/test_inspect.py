@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -374,10 +375,16 @@ def test_wrong_requests(
         sm.inspect(tiny_base, adapters, **options)  # type: ignore[arg-type]
 
 
-def test_broken_inputs(tiny_base: Path, adapters: dict[str, Path]) -> None:
+def test_broken_inputs(tiny_base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     scaled(adapters["two"], float("nan"))
     with pytest.raises(StarmergeError, match=r"two.*has a NaN or an infinity"):
         sm.inspect(tiny_base, adapters)
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(StarmergeError, match=r"base.*layers\.1\.self_attn\.q_proj.*has a NaN"):
+        sm.inspect(base, adapters["one"], any_base=True)
 
 
 def test_pictures_show_names_and_numbers(

@@ -194,7 +194,6 @@ class _Reading:
         """Measure a tensor, with the merges of it."""
         tensor = self.tensors[number]
         base = self._base.checkpoint.read(tensor.source.name)
-        check_base(tensor.source, base)
         deltas = {t: self._delta(model, tensor, base) for t, model in tensor.models.items()}
         context = tensor.context(self._tasks, self._weights, base)
         merges: dict[str, Delta] = {
@@ -206,7 +205,10 @@ class _Reading:
             else:
                 nothing = torch.zeros(matrix_shape(tensor.source.shape))
                 merges[model.name] = Dense(nothing)
-        return look_at(deltas, merges, context, eta)
+        found = look_at(deltas, merges, context, eta)
+        if not math.isfinite(found.entries.base):
+            check_base(tensor.source, base)
+        return found
 
     def memory(self, number: int) -> int:
         """Estimate the bytes in memory while a tensor is looked at."""
