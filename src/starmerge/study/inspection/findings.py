@@ -181,15 +181,14 @@ def _sizes(models: Sequence[Record]) -> Iterator[Finding]:
                 "size",
                 f"{model['model']} is {1 / times:.1f} times smaller than the others (median of "
                 "norms): it may be drowned.",
-                f"Try -w {model['model']}={min(1 / times, 4):.2g}, and let starmerge choose race "
-                "it against the plain merge.",
+                f"Try -m average -w {model['model']}={min(1 / times, 4):.2g}.",
                 (model["model"],),
             )
 
 
 def _equalised(name: str, weight: float) -> str:
     return (
-        f"Try -w {name}={weight:.2g}, or let starmerge choose race -m auto -m average "
+        f"Try -m average -w {name}={weight:.2g}, or let starmerge choose race -m auto -m average "
         "-m shares:response=0.5."
     )
 

@@ -12,7 +12,7 @@ weakened; one with a large ``others`` is overlaid by the other tasks.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -42,19 +42,7 @@ class Kept:
 
     def __add__(self, other: Kept) -> Kept:
         """Return the sums over the tensors of both."""
-        return Kept(*(a + b for a, b in zip(self._sums, other._sums, strict=True)))
-
-    @property
-    def _sums(self) -> tuple[float, ...]:
-        return (
-            self.inner,
-            self.energy,
-            self.merged,
-            self.along,
-            self.own,
-            self.response,
-            self.inside,
-        )
+        return Kept(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def record(self) -> dict[str, float | None]:
         """Return the ratios as plain data; None where one is not defined."""
