@@ -128,7 +128,7 @@ def findings_of(
         *_sizes(changing),
         *_rounding(changing, dtype),
         *_noise(changing),
-        *_pairs(conflicts),
+        *_pairs(conflicts, has_adapters=any("adapter" in model["kind"] for model in models)),
         *_places(conflict, by_layer, by_module),
         *_ranks(changing, eta),
         *_apart(changing),
@@ -223,7 +223,7 @@ def _noise(models: Sequence[Record]) -> Iterator[Finding]:
         )
 
 
-def _pairs(conflicts: Sequence[Record]) -> Iterator[Finding]:
+def _pairs(conflicts: Sequence[Record], *, has_adapters: bool) -> Iterator[Finding]:
     same = [pair for pair in conflicts if (pair["cosine"] or 0) >= SAME]
     for pair in same[:_MOST_NAMED]:
         yield Finding(
@@ -271,14 +271,18 @@ def _pairs(conflicts: Sequence[Record]) -> Iterator[Finding]:
         ]
         if shared:
             top = max(shared, key=lambda pair: float(pair[f"overlap_{side}"]))
-            how = (
-                "So do adapters that were trained from one seed, as they share their first A. "
-                "Merges that need other inputs for other tasks (covariance:side=input) have little "
-                "to go by."
-                if side == "in"
-                else "The tasks push the same outputs: try -m pico+task_arithmetic+mean_norm, or "
-                "-m covariance+own_response:side=output."
-            )
+            if side == "out":
+                how = (
+                    "The tasks push the same outputs: try -m pico+task_arithmetic+mean_norm, or "
+                    "-m covariance+own_response -p covariance.side=output."
+                )
+            else:
+                how = (
+                    "Merges that tell tasks apart by their inputs have little to go by: try "
+                    "-m covariance+own_response -p covariance.side=output."
+                )
+                if has_adapters:
+                    how += " Adapters trained from one seed share their first A, and so inputs."
             yield Finding(
                 "pair",
                 f"{len(shared)} of {len(conflicts)} pairs share their {words} directions; most "
@@ -403,8 +407,12 @@ def _kept(kept: Sequence[Record]) -> Iterator[Finding]:
                 "kept",
                 f"{merge}: other tasks overlay {named}{_and_more(len(overlaid) - _MOST_NAMED)}: on "
                 "the task's inputs they are heard as strongly as the task itself, or more.",
-                "Merge fewer models, leave out the one that is heard most (pairs: a on b), or take "
-                "a merge that divides shared directions: -m auto.",
+                "Merge fewer models, or leave out the one that is heard most (pairs: a on b)"
+                + (
+                    "."
+                    if merge.startswith("auto")
+                    else "; merges that divide shared directions may be clearer: -m auto."
+                ),
                 tuple(r["model"] for r in overlaid),
             )
 

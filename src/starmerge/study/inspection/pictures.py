@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from starmerge.study.inspection.inspection import Inspection
+from starmerge.study.inspection.look import LISTED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,9 +109,12 @@ def plot_spectra(inspection: Inspection, path: Path) -> None:
     for axis, module in zip(axes.flat, modules, strict=False):
         own = frame[frame["module"] == module]
         for name, colour in zip(names, colours, strict=True):
-            curve = own[own["model"] == name].groupby("index")["cumulative"].mean()
-            if len(curve):
-                x, y = [0, *curve.index.tolist()], [0.0, *(100 * curve).tolist()]
+            mine = own[(own["model"] == name) & (own["index"] <= LISTED)]
+            if len(mine):
+                # A spectrum that has ended holds all of its nuclear norm from there on.
+                by_tensor = mine.pivot(index="index", columns="tensor", values="cumulative")
+                curve = 100 * by_tensor.ffill().mean(axis=1)
+                x, y = [0, *curve.index.tolist()], [0.0, *curve.tolist()]
                 axis.plot(x, y, color=colour, linewidth=1.2, label=_short(name))
         axis.axhline(inspection.eta, color="#666666", linewidth=0.7, linestyle=(0, (4, 3)))
         axis.set_title(module, fontsize=9, loc="left")
