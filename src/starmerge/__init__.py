@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from starmerge.methods.built_in import *
     from starmerge.study.choose import Choice as Choice
     from starmerge.study.choose import choose as choose
+    from starmerge.study.inspection.inspection import Inspection as Inspection
+    from starmerge.study.inspection.run import inspect as inspect
 
 __version__ = "0.1.0"
 
@@ -42,6 +44,7 @@ _HOMES = {
     "Choice": "study.choose",
     "Delta": "deltas",
     "Dense": "deltas",
+    "Inspection": "study.inspection.inspection",
     "LowRank": "deltas",
     "MergeResult": "merging.engine",
     "Mergekit": "mergekit.method",
@@ -55,6 +58,7 @@ _HOMES = {
     "apply": "merging.apply",
     "calibrate": "calibration.run",
     "choose": "study.choose",
+    "inspect": "study.inspection.run",
     "load_task_vectors": "merging.task_vectors",
     "merge": "merging.engine",
     "merge_state": "merging.in_memory",

@@ -269,7 +269,8 @@ def test_tasks_add_up_and_bare_rows_may_have_columns_of_other_names(
 def test_every_command_explains_itself(starmerge: Run) -> None:
     top = starmerge("--help")
     assert top.returncode == 0
-    commands = ["merge", "calibrate", "evaluate", "choose", "suite", "finetune", "methods", "tasks"]
+    commands = ["merge", "inspect", "calibrate", "evaluate", "choose", "suite", "finetune"]
+    commands += ["methods", "tasks"]
     for command in [*commands, "demo"]:
         assert command in top.stdout
         assert starmerge(command, "--help").returncode == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import ctypes
 import gc
-import inspect
 import io
 import os
 import signal
@@ -13,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
+from inspect import cleandoc
 from types import FrameType
 from typing import NoReturn
 
@@ -26,6 +26,7 @@ from starmerge.cli import (
     demo,
     evaluate,
     finetune,
+    inspect,
     merge,
     methods,
     study,
@@ -48,12 +49,13 @@ app = typer.Typer(
 
 def _help_of(command: Callable[..., None]) -> str:
     """Return a command's docstring with each paragraph on one line, as typer keeps its breaks."""
-    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    paragraphs = cleandoc(command.__doc__ or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 for _command in (
     merge.merge,
+    inspect.inspect,
     calibrate.calibrate,
     evaluate.evaluate,
     choose.choose,

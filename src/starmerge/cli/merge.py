@@ -13,8 +13,8 @@ import typer
 
 from starmerge.cli import asking
 from starmerge.cli.importing import importing
-from starmerge.cli.parameters import parameters
-from starmerge.errors import UsageError, nearest
+from starmerge.cli.parameters import parameters, weighted
+from starmerge.errors import UsageError
 from starmerge.progress import bytes_in_words
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def merge(
             "dtype": dtype,
         }
         content |= {key: value for key, value in given.items() if value is not None}
-        content["models"] = _weighted(entries, weight or [])
+        content["models"] = weighted(entries, weight or [])
         content["parameters"] = parameters(parameter or [])
         recipe = make_recipe(content, where="The command line")
         before = []
@@ -319,27 +319,6 @@ def _print_ranks(costs: Sequence[RankCost]) -> None:
     for cost in costs:
         table.add_row(str(cost.rank), f"{cost.error:.3g}", f"{cost.kept:.2%}")
     Console().print(table)
-
-
-def _weighted(models: list[dict[str, str]], arguments: list[str]) -> list[dict[str, Any]]:
-    """Give the models their weights, given as NAME=NUMBER."""
-    if not models:
-        raise UsageError("There is no model to merge. Give adapters or fine-tunes after the base.")
-    weights: dict[str, float] = {}
-    for text in arguments:
-        name, equals, number = text.rpartition("=")
-        if not equals:
-            raise UsageError(f"--weight {text}: a weight is given as NAME=NUMBER, as in a=0.5.")
-        names = [model["name"] for model in models]
-        if name not in names:
-            raise UsageError(f"--weight {text}: no model is called {name!r}.{nearest(name, names)}")
-        if name in weights:
-            raise UsageError(f"--weight {name} is given twice. Leave one out.")
-        try:
-            weights[name] = float(number)
-        except ValueError as error:
-            raise UsageError(f"--weight {text}: {number!r} is not a number.") from error
-    return [{**model, "weight": weights.get(model["name"], 1.0)} for model in models]
 
 
 def _print_plan(plan: Plan, workers: Threads) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from starmerge.errors import UsageError
+from starmerge.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from starmerge.methods.pipeline import Pipeline
@@ -75,3 +75,24 @@ def chain(text: str) -> Pipeline:
     if rest == [""]:
         raise UsageError(f"-m {text}: parameters follow the colon, as in star:eta=60.")
     return make_pipeline(name, parameters(_NEXT.split(rest[0])) if rest else {})
+
+
+def weighted(models: list[dict[str, str]], arguments: list[str]) -> list[dict[str, Any]]:
+    """Give the models their weights, given as NAME=NUMBER."""
+    if not models:
+        raise UsageError("There is no model to merge. Give adapters or fine-tunes after the base.")
+    weights: dict[str, float] = {}
+    for text in arguments:
+        name, equals, number = text.rpartition("=")
+        if not equals:
+            raise UsageError(f"--weight {text}: a weight is given as NAME=NUMBER, as in a=0.5.")
+        names = [model["name"] for model in models]
+        if name not in names:
+            raise UsageError(f"--weight {text}: no model is called {name!r}.{nearest(name, names)}")
+        if name in weights:
+            raise UsageError(f"--weight {name} is given twice. Leave one out.")
+        try:
+            weights[name] = float(number)
+        except ValueError as error:
+            raise UsageError(f"--weight {text}: {number!r} is not a number.") from error
+    return [{**model, "weight": weights.get(model["name"], 1.0)} for model in models]

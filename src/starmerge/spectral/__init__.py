@@ -15,6 +15,7 @@ from starmerge.spectral.truncation import (
     floor_of,
     kept_rank,
     truncate_and_rescale,
+    truncation_of,
 )
 
 
@@ -57,4 +58,5 @@ __all__ = [
     "svd_factored",
     "svd_matrix",
     "truncate_and_rescale",
+    "truncation_of",
 ]

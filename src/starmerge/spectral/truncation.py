@@ -77,19 +77,42 @@ def truncate_and_rescale(
     """
 
     def truncated(decomposed: Decomposition) -> tuple[LowRank, Truncation]:
-        S, error, floor = decomposed.S, decomposed.error, None
-        if rounding is not None and len(S):
-            floor = floor_of(decomposed, rounding)
-            if floor.applies:
-                S, error = S[: floor.above], error[: floor.above]
-        r = _certain_rank(S, error, eta, rank)
-        before, kept = float(S.sum()), float(S[:r].sum())
-        factor = before / kept if r and rescale else 1.0
-        values = S[:r] * factor
-        report = Truncation(r, before, float(values.sum()), factor, floor)
-        return decomposed.first(r).compose(values), report
+        found = truncation_of(decomposed, eta=eta, rank=rank, rescale=rescale, rounding=rounding)
+        values = decomposed.S[: found.rank] * found.factor
+        return decomposed.first(found.rank).compose(values), found
 
     return certainly(decomposed, truncated)
+
+
+def truncation_of(
+    decomposed: Decomposition,
+    *,
+    eta: float,
+    rank: int | None = None,
+    rescale: bool = True,
+    rounding: Rounding | None = None,
+) -> Truncation:
+    """Tell what :func:`truncate_and_rescale` would do, from the singular values alone.
+
+    Args:
+        decomposed: The delta's decomposition.
+        eta: As there.
+        rank: As there.
+        rescale: As there.
+        rounding: As there.
+
+    Raises:
+        UncertainError: The decomposition leaves open what r is, or Σσ to 1e-5.
+    """
+    S, error, floor = decomposed.S, decomposed.error, None
+    if rounding is not None and len(S):
+        floor = floor_of(decomposed, rounding)
+        if floor.applies:
+            S, error = S[: floor.above], error[: floor.above]
+    r = _certain_rank(S, error, eta, rank)
+    before, kept = float(S.sum()), float(S[:r].sum())
+    factor = before / kept if r and rescale else 1.0
+    return Truncation(r, before, float((S[:r] * factor).sum()), factor, floor)
 
 
 def floor_of(decomposed: Decomposition, rounding: Rounding) -> Floor:

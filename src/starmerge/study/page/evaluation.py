@@ -368,7 +368,7 @@ def _reading(
     lines = [scored.get(evaluation.scorer, ""), LEGEND, *remarks, *notes(evaluation)]
     parts: list[Part] = [*_listed([line for line in lines if line])]
     parts += [Copy(label, text) for label, text in commands.items()]
-    provenance = getattr(evaluation, "provenance", None)
+    provenance = evaluation.provenance
     content = {"scorer": evaluation.scorer, "matching": evaluation.mode}
     if provenance is not None:
         content |= provenance.to_json()

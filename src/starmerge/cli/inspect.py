@@ -1,0 +1,143 @@
+"""``starmerge inspect``."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from starmerge.cli import asking
+from starmerge.cli.importing import importing
+from starmerge.cli.parameters import chain, weighted
+from starmerge.errors import UsageError
+
+
+def inspect(
+    base: Annotated[str, typer.Argument(help="The base: a folder or a Hub id.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="LoRA adapters and full fine-tunes: a folder, an adapter's file, or a Hub id; "
+            "NAME=PATH to name it.",
+        ),
+    ],
+    eta: Annotated[
+        float, typer.Option(help="STAR's η, in percent: the ranks that it would keep.")
+    ] = 40.0,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            "-m",
+            metavar="CHAIN[:KEY=VALUE,...]",
+            help="Merge in memory, and tell what is kept of each task: one of [b]starmerge "
+            "methods[/b], FILE.py:NAME or a chain, with parameters. Repeatable.",
+        ),
+    ] = None,
+    weight: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--weight",
+            "-w",
+            metavar="NAME=NUMBER",
+            help="A model's weight in these merges, repeatable; else 1.",
+        ),
+    ] = None,
+    merged: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]PATH",
+            help="A merge of the models that is there already, a model or an adapter: tell what it "
+            "kept of each task. Repeatable.",
+        ),
+    ] = None,
+    any_base: asking.AnyBase = False,
+    common: Annotated[
+        bool, typer.Option("--common", help="Take what the models share with the base.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="Folder for inspection.json, tables (CSV) and pictures (PNG, PDF).",
+        ),
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print everything as JSON in place of the report.")
+    ] = False,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Tensors to look at at once.",
+            show_default="OMP_NUM_THREADS, or all processors",
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory for tensors in work, such as 4GB; one that needs more is taken alone.",
+            show_default="a quarter of the machine's",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the folder of an earlier inspection.")
+    ] = False,
+) -> None:
+    """Look at task vectors before a merge, or after one: sizes, spectra, where tasks clash.
+
+    The models' updates are compared tensor by tensor: how large they are and how many directions
+    they have, which of them STAR would keep, which tasks use the same inputs and outputs, where
+    signs differ, what rounding eats. Nothing is run, and adapters are never blown up. The findings
+    at the end say in words what stands out and what to do.
+
+    With -m or --merged it tells how much a merge keeps of each task, and what covers it: why does
+    this task suffer?
+
+    Example: starmerge inspect BASE adapters/*
+
+    Example: starmerge inspect BASE adapters/* -m average -m auto -o inspected
+
+    Example: starmerge inspect BASE a b c --merged merged
+    """
+    with importing():
+        from starmerge.recipe import parse_models
+        from starmerge.study.inspection.folder import check_folder, write_inspection
+        from starmerge.study.inspection.run import inspect as run
+
+    if output is not None:
+        check_folder(output, overwrite=overwrite)
+    if weight and not method:
+        raise UsageError("--weight is for the merges of --method. Give one, or leave it out.")
+    entries = weighted(parse_models(models), weight or [])
+    named = {entry["name"]: entry["path"] for entry in entries}
+    if len(named) < len(entries):
+        raise UsageError("Two models have the same name. Give each its own with NAME=PATH.")
+    found = run(
+        base,
+        named,
+        eta=eta,
+        methods=[chain(text) for text in method or []],
+        weights=[entry["weight"] for entry in entries],
+        merged=merged or (),
+        any_base=any_base,
+        common=common,
+        threads=threads,
+        memory=memory,
+        progress=True,
+    )
+    if output is not None:
+        write_inspection(output, found, overwrite=overwrite)
+    if json:
+        print(jsonlib.dumps(found.to_json(), indent=2, ensure_ascii=False, allow_nan=False))
+        return
+    print(found.report)
+    if output is not None:
+        print(f"\nInspection: {output}")
