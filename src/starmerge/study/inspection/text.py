@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from starmerge.evaluation.table import aligned
+from starmerge.evaluation.grids import aligned
 from starmerge.study.inspection.findings import Finding
 from starmerge.study.inspection.totals import Record
 
