@@ -84,8 +84,8 @@ def grids(found: Sequence[GridBest]) -> str:
 def report(averages: Averages) -> str:
     """Return all tables of a store with what belongs under them, in Markdown."""
     parts = [markdown(averages), LEGEND]
-    found = best_of_grids(averages)
-    if any(grid.points > 1 for grid in found):
+    found = [grid for grid in best_of_grids(averages) if grid.points > 1]
+    if found:
         parts.append(grids(found))
     parts.append(by_task(averages))
     parts += failures(averages.store)
