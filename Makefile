@@ -9,7 +9,15 @@ FUZZ_SEED ?= 0
 KILL_MOMENTS ?= 100
 BENCHMARKS ?= low_rank full_rank copying finetunes many_tensors sweep startup threads star_adapters adapter_output leading evaluation gpu
 
-.PHONY: demo test fuzz kills lint types base docs bench clean
+# The tests that tell whether a release of a library will do: of pydantic, PEFT, transformers, torch,
+# and of those that read data. They need the extra `eval` alone.
+VERSION_TESTS ?= tests/test_recipe.py tests/evaluation/models/test_forward.py \
+	tests/evaluation/models/test_generation.py tests/evaluation/models/test_ranking.py \
+	tests/evaluation/models/test_loading.py tests/evaluation/scoring/test_metrics.py \
+	tests/evaluation/tasks/test_sources.py tests/checkpoints/lora/test_adapter.py \
+	tests/merging/test_in_memory.py tests/training
+
+.PHONY: demo test test-oldest test-newest fuzz kills lint types base docs bench clean
 
 # Merge the adapters that come with the package, score everything, draw the chart.
 demo: base
@@ -19,6 +27,14 @@ demo: base
 # for each other. A file's tests stay together, as they share what they load.
 test: base
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope
+
+# VERSION_TESTS with the oldest and with the newest releases that the ranges in pyproject.toml allow,
+# each in an environment of its own. Several GB each: these torch releases bring CUDA along.
+test-oldest: $(VENV)-oldest/ready base
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest $(VERSION_TESTS)
+
+test-newest: $(VENV)-newest/ready base
+	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest $(VERSION_TESTS)
 
 # More of the spoilt files of tests/checkpoints/test_fuzz.py than the suite tries, and others with
 # FUZZ_SEED=N; prints how many of each kind were merged or refused.
@@ -59,7 +75,7 @@ bench: base
 	$(BIN)/python benchmarks/on_paper.py
 
 clean:
-	rm -rf $(VENV) $(DEMO_OUTPUT) site
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(DEMO_OUTPUT) site
 
 # The tested version of torch first: a looser requirement would fetch whatever is newest. Of
 # fusion-bench a test reads the prompts alone, which need nothing that it depends on.
@@ -69,4 +85,15 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet -e '.[dev]'
 	$(BIN)/pip install --quiet --no-deps 'fusion-bench>=0.2.33'
+	touch $@
+
+# The dependencies that pyproject.toml names are the oldest or the newest allowed; those that they
+# bring along are the newest that fit.
+$(VENV)-oldest/ready: RESOLUTION = lowest-direct
+$(VENV)-newest/ready: RESOLUTION = highest
+$(VENV)-oldest/ready $(VENV)-newest/ready: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --upgrade pip uv
+	$(@D)/bin/uv pip install --quiet --upgrade --python $(@D)/bin/python \
+		--resolution $(RESOLUTION) -e '.[eval,study]' 'hypothesis>=6.100' 'pytest>=8.3'
 	touch $@

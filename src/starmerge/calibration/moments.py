@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from starmerge.calibration.modules import Linear
 from starmerge.calibration.text import READ_AT_ONCE, Advance, Reading, batches
 from starmerge.errors import StarmergeError
-from starmerge.evaluation.models.prefill import arguments_of, last_logits
+from starmerge.evaluation.models.forward import arguments_of, last_logits
 from starmerge.spectral import lapack
 from starmerge.spectral.cholesky import pivoted_root
 from starmerge.spectral.moment import Side

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from starmerge.errors import UsageError
+from starmerge.evaluation.models.forward import check_finite
 from starmerge.evaluation.models.loading import context_length
-from starmerge.evaluation.models.prefill import finite
 from starmerge.evaluation.models.prompts import Prompter
 from starmerge.evaluation.tasks.sources import read_file
 from starmerge.evaluation.tasks.task import Example, Task
@@ -274,7 +274,7 @@ class Writer:
                 picked = places[chosen]
                 scores = logits.gather(1, picked[..., None].expand(-1, -1, logits.shape[-1]))
                 scores[..., special] = -torch.inf
-                finite(scores.max(-1).values.amax(-1), rows, model)
+                check_finite(scores.max(-1).values.amax(-1), rows, model)
                 ids.scatter_(1, picked, drawn(scores, numbers[rows].gather(1, chosen)))
             readings += [Reading(tuple(row)) for row in ids.tolist()]
             advance(len(rows))
@@ -296,7 +296,7 @@ class _Draw:
         """Those chosen so far, step by step, (rows,)."""
 
     def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
-        finite(scores.max(-1).values, self._rows, self._model)
+        check_finite(scores.max(-1).values, self._rows, self._model)
         chosen = drawn(scores, self._numbers[:, len(self.tokens)])
         self.tokens.append(chosen)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from starmerge.demo.run import ADAPTERS
 from starmerge.errors import StarmergeError
-from starmerge.evaluation.models import prefill
+from starmerge.evaluation.models import batching, prefill
 from starmerge.evaluation.models.generation import generate
 from starmerge.evaluation.models.loading import AdapterSwitch, load_model
 from tests.evaluation.models import tiny_models
@@ -107,11 +107,15 @@ def test_a_prompt_may_be_the_beginning_of_all_others_or_all_of_them() -> None:
     assert ours(model, tokenizer, rows[:1] * 3) == expected[:1] * 3
 
 
-def test_batches_that_fill_the_memory_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokenizer = make("llama"), tiny_models.tokenizer()
+@pytest.mark.parametrize("kind", ["llama", "t5", "mamba"])
+def test_batches_that_fill_the_memory_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    model, tokenizer = make(kind), tiny_models.tokenizer()
     rows, expected = plain(model, tokenizer, prompts(20))
     monkeypatch.setattr(prefill, "BATCH_BYTES", 20_000)
     monkeypatch.setattr(prefill, "PASS_TOKENS", 20)
+    monkeypatch.setattr(batching, "PASS_TOKENS", 20)
     sizes: list[int] = []
     assert ours(model, tokenizer, rows, advance=sizes.append) == expected
     assert sum(sizes) == len(rows)

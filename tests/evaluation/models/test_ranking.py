@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from starmerge.demo.run import ADAPTERS
 from starmerge.errors import StarmergeError
-from starmerge.evaluation.models import prefill, ranking
+from starmerge.evaluation.models import batching, prefill, ranking
 from starmerge.evaluation.models.loading import AdapterSwitch, load_model
 from starmerge.evaluation.models.ranking import log_likelihoods
 from tests.evaluation.models import tiny_models
@@ -92,12 +92,17 @@ def test_likelihoods_are_those_of_whole_texts(kind: str) -> None:
     assert_close(shuffled, [expected[n] for n in order])
 
 
-def test_batches_that_fill_the_memory_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, rows = make("llama"), prompts(16)
+@pytest.mark.parametrize("kind", ["llama", "t5", "mamba"])
+def test_batches_that_fill_the_memory_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    model, rows = make(kind), prompts(16)
     options = continuations(len(rows))
     expected = ours(model, rows, options)
     monkeypatch.setattr(prefill, "BATCH_BYTES", 20_000)
     monkeypatch.setattr(prefill, "PASS_TOKENS", 20)
+    monkeypatch.setattr(batching, "PASS_TOKENS", 20)
+    monkeypatch.setattr(ranking, "PASS_TOKENS", 20)
     monkeypatch.setattr(ranking, "PASS_LOGITS", 5 * VOCABULARY)
     done: list[int] = []
     assert_close(ours(model, rows, options, advance=done.append), expected)

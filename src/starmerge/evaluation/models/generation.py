@@ -1,7 +1,8 @@
 """Greedy decoding of many prompts at once.
 
 A row leaves its batch when it is finished, at the end of its text or of its answer; the others go
-on without it. What a prompt gets is what ``model.generate`` writes for it alone.
+on without it. A prompt gets the text that ``model.generate`` writes for it alone. Models without a
+:class:`~starmerge.evaluation.models.prefill.PrefixReader` are left to ``model.generate``.
 """
 
 from __future__ import annotations
@@ -12,13 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starmerge.evaluation.models.prefill import (
-    Prompts,
-    Texts,
-    equal_lengths,
-    finite,
-    reader,
-)
+from starmerge.evaluation.models.batching import Prompts, batches, check_prompts, padded
+from starmerge.evaluation.models.forward import check_finite
+from starmerge.evaluation.models.prefill import CachedTexts, prefix_reader
 
 
 class _Response:
@@ -81,32 +78,45 @@ def generate(
         return []
     ends = model.generation_config.eos_token_id
     ends = {ends} if isinstance(ends, int) else set(ends or ())
+    check_prompts(prompts)
     responses = [_Response(tokenizer, ends, is_final) for _ in prompts]
-    reads = reader(model, tokenizer, prompts, new=max_new_tokens)
-    if reads is None:
-        for rows in equal_lengths(prompts, batch_size):
-            ids = torch.tensor([prompts[row] for row in rows], device=model.device)
-            _write_by_library(model, ids, rows, responses, max_new_tokens)
+    reader = prefix_reader(model, tokenizer, prompts, new=max_new_tokens)
+    if reader is None:
+        # An encoder masks padding. A decoder without a reader may not (Mamba), so it gets none.
+        equal_lengths = not model.config.is_encoder_decoder
+        for rows in batches(prompts, batch_size, equal_lengths=equal_lengths):
+            some = [prompts[row] for row in rows]
+            _generate_by_library(model, some, rows, responses, max_new_tokens)
             advance(len(rows))
     else:
-        for rows, texts, logits in reads.batches(prompts, batch_size):
-            _write(model, texts, logits, rows, responses, max_new_tokens, advance)
+        for rows, texts, logits in reader.batches(prompts, batch_size):
+            _generate_from_cache(model, texts, logits, rows, responses, max_new_tokens, advance)
     return [response.text for response in responses]
 
 
-def _write(
+def _generate_from_cache(
     model: Any,
-    texts: Texts,
+    texts: CachedTexts,
     logits: Tensor,
     rows: list[int],
     responses: Sequence[_Response],
     max_new_tokens: int,
     advance: Callable[[int], None],
 ) -> None:
-    """Go on with the prompts of a batch until every response is done."""
+    """Add tokens to the responses of a batch until every response is done.
+
+    Args:
+        model: The decoder.
+        texts: The prompts of the batch, in its cache.
+        logits: Those of the token that follows each prompt, (rows, vocabulary).
+        rows: The numbers of the prompts.
+        responses: Those of all prompts.
+        max_new_tokens: Length of a response, at most.
+        advance: Called with a number of prompts that are done.
+    """
     for step in range(1, max_new_tokens + 1):
         values, best = logits.max(-1)
-        finite(values, rows, model)
+        check_finite(values, rows, model)
         for row, token in zip(rows, best.tolist(), strict=True):
             responses[row].add(token)
         if step == max_new_tokens:
@@ -117,24 +127,35 @@ def _write(
             if not going:
                 return
             rows = [rows[place] for place in going]
-            texts = texts.chosen(going)
+            texts = texts.select(going)
             best = best[going]
         tokens = best[:, None]
         logits = texts.read(tokens, torch.ones_like(tokens, dtype=torch.bool))[:, -1]
     advance(len(rows))
 
 
-def _write_by_library(
+def _generate_by_library(
     model: Any,
-    ids: Tensor,
+    prompts: Prompts,
     rows: list[int],
     responses: Sequence[_Response],
     max_new_tokens: int,
 ) -> None:
-    """Go on with prompts of one length, (rows, length), the way the model itself knows."""
+    """Add tokens to the responses of a batch by ``model.generate``.
+
+    The library computes finished rows until all rows of the batch are finished.
+
+    Args:
+        model: The model.
+        prompts: The prompts of the batch.
+        rows: Their numbers.
+        responses: Those of all prompts.
+        max_new_tokens: Length of a response, at most.
+    """
+    ids, real = padded(prompts, 0, model.device)
 
     def check(_: Tensor, scores: Tensor) -> Tensor:
-        finite(scores.max(-1).values, rows, model)
+        check_finite(scores.max(-1).values, rows, model)
         return scores
 
     def add(sequences: Tensor, _: object) -> Tensor:
@@ -144,7 +165,7 @@ def _write_by_library(
 
     model.generate(
         input_ids=ids,
-        attention_mask=torch.ones_like(ids),
+        attention_mask=real.long(),
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,
