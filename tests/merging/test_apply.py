@@ -291,9 +291,9 @@ def test_names_that_the_model_does_not_have_say_what_to_do(
         with pytest.raises(UsageError, match=said):
             sm.apply(model, update)
         _assert_unchanged(model, before)
-    with pytest.raises(UsageError, match=r"nearest it has is 0\.weight.*renames"):
+    with pytest.raises(UsageError, match=r"nearest it has is 0\.weight.*joins"):
         sm.apply(_small(), {"0.weigth": samples.dense(300, 7)})
-    with pytest.raises(UsageError, match="has no tensor 那.* If transformers renames"):
+    with pytest.raises(UsageError, match="has no tensor 那.* If transformers joins"):
         sm.apply(_small(), {"那": samples.dense(300, 7)})
 
 
