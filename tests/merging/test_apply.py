@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import starmerge as sm
 from starmerge.checkpoints.tensors import raw_bytes
@@ -291,10 +298,42 @@ def test_names_that_the_model_does_not_have_say_what_to_do(
         with pytest.raises(UsageError, match=said):
             sm.apply(model, update)
         _assert_unchanged(model, before)
-    with pytest.raises(UsageError, match=r"nearest it has is 0\.weight.*renames"):
+    with pytest.raises(UsageError, match=r"nearest it has is 0\.weight.*joins"):
         sm.apply(_small(), {"0.weigth": samples.dense(300, 7)})
-    with pytest.raises(UsageError, match="has no tensor 那.* If transformers renames"):
+    with pytest.raises(UsageError, match="has no tensor 那.* If transformers joins"):
         sm.apply(_small(), {"那": samples.dense(300, 7)})
+
+
+def test_tensors_that_transformers_renames_are_found_by_their_names_in_the_files(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "image_size": 4, "patch_size": 2}
+    vit = ViTForImageClassification(
+        ViTConfig(num_hidden_layers=2, num_attention_heads=2, num_channels=1, **sizes)
+    )
+    folders = [tmp_path / name for name in ("base", "a", "b")]
+    for folder in folders:
+        vit.save_pretrained(folder)
+        with torch.no_grad():
+            for parameter in vit.parameters():
+                parameter.add_(torch.randn(parameter.shape), alpha=0.1)
+    base, *tuned = folders
+    update = sm.load_task_vectors(base, tuned).merge("star")
+    sm.merge(base, tuned, "star", output=tmp_path / "merged")
+    merged = ViTForImageClassification.from_pretrained(tmp_path / "merged").state_dict()
+    model = ViTForImageClassification.from_pretrained(base)
+    before = _bits(model)
+    renamed = update.keys() - before.keys()
+    assert renamed
+    with sm.apply(model, update):
+        assert all(torch.equal(merged[name], own) for name, own in model.state_dict().items())
+    _assert_unchanged(model, before)
+    # Two updates of one tensor, by its old name and its new one, are not mixed up.
+    (twice,) = [name for name in before if name.endswith("layers.0.attention.q_proj.bias")]
+    with pytest.raises(UsageError, match="has no tensor vit.*query.bias"):
+        sm.apply(model, {**update, twice: samples.dense(8)})
+    _assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What transformers calls the tensors of a checkpoint: a program that names.py runs.
 
-It asks transformers, in a process of its own; see :mod:`~starmerge.checkpoints.aside`.
+It asks transformers, in a process of its own; see :mod:`~starmerge.checkpoints.aside`. Of a model
+that is loaded already, :func:`naming_in` tells it in the caller's process.
 """
 
 from __future__ import annotations
@@ -42,11 +43,6 @@ def naming(folder: str, names: Sequence[str]) -> dict[str, Any]:
     """
     import torch  # noqa: PLC0415  (slow to import, as all below)
     import transformers  # noqa: PLC0415
-    from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
-    from transformers.core_model_loading import (  # noqa: PLC0415
-        WeightConverter,
-        rename_source_key,
-    )
 
     config = transformers.AutoConfig.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False
@@ -68,6 +64,28 @@ def naming(folder: str, names: Sequence[str]) -> dict[str, Any]:
             model = kind(config)
     finally:
         counting.remove()
+    return naming_in(model, names)
+
+
+def naming_in(model: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Return what the tensors of a model of transformers are made of, and which are tied.
+
+    Args:
+        model: The model, a ``PreTrainedModel``.
+        names: Of tensors in its files.
+
+    Returns:
+        As :func:`naming`.
+
+    Raises:
+        ImportError: transformers is older than 5.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
+    from transformers.core_model_loading import (  # noqa: PLC0415
+        WeightConverter,
+        rename_source_key,
+    )
+
     changes = get_model_conversion_mapping(model)
     converters = [change for change in changes if isinstance(change, WeightConverter)]
     renamings = [change for change in changes if not isinstance(change, WeightConverter)]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from starmerge.checkpoints.experts import stack_of
+from starmerge.checkpoints.renaming import naming_in
 from starmerge.checkpoints.tensors import MERGEABLE
 from starmerge.deltas import Delta, Dense, LowRank, is_finite, matrix_shape
 from starmerge.errors import StarmergeError, UsageError
@@ -34,8 +35,9 @@ def apply(model: nn.Module, update: Mapping[str, Delta], *, threads: int | None 
 
     Args:
         model: The base, loaded; on any device.
-        update: What to add, by the names of the model's parameters and buffers; of one that holds
-            all experts of a layer, ``NAME[3]`` is that of expert 3.
+        update: What to add, by the names of the model's parameters and buffers, or by those in the
+            files of a model whose tensors transformers renames when it loads them; of one that
+            holds all experts of a layer, ``NAME[3]`` is that of expert 3.
         threads: How many tensors are added to at once; by default as many as for
             :func:`starmerge.merge`. The result does not depend on it.
 
@@ -58,6 +60,7 @@ def apply(model: nn.Module, update: Mapping[str, Delta], *, threads: int | None 
             "merge() of task vectors returns them."
         )
     tensors = _tensors(model)
+    update = _named_as_in(model, tensors, update)
     targets = {name: _target(name, tensors) for name in update}
     for name, delta in update.items():
         _check_target(name, targets[name], delta)
@@ -221,18 +224,53 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def _named_as_in(
+    model: nn.Module, tensors: Mapping[str, Tensor], update: Mapping[str, Delta]
+) -> Mapping[str, Delta]:
+    """Return an update by the names that a model of transformers has for the tensors of its files.
+
+    Names that the model has, those of tensors that transformers joins or splits, and unknown ones
+    stay as they are.
+    """
+    unknown = [name for name in update if _find(name, tensors) is None]
+    if not unknown:
+        return update
+    try:
+        from transformers import PreTrainedModel  # noqa: PLC0415  (slow to import)
+
+        if not isinstance(model, PreTrainedModel):
+            return update
+        sources = naming_in(model, unknown)["sources"]
+    except ImportError:
+        return update
+    new = {
+        stored[0]: name
+        for name, stored in sources.items()
+        if len(stored) == 1 and name not in update and _find(name, tensors) is not None
+    }
+    return {new.get(name, name): delta for name, delta in update.items()}
+
+
 def _target(name: str, tensors: Mapping[str, Tensor]) -> _Target:
     """Return what an update's name means in a model.
 
     Raises:
         UsageError: The model has nothing of that name.
     """
+    found = _find(name, tensors)
+    if found is None:
+        raise UsageError(f"The model has no tensor {name}. {_remedy(name, tensors)}")
+    return found
+
+
+def _find(name: str, tensors: Mapping[str, Tensor]) -> _Target | None:
+    """Return what an update's name means in a model; None if the model has nothing of that name."""
     if name in tensors:
         return _Target(name, tensors[name])
     stack, expert = stack_of(name) or ("", 0)
     if stack in tensors and len(tensors[stack].shape) > 1 and expert < tensors[stack].shape[0]:
         return _Target(stack, tensors[stack], expert)
-    raise UsageError(f"The model has no tensor {name}. {_remedy(name, tensors)}")
+    return None
 
 
 def _check_target(name: str, target: _Target, delta: Delta) -> None:
@@ -336,6 +374,6 @@ def _remedy(name: str, known: Collection[str]) -> str:
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f"The nearest it has is {nearest[0]}. " if nearest else ""
     return (
-        f"{hint}If transformers renames the tensors of this model when it loads them, give the "
-        "update under the new names; if it joins or splits them, merge files and load those."
+        f"{hint}If transformers joins or splits the tensors of this model when it loads them, "
+        "merge files and load those."
     )
