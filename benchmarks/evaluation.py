@@ -24,6 +24,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from statistics import median
 from typing import Any
 
@@ -127,6 +128,8 @@ def library_generates(batch: int) -> Say:
         responses = [""] * len(case.prompts)
         order = by_length(case.prompts)
         first = 1 if model.config.is_encoder_decoder else None
+        named = model.generation_config.eos_token_id
+        ends = {named} if isinstance(named, int) else set(named)
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
             ids, real = padded(
@@ -149,9 +152,9 @@ def library_generates(batch: int) -> Say:
                 pad_token_id=tokenizer.pad_token_id,
                 stopping_criteria=[ended],
             )
-            texts = tokenizer.batch_decode(output[:, behind:], skip_special_tokens=True)
-            for row, text in zip(rows, texts, strict=True):
-                responses[row] = text
+            for row, tokens in zip(rows, output[:, behind:].tolist(), strict=True):
+                written = list(takewhile(lambda token: token not in ends, tokens))
+                responses[row] = tokenizer.decode(written, skip_special_tokens=True)
         return responses
 
     return say
