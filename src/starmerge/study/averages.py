@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,9 +44,9 @@ class RunAverage:
     """The base's, on the same tasks."""
     base_samples: Samples
     halves: NDArray[np.float64]
-    """The value on every other row, and on the rest, (2,)."""
+    """The value on every other row, and on the rest, (2,); NaN where it is undefined."""
 
-    @property
+    @cached_property
     def label(self) -> str:
         """The chain with the parameters that are not its defaults."""
         return self.record.run.label
@@ -103,6 +104,9 @@ class Averages:
     def difference(self, first: Sequence[RunAverage], second: Sequence[RunAverage]) -> Difference:
         """Return the paired difference of two means, first − second.
 
+        The p-value is the bootstrap's, as of :func:`starmerge.evaluation.scoring.comparison.paired`:
+        never below 2^(1 − d), where d rows were answered differently by some two runs.
+
         Args:
             first: Runs of one chain.
             second: Those of another, on the same combinations: those that only one has are left
@@ -120,8 +124,9 @@ class Averages:
         samples = np.mean(gaps, axis=0)
         low, high, left_out = percentiles(samples)
         beyond = 1 + min((samples <= 0).sum(), (samples >= 0).sum())
-        p_value = min(1.0, 2 * beyond / (1 + samples.size - left_out))
-        rows = sum(line["rows"] for run in first for line in run.record.lines)
+        rows, differing = _rows([(ours[models], theirs[models]) for models in common])
+        least = 2.0 ** (1 - differing)
+        p_value = min(1.0, max(2 * beyond / (1 + samples.size - left_out), least))
         return Difference(value, low, high, float(p_value), "paired bootstrap", rows, left_out)
 
     def base_score(self, task: str) -> float:
@@ -210,7 +215,7 @@ class Averages:
             below.append(np.nan_to_num(self._values(self._base, task)) / ceiling)
         own, base = np.mean(ratios, axis=0), np.mean(below, axis=0)
         return RunAverage(
-            record, float(own[0]), own[3:], float(base[0]), base[3:], np.nan_to_num(own[1:3])
+            record, float(own[0]), own[3:], float(base[0]), base[3:], own[1:3]
         )
 
     def _values(self, record: Record, task: str) -> NDArray[np.float64]:
@@ -267,6 +272,22 @@ def _by_models(runs: Sequence[RunAverage]) -> dict[tuple[str, ...], list[RunAver
     for run in runs:
         found.setdefault(run.record.run.models, []).append(run)
     return found
+
+
+def _rows(pairs: Sequence[tuple[Sequence[RunAverage], Sequence[RunAverage]]]) -> tuple[int, int]:
+    """Return how many rows some runs were asked, and how many of them two paired runs differ in.
+
+    A row counts once, in however many combinations its task stands.
+    """
+    sizes: dict[str, int] = {}
+    differing: set[tuple[str, int]] = set()
+    for first, second in pairs:
+        for ours, theirs in product(first, second):
+            for task, line in ours.record.by_task.items():
+                sizes[task] = line["rows"]
+                seen = zip(line["seen"], theirs.record.by_task[task]["seen"], strict=True)
+                differing |= {(task, row) for row, (a, b) in enumerate(seen) if a != b}
+    return sum(sizes.values()), len(differing)
 
 
 def _value(runs: Sequence[RunAverage]) -> float:
