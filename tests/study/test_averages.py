@@ -263,5 +263,18 @@ def test_without_a_base_or_fine_tunes_there_is_no_average(tmp_path: Path) -> Non
     no_base = {r.run.key: r for r in store.records if r is not base}
     with pytest.raises(UsageError, match="no scores of the base yet"):
         Averages(Store(store.folder, store.head, no_base))
-    with pytest.raises(UsageError, match="no merge yet"):
+    with pytest.raises(UsageError, match="has 0 merges.*Without one: past, plural, pos, digits"):
         Averages(Store(store.folder, store.head, {base.run.key: base}))
+
+
+def test_merges_with_a_task_that_no_fine_tune_can_do_are_counted(tmp_path: Path) -> None:
+    _, store = written_store(tmp_path / "s")
+    records = {record.run.key: record for record in store.records}
+    key = Run("fine-tune", ("pos",), ("pos",)).key
+    (line,) = records[key].lines
+    records[key] = Record(records[key].run, (dict(line) | {"seen": [0] * ROWS, "score": 0.0},))
+    averages = Averages(Store(store.folder, store.head, records))
+    merges = [r for r in records.values() if r.run.kind == "merge"]
+    assert averages.left_out == sum("pos" in record.run.tasks for record in merges) > 0
+    assert len(averages.runs) == len(merges) - averages.left_out
+    assert f"{averages.left_out} merges are left out: the fine-tunes of pos" in report(averages)

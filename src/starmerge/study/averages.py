@@ -60,6 +60,8 @@ class RunAverage:
 class Averages:
     """The normalised averages of the merges of a store.
 
+    Merges with a task whose fine-tune has no score above 0 have none: :attr:`left_out` counts them.
+
     Args:
         store: The store.
 
@@ -78,13 +80,20 @@ class Averages:
         self._tuned = {r.run.models[0]: r for r in records if r.run.kind == "fine-tune"}
         self._counts: dict[int, NDArray[np.float64]] = {}
         self._known: dict[tuple[str, str], NDArray[np.float64]] = {}
-        found = (self._average(r) for r in records if r.run.kind == "merge")
+        merges = [record for record in records if record.run.kind == "merge"]
+        found = [self._average(record) for record in merges]
         self.runs = tuple(average for average in found if average is not None)
+        self.left_out = len(found) - len(self.runs)
         if not self.runs:
             raise UsageError(
-                f"{store.folder} has no merge yet all of whose tasks have a fine-tune with a score "
-                "above 0. Go on with the study."
+                f"{store.folder} has {len(merges)} merges, and none all of whose tasks have a "
+                f"fine-tune with a score above 0. {_lacking(self.without_ceiling)}"
             )
+
+    @cached_property
+    def without_ceiling(self) -> tuple[str, ...]:
+        """The tasks without a fine-tune that has a score above 0."""
+        return tuple(t for t in self.store.head["tasks"] if not self.tuned_score(t) > 0)
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
@@ -104,8 +113,8 @@ class Averages:
     def difference(self, first: Sequence[RunAverage], second: Sequence[RunAverage]) -> Difference:
         """Return the paired difference of two means, first − second.
 
-        The p-value is the bootstrap's, as of :func:`starmerge.evaluation.scoring.comparison.paired`:
-        never below 2^(1 − d), where d rows were answered differently by some two runs.
+        The p-value is the bootstrap's, as that of an evaluation (``comparison.paired``): never below
+        2^(1 − d), where d rows were answered differently by some two runs.
 
         Args:
             first: Runs of one chain.
@@ -214,9 +223,7 @@ class Averages:
             ratios.append(np.nan_to_num(self._values(record, task)) / ceiling)
             below.append(np.nan_to_num(self._values(self._base, task)) / ceiling)
         own, base = np.mean(ratios, axis=0), np.mean(below, axis=0)
-        return RunAverage(
-            record, float(own[0]), own[3:], float(base[0]), base[3:], own[1:3]
-        )
+        return RunAverage(record, float(own[0]), own[3:], float(base[0]), base[3:], own[1:3])
 
     def _values(self, record: Record, task: str) -> NDArray[np.float64]:
         """Return a run's score on a task: on all rows, on two halves, in each resample of them."""
@@ -296,6 +303,14 @@ def _value(runs: Sequence[RunAverage]) -> float:
 
 def _sample(runs: Sequence[RunAverage]) -> Samples:
     return np.asarray(np.mean([run.samples for run in runs], axis=0))
+
+
+def _lacking(tasks: Sequence[str]) -> str:
+    """Say which tasks lack a fine-tune to divide by, and what to do."""
+    return (
+        f"Without one: {', '.join(tasks) or 'none'}. Go on with the study if these are yet to be "
+        "asked; else leave the tasks out of it."
+    )
 
 
 def _flat(name: str, interval: Interval) -> dict[str, float]:

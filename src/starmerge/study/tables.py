@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from starmerge.evaluation.grids import aligned, interval_cell
-from starmerge.evaluation.scoring.comparison import Interval
 from starmerge.evaluation.subjects import BASE
 from starmerge.study.averages import Averages, RunAverage
 from starmerge.study.grids import GridBest, best_of_grids
@@ -17,8 +16,8 @@ from starmerge.study.store import Store
 LEGEND = (
     "Normalised averages (mean over the tasks of score/fine-tune's score) with their 95 % "
     "intervals over rows; n models merged, the mean over the combinations. What is bold is the "
-    "highest of its column. All answered the same rows: two whose intervals overlap may still differ "
-    "clearly."
+    "highest of its column. All answered the same rows: two whose intervals overlap may still "
+    "differ clearly."
 )
 
 FEWER_LEGEND = (
@@ -79,11 +78,11 @@ def by_task(averages: Averages) -> str:
     labels = list(dict.fromkeys(run.label for run in runs))
     tasks = list(dict.fromkeys(task for run in runs for task in run.record.run.tasks))
     rows = [["method", *tasks]]
-    rows.append([f"*{BASE}*", *(f"{averages.base_score(task):.2f}" for task in tasks)])
-    rows.append(["*fine-tuned*", *(f"{averages.tuned_score(task):.2f}" for task in tasks)])
+    rows.append([f"*{BASE}*", *(_score(averages.base_score(task)) for task in tasks)])
+    rows.append(["*fine-tuned*", *(_score(averages.tuned_score(task)) for task in tasks)])
     for label in labels:
         own = [run for run in runs if run.label == label]
-        rows.append([label, *(f"{_mean_score(own, task):.2f}" for task in tasks)])
+        rows.append([label, *(_score(_mean_score(own, task)) for task in tasks)])
     return f"Scores, n = {most}:\n\n{aligned(rows)}"
 
 
@@ -113,6 +112,12 @@ def report(averages: Averages) -> str:
     if found:
         parts.append(grids(found))
     parts.append(by_task(averages))
+    if averages.left_out:
+        tasks = ", ".join(averages.without_ceiling)
+        parts.append(
+            f"{averages.left_out} merges are left out: the fine-tunes of {tasks} have no score "
+            "above 0 (or none yet), by which theirs would be divided."
+        )
     parts += failures(averages.store)
     return "\n\n".join(parts)
 
@@ -135,6 +140,10 @@ def failures(store: Store) -> list[str]:
 
 def _combinations(runs: Sequence[RunAverage]) -> int:
     return len({run.record.run.models for run in runs})
+
+
+def _score(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.2f}"
 
 
 def _mean_score(runs: Sequence[RunAverage], task: str) -> float:
