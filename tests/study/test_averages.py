@@ -101,7 +101,7 @@ def test_a_difference_is_paired_over_rows_and_combinations(tmp_path: Path) -> No
         averages.difference(first, four[:1])
 
 
-def changed(store: Store, rows: dict[tuple[str, int], list[int]], label: str) -> Averages:
+def changed(store: Store, rows: dict[tuple[str, int], int], label: str) -> Averages:
     """Return the averages of a store whose runs of one chain answer some rows as given."""
     records = {}
     for record in store.records:

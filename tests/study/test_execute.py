@@ -241,7 +241,9 @@ def test_a_study_goes_on_in_a_folder_of_its_own_name(
     assert CliRunner().invoke(app, command).output == first.output
     assert Path("tiny", "runs.jsonl").read_bytes() == runs
     assert "5 of them done" in CliRunner().invoke(app, [*command, "--dry-run"]).output
-    assert "5 runs, 0 of them done" in CliRunner().invoke(app, ["study", "tiny", "--dry-run"]).output
+    assert (
+        "5 runs, 0 of them done" in CliRunner().invoke(app, ["study", "tiny", "--dry-run"]).output
+    )
     assert CliRunner().invoke(app, ["study", "tiny"]).output == first.output
 
 

@@ -113,8 +113,8 @@ class Averages:
     def difference(self, first: Sequence[RunAverage], second: Sequence[RunAverage]) -> Difference:
         """Return the paired difference of two means, first − second.
 
-        The p-value is the bootstrap's, as that of an evaluation (``comparison.paired``): never below
-        2^(1 − d), where d rows were answered differently by some two runs.
+        The p-value is the bootstrap's, as that of an evaluation (``comparison.paired``): never
+        below 2^(1 − d), where d rows were answered differently by some two runs.
 
         Args:
             first: Runs of one chain.
