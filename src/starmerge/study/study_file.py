@@ -220,12 +220,11 @@ def load_study(file: Path) -> Study:
         name: model.model_copy(update={"path": beside(model.path)})
         for name, model in study.models.items()
     }
-
-    def chain_beside(chain: str) -> str:
-        return map_chain(chain, lambda part: plugins.beside(part, folder))
-
     methods = tuple(
-        entry.model_copy(update={"method": chain_beside(entry.method)}) for entry in study.methods
+        entry.model_copy(
+            update={"method": map_chain(entry.method, lambda part: plugins.beside(part, folder))}
+        )
+        for entry in study.methods
     )
     tasks = tuple(plugins.beside(beside(task), folder) for task in study.tasks)
     places = {
