@@ -99,4 +99,5 @@ def head_of(study: Study) -> dict[str, Any]:
         "plugins": {},
         "versions": {"starmerge": "0"},
         "device": "cpu",
+        "begun": "2026-01-01T00:00:00+00:00",
     }

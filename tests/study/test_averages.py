@@ -101,6 +101,60 @@ def test_a_difference_is_paired_over_rows_and_combinations(tmp_path: Path) -> No
         averages.difference(first, four[:1])
 
 
+def changed(store: Store, rows: dict[tuple[str, int], int], label: str) -> Averages:
+    """Return the averages of a store whose runs of one chain answer some rows as given."""
+    records = {}
+    for record in store.records:
+        lines = record.lines
+        if record.run.label in ("average", label):
+            usual = [int(n % 3 > 0) for n in range(ROWS)]
+            own = [dict(line) | {"seen": list(usual)} for line in lines]
+            for (task, row), seen in rows.items() if record.run.label == label else ():
+                for line in own:
+                    if line["task"] == task:
+                        line["seen"][row] = seen
+            lines = tuple(line | {"score": sum(line["seen"]) / ROWS} for line in own)
+        records[record.run.key] = Record(record.run, tuple(lines))
+    return Averages(Store(store.folder, store.head, records))
+
+
+@pytest.mark.parametrize(("differing", "is_clear"), [(5, False), (8, True)])
+def test_few_rows_that_differ_are_no_clear_difference(
+    tmp_path: Path, differing: int, is_clear: bool
+) -> None:
+    _, store = written_store(tmp_path / "s")
+    wrong = [(task, row) for row in (0, 3) for task in TASKS]
+    averages = changed(store, dict.fromkeys(wrong[:differing], 1), "star")
+    chosen = [[r for r in averages.runs if r.label == name] for name in ("star", "average")]
+    found = averages.difference(*chosen)
+    # Each row counts once, though its task stands in the merges of two and in that of four.
+    assert found.n == ROWS * len(TASKS)
+    assert found.low > 0
+    assert found.p_value >= 2.0 ** (1 - differing)
+    assert found.clear == is_clear
+
+
+def without(store: Store, *keys: str) -> Averages:
+    kept = {r.run.key: r for r in store.records if r.run.key not in keys}
+    return Averages(Store(store.folder, store.head, kept))
+
+
+def test_points_are_compared_on_combinations_that_all_have(tmp_path: Path) -> None:
+    _, store = written_store(tmp_path / "s")
+    two = [r.run for r in store.records if r.run.kind == "merge" and len(r.run.models) == 2]
+    lost = next(run for run in two if run.label == "star:eta=60" and run.combination == 1)
+    averages = without(store, lost.key)
+    grid = {(g.method, g.n): g for g in best_of_grids(averages)}["star", 2]
+    first = without(store, *(run.key for run in two if run.combination == 1))
+    alone = {(g.method, g.n): g for g in best_of_grids(first)}["star", 2]
+    assert grid == alone
+    table = markdown(averages)
+    marked = [line.split("|")[1].strip() for line in table.splitlines() if "] \\*" in line]
+    assert marked == ["star:eta=60"]
+    assert "fewer combinations" in table
+    assert "fewer combinations" not in markdown(Averages(store))
+
+
 def test_several_fine_tunes_of_a_task_are_its_bound_together(tmp_path: Path) -> None:
     folder = tmp_path / "s"
     _, store = written_store(folder)
@@ -184,7 +238,7 @@ def test_a_grid_is_compared_with_the_default_and_chosen_on_other_rows(tmp_path: 
 def test_tables_have_every_chain_and_number(tmp_path: Path) -> None:
     _, store = written_store(tmp_path / "s")
     averages = Averages(store)
-    table = markdown(averages).splitlines()
+    table = markdown(averages).split("\n\n")[0].splitlines()
     assert [cell.strip() for cell in table[0].split("|")[1:-1]] == [
         "method", "n = 2 (2 combinations)", "n = 4",
     ]  # fmt: skip
@@ -209,5 +263,18 @@ def test_without_a_base_or_fine_tunes_there_is_no_average(tmp_path: Path) -> Non
     no_base = {r.run.key: r for r in store.records if r is not base}
     with pytest.raises(UsageError, match="no scores of the base yet"):
         Averages(Store(store.folder, store.head, no_base))
-    with pytest.raises(UsageError, match="no merge yet"):
+    with pytest.raises(UsageError, match="has 0 merges.*Without one: past, plural, pos, digits"):
         Averages(Store(store.folder, store.head, {base.run.key: base}))
+
+
+def test_merges_with_a_task_that_no_fine_tune_can_do_are_counted(tmp_path: Path) -> None:
+    _, store = written_store(tmp_path / "s")
+    records = {record.run.key: record for record in store.records}
+    key = Run("fine-tune", ("pos",), ("pos",)).key
+    (line,) = records[key].lines
+    records[key] = Record(records[key].run, (dict(line) | {"seen": [0] * ROWS, "score": 0.0},))
+    averages = Averages(Store(store.folder, store.head, records))
+    merges = [r for r in records.values() if r.run.kind == "merge"]
+    assert averages.left_out == sum("pos" in record.run.tasks for record in merges) > 0
+    assert len(averages.runs) == len(merges) - averages.left_out
+    assert f"{averages.left_out} merges are left out: the fine-tunes of pos" in report(averages)

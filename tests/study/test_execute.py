@@ -226,6 +226,27 @@ def test_the_command_runs_a_study_goes_on_with_it_and_draws_it(
     assert "numbers" in str(wrong.exception)
 
 
+def test_a_study_goes_on_in_a_folder_of_its_own_name(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As the manual has it: starmerge study eta -o eta.
+    file = study_file(world, tmp_path, numbers=["all"], methods=["average"])
+    study = load_study(file)
+    monkeypatch.setattr("starmerge.study.study_file.studies", lambda: {"tiny": study})
+    monkeypatch.chdir(tmp_path)
+    command = ["study", "tiny", "-o", "tiny", "--no-cache"]
+    first = CliRunner().invoke(app, command)
+    assert first.exit_code == 0, first.output
+    runs = Path("tiny", "runs.jsonl").read_bytes()
+    assert CliRunner().invoke(app, command).output == first.output
+    assert Path("tiny", "runs.jsonl").read_bytes() == runs
+    assert "5 of them done" in CliRunner().invoke(app, [*command, "--dry-run"]).output
+    assert (
+        "5 runs, 0 of them done" in CliRunner().invoke(app, ["study", "tiny", "--dry-run"]).output
+    )
+    assert CliRunner().invoke(app, ["study", "tiny"]).output == first.output
+
+
 def test_times_are_told_in_words() -> None:
     assert [duration(s) for s in (3, 89, 100, 3600, 7500)] == [
         "3 s", "89 s", "2 min", "1 h 0 min", "2 h 5 min",

@@ -132,6 +132,18 @@ def test_what_is_wrong_with_a_study_is_said() -> None:
     fails("names no base", base=None)
     fails("names no models", models={})
     fails("parameter belongs to", figures=[{"figure": "best"}])
+    fails(
+        "the figure 'number' shows the method 'stra'.*Did you mean 'star'",
+        figures=[{"figure": "number", "methods": ["average", "stra"]}],
+    )
+    fails(
+        "shows the parameter 'etta'.*Did you mean 'eta'",
+        figures=[{"figure": "best", "parameter": "etta"}],
+    )
+    fails(
+        "shows the parameter 'eta', which none of its methods has",
+        figures=[{"figure": "parameter", "parameter": "eta", "methods": ["average"]}],
+    )
     fails("parameter belongs to", figures=[{"figure": "number", "parameter": "eta"}])
 
 

@@ -91,11 +91,13 @@ def test_runs_of_other_models_tasks_or_code_are_not_mixed(
 def test_a_study_may_grow_in_its_store(tmp_path: Path) -> None:
     study, store = written_store(tmp_path / "s")
     grown = study.model_copy(update={"numbers": (2, 3, "all")})
-    with open_store(tmp_path / "s", head_of(grown)) as again:
+    begun = load_store(tmp_path / "s").head["begun"]
+    with open_store(tmp_path / "s", head_of(grown) | {"begun": "later"}) as again:
         assert len(again.records) == len(store.records)
         left = [run for run in runs_of(grown, pool_of(grown)) if run not in again]
         assert {len(run.models) for run in left} == {3}
     assert load_store(tmp_path / "s").head["study"]["numbers"] == [2, 3, "all"]
+    assert load_store(tmp_path / "s").head["begun"] == begun
 
 
 def test_failed_runs_are_kept_counted_and_made_again_on_request(tmp_path: Path) -> None:

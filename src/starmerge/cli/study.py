@@ -119,13 +119,14 @@ def study(
         return
     asking.check_report(report, overwrite=overwrite)
     if is_store(Path(name)):
-        if output is not None:
+        if output is None and not dry_run:
+            _draw(load_store(Path(name)), report, overwrite=overwrite)
+            return
+        if name not in studies():
             raise UsageError(
-                f"{name} is the folder of a study that was run, whose figures are drawn there. "
-                "Leave --output out; or name the study to go on with it."
+                f"{name} is the folder of a study that was run. To draw it anew, give it alone; to "
+                "go on with it, give the study's name or file, and the folder with --output."
             )
-        _draw(load_store(Path(name)), report, overwrite=overwrite)
-        return
     chosen = _changed(
         find_study(name),
         suite=suite,

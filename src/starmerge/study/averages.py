@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,9 +44,9 @@ class RunAverage:
     """The base's, on the same tasks."""
     base_samples: Samples
     halves: NDArray[np.float64]
-    """The value on every other row, and on the rest, (2,)."""
+    """The value on every other row, and on the rest, (2,); NaN where it is undefined."""
 
-    @property
+    @cached_property
     def label(self) -> str:
         """The chain with the parameters that are not its defaults."""
         return self.record.run.label
@@ -58,6 +59,8 @@ class RunAverage:
 
 class Averages:
     """The normalised averages of the merges of a store.
+
+    Merges with a task whose fine-tune has no score above 0 have none: :attr:`left_out` counts them.
 
     Args:
         store: The store.
@@ -77,13 +80,20 @@ class Averages:
         self._tuned = {r.run.models[0]: r for r in records if r.run.kind == "fine-tune"}
         self._counts: dict[int, NDArray[np.float64]] = {}
         self._known: dict[tuple[str, str], NDArray[np.float64]] = {}
-        found = (self._average(r) for r in records if r.run.kind == "merge")
+        merges = [record for record in records if record.run.kind == "merge"]
+        found = [self._average(record) for record in merges]
         self.runs = tuple(average for average in found if average is not None)
+        self.left_out = len(found) - len(self.runs)
         if not self.runs:
             raise UsageError(
-                f"{store.folder} has no merge yet all of whose tasks have a fine-tune with a score "
-                "above 0. Go on with the study."
+                f"{store.folder} has {len(merges)} merges, and none all of whose tasks have a "
+                f"fine-tune with a score above 0. {_lacking(self.without_ceiling)}"
             )
+
+    @cached_property
+    def without_ceiling(self) -> tuple[str, ...]:
+        """The tasks without a fine-tune that has a score above 0."""
+        return tuple(t for t in self.store.head["tasks"] if not self.tuned_score(t) > 0)
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
@@ -103,6 +113,9 @@ class Averages:
     def difference(self, first: Sequence[RunAverage], second: Sequence[RunAverage]) -> Difference:
         """Return the paired difference of two means, first − second.
 
+        The p-value is the bootstrap's, as that of an evaluation (``comparison.paired``): never
+        below 2^(1 − d), where d rows were answered differently by some two runs.
+
         Args:
             first: Runs of one chain.
             second: Those of another, on the same combinations: those that only one has are left
@@ -120,8 +133,9 @@ class Averages:
         samples = np.mean(gaps, axis=0)
         low, high, left_out = percentiles(samples)
         beyond = 1 + min((samples <= 0).sum(), (samples >= 0).sum())
-        p_value = min(1.0, 2 * beyond / (1 + samples.size - left_out))
-        rows = sum(line["rows"] for run in first for line in run.record.lines)
+        rows, differing = _rows([(ours[models], theirs[models]) for models in common])
+        least = 2.0 ** (1 - differing)
+        p_value = min(1.0, max(2 * beyond / (1 + samples.size - left_out), least))
         return Difference(value, low, high, float(p_value), "paired bootstrap", rows, left_out)
 
     def base_score(self, task: str) -> float:
@@ -209,9 +223,7 @@ class Averages:
             ratios.append(np.nan_to_num(self._values(record, task)) / ceiling)
             below.append(np.nan_to_num(self._values(self._base, task)) / ceiling)
         own, base = np.mean(ratios, axis=0), np.mean(below, axis=0)
-        return RunAverage(
-            record, float(own[0]), own[3:], float(base[0]), base[3:], np.nan_to_num(own[1:3])
-        )
+        return RunAverage(record, float(own[0]), own[3:], float(base[0]), base[3:], own[1:3])
 
     def _values(self, record: Record, task: str) -> NDArray[np.float64]:
         """Return a run's score on a task: on all rows, on two halves, in each resample of them."""
@@ -269,12 +281,36 @@ def _by_models(runs: Sequence[RunAverage]) -> dict[tuple[str, ...], list[RunAver
     return found
 
 
+def _rows(pairs: Sequence[tuple[Sequence[RunAverage], Sequence[RunAverage]]]) -> tuple[int, int]:
+    """Return how many rows some runs were asked, and how many of them two paired runs differ in.
+
+    A row counts once, in however many combinations its task stands.
+    """
+    sizes: dict[str, int] = {}
+    differing: set[tuple[str, int]] = set()
+    for first, second in pairs:
+        for ours, theirs in product(first, second):
+            for task, line in ours.record.by_task.items():
+                sizes[task] = line["rows"]
+                seen = zip(line["seen"], theirs.record.by_task[task]["seen"], strict=True)
+                differing |= {(task, row) for row, (a, b) in enumerate(seen) if a != b}
+    return sum(sizes.values()), len(differing)
+
+
 def _value(runs: Sequence[RunAverage]) -> float:
     return float(np.mean([run.value for run in runs]))
 
 
 def _sample(runs: Sequence[RunAverage]) -> Samples:
     return np.asarray(np.mean([run.samples for run in runs], axis=0))
+
+
+def _lacking(tasks: Sequence[str]) -> str:
+    """Say which tasks lack a fine-tune to divide by, and what to do."""
+    return (
+        f"Without one: {', '.join(tasks) or 'none'}. Go on with the study if these are yet to be "
+        "asked; else leave the tasks out of it."
+    )
 
 
 def _flat(name: str, interval: Interval) -> dict[str, float]:

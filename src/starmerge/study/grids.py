@@ -32,7 +32,7 @@ class GridBest:
     """The highest normalised average, on the rows that it was found on: too good."""
     held_out: float
     """The normalised average of the point that is best on half of the rows, on the other half; the
-    mean of both ways round."""
+    mean of both ways round. NaN where a half has none."""
     gain: Difference | None
     """Best − default, paired; too good, too."""
 
@@ -108,12 +108,24 @@ def value_of(run: RunAverage, parameter: str) -> Any:
 
 
 def _points(averages: Averages) -> dict[tuple[str, int], dict[str, list[RunAverage]]]:
-    """Return the runs by chain and number of models, then by label."""
+    """Return the runs by chain and number of models, then by label.
+
+    Only on combinations that all points of the chain have: where one failed, or is yet to be made,
+    the others are not compared with it on other models.
+    """
     found: dict[tuple[str, int], dict[str, list[RunAverage]]] = {}
     for run in averages.runs:
         points = found.setdefault((run.record.run.method, run.n), {})
         points.setdefault(run.label, []).append(run)
-    return found
+    compared = {}
+    for key, points in found.items():
+        by_point = [{run.record.run.models for run in own} for own in points.values()]
+        if common := set.intersection(*by_point):
+            compared[key] = {
+                label: [run for run in own if run.record.run.models in common]
+                for label, own in points.items()
+            }
+    return compared
 
 
 def _default(method: str, points: dict[str, list[RunAverage]]) -> list[RunAverage] | None:

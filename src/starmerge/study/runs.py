@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from starmerge.errors import UsageError
+from starmerge.errors import UsageError, nearest
 from starmerge.methods.pipeline import Pipeline, make_pipeline
 from starmerge.study.candidates import candidate_name
 from starmerge.study.study_file import SEED, Pool, Study
@@ -75,13 +75,14 @@ def runs_of(study: Study, pool: Pool) -> list[Run]:
     other numbers, and the first ones not on how many there are.
 
     Raises:
-        UsageError: A method cannot be made, a merge stands there twice, or no number of models is
-            left.
+        UsageError: A method cannot be made, a merge stands there twice, no number of models is
+            left, or a figure shows a method or a parameter that no merge has.
     """
     names = tuple(pool.models)
     found = [Run("base", (), tuple(pool.tasks))]
     found += [Run("fine-tune", (name,), (pool.task_of[name],)) for name in names]
     pipelines = [p for entry in study.methods for p in entry.pipelines(study.seeds)]
+    _check_figures(study, pipelines)
     sets = {
         number: combinations(names, number, study.combinations, study.seed)
         for number in numbers_of(study, len(names))
@@ -106,6 +107,30 @@ def runs_of(study: Study, pool: Pool) -> list[Run]:
                 seen.add(run.key)
                 found.append(run)
     return found
+
+
+def _check_figures(study: Study, pipelines: Sequence[Pipeline]) -> None:
+    """Make sure that figures can be drawn of some merges: before those are made, which takes hours.
+
+    Raises:
+        UsageError: A figure shows a method or a parameter that no merge has.
+    """
+    chains = {pipeline.name for pipeline in pipelines}
+    for entry in study.figures:
+        where = f"The study {study.name}: the figure {entry.figure!r} shows"
+        for method in entry.methods or ():
+            if method not in chains:
+                raise UsageError(
+                    f"{where} the method {method!r}, which is not among the study's methods."
+                    f"{nearest(method, chains)}"
+                )
+        shown = [p for p in pipelines if entry.methods is None or p.name in entry.methods]
+        known = {key.rpartition(".")[2] for pipeline in shown for key in pipeline.parameters()}
+        if entry.parameter is not None and entry.parameter not in known:
+            raise UsageError(
+                f"{where} the parameter {entry.parameter!r}, which none of its methods has."
+                f"{nearest(entry.parameter, known)}"
+            )
 
 
 def numbers_of(study: Study, size: int) -> list[int]:

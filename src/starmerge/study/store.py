@@ -191,6 +191,7 @@ def open_store(folder: Path, head: Mapping[str, Any], *, retry: bool = False) ->
             _write_runs(folder, [r for r in store.records if r.error is None])
             store = Store(folder, known, {r.run.key: r for r in store.records if r.error is None})
         # The study may have grown: other methods, more numbers of models.
+        head = {**head, "begun": known["begun"]}
         if known != head:
             _write_head(folder, head)
             store = Store(folder, head, {record.run.key: record for record in store.records})

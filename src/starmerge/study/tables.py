@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from starmerge.evaluation.grids import aligned, interval_cell
-from starmerge.evaluation.scoring.comparison import Interval
 from starmerge.evaluation.subjects import BASE
 from starmerge.study.averages import Averages, RunAverage
 from starmerge.study.grids import GridBest, best_of_grids
@@ -17,7 +16,13 @@ from starmerge.study.store import Store
 LEGEND = (
     "Normalised averages (mean over the tasks of score/fine-tune's score) with their 95 % "
     "intervals over rows; n models merged, the mean over the combinations. What is bold is the "
-    "highest of its column."
+    "highest of its column. All answered the same rows: two whose intervals overlap may still "
+    "differ clearly."
+)
+
+FEWER_LEGEND = (
+    "\\*: on fewer combinations than others of the column, as runs failed or are yet to be made. "
+    "Do not compare these."
 )
 
 GRID_LEGEND = (
@@ -27,24 +32,43 @@ GRID_LEGEND = (
 
 
 def markdown(averages: Averages) -> str:
-    """Return the normalised averages: a row for each chain, a column for each number of models."""
+    """Return the normalised averages: a row for each chain, a column for each number of models.
+
+    A value on fewer combinations than others of its column has a star, and is never bold.
+    """
     numbers = sorted({run.n for run in averages.runs})
     by_number = {n: [run for run in averages.runs if run.n == n] for n in numbers}
-    counts = {n: len({run.record.run.models for run in by_number[n]}) for n in numbers}
-    head = [f"n = {n}" + (f" ({counts[n]} combinations)" if counts[n] > 1 else "") for n in numbers]
+    counts = [_combinations(by_number[n]) for n in numbers]
+    head = [
+        f"n = {n}" + (f" ({count} combinations)" if count > 1 else "")
+        for n, count in zip(numbers, counts, strict=True)
+    ]
     rows = [["method", *head]]
     rows.append([f"*{BASE}*", *(interval_cell(averages.base_mean(by_number[n])) for n in numbers)])
-    cells: dict[str, list[Interval | None]] = {}
-    for label in averages.labels:
-        own = [[run for run in by_number[n] if run.label == label] for n in numbers]
-        cells[label] = [averages.mean(runs) if runs else None for runs in own]
+    cells = {
+        label: [[run for run in by_number[n] if run.label == label] for n in numbers]
+        for label in averages.labels
+    }
     best = [
-        max((row[k].value for row in cells.values() if row[k]), default=math.nan)  # type: ignore[union-attr]
-        for k in range(len(numbers))
+        max(
+            (averages.mean(row[k]).value for row in cells.values() if _combinations(row[k]) == own),
+            default=math.nan,
+        )
+        for k, own in enumerate(counts)
     ]
+    is_partial = False
     for label, row in cells.items():
-        rows.append([label, *(_bold(cell, top) for cell, top in zip(row, best, strict=True))])
-    return aligned(rows)
+        texts = []
+        for runs, top, count in zip(row, best, counts, strict=True):
+            mean = averages.mean(runs) if runs else None
+            text = interval_cell(mean)
+            if runs and _combinations(runs) < count:
+                text, is_partial = f"{text} \\*", True
+            elif mean is not None and mean.value == top:
+                text = f"**{text}**"
+            texts.append(text)
+        rows.append([label, *texts])
+    return "\n\n".join([aligned(rows), LEGEND, *([FEWER_LEGEND] if is_partial else [])])
 
 
 def by_task(averages: Averages) -> str:
@@ -54,11 +78,11 @@ def by_task(averages: Averages) -> str:
     labels = list(dict.fromkeys(run.label for run in runs))
     tasks = list(dict.fromkeys(task for run in runs for task in run.record.run.tasks))
     rows = [["method", *tasks]]
-    rows.append([f"*{BASE}*", *(f"{averages.base_score(task):.2f}" for task in tasks)])
-    rows.append(["*fine-tuned*", *(f"{averages.tuned_score(task):.2f}" for task in tasks)])
+    rows.append([f"*{BASE}*", *(_score(averages.base_score(task)) for task in tasks)])
+    rows.append(["*fine-tuned*", *(_score(averages.tuned_score(task)) for task in tasks)])
     for label in labels:
         own = [run for run in runs if run.label == label]
-        rows.append([label, *(f"{_mean_score(own, task):.2f}" for task in tasks)])
+        rows.append([label, *(_score(_mean_score(own, task)) for task in tasks)])
     return f"Scores, n = {most}:\n\n{aligned(rows)}"
 
 
@@ -74,7 +98,7 @@ def grids(found: Sequence[GridBest]) -> str:
                 str(grid.points),
                 interval_cell(grid.default),
                 f"{interval_cell(grid.best)} {grid.best_label.partition(':')[2]}".strip(),
-                f"{grid.held_out:.3f}",
+                "–" if math.isnan(grid.held_out) else f"{grid.held_out:.3f}",
                 "" if gain is None else f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]",
             ]
         )
@@ -83,11 +107,17 @@ def grids(found: Sequence[GridBest]) -> str:
 
 def report(averages: Averages) -> str:
     """Return all tables of a store with what belongs under them, in Markdown."""
-    parts = [markdown(averages), LEGEND]
+    parts = [markdown(averages)]
     found = [grid for grid in best_of_grids(averages) if grid.points > 1]
     if found:
         parts.append(grids(found))
     parts.append(by_task(averages))
+    if averages.left_out:
+        tasks = ", ".join(averages.without_ceiling)
+        parts.append(
+            f"{averages.left_out} merges are left out: the fine-tunes of {tasks} have no score "
+            "above 0 (or none yet), by which theirs would be divided."
+        )
     parts += failures(averages.store)
     return "\n\n".join(parts)
 
@@ -108,9 +138,12 @@ def failures(store: Store) -> list[str]:
     return ["\n".join(lines)]
 
 
-def _bold(interval: Interval | None, best: float) -> str:
-    cell = interval_cell(interval)
-    return f"**{cell}**" if interval is not None and interval.value == best else cell
+def _combinations(runs: Sequence[RunAverage]) -> int:
+    return len({run.record.run.models for run in runs})
+
+
+def _score(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.2f}"
 
 
 def _mean_score(runs: Sequence[RunAverage], task: str) -> float:
