@@ -2,11 +2,13 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from starmerge.study.inspection.inspection import Inspection
 from tests.oracles import samples
 
 QV = ("self_attn.q_proj", "self_attn.v_proj")
@@ -51,3 +53,31 @@ def write_adapters(folder: Path, base: Path) -> dict[str, Path]:
         "two": write_adapter(folder / "two", base, 4, seed=2),
         "three": write_adapter(folder / "three", base, 2, QV + MLP, seed=3),
     }
+
+
+def scaled(adapter: Path, factor: float) -> Path:
+    """Multiply an adapter's update."""
+    file = adapter / "adapter_model.safetensors"
+    tensors = {
+        name: tensor * factor if "lora_B" in name else tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file)
+    return adapter
+
+
+def renamed(found: Inspection, names: Mapping[str, str]) -> Inspection:
+    """Return an inspection in which models, merges, modules and the base have other names."""
+
+    def other(record: dict) -> dict:
+        keys = ("model", "a", "b", "merge", "module")
+        return record | {key: names.get(record[key], record[key]) for key in keys if key in record}
+
+    tables = ("models", "conflicts", "layers", "tensors", "kept", "kept_tensors")
+    changed = {table: [other(record) for record in getattr(found, table)] for table in tables}
+    findings = [
+        replace(finding, text=f"{names.get('one')} {finding.text}") for finding in found.findings
+    ]
+    return replace(
+        found, **changed, base=names.get(found.base, found.base), findings=tuple(findings)
+    )

@@ -18,7 +18,7 @@ from starmerge.errors import StarmergeError, UsageError
 from starmerge.study.inspected import write_inspection
 from tests.conftest import MakeFinetune
 from tests.oracles import inspection as oracle
-from tests.study.inspection.adapters import write_adapter, write_adapters
+from tests.study.inspection.adapters import scaled, write_adapter, write_adapters
 
 
 @pytest.fixture
@@ -33,17 +33,6 @@ def dense(base: Path, models: dict[str, Path]) -> dict[str, dict[str, np.ndarray
         name: {tensor: delta.to_dense().double().numpy() for tensor, delta in own.items()}
         for name, own in deltas.items()
     }
-
-
-def scaled(adapter: Path, factor: float) -> Path:
-    """Multiply an adapter's update."""
-    file = adapter / "adapter_model.safetensors"
-    tensors = {
-        name: tensor * factor if "lora_B" in name else tensor
-        for name, tensor in load_file(file).items()
-    }
-    save_file(tensors, file)
-    return adapter
 
 
 def topics(found: sm.Inspection) -> list[str]:

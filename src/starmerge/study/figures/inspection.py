@@ -69,10 +69,7 @@ def plot_ranks(inspection: Inspection, path: Path) -> Figure:
         path: Figure to write; see :func:`starmerge.study.figures.style.save`.
     """
     frame = frames.rank_maps(inspection)
-    names, layers, modules = (
-        [str(name) for name in frame[column].cat.categories]
-        for column in ("model", "layer", "module")
-    )
+    names, layers, modules = (_categories(frame, key) for key in ("model", "layer", "module"))
     rows, columns = _panels(len(names))
     width = 1.3 + columns * max(0.5 + 0.3 * len(modules), 1.5)
     height = 0.9 + rows * (0.35 + 0.12 * max(6, len(layers)))
@@ -113,7 +110,7 @@ def plot_spectra(inspection: Inspection, path: Path) -> Figure:
         path: Figure to write; see :func:`starmerge.study.figures.style.save`.
     """
     frame = frames.spectra_by_module(inspection)
-    modules, names = _names(frame, "module"), _names(frame, "model")
+    modules, names = _categories(frame, "module"), _categories(frame, "model")
     shown = looks(names)
     rows, columns = _panels(len(modules))
     with styled():
@@ -151,7 +148,7 @@ def plot_conflicts(inspection: Inspection, path: Path) -> Figure:
     """
     names = inspection.names
     count = len(names)
-    side = max(1.6, min(7.0, 0.4 * count))
+    side = max(2.6, min(7.0, 0.4 * count))
     with styled():
         figure = new_figure(
             2 * side + 3.4, 3 * (side * 0.72 + 0.45) + 1.0,
@@ -184,7 +181,7 @@ def plot_kept(inspection: Inspection, path: Path) -> Figure:
     """
     frame = frames.kept(inspection)
     names = [name for name in inspection.names if name in set(frame["model"])]
-    merges = _names(frame, "merge")
+    merges = list(dict.fromkeys(frame["merge"].tolist()))
     shown = looks(merges)
     with styled():
         figure = new_figure(
@@ -214,9 +211,9 @@ def _title(inspection: Inspection, about: str) -> str:
     return f"{about}: {count} model{'s' if count > 1 else ''} of {inspection.base}"
 
 
-def _names(frame: pd.DataFrame, column: str) -> list[str]:
-    """Return each name once, in its order."""
-    return list(dict.fromkeys(frame[column].tolist()))
+def _categories(frame: pd.DataFrame, column: str) -> list[str]:
+    """Return the names in a column in their order."""
+    return [str(name) for name in frame[column].cat.categories]
 
 
 def _cells(

@@ -101,9 +101,9 @@ def conflict_map(inspection: Inspection) -> pd.DataFrame:
 def spectra_by_module(inspection: Inspection) -> pd.DataFrame:
     """Return the mean share of the nuclear norm in the first singular values.
 
-    Columns ``module``, ``model``, ``index`` from 0 and ``share`` from 0 to 1; the mean is over the
-    matrices of a module. A spectrum that has ended holds all of its nuclear norm from there on.
-    Of more than :data:`MOST_MODELS` models there is one, their mean.
+    Columns ``module``, ``model`` (ordered categories), ``index`` from 0 and ``share`` from 0 to 1;
+    the mean is over the matrices of a module. A spectrum that has ended holds all of its nuclear
+    norm from there on. Of more than :data:`MOST_MODELS` models there is one, their mean.
     """
     import pandas as pd  # noqa: PLC0415  (slow to import)
 
@@ -134,7 +134,8 @@ def spectra_by_module(inspection: Inspection) -> pd.DataFrame:
                         }
                     )
                 )
-    return pd.concat(found, ignore_index=True)
+    orders = {"module": modules, "model": _models(frame["model"], inspection)}
+    return _ordered(pd.concat(found, ignore_index=True), orders)
 
 
 def conflict_matrix(inspection: Inspection, measure: Measure) -> pd.DataFrame:
@@ -193,4 +194,4 @@ def _ordered(frame: pd.DataFrame, orders: Mapping[str, Sequence[str]]) -> pd.Dat
         column: pd.Categorical(frame[column], categories=list(order), ordered=True)
         for column, order in orders.items()
     }
-    return frame.assign(**sorts).sort_values(list(orders), ignore_index=True)
+    return frame.assign(**sorts).sort_values(list(orders), ignore_index=True, kind="stable")

@@ -185,7 +185,7 @@ def _spectra(inspection: Inspection) -> list[Part]:
     frame = frames.spectra_by_module(inspection)
     # Far down a spectrum every fourth point draws the same line.
     frame = frame[(frame["index"] <= 32) | (frame["index"] % 4 == 0)]
-    mean = frame.groupby(["model", "index"], sort=False, as_index=False)["share"].mean()
+    mean = frame.groupby(["model", "index"], observed=True, as_index=False)["share"].mean()
     frame = pd.concat([mean.assign(module=_ALL), frame], ignore_index=True)
     frame = frame.assign(share=frame["share"].round(4)).rename(
         columns={

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 
 import pandas as pd
 
 from starmerge.evaluation.subjects import BASE
+from starmerge.methods.pipeline import make_pipeline
 from starmerge.study.averages import Averages, RunAverage
 from starmerge.study.frames import (
     best_by_number,
@@ -266,12 +268,17 @@ def _reading(averages: Averages) -> list[Part]:
     most = max(run.n for run in averages.runs)
     runs = [run for run in averages.runs if run.n == most]
     best = max(runs, key=lambda run: run.value).record.run
-    settings = "".join(f" -p {key}={json.dumps(v)}" for key, v in best.parameters.items())
+    usual = make_pipeline(best.method).parameters()
+    settings = "".join(
+        f" -p {shlex.quote(f'{key}={value if isinstance(value, str) else json.dumps(value)}')}"
+        for key, value in best.parameters.items()
+        if value != usual[key]
+    )
     parts: list[Part] = [
         Notes([LEGEND, *failures(store)]),
         Copy(
             f"The best single merge of {most} models, with yours in place of BASE and MODEL",
-            f"starmerge merge BASE MODEL... -m {best.method}{settings} -o merged",
+            f"starmerge merge BASE MODEL... -m {shlex.quote(best.method)}{settings} -o merged",
         ),
     ]
     content = {key: value for key, value in store.head.items() if key != "schema"}
