@@ -96,6 +96,15 @@ def test_charts_are_drawn_from_the_tables(found: sm.Inspection) -> None:
     assert cosine["x"]["sort"] == cosine["y"]["sort"] == ["one", "two", "three"]
 
 
+def test_models_without_layers_have_one_row_in_the_maps(found: sm.Inspection) -> None:
+    bare = {
+        table: [record | {"layer": None} for record in getattr(found, table)]
+        for table in ("tensors", "layers")
+    }
+    charts = _charts(inspection_page(replace(found, **bare)))
+    assert {cell["y"] for cell in drawn(charts[RANKS].chart, "rect")} == {"–"}
+
+
 def test_names_are_text_whatever_they_hold(found: sm.Inspection) -> None:
     names = dict.fromkeys(("one", "average", "q_proj", "base"), EVIL)
     page = inspection_page(renamed(found, names))

@@ -172,7 +172,10 @@ def _layers(frame: pd.DataFrame) -> list[str]:
 
 
 def _named_layers(frame: pd.DataFrame) -> list[str]:
-    return [NO_LAYER if math.isnan(layer) else str(int(layer)) for layer in frame["layer"]]
+    return [
+        NO_LAYER if layer is None or math.isnan(layer) else str(int(layer))
+        for layer in frame["layer"]
+    ]
 
 
 def _merged(inspection: Inspection, frame: pd.DataFrame) -> pd.DataFrame:

@@ -338,7 +338,7 @@ def lines(
         ]
     layers += [
         curve.mark_line(strokeWidth=2).encode(strokeDash=_dashed(shown, "label")),
-        curve.mark_circle(size=34).add_params(chosen),
+        curve.mark_point(filled=True, size=44).encode(shape=_shape(shown)).add_params(chosen),
     ]
     return _wide(_with_list(alt.layer(*layers), records, choice), 360)
 
