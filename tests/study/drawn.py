@@ -9,7 +9,11 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from starmerge.evaluation.evaluation import Evaluation
+from starmerge.evaluation.scoring.comparison import Difference, Interval
 from starmerge.evaluation.scoring.metrics import Prediction, Score, score
+from starmerge.recipe import make_recipe
+from starmerge.study.choose import Choice
+from starmerge.study.race import Outcome, Standing
 
 LONG = "organisation/" + "a-very-long-name-of-a-merged-model_" * 4
 ADVERSARIAL = (
@@ -43,6 +47,19 @@ def evaluation_of(
         for model, own in values.items()
     }
     return Evaluation("generate", "strict", scores | {t: {t: s} for t, s in best.items()}, best)
+
+
+def choice() -> Choice:
+    """Return a choice of two candidates after two rounds."""
+    early, late = Interval(0.5, 0.4, 0.6), Interval(0.7, 0.6, 0.8)
+    gap = Difference(-0.1, -0.2, -0.05, 0.01, "t", 50)
+    standings = (
+        Standing("auto", 2, 16, (early, late), None, None),
+        Standing("star", 1, 8, (early,), gap, "behind"),
+    )
+    recipe = make_recipe({"base": "a/b", "models": ["c/d", "e/f"], "method": "auto"})
+    outcome = Outcome(standings, "auto", ("auto",), "auto")
+    return Choice(recipe, outcome, True, early, gap, {"iso_c": "It cannot."}, ("A note.",))
 
 
 def frames(

@@ -54,6 +54,14 @@ def written_store(folder: Path, seed: int = 0) -> tuple[Study, Store]:
             "methods": ["average", {"method": "star", "grid": {"eta": [20, 40, 60]}}],
             "numbers": [2, "all"],
             "combinations": 2,
+            "figures": [
+                {"figure": "number", "title": "By number", "methods": ["average"]},
+                {"figure": "parameter", "parameter": "eta"},
+                {"figure": "best", "parameter": "eta"},
+                {"figure": "one-shot"},
+                {"figure": "tasks"},
+                {"figure": "number", "methods": ["ties"]},
+            ],
         }
     )
     draw = random.Random(seed)

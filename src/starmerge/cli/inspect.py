@@ -87,9 +87,8 @@ def inspect(
             show_default="a quarter of the machine's",
         ),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the folder of an earlier inspection.")
-    ] = False,
+    report: asking.Report = None,
+    overwrite: asking.Overwrite = False,
 ) -> None:
     """Look at task vectors before a merge, or after one: sizes, spectra, where tasks clash.
 
@@ -105,13 +104,14 @@ def inspect(
 
     Example: starmerge inspect BASE adapters/* -m average -m auto -o inspected
 
-    Example: starmerge inspect BASE a b c --merged merged
+    Example: starmerge inspect BASE a b c --merged merged --report inspection.html
     """
     with importing():
         from starmerge.recipe import parse_models
-        from starmerge.study.inspection.folder import check_folder, write_inspection
+        from starmerge.study.inspected import check_folder, write_inspection
         from starmerge.study.inspection.run import inspect as run
 
+    asking.check_report(report, overwrite=overwrite)
     if output is not None:
         check_folder(output, overwrite=overwrite)
     if weight and not method:
@@ -135,9 +135,16 @@ def inspect(
     )
     if output is not None:
         write_inspection(output, found, overwrite=overwrite)
+    if report is not None:
+        from starmerge.study.page import write_page
+        from starmerge.study.page.inspection import inspection_page
+
+        write_page(inspection_page(found), report, overwrite=overwrite)
     if json:
         print(jsonlib.dumps(found.to_json(), indent=2, ensure_ascii=False, allow_nan=False))
         return
     print(found.report)
     if output is not None:
         print(f"\nInspection: {output}")
+    if report is not None:
+        print(f"\nReport: {report}")

@@ -47,6 +47,9 @@ TUNED_COLOUR = "#4D4D4D"
 SEQUENTIAL = "viridis"
 """Colour scale of heat maps, known to matplotlib and Vega by this name."""
 
+DIVERGING = ("#00548A", "#66A9CF", "#F7F7F7", "#EE9F66", "#B24E00")
+"""Colours of numbers around zero, such as cosines, from negative to positive; zero is white."""
+
 _ORDERED = ("#5E4FA2", "#3288BD", "#2F9E8F", "#8AA82B", "#DD9A22", "#D9532C")
 """From cold to warm, none too dark for a dark page or too pale for a light one."""
 

@@ -1,10 +1,9 @@
 """Inspecting files of tiny models: tables, findings, merges, the folder, the command."""
 
 import json
-import math
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,55 +15,15 @@ from safetensors.torch import load_file, save_file
 import starmerge as sm
 from starmerge.cli.inspect import inspect as command
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.study.inspection import pictures
-from starmerge.study.inspection.folder import write_inspection
+from starmerge.study.inspected import write_inspection
 from tests.conftest import MakeFinetune
 from tests.oracles import inspection as oracle
-from tests.oracles import samples
-
-QV = ("self_attn.q_proj", "self_attn.v_proj")
-MLP = ("mlp.up_proj", "mlp.down_proj")
-
-
-def write_adapter(
-    folder: Path, base: Path, rank: int, modules: Sequence[str] = QV, *, seed: int
-) -> Path:
-    """Write a random adapter of a base, of Frobenius norm 1."""
-    shapes = {
-        name.removesuffix(".weight"): tensor.shape
-        for name, tensor in load_file(base / "model.safetensors").items()
-        if name.removesuffix(".weight").endswith(tuple(modules))
-    }
-    factors = {
-        name: (samples.normal(m, rank, seed=2 * seed), samples.normal(rank, n, seed=2 * seed + 1))
-        for name, (m, n) in shapes.items()
-    }
-    size = math.sqrt(sum(float((B @ A).square().sum()) for B, A in factors.values()))
-    folder.mkdir()
-    tensors = {}
-    for name, (B, A) in factors.items():
-        tensors[f"base_model.model.{name}.lora_B.weight"] = B / size
-        tensors[f"base_model.model.{name}.lora_A.weight"] = A
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": "tests/tiny",
-        "r": rank,
-        "lora_alpha": rank,
-        "target_modules": [module.rpartition(".")[2] for module in modules],
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
+from tests.study.inspection.adapters import scaled, write_adapter, write_adapters
 
 
 @pytest.fixture
 def adapters(tiny_base: Path, tmp_path: Path) -> dict[str, Path]:
-    """Return three adapters of different ranks; the last changes more modules than the others."""
-    return {
-        "one": write_adapter(tmp_path / "one", tiny_base, 3, seed=1),
-        "two": write_adapter(tmp_path / "two", tiny_base, 4, seed=2),
-        "three": write_adapter(tmp_path / "three", tiny_base, 2, QV + MLP, seed=3),
-    }
+    return write_adapters(tmp_path, tiny_base)
 
 
 def dense(base: Path, models: dict[str, Path]) -> dict[str, dict[str, np.ndarray]]:
@@ -74,17 +33,6 @@ def dense(base: Path, models: dict[str, Path]) -> dict[str, dict[str, np.ndarray
         name: {tensor: delta.to_dense().double().numpy() for tensor, delta in own.items()}
         for name, own in deltas.items()
     }
-
-
-def scaled(adapter: Path, factor: float) -> Path:
-    """Multiply an adapter's update."""
-    file = adapter / "adapter_model.safetensors"
-    tensors = {
-        name: tensor * factor if "lora_B" in name else tensor
-        for name, tensor in load_file(file).items()
-    }
-    save_file(tensors, file)
-    return adapter
 
 
 def topics(found: sm.Inspection) -> list[str]:
@@ -189,7 +137,7 @@ def test_merges_in_memory_and_merged_files_keep_the_same(
     columns = ["coefficient", "own", "others", "error", "inside"]
     for merge in ("model", "lora"):
         np.testing.assert_allclose(
-            kept.loc[merge, columns], kept.loc["star:eta=60.0", columns], atol=1e-5
+            kept.loc[merge, columns], kept.loc["star:eta=60", columns], atol=1e-5
         )
     taus = dense(tiny_base, adapters)
     weights = {"one": 1, "two": 2, "three": 1}
@@ -207,7 +155,7 @@ def test_merges_in_memory_and_merged_files_keep_the_same(
     by_tensor = found.to_frame("kept_tensors")
     assert len(by_tensor) == 4 * len(found.tensors)
     assert "| model" in found.report
-    assert "star:eta=60.0" in found.report
+    assert "star:eta=60" in found.report
 
 
 def test_a_merge_that_leaves_a_tensor_alone_keeps_nothing_of_it(
@@ -385,41 +333,6 @@ def test_broken_inputs(tiny_base: Path, adapters: dict[str, Path], tmp_path: Pat
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(StarmergeError, match=r"base.*layers\.1\.self_attn\.q_proj.*has a NaN"):
         sm.inspect(base, adapters["one"], any_base=True)
-
-
-def test_pictures_show_names_and_numbers(
-    tiny_base: Path, adapters: dict[str, Path], tmp_path: Path
-) -> None:
-    import matplotlib.pyplot as plt
-
-    long = "a name that is much longer than any table has room for"
-    models = {long: adapters["one"], "two": adapters["two"], "three": adapters["three"]}
-    found = sm.inspect(tiny_base, models, methods=["average", "star"])
-    plots = pictures.all_pictures(found)
-    assert list(plots) == ["ranks", "spectra", "conflicts", "kept"]
-    texts = {}
-    for name, plot in plots.items():
-        with plt.rc_context({"svg.fonttype": "none"}):
-            plot(found, tmp_path / f"{name}.svg")
-        texts[name] = (tmp_path / f"{name}.svg").read_text()
-        assert "two" in texts[name]
-        assert long not in texts[name]
-        assert "a name that is much l…" in texts[name]
-        assert str(tmp_path) not in texts[name]
-    assert all(module in texts["ranks"] for module in ("q_proj", "up_proj", "η = 40"))
-    for pair in found.conflicts:
-        assert f">{pair['cosine']:.2f}<".replace("-", "−") in texts["conflicts"].replace("-0", "−0")
-        assert f">{pair['a_on_b']:.2f}<" in texts["conflicts"]
-    assert not plt.get_fignums()
-
-
-def test_rank_map_has_the_kept_ranks(tiny_base: Path, adapters: dict[str, Path]) -> None:
-    frame = pictures._matrices(sm.inspect(tiny_base, adapters, eta=90))
-    layers, names = pictures._axes_of(frame)
-    assert (layers, set(names)) == (["0", "1"], {"q_proj", "v_proj", "up_proj", "down_proj"})
-    grid = pictures._grid(frame[frame["model"] == "one"], layers, names)
-    table = frame[frame["model"] == "one"].pivot(index="layer", columns="module", values="kept")
-    np.testing.assert_array_equal(grid, table.reindex(columns=names))
 
 
 def test_the_command_writes_a_folder_and_prints_json(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import starmerge as sm
 from starmerge.evaluation.evaluation import Evaluation
 from starmerge.evaluation.scoring.metrics import Score
 from starmerge.study.page import (
@@ -26,8 +27,13 @@ from starmerge.study.page import (
     write_page,
 )
 from starmerge.study.page.charts import curves, dots, heat_map
+from starmerge.study.page.choice import choice_page
 from starmerge.study.page.evaluation import evaluation_page
-from tests.study.drawn import ADVERSARIAL, evaluation_of, frames
+from starmerge.study.page.inspection import inspection_page
+from starmerge.study.page.study import study_page
+from tests.study.drawn import ADVERSARIAL, choice, evaluation_of, frames
+from tests.study.inspection.adapters import renamed, write_adapters
+from tests.study.studies import written_store
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="no playwright: pip install playwright"
@@ -363,6 +369,47 @@ def test_names_and_responses_are_text_whatever_they_hold(tmp_path: Path, opened:
     wide = seen.page.locator(".dt-layout-table", has=caption)
     assert wide.evaluate("e => e.scrollWidth > e.clientWidth + 100 && e.clientWidth <= 400")
     assert seen.page.locator(".figures > div").first.bounding_box()["width"] <= 400
+
+
+def _choice_page(_: Path, __: pytest.TempPathFactory) -> Page:
+    return choice_page(choice(), title="A choice")
+
+
+def _study_page(_: Path, factory: pytest.TempPathFactory) -> Page:
+    return study_page(written_store(factory.mktemp("study") / "s")[1])
+
+
+def _inspection_page(base: Path, factory: pytest.TempPathFactory) -> Page:
+    models = write_adapters(factory.mktemp("adapters"), base)
+    found = sm.inspect(base, models, eta=90, methods=["average", "star"])
+    return inspection_page(renamed(found, {"one": EVIL, "average": EVIL, "q_proj": EVIL}))
+
+
+@pytest.mark.parametrize("made", [_choice_page, _study_page, _inspection_page])
+def test_every_kind_of_page_is_drawn_without_a_fault(
+    made: Callable[[Path, pytest.TempPathFactory], Page],
+    tiny_base: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    opened: Opening,
+) -> None:
+    page = made(tiny_base, tmp_path_factory)
+    write_page(page, tmp_path / "page.html")
+    seen = opened(tmp_path / "page.html", width=400)
+    for choice_of in seen.page.locator(".vega-bindings select").all():
+        choice_of.select_option(index=1)
+    assert seen.faults == []
+    assert seen.requests == [(tmp_path / "page.html").as_uri()]
+    assert seen.page.evaluate("window.broken") is None
+    charts = [
+        part for section in page.sections for part in section.parts if isinstance(part, Chart)
+    ]
+    assert seen.page.locator(".chart svg").count() == len(charts)
+    marks = seen.page.locator(".chart").evaluate_all(
+        "charts => charts.map(chart => chart.querySelectorAll('[role=graphics-symbol]').length)"
+    )
+    assert all(marks), "each chart draws something"
+    assert seen.page.evaluate("document.documentElement.scrollWidth") <= 400
 
 
 def test_specifications_cannot_leave_their_script(plain: Path) -> None:

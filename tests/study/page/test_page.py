@@ -8,9 +8,6 @@ import pandas as pd
 import pytest
 
 from starmerge.errors import UsageError
-from starmerge.evaluation.scoring.comparison import Difference, Interval
-from starmerge.recipe import make_recipe
-from starmerge.study.choose import Choice
 from starmerge.study.page import (
     Chart,
     Copy,
@@ -27,8 +24,8 @@ from starmerge.study.page.choice import choice_page
 from starmerge.study.page.evaluation import evaluation_page
 from starmerge.study.page.page import html
 from starmerge.study.palette import looks
-from starmerge.study.race import Outcome, Standing
-from tests.study.drawn import evaluation_of, frames
+from tests.study.drawn import choice, evaluation_of, frames
+from tests.study.page.shown import drawn, layers_of, parts_of, table_of
 
 TASKS = ("past", "pos")
 VALUES = {"base": (0.1, 0.2), "star": (0.5, 0.6), "auto": (0.9, 0.7)}
@@ -37,26 +34,6 @@ VALUES = {"base": (0.1, 0.2), "star": (0.5, 0.6), "auto": (0.9, 0.7)}
 def _evaluation(*, tuned=True, models=tuple(VALUES)):
     values = {name: dict(zip(TASKS, VALUES[name], strict=True)) for name in models}
     return evaluation_of(values, dict.fromkeys(TASKS, 0.9) if tuned else {})
-
-
-def _parts(page: Page, kind: type) -> list:
-    return [part for section in page.sections for part in section.parts if isinstance(part, kind)]
-
-
-def _table(page: Page, caption: str) -> Table:
-    return next(table for table in _parts(page, Table) if table.caption.startswith(caption))
-
-
-def _layers(chart: Chart) -> list[dict]:
-    """Return the layers of a chart, each with its data."""
-    whole = specification(chart)
-    return [{"data": whole.get("data"), **layer} for layer in whole["layer"]]
-
-
-def _drawn(chart: object, mark: str) -> list[dict]:
-    """Return the data of the layers of one mark."""
-    layers = _layers(Chart(chart, "", ""))
-    return [row for one in layers if one["mark"]["type"] == mark for row in one["data"]["values"]]
 
 
 def test_a_page_appears_whole_and_replaces_nothing_by_itself(tmp_path: Path) -> None:
@@ -96,7 +73,7 @@ def test_cells_show_numbers_and_are_sorted_by_them() -> None:
         ["b", "–", "12", "+100%", "–"],
     ]
     assert [cell.order for cell in table.rows[0]] == [None, 0.12345, 3, -0.5, None]
-    assert [table.is_number(column) for column in table.columns] == [False, True, True, True, False]
+    assert table.numeric == [False, True, True, True, False]
 
 
 def test_provenance_is_a_line_for_each_value() -> None:
@@ -119,30 +96,30 @@ def test_an_evaluation_has_its_numbers_on_its_page() -> None:
         "Summary", "Averages", "Task by task", "Differences", "Answers", "All numbers",
         "How to read this",
     ]  # fmt: skip
-    scores = _table(page, "Scores by task")
+    scores = table_of(page, "Scores by task")
     assert [scores.title(column) for column in scores.columns] == [
         "task", "base", "fine-tuned", "star", "auto",
     ]  # fmt: skip
     for row, task in zip(scores.rows, TASKS, strict=True):
         expected = [evaluation.scores[model][task].value for model in ("base", "star", "auto")]
         assert [cell.order for cell in row] == [None, expected[0], 0.9, *expected[1:]]
-    differences = _table(page, "Paired differences").frame
+    differences = table_of(page, "Paired differences").frame
     found = evaluation.difference("auto", "star")
     assert found is not None
     assert differences.iloc[0].difference == found.value
     assert list(differences.models.unique()) == ["auto − star"]
-    answers = _table(page, "Answers")
+    answers = table_of(page, "Answers")
     assert len(answers.rows) == 40
     assert {row[0].text for row in answers.rows} == set(TASKS)
     right = [row for row in answers.rows if row[4].text.startswith("✓")]
     assert len(right) == round(20 * 0.5) + round(20 * 0.6)
-    assert len(_table(page, "Every score").rows) == 2 * 3 + 2
+    assert len(table_of(page, "Every score").rows) == 2 * 3 + 2
     assert "as published" in str(page)
-    assert [copy.text for copy in _parts(page, Copy)] == ["it"]
-    (provenance,) = _parts(page, Provenance)
+    assert [copy.text for copy in parts_of(page, Copy)] == ["it"]
+    (provenance,) = parts_of(page, Provenance)
     assert provenance.lines == [("scorer", "generate"), ("matching", "strict")]
-    dotted = _parts(page, Chart)[1]
-    merged = [row for one in _layers(dotted) for row in one["data"]["values"]]
+    dotted = parts_of(page, Chart)[1]
+    merged = [row for one in layers_of(dotted) for row in one["data"]["values"]]
     assert {(row["row"], row["label"]) for row in merged} == {
         (task, model) for task in TASKS for model in (*VALUES, "fine-tuned")
     }
@@ -165,7 +142,7 @@ def test_undefined_scores_are_left_out_of_charts() -> None:
     page = evaluation_page(replace(evaluation, scores=scores), title="t")
     labels = {
         row["label"]
-        for one in _layers(_parts(page, Chart)[1])
+        for one in layers_of(parts_of(page, Chart)[1])
         for row in one["data"]["values"]
         if "label" in row
     }
@@ -183,7 +160,7 @@ def test_many_models_are_told_by_their_best() -> None:
     lines = page.sections[0].parts[1].lines
     assert len(lines) == 5
     assert all("m5 − m" in line for line in lines)
-    pairs = _drawn(_parts(page, Chart)[-1].chart, "point")
+    pairs = drawn(parts_of(page, Chart)[-1].chart, "point")
     assert len(pairs) == 15
     assert all(row["row"] == row["label"] for row in pairs)
 
@@ -195,12 +172,12 @@ def test_curves_are_drawn_from_the_frames() -> None:
     )  # fmt: skip
     one = averages[(averages.parameters.map(lambda own: own["eta"]) == 10)]
     by_number = curves(one, runs=runs)
-    points = _drawn(by_number, "point")
+    points = drawn(by_number, "point")
     assert [(p["label"], p["x"], p["value"]) for p in points] == [
         (row.label, row.n, row.value) for row in one.itertuples()
     ]
-    assert len(_drawn(by_number, "circle")) == len(runs)
-    layers = _layers(Chart(by_number, "", ""))
+    assert len(drawn(by_number, "circle")) == len(runs)
+    layers = layers_of(Chart(by_number, "", ""))
     base = next(one for one in layers if one["mark"].get("strokeDash") == [4, 3])
     assert base["data"]["values"] == [{"n": n, "value": pytest.approx(0.3)} for n in (2, 4)]
     colours = next(one for one in layers if one["mark"]["type"] == "point")["encoding"]["color"]
@@ -213,7 +190,7 @@ def test_curves_are_drawn_from_the_frames() -> None:
     lists = [one["bind"] for one in chosen["params"] if isinstance(one.get("bind"), dict)]
     assert [one["options"] for one in lists] == [[2, 4]]
     star = averages[averages.label == "star"]
-    assert {p["series"] for p in _drawn(curves(star, "eta"), "point")} == {"n = 2", "n = 4"}
+    assert {p["series"] for p in drawn(curves(star, "eta"), "point")} == {"n = 2", "n = 4"}
     with pytest.raises(UsageError, match="'k'"):
         curves(averages, "k")
     with pytest.raises(UsageError, match="star, n = 2: there are two averages for n = 2"):
@@ -222,33 +199,25 @@ def test_curves_are_drawn_from_the_frames() -> None:
 
 def test_frames_of_any_column_names_are_drawn() -> None:
     frame = pd.DataFrame({"a.b[0]": ["r"], "x": ["c"], "it's": [0.5], "layer": [3]})
-    (cell,) = _drawn(heat_map(frame, "x", "a.b[0]", "it's"), "rect")
+    (cell,) = drawn(heat_map(frame, "x", "a.b[0]", "it's"), "rect")
     assert cell == {"x": "c", "y": "r", "value": 0.5, "layer": 3}
     with pytest.raises(UsageError, match="no numbers"):
         dots(pd.DataFrame({"row": [], "label": [], "value": [], "low": [], "high": []}))
 
 
 def test_a_choice_has_its_race_and_its_recipe_on_its_page() -> None:
-    early, late = Interval(0.5, 0.4, 0.6), Interval(0.7, 0.6, 0.8)
-    gap = Difference(-0.1, -0.2, -0.05, 0.01, "t", 50)
-    standings = (
-        Standing("auto", 2, 16, (early, late), None, None),
-        Standing("star", 1, 8, (early,), gap, "behind"),
-    )
-    recipe = make_recipe({"base": "a/b", "models": ["c/d", "e/f"], "method": "auto"})
-    outcome = Outcome(standings, "auto", ("auto",), "auto")
-    choice = Choice(recipe, outcome, True, early, gap, {"iso_c": "It cannot."}, ("A note.",))
-    page = choice_page(choice, title="t")
-    rows = _table(page, "Candidates").rows
+    made = choice()
+    page = choice_page(made, title="t")
+    rows = table_of(page, "Candidates").rows
     assert [[cell.text for cell in row] for row in rows] == [
         ["auto", "✓", "2", "16", "0.700 [0.600, 0.800]", "–", "–"],
         ["star", "", "1", "8", "0.500 [0.400, 0.600]", "−0.100 [−0.200, −0.050]", "clearly behind"],
     ]
-    rounds = [[cell.text for cell in row] for row in _table(page, "Averages after").rows]
+    rounds = [[cell.text for cell in row] for row in table_of(page, "Averages after").rows]
     assert [row[:2] for row in rounds] == [
         ["round 1", "auto"], ["round 1", "star"], ["round 2", "auto"],
     ]  # fmt: skip
-    assert _parts(page, Copy)[0].text == recipe.to_yaml()
+    assert parts_of(page, Copy)[0].text == made.recipe.to_yaml()
     text = html(page)
     for said in ("A note.", "Left out: iso_c. It cannot.", "auto is clearly better"):
         assert said in text

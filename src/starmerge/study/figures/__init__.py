@@ -1,4 +1,4 @@
-"""Figures in PNG, PDF and SVG, all in one style: scores, methods, and the curves of studies."""
+"""Figures in PNG, PDF and SVG, one style: scores, methods, curves of studies, inspections."""
 
 from starmerge.study.figures.curves import (
     plot_against_number,
@@ -7,6 +7,12 @@ from starmerge.study.figures.curves import (
     plot_grid,
     plot_heat_map,
 )
+from starmerge.study.figures.inspection import (
+    plot_conflicts,
+    plot_kept,
+    plot_ranks,
+    plot_spectra,
+)
 from starmerge.study.figures.methods import plot_methods
 from starmerge.study.figures.scores import plot_scores
 
@@ -14,8 +20,12 @@ __all__ = [
     "plot_against_number",
     "plot_against_parameter",
     "plot_best_parameter",
+    "plot_conflicts",
     "plot_grid",
     "plot_heat_map",
+    "plot_kept",
     "plot_methods",
+    "plot_ranks",
     "plot_scores",
+    "plot_spectra",
 ]

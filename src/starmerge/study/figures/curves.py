@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -30,6 +29,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from starmerge.errors import UsageError
+from starmerge.study.dodge import Dodge
+from starmerge.study.figures.cells import draw_cells
 from starmerge.study.figures.style import (
     BASE_LINE,
     FAINT,
@@ -46,7 +47,7 @@ from starmerge.study.figures.style import (
     styled,
     tuned_handle,
 )
-from starmerge.study.palette import SEQUENTIAL, Look, looks, ordered_looks
+from starmerge.study.palette import Look, looks, ordered_looks
 
 Frame: TypeAlias = Any
 """A pandas.DataFrame, whose types mypy does not see."""
@@ -78,15 +79,14 @@ def plot_against_number(
     with styled():
         figure = new_figure(7, 4.2 + _legend_height(len(shown) + 2), title)
         axes = figure.subplots()
-        place = _places(axes, counts)
+        place = _places(axes, counts, len(shown))
         for number, (label, look) in enumerate(shown.items()):
-            shift = number - (len(shown) - 1) / 2
             _draw_curve(
                 axes,
-                [(place(n, shift), row) for other, n, row in points if other == label],
+                [(place(n, number), row) for other, n, row in points if other == label],
                 look,
                 [
-                    (place(run.n, shift), run.value)
+                    (place(run.n, number), run.value)
                     for run in _runs(runs)
                     if run.label == label and run.n in counts
                 ],
@@ -192,10 +192,9 @@ def plot_best_parameter(best: Frame, parameter: str, path: Path, *, title: str) 
     with styled():
         figure = new_figure(6.5, 3.8 + _legend_height(len(shown)), title)
         axes = figure.subplots()
-        place = _places(axes, counts)
+        place = _places(axes, counts, len(shown))
         for number, (label, look) in enumerate(shown.items()):
-            shift = number - (len(shown) - 1) / 2
-            own = [(place(n, shift), row) for other, n, row in points if other == label]
+            own = [(place(n, number), row) for other, n, row in points if other == label]
             own.sort(key=lambda pair: pair[0])
             axes.errorbar(
                 [x for x, _ in own],
@@ -293,24 +292,7 @@ def plot_heat_map(
         width = min(14.0, 3.4 + 0.62 * len(names[1]))
         figure = new_figure(width, 0.3 * len(names[0]) + 1.5, title)
         axes = figure.subplots()
-        image = axes.imshow(cells, cmap=SEQUENTIAL, aspect="auto", interpolation="nearest")
-        bare_rows(axes, names[0])
-        axes.set_xticks(
-            range(len(names[1])),
-            fitted(names[1], 72 * 1.4, SMALL),
-            rotation=40,
-            ha="right",
-            rotation_mode="anchor",
-        )
-        axes.tick_params(length=0)
-        axes.grid(visible=False)
-        axes.spines[:].set_visible(False)
-        middle = (np.nanmin(cells) + np.nanmax(cells)) / 2 if not np.isnan(cells).all() else 0
-        for (row, column), number in np.ndenumerate(cells):
-            if not math.isnan(number):
-                colour = "black" if number > middle else "white"
-                text = f"{number:.2f}"
-                axes.text(column, row, text, ha="center", va="center", size=7, color=colour)
+        image = draw_cells(axes, cells, *names)
         bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.02)
         bar.outline.set_visible(False)
         bar.set_label(*fitted([value], 100, SMALL))
@@ -416,29 +398,20 @@ def _base_by_number(runs: Frame | None) -> dict[int, float]:
     return {n: float(np.mean(list(found[n].values()))) for n in sorted(found)}
 
 
-class _places:  # noqa: N801  (a function that remembers its scale)
-    """Return where a number of models stands on an axis, curves beside each other.
+def _places(axes: Axes, counts: Sequence[int], curves: int) -> Dodge:
+    """Set an axis up for numbers of models, rising, and return where curves stand on it.
 
-    Args:
-        axes: Its x-axis gets a tick for each number, on a logarithmic scale where they span much.
-        counts: The numbers of models, rising.
+    The x-axis gets a tick for each number, on a logarithmic scale where they span much.
     """
-
-    def __init__(self, axes: Axes, counts: Sequence[int]) -> None:
-        self._is_log = counts[-1] > 8 * counts[0]
-        gaps = [b - a for a, b in pairwise(counts)]
-        self._step = 0.06 * min(gaps, default=1)
-        if self._is_log:
-            axes.set_xscale("log", base=2)
-        ticks = counts if len(counts) <= 12 else counts[:: -(-len(counts) // 12)]
-        axes.set_xticks(ticks, [str(count) for count in ticks])
-        axes.xaxis.set_minor_locator(NullLocator())
-        if len(counts) == 1:
-            axes.set_xlim(counts[0] - 1, counts[0] + 1)
-
-    def __call__(self, n: int, shift: float) -> float:
-        """Return the place of n for the curve that stands ``shift`` curves right of the middle."""
-        return n * 1.012**shift if self._is_log else n + self._step * shift
+    is_log = counts[-1] > 8 * counts[0]
+    if is_log:
+        axes.set_xscale("log", base=2)
+    ticks = counts if len(counts) <= 12 else counts[:: -(-len(counts) // 12)]
+    axes.set_xticks(ticks, [str(count) for count in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    if len(counts) == 1:
+        axes.set_xlim(counts[0] - 1, counts[0] + 1)
+    return Dodge(counts, curves, is_log=is_log)
 
 
 def _legend_height(count: int) -> float:

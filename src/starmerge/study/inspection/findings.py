@@ -6,6 +6,7 @@ is worth a look, not what a merge will keep; ``starmerge choose`` finds that out
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -67,6 +68,8 @@ task's own answer, and stronger than what it keeps of the task."""
 
 _MOST_NAMED = 3
 
+_BY_OUTPUTS = "-m covariance+own_response -p covariance.side=output"
+
 Topic = Literal[
     "nothing", "size", "rounding", "noise", "pair", "layers", "rank", "apart", "tensors", "kept"
 ]
@@ -81,6 +84,8 @@ class Finding:
     advice: str | None = None
     models: tuple[str, ...] = ()
     """Those that it is about, where it is about some."""
+    options: str | None = None
+    """Options of ``starmerge merge`` that do as advised, as a shell reads them."""
 
     def record(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -89,6 +94,7 @@ class Finding:
             "text": self.text,
             "advice": self.advice,
             "models": list(self.models),
+            "options": self.options,
         }
 
     def __str__(self) -> str:
@@ -161,6 +167,7 @@ def _sizes(models: Sequence[Record]) -> Iterator[Finding]:
                 f"{names[0]} is {ratio:.1f} times as large as {names[1]}.",
                 _equalised(large["model"], 1 / ratio),
                 names,
+                _weighted(large["model"], 1 / ratio),
             )
         return
     typical = median(model["norm"] for model in models)
@@ -173,6 +180,7 @@ def _sizes(models: Sequence[Record]) -> Iterator[Finding]:
                 "in a sum or an average it drowns them.",
                 _equalised(model["model"], typical / model["norm"]),
                 (model["model"],),
+                _weighted(model["model"], typical / model["norm"]),
             )
     for model in models:
         times = model["times_others"]
@@ -181,16 +189,22 @@ def _sizes(models: Sequence[Record]) -> Iterator[Finding]:
                 "size",
                 f"{model['model']} is {1 / times:.1f} times smaller than the others (median of "
                 "norms): it may be drowned.",
-                f"Try -m average -w {model['model']}={min(1 / times, 4):.2g}.",
+                f"Try {_weighted(model['model'], min(1 / times, 4))}.",
                 (model["model"],),
+                _weighted(model["model"], min(1 / times, 4)),
             )
 
 
 def _equalised(name: str, weight: float) -> str:
     return (
-        f"Try -m average -w {name}={weight:.2g}, or let starmerge choose race -m auto -m average "
+        f"Try {_weighted(name, weight)}, or let starmerge choose race -m auto -m average "
         "-m shares:response=0.5."
     )
+
+
+def _weighted(name: str, weight: float) -> str:
+    """Return the options of an average with a model's weight, as a shell reads them."""
+    return f"-m average -w {shlex.quote(f'{name}={weight:.2g}')}"
 
 
 def _rounding(models: Sequence[Record], dtype: str) -> Iterator[Finding]:
@@ -205,6 +219,7 @@ def _rounding(models: Sequence[Record], dtype: str) -> Iterator[Finding]:
             "models, and keeps less.",
             "Merge with --dtype float32, or as an adapter (--as adapter).",
             tuple(model["model"] for model in hurt),
+            "--dtype float32",
         )
 
 
@@ -220,6 +235,7 @@ def _noise(models: Sequence[Record]) -> Iterator[Finding]:
             "star drops it by itself; before other spectral merges write denoise, as in "
             "-m denoise+shares, which -m auto does.",
             tuple(model["model"] for model in noisy),
+            "-m denoise+shares",
         )
 
 
@@ -243,6 +259,7 @@ def _pairs(conflicts: Sequence[Record], *, has_adapters: bool) -> Iterator[Findi
             f"{pair['sign_conflict']:.0%} of the magnitude with different signs).",
             "Merge one of them with the rest, or let ties elect signs: -m ties.",
             (pair["a"], pair["b"]),
+            "-m ties",
         )
     loud = [
         (float(pair[f"{x}_on_{y}"]), pair[x], pair[y])
@@ -260,6 +277,7 @@ def _pairs(conflicts: Sequence[Record], *, has_adapters: bool) -> Iterator[Findi
             "Merges that divide shared directions keep such tasks apart: -m auto, "
             "-m covariance+own_response, -m tsv_m.",
             tuple(dict.fromkeys(name for _, one, other in loud[:3] for name in (one, other))),
+            "-m auto",
         )
     for side, words in (("in", "input"), ("out", "output")):
         shared = [
@@ -274,12 +292,12 @@ def _pairs(conflicts: Sequence[Record], *, has_adapters: bool) -> Iterator[Findi
             if side == "out":
                 how = (
                     "The tasks push the same outputs: try -m pico+task_arithmetic+mean_norm, or "
-                    "-m covariance+own_response -p covariance.side=output."
+                    f"{_BY_OUTPUTS}."
                 )
             else:
                 how = (
                     "Merges that tell tasks apart by their inputs have little to go by: try "
-                    "-m covariance+own_response -p covariance.side=output."
+                    f"{_BY_OUTPUTS}."
                 )
                 if has_adapters:
                     how += " Adapters trained from one seed share their first A, and so inputs."
@@ -290,6 +308,7 @@ def _pairs(conflicts: Sequence[Record], *, has_adapters: bool) -> Iterator[Findi
                 f"{top[f'chance_{side}']:.3f}).",
                 how,
                 (top["a"], top["b"]),
+                _BY_OUTPUTS if side == "in" else "-m pico+task_arithmetic+mean_norm",
             )
     known = [pair for pair in conflicts if pair["a_on_b"] is not None]
     if known and not (same or against or loud):
@@ -299,6 +318,7 @@ def _pairs(conflicts: Sequence[Record], *, has_adapters: bool) -> Iterator[Findi
             f"No pair clashes: no task answers more than {most:.2f} times as strongly to "
             "another's inputs as the other itself.",
             "Averaging then weakens more than it mixes up: try -m auto.",
+            options="-m auto",
         )
 
 
@@ -316,12 +336,14 @@ def _places(
     if high:
         first = high[0][0]
         pattern = f"*.{first.split()[-1]}.*" if first in by_layer else f"*{first.split()[-1]}*"
+        fewer = f'-m star -p \'eta={{"{pattern}": 20, "*": 40}}\''
         named = _listed([f"{name} ({value:.2f})" for name, value in high])
         yield Finding(
             "layers",
             f"Tasks clash most in {named}; in the whole model one answers to another's inputs "
             f"{conflict:.2f} times as strongly as the other itself.",
-            f'STAR can keep less there: -m star -p \'eta={{"{pattern}": 20, "*": 40}}\'.',
+            f"STAR can keep less there: {fewer}.",
+            options=fewer,
         )
 
 
@@ -338,6 +360,7 @@ def _ranks(models: Sequence[Record], eta: float) -> Iterator[Finding]:
             f"STAR at η = {eta:g} keeps {kept:.1f} of {rank:.1f} directions in the mean: one "
             f"singular value holds {top:.0%} of the nuclear norm.",
             "Then STAR is near an average of first directions: try -m star -p eta=60, or -m auto.",
+            options="-m star -p eta=60",
         )
 
 
@@ -388,6 +411,7 @@ def _kept(kept: Sequence[Record]) -> Iterator[Finding]:
                 "of what they do.",
                 "Merges that keep tasks apart may be stronger: try -m auto, or "
                 "-m covariance+own_response.",
+                options="-m auto",
             )
         for record in sorted(own, key=lambda r: float(r["own"])):
             if len(own) > 1 and record["own"] < BEHIND * typical:

@@ -136,7 +136,7 @@ class Inspection:
     @property
     def report(self) -> str:
         """The tables of models, pairs and merges, and the findings, in Markdown: one screen."""
-        return text.markdown(self._tables, self.findings, self._all_notes)
+        return text.markdown(self._tables, self.findings, self.all_notes)
 
     def __repr__(self) -> str:
         """Return a line on what was inspected, and the findings."""
@@ -146,14 +146,20 @@ class Inspection:
 
     def _repr_html_(self) -> str:
         """Return the report for notebooks."""
-        return text.html(self._tables, self.findings, self._all_notes)
+        return text.html(self._tables, self.findings, self.all_notes)
 
     @property
     def _tables(self) -> list[text.TextTable]:
         return text.tables(self.models, self.conflicts, self.kept)
 
     @property
-    def _all_notes(self) -> tuple[str, ...]:
+    def legends(self) -> list[str]:
+        """What the columns of the tables in the report mean, a paragraph for each table."""
+        return [table.legend for table in self._tables]
+
+    @property
+    def all_notes(self) -> tuple[str, ...]:
+        """The notes, and whether tensors were looked at in part."""
         if not self.sampled:
             return self.notes
         noun = "1 large tensor" if self.sampled == 1 else f"{self.sampled} large tensors"

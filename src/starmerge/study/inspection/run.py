@@ -36,6 +36,7 @@ from starmerge.study.inspection.inspection import Inspection, make_inspection
 from starmerge.study.inspection.look import TensorLook, look_at
 from starmerge.study.inspection.spectrum import LEADING
 from starmerge.study.inspection.totals import Subject
+from starmerge.study.names import model_name
 
 _Seen = TypeVar("_Seen")
 
@@ -131,7 +132,7 @@ def inspect(
     return make_inspection(
         found,
         [Subject(model.name, model.kind) for model in tasks],
-        base=opened.source.name or opened.source.path.name,
+        base=model_name(base),
         dtype=sizes.most_common(1)[0][0],
         eta=eta,
         notes=(*opened.notes, *(note for model in fine_tunes for note in model.notes)),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from starmerge.evaluation.grids import aligned
+from starmerge.evaluation.grids import aligned, html_table
 from starmerge.study.inspection.findings import Finding
 from starmerge.study.inspection.totals import Record
 
@@ -80,12 +80,7 @@ def html(shown: Sequence[TextTable], findings: Sequence[Finding], notes: Sequenc
     """Return the same in HTML, for notebooks."""
     parts = []
     for table in shown:
-        head, *body = table.rows
-        cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-        lines = "".join(
-            f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in body
-        )
-        parts.append(f"<table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table>")
+        parts.append(html_table(table.rows))
         parts.append(f"<p>{escape(f'{table.left_out} {table.legend}'.strip())}</p>")
     parts.append(f"<ul>{''.join(f'<li>{escape(str(finding))}</li>' for finding in findings)}</ul>")
     parts += [f"<p>Note: {escape(note)}</p>" for note in notes]

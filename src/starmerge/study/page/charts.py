@@ -15,17 +15,23 @@ import altair as alt
 
 from starmerge.errors import UsageError
 from starmerge.evaluation.subjects import BASE
+from starmerge.study.dodge import Dodge
 from starmerge.study.page.parts import Chart
-from starmerge.study.palette import BASE_COLOUR, BASE_DASHES, SEQUENTIAL, Look, looks, ordered_looks
+from starmerge.study.palette import (
+    BASE_COLOUR,
+    BASE_DASHES,
+    DIVERGING,
+    SEQUENTIAL,
+    Look,
+    looks,
+    ordered_looks,
+)
 
 Frame: TypeAlias = Any
 """A pandas.DataFrame, whose types mypy does not see."""
 
 TUNED = "fine-tuned"
 """The label of the fine-tunes' own scores, which :func:`dots` draws as a line."""
-
-DIVERGING = "blueorange"
-"""Colour scale for numbers around zero, such as cosines; zero is white."""
 
 _INK = "currentColor"
 _NARROW = 560
@@ -39,15 +45,15 @@ def dots(frame: Frame, *, title: str = "score", zero_to_one: bool = True) -> alt
     the base's dashed.
 
     Args:
-        frame: ``row`` (such as the task), ``label`` (such as the model), ``value``, ``low`` and
-            ``high``; all further columns are shown in the tooltips.
+        frame: ``row`` (such as the task), ``label`` (such as the model), ``value``, and ``low``
+            and ``high`` where there are intervals; all further columns are shown in the tooltips.
         title: Of the axis.
         zero_to_one: Whether the axis has 0 and 1 in any case.
 
     Raises:
         UsageError: There is nothing to draw.
     """
-    records = _records(frame, "value", "low", "high")
+    records = _records(frame, "value")
     rows = list(dict.fromkeys(record["row"] for record in records))
     labels = [
         label
@@ -58,7 +64,7 @@ def dots(frame: Frame, *, title: str = "score", zero_to_one: bool = True) -> alt
     ends = [
         number
         for record in records
-        for number in (record["value"], record["low"], record["high"])
+        for number in map(record.get, ("value", "low", "high"))
         if number is not None
     ]
     if zero_to_one:
@@ -115,6 +121,7 @@ def dots(frame: Frame, *, title: str = "score", zero_to_one: bool = True) -> alt
         place = alt.Chart(alt.Data(values=merged)).encode(
             y=y, tooltip=tooltip, **offset, **_coloured(shown, has_legend=has_legend)
         )
+        has_intervals = any(record.get("low") is not None for record in merged)
         rules = place.mark_rule(strokeWidth=1.6).encode(x=low, x2="high:Q")
         shape = _shape(shown, has_legend=has_legend)
         points = place.mark_point(filled=True, size=62, opacity=1).encode(x=x, shape=shape)
@@ -123,7 +130,7 @@ def dots(frame: Frame, *, title: str = "score", zero_to_one: bool = True) -> alt
             faded = alt.condition(chosen, alt.value(1), alt.value(0.15))
             rules = rules.encode(opacity=faded)
             points = points.encode(opacity=faded).add_params(chosen)
-        layers += [rules, points]
+        layers += [*([rules] if has_intervals else ()), points]
     height = len(rows) * (14 * max(2, len(labels) if is_shared else 1) + 14)
     return _wide(alt.layer(*layers), height)
 
@@ -163,13 +170,11 @@ def curves(
     ]
     for point in (*points, *single):
         point["series"] = f"n = {point['n']}" if by_count else point["label"]
-    values = [point["x"] for point in points]
-    scale = alt.Scale(zero=False, padding=12)
-    if x == "n" and max(values) > 8 * min(values) > 0:
-        scale = alt.Scale(type="log", base=2, padding=12)
-    axis = alt.Axis(values=sorted(set(values))) if len(set(values)) <= 12 else alt.Axis()
-    name = title or ("models in a merge" if x == "n" else x)
-    where = alt.X("x:Q", title=name, scale=scale, axis=axis)
+    values = sorted({point["x"] for point in points})
+    dodge = Dodge(values, len(series), is_log=_is_wide(values, x))
+    for point in (*points, *single):
+        point["place"] = dodge(point["x"], series.index(point["series"]))
+    where = _along(values, x, title or (f"{x} of {labels[0]}" if by_count else x))
     upright: dict[str, Any] = {
         "title": "normalised average, 95 % interval",
         "scale": alt.Scale(zero=False),
@@ -185,12 +190,15 @@ def curves(
         return chart.transform_filter("datum.n == models") if is_chosen else chart
 
     main = drawn(points).encode(
-        x=where, tooltip=tooltip, opacity=faded, **_coloured(shown, "series")
+        x=where,
+        tooltip=tooltip,
+        opacity=faded,
+        **_coloured(shown, "series"),
     )
     layers: list[Any] = [*_line_at_one(upright)]
     base = _base(single, counts)
     if x == "n" and len(base) > 1:
-        along = alt.X("n:Q", title=name, scale=scale)
+        along = _along(values, x, title or x, "n")
         line, last = (drawn(part).encode(x=along, y=level) for part in (base, base[-1:]))
         layers.append(line.mark_line(**_BASE_MARK).encode(tooltip=_BASE_TOOLTIP))
         layers.append(last.mark_text(text=BASE, dy=-9, fontSize=11, color=BASE_COLOUR))
@@ -231,6 +239,7 @@ def heat_map(
     y: str,
     value: str,
     *,
+    choice: str | None = None,
     diverging: bool = False,
     form: str = ".2f",
 ) -> alt.LayerChart:
@@ -238,31 +247,36 @@ def heat_map(
 
     Args:
         frame: A row for each pair; further columns are shown in the tooltips.
-        x: The column of ``frame`` with the names or numbers of the columns, in order.
-        y: The column of ``frame`` with the names or numbers of the rows, in order.
+        x: The column of ``frame`` with the names or numbers of the columns: in the order of its
+            categories if it has some, else of the rows.
+        y: The column of ``frame`` with the names or numbers of the rows, in the same order.
         value: The column of ``frame`` with the number.
+        choice: A column of names, of which the reader chooses one from a list; the colours mean
+            the same for all of them.
         diverging: Whether the numbers lie around zero, which then is the middle of the colours.
         form: How numbers are written, as D3 has it.
 
     Raises:
         UsageError: There is nothing to draw.
     """
-    names = {x: "x", y: "y", value: "value"}
+    names = {x: "x", y: "y", value: "value"} | ({choice: "choice"} if choice is not None else {})
     others = [column for column in frame.columns if column not in (*names, *names.values())]
     records = _records(frame[[*names, *others]].rename(columns=names), "value")
-    columns, rows = (list(dict.fromkeys(r[key] for r in records)) for key in ("x", "y"))
+    columns, rows = (_names_in(frame[key]) for key in (x, y))
+    titles = {"x": x, "y": y, "value": value, "choice": choice or ""}
     numbers = [record["value"] for record in records]
     limit = max(map(abs, numbers))
     if diverging:
-        scale = alt.Scale(scheme=DIVERGING, domain=[-limit, limit], domainMid=0)
+        ends = [-limit, -limit / 2, 0, limit / 2, limit] if limit else [-1, -0.5, 0, 0.5, 1]
+        scale = alt.Scale(range=list(DIVERGING), domain=ends)
         dark = f"abs(datum.value) > {0.7 * limit}"
     else:
-        scale = alt.Scale(scheme=SEQUENTIAL)
+        scale = alt.Scale(scheme=SEQUENTIAL, domain=[min(numbers), max(numbers)])
         dark = f"datum.value < {(min(numbers) + max(numbers)) / 2}"
-    cells = alt.Chart(alt.Data(values=records)).encode(
+    cells = _chosen(records, choice).encode(
         x=alt.X("x:N", title=x, sort=columns, axis=alt.Axis(labelAngle=-40, labelLimit=130)),
         y=alt.Y("y:N", title=y, sort=rows),
-        tooltip=_tooltip(records, ("y", "x", "value"), {"x": x, "y": y, "value": value}),
+        tooltip=_tooltip(records, ("choice", "y", "x", "value"), titles),
     )
     layers: list[Any] = [
         cells.mark_rect().encode(
@@ -276,8 +290,57 @@ def heat_map(
                 color=alt.condition(dark, alt.value("white"), alt.value("black")),
             )
         )
-    height = len(rows) * (26 if len(rows) <= 40 else 14)
-    return _wide(alt.layer(*layers), max(height, 60))
+    height = len(rows) * (26 if len(rows) <= 24 else 14)
+    return _wide(_with_list(alt.layer(*layers), records, choice), max(height, 60))
+
+
+def lines(
+    frame: Frame,
+    x: str,
+    y: str,
+    *,
+    choice: str | None = None,
+    level: tuple[float, str] | None = None,
+) -> alt.LayerChart:
+    """Draw numbers against a number, a line for each label.
+
+    Args:
+        frame: ``label`` and the columns named below, a row for each point.
+        x: The column with the places on the x-axis, and its title.
+        y: The column with the numbers, and the axis' title.
+        choice: A column of names, of which the reader chooses one from a list.
+        level: A number to draw a dashed line at, and what it is called.
+
+    Raises:
+        UsageError: There is nothing to draw.
+    """
+    names = {y: "value", x: "x"} | ({choice: "choice"} if choice is not None else {})
+    records = _records(frame[["label", *names]].rename(columns=names), "value", ("label", "choice"))
+    shown = looks(record["label"] for record in records)
+    upright: dict[str, Any] = {"title": y, "scale": alt.Scale(nice=False, zero=True)}
+    chosen = alt.selection_point(fields=["label"], bind="legend")
+    titles = {"x": x, "value": y, "choice": choice or ""}
+    curve = _chosen(records, choice).encode(
+        x=alt.X("x:Q", title=x, scale=alt.Scale(nice=False), axis=alt.Axis(tickMinStep=1)),
+        y=alt.Y("value:Q", **upright),
+        tooltip=_tooltip(records, ("label", "choice", "x", "value"), titles),
+        opacity=alt.condition(chosen, alt.value(1), alt.value(0.12)),
+        **_coloured(shown),
+    )
+    layers: list[Any] = []
+    if level is not None:
+        line = alt.Chart(alt.Data(values=[{"level": level[0]}]))
+        line = line.encode(y=alt.Y("level:Q", **upright))
+        name = line.mark_text(text=level[1], align="right", dy=-8, fontSize=11, color=_INK)
+        layers = [
+            line.mark_rule(color=_INK, opacity=0.6, strokeDash=list(BASE_DASHES)),
+            name.encode(x=alt.value("width")),
+        ]
+    layers += [
+        curve.mark_line(strokeWidth=2).encode(strokeDash=_dashed(shown, "label")),
+        curve.mark_point(filled=True, size=44).encode(shape=_shape(shown)).add_params(chosen),
+    ]
+    return _wide(_with_list(alt.layer(*layers), records, choice), 360)
 
 
 def specification(part: Chart) -> dict[str, Any]:
@@ -314,17 +377,43 @@ def specification(part: Chart) -> dict[str, Any]:
     return found
 
 
+def _chosen(records: Sequence[Mapping[str, Any]], choice: str | None) -> alt.Chart:
+    """Return a chart of the records, of those that the reader has chosen if there is a choice."""
+    chart = alt.Chart(alt.Data(values=list(records)))
+    return chart if choice is None else chart.transform_filter("datum.choice == shown")
+
+
+def _with_list(
+    chart: alt.LayerChart, records: Sequence[Mapping[str, Any]], choice: str | None
+) -> alt.LayerChart:
+    """Return a chart with the list that the reader chooses from, the first chosen."""
+    if choice is None:
+        return chart
+    options = list(dict.fromkeys(record["choice"] for record in records))
+    listed = alt.binding_select(options=options, name=f"{choice} ")
+    return chart.add_params(alt.param(name="shown", value=options[0], bind=listed))
+
+
 def _wide(chart: alt.LayerChart, height: int) -> alt.LayerChart:
     return chart.properties(width="container", height=height)
 
 
-def _records(frame: Frame, *numbers: str) -> list[dict[str, Any]]:
-    """Return the rows whose first number there is, as plain data; all that is no number is text."""
+def _names_in(column: Any) -> list[str]:
+    """Return the names in a column of a frame, each once: its categories, if it has some."""
+    names = column.cat.categories if hasattr(column, "cat") else column
+    return list(dict.fromkeys(str(_plain(name)) for name in names))
+
+
+_NAMES = ("row", "label", "x", "y", "choice")
+
+
+def _records(frame: Frame, number: str, names: Sequence[str] = _NAMES) -> list[dict[str, Any]]:
+    """Return the rows in which a column has a number, as plain data; ``names`` become text."""
     found = []
     for row in frame.to_dict("records"):
         record = {str(key): _plain(value) for key, value in row.items()}
-        if record[numbers[0]] is not None:
-            record |= {key: str(record[key]) for key in ("row", "label", "x", "y") if key in record}
+        if record[number] is not None:
+            record |= {key: str(record[key]) for key in names if key in record}
             found.append(record)
     if not found:
         raise UsageError("There are no numbers to draw a chart of.")
@@ -361,6 +450,20 @@ def _points(rows: Iterable[Mapping[str, Any]], x: str) -> list[dict[str, Any]]:
             point["models"] = ", ".join(map(str, row["models"]))
         found.append(point)
     return found
+
+
+def _is_wide(values: Sequence[float], x: str) -> bool:
+    """Tell whether numbers of models, rising, are shown on a logarithmic scale."""
+    return x == "n" and values[-1] > 8 * values[0] > 0
+
+
+def _along(values: Sequence[float], x: str, title: str, field: str = "place") -> alt.X:
+    """Return the x-axis of curves, with a tick at each of its values, of many at round numbers."""
+    log = {"type": "log", "base": 2} if _is_wide(values, x) else {"zero": False}
+    # As they are written elsewhere: 2 and 0.25, not 2.00.
+    axis = alt.Axis(values=list(values), format="~g") if len(values) <= 12 else alt.Axis()
+    title = "models in a merge" if title == "n" else title
+    return alt.X(f"{field}:Q", title=title, scale=alt.Scale(padding=12, **log), axis=axis)
 
 
 _BASE_MARK: dict[str, Any] = {
@@ -409,7 +512,10 @@ def _line_at_one(upright: Mapping[str, Any]) -> list[alt.Chart]:
 
 
 def _coloured(
-    shown: Mapping[str, Look], key: str = "label", *, has_legend: bool = True
+    shown: Mapping[str, Look],
+    key: str = "label",
+    *,
+    has_legend: bool = True,
 ) -> dict[str, Any]:
     """Return the encoding of colour, with a legend above in as many columns as have place."""
     longest = max((min(len(name), 40) for name in shown), default=1)
@@ -442,7 +548,7 @@ def _tooltip(
 ) -> list[alt.Tooltip]:
     """Return tooltips of the columns, those in ``first`` first; of the rest, flat ones."""
     keys = [key for key in first if any(key in record for record in records)]
-    known = {*keys, "series", "method", "base"}
+    known = {*keys, "series", "place", "method", "base"}
     keys += [key for key in records[0] if key not in known and key.isidentifier()]
     found = []
     for key in dict.fromkeys(keys):

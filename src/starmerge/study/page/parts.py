@@ -83,10 +83,13 @@ class Table:
         records = self.frame.to_dict("records")
         return [[self._cell(record, column) for column in self.columns] for record in records]
 
-    def is_number(self, column: Any) -> bool:
-        """Tell whether a column holds numbers and nothing else."""
-        values = [_value(value) for value in self.frame[column]]
-        return all(value is None or isinstance(value, int | float) for value in values)
+    @property
+    def numeric(self) -> list[bool]:
+        """For each column that is shown whether it holds numbers and nothing else."""
+        return [
+            all(value is None or isinstance(value, int | float) for value in map(_value, values))
+            for values in (self.frame[column] for column in self.columns)
+        ]
 
     def _cell(self, record: Mapping[Any, Any], column: Any) -> Cell:
         value = _value(record[column])

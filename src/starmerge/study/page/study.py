@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 
 import pandas as pd
 
 from starmerge.evaluation.subjects import BASE
+from starmerge.methods.pipeline import make_pipeline
 from starmerge.study.averages import Averages, RunAverage
 from starmerge.study.frames import (
     best_by_number,
@@ -48,10 +50,11 @@ def study_page(store: Store) -> Page:
     averages = Averages(store)
     head = store.head
     merges = [record for record in store.records if record.run.kind == "merge"]
+    name, about = head["study"]["name"], head["study"]["description"].strip().removesuffix(".")
     subtitle = (
-        f"{head['study']['description']} {len(merges)} merges of {len(head['models'])} fine-tunes "
-        f"of {head['base']['name']}, asked {len(head['tasks'])} tasks."
-    ).strip()
+        f"{f'Study {name}: ' if about else ''}{len(merges)} merges of {len(head['models'])} "
+        f"fine-tunes of {head['base']['name']}, asked {len(head['tasks'])} tasks."
+    )
     grids = [grid for grid in best_of_grids(averages) if grid.points > 1]
     sections = [
         Section("Summary", _summary(averages)),
@@ -62,7 +65,7 @@ def study_page(store: Store) -> Page:
         Section("All runs", [_runs(averages)]),
         Section("How to read this", _reading(averages)),
     ]  # fmt: skip
-    return Page(f"Study: {head['study']['name']}", subtitle, sections)
+    return Page(about or f"Study: {name}", subtitle, sections)
 
 
 def _summary(averages: Averages) -> list[Part]:
@@ -104,6 +107,8 @@ def _comparison(averages: Averages, runs: list[RunAverage], first: str, second: 
     of = {label: [run for run in runs if run.label == label] for label in (first, second)}
     found = averages.difference(of[first], of[second])
     verdict = f"{first} is better" if found.clear else "no clear difference"
+    if found.value == found.low == found.high == 0:
+        return f"{first} and {second} score the same on these rows."
     return (
         f"{first} − {second}: {found.value:+.3f}, paired 95 % interval [{found.low:+.3f}, "
         f"{found.high:+.3f}]: {verdict}."
@@ -180,7 +185,7 @@ def _tasks(averages: Averages, entry: FigureEntry) -> list[Part]:
     shares = shares_by_task(averages, entry.methods)
     return [
         Chart(
-            heat_map(shares, "label", "task", "share"),
+            heat_map(shares.rename(columns={"label": "method"}), "method", "task", "share"),
             title_of(averages.store, entry),
             "A row for each task, a column for each setting, at the most merged models; 1 is as "
             "good as the fine-tune.",
@@ -248,6 +253,7 @@ def _runs(averages: Averages) -> Table:
         intervals={"score": ("low", "high")},
         titles={
             "label": "method",
+            "n": "merged",
             "unparsed": "unreadable",
             "merging": "merging, s",
             "asking": "asking, s",
@@ -262,12 +268,17 @@ def _reading(averages: Averages) -> list[Part]:
     most = max(run.n for run in averages.runs)
     runs = [run for run in averages.runs if run.n == most]
     best = max(runs, key=lambda run: run.value).record.run
-    settings = "".join(f" -p {key}={json.dumps(v)}" for key, v in best.parameters.items())
+    usual = make_pipeline(best.method).parameters()
+    settings = "".join(
+        f" -p {shlex.quote(f'{key}={value if isinstance(value, str) else json.dumps(value)}')}"
+        for key, value in best.parameters.items()
+        if value != usual[key]
+    )
     parts: list[Part] = [
         Notes([LEGEND, *failures(store)]),
         Copy(
             f"The best single merge of {most} models, with yours in place of BASE and MODEL",
-            f"starmerge merge BASE MODEL... -m {best.method}{settings} -o merged",
+            f"starmerge merge BASE MODEL... -m {shlex.quote(best.method)}{settings} -o merged",
         ),
     ]
     content = {key: value for key, value in store.head.items() if key != "schema"}

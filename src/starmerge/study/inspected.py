@@ -14,7 +14,6 @@ from typing import get_args
 
 from starmerge.checkpoints.writer import json_bytes
 from starmerge.storage.publishing import Replaceable, check_output, output_folder
-from starmerge.study.inspection import pictures
 from starmerge.study.inspection.inspection import Inspection, Table
 
 _JSON = "inspection.json"
@@ -51,6 +50,8 @@ def write_inspection(folder: Path, inspection: Inspection, *, overwrite: bool = 
         StarmergeError: The disk is full, or fails otherwise.
     """
     check_folder(folder, overwrite=overwrite)
+    from starmerge.study.figures.inspection import plots_of  # noqa: PLC0415  (slow to import)
+
     with output_folder(folder, overwrite=overwrite, kind=_KIND) as made:
         made.put(_JSON, json_bytes(inspection.to_json()))
         made.put(_REPORT, f"{inspection.report}\n".encode())
@@ -58,6 +59,6 @@ def write_inspection(folder: Path, inspection: Inspection, *, overwrite: bool = 
             frame = inspection.to_frame(table)
             if len(frame):
                 frame.to_csv(made.path / f"{table}.csv", index=False)
-        for name, plot in pictures.all_pictures(inspection).items():
+        for name, plot in plots_of(inspection).items():
             for suffix in ("png", "pdf"):
                 plot(inspection, made.path / f"{name}.{suffix}")
