@@ -130,7 +130,7 @@ def study(
         find_study(name),
         suite=suite,
         base=base,
-        numbers=None if numbers is None else [_number(part) for part in numbers.split(",")],
+        numbers=None if numbers is None else [part.strip() for part in numbers.split(",")],
         combinations=combinations,
         scorer=scorer,
         rows=rows,
@@ -175,11 +175,6 @@ def _changed(study: Study, **changes: Any) -> Study:
 
     given = {key: value for key, value in changes.items() if value is not None}
     return make_study(study.model_dump(exclude_unset=True) | given)
-
-
-def _number(text: str) -> int | str:
-    text = text.strip()
-    return int(text) if text.isdecimal() else text
 
 
 def _show(study: Study, name: str) -> None:

@@ -110,11 +110,11 @@ class Store:
             StarmergeError: The disk is full, or fails otherwise.
         """
         whole = [_identity(run) | without_nan(line) for line in lines]
-        text = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in whole)
+        texts = [json.dumps(line, ensure_ascii=False, default=str) for line in whole]
         file = self.folder / RUNS
         try:
             with file.open("ab") as stream:
-                stream.write(text.encode())
+                stream.write("".join(f"{text}\n" for text in texts).encode())
                 stream.flush()
                 os.fsync(stream.fileno())
         except OSError as error:
@@ -122,7 +122,7 @@ class Store:
                 f"{file} cannot be written: {error}. All runs before this one are there: run the "
                 "same command again to go on."
             ) from error
-        self._records[run.key] = Record(run, tuple(map(parse_json, text.splitlines())))
+        self._records[run.key] = Record(run, tuple(map(parse_json, texts)))
 
     def to_frame(self) -> pd.DataFrame:
         """Return the lines as a pandas DataFrame, without those of runs that failed."""
@@ -294,6 +294,7 @@ def _read_runs(folder: Path) -> tuple[dict[str, Record], int | None]:
         try:
             line = parse_json(raw)
             run = _run_of(line)
+            _check_follows(line, run, pending)
         except (ValueError, KeyError, TypeError) as error:
             if end == len(content) and not raw.endswith(b"\n"):
                 return records, begin
@@ -308,6 +309,29 @@ def _read_runs(folder: Path) -> tuple[dict[str, Record], int | None]:
             records[run.key] = Record(run, tuple(pending))
             pending, begin = [], end
     return records, begin if pending else None
+
+
+def _check_follows(line: Mapping[str, Any], run: Run, pending: Sequence[Mapping[str, Any]]) -> None:
+    """Make sure that a line is the next one of its run.
+
+    Args:
+        line: The line.
+        run: Its run.
+        pending: The lines before it, of a run that is not complete.
+
+    Raises:
+        ValueError: It is not; the message says why.
+    """
+    if pending and _run_of(pending[0]).key != run.key:
+        raise ValueError("the run before it lacks a line")
+    if "error" in line:
+        if pending:
+            raise ValueError("its run has scores and an error")
+        return
+    if line["task"] != run.tasks[len(pending)]:
+        raise ValueError(f"its task is {line['task']!r}, not {run.tasks[len(pending)]!r}")
+    if not line["rows"] == len(line["seen"]) > 0:
+        raise ValueError(f"it says {line['rows']} rows and has {len(line['seen'])}")
 
 
 def _identity(run: Run) -> dict[str, Any]:
