@@ -140,6 +140,22 @@ def test_more_combinations_than_there_are_cost_nothing() -> None:
     assert len(runs_of(study, pool_of(study))) < 100
 
 
+@pytest.mark.parametrize(
+    ("figure", "message"),
+    [
+        ({"figure": "parameter", "parameter": "etta"}, "'etta', which none .* Did you mean 'eta'"),
+        ({"figure": "best", "parameter": "eta", "methods": ["average"]}, "none of its methods has"),
+        ({"figure": "number", "methods": ["ties"]}, "of ties, and its methods are average, star"),
+    ],
+)
+def test_a_figure_of_what_a_study_lacks_is_refused_before_it_runs(
+    figure: dict[str, object], message: str
+) -> None:
+    study = small(figures=[figure])
+    with pytest.raises(UsageError, match=message):
+        runs_of(study, pool_of(study))
+
+
 def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
     texts = "labels: {a: [a], b: [b]}\nprompt: '{input}'\nname: past\nsource: {file: rows.jsonl}\n"
     (tmp_path / "rows.jsonl").write_text('{"input": "x", "label": "a"}\n')

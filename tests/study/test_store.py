@@ -164,6 +164,13 @@ def test_two_processes_do_not_add_to_one_store(tmp_path: Path) -> None:
         pass
 
 
+def test_a_store_may_be_named_by_a_link(tmp_path: Path) -> None:
+    study, store = written_store(tmp_path / "s")
+    (tmp_path / "link").symlink_to(tmp_path / "s")
+    with open_store(tmp_path / "link", head_of(study)) as linked:
+        assert len(linked.records) == len(store.records)
+
+
 def test_only_a_store_is_added_to(tmp_path: Path) -> None:
     study, _ = written_store(tmp_path / "s")
     (tmp_path / "other").mkdir()

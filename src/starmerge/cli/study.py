@@ -109,7 +109,7 @@ def study(
     Example: starmerge study runs
     """
     from starmerge.study.execute import Laboratory
-    from starmerge.study.store import is_store, load_store, open_store
+    from starmerge.study.store import check_same, is_store, load_store, open_store
     from starmerge.study.study_file import find_study, studies
 
     if name is None:
@@ -146,7 +146,10 @@ def study(
         any_base=any_base,
     )
     if dry_run:
-        known_runs = load_store(output) if output is not None and is_store(output) else None
+        known_runs = None
+        if output is not None and is_store(output):
+            known_runs = load_store(output)
+            check_same(output, known_runs.head, laboratory.head())
         print(laboratory.estimate(known_runs))
         return
     assert output is not None  # or the study was shown

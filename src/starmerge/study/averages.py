@@ -77,8 +77,13 @@ class Averages:
         self._tuned = {r.run.models[0]: r for r in records if r.run.kind == "fine-tune"}
         self._counts: dict[int, NDArray[np.float64]] = {}
         self._known: dict[tuple[str, str], NDArray[np.float64]] = {}
-        found = (self._average(r) for r in records if r.run.kind == "merge")
+        merges = [record for record in records if record.run.kind == "merge"]
+        found = [self._average(record) for record in merges]
         self.runs = tuple(average for average in found if average is not None)
+        self.left_out = tuple(
+            record for record, average in zip(merges, found, strict=True) if average is None
+        )
+        """Merges with a task that no fine-tune has a score above 0 on."""
         if not self.runs:
             raise UsageError(
                 f"{store.folder} has no merge yet all of whose tasks have a fine-tune with a score "

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from starmerge.errors import UsageError
+from starmerge.errors import UsageError, nearest
 from starmerge.methods.pipeline import Pipeline, make_pipeline
 from starmerge.study.candidates import candidate_name
 from starmerge.study.study_file import SEED, Pool, Study
@@ -75,13 +75,14 @@ def runs_of(study: Study, pool: Pool) -> list[Run]:
     other numbers, and the first ones not on how many there are.
 
     Raises:
-        UsageError: A method cannot be made, a merge stands there twice, or no number of models is
-            left.
+        UsageError: A method cannot be made, a merge stands there twice, no number of models is
+            left, or a figure is of methods or a parameter that the study lacks.
     """
     names = tuple(pool.models)
     found = [Run("base", (), tuple(pool.tasks))]
     found += [Run("fine-tune", (name,), (pool.task_of[name],)) for name in names]
     pipelines = [p for entry in study.methods for p in entry.pipelines(study.seeds)]
+    _check_figures(study, pipelines)
     sets = {
         number: combinations(names, number, study.combinations, study.seed)
         for number in numbers_of(study, len(names))
@@ -106,6 +107,34 @@ def runs_of(study: Study, pool: Pool) -> list[Run]:
                 seen.add(run.key)
                 found.append(run)
     return found
+
+
+def _check_figures(study: Study, pipelines: Sequence[Pipeline]) -> None:
+    """Make sure that each figure of a study will have something to show.
+
+    Raises:
+        UsageError: One will not.
+    """
+    chains = {pipeline.name: pipeline for pipeline in pipelines}
+    for entry in study.figures:
+        shown = chains if entry.methods is None else entry.methods
+        if not chains.keys() & set(shown):
+            raise UsageError(
+                f"The study {study.name} has a figure {entry.figure!r} of {', '.join(shown)}, and "
+                f"its methods are {', '.join(chains)}."
+            )
+        names = {
+            key.rpartition(".")[2]
+            for name in shown
+            if name in chains
+            for key in chains[name].parameters()
+        }
+        if entry.parameter is not None and entry.parameter not in names:
+            raise UsageError(
+                f"The study {study.name} has a figure {entry.figure!r} of the parameter "
+                f"{entry.parameter!r}, which none of its methods has."
+                f"{nearest(entry.parameter, names) if names else ''}"
+            )
 
 
 def numbers_of(study: Study, size: int) -> list[int]:

@@ -175,13 +175,13 @@ def open_store(folder: Path, head: Mapping[str, Any], *, retry: bool = False) ->
         StarmergeError: The store is damaged, or the disk fails.
     """
     begun = _begin(folder, head)
-    descriptor = lock(folder)
+    descriptor = lock(folder.resolve())
     if descriptor is None:
         raise UsageError(f"{folder} is in use by another run. Wait for it, or give another folder.")
     try:
         known = _read_head(folder)
         if not begun:
-            _check_same(folder, known, head)
+            check_same(folder, known, head)
         records, end = _read_runs(folder)
         if end is not None:
             with (folder / RUNS).open("r+b") as stream:
@@ -252,7 +252,7 @@ def _read_head(folder: Path) -> dict[str, Any]:
     return head
 
 
-def _check_same(folder: Path, known: Mapping[str, Any], head: Mapping[str, Any]) -> None:
+def check_same(folder: Path, known: Mapping[str, Any], head: Mapping[str, Any]) -> None:
     """Make sure that runs under two heads may stand in one store.
 
     Raises:

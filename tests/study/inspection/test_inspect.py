@@ -393,7 +393,7 @@ def test_pictures_show_names_and_numbers(
     import matplotlib.pyplot as plt
 
     long = "a name that is much longer than any table has room for"
-    models = {long: adapters["one"], "two": adapters["two"], "three": adapters["three"]}
+    models = {long: adapters["one"], "two": adapters["two"], "$x_$": adapters["three"]}
     found = sm.inspect(tiny_base, models, methods=["average", "star"])
     plots = pictures.all_pictures(found)
     assert list(plots) == ["ranks", "spectra", "conflicts", "kept"]
@@ -403,6 +403,7 @@ def test_pictures_show_names_and_numbers(
             plot(found, tmp_path / f"{name}.svg")
         texts[name] = (tmp_path / f"{name}.svg").read_text()
         assert "two" in texts[name]
+        assert "$x_$" in texts[name]
         assert long not in texts[name]
         assert "a name that is much l…" in texts[name]
         assert str(tmp_path) not in texts[name]

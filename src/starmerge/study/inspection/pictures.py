@@ -308,7 +308,9 @@ def _matrix(axis: Axes, matrix: Grid, names: Sequence[str], title: str) -> None:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
+    """Return the beginning of a name, as matplotlib writes it: between two $ it reads formulas."""
+    shown = name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
+    return shown.replace("$", r"\$")
 
 
 def _save(figure: Figure, path: Path) -> None:
