@@ -2,12 +2,13 @@
 
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from starmerge.errors import StarmergeError, UsageError
+from starmerge.errors import Interrupted, StarmergeError, UsageError
 from starmerge.study.runs import runs_of
 from starmerge.study.store import HEAD, RUNS, load_store, open_store
 from starmerge.study.study_file import pool_of
@@ -162,6 +163,17 @@ def test_two_processes_do_not_add_to_one_store(tmp_path: Path) -> None:
         open_store(tmp_path / "s", head_of(study)),
     ):
         pass
+
+
+def test_a_signal_tells_of_the_store_that_stays(tmp_path: Path) -> None:
+    study, store = written_store(tmp_path / "s")
+    with (
+        pytest.raises(Interrupted) as interruption,
+        open_store(tmp_path / "s", head_of(study)),
+    ):
+        raise Interrupted(signal.SIGINT)
+    assert interruption.value.kept == [tmp_path / "s"]
+    assert len(load_store(tmp_path / "s").records) == len(store.records)
 
 
 def test_a_store_may_be_named_by_a_link(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starmerge.checkpoints.writer import json_bytes
-from starmerge.errors import StarmergeError, UsageError
+from starmerge.errors import Interrupted, StarmergeError, UsageError
 from starmerge.evaluation.results import without_nan
 from starmerge.evaluation.scoring.metrics import Score
 from starmerge.parsing import parse_json
@@ -195,6 +195,9 @@ def open_store(folder: Path, head: Mapping[str, Any], *, retry: bool = False) ->
             _write_head(folder, head)
             store = Store(folder, head, {record.run.key: record for record in store.records})
         yield store
+    except Interrupted as interruption:
+        interruption.kept.append(folder)
+        raise
     finally:
         os.close(descriptor)
 
