@@ -1,5 +1,6 @@
 """Averages over runs against NumPy that resamples single rows, and against the evaluation's own."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ from starmerge.evaluation.scoring.comparison import normalised_average
 from starmerge.evaluation.scoring.metrics import METRICS, RESAMPLES, Prediction, Score, score
 from starmerge.study.averages import Averages
 from starmerge.study.grids import best_of_grids, best_parameters
+from starmerge.study.outcome import named_figures, write_outcome
 from starmerge.study.runs import Run
-from starmerge.study.store import Record, Store, line_of, load_store
+from starmerge.study.store import Record, Store, line_of, load_store, open_store
 from starmerge.study.tables import by_task, grids, markdown, report
-from tests.study.studies import ROWS, written_store
+from tests.study.studies import ROWS, head_of, written_store
 
 TASKS = ["past", "plural", "pos", "digits"]
 
@@ -275,6 +277,70 @@ def test_merges_with_a_task_that_no_fine_tune_can_do_are_counted(tmp_path: Path)
     records[key] = Record(records[key].run, (dict(line) | {"seen": [0] * ROWS, "score": 0.0},))
     averages = Averages(Store(store.folder, store.head, records))
     merges = [r for r in records.values() if r.run.kind == "merge"]
-    assert averages.left_out == sum("pos" in record.run.tasks for record in merges) > 0
-    assert len(averages.runs) == len(merges) - averages.left_out
-    assert f"{averages.left_out} merges are left out: the fine-tunes of pos" in report(averages)
+    assert averages.left_out == tuple(r for r in merges if "pos" in r.run.tasks) != ()
+    assert len(averages.runs) == len(merges) - len(averages.left_out)
+    said = f"{len(averages.left_out)} of {len(merges)} merges are left out: no fine-tune has"
+    assert said in report(averages)
+
+
+def test_what_failed_and_what_is_left_out_is_said(tmp_path: Path) -> None:
+    study, store = written_store(tmp_path / "s")
+    runs = [(record.run, record.lines) for record in store.records]
+    failed = next(run for run, _ in runs if run.models == ("past",))
+    with open_store(tmp_path / "one", head_of(study)) as one:
+        for run, lines in runs:
+            one.add(run, [{"error": "it broke"}] if run == failed else lines)
+    text = report(Averages(one))
+    without = [run for run, _ in runs if run.kind == "merge" and "past" in run.models]
+    merges = [run for run, _ in runs if run.kind == "merge"]
+    assert (
+        f"{len(without)} of {len(merges)} merges are left out: no fine-tune has a score above 0 on "
+        "past." in text
+    )
+    assert "- fine-tune past: it broke" in text
+    assert "left out" not in report(Averages(store))
+    with open_store(tmp_path / "all", head_of(study)) as every:
+        for run, lines in runs:
+            every.add(run, [{"error": "it broke"}] if run.kind == "merge" else lines)
+    with pytest.raises(UsageError, match=r"no merge yet[\s\S]*- average, star.*: it broke"):
+        write_outcome(every)
+
+
+def test_figures_that_nothing_is_there_for_yet_are_left_out(tmp_path: Path) -> None:
+    study, store = written_store(tmp_path / "s")
+    figures = [
+        {"figure": "best", "parameter": "eta"},
+        {"figure": "parameter", "parameter": "eta"},
+        {"figure": "tasks", "methods": ["star"]},
+        {"figure": "tasks"},
+        {"figure": "tasks", "methods": ["average"]},
+    ]
+    head = head_of(study)
+    head["study"]["figures"] = figures
+    for methods, stems in (
+        (("", "average"), ["tasks", "tasks_2"]),
+        (("", "average", "star"), ["best_eta", "parameter_eta", "tasks", "tasks_2", "tasks_3"]),
+    ):
+        with open_store(tmp_path / str(len(methods)), head) as part:
+            for record in store.records:
+                if record.run.method in methods:
+                    part.add(record.run, record.lines)
+        assert list(named_figures(part)) == stems
+
+
+def test_values_that_are_no_numbers_have_no_place_on_an_axis(tmp_path: Path) -> None:
+    study, store = written_store(tmp_path / "s")
+    head = head_of(study)
+    head["study"]["figures"] = [
+        {"figure": "best", "parameter": "eta"},
+        {"figure": "parameter", "parameter": "eta"},
+        {"figure": "parameter", "parameter": "rescale"},
+    ]
+    with open_store(tmp_path / "t", head) as other:
+        for record in store.records:
+            run = record.run
+            if run.parameters.get("eta") == 60:
+                run = replace(run, parameters={**run.parameters, "eta": {"*": 60}})
+            other.add(run, record.lines)
+    assert list(named_figures(other)) == ["best_eta", "parameter_eta"]
+    assert set(best_parameters(Averages(other), "eta").best) <= {20, 40}

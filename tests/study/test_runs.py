@@ -147,6 +147,19 @@ def test_what_is_wrong_with_a_study_is_said() -> None:
     fails("parameter belongs to", figures=[{"figure": "number", "parameter": "eta"}])
 
 
+def test_more_combinations_than_there_are_cost_nothing() -> None:
+    study = small(combinations=10**12)
+    assert len(runs_of(study, pool_of(study))) < 100
+
+
+def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
+    texts = "labels: {a: [a], b: [b]}\nprompt: '{input}'\nname: past\nsource: {file: rows.jsonl}\n"
+    (tmp_path / "rows.jsonl").write_text('{"input": "x", "label": "a"}\n')
+    (tmp_path / "past.yaml").write_text(texts)
+    with pytest.raises(UsageError, match="two tasks called 'past'"):
+        pool_of(small(tasks=("demo/past", str(tmp_path / "past.yaml"), *small().tasks)))
+
+
 def test_paths_of_a_file_begin_beside_it(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "mine.py").write_text(

@@ -2,12 +2,13 @@
 
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from starmerge.errors import StarmergeError, UsageError
+from starmerge.errors import Interrupted, StarmergeError, UsageError
 from starmerge.study.runs import runs_of
 from starmerge.study.store import HEAD, RUNS, load_store, open_store
 from starmerge.study.study_file import pool_of
@@ -60,6 +61,34 @@ def test_a_damaged_line_in_the_middle_is_said_and_nothing_is_removed(tmp_path: P
         ):
             pass
         assert file.read_bytes() == before
+
+
+def test_lines_that_are_not_the_next_of_their_run_are_damage(tmp_path: Path) -> None:
+    study, _ = written_store(tmp_path / "s")
+    file = tmp_path / "s" / RUNS
+    lines = file.read_bytes().splitlines(keepends=True)
+    short = json.dumps(json.loads(lines[1]) | {"seen": [1]}).encode() + b"\n"
+    for content, number, why in (
+        ([lines[0], *lines], 2, "its task is 'past', not 'plural'"),
+        ([*lines[:1], *lines[2:]], 2, "its task is 'pos', not 'plural'"),
+        ([*lines[:3], *lines[4:]], 4, "the run before it lacks a line"),
+        ([lines[0], short, *lines[2:]], 2, "it says 12 rows and has 1"),
+    ):
+        file.write_bytes(b"".join(content))
+        with pytest.raises(StarmergeError, match=f"line {number} is no line of a store .*{why}"):
+            load_store(tmp_path / "s")
+    file.write_bytes(b"".join(lines + lines[:4]))  # a run that stands there twice is the same run
+    assert len(load_store(tmp_path / "s").records) == len(runs_of(study, pool_of(study)))
+
+
+def test_texts_may_hold_any_character(tmp_path: Path) -> None:
+    study, store = written_store(tmp_path / "s")
+    run = store.records[0].run
+    line = dict(store.records[0].lines[0]) | {"error": "a\u2028b\x85c"}
+    with open_store(tmp_path / "s", head_of(study)) as again:
+        again.add(run, [line])
+        assert again.get(run) == load_store(tmp_path / "s").get(run)
+        assert again.get(run).error == "a\u2028b\x85c"
 
 
 @pytest.mark.parametrize(
@@ -136,6 +165,24 @@ def test_two_processes_do_not_add_to_one_store(tmp_path: Path) -> None:
         open_store(tmp_path / "s", head_of(study)),
     ):
         pass
+
+
+def test_a_signal_tells_of_the_store_that_stays(tmp_path: Path) -> None:
+    study, store = written_store(tmp_path / "s")
+    with (
+        pytest.raises(Interrupted) as interruption,
+        open_store(tmp_path / "s", head_of(study)),
+    ):
+        raise Interrupted(signal.SIGINT)
+    assert interruption.value.kept == [tmp_path / "s"]
+    assert len(load_store(tmp_path / "s").records) == len(store.records)
+
+
+def test_a_store_may_be_named_by_a_link(tmp_path: Path) -> None:
+    study, store = written_store(tmp_path / "s")
+    (tmp_path / "link").symlink_to(tmp_path / "s")
+    with open_store(tmp_path / "link", head_of(study)) as linked:
+        assert len(linked.records) == len(store.records)
 
 
 def test_only_a_store_is_added_to(tmp_path: Path) -> None:

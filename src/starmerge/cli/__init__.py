@@ -144,7 +144,7 @@ def _told(interruption: Interrupted) -> str:
     kept = " and ".join(map(str, interruption.kept))
     return (
         f"{name}. The partial output is kept in {kept}: run the same command again to go on with "
-        "it, or delete it with starmerge clean."
+        "it, or delete it (starmerge clean deletes what has a hidden name)."
     )
 
 

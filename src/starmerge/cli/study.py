@@ -109,7 +109,7 @@ def study(
     Example: starmerge study runs
     """
     from starmerge.study.execute import Laboratory
-    from starmerge.study.store import is_store, load_store, open_store
+    from starmerge.study.store import check_same, is_store, load_store, open_store
     from starmerge.study.study_file import find_study, studies
 
     if name is None:
@@ -131,7 +131,7 @@ def study(
         find_study(name),
         suite=suite,
         base=base,
-        numbers=None if numbers is None else [_number(part) for part in numbers.split(",")],
+        numbers=None if numbers is None else [part.strip() for part in numbers.split(",")],
         combinations=combinations,
         scorer=scorer,
         rows=rows,
@@ -147,7 +147,10 @@ def study(
         any_base=any_base,
     )
     if dry_run:
-        known_runs = load_store(output) if output is not None and is_store(output) else None
+        known_runs = None
+        if output is not None and is_store(output):
+            known_runs = load_store(output)
+            check_same(output, known_runs.head, laboratory.head())
         print(laboratory.estimate(known_runs))
         return
     assert output is not None  # or the study was shown
@@ -176,11 +179,6 @@ def _changed(study: Study, **changes: Any) -> Study:
 
     given = {key: value for key, value in changes.items() if value is not None}
     return make_study(study.model_dump(exclude_unset=True) | given)
-
-
-def _number(text: str) -> int | str:
-    text = text.strip()
-    return int(text) if text.isdecimal() else text
 
 
 def _show(study: Study, name: str) -> None:

@@ -83,7 +83,10 @@ class Averages:
         merges = [record for record in records if record.run.kind == "merge"]
         found = [self._average(record) for record in merges]
         self.runs = tuple(average for average in found if average is not None)
-        self.left_out = len(found) - len(self.runs)
+        self.left_out = tuple(
+            record for record, average in zip(merges, found, strict=True) if average is None
+        )
+        """Merges with a task that no fine-tune has a score above 0 on."""
         if not self.runs:
             raise UsageError(
                 f"{store.folder} has {len(merges)} merges, and none all of whose tasks have a "

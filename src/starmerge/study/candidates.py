@@ -53,7 +53,12 @@ def _as_json(value: Any) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    is_short = isinstance(value, float) and value.is_integer() and abs(value) < _LONG
+    return int(value) if is_short else value
+
+
+_LONG = 1e15
+"""From here on a number is written with its power of ten."""
 
 
 def named_candidates(

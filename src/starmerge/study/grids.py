@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -100,11 +100,12 @@ def best_parameters(averages: Averages, parameter: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["label", "n", "best", "low", "high", "value"])
 
 
-def value_of(run: RunAverage, parameter: str) -> Any:
-    """Return a parameter of a run's chain; None if it has none of that name, or has not set it."""
+def value_of(run: RunAverage, parameter: str) -> float | None:
+    """Return a parameter of a run's chain; None unless it is one of that name and a number."""
     parameters = run.record.run.parameters
     found = [v for key, v in parameters.items() if key.rpartition(".")[2] == parameter]
-    return found[0] if len(found) == 1 else None
+    is_number = len(found) == 1 and isinstance(found[0], int | float)
+    return float(found[0]) if is_number and not isinstance(found[0], bool) else None
 
 
 def _points(averages: Averages) -> dict[tuple[str, int], dict[str, list[RunAverage]]]:

@@ -22,9 +22,10 @@ from starmerge.study.frames import (
     one_shot,
     shares_by_task,
 )
+from starmerge.study.grids import value_of
 from starmerge.study.store import Store
 from starmerge.study.study_file import FigureEntry, FigureKind
-from starmerge.study.tables import report
+from starmerge.study.tables import failures, report
 
 TABLE, AVERAGES, FIGURES = "table.md", "averages.csv", "figures"
 
@@ -39,18 +40,19 @@ def write_outcome(store: Store) -> str:
         UsageError: The store has no merges that can be averaged yet.
         StarmergeError: The disk is full, or fails otherwise.
     """
-    averages = Averages(store)
+    try:
+        averages = Averages(store)
+    except UsageError as error:
+        raise UsageError("\n".join([str(error), *failures(store)])) from error
     table = report(averages)
     with output_file(store.folder / TABLE, overwrite=True) as partial:
         partial.write_text(f"{table}\n", encoding="utf-8")
     with output_file(store.folder / AVERAGES, overwrite=True) as partial:
         averages.to_frame().to_csv(partial, index=False)
     (store.folder / FIGURES).mkdir(exist_ok=True)
-    for entry in figure_entries(store):
+    for stem, entry in named_figures(store).items():
         for suffix in FORMATS:
-            _PLOTS[entry.figure](
-                averages, entry, store.folder / FIGURES / f"{file_stem(entry)}{suffix}"
-            )
+            _PLOTS[entry.figure](averages, entry, store.folder / FIGURES / f"{stem}{suffix}")
     return table
 
 
@@ -58,15 +60,29 @@ def figure_entries(store: Store) -> list[FigureEntry]:
     """Return the figures that a store's study names and its runs can be drawn as."""
     entries = [FigureEntry.model_validate(entry) for entry in store.head["study"]["figures"]]
     averages = Averages(store)
-    known = {run.record.run.method for run in averages.runs}
-    return [
-        entry for entry in entries if entry.methods is None or known.intersection(entry.methods)
-    ]
+    return [entry for entry in entries if _can_be_drawn(averages, entry)]
 
 
-def file_stem(entry: FigureEntry) -> str:
-    """Return the name of a figure's files without their suffix."""
-    return "_".join(filter(None, [entry.figure.replace("-", "_"), entry.parameter]))
+def named_figures(store: Store) -> dict[str, FigureEntry]:
+    """Return the figures of :func:`figure_entries` by the names of their files, without suffix."""
+    found: dict[str, FigureEntry] = {}
+    for entry in figure_entries(store):
+        stem = "_".join(filter(None, [entry.figure.replace("-", "_"), entry.parameter]))
+        same = sum(
+            (e.figure, e.parameter) == (entry.figure, entry.parameter) for e in found.values()
+        )
+        found[f"{stem}_{same + 1}" if same else stem] = entry
+    return found
+
+
+def _can_be_drawn(averages: Averages, entry: FigureEntry) -> bool:
+    if entry.figure == "best":
+        return len(best_by_number(averages, _parameter(entry), entry.methods)) > 0
+    methods = entry.methods
+    runs = [run for run in averages.runs if methods is None or run.record.run.method in methods]
+    if entry.parameter is not None:
+        runs = [run for run in runs if value_of(run, entry.parameter) is not None]
+    return bool(runs)
 
 
 def title_of(store: Store, entry: FigureEntry) -> str:

@@ -88,7 +88,7 @@ def runs_of(study: Study, pool: Pool) -> list[Run]:
         for number in numbers_of(study, len(names))
     }
     seen: set[str] = set()
-    for turn in range(study.combinations):
+    for turn in range(max(map(len, sets.values()))):
         for drawn in sets.values():
             for pipeline in pipelines if turn < len(drawn) else ():
                 models = drawn[turn]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starmerge.checkpoints.writer import json_bytes
-from starmerge.errors import StarmergeError, UsageError
+from starmerge.errors import Interrupted, StarmergeError, UsageError
 from starmerge.evaluation.results import without_nan
 from starmerge.evaluation.scoring.metrics import Score
 from starmerge.parsing import parse_json
@@ -110,11 +110,11 @@ class Store:
             StarmergeError: The disk is full, or fails otherwise.
         """
         whole = [_identity(run) | without_nan(line) for line in lines]
-        text = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in whole)
+        texts = [json.dumps(line, ensure_ascii=False, default=str) for line in whole]
         file = self.folder / RUNS
         try:
             with file.open("ab") as stream:
-                stream.write(text.encode())
+                stream.write("".join(f"{text}\n" for text in texts).encode())
                 stream.flush()
                 os.fsync(stream.fileno())
         except OSError as error:
@@ -122,7 +122,7 @@ class Store:
                 f"{file} cannot be written: {error}. All runs before this one are there: run the "
                 "same command again to go on."
             ) from error
-        self._records[run.key] = Record(run, tuple(map(parse_json, text.splitlines())))
+        self._records[run.key] = Record(run, tuple(map(parse_json, texts)))
 
     def to_frame(self) -> pd.DataFrame:
         """Return the lines as a pandas DataFrame, without those of runs that failed."""
@@ -175,13 +175,13 @@ def open_store(folder: Path, head: Mapping[str, Any], *, retry: bool = False) ->
         StarmergeError: The store is damaged, or the disk fails.
     """
     begun = _begin(folder, head)
-    descriptor = lock(folder)
+    descriptor = lock(folder.resolve())
     if descriptor is None:
         raise UsageError(f"{folder} is in use by another run. Wait for it, or give another folder.")
     try:
         known = _read_head(folder)
         if not begun:
-            _check_same(folder, known, head)
+            check_same(folder, known, head)
         records, end = _read_runs(folder)
         if end is not None:
             with (folder / RUNS).open("r+b") as stream:
@@ -196,6 +196,9 @@ def open_store(folder: Path, head: Mapping[str, Any], *, retry: bool = False) ->
             _write_head(folder, head)
             store = Store(folder, head, {record.run.key: record for record in store.records})
         yield store
+    except Interrupted as interruption:
+        interruption.kept.append(folder)
+        raise
     finally:
         os.close(descriptor)
 
@@ -253,7 +256,7 @@ def _read_head(folder: Path) -> dict[str, Any]:
     return head
 
 
-def _check_same(folder: Path, known: Mapping[str, Any], head: Mapping[str, Any]) -> None:
+def check_same(folder: Path, known: Mapping[str, Any], head: Mapping[str, Any]) -> None:
     """Make sure that runs under two heads may stand in one store.
 
     Raises:
@@ -295,6 +298,7 @@ def _read_runs(folder: Path) -> tuple[dict[str, Record], int | None]:
         try:
             line = parse_json(raw)
             run = _run_of(line)
+            _check_follows(line, run, pending)
         except (ValueError, KeyError, TypeError) as error:
             if end == len(content) and not raw.endswith(b"\n"):
                 return records, begin
@@ -309,6 +313,29 @@ def _read_runs(folder: Path) -> tuple[dict[str, Record], int | None]:
             records[run.key] = Record(run, tuple(pending))
             pending, begin = [], end
     return records, begin if pending else None
+
+
+def _check_follows(line: Mapping[str, Any], run: Run, pending: Sequence[Mapping[str, Any]]) -> None:
+    """Make sure that a line is the next one of its run.
+
+    Args:
+        line: The line.
+        run: Its run.
+        pending: The lines before it, of a run that is not complete.
+
+    Raises:
+        ValueError: It is not; the message says why.
+    """
+    if pending and _run_of(pending[0]).key != run.key:
+        raise ValueError("the run before it lacks a line")
+    if "error" in line:
+        if pending:
+            raise ValueError("its run has scores and an error")
+        return
+    if line["task"] != run.tasks[len(pending)]:
+        raise ValueError(f"its task is {line['task']!r}, not {run.tasks[len(pending)]!r}")
+    if not line["rows"] == len(line["seen"]) > 0:
+        raise ValueError(f"it says {line['rows']} rows and has {len(line['seen'])}")
 
 
 def _identity(run: Run) -> dict[str, Any]:

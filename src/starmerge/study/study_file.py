@@ -287,13 +287,18 @@ def pool_of(study: Study) -> Pool:
             f"The study {study.name} names no models. Give it the key models, or a suite."
         )
     names = study.tasks or (suite.tasks if suite else ())
-    tasks = {task.name: task for task in map(find_task, names)}
-    task_of = {name: model.task or name for name, model in models.items()}
-    for name, task in task_of.items():
-        if task not in tasks:
-            hint = nearest(task, tasks) if tasks else " The study names no tasks."
+    tasks: dict[str, DataTask] = {}
+    for task in map(find_task, names):
+        if tasks.setdefault(task.name, task) != task:
             raise UsageError(
-                f"The study {study.name}: the model {name} has the task {task!r}, which is not "
+                f"The study {study.name} has two tasks called {task.name!r}. Rename one of them."
+            )
+    task_of = {name: model.task or name for name, model in models.items()}
+    for name, own in task_of.items():
+        if own not in tasks:
+            hint = nearest(own, tasks) if tasks else " The study names no tasks."
+            raise UsageError(
+                f"The study {study.name}: the model {name} has the task {own!r}, which is not "
                 f"among its tasks.{hint}"
             )
     return Pool(

@@ -112,14 +112,22 @@ def report(averages: Averages) -> str:
     if found:
         parts.append(grids(found))
     parts.append(by_task(averages))
-    if averages.left_out:
-        tasks = ", ".join(averages.without_ceiling)
-        parts.append(
-            f"{averages.left_out} merges are left out: the fine-tunes of {tasks} have no score "
-            "above 0 (or none yet), by which theirs would be divided."
-        )
+    parts += left_out(averages)
     parts += failures(averages.store)
     return "\n\n".join(parts)
+
+
+def left_out(averages: Averages) -> list[str]:
+    """Return how many merges have no normalised average, and which tasks are the reason."""
+    if not averages.left_out:
+        return []
+    merges = len(averages.left_out) + len(averages.runs)
+    tasks = dict.fromkeys(task for record in averages.left_out for task in record.run.tasks)
+    names = ", ".join(task for task in tasks if not averages.tuned_score(task) > 0)
+    return [
+        f"{len(averages.left_out)} of {merges} merges are left out: no fine-tune has a score above "
+        f"0 on {names}."
+    ]
 
 
 def failures(store: Store) -> list[str]:
@@ -129,7 +137,9 @@ def failures(store: Store) -> list[str]:
         return []
     reasons: dict[str, list[str]] = {}
     for record in failed:
-        reasons.setdefault(str(record.error), []).append(record.run.label)
+        run = record.run
+        name = f"{run.label} {run.models[0]}" if run.kind == "fine-tune" else run.label
+        reasons.setdefault(str(record.error), []).append(name)
     lines = [f"{len(failed)} of {len(store.records)} runs failed (--retry makes them again):"]
     for reason, labels in reasons.items():
         names = ", ".join(dict.fromkeys(labels))

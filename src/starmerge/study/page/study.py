@@ -35,7 +35,7 @@ from starmerge.study.page.parts import (
 from starmerge.study.palette import BASE_COLOUR, looks
 from starmerge.study.store import Store
 from starmerge.study.study_file import FigureEntry, FigureKind
-from starmerge.study.tables import GRID_LEGEND, LEGEND, failures
+from starmerge.study.tables import GRID_LEGEND, LEGEND, failures, left_out
 
 KEYS = 6
 """Methods at most whose averages stand at the head of a page."""
@@ -275,7 +275,7 @@ def _reading(averages: Averages) -> list[Part]:
         if value != usual[key]
     )
     parts: list[Part] = [
-        Notes([LEGEND, *failures(store)]),
+        Notes([LEGEND, *left_out(averages), *failures(store)]),
         Copy(
             f"The best single merge of {most} models, with yours in place of BASE and MODEL",
             f"starmerge merge BASE MODEL... -m {shlex.quote(best.method)}{settings} -o merged",
