@@ -88,7 +88,9 @@ def test_texts_may_hold_any_character(tmp_path: Path) -> None:
     with open_store(tmp_path / "s", head_of(study)) as again:
         again.add(run, [line])
         assert again.get(run) == load_store(tmp_path / "s").get(run)
-        assert again.get(run).error == "a\u2028b\x85c"
+        found = again.get(run)
+        assert found is not None
+        assert found.error == "a\u2028b\x85c"
 
 
 @pytest.mark.parametrize(
