@@ -60,7 +60,6 @@ def written_store(folder: Path, seed: int = 0) -> tuple[Study, Store]:
                 {"figure": "best", "parameter": "eta"},
                 {"figure": "one-shot"},
                 {"figure": "tasks"},
-                {"figure": "number", "methods": ["ties"]},
             ],
         }
     )

@@ -120,6 +120,17 @@ def study(
     asking.check_report(report, overwrite=overwrite)
     if is_store(Path(name)):
         if output is None and not dry_run:
+            _check_unused(
+                f"To draw {name}, nothing but --report is needed",
+                suite=suite,
+                base=base,
+                numbers=numbers,
+                combinations=combinations,
+                scorer=scorer,
+                rows=rows,
+                dtype=dtype,
+                retry=retry or None,
+            )
             _draw(load_store(Path(name)), report, overwrite=overwrite)
             return
         if name not in studies():
@@ -138,6 +149,7 @@ def study(
         dtype=dtype,
     )
     if output is None and not dry_run:
+        _check_unused("To run the study, give --output FOLDER", report=report, retry=retry or None)
         _show(chosen, name)
         return
     laboratory = Laboratory(
@@ -171,6 +183,17 @@ def _draw(store: Store, report: Path | None, *, overwrite: bool) -> None:
 
         write_page(study_page(store), report, overwrite=overwrite)
         print(f"Report: {report}")
+
+
+def _check_unused(remark: str, **options: object) -> None:
+    """Make sure that no option is given that would be left unused.
+
+    Raises:
+        UsageError: One is.
+    """
+    given = [f"--{name}" for name, value in options.items() if value is not None]
+    if given:
+        raise UsageError(f"{', '.join(given)} would not be used. {remark}.")
 
 
 def _changed(study: Study, **changes: Any) -> Study:

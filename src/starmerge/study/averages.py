@@ -87,6 +87,8 @@ class Averages:
             record for record, average in zip(merges, found, strict=True) if average is None
         )
         """Merges with a task that no fine-tune has a score above 0 on."""
+        if not merges:
+            raise UsageError(f"{store.folder} has no merge yet. Go on with the study.")
         if not self.runs:
             raise UsageError(
                 f"{store.folder} has {len(merges)} merges, and none all of whose tasks have a "
@@ -214,12 +216,7 @@ class Averages:
         """Return the normalised average of a merge; None where a task has no fine-tune above 0."""
         ratios, below = [], []
         for task in record.by_task:
-            tuned = [
-                self._values(self._tuned[model], task)
-                for model in record.run.models
-                if model in self._tuned and task in self._tuned[model].by_task
-            ]
-            ceiling = np.mean(tuned, axis=0) if tuned else np.zeros(1)
+            ceiling = self._ceiling(record, task)
             if not ceiling[0] > 0:
                 return None
             ceiling = np.where(ceiling > 0, ceiling, np.nan)
@@ -227,6 +224,27 @@ class Averages:
             below.append(np.nan_to_num(self._values(self._base, task)) / ceiling)
         own, base = np.mean(ratios, axis=0), np.mean(below, axis=0)
         return RunAverage(record, float(own[0]), own[3:], float(base[0]), base[3:], own[1:3])
+
+    def share(self, run: RunAverage, task: str) -> float:
+        """Return the share of the fine-tunes' score on a task that a merge keeps; NaN: undefined.
+
+        Of several fine-tunes of the task in the merge, the mean of their scores counts.
+        """
+        score = self._values(run.record, task)[0]
+        return float(score / self._ceiling(run.record, task)[0])
+
+    def base_share(self, run: RunAverage, task: str) -> float:
+        """Return the base's score on a task as a share of the fine-tunes' in a merge."""
+        return float(self._values(self._base, task)[0] / self._ceiling(run.record, task)[0])
+
+    def _ceiling(self, record: Record, task: str) -> NDArray[np.float64]:
+        """Return the mean score on a task of the merge's own fine-tunes; (1,) zeros without any."""
+        tuned = [
+            self._values(self._tuned[model], task)
+            for model in record.run.models
+            if model in self._tuned and task in self._tuned[model].by_task
+        ]
+        return np.asarray(np.mean(tuned, axis=0)) if tuned else np.zeros(1)
 
     def _values(self, record: Record, task: str) -> NDArray[np.float64]:
         """Return a run's score on a task: on all rows, on two halves, in each resample of them."""

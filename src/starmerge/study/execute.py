@@ -149,6 +149,7 @@ class Laboratory:
             },
             "versions": versions(),
             "device": device,
+            "planned": len(self.runs),
             "python": platform.python_version(),
             "begun": _now(),
         }
@@ -185,8 +186,8 @@ class Laboratory:
     def run(self, store: Store, *, progress: bool = False) -> None:
         """Do every run that the store lacks.
 
-        A run that fails is written down with its error, and the others go on; a base that cannot be
-        asked ends the study.
+        A run that fails is written down with its error, and the others go on. A base that cannot
+        be asked and a fine-tune that is broken end the study, as all runs rest on them.
 
         Args:
             store: Where to.
@@ -194,9 +195,11 @@ class Laboratory:
 
         Raises:
             UsageError: The base cannot be loaded or asked.
-            StarmergeError: The base is broken, or the store cannot be written.
+            StarmergeError: The base or a fine-tune is broken, or the store cannot be written.
         """
         left = [run for run in self.runs if run not in store]
+        if any(run.kind != "base" for run in left):
+            _ = self.vectors  # read here, so that a fine-tune that is broken is said at once
         total = sum(self._size(run) for run in left)
         with progress_bar(f"study {self.study.name}", total, show=progress) as bar:
             for run in left:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -78,11 +77,9 @@ def shares_by_task(averages: Averages, methods: Collection[str] | None) -> pd.Da
     rows: dict[tuple[str, str], list[float]] = {}
     for run in averages.runs:
         if run.n == most and (methods is None or run.record.run.method in methods):
-            for task, line in run.record.by_task.items():
-                tuned = averages.tuned_score(task)
-                rows.setdefault((BASE, task), []).append(averages.base_score(task) / tuned)
-                score = math.nan if line["score"] is None else line["score"]
-                rows.setdefault((run.label, task), []).append(score / tuned)
+            for task in run.record.by_task:
+                rows.setdefault((BASE, task), []).append(averages.base_share(run, task))
+                rows.setdefault((run.label, task), []).append(averages.share(run, task))
     return pd.DataFrame(
         [
             {"task": task, "label": label, "share": sum(shares) / len(shares)}

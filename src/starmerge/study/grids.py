@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from starmerge.evaluation.scoring.comparison import Difference, Interval
 from starmerge.evaluation.scoring.metrics import percentiles
@@ -64,7 +65,8 @@ def best_parameters(averages: Averages, parameter: str) -> pd.DataFrame:
     """Return a parameter's best value for each chain and number of models.
 
     The interval holds the middle 95 % of the best values in resamples of the rows: a wide one says
-    that the rows cannot tell.
+    that the rows cannot tell. Of values that are equally good, the middle one counts (the lower of
+    two).
 
     Args:
         averages: The averages.
@@ -85,19 +87,26 @@ def best_parameters(averages: Averages, parameter: str) -> pd.DataFrame:
         values = [averages.mean(own).value for own in runs]
         samples = np.array([np.mean([run.samples for run in own], axis=0) for own in runs])
         defined = samples[:, ~np.isnan(samples).any(axis=0)]
-        low, high, _ = percentiles(places[np.argmax(defined, axis=0)])
-        best = int(np.argmax(values))
+        low, high, _ = percentiles(
+            np.array([_middle(places[column == column.max()]) for column in defined.T])
+        )
+        top = max(values)
         rows.append(
             {
                 "label": method,
                 "n": n,
-                "best": float(places[best]),
+                "best": _middle(places[np.array(values) == top]),
                 "low": low,
                 "high": high,
-                "value": values[best],
+                "value": top,
             }
         )
     return pd.DataFrame(rows, columns=["label", "n", "best", "low", "high", "value"])
+
+
+def _middle(places: NDArray[np.float64]) -> float:
+    """Return the median of some values, the lower of the two middle ones where they are even."""
+    return float(np.sort(places)[(len(places) - 1) // 2])
 
 
 def value_of(run: RunAverage, parameter: str) -> float | None:

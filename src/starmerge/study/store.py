@@ -274,9 +274,9 @@ def check_same(folder: Path, known: Mapping[str, Any], head: Mapping[str, Any]) 
             changed.append(key)
     if changed:
         raise UsageError(
-            f"{folder} holds runs of another {', '.join(changed)}, and scores of two kinds "
-            "must not be mixed. Give another folder with -o; or look at these runs alone: "
-            f"starmerge study {folder}"
+            f"{folder} holds runs that were made with others than now: {', '.join(changed)}. "
+            "Scores of two kinds must not be mixed. Give another folder with -o; or look at these "
+            f"runs alone: starmerge study {folder}"
         )
 
 

@@ -13,11 +13,12 @@ from starmerge.study.averages import Averages, RunAverage
 from starmerge.study.grids import GridBest, best_of_grids
 from starmerge.study.store import Store
 
+BOLD_LEGEND = "What is bold is the highest of its column."
+
 LEGEND = (
     "Normalised averages (mean over the tasks of score/fine-tune's score) with their 95 % "
-    "intervals over rows; n models merged, the mean over the combinations. What is bold is the "
-    "highest of its column. All answered the same rows: two whose intervals overlap may still "
-    "differ clearly."
+    "intervals over rows; n models merged, the mean over the combinations. All answered the same "
+    "rows: two whose intervals overlap may still differ clearly."
 )
 
 FEWER_LEGEND = (
@@ -68,7 +69,9 @@ def markdown(averages: Averages) -> str:
                 text = f"**{text}**"
             texts.append(text)
         rows.append([label, *texts])
-    return "\n\n".join([aligned(rows), LEGEND, *([FEWER_LEGEND] if is_partial else [])])
+    return "\n\n".join(
+        [aligned(rows), f"{LEGEND} {BOLD_LEGEND}", *([FEWER_LEGEND] if is_partial else [])]
+    )
 
 
 def by_task(averages: Averages) -> str:
@@ -107,7 +110,7 @@ def grids(found: Sequence[GridBest]) -> str:
 
 def report(averages: Averages) -> str:
     """Return all tables of a store with what belongs under them, in Markdown."""
-    parts = [markdown(averages)]
+    parts = [heading(averages.store), markdown(averages)]
     found = [grid for grid in best_of_grids(averages) if grid.points > 1]
     if found:
         parts.append(grids(found))
@@ -115,6 +118,21 @@ def report(averages: Averages) -> str:
     parts += left_out(averages)
     parts += failures(averages.store)
     return "\n\n".join(parts)
+
+
+def heading(store: Store) -> str:
+    """Say which study a store is of, how it was asked, and how much of it is done."""
+    head = store.head
+    rows = sorted({task["rows"] for task in head["tasks"].values()})
+    asked = f"{rows[0]} rows" if len(rows) == 1 else f"{rows[0]} to {rows[-1]} rows"
+    text = (
+        f"**{head['study']['name']}**: {len(head['models'])} fine-tunes of {head['base']['name']}, "
+        f"{asked} a task, {head['asked']['scorer']}."
+    )
+    planned = head.get("planned", 0)
+    if len(store.records) < planned:
+        text += f" {len(store.records)} of {planned} runs are done: the same command goes on."
+    return text
 
 
 def left_out(averages: Averages) -> list[str]:

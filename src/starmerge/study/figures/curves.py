@@ -231,7 +231,7 @@ def plot_grid(
         UsageError: There is nothing to draw.
     """
     points = list(_rows(averages))
-    keys = sorted({(n, label) for label, n, _ in points}, key=lambda key: key[0])
+    keys = sorted(dict.fromkeys((n, label) for label, n, _ in points), key=lambda key: key[0])
     shown = looks(label for _, label in keys)
     several = len({n for n, _ in keys}) > 1
     with styled():

@@ -94,7 +94,7 @@ def _summary(averages: Averages) -> list[Part]:
         KeyFigures(figures),
         Text(
             f"{several} at {most} merged models: the mean over tasks of a merge's score, divided "
-            "by that of the task's own fine-tune."
+            "by that of the task's own fine-tune. The best of many is partly the luckiest."
         ),
     ]
     if len(best) > 1:
@@ -106,7 +106,8 @@ def _comparison(averages: Averages, runs: list[RunAverage], first: str, second: 
     """Say whether the rows tell two settings apart."""
     of = {label: [run for run in runs if run.label == label] for label in (first, second)}
     found = averages.difference(of[first], of[second])
-    verdict = f"{first} is better" if found.clear else "no clear difference"
+    better = first if found.value > 0 else second
+    verdict = f"{better} is better" if found.clear else "no clear difference"
     if found.value == found.low == found.high == 0:
         return f"{first} and {second} score the same on these rows."
     return (
