@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from starmerge.merging.task_vectors import load_task_vectors
 from starmerge.study.averages import Averages
 from starmerge.study.execute import Laboratory, code_hash, duration, run_study
 from starmerge.study.store import HEAD, RUNS
-from starmerge.study.study_file import load_study
+from starmerge.study.study_file import PoolModel, load_study
 from tests.evaluation.tiny_world import World, make_world
 from tests.study.studies import ROWS, study_file
 
@@ -147,6 +148,19 @@ def test_a_study_that_cannot_begin_leaves_nothing(world: World, tmp_path: Path) 
         with pytest.raises(StarmergeError, match=said):
             run_study(changed, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    for place in (world.base / "runs", world.adapters["one"]):
+        with pytest.raises(UsageError, match="lies in the model"):
+            run_study(study, place)
+    broken = tmp_path / "broken"
+    shutil.copytree(world.adapters["one"], broken)
+    weights = broken / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    changed = study.model_copy(
+        update={"models": study.models | {"one": PoolModel(path=str(broken), task="one")}}
+    )
+    with pytest.raises(StarmergeError, match="adapter_model.safetensors"):
+        run_study(changed, tmp_path / "out")
+    assert not (tmp_path / "out" / RUNS).exists()
 
 
 def test_what_decides_scores_is_in_the_head(world: World, tmp_path: Path) -> None:

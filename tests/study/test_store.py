@@ -202,3 +202,6 @@ def test_only_a_store_is_added_to(tmp_path: Path) -> None:
     (tmp_path / "s" / HEAD).write_text(json.dumps(head | {"schema": 99}))
     with pytest.raises(StarmergeError, match="schema 99"):
         load_store(tmp_path / "s")
+    (tmp_path / "s" / HEAD).write_text(json.dumps({k: v for k, v in head.items() if k != "tasks"}))
+    with pytest.raises(StarmergeError, match="lacks the key 'tasks'"):
+        load_store(tmp_path / "s")

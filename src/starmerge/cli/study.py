@@ -109,7 +109,7 @@ def study(
     Example: starmerge study runs
     """
     from starmerge.study.execute import Laboratory
-    from starmerge.study.store import check_same, is_store, load_store, open_store
+    from starmerge.study.store import check_same, is_store, load_store
     from starmerge.study.study_file import find_study, studies
 
     if name is None:
@@ -166,7 +166,7 @@ def study(
         print(laboratory.estimate(known_runs))
         return
     assert output is not None  # or the study was shown
-    with open_store(output, laboratory.head(), retry=retry) as store:
+    with laboratory.opened(output, retry=retry) as store:
         laboratory.run(store, progress=True)
         _draw(store, report, overwrite=overwrite)
 

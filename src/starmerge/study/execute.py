@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
@@ -18,7 +18,7 @@ from blake3 import blake3
 
 from starmerge.checkpoints.hashing import remembered_blake3_of
 from starmerge.checkpoints.source import is_hub_id, resolve
-from starmerge.errors import StarmergeError
+from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation.cache import ScoreCache, blake3_of_model, versions
 from starmerge.evaluation.models.loading import device_kind, dtype_name
 from starmerge.evaluation.runner import answers, check
@@ -183,6 +183,24 @@ class Laboratory:
         seconds = rows * per_row + merging
         return Estimate(len(self.runs), len(self.runs) - len(left), rows, seconds)
 
+    @contextmanager
+    def opened(self, folder: Path, *, retry: bool = False) -> Iterator[Store]:
+        """Open the study's store, or begin it; see :func:`starmerge.study.store.open_store`.
+
+        Raises:
+            UsageError: The folder lies in that of a model, whose content it would change; or as
+                ``open_store`` says.
+            StarmergeError: As ``open_store`` says.
+        """
+        for place in (self._base, *self._models.values()):
+            if folder.resolve().is_relative_to(place.resolve()):
+                raise UsageError(
+                    f"{folder} lies in the model {place}, whose content the runs would change. "
+                    "Give another folder."
+                )
+        with open_store(folder, self.head(), retry=retry) as store:
+            yield store
+
     def run(self, store: Store, *, progress: bool = False) -> None:
         """Do every run that the store lacks.
 
@@ -302,7 +320,7 @@ def run_study(
         StarmergeError: A model is broken, or the store cannot be written.
     """
     laboratory = Laboratory(study, settings or study.settings(), cache=cache, any_base=any_base)
-    with open_store(folder, laboratory.head(), retry=retry) as store:
+    with laboratory.opened(folder, retry=retry) as store:
         laboratory.run(store, progress=progress)
     return store
 

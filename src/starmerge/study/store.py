@@ -253,6 +253,9 @@ def _read_head(folder: Path) -> dict[str, Any]:
             f"{SCHEMA}. Read it with the version that wrote it "
             f"({head.get('versions', {}).get('starmerge', 'unknown')})."
         )
+    for key in ("study", "base", "models", "tasks", "asked"):
+        if not isinstance(head.get(key), dict):
+            raise StarmergeError(f"{folder / HEAD} lacks the key {key!r}. Restore the file.")
     return head
 
 
