@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from starmerge.cli import asking
+from starmerge.cli import asking, resources
 from starmerge.cli.importing import importing
 from starmerge.cli.parameters import chain, weighted
 from starmerge.errors import UsageError
@@ -70,23 +70,8 @@ def inspect(
     json: Annotated[
         bool, typer.Option("--json", help="Print everything as JSON in place of the report.")
     ] = False,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Tensors to look at at once.",
-            show_default="OMP_NUM_THREADS, or all processors",
-        ),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Memory for tensors in work, such as 4GB; one that needs more is taken alone.",
-            show_default="a quarter of the machine's",
-        ),
-    ] = None,
+    threads: resources.Threads = None,
+    memory: resources.Memory = None,
     report: asking.Report = None,
     overwrite: asking.Overwrite = False,
 ) -> None:

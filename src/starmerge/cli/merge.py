@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from starmerge.cli import asking
+from starmerge.cli import asking, resources
 from starmerge.cli.importing import importing
 from starmerge.cli.parameters import parameters, weighted
 from starmerge.errors import UsageError
@@ -140,23 +140,8 @@ def merge(
             "are the base's.",
         ),
     ] = False,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Tensors to merge at once.",
-            show_default="OMP_NUM_THREADS, or all processors",
-        ),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Memory for tensors in work, such as 4GB; one that needs more is merged alone.",
-            show_default="a quarter of the machine's",
-        ),
-    ] = None,
+    threads: resources.Threads = None,
+    memory: resources.Memory = None,
     dry_run: Annotated[
         bool,
         typer.Option(

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from starmerge.cli import resources
 from starmerge.cli.importing import importing
 
 
@@ -27,12 +28,8 @@ def verify(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the verdict as JSON, and nothing else.")
     ] = False,
-    threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Tensors to merge at once.")
-    ] = None,
-    memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory for tensors in work, such as 4GB.")
-    ] = None,
+    threads: resources.Threads = None,
+    memory: resources.Memory = None,
 ) -> None:
     """Check that a merged folder is what its report says, byte by byte.
 
