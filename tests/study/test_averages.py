@@ -208,6 +208,25 @@ def test_metrics_of_all_rows_together_are_resampled_too(tmp_path: Path, metric: 
     assert low < average.value <= high
 
 
+def test_resamples_in_which_the_fine_tune_scores_nothing_are_left_out(tmp_path: Path) -> None:
+    _, store = written_store(tmp_path / "s")
+    records = {record.run.key: record for record in store.records}
+    key = Run("fine-tune", ("pos",), ("pos",)).key
+    (line,) = records[key].lines
+    seen_once = {"seen": [1] + [0] * (ROWS - 1), "score": 1 / ROWS}
+    records[key] = Record(records[key].run, (dict(line) | seen_once,))
+    averages = Averages(Store(store.folder, store.head, records))
+    without = [run for run in averages.runs if "pos" not in run.record.run.models]
+    having = [run for run in averages.runs if "pos" in run.record.run.models]
+    assert not np.isnan([run.samples for run in without]).any()
+    # A draw of ROWS rows misses one of them with (1 − 1/ROWS)^ROWS.
+    missed = np.isnan(having[0].samples).mean()
+    assert missed == pytest.approx((1 - 1 / ROWS) ** ROWS, abs=0.05)
+    found = averages.mean(having[:1])
+    assert found.left_out == np.isnan(having[0].samples).sum()
+    assert np.isfinite([found.value, found.low, found.high]).all()
+
+
 def test_a_grid_is_compared_with_the_default_and_chosen_on_other_rows(tmp_path: Path) -> None:
     _, store = written_store(tmp_path / "s", seed=3)
     averages = Averages(store)
