@@ -227,6 +227,19 @@ def test_resamples_in_which_the_fine_tune_scores_nothing_are_left_out(tmp_path: 
     assert np.isfinite([found.value, found.low, found.high]).all()
 
 
+def test_of_equally_good_values_the_middle_one_is_the_best(tmp_path: Path) -> None:
+    _, store = written_store(tmp_path / "s")
+    merges = {r.run.models: r for r in store.records if r.run.label == "star"}
+    records = {
+        r.run.key: Record(r.run, merges[r.run.models].lines) if r.run.method == "star" else r
+        for r in store.records
+    }
+    averages = Averages(Store(store.folder, store.head, records))
+    frame = best_parameters(averages, "eta")
+    assert set(frame.n) == {2, 4}
+    assert (frame[["best", "low", "high"]] == 40).all(axis=None)
+
+
 def test_a_grid_is_compared_with_the_default_and_chosen_on_other_rows(tmp_path: Path) -> None:
     _, store = written_store(tmp_path / "s", seed=3)
     averages = Averages(store)
