@@ -24,8 +24,8 @@ from starmerge.evaluation.grids import aligned
 from starmerge.evaluation.scoring.comparison import LEVEL, Difference
 from starmerge.study.averages import Averages, RunAverage
 from starmerge.study.execute import run_study
-from starmerge.study.grids import best_of_grids, best_parameters
-from starmerge.study.outcome import FIGURES, write_outcome
+from starmerge.study.grids import best_of_grids, best_parameters, shift_of_best
+from starmerge.study.outcome import FIGURES, write_figures, write_tables
 from starmerge.study.store import is_store, load_store
 from starmerge.study.study_file import find_study
 
@@ -56,7 +56,7 @@ def run(names: Sequence[str]) -> None:
         store = run_study(
             study.model_copy(update=changes), STORES / name, cache=ScoreCache(), progress=True
         )
-        print(write_outcome(store))
+        print(write_tables(store))
 
 
 def averages_of(name: str) -> Averages | None:
@@ -158,12 +158,18 @@ def best_falls(averages: Averages) -> Rows:
     told_values = ", ".join(
         f"n = {row.n}: {row.best:g} [{row.low:g}, {row.high:g}]" for row in frame.itertuples()
     )
-    first, last = frame.iloc[0], frame.iloc[-1]
-    falls = last.high < first.low
+    few, many = int(frame.n.iloc[0]), int(frame.n.iloc[-1])
+    shift = shift_of_best(averages, "eta", "star", (few, many))
+    if shift.high < 0:
+        word = "holds"
+    elif shift.low > 0:
+        word = "**does not hold**"
+    else:
+        word = "not settled"
     yield (
-        "The best η falls with n",
-        told_values,
-        "holds" if falls else "not settled: the intervals overlap",
+        f"The best η falls with n: at n = {many} it is lower than at n = {few}",
+        f"{told_values}; {shift.value:+g} [{shift.low:+g}, {shift.high:+g}]",
+        word,
     )
 
 
@@ -231,7 +237,8 @@ def figures() -> None:
     for name in (*SHIPPED, *OWN):
         if is_store(STORES / name):
             store = load_store(STORES / name)
-            write_outcome(store)
+            write_tables(store)
+            write_figures(store)
             for file in sorted((store.folder / FIGURES).glob("*.png")):
                 shutil.copyfile(file, DRAWN / f"{name}_{file.name}")
 

@@ -421,8 +421,9 @@ def test_metrics_of_rows_and_of_sums_have_bootstrap_intervals_and_pairs(tmp_path
     [
         ("return 1.5", UsageError, "has the credit 1.5, and m needs a number from 0 to 1"),
         ("return float('nan')", StarmergeError, "returns nan for row '0'. It must return finite"),
-        ("return 'good'", StarmergeError, "metric 'm' failed at row '0': ValueError"),
-        ("return None", StarmergeError, "failed at row '0': TypeError"),
+        ("return 'good'", StarmergeError, "returns 'good' for row '0'. It must return finite"),
+        ("return None", StarmergeError, "returns None for row '0'. It must return finite"),
+        ("return [0.5, '1']", StarmergeError, r"returns \[0.5, '1'\] for row '0'. It must return"),
         ("return row.gone", StarmergeError, "failed at row '0': AttributeError"),
     ],
 )

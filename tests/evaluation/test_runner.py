@@ -223,8 +223,9 @@ def test_a_reader_is_told_of_short_contexts_reference_matching_and_constant_answ
 
 def test_wrong_calls_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
     task = find_task("language")
-    with pytest.raises(UsageError, match="NAME=PATH"):
-        evaluate(tmp_path, {"base": ADAPTERS / "past"}, [task], FEW)
+    for bound in ("base", "fine-tuned"):
+        with pytest.raises(UsageError, match=f"A model is called '{bound}'"):
+            evaluate(tmp_path, {bound: ADAPTERS / "past"}, [task], FEW)
     with pytest.raises(UsageError, match="Two tasks are called 'language'"):
         evaluate(tmp_path, {}, [task, task], FEW)
     with pytest.raises(UsageError, match="gone does not exist"):

@@ -9,9 +9,9 @@ import pytest
 from starmerge.errors import UsageError
 from starmerge.evaluation.scoring.comparison import normalised_average
 from starmerge.evaluation.scoring.metrics import METRICS, RESAMPLES, Prediction, Score, score
-from starmerge.study.averages import Averages
-from starmerge.study.grids import best_of_grids, best_parameters
-from starmerge.study.outcome import named_figures, write_outcome
+from starmerge.study.averages import SPLITS, Averages
+from starmerge.study.grids import best_of_grids, best_parameters, shift_of_best
+from starmerge.study.outcome import named_figures, write_tables
 from starmerge.study.runs import Run
 from starmerge.study.store import Record, Store, line_of, load_store, open_store
 from starmerge.study.tables import by_task, grids, markdown, report
@@ -240,6 +240,31 @@ def test_of_equally_good_values_the_middle_one_is_the_best(tmp_path: Path) -> No
     assert (frame[["best", "low", "high"]] == 40).all(axis=None)
 
 
+def test_the_shift_of_the_best_value_pairs_the_resamples(tmp_path: Path) -> None:
+    _, store = written_store(tmp_path / "s", seed=3)
+    averages = Averages(store)
+    found = shift_of_best(averages, "eta", "star", (2, 4))
+    best = {}
+    for n in (2, 4):
+        runs = [r for r in averages.runs if r.n == n and r.record.run.method == "star"]
+        etas = sorted({r.record.run.parameters["eta"] for r in runs})
+        means = np.array(
+            [
+                np.mean(
+                    [[r.value, *r.samples] for r in runs if r.record.run.parameters["eta"] == e], 0
+                )
+                for e in etas
+            ]
+        )
+        tops = [np.flatnonzero(column == column.max()) for column in means.T]
+        best[n] = np.array([etas[top[(len(top) - 1) // 2]] for top in tops])
+    shift = best[4] - best[2]
+    assert found.value == shift[0]
+    assert [found.low, found.high] == pytest.approx(np.quantile(shift[1:], [0.025, 0.975]))
+    same = shift_of_best(averages, "eta", "star", (4, 4))
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+
+
 def test_a_grid_is_compared_with_the_default_and_chosen_on_other_rows(tmp_path: Path) -> None:
     _, store = written_store(tmp_path / "s", seed=3)
     averages = Averages(store)
@@ -253,10 +278,18 @@ def test_a_grid_is_compared_with_the_default_and_chosen_on_other_rows(tmp_path: 
     assert star.best_label == points[int(np.argmax(values))].label
     assert star.default is not None
     assert star.default.value == next(run.value for run in points if run.label == "star")
-    halves = [{t: np.arange(start, ROWS, 2) for t in TASKS} for start in (0, 1)]
-    table = np.array([[ratio(run.record, tuned, half) for half in halves] for run in points])
-    chosen = table.argmax(axis=0)
-    assert star.held_out == pytest.approx((table[chosen[0], 1] + table[chosen[1], 0]) / 2)
+    # The mean over other random splits, to four standard errors of the mean over as many as here.
+    generator = np.random.default_rng(5)
+    splits = []
+    for _ in range(400):
+        order = {task: generator.permutation(ROWS) for task in TASKS}
+        halves = [{task: order[task][part::2] for task in TASKS} for part in (0, 1)]
+        table = np.array([[ratio(run.record, tuned, half) for half in halves] for run in points])
+        chosen = table.argmax(axis=0)
+        splits.append((table[chosen[0], 1] + table[chosen[1], 0]) / 2)
+    error = np.std(splits) / np.sqrt(SPLITS)
+    assert star.held_out == pytest.approx(np.mean(splits), abs=4 * error)
+    assert star.held_out < star.best.value  # the chosen one looks better than it is
     assert found["average", 4].points == 1
     frame = best_parameters(averages, "eta").set_index(["label", "n"])
     etas = [run.record.run.parameters["eta"] for run in points]
@@ -335,7 +368,7 @@ def test_what_failed_and_what_is_left_out_is_said(tmp_path: Path) -> None:
         for run, lines in runs:
             every.add(run, [{"error": "it broke"}] if run.kind == "merge" else lines)
     with pytest.raises(UsageError, match=r"no merge yet[\s\S]*- average, star.*: it broke"):
-        write_outcome(every)
+        write_tables(every)
 
 
 def test_figures_that_nothing_is_there_for_yet_are_left_out(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from starmerge.study.averages import Averages
 from starmerge.study.frames import best_by_number, by_number, by_parameter, one_shot, shares_by_task
-from starmerge.study.outcome import figure_entries, title_of, write_outcome
+from starmerge.study.outcome import figure_entries, title_of, write_figures, write_tables
 from starmerge.study.store import Store
 from tests.study.studies import written_store
 
@@ -71,7 +71,8 @@ def test_shares_by_task_are_of_the_most_models(store: Store) -> None:
 
 
 def test_tables_and_figures_are_written_into_the_folder(store: Store) -> None:
-    table = write_outcome(store)
+    table = write_tables(store)
+    write_figures(store)
     assert (store.folder / "table.md").read_text(encoding="utf-8") == f"{table}\n"
     written = pd.read_csv(store.folder / "averages.csv")
     expected = Averages(store).to_frame()

@@ -115,6 +115,7 @@ def fails(match: str, **changes: object) -> None:
 
 def test_what_is_wrong_with_a_study_is_said() -> None:
     fails("merges 9 models or more, and its pool has 4", numbers=[9])
+    fails("numbers.0: Input should be a valid integer or .* 'all' .got True", numbers=[True])
     fails("the merge star twice", methods=["star", {"method": "star", "grid": {"eta": [40]}}])
     fails("Did you mean 'star'", methods=["starr"])
     fails("no parameter 'etta'", methods=[{"method": "star", "grid": {"etta": [1]}}])

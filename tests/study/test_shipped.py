@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from starmerge.study.execute import run_study
-from starmerge.study.outcome import FIGURES, write_outcome
+from starmerge.study.outcome import FIGURES, write_figures, write_tables
 from starmerge.study.runs import numbers_of
 from starmerge.study.study_file import find_study, studies
 from tests.evaluation.tiny_world import make_world
@@ -55,7 +55,8 @@ def test_a_shipped_study_runs_and_is_drawn(name: str, suite: Path, tmp_path: Pat
     assert len(store.records) == store.head["planned"] > 9
     labels = {record.run.label for record in store.records if record.run.kind == "merge"}
     assert {"auto", "shares"} <= labels
-    table = write_outcome(store)
+    table = write_tables(store)
+    write_figures(store)
     assert all(f"| {label} " in table or f"| **{label}" in table for label in labels)
     drawn = list((store.folder / FIGURES).glob("*.png"))
     # With one number of models there may be no best value against it, but always the others.

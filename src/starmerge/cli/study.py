@@ -142,7 +142,7 @@ def study(
         find_study(name),
         suite=suite,
         base=base,
-        numbers=None if numbers is None else [part.strip() for part in numbers.split(",")],
+        numbers=None if numbers is None else [_number(part) for part in numbers.split(",")],
         combinations=combinations,
         scorer=scorer,
         rows=rows,
@@ -150,7 +150,7 @@ def study(
     )
     if output is None and not dry_run:
         _check_unused("To run the study, give --output FOLDER", report=report, retry=retry or None)
-        _show(chosen, name)
+        _show(chosen)
         return
     laboratory = Laboratory(
         chosen,
@@ -173,9 +173,10 @@ def study(
 
 def _draw(store: Store, report: Path | None, *, overwrite: bool) -> None:
     """Write tables, figures and page of a store, and print the tables."""
-    from starmerge.study.outcome import FIGURES, write_outcome
+    from starmerge.study.outcome import FIGURES, write_figures, write_tables
 
-    print(write_outcome(store))
+    print(write_tables(store))
+    write_figures(store)
     print(f"\nFigures: {store.folder / FIGURES}")
     if report is not None:
         from starmerge.study.page import write_page
@@ -204,7 +205,13 @@ def _changed(study: Study, **changes: Any) -> Study:
     return make_study(study.model_dump(exclude_unset=True) | given)
 
 
-def _show(study: Study, name: str) -> None:
+def _number(text: str) -> int | str:
+    """Return an integer that is written in digits, and any other text as it is, such as "all"."""
+    text = text.strip()
+    return int(text) if text.isdecimal() else text
+
+
+def _show(study: Study) -> None:
     """Print what a study is and how to run it."""
     from starmerge.study.runs import runs_of
     from starmerge.study.study_file import pool_of
@@ -224,4 +231,4 @@ def _show(study: Study, name: str) -> None:
     print(f"{len(runs)} runs, {len(merges)} of them merges.")
     if study.notes:
         print(study.notes)
-    print(f"Time it: starmerge study {name} --dry-run\nRun it: starmerge study {name} -o FOLDER")
+    print("To time it, add --dry-run to this command; to run it, -o FOLDER.")

@@ -20,7 +20,7 @@ from starmerge.evaluation.scoring.comparison import (
     normalised_average,
 )
 from starmerge.evaluation.scoring.metrics import DEFAULT, Score
-from starmerge.evaluation.subjects import BASE
+from starmerge.evaluation.subjects import BASE, TUNED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,7 +105,7 @@ class Evaluation:
         columns: dict[str, dict[str, str]] = {}
         columns[BASE] = {task: _cell(score) for task, score in self.scores[BASE].items()}
         if self.tuned:
-            columns["fine-tuned"] = {task: _cell(score) for task, score in self.tuned.items()}
+            columns[TUNED] = {task: _cell(score) for task, score in self.tuned.items()}
         for model in self.others:
             columns[model] = {task: _cell(score) for task, score in self.scores[model].items()}
         metrics = {task: score.metric for task, score in self.scores[BASE].items()}

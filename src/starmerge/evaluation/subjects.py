@@ -25,6 +25,9 @@ from starmerge.progress import Progress
 BASE = "base"
 """Name of the base in every evaluation."""
 
+TUNED = "fine-tuned"
+"""What the tasks' own fine-tunes are called together in tables and charts."""
+
 Update = Mapping[str, Delta]
 """What a merge in memory adds to the base's tensors, by their names."""
 
@@ -245,14 +248,15 @@ def groups(
         backend: What computes: transformers or vllm.
 
     Raises:
-        UsageError: A model is called "base", there is none at its path, or the backend cannot do
-            what is wanted.
+        UsageError: A model is called "base" or "fine-tuned", there is none at its path, or the
+            backend cannot do what is wanted.
         StarmergeError: A Hub repository cannot be had.
     """
-    if BASE in models:
-        raise UsageError(
-            f"A model is called {BASE!r}, which is the base's name. Give it another, NAME=PATH."
-        )
+    for bound, owner in ((BASE, "the base's name"), (TUNED, "the name of the tasks' fine-tunes")):
+        if bound in models:
+            raise UsageError(
+                f"A model is called {bound!r}, which is {owner}. Give it another, NAME=PATH."
+            )
     if not all(name.strip() for name in models):
         raise UsageError("A model has no name. Give it one: NAME=PATH.")
     updates = {name: model for name, model in models.items() if isinstance(model, Mapping)}

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 Samples = NDArray[np.float64]
 """A value in each resample, (RESAMPLES,); NaN where it is undefined."""
 
+SPLITS = 100
+"""Random ways to cut the rows of each task into two halves."""
+
 
 @dataclass(frozen=True)
 class RunAverage:
@@ -44,7 +47,7 @@ class RunAverage:
     """The base's, on the same tasks."""
     base_samples: Samples
     halves: NDArray[np.float64]
-    """The value on every other row, and on the rest, (2,); NaN where it is undefined."""
+    """The value on both halves of each split of the rows, (2, SPLITS); NaN where undefined."""
 
     @cached_property
     def label(self) -> str:
@@ -223,7 +226,15 @@ class Averages:
             ratios.append(np.nan_to_num(self._values(record, task)) / ceiling)
             below.append(np.nan_to_num(self._values(self._base, task)) / ceiling)
         own, base = np.mean(ratios, axis=0), np.mean(below, axis=0)
-        return RunAverage(record, float(own[0]), own[3:], float(base[0]), base[3:], own[1:3])
+        halves, samples = np.split(own[1:], [2 * SPLITS])
+        return RunAverage(
+            record,
+            float(own[0]),
+            samples,
+            float(base[0]),
+            base[1 + 2 * SPLITS :],
+            halves.reshape(2, SPLITS),
+        )
 
     def share(self, run: RunAverage, task: str) -> float:
         """Return the share of the fine-tunes' score on a task that a merge keeps; NaN: undefined.
@@ -247,7 +258,7 @@ class Averages:
         return np.asarray(np.mean(tuned, axis=0)) if tuned else np.zeros(1)
 
     def _values(self, record: Record, task: str) -> NDArray[np.float64]:
-        """Return a run's score on a task: on all rows, on two halves, in each resample of them."""
+        """Return a run's score on a task, for each row of :meth:`_drawn`."""
         key = (record.run.key, task)
         if key not in self._known:
             line = record.by_task[task]
@@ -258,16 +269,18 @@ class Averages:
         return self._known[key]
 
     def _drawn(self, task: str, rows: int) -> NDArray[np.float64]:
-        """Return how often each row of a task counts, (3 + RESAMPLES, rows).
+        """Return how often each row of a task counts, (1 + 2 · SPLITS + RESAMPLES, rows).
 
-        Once; once every other row, and once the rest; as often as a resample draws it.
+        Once; once if it is in the first half of a split, for all splits, then the same for the
+        second halves; as often as a resample draws it.
         """
         place = list(self.store.head["tasks"]).index(task)
         if place not in self._counts:
             generator = np.random.default_rng([0, place])
             drawn = generator.multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES)
-            every = np.arange(rows) % 2 == 0
-            counts = np.vstack([np.ones(rows), every, ~every, drawn])
+            is_first = np.tile(np.arange(rows) % 2 == 0, (SPLITS, 1))
+            is_first = np.random.default_rng([1, place]).permuted(is_first, axis=1)
+            counts = np.vstack([np.ones(rows), is_first, ~is_first, drawn])
             self._counts[place] = counts.astype(np.float64)
         return self._counts[place]
 

@@ -84,7 +84,8 @@ def shares_by_task(averages: Averages, methods: Collection[str] | None) -> pd.Da
         [
             {"task": task, "label": label, "share": sum(shares) / len(shares)}
             for (label, task), shares in sorted(rows.items(), key=lambda row: row[0][0] != BASE)
-        ]
+        ],
+        columns=["task", "label", "share"],
     )
 
 

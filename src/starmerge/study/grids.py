@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,8 +33,8 @@ class GridBest:
     best: Interval
     """The highest normalised average, on the rows that it was found on: too good."""
     held_out: float
-    """The normalised average of the point that is best on half of the rows, on the other half; the
-    mean of both ways round. NaN where a half has none."""
+    """The normalised average of the point that is best on half of the rows, on the other half: the
+    mean over random splits, both ways round. NaN where no split has values on both halves."""
     gain: Difference | None
     """Best − default, paired; too good, too."""
 
@@ -80,33 +81,75 @@ def best_parameters(averages: Averages, parameter: str) -> pd.DataFrame:
 
     rows = []
     for (method, n), points in _points(averages).items():
-        runs = [own for own in points.values() if value_of(own[0], parameter) is not None]
-        places = np.array([value_of(own[0], parameter) for own in runs], np.float64)
+        places, runs = _along(points, parameter)
         if len(set(places)) < 2:
             continue
-        values = [averages.mean(own).value for own in runs]
-        samples = np.array([np.mean([run.samples for run in own], axis=0) for own in runs])
-        defined = samples[:, ~np.isnan(samples).any(axis=0)]
-        low, high, _ = percentiles(
-            np.array([_middle(places[column == column.max()]) for column in defined.T])
-        )
-        top = max(values)
+        values = np.array([averages.mean(own).value for own in runs])
+        low, high, _ = percentiles(_best_places(places, _samples(runs)))
+        (best,) = _best_places(places, values[:, None])
         rows.append(
             {
                 "label": method,
                 "n": n,
-                "best": _middle(places[np.array(values) == top]),
+                "best": best,
                 "low": low,
                 "high": high,
-                "value": top,
+                "value": values.max(),
             }
         )
     return pd.DataFrame(rows, columns=["label", "n", "best", "low", "high", "value"])
 
 
-def _middle(places: NDArray[np.float64]) -> float:
-    """Return the median of some values, the lower of the two middle ones where they are even."""
-    return float(np.sort(places)[(len(places) - 1) // 2])
+def shift_of_best(
+    averages: Averages, parameter: str, method: str, numbers: tuple[int, int]
+) -> Interval:
+    """Return by how much a parameter's best value rises from one number of models to another.
+
+    The interval pairs the resamples: both numbers' best values come from the same rows.
+
+    Args:
+        averages: The averages.
+        parameter: As for :func:`best_parameters`.
+        method: The chain.
+        numbers: The numbers of models: from, to.
+
+    Raises:
+        KeyError: The chain has no runs of one of the numbers.
+    """
+    points = _points(averages)
+    found = []
+    for n in numbers:
+        places, runs = _along(points[method, n], parameter)
+        values = np.array([averages.mean(own).value for own in runs])
+        found.append(_best_places(places, np.column_stack([values, _samples(runs)])))
+    shift = found[1] - found[0]
+    return Interval(float(shift[0]), *percentiles(shift[1:]))
+
+
+def _along(
+    points: dict[str, list[RunAverage]], parameter: str
+) -> tuple[NDArray[np.float64], list[list[RunAverage]]]:
+    """Return a parameter's values among the points of a chain, and the runs at each."""
+    runs = [own for own in points.values() if value_of(own[0], parameter) is not None]
+    return np.array([value_of(own[0], parameter) for own in runs], np.float64), runs
+
+
+def _samples(runs: Sequence[Sequence[RunAverage]]) -> NDArray[np.float64]:
+    """Return the means over the runs of each point, in each resample: (points, RESAMPLES)."""
+    return np.array([np.mean([run.samples for run in own], axis=0) for own in runs])
+
+
+def _best_places(places: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return where the highest value of each column stands; NaN for a column with a NaN.
+
+    Of places that are equally good the middle one counts, the lower of two.
+    """
+    found = np.full(values.shape[1], np.nan)
+    for number, column in enumerate(values.T):
+        if not np.isnan(column).any():
+            best = np.sort(places[column == column.max()])
+            found[number] = best[(len(best) - 1) // 2]
+    return found
 
 
 def value_of(run: RunAverage, parameter: str) -> float | None:
@@ -146,7 +189,10 @@ def _default(method: str, points: dict[str, list[RunAverage]]) -> list[RunAverag
 
 
 def _held_out(points: Sequence[Sequence[RunAverage]]) -> float:
-    """Return what the point that is best on one half of the rows has on the other, both ways."""
+    """Return what the point that is best on one half of the rows has on the other, in the mean."""
     halves = np.array([np.mean([run.halves for run in own], axis=0) for own in points])
-    chosen = np.argmax(halves, axis=0)
-    return float(np.mean([halves[chosen[0], 1], halves[chosen[1], 0]]))
+    halves = halves[:, :, ~np.isnan(halves).any(axis=(0, 1))]
+    if halves.size == 0:
+        return math.nan
+    chosen = np.argmax(halves, axis=0)  # of each half and split
+    return float(np.mean(np.take_along_axis(halves[:, ::-1], chosen[None], axis=0)))

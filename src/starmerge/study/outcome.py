@@ -33,8 +33,8 @@ FORMATS = (".png", ".pdf")
 """In which each figure is written."""
 
 
-def write_outcome(store: Store) -> str:
-    """Write the tables and figures of a store into its folder; return the tables.
+def write_tables(store: Store) -> str:
+    """Write the tables of a store into its folder, and return them in Markdown.
 
     Raises:
         UsageError: The store has no merges that can be averaged yet.
@@ -49,11 +49,21 @@ def write_outcome(store: Store) -> str:
         partial.write_text(f"{table}\n", encoding="utf-8")
     with output_file(store.folder / AVERAGES, overwrite=True) as partial:
         averages.to_frame().to_csv(partial, index=False)
+    return table
+
+
+def write_figures(store: Store) -> None:
+    """Draw the figures that a store's study names into its folder.
+
+    Raises:
+        UsageError: The store has no merges that can be averaged yet.
+        StarmergeError: The disk is full, or fails otherwise.
+    """
+    averages = Averages(store)
     (store.folder / FIGURES).mkdir(exist_ok=True)
     for stem, entry in named_figures(store).items():
         for suffix in FORMATS:
             _PLOTS[entry.figure](averages, entry, store.folder / FIGURES / f"{stem}{suffix}")
-    return table
 
 
 def figure_entries(store: Store) -> list[FigureEntry]:
@@ -78,6 +88,8 @@ def named_figures(store: Store) -> dict[str, FigureEntry]:
 def _can_be_drawn(averages: Averages, entry: FigureEntry) -> bool:
     if entry.figure == "best":
         return len(best_by_number(averages, _parameter(entry), entry.methods)) > 0
+    if entry.figure == "tasks":
+        return bool(shares_by_task(averages, entry.methods).share.notna().any())
     methods = entry.methods
     runs = [run for run in averages.runs if methods is None or run.record.run.method in methods]
     if entry.parameter is not None:

@@ -152,7 +152,8 @@ class Study(Data):
         tuple[Annotated[MethodEntry, BeforeValidator(_as_entry)], ...], Field(min_length=1)
     ]
     numbers: Annotated[
-        tuple[Annotated[int, Field(ge=1)] | Literal["all"], ...], Field(min_length=1)
+        tuple[Annotated[int, Field(ge=1, strict=True)] | Literal["all"], ...],
+        Field(min_length=1),
     ] = ("all",)
     """How many models are merged; numbers above the size of the pool are left out."""
     combinations: int = Field(default=1, ge=1)

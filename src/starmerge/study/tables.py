@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from starmerge.evaluation.grids import aligned, interval_cell
-from starmerge.evaluation.subjects import BASE
-from starmerge.study.averages import Averages, RunAverage
+from starmerge.evaluation.subjects import BASE, TUNED
+from starmerge.study.averages import SPLITS, Averages, RunAverage
 from starmerge.study.grids import GridBest, best_of_grids
 from starmerge.study.store import Store
 
@@ -28,7 +28,8 @@ FEWER_LEGEND = (
 
 GRID_LEGEND = (
     "The best of a grid was found on the rows that it is scored on, which makes it look better "
-    "than it is; held out: chosen on half of the rows, scored on the other half."
+    "than it is; held out: chosen on half of the rows, scored on the other half, in the mean over "
+    f"{SPLITS} random splits."
 )
 
 
@@ -82,7 +83,7 @@ def by_task(averages: Averages) -> str:
     tasks = list(dict.fromkeys(task for run in runs for task in run.record.run.tasks))
     rows = [["method", *tasks]]
     rows.append([f"*{BASE}*", *(_score(averages.base_score(task)) for task in tasks)])
-    rows.append(["*fine-tuned*", *(_score(averages.tuned_score(task)) for task in tasks)])
+    rows.append([f"*{TUNED}*", *(_score(averages.tuned_score(task)) for task in tasks)])
     for label in labels:
         own = [run for run in runs if run.label == label]
         rows.append([label, *(_score(_mean_score(own, task)) for task in tasks)])

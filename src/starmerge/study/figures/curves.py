@@ -143,11 +143,12 @@ def plot_against_parameter(
         for axes in grid.flat[len(panels) :]:
             axes.set_axis_off()
         has_base = False
+        place = Dodge({x for *_, x, _ in points}, len(shades))
         for axes, (name, curves, rows) in zip(grid.flat, panels, strict=False):
-            for curve, look in curves.items():
-                own = [(x, row) for other, x, row, _ in rows if other == curve]
+            for number, (curve, look) in enumerate(curves.items()):
+                own = [(place(x, number), row) for other, x, row, _ in rows if other == curve]
                 single = [
-                    (x, run.value)
+                    (place(x, number), run.value)
                     for run in _runs(runs)
                     if (x := _number(run.parameters, parameter)) is not None
                     and curve == (run.label if len(labels) > 1 else f"n = {run.n}")

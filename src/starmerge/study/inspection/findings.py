@@ -214,7 +214,7 @@ def _rounding(models: Sequence[Record], dtype: str) -> Iterator[Finding]:
         more = f" (and less than {SURVIVES:.0%} of {len(hurt) - 1} more)" if len(hurt) > 1 else ""
         yield Finding(
             "rounding",
-            f"Added to the base and rounded to {dtype}, {worst['survived']:.0%} of "
+            f"Added to the base and rounded to {dtype}, {worst['survived']:.0%} of the energy of "
             f"{worst['model']}'s update survives{more}; an average divides by the number of "
             "models, and keeps less.",
             "Merge with --dtype float32, or as an adapter (--as adapter).",
@@ -229,9 +229,9 @@ def _noise(models: Sequence[Record]) -> Iterator[Finding]:
         worst = max(noisy, key=lambda model: float(model["noise"]))
         yield Finding(
             "noise",
-            f"{worst['noise']:.0%} of {worst['model']}'s update is explained by the rounding of "
-            f"its stored weights ({len(noisy)} of {len(models)} models have {NOISY:.0%} or more). "
-            "Ranks and spectra here are of what stands above that floor.",
+            f"{worst['noise']:.0%} of the energy of {worst['model']}'s update is explained by the "
+            f"rounding of its stored weights ({len(noisy)} of {len(models)} models have "
+            f"{NOISY:.0%} or more). Ranks and spectra here are of what stands above that floor.",
             "star drops it by itself; before other spectral merges write denoise, as in "
             "-m denoise+shares, which -m auto does.",
             tuple(model["model"] for model in noisy),
@@ -371,9 +371,10 @@ def _apart(models: Sequence[Record]) -> Iterator[Finding]:
         others = _listed([model["model"] for model in apart if model is not most])
         yield Finding(
             "apart",
-            f"{most['apart']:.0%} of {most['model']}'s update lies in tensors that at most half of "
-            f"the models change{f'; {others} are alike' if others else ''}. Methods that divide "
-            "what tasks share keep it nearly whole, and the other tasks meet it in later layers.",
+            f"{most['apart']:.0%} of the energy of {most['model']}'s update lies in tensors that "
+            f"at most half of the models change{f'; so does most of {others}' if others else ''}. "
+            "Methods that divide what tasks share keep it nearly whole, and the other tasks meet "
+            "it in later layers.",
             "Let starmerge choose race -m shares:response=0.5 and -m average against -m auto.",
             tuple(model["model"] for model in apart),
         )
@@ -390,8 +391,8 @@ def _tensors(models: Sequence[Record], tensors: Sequence[Record]) -> Iterator[Fi
         if len(own) >= 1 / FEW_TENSORS and share >= DOMINATED:
             yield Finding(
                 "tensors",
-                f"{few} of {len(own)} tensors hold {share:.0%} of {model['model']}'s update, first "
-                f"{own[0]['tensor']}.",
+                f"{few} of {len(own)} tensors hold {share:.0%} of the energy of {model['model']}'s "
+                f"update, first {own[0]['tensor']}.",
                 None,
                 (model["model"],),
             )

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import altair as alt
 
 from starmerge.errors import UsageError
-from starmerge.evaluation.subjects import BASE
+from starmerge.evaluation.subjects import BASE, TUNED
 from starmerge.study.dodge import Dodge
 from starmerge.study.page.parts import Chart
 from starmerge.study.palette import (
@@ -29,9 +29,6 @@ from starmerge.study.palette import (
 
 Frame: TypeAlias = Any
 """A pandas.DataFrame, whose types mypy does not see."""
-
-TUNED = "fine-tuned"
-"""The label of the fine-tunes' own scores, which :func:`dots` draws as a line."""
 
 _INK = "currentColor"
 _NARROW = 560

@@ -13,10 +13,10 @@ import pandas as pd
 from starmerge.evaluation.evaluation import Evaluation
 from starmerge.evaluation.scoring.comparison import Interval
 from starmerge.evaluation.scoring.metrics import Score
-from starmerge.evaluation.subjects import BASE
+from starmerge.evaluation.subjects import BASE, TUNED
 from starmerge.evaluation.table import LEGEND, differences, notes
 from starmerge.study.names import model_name
-from starmerge.study.page.charts import TUNED, dots, heat_map
+from starmerge.study.page.charts import dots, heat_map
 from starmerge.study.page.page import Page, Section
 from starmerge.study.page.parts import (
     Chart,

@@ -162,10 +162,15 @@ def _best(averages: Averages, entry: FigureEntry) -> list[Part]:
 
 
 def _one_shot(averages: Averages, entry: FigureEntry) -> list[Part]:
-    most = max(run.n for run in averages.runs)
     rows = []
-    for grid in best_of_grids(averages):
-        if grid.n == most and (entry.methods is None or grid.method in entry.methods):
+    shown = [
+        grid
+        for grid in best_of_grids(averages)
+        if entry.methods is None or grid.method in entry.methods
+    ]
+    most = max(grid.n for grid in shown)
+    for grid in shown:
+        if grid.n == most:
             for label, interval in (("default", grid.default), ("best of the grid", grid.best)):
                 if interval is not None:
                     ends = {"low": interval.low, "high": interval.high}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,16 +131,17 @@ def _numbers_of(
     """
     try:
         returned = function(prediction)
-        numbers = [returned] if isinstance(returned, int | float) else list(returned)
-        found = tuple(float(number) + 0.0 for number in numbers)  # −0.0 becomes 0.0
+        is_one = isinstance(returned, str) or not isinstance(returned, Iterable)
+        numbers = [returned] if is_one else list(returned)
     except Exception as error:  # whatever the plug-in's own code raises
         raise StarmergeError(
             f"The metric {metric.name!r} failed at row {prediction.id!r}: "
             f"{type(error).__name__}: {error}."
         ) from error
-    if not found or not all(map(math.isfinite, found)):
+    are_numbers = all(isinstance(n, SupportsFloat) and math.isfinite(n) for n in numbers)
+    if not numbers or not are_numbers:
         raise StarmergeError(
             f"The metric {metric.name!r} returns {returned!r} for row {prediction.id!r}. It must "
             "return finite numbers."
         )
-    return found
+    return tuple(float(number) + 0.0 for number in numbers)  # −0.0 becomes 0.0
