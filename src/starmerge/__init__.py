@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from starmerge.deltas import LowRank as LowRank
     from starmerge.errors import StarmergeError as StarmergeError
     from starmerge.errors import UsageError as UsageError
+    from starmerge.hub.push import Pushed as Pushed
+    from starmerge.hub.push import push as push
     from starmerge.mergekit.method import Mergekit as Mergekit
     from starmerge.merging.apply import Applied as Applied
     from starmerge.merging.apply import apply as apply
@@ -51,6 +53,7 @@ _HOMES = {
     "Method": "methods",
     "Metric": "checkpoints.metric",
     "Pipeline": "methods",
+    "Pushed": "hub.push",
     "StarmergeError": "errors",
     "TaskVectors": "merging.task_vectors",
     "UsageError": "errors",
@@ -63,6 +66,7 @@ _HOMES = {
     "merge": "merging.engine",
     "merge_state": "merging.in_memory",
     "open_metric": "checkpoints.metric",
+    "push": "hub.push",
     "verify": "merging.verify",
 }
 """Where the names live that are not in ``methods.built_in``."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from starmerge.cli import asking, resources
+from starmerge.cli import asking, pushing, resources
 from starmerge.cli.importing import importing
 from starmerge.cli.parameters import parameters, weighted
 from starmerge.errors import UsageError
@@ -157,17 +157,22 @@ def merge(
         bool,
         typer.Option("--fresh", help="Begin anew where a killed run of this merge could go on."),
     ] = False,
+    push: pushing.Push = None,
+    private: pushing.Private = False,
 ) -> None:
     """Merge fine-tunes of one base into a model that transformers loads, or into an adapter.
 
     Everything is checked before the first tensor is read. The folder appears when it is complete,
-    with a card and merge_report.json in it. A merge that was killed goes on when it is run again.
+    with a card and merge_report.json in it. A merge that was killed goes on when it is run again;
+    so does a push, and the merge is not repeated for it.
 
     Example: starmerge merge BASE adapters/a adapters/b -o merged -m star -p eta=40
 
     Example: starmerge merge --as adapter adapters/a adapters/b -o merged-adapter --rank 32
 
     Example: starmerge merge --as adapter a.safetensors b.safetensors -o style.safetensors
+
+    Example: starmerge merge BASE adapters/* -o merged --push my-name/my-merge --private
 
     Example: starmerge merge recipe.yaml -o merged
 
@@ -183,8 +188,7 @@ def merge(
         from starmerge.merging.plan import make_plan
         from starmerge.merging.ranks import rank_costs
         from starmerge.recipe import make_recipe, parse_models
-        from starmerge.recipe_file import load_recipes
-        from starmerge.storage.leftovers import leftovers
+        from starmerge.recipe_file import Step, load_recipes
 
     if Path(base).suffix in (".yaml", ".yml") and not Path(base).is_dir():
         options = (
@@ -198,7 +202,6 @@ def merge(
                 "--rank, --max-error, --any-base and --common."
             )
         *before, last = load_recipes(Path(base), output)
-        recipe = last.recipe
     else:
         entries = parse_models(models or [])
         content: dict[str, Any] = {"base": base, "any_base": any_base, "common": common}
@@ -216,8 +219,10 @@ def merge(
         content |= {key: value for key, value in given.items() if value is not None}
         content["models"] = weighted(entries, weight or [])
         content["parameters"] = parameters(parameter or [])
-        recipe = make_recipe(content, where="The command line")
-        before = []
+        before, last = [], Step(make_recipe(content, where="The command line"), output, None)
+    recipe = last.recipe
+    if pushing.begin(push, last, private=private, dry_run=dry_run, fresh=fresh):
+        return
     workers = Threads(threads, memory)
     if before and not _merge_steps(
         before, output, workers, dry_run=dry_run, overwrite=overwrite, fresh=fresh
@@ -231,12 +236,8 @@ def merge(
         return
     for note in plan.notes:
         typer.echo(f"Note: {note}", err=True)
-    own = fingerprint(plan)
-    left = [other for other in leftovers(output) if not other.path.name.endswith(own)]
-    if left and not fresh:
-        size = bytes_in_words(sum(leftover.nbytes for leftover in left))
-        clean = shlex.join(["starmerge", "clean", str(left[0].path.parent)])
-        print(f"Note: earlier runs that were killed left {size} beside {output}; see: {clean}")
+    if not fresh:
+        _note_leftovers(plan, own=fingerprint(plan))
     started = time.monotonic()
     result = run(plan, workers, fresh=fresh, progress=True)
     if result.taken_up:
@@ -247,6 +248,24 @@ def merge(
     print(f"{plan.recipe.method}: {result.report.summary()}")
     made = {"gguf": "GGUF"}.get(plan.output.kind, plan.output.kind.capitalize())
     print(f"{made}: {result.path} ({time.monotonic() - started:.1f} s)")
+    if push is not None:
+        pushing.upload(output, push, private=private, is_merged_now=True)
+
+
+def _note_leftovers(plan: Plan, own: str) -> None:
+    """Say which runs that were killed have left something, of which this one takes nothing up.
+
+    Args:
+        plan: The merge.
+        own: Its fingerprint.
+    """
+    from starmerge.storage.leftovers import leftovers
+
+    left = [other for other in leftovers(plan.path) if not other.path.name.endswith(own)]
+    if left:
+        size = bytes_in_words(sum(leftover.nbytes for leftover in left))
+        clean = shlex.join(["starmerge", "clean", str(left[0].path.parent)])
+        print(f"Note: earlier runs that were killed left {size} beside {plan.path}; see: {clean}")
 
 
 def _merge_steps(

@@ -143,6 +143,22 @@ def load_results(folder: Path) -> Results:
     """
     import pandas as pd  # noqa: PLC0415
 
+    content = read_scores(folder)
+    scores = [
+        {name: math.nan if value is None else value for name, value in record.items()}
+        for record in content["scores"]
+    ]
+    predictions = _read_predictions(folder).to_pandas()
+    return Results(pd.DataFrame(scores), predictions, content.get("provenance"))
+
+
+def read_scores(folder: Path) -> dict[str, Any]:
+    """Read ``scores.json`` of a results folder, as it stands there: null for what is undefined.
+
+    Raises:
+        UsageError: ``folder`` is no results folder.
+        StarmergeError: The file is broken, or another version wrote it.
+    """
     if not (folder / _SCORES).is_file():
         raise UsageError(f"{folder} holds no {_SCORES}, so it is no results folder.")
     content = read_json(folder / _SCORES)
@@ -158,12 +174,7 @@ def load_results(folder: Path) -> Results:
     records = content.get("scores")
     if not isinstance(records, list):
         raise StarmergeError(f"{folder / _SCORES} holds no list of scores. Was it changed?")
-    scores = [
-        {name: math.nan if value is None else value for name, value in record.items()}
-        for record in records
-    ]
-    predictions = _read_predictions(folder).to_pandas()
-    return Results(pd.DataFrame(scores), predictions, content.get("provenance"))
+    return content
 
 
 def without_nan(content: Any) -> Any:

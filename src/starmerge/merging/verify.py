@@ -110,21 +110,7 @@ def verify(
         StarmergeError: The report is broken.
     """
     folder = Path(path)
-    file = folder / REPORT
-    if not is_file(file):
-        raise UsageError(f"{folder} has no {REPORT}, so it is no merge that starmerge wrote.")
-    report = read_json(file)
-    if report.get("schema") != SCHEMA or not isinstance(report.get("digests"), dict):
-        raise UsageError(
-            f"{file} has the schema {report.get('schema')!r}, and this starmerge reads {SCHEMA}. "
-            "Verify it with the version that wrote it."
-        )
-    try:
-        _Report.model_validate(report)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise StarmergeError(f"{file} is broken at {place}: {first['msg']}.") from error
+    report = read_report(folder)
     checked, wrong = _check_output(folder, report, progress)
     unlisted = [name for name in LocalFolder(folder).names() if name not in report["files"]]
     verdict = Verdict(str(folder), checked, wrong, unlisted=unlisted)
@@ -141,17 +127,47 @@ def verify(
     return replace(verdict, repeated=repeated, different=different)
 
 
-def _check_output(
-    folder: Place, report: Mapping[str, Any], progress: bool
-) -> tuple[int, list[str]]:
-    """Return how many tensors were compared, and what is wrong."""
+def read_report(folder: Place) -> dict[str, Any]:
+    """Read the report of a merged folder.
+
+    Raises:
+        UsageError: The folder has no report, or one of another version.
+        StarmergeError: The report is broken.
+    """
+    file = folder / REPORT
+    if not is_file(file):
+        raise UsageError(f"{folder} has no {REPORT}, so it is no merge that starmerge wrote.")
+    report = read_json(file)
+    if report.get("schema") != SCHEMA or not isinstance(report.get("digests"), dict):
+        raise UsageError(
+            f"{file} has the schema {report.get('schema')!r}, and this starmerge reads {SCHEMA}. "
+            "Verify it with the version that wrote it."
+        )
+    try:
+        _Report.model_validate(report)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise StarmergeError(f"{file} is broken at {place}: {first['msg']}.") from error
+    return report
+
+
+def check_files(folder: Place, report: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the files of a merged folder, without reading the tensors.
+
+    Files that are missing or cut short, that hold other tensors, dtypes or shapes, and files
+    without tensors whose bytes are others; each in a sentence.
+
+    Args:
+        folder: The folder.
+        report: Its report; see :func:`read_report`.
+    """
     wrong = [f"{name} is missing." for name in report["files"] if not is_file(folder / name)]
     wrong += [
         f"{name}: the bytes are not those that were written."
         for name, digest in report.get("blake3", {}).items()
         if is_file(folder / name) and blake3_of(folder / name) != digest
     ]
-    checked = 0
     for name, digests in report["digests"].items():
         if not is_file(folder / name):
             continue
@@ -164,10 +180,22 @@ def _check_output(
         wrong += [
             f"{name}: the tensor {t} is not in the report." for t in stored if t not in digests
         ]
-        # The bytes are compared below, one tensor after the other.
         known = blake3_of_contents((info, digests.get(t, "")) for t, info in stored.items())
         if stored.keys() == digests.keys() and known != report["contents"].get(name):
             wrong.append(f"{name}: the dtypes or shapes are not those that were written.")
+    return wrong
+
+
+def _check_output(
+    folder: Place, report: Mapping[str, Any], progress: bool
+) -> tuple[int, list[str]]:
+    """Return how many tensors were compared, and what is wrong."""
+    wrong, checked = check_files(folder, report), 0
+    for name, digests in report["digests"].items():
+        try:
+            stored = open_safetensors(folder / name) if is_file(folder / name) else {}
+        except StarmergeError:  # of which check_files has told
+            continue
         for tensor, digest in _hashed(stored.values(), progress):
             if digests.get(tensor.name, digest) != digest:
                 wrong.append(f"{name}: the bytes of {tensor.name} are not those that were written.")

@@ -1,0 +1,1 @@
+"""Merged folders to the Hugging Face Hub: whole, in one commit, and resumably."""
