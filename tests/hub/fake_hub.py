@@ -1,9 +1,9 @@
 """An imitation of the Hub's HTTP interface, as a server on this machine.
 
-It answers what the Hub's client asks when it looks for repositories, uploads, commits and downloads:
-``/api/whoami-v2``, ``/api/repos/create``, ``/api/models/…`` (info, tree, paths-info, preupload,
-branch, commit), ``/api/validate-yaml``, the LFS batch interface with uploads whole and in parts, and
-``/ORG/NAME/resolve/…``. Repositories are kept in memory, with their history.
+It answers what the Hub's client asks when it looks for repositories, uploads, commits and
+downloads: ``/api/whoami-v2``, ``/api/repos/create``, ``/api/models/…`` (info, tree, preupload,
+branch, commit), ``/api/validate-yaml``, the LFS batch interface with uploads whole and in parts,
+and ``/ORG/NAME/resolve/…``. Repositories are kept in memory, with their history.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +23,6 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 SIGNATURE = "b5c1e0signature"
 """Stands in the query of every address that is given out for an upload."""
-
-_BLOCK = 2**16
 
 
 @dataclass
@@ -56,8 +55,8 @@ class Fault:
     path: str
     """A regular expression, to be found in the path."""
     what: int | str
-    """A status; "drop": the connection, after a block of the body; "lost": the answer, after the
-    request was carried out; "stall": for ever, after a block of the body."""
+    """A status; "drop": the connection, amid the body; "lost": the answer, after the
+    request was carried out; "stall": for ever, amid the body."""
     times: int = 10**6
 
 
@@ -136,7 +135,7 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
         server.server_close()
 
 
-class _Failed(Exception):
+class _FailedError(Exception):
     def __init__(self, status: int, message: str, code: str = "") -> None:
         super().__init__(message)
         self.status, self.code = status, code
@@ -171,7 +170,14 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
-    do_POST = do_PUT = do_HEAD = do_GET
+    def do_POST(self) -> None:
+        self._answer()
+
+    def do_PUT(self) -> None:
+        self._answer()
+
+    def do_HEAD(self) -> None:
+        self._answer()
 
     def _answer(self) -> None:
         split = urlsplit(self.path)
@@ -180,27 +186,29 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.hub.fault(self.command, path)
         try:
             if fault is not None and fault.what in ("drop", "stall"):
-                self.rfile.read(_BLOCK)
+                self.rfile.read(int(self.headers.get("Content-Length") or 0) // 2)
                 if fault.what == "stall":
                     self.hub.stalled.set()
                     threading.Event().wait(120)
-                self.close_connection = True
-                self.connection.close()
+                self._hang_up()
                 return
             body = self._body()
             if fault is not None and isinstance(fault.what, int):
-                raise _Failed(fault.what, self._indiscreet())
+                raise _FailedError(fault.what, self._indiscreet())
             status, headers, content = self._carry_out(split.path, body)
             if fault is not None:
-                self.close_connection = True
-                self.connection.close()
+                self._hang_up()
                 return
-        except _Failed as failure:
+        except _FailedError as failure:
             status, content = failure.status, json.dumps({"error": str(failure)}).encode()
             headers = {"X-Error-Message": str(failure), "X-Error-Code": failure.code}
         except (ConnectionError, OSError):
             return
         self._send(status, headers, content)
+
+    def _hang_up(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
 
     def _indiscreet(self) -> str:
         """Return an error's text that quotes secrets, as no server should."""
@@ -240,18 +248,20 @@ class _Handler(BaseHTTPRequestHandler):
             if name not in ("upload", "complete", "resolve", "info", "tree"):
                 self._check_token()
             if name == "upload" and SIGNATURE not in self.query.get("X-Amz-Signature", []):
-                raise _Failed(403, "The address is not signed.")
+                raise _FailedError(403, "The address is not signed.")
             with self.hub.lock:
                 answer = getattr(self, f"_{name}")(body, **parts)
             if isinstance(answer, tuple):
                 return answer
             kind = {"Content-Type": "application/json"}
             return 200, kind, json.dumps(answer).encode()
-        raise _Failed(404, f"No such address: {self.command} {path}")
+        raise _FailedError(404, f"No such address: {self.command} {path}")
 
     def _check_token(self) -> None:
         if self.headers.get("Authorization") != f"Bearer {self.hub.token}":
-            raise _Failed(401, f"Invalid username or password: {self.headers['Authorization']}")
+            raise _FailedError(
+                401, f"Invalid username or password: {self.headers['Authorization']}"
+            )
 
     def _check_writer(self, repo: str) -> None:
         org = repo.partition("/")[0]
@@ -260,20 +270,20 @@ class _Handler(BaseHTTPRequestHandler):
             or self.hub.orgs.get(org) == "read"
             or (org != self.hub.user and org not in self.hub.orgs)
         ):
-            raise _Failed(403, "Forbidden: pass `create_pr=1` to make a pull request")
+            raise _FailedError(403, "Forbidden: pass `create_pr=1` to make a pull request")
 
     def _repo(self, repo: str) -> Repo:
         found = self.hub.repos.get(repo)
         if found is None or (
             found.private and self.headers.get("Authorization") != f"Bearer {self.hub.token}"
         ):
-            raise _Failed(404, "Repository not found", "RepoNotFound")
+            raise _FailedError(404, "Repository not found", "RepoNotFound")
         return found
 
     def _history(self, repo: str, revision: str) -> list[Commit]:
         commits = self._repo(repo).commits(revision)
         if not commits:
-            raise _Failed(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+            raise _FailedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return commits
 
     def _whoami(self, _: bytes) -> Any:
@@ -285,7 +295,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _validate(self, body: bytes) -> Any:
         content = json.loads(body)["content"]
         if not content.startswith("---\n"):
-            raise _Failed(400, "No metadata.")
+            raise _FailedError(400, "No metadata.")
         return {"errors": [], "warnings": []}
 
     def _create(self, body: bytes) -> Any:
@@ -293,7 +303,7 @@ class _Handler(BaseHTTPRequestHandler):
         repo = f"{wanted.get('organization') or self.hub.user}/{wanted['name']}"
         self._check_writer(repo)
         if repo in self.hub.repos:
-            raise _Failed(409, "You already created this model repo")
+            raise _FailedError(409, "You already created this model repo")
         private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
         self.hub.put(repo, {}, private=private)
         return {"url": f"{self.hub.url}/{repo}", "name": repo}
@@ -383,14 +393,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _keep(self, sha: str, content: bytes) -> None:
         if hashlib.sha256(content).hexdigest() != sha:
-            raise _Failed(400, "The bytes do not have the announced hash.")
+            raise _FailedError(400, "The bytes do not have the announced hash.")
         self.hub.blobs[sha] = content
         self.hub.uploads.append(sha)
 
     def _verify(self, body: bytes) -> Any:
         wanted = json.loads(body)
         if len(self.hub.blobs.get(wanted["oid"], b"")) != wanted["size"]:
-            raise _Failed(400, "Not uploaded.")
+            raise _FailedError(400, "Not uploaded.")
         return {}
 
     def _commit(self, body: bytes, repo: str, revision: str) -> Any:
@@ -399,17 +409,17 @@ class _Handler(BaseHTTPRequestHandler):
         head = self._history(repo, revision)[-1]
         header = lines[0]["value"]
         if header.get("parentCommit") not in (None, head.oid):
-            raise _Failed(412, "A commit has happened since.")
+            raise _FailedError(412, "A commit has happened since.")
         files = dict(head.files)
         for line in lines[1:]:
             value = line["value"]
             name = value["path"]
             if line["key"] == "deletedFile":
                 if files.pop(name, None) is None:
-                    raise _Failed(404, "A file with this name doesn't exist", "EntryNotFound")
+                    raise _FailedError(404, "A file with this name doesn't exist", "EntryNotFound")
             elif line["key"] == "lfsFile":
                 if value["oid"] not in self.hub.blobs:
-                    raise _Failed(400, "The file was not uploaded.")
+                    raise _FailedError(400, "The file was not uploaded.")
                 files[name] = value["oid"]
             else:
                 files |= self.hub.stored({name: base64.b64decode(value["content"])})
@@ -420,7 +430,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _resolve(self, _: bytes, repo: str, revision: str, name: str) -> Any:
         commit = self._history(repo, revision)[-1]
         if name not in commit.files:
-            raise _Failed(404, "Entry not found", "EntryNotFound")
+            raise _FailedError(404, "Entry not found", "EntryNotFound")
         sha = commit.files[name]
         content = self.hub.blobs[sha]
         headers = {

@@ -44,11 +44,7 @@ def without_secrets(text: str, token: str) -> str:
 
 def status_of(error: BaseException) -> int | None:
     """Return the status of the HTTP response that an error, or one behind it, speaks of."""
-    for link in _chain(error):
-        status = getattr(getattr(link, "response", None), "status_code", None)
-        if isinstance(status, int):
-            return status
-    return None
+    return _answer(error)[0]
 
 
 def may_pass(error: BaseException) -> bool:
@@ -88,7 +84,7 @@ class _ClientError(Exception):
 
 
 def _told(error: Exception, token: str, repo: str) -> StarmergeError:
-    status = status_of(error)
+    status, address = _answer(error)
     said = " ".join(without_secrets(str(error) or type(error).__name__, token).split())
     if said and said[-1] not in ".!?":
         said += "."
@@ -96,6 +92,11 @@ def _told(error: Exception, token: str, repo: str) -> StarmergeError:
         return UsageError(
             f"The Hub takes the token for invalid. Log in again with `hf auth login`, or set "
             f"HF_TOKEN to a token of {_TOKENS_PAGE}. ({said})"
+        )
+    if status == 403 and "signature=" in address.lower():
+        return StarmergeError(
+            "The Hub's storage refused an upload, most likely because the address that the Hub "
+            f"gave out for it has expired. Push again, for a new one. ({said})"
         )
     if status == 403:
         return UsageError(
@@ -115,6 +116,16 @@ def _told(error: Exception, token: str, repo: str) -> StarmergeError:
             f"push again. ({said})"
         )
     return StarmergeError(f"{repo} was not pushed: {said}")
+
+
+def _answer(error: BaseException) -> tuple[int | None, str]:
+    """Return the status of the HTTP response that an error comes from, and whose answer it is."""
+    for link in _chain(error):
+        response = getattr(link, "response", None)
+        status = getattr(response, "status_code", None)
+        if isinstance(status, int):
+            return status, str(getattr(response, "url", ""))
+    return None, ""
 
 
 def _is_of_network(error: BaseException) -> bool:
