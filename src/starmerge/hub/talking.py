@@ -88,34 +88,39 @@ def _told(error: Exception, token: str, repo: str) -> StarmergeError:
     said = " ".join(without_secrets(str(error) or type(error).__name__, token).split())
     if said and said[-1] not in ".!?":
         said += "."
+    kind: type[StarmergeError] = StarmergeError
     if status == 401:
-        return UsageError(
-            f"The Hub takes the token for invalid. Log in again with `hf auth login`, or set "
-            f"HF_TOKEN to a token of {_TOKENS_PAGE}. ({said})"
+        kind = UsageError
+        text = (
+            "The Hub takes the token for invalid. Log in again with `hf auth login`, or set "
+            f"HF_TOKEN to a token of {_TOKENS_PAGE}."
         )
-    if status == 403 and "signature=" in address.lower():
-        return StarmergeError(
+    elif status == 403 and "signature=" in address.lower():
+        text = (
             "The Hub's storage refused an upload, most likely because the address that the Hub "
-            f"gave out for it has expired. Push again, for a new one. ({said})"
+            "gave out for it has expired. Push again, for a new one."
         )
-    if status == 403:
-        return UsageError(
+    elif status == 403:
+        kind = UsageError
+        text = (
             f"The token may not write to {repo} on the Hub. Give it write access, or choose "
-            f"another repository; see {_TOKENS_PAGE}. ({said})"
+            f"another repository; see {_TOKENS_PAGE}."
         )
-    if status in (409, 412):
-        return StarmergeError(
+    elif status in (409, 412):
+        text = (
             f"{repo} has been changed by somebody else meanwhile, and nothing was committed. Look "
-            f"at it, and push again. ({said})"
+            "at it, and push again."
         )
-    if status is not None and may_pass(error):
-        return StarmergeError(f"The Hub fails with status {status}; push again later. ({said})")
-    if status is None and _is_of_network(error):
-        return StarmergeError(
-            f"The Hub cannot be reached, or the connection to it broke. Check the network, and "
-            f"push again. ({said})"
+    elif status is not None and may_pass(error):
+        text = f"The Hub fails with status {status}; push again later."
+    elif status is None and _is_of_network(error):
+        text = (
+            "The Hub cannot be reached, or the connection to it broke. Check the network, and "
+            "push again."
         )
-    return StarmergeError(f"{repo} was not pushed: {said}")
+    else:
+        return StarmergeError(f"{repo} was not pushed: {said}")
+    return kind(f"{text} ({said})")
 
 
 def _answer(error: BaseException) -> tuple[int | None, str]:
