@@ -15,7 +15,7 @@ from starmerge.cli import asking, resources
 from starmerge.cli.importing import importing
 from starmerge.cli.parameters import parameters, weighted
 from starmerge.errors import UsageError
-from starmerge.progress import bytes_in_words
+from starmerge.events import Note, bytes_in_words, emit
 
 if TYPE_CHECKING:
     from starmerge.merging.executors.threads import Threads
@@ -230,13 +230,13 @@ def merge(
             _print_ranks(rank_costs(plan, workers, progress=True))
         return
     for note in plan.notes:
-        typer.echo(f"Note: {note}", err=True)
+        emit(Note(note))
     own = fingerprint(plan)
     left = [other for other in leftovers(output) if not other.path.name.endswith(own)]
     if left and not fresh:
         size = bytes_in_words(sum(leftover.nbytes for leftover in left))
         clean = shlex.join(["starmerge", "clean", str(left[0].path.parent)])
-        print(f"Note: earlier runs that were killed left {size} beside {output}; see: {clean}")
+        emit(Note(f"earlier runs that were killed left {size} beside {output}; see: {clean}"))
     started = time.monotonic()
     result = run(plan, workers, fresh=fresh, progress=True)
     if result.taken_up:
