@@ -210,6 +210,8 @@ def _run(reporter: Reporter) -> int:
         reporter.fail(_said(error), exit_code, traceback=trace)
         return exit_code
     except Interrupted as interruption:
+        for number in (signal.SIGINT, signal.SIGTERM):  # which would hide how this ended
+            signal.signal(number, signal.SIG_IGN)
         exit_code = 128 + interruption.signal
         reporter.fail(
             f"Stopped by {_told(interruption)}",
