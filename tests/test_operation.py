@@ -258,7 +258,7 @@ def test_other_commands_tell_of_their_phases(
     models = (make_adapter("one", seed=1), make_adapter("two", seed=2))
     verified = starmerge("verify", merged["merged"], "--json", "--log", "json")
     inspected = starmerge("inspect", tiny_base, *models, "--json", "--log", "json")
-    for finished, phase in ((verified, "verifying"), (inspected, "looking at task vectors")):
+    for finished, phase in ((verified, "verifying"), (inspected, "Inspecting")):
         assert finished.returncode == 0, finished.stderr
         assert json.loads(finished.stdout)
         phases = [event["phase"] for event in of(parsed(finished.stderr), "phase_finished")]
