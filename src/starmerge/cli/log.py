@@ -83,10 +83,12 @@ class Reporter(logging.StreamHandler[TextIO]):
     def finish(self, exit_code: int) -> None:
         """Tell that the command has ended by itself."""
         LOG.info(Finish(exit_code, self._seconds(), self._outputs))
+        LOG.removeHandler(self)  # a thread that is still at work has nothing to add
 
     def fail(self, message: str, exit_code: int, **details: Any) -> None:
         """Tell that the command has ended by an error or a signal; see :class:`Failed`."""
         LOG.error(Failed(message, exit_code, self._seconds(), **details))
+        LOG.removeHandler(self)
 
     def close(self) -> None:
         """Give standard error back: the interpreter may still have something to say there."""
