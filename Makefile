@@ -7,7 +7,7 @@ DEMO_OUTPUT ?= demo-output
 FUZZ_EXAMPLES ?= 2000
 FUZZ_SEED ?= 0
 KILL_MOMENTS ?= 100
-BENCHMARKS ?= low_rank full_rank copying finetunes many_tensors sweep startup threads star_adapters adapter_output leading evaluation gpu
+BENCHMARKS ?= low_rank full_rank copying finetunes many_tensors events sweep startup threads star_adapters adapter_output leading evaluation gpu
 
 # The tests that tell whether a release of a library will do: of pydantic, PEFT, transformers, torch,
 # and of those that read data. They need the extra `eval` alone.

@@ -8,6 +8,7 @@ no copy of each other that a disk could share.
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -149,6 +150,13 @@ def make_base(folder: Path, model: Llama, *, shard_bytes: int = SHARD_BYTES) -> 
     return folder
 
 
+def make_sparse_base(folder: Path, model: Llama) -> Path:
+    """Write a base of zeros whose files take no room on the disk, where the file system allows."""
+    _write(folder, "model", model.tensors, torch.bfloat16, None, SHARD_BYTES)
+    (folder / "config.json").write_text(json.dumps(model.config, indent=2))
+    return folder
+
+
 def make_adapters(
     folder: Path,
     model: Llama,
@@ -267,10 +275,13 @@ def _write(
     stem: str,
     layout: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
-    make: Callable[[str, tuple[int, ...]], Tensor],
+    make: Callable[[str, tuple[int, ...]], Tensor] | None,
     shard_bytes: int,
 ) -> None:
-    """Write safetensors files of one dtype, and an index if there are several."""
+    """Write safetensors files of one dtype, and an index if there are several.
+
+    Without ``make`` the tensors are zeros, and the files are sparse.
+    """
     folder.mkdir(parents=True)
     shards = list(_split(layout, dtype, shard_bytes))
     places = {}
@@ -281,7 +292,11 @@ def _write(
         with (folder / file).open("wb") as stream:
             stream.write(_header(shard, dtype))
             for name, shape in shard.items():
-                stream.write(raw_bytes(make(name, shape).to(dtype)))
+                if make is None:
+                    stream.seek(_size(shape) * dtype.itemsize, os.SEEK_CUR)
+                else:
+                    stream.write(raw_bytes(make(name, shape).to(dtype)))
+            stream.truncate()
         places |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         total = sum(map(_size, layout.values())) * dtype.itemsize

@@ -456,7 +456,7 @@ def test_two_runs_never_make_one_output_and_clean_spares_the_living(
         assert [path.name for path in place.iterdir() if path.name != "other"] == hidden
     merged = starmerge("merge", tiny_base, adapter, "-o", out)
     assert merged.returncode == 0, merged.stderr
-    notes = [line for line in merged.stdout.splitlines() if line.startswith("Note: earlier runs")]
+    notes = [line for line in merged.stderr.splitlines() if line.startswith("Note: earlier runs")]
     assert len(notes) == 1
     assert f"starmerge clean '{place}'" in notes[0]
 

@@ -30,10 +30,11 @@ from starmerge.checkpoints.source import resolve
 from starmerge.errors import StarmergeError, UsageError, nearest
 from starmerge.evaluation.models.loading import Dtype, load_text_model
 from starmerge.evaluation.tasks.task import Task
+from starmerge.events import bytes_in_words
 from starmerge.merging.executors.threads import Threads
 from starmerge.merging.metric import hashes_of
 from starmerge.merging.task_vectors import load_task_vectors
-from starmerge.progress import bytes_in_words, progress_bar
+from starmerge.progress import progress_bar
 from starmerge.recipe import model_entries
 from starmerge.spectral.moment import Moment
 from starmerge.storage.publishing import check_output_file, check_space, output_file

@@ -9,14 +9,18 @@ import io
 import os
 import signal
 import sys
+import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 from inspect import cleandoc
+from itertools import islice
 from types import FrameType
-from typing import NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from starmerge import __version__
 from starmerge.cli import (
@@ -35,9 +39,60 @@ from starmerge.cli import (
     tasks,
     verify,
 )
+from starmerge.cli.log import Mode, Reporter
 from starmerge.errors import Interrupted, StarmergeError, UsageError
+from starmerge.progress import HEARTBEAT
+
+_EXIT_CODES = (
+    "Exit codes: 0 done; 1 an input or the machine failed, or [b]verify[/b] finds a difference; 2 "
+    "wrong usage; 128 and its number after a signal: 130 Ctrl-C, 143 SIGTERM. "
+)
+_OPTIONS_OF_ALL = (
+    "Also, before or after the command: --log auto|text|json, --quiet, --heartbeat, --debug; see "
+    "starmerge --help."
+)
+
+
+class _Group(TyperGroup):
+    """The commands; their common options may stand after a command, too."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take the common options from wherever they stand, and do at once as they say."""
+        rest = super().parse_args(ctx, self._common_first(args))
+        options = ctx.params
+        ctx.obj.configure(
+            options["log"],
+            quiet=options["quiet"],
+            heartbeat=options["heartbeat"],
+            debug=options["debug"],
+        )
+        return rest
+
+    def _common_first(self, args: Sequence[str]) -> list[str]:
+        """Return arguments with the common options at the beginning."""
+        takes_value = {
+            name: not getattr(option, "is_flag", False)
+            for option in self.params
+            for name in option.opts
+        }
+        common, rest = [], []
+        words = iter(args)
+        for word in words:
+            name, equals, _ = word.partition("=")
+            if word == "--":
+                rest += [word, *words]
+            elif name not in takes_value:
+                rest.append(word)
+            else:
+                common.append(word)
+                if takes_value[name] and not equals:
+                    common += islice(words, 1)
+        return common + rest
+
 
 app = typer.Typer(
+    cls=_Group,
+    epilog=_EXIT_CODES,
     help="Merge fine-tuned models of one base into one multi-task model, without data and "
     "without training.",
     no_args_is_help=True,
@@ -69,7 +124,7 @@ for _command in (
     methods.methods,
     tasks.tasks,
 ):
-    app.command(help=_help_of(_command))(_command)
+    app.command(help=_help_of(_command), epilog=_OPTIONS_OF_ALL)(_command)
 app.add_typer(demo.app, name="demo")
 
 
@@ -81,14 +136,38 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    debug: bool = typer.Option(  # main() looks for it
-        False, "--debug", help="Show tracebacks of errors."
-    ),
-    version: bool = typer.Option(
-        False, "--version", help="Print the version.", is_eager=True, callback=_print_version
-    ),
+    context: typer.Context,
+    log: Annotated[
+        Mode,
+        typer.Option(
+            help="What standard error tells. [b]auto[/b]: a progress bar, or in a file a line "
+            "each half minute. [b]text[/b]: what happens, in lines with times. [b]json[/b]: "
+            "events, each tensor among them, a JSON object a line.",
+        ),
+    ] = "auto",
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet", help="Tell errors alone; results are on standard output as always."
+        ),
+    ] = False,
+    heartbeat: Annotated[
+        float,
+        typer.Option(
+            min=0.1, metavar="SECONDS", help="Time between lines that say how far a run is."
+        ),
+    ] = HEARTBEAT,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Tell debug messages, and tracebacks of errors.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
 ) -> None:
-    pass
+    context.obj.start(context.invoked_subcommand)
 
 
 def main() -> None:
@@ -108,16 +187,48 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # σ and η on a terminal that knows only ASCII
+    with closing(Reporter()) as reporter:
+        sys.exit(_run(reporter))
+
+
+def _run(reporter: Reporter) -> int:
+    """Run the command of the command line; return its exit code."""
     try:
-        app()
+        result = app(standalone_mode=False, obj=reporter)
+    except _WrongCommandLine as error:
+        if reporter.is_for_people:
+            from typer.rich_utils import rich_format_error
+
+            rich_format_error(error)
+        else:
+            reporter.fail(error.format_message(), 2)
+        return 2
+    except typer.Abort:
+        reporter.fail("Nothing was answered, so nothing is done.", 1)
+        return 1
     except Exception as error:
-        if "--debug" in sys.argv:
-            raise
-        print(f"Error: {_said(error)}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError | ModuleNotFoundError) else 1)
+        exit_code = 2 if isinstance(error, UsageError | ModuleNotFoundError) else 1
+        trace = traceback.format_exc() if reporter.debug else None
+        reporter.fail(_said(error), exit_code, traceback=trace)
+        return exit_code
     except Interrupted as interruption:
-        print(f"Stopped by {_told(interruption)}", file=sys.stderr)
-        sys.exit(128 + interruption.signal)
+        for number in (signal.SIGINT, signal.SIGTERM):  # which would hide how this ended
+            signal.signal(number, signal.SIG_IGN)
+        exit_code = 128 + interruption.signal
+        reporter.fail(
+            f"Stopped by {_told(interruption)}",
+            exit_code,
+            signal=interruption.signal.name,
+            kept=[str(path) for path in interruption.kept],
+        )
+        return exit_code
+    exit_code = result if isinstance(result, int) else 0
+    reporter.finish(exit_code)
+    return exit_code
+
+
+_WrongCommandLine: Any = typer.BadParameter.__mro__[1]
+"""Click's UsageError; newer releases of typer have a click of their own."""
 
 
 def _raise_on_signals() -> None:

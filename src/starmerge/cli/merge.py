@@ -15,7 +15,7 @@ from starmerge.cli import asking, pushing, resources
 from starmerge.cli.importing import importing
 from starmerge.cli.parameters import parameters, weighted
 from starmerge.errors import UsageError
-from starmerge.progress import bytes_in_words
+from starmerge.events import Note, bytes_in_words, emit
 
 if TYPE_CHECKING:
     from starmerge.merging.executors.threads import Threads
@@ -235,7 +235,7 @@ def merge(
             _print_ranks(rank_costs(plan, workers, progress=True))
         return
     for note in plan.notes:
-        typer.echo(f"Note: {note}", err=True)
+        emit(Note(note))
     if not fresh:
         _note_leftovers(plan, own=fingerprint(plan))
     started = time.monotonic()
@@ -265,7 +265,7 @@ def _note_leftovers(plan: Plan, own: str) -> None:
     if left:
         size = bytes_in_words(sum(leftover.nbytes for leftover in left))
         clean = shlex.join(["starmerge", "clean", str(left[0].path.parent)])
-        print(f"Note: earlier runs that were killed left {size} beside {plan.path}; see: {clean}")
+        emit(Note(f"earlier runs that were killed left {size} beside {plan.path}; see: {clean}"))
 
 
 def _merge_steps(

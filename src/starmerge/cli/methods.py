@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import json as jsonlib
 import re
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from starmerge.cli.importing import importing
+from starmerge.events import Note, emit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,7 +65,7 @@ def print_faults(plugins: Sequence[Plugin[Any]]) -> None:
     """Say on standard error which plug-ins of installed packages cannot be used, and why."""
     for fault in dict.fromkeys(plugin.fault for plugin in plugins):
         if fault is not None:
-            print(f"Note: {fault}", file=sys.stderr)
+            emit(Note(fault))
 
 
 def _allowed(schema: dict[str, Any]) -> str:

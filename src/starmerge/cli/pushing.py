@@ -11,6 +11,7 @@ import typer
 
 from starmerge.cli.importing import importing
 from starmerge.errors import Interrupted, StarmergeError, UsageError
+from starmerge.events import Note, emit
 
 if TYPE_CHECKING:
     from starmerge.recipe_file import Step
@@ -112,15 +113,14 @@ def upload(
     merged = open_merged(folder)
     if merged.local_inputs:
         names = ", ".join(merged.local_inputs)
-        typer.echo(
-            f"Note: card and report name folders of this machine, and are pushed as they are: "
-            f"{names}. Merges of relative paths or Hub ids name none.",
-            err=True,
+        emit(
+            Note(
+                f"card and report name folders of this machine, and are pushed as they are: {names}. "
+                "Merges of relative paths or Hub ids name none."
+            )
         )
     if merged.others:
-        typer.echo(
-            f"Note: not pushed, as the merge did not write it: {', '.join(merged.others)}", err=True
-        )
+        emit(Note(f"not pushed, as the merge did not write it: {', '.join(merged.others)}"))
     again = ["starmerge", "push", str(folder), repo, *(["--private"] if private else [])]
     go_on = f"{folder} is complete. To go on with the push: {shlex.join(again)}"
     try:

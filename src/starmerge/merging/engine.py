@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from starmerge import events
 from starmerge.checkpoints.card import CARD, card_of
 from starmerge.checkpoints.writer import json_bytes
+from starmerge.events import emit
 from starmerge.merging.checks import check_weights
 from starmerge.merging.executors.executor import Executor
 from starmerge.merging.executors.threads import Threads
@@ -22,7 +24,7 @@ from starmerge.merging.report import MergeReport, hashes_beside, hashes_of_conte
 from starmerge.merging.work import Done, LookJob, WriteJob
 from starmerge.methods.method import Deltas, Method, TensorContext
 from starmerge.methods.pipeline import Pipeline, as_pipeline
-from starmerge.progress import progress_bar
+from starmerge.progress import Progress, progress_bar
 from starmerge.recipe import Dtype, OutputKind, make_recipe, model_entries, reference
 from starmerge.storage import storage_of
 from starmerge.storage.publishing import REPORT, printable
@@ -162,6 +164,7 @@ def run(
         ) as folder,
         executor as workers,
     ):
+        emit(_planned(plan, workers, own))
         merging = Merging(plan, workers, progress)
         writing = plan.output.lay_out(plan, folder)
         with Journal(folder, writing) as journal:
@@ -188,6 +191,29 @@ def run(
         report.content["blake3"] = hashes_beside(folder, report.content)
         folder.put(REPORT, json_bytes(report.content))
     return MergeResult(plan.path, report, merging.taken_up)
+
+
+def _planned(plan: Plan, workers: Executor, own: str) -> events.Plan:
+    """Return what is told of a plan when it is carried out.
+
+    Args:
+        plan: The plan.
+        workers: What carries it out.
+        own: The plan's fingerprint.
+    """
+    return events.Plan(
+        base=plan.recipe.base,
+        models=[model.name for model in plan.models],
+        method=plan.recipe.method,
+        tensors=len(plan.tensors),
+        merged=len(plan.merged),
+        bytes_to_read=plan.bytes_to_read,
+        bytes_to_write=plan.bytes_to_write,
+        threads=workers.threads,
+        memory=workers.memory,
+        output=str(plan.path),
+        fingerprint=own,
+    )
 
 
 class Merging:
@@ -246,7 +272,7 @@ class Merging:
         wanted = range(len(plan.tensors)) if numbers is None else numbers
         size = sum(plan.output.nbytes(plan.tensors[number]) for number in wanted)
         with (
-            progress_bar("merging", size, show=self._progress, in_bytes=True) as advance,
+            self._phase("merging", size, len(wanted)) as phase,
             closing(self._executor.run(job, wanted)) as written,
         ):
             for number, done in zip(wanted, written, strict=True):
@@ -254,7 +280,7 @@ class Merging:
                 self._note(tensor, done)
                 if journal is not None and not done.taken_up:
                     journal.add(tensor, done)
-                advance(plan.output.nbytes(tensor))
+                phase.tensor_done(tensor.source.name, plan.output.nbytes(tensor), done.seconds)
 
     def _note(self, tensor: PlannedTensor, done: Done) -> None:
         self.changing.update(done.changing)
@@ -273,11 +299,15 @@ class Merging:
         numbers = [number for number, tensor in enumerate(plan.tensors) if tensor.models]
         size = sum(map(job.nbytes, numbers))
         with (
-            progress_bar("surveying", size, show=self._progress, in_bytes=True) as advance,
+            self._phase("surveying", size, len(numbers)) as phase,
             closing(self._executor.run(job, numbers)) as looked,
         ):
             for number, found in zip(numbers, looked, strict=True):
                 self._checked[number] = found.checked
                 self.changing.update(found.changing)
                 yield found.seen
-                advance(job.nbytes(number))
+                name = plan.tensors[number].source.name
+                phase.tensor_done(name, job.nbytes(number), found.seconds)
+
+    def _phase(self, name: str, size: int, tensors: int) -> AbstractContextManager[Progress]:
+        return progress_bar(name, size, show=self._progress, in_bytes=True, tensors=tensors)

@@ -81,15 +81,18 @@ def input_hashes(
         for info in stored_of(checkpoint.values())
     }
     left = tuple(info for key, info in wanted.items() if key not in known)
-    size = sum(info.nbytes for info in left)
     found = dict(known)
-    with (
-        progress_bar("hashing inputs", size, show=progress and size > 0, in_bytes=True) as advance,
-        closing(executor.run(HashJob(left), range(len(left)))) as digests,
-    ):
-        for info, digest in zip(left, digests, strict=True):
-            found[key_of(info)] = digest
-            advance(info.nbytes)
+    if left:
+        size = sum(info.nbytes for info in left)
+        with (
+            progress_bar(
+                "hashing inputs", size, show=progress, in_bytes=True, tensors=len(left)
+            ) as phase,
+            closing(executor.run(HashJob(left), range(len(left)))) as digests,
+        ):
+            for info, digest in zip(left, digests, strict=True):
+                found[key_of(info)] = digest
+                phase.tensor_done(info.name, info.nbytes)
     return [
         {
             "blake3": {given.label(file): remembered_blake3_of(file) for file in given.beside},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
+import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -205,11 +206,13 @@ def _check_output(
 
 def _hashed(tensors: Collection[TensorInfo], progress: bool) -> Iterator[tuple[TensorInfo, str]]:
     """Yield tensors with the BLAKE3 of their bytes."""
-    size = sum(tensor.nbytes for tensor in tensors)
-    with progress_bar("verifying", size, show=progress, in_bytes=True) as advance:
+    size, count = sum(tensor.nbytes for tensor in tensors), len(tensors)
+    with progress_bar("verifying", size, show=progress, in_bytes=True, tensors=count) as phase:
         for tensor in tensors:
-            yield tensor, blake3_of_tensor(read_tensor(tensor)).hexdigest()
-            advance(tensor.nbytes)
+            began = time.monotonic()
+            digest = blake3_of_tensor(read_tensor(tensor)).hexdigest()
+            phase.tensor_done(tensor.name, tensor.nbytes, time.monotonic() - began)
+            yield tensor, digest
 
 
 def _contents(file: Place, progress: bool) -> str:

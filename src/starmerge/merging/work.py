@@ -6,9 +6,10 @@ the plan.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -76,6 +77,8 @@ class Looked(Generic[Seen]):
     """Numbers of the models whose task vectors of the tensor were read, and are finite."""
     changing: frozenset[int]
     """Numbers of models of which some task vector was found not to be zero."""
+    seconds: float = field(compare=False)
+    """How long that took."""
 
 
 @checked_dataclass(frozen=True, config=ConfigDict(strict=True))
@@ -93,6 +96,8 @@ class Done:
     """Numbers of models of which some task vector was found not to be zero."""
     taken_up: bool = False
     """Whether an earlier run had written it."""
+    seconds: float = field(default=0.0, compare=False)
+    """How long it was worked on."""
 
 
 @dataclass(frozen=True)
@@ -142,11 +147,13 @@ class LookJob(TensorJob, Generic[Seen]):
         yield partial(self._work, set())
 
     def _work(self, changing: set[int], number: int) -> Looked[Seen]:
+        began = time.monotonic()
         tensor = self.plan.tensors[number]
         base = self.base_of(tensor)
         reading = _Reading(tensor, base, self.checked.get(number, frozenset()), changing)
         seen = self.look(reading.deltas(), self.plan.context(tensor, base))
-        return Looked(seen, frozenset(reading.checked), frozenset(changing))
+        seconds = time.monotonic() - began
+        return Looked(seen, frozenset(reading.checked), frozenset(changing), seconds)
 
 
 @dataclass(frozen=True)
@@ -177,6 +184,11 @@ class WriteJob(TensorJob):
         self.writing.close(flush=True)
 
     def _work(self, changing: set[int], number: int) -> Done:
+        began = time.monotonic()
+        done = self._written(changing, number)
+        return replace(done, seconds=time.monotonic() - began)
+
+    def _written(self, changing: set[int], number: int) -> Done:
         tensor = self.plan.tensors[number]
         known = self.known.get(tensor.source.name)
         if known is not None and self._fits(tensor, known) and self._holds(tensor, known.digests):

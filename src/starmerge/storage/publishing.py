@@ -22,6 +22,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from starmerge.errors import Interrupted, StarmergeError, UsageError
+from starmerge.events import Published, emit
 from starmerge.parsing import MOST_JSON_BYTES, parse_json
 from starmerge.storage.exchange import exchange
 from starmerge.storage.leftovers import (
@@ -163,6 +164,7 @@ def output_folder(
                 _sync(*new_parents, path.parent)
             if replaced is not None:
                 shutil.rmtree(replaced, ignore_errors=True)
+        emit(Published(str(path)))
     except (KeyboardInterrupt, Interrupted) as interruption:
         is_kept = suffix is not None and getattr(interruption, "signal", None) == signal.SIGTERM
         if not is_kept:
@@ -206,6 +208,7 @@ def output_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             partial.replace(path)
             with contextlib.suppress(OSError):
                 _sync(*new_parents, path.parent)
+        emit(Published(str(path)))
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

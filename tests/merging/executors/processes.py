@@ -20,6 +20,9 @@ class Processes:
     A merge opens and closes an executor; these go on until they are stopped.
     """
 
+    threads = 2
+    memory = 2**30
+
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._workers = []

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from starmerge.errors import UsageError
+from starmerge.machine import usable_memory
 from starmerge.merging.executors.executor import FunctionJob
-from starmerge.merging.executors.threads import Threads, default_threads, usable_memory
+from starmerge.merging.executors.threads import Threads, default_threads
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,14 @@ class Job(Protocol[Result_co]):
 class Executor(Protocol):
     """Carries out jobs."""
 
+    @property
+    def threads(self) -> int:
+        """How many numbers are worked on at once, wherever."""
+
+    @property
+    def memory(self) -> int:
+        """Bytes that what is worked on at once may take together."""
+
     def run(self, job: Job[Result], numbers: Iterable[int]) -> Generator[Result]:
         """Yield the results of some numbers, in the order of the numbers.
 

@@ -9,14 +9,12 @@ bytes whatever the number of threads.
 
 from __future__ import annotations
 
-import os
 import re
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import cache
 from itertools import groupby, islice
-from pathlib import Path
 from threading import Lock
 from types import TracebackType
 
@@ -24,6 +22,7 @@ import torch
 from pydantic import ByteSize, TypeAdapter
 
 from starmerge.errors import UsageError
+from starmerge.machine import usable_memory, usable_processors
 from starmerge.merging.executors.executor import Job, Result
 
 _WINDOW = 4
@@ -192,23 +191,7 @@ def _bytes(memory: int | str) -> int:
 def default_threads() -> int:
     """Return how many threads torch would use, but not more than the process may have processors.
 
-    That is what OMP_NUM_THREADS says, or the number of processors; in a container with a quota
-    (cgroup v2), as many as the quota pays for.
+    That is what OMP_NUM_THREADS says, or the number of processors; in a container with a quota, as
+    many as the quota pays for.
     """
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    limit = _outside.threads
-    if quota.is_file():
-        share, period = quota.read_text().split()
-        if share != "max":
-            limit = min(limit, max(1, int(share) // int(period)))
-    return limit
-
-
-def usable_memory() -> int:
-    """Return the bytes of memory of this machine, or of the container that this process runs in."""
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for file in ("memory.max", "memory/memory.limit_in_bytes"):
-        path = Path("/sys/fs/cgroup") / file
-        if path.is_file() and (text := path.read_text().strip()).isdecimal():
-            limits.append(int(text))
-    return min(limits)
+    return min(_outside.threads, max(1, int(usable_processors())))

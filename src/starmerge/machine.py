@@ -1,0 +1,151 @@
+"""What this process may take of the machine: processors and memory, as its control groups say.
+
+Containers, Kubernetes, Slurm and systemd limit a process by control groups (cgroups), which lie in
+each other: each limit on the way from the process's own group up to the root holds. Both versions
+are read, as cgroups(7) and the kernel's documents cgroup-v1 and cgroup-v2 define them:
+
+======================  ==========================  ===================================
+limit                   version 2                   version 1
+======================  ==========================  ===================================
+processors              ``cpu.max``                 ``cpu.cfs_quota_us``, ``cpu.cfs_period_us``
+bytes of memory         ``memory.max``,             ``memory.limit_in_bytes``,
+                        ``memory.high``             ``memory.stat``
+======================  ==========================  ===================================
+
+Sets of processors (cpusets, taskset, Slurm's binding) are what the kernel says the process may run
+on. What cannot be read or understood limits nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+_UNLIMITED = 2**62
+"""Bytes from which on a limit is none: version 1 writes the largest number for "no limit"."""
+
+
+def usable_processors(root: Path = Path("/")) -> float:
+    """Return how many processors this process may use; 1.5 if a quota is one and a half.
+
+    Args:
+        root: Folder in which ``proc`` and ``sys`` lie; another one for tests.
+    """
+    return min([_bound_processors(), *_quotas(root)])
+
+
+def usable_memory(root: Path = Path("/")) -> int:
+    """Return the bytes of memory of this machine, or of the group that this process runs in.
+
+    Args:
+        root: Folder in which ``proc`` and ``sys`` lie; another one for tests.
+    """
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([physical, *_memory_limits(root)])
+
+
+def resident_memory() -> int | None:
+    """Return the bytes of this process in memory (RSS); None where the system does not tell."""
+    text = _text(Path("/proc/self/statm")).split()
+    return int(text[1]) * os.sysconf("SC_PAGE_SIZE") if len(text) > 1 else None
+
+
+def _bound_processors() -> int:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """Yield the quotas of processors of this process's groups."""
+    for group in _groups(root, "cpu"):
+        words = _text(group / "cpu.max").split()
+        words = words or [
+            *_text(group / "cpu.cfs_quota_us").split(),
+            *_text(group / "cpu.cfs_period_us").split(),
+        ]
+        with suppress(ValueError):  # "max", or not what the kernel writes
+            quota, period = map(int, words)
+            if quota > 0 and period > 0:
+                yield quota / period
+
+
+def _memory_limits(root: Path) -> Iterator[int]:
+    """Yield the limits of memory, in bytes, of this process's groups."""
+    for group in _groups(root, "memory"):
+        texts = [
+            _text(group / file) for file in ("memory.max", "memory.high", "memory.limit_in_bytes")
+        ]
+        # Version 1 tells the least limit of all groups above, some of which a container hides.
+        for line in _text(group / "memory.stat").splitlines():
+            if line.startswith("hierarchical_memory_limit "):
+                texts.append(line.split()[1])
+        for text in texts:
+            with suppress(ValueError):
+                if 0 < int(text) < _UNLIMITED:
+                    yield int(text)
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """Yield the folders of this process's groups for a controller, from its own to the outermost.
+
+    Where version 1 and 2 are mounted side by side, those of both.
+    """
+    paths = dict(_paths(root))
+    for version, names, mount_root, mount in _mounts(root):
+        if version == 2:
+            path = paths.get("")
+        elif controller in names:
+            path = paths.get(controller)
+        else:
+            continue
+        # In a container the mount's root may be the process's group, or some group above it; the
+        # path may be the host's, of which the container sees nothing but the mount.
+        inner = PurePosixPath("/")
+        if path is not None and path.is_relative_to(mount_root) and ".." not in path.parts:
+            inner = path.relative_to(mount_root)
+        parts = [part for part in inner.parts if part != "/"]
+        for depth in range(len(parts), -1, -1):
+            yield root.joinpath(mount.lstrip("/"), *parts[:depth])
+
+
+def _paths(root: Path) -> Iterator[tuple[str, PurePosixPath]]:
+    """Yield the path of this process's group for each controller; "" is version 2's."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        names, found, path = rest.partition(":")
+        if found and path.startswith("/"):
+            for name in names.split(","):
+                yield name, PurePosixPath(path)
+
+
+def _mounts(root: Path) -> Iterator[tuple[int, list[str], PurePosixPath, str]]:
+    """Yield each mounted tree of groups: version, controllers, group at its root, and folder.
+
+    A line of ``mountinfo`` is, by proc(5): number, parent, device, root, folder, options, optional
+    fields, "-", type of file system, source, options of the file system.
+    """
+    for line in _text(root / "proc/self/mountinfo").splitlines():
+        words = line.split()
+        if "-" not in words[6:]:
+            continue
+        end = words.index("-", 6)
+        kind, options = words[end + 1 : end + 2], words[-1].split(",")
+        if kind in (["cgroup"], ["cgroup2"]):
+            version = 2 if kind == ["cgroup2"] else 1
+            yield version, options, PurePosixPath(_unescaped(words[3])), _unescaped(words[4])
+
+
+def _unescaped(text: str) -> str:
+    r"""Return a path of ``mountinfo``, in which blanks are ``\040``."""
+    return text.replace("\\040", " ").replace("\\011", "\t").replace("\\134", "\\")
+
+
+def _text(file: Path) -> str:
+    """Return the text of a small file; nothing where it cannot be read."""
+    try:
+        return file.read_text(encoding="ascii", errors="replace").strip()
+    except (OSError, ValueError):
+        return ""
