@@ -115,8 +115,8 @@ def upload(
         names = ", ".join(merged.local_inputs)
         emit(
             Note(
-                f"card and report name folders of this machine, and are pushed as they are: {names}. "
-                "Merges of relative paths or Hub ids name none."
+                f"card and report name folders of this machine, and are pushed as they are: "
+                f"{names}. Merges of relative paths or Hub ids name none."
             )
         )
     if merged.others:
