@@ -36,9 +36,23 @@ class Job(Protocol[Result_co]):
     def announce(self, number: int) -> None:
         """Begin to read ahead for a number that will soon be worked on."""
 
+    def check(self) -> None:
+        """Make sure, on another machine, that what the job reads and writes is reached from there.
+
+        Raises:
+            StarmergeError: Something is not.
+        """
+
+    def label(self, number: int) -> str:
+        """Return what errors call the work for a number, such as "the tensor lm_head.weight"."""
+
 
 class Executor(Protocol):
     """Carries out jobs."""
+
+    @property
+    def spans_machines(self) -> bool:
+        """Whether several machines may fill one output; False: this one alone."""
 
     def run(self, job: Job[Result], numbers: Iterable[int]) -> Generator[Result]:
         """Yield the results of some numbers, in the order of the numbers.
@@ -78,3 +92,10 @@ class FunctionJob(Generic[Result]):
 
     def announce(self, number: int) -> None:
         """Do nothing: what is read is not known."""
+
+    def check(self) -> None:
+        """Do nothing: what is read is not known."""
+
+    def label(self, number: int) -> str:
+        """Return the number."""
+        return f"number {number}"
