@@ -96,9 +96,7 @@ class LocalFile:
         synchronous: Whether what is written has reached the storage when the write returns.
     """
 
-    def __init__(
-        self, path: Path, size: int | None = None, *, synchronous: bool = False
-    ) -> None:
+    def __init__(self, path: Path, size: int | None = None, *, synchronous: bool = False) -> None:
         self._synchronous = synchronous
         flags = os.O_CREAT | os.O_RDWR | (os.O_DSYNC if synchronous else 0)
         self._file = os.open(path, flags, 0o666)

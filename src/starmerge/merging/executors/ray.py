@@ -35,7 +35,7 @@ import torch
 
 from starmerge import plugins
 from starmerge.device import ACCELERATOR
-from starmerge.errors import StarmergeError, UsageError, WorkersLost
+from starmerge.errors import StarmergeError, UsageError, WorkersLostError
 from starmerge.merging.executors.executor import Job, Result
 from starmerge.merging.executors.schedule import Group, Schedule
 from starmerge.merging.executors.threads import (
@@ -147,10 +147,10 @@ class RayExecutor:
 
         Raises:
             StarmergeError: A worker does not reach the files, or has other packages.
-            WorkersLost: The same work cost several workers, or no worker could be had.
+            WorkersLostError: The same work cost several workers, or no worker could be had.
         """
-        import cloudpickle  # noqa: PLC0415  (comes with Ray)
         import ray  # noqa: PLC0415  (an extra)
+        from ray import cloudpickle  # noqa: PLC0415  (an extra)
 
         wanted = list(numbers)
         if not wanted:
@@ -192,7 +192,7 @@ class RayExecutor:
         # Ray takes the signal for itself, and would end the driver without its clearing up.
         handler = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(log_to_driver=False, logging_level="ERROR", **options)
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             if self._is_ours:
                 raise StarmergeError(f"Ray does not start here: {error}") from error
@@ -332,7 +332,7 @@ class Work:
             files: Files of plug-ins, which define what is unpickled.
             is_elsewhere: Whether this may be another machine than the driver's.
         """
-        import cloudpickle  # noqa: PLC0415  (comes with Ray)
+        from ray import cloudpickle  # noqa: PLC0415  (an extra)
 
         def begin() -> list[Any]:
             for file in files:
@@ -369,8 +369,8 @@ class Work:
             if flush:
                 opened.close()
             else:
-                with contextlib.suppress(_GivenUp):
-                    opened.__exit__(*_raised(_GivenUp()))
+                with contextlib.suppress(_GivenUpError):
+                    opened.__exit__(*_raised(_GivenUpError()))
             return []
 
         return self._answer(end)
@@ -384,7 +384,7 @@ class Work:
             return _Said(error=_sendable(error), trace=text, messages=self._heard.take())
 
 
-class _GivenUp(Exception):
+class _GivenUpError(Exception):
     """Closes a job whose merge is given up."""
 
 
@@ -411,7 +411,7 @@ def _raised(error: BaseException) -> tuple[type[BaseException], BaseException, N
 
 def _sendable(error: Exception) -> Exception:
     """Return an error that arrives as itself at the driver, or says the same."""
-    import cloudpickle  # noqa: PLC0415  (comes with Ray)
+    from ray import cloudpickle  # noqa: PLC0415  (an extra)
 
     try:
         if isinstance(cloudpickle.loads(cloudpickle.dumps(error)), type(error)):
@@ -445,7 +445,7 @@ def _versions() -> dict[str, str]:
 # ------------------------------------------------------------------------------- In the driver
 
 
-class _RemoteTraceback(Exception):
+class _RemoteError(Exception):
     """The traceback of a worker, as the cause of the error that it raised."""
 
     def __str__(self) -> str:
@@ -500,11 +500,15 @@ class _Run:
 
         if not flush and self._working:  # what has begun is waited for
             ray.wait(list(self._working), num_returns=len(self._working), timeout=_END)
-        done, _ = ray.wait(
-            [*self._opening, *self._working],
-            num_returns=len(self._opening) + len(self._working),
-            timeout=0,
-        ) if self._opening or self._working else ([], [])
+        done, _ = (
+            ray.wait(
+                [*self._opening, *self._working],
+                num_returns=len(self._opening) + len(self._working),
+                timeout=0,
+            )
+            if self._opening or self._working
+            else ([], [])
+        )
         hanging = {worker for ref, (worker, _) in self._working.items() if ref not in done}
         starting = {worker for ref, worker in self._opening.items() if ref not in done}
         for worker in hanging:
@@ -523,7 +527,7 @@ class _Run:
                 self._replace(worker)
                 continue
             if said.error is not None and flush:
-                raise said.error from _RemoteTraceback(said.trace)
+                raise said.error from _RemoteError(said.trace)
         for worker in starting:  # the next job must not find this one open
             self._replace(worker)
 
@@ -532,10 +536,10 @@ class _Run:
         now = time.monotonic()
         busy: dict[_Worker, int] = {}
         memory: dict[str, int] = {}
-        for worker, group in self._working.values():
+        for worker, held in self._working.values():
             assert worker.machine is not None
             busy[worker] = busy.get(worker, 0) + 1
-            memory[worker.machine.node] = memory.get(worker.machine.node, 0) + group.memory
+            memory[worker.machine.node] = memory.get(worker.machine.node, 0) + held.memory
         for worker in self._open:
             machine = worker.machine
             assert machine is not None
@@ -545,8 +549,9 @@ class _Run:
                 return node not in memory or memory[node] + need <= limit
 
             while busy.get(worker, 0) < self._executor.places:
+                own = [held for holder, held in self._working.values() if holder is worker]
                 group = self._schedule.begin(now, fits) or self._schedule.again(
-                    now, PATIENCE, fits
+                    now, PATIENCE, fits, own
                 )
                 if group is None:
                     break
@@ -558,10 +563,11 @@ class _Run:
         """Take what a worker answers."""
         import ray  # noqa: PLC0415  (an extra)
 
-        opening = self._opening.pop(reference, None)
-        worker, group = (opening, None) if opening else self._working.pop(reference, (None, None))
-        if worker is None:  # it was lost, with another group
-            return
+        group: Group | None = None
+        if reference in self._opening:
+            worker = self._opening.pop(reference)
+        else:
+            worker, group = self._working.pop(reference)
         try:
             said = ray.get(reference)
         except ray.exceptions.RayTaskError:  # raised by Ray in the worker, not by the work
@@ -573,7 +579,7 @@ class _Run:
             host = worker.machine.host if worker.machine else "a worker"
             logging.getLogger(name).log(level, "%s: %s", host, text)
         if said.error is not None:
-            raise said.error from _RemoteTraceback(said.trace)
+            raise said.error from _RemoteError(said.trace)
         if group is None:
             self._welcome(worker, said.results[0])
         else:
@@ -609,7 +615,7 @@ class _Run:
         if group is None:
             self._failed += 1
             if self._failed >= _FAILED_STARTS:
-                raise WorkersLost(f"{self._failed} workers in a row did not start: {reason}")
+                raise WorkersLostError(f"{self._failed} workers in a row did not start: {reason}")
         else:
             assert worker.machine is not None
             LOG.warning(
@@ -643,7 +649,7 @@ class _Run:
         if self._open:
             self._alone_since = now
         elif now - self._alone_since > WAIT:
-            raise WorkersLost(
+            raise WorkersLostError(
                 f"The cluster has given no worker in {WAIT / 60:.0f} minutes: its processors are "
                 "taken by others, or its machines are gone (see `ray status`)."
             )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic
 
-from starmerge.errors import WorkersLost
+from starmerge.errors import WorkersLostError
 from starmerge.merging.executors.executor import Job, Result
 
 GROUPS = 16
@@ -120,7 +120,13 @@ class Schedule(Generic[Result]):
         self._begun[chosen] = _Begun(now)
         return chosen
 
-    def again(self, now: float, patience: float, fits: Callable[[int], bool]) -> Group | None:
+    def again(
+        self,
+        now: float,
+        patience: float,
+        fits: Callable[[int], bool],
+        own: Sequence[Group] = (),
+    ) -> Group | None:
         """Choose what a worker with nothing else to do begins a second time.
 
         That is the first group whose worker has needed much longer than others need for their
@@ -130,13 +136,14 @@ class Schedule(Generic[Result]):
             now: As for :meth:`begin`.
             patience: Seconds that no group is too long.
             fits: As for :meth:`begin`.
+            own: What the worker has in work itself.
         """
         if self._open:
             return None
         pace = 3 * self._spent / self._cost if self._cost else 0.0
         for group, begun in self._begun.items():
             late = now - begun.since > max(patience, pace * group.cost)
-            if late and begun.copies == 1 and fits(group.memory):
+            if late and begun.copies == 1 and group not in own and fits(group.memory):
                 begun.copies += 1
                 return group
         return None
@@ -159,7 +166,7 @@ class Schedule(Generic[Result]):
             reason: What is known of the loss, a sentence.
 
         Raises:
-            WorkersLost: A number of the group has cost too many workers.
+            WorkersLostError: A number of the group has cost too many workers.
         """
         begun = self._begun.get(group)
         if begun is None:  # done by another
@@ -168,7 +175,7 @@ class Schedule(Generic[Result]):
         fatal = [number for number in group.numbers if self._deaths[number] >= DEATHS]
         if fatal:
             said = ", ".join(map(self.job.label, fatal))
-            raise WorkersLost(
+            raise WorkersLostError(
                 f"{DEATHS} workers were lost while they worked on {said}, the last one so: "
                 f"{reason} If memory was short, give machines with more, or fewer --threads."
             )
