@@ -28,6 +28,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any
 
@@ -109,6 +110,7 @@ class RayExecutor:
         self._wanted_places = places
         self._workers: list[_Worker] = []
         self._is_ours = False
+        self._jobs = 0
 
     @property
     def spans_machines(self) -> bool:
@@ -155,10 +157,12 @@ class RayExecutor:
         wanted = list(numbers)
         if not wanted:
             return
+        self._jobs += 1
         run = _Run(
             self,
             Schedule(job, wanted, max(1, len(self._workers) * self._places)),
             ray.put(cloudpickle.dumps(job)),
+            self._jobs,
         )
         try:
             yield from run.results()
@@ -318,16 +322,19 @@ class Work:
         if not has_gpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._has_gpu = has_gpu
+        self._lock = Lock()
         self._opened = ExitStack()
         self._work: Callable[[int], Any] | None = None
+        self._serial = 0
         self._heard = _Ear()
         logging.getLogger().addHandler(self._heard)
         logging.captureWarnings(True)
 
-    def open(self, packed: bytes, files: Sequence[Path], is_elsewhere: bool) -> _Said:
-        """Open a job, and tell the machine.
+    def open(self, serial: int, packed: bytes, files: Sequence[Path], is_elsewhere: bool) -> _Said:
+        """Open a job in place of an earlier one, and tell the machine.
 
         Args:
+            serial: Of the job: the driver may be done with one before it has been opened here.
             packed: The job, pickled.
             files: Files of plug-ins, which define what is unpickled.
             is_elsewhere: Whether this may be another machine than the driver's.
@@ -335,6 +342,10 @@ class Work:
         from ray import cloudpickle  # noqa: PLC0415  (an extra)
 
         def begin() -> list[Any]:
+            if serial < self._serial:
+                return [_machine()]
+            self._serial = serial
+            self._close(flush=False)
             for file in files:
                 plugins.load_file(file)
             self._job: Job[Any] = cloudpickle.loads(packed)
@@ -348,7 +359,8 @@ class Work:
             self._work = self._opened.enter_context(self._job.open())
             return [_machine()]
 
-        return self._answer(begin)
+        with self._lock:
+            return self._answer(begin)
 
     def work(self, numbers: Sequence[int]) -> _Said:
         """Do the work for some numbers."""
@@ -365,15 +377,20 @@ class Work:
         """Close the job; without ``flush`` as if the work had failed."""
 
         def end() -> list[Any]:
-            opened, self._opened, self._work = self._opened, ExitStack(), None
-            if flush:
-                opened.close()
-            else:
-                with contextlib.suppress(_GivenUpError):
-                    opened.__exit__(*_raised(_GivenUpError()))
+            self._close(flush=flush)
             return []
 
-        return self._answer(end)
+        with self._lock:
+            return self._answer(end)
+
+    def _close(self, *, flush: bool) -> None:
+        opened, self._opened, self._work = self._opened, ExitStack(), None
+        if flush:
+            opened.close()
+        else:
+            error = _GivenUpError()
+            with contextlib.suppress(_GivenUpError):
+                opened.__exit__(type(error), error, None)
 
     def _answer(self, work: Callable[[], list[Any]]) -> _Said:
         prepare_thread()
@@ -403,10 +420,6 @@ class _Ear(logging.Handler):
         """Return what was kept since the last time."""
         kept, self._kept = self._kept, []
         return kept
-
-
-def _raised(error: BaseException) -> tuple[type[BaseException], BaseException, None]:
-    return type(error), error, None
 
 
 def _sendable(error: Exception) -> Exception:
@@ -459,10 +472,14 @@ class _Run:
         executor: Whose workers do it.
         schedule: What is begun next.
         packed: The job in Ray's object store.
+        serial: Number of the job, higher than those of earlier ones.
     """
 
-    def __init__(self, executor: RayExecutor, schedule: Schedule[Any], packed: Any) -> None:
-        self._executor, self._schedule, self._packed = executor, schedule, packed
+    def __init__(
+        self, executor: RayExecutor, schedule: Schedule[Any], packed: Any, serial: int
+    ) -> None:
+        self._executor, self._schedule = executor, schedule
+        self._packed, self._serial = packed, serial
         self._files = plugins.loaded_files()
         self._opening: dict[Any, _Worker] = {}
         self._working: dict[Any, tuple[_Worker, Group]] = {}
@@ -491,35 +508,27 @@ class _Run:
             yield from self._schedule.results()
 
     def end(self, *, flush: bool) -> None:
-        """Have every worker close the job; those that do not answer are ended.
+        """Have every worker that has opened the job close it; those that hang are ended.
+
+        A worker that is still starting closes it when it is to open the next.
 
         Args:
             flush: Whether all went well.
         """
         import ray  # noqa: PLC0415  (an extra)
 
-        if not flush and self._working:  # what has begun is waited for
-            ray.wait(list(self._working), num_returns=len(self._working), timeout=_END)
-        done, _ = (
-            ray.wait(
-                [*self._opening, *self._working],
-                num_returns=len(self._opening) + len(self._working),
-                timeout=0,
-            )
-            if self._opening or self._working
-            else ([], [])
-        )
-        hanging = {worker for ref, (worker, _) in self._working.items() if ref not in done}
-        starting = {worker for ref, worker in self._opening.items() if ref not in done}
-        for worker in hanging:
-            self._replace(worker)
-        for reference in done:
-            with contextlib.suppress(Exception):
-                ray.get(reference)
-        closing = {}
-        for worker in list(self._executor.workers):
-            if worker in self._open or worker not in starting | hanging:
-                closing[worker.actor.close.remote(flush)] = worker
+        working = list(self._working)
+        if not flush and working:  # what has begun is waited for
+            ray.wait(working, num_returns=len(working), timeout=_END)
+        for reference, (worker, _) in self._working.items():
+            ready, _ = ray.wait([reference], timeout=0)
+            if not ready and worker in self._executor.workers:
+                self._replace(worker)
+        closing = {
+            worker.actor.close.remote(flush): worker
+            for worker in self._open
+            if worker in self._executor.workers
+        }
         for reference, worker in closing.items():
             try:
                 said = ray.get(reference, timeout=_END)
@@ -528,8 +537,6 @@ class _Run:
                 continue
             if said.error is not None and flush:
                 raise said.error from _RemoteError(said.trace)
-        for worker in starting:  # the next job must not find this one open
-            self._replace(worker)
 
     def _hand_out(self) -> None:
         """Give work to the workers that have a place free."""
@@ -640,7 +647,7 @@ class _Run:
 
     def _ask_to_open(self, worker: _Worker) -> None:
         elsewhere = self._executor.spans_machines
-        reference = worker.actor.open.remote(self._packed, self._files, elsewhere)
+        reference = worker.actor.open.remote(self._serial, self._packed, self._files, elsewhere)
         self._opening[reference] = worker
 
     def _check_alone(self) -> None:
