@@ -160,6 +160,12 @@ def study(
         _check_unused("To run the study, give --output FOLDER", report=report, retry=retry or None)
         _show(chosen)
         return
+    workers = None
+    if executor == "ray":
+        from starmerge.merging.executors.ray import RayExecutor
+
+        # A model is asked by one thread at a time.
+        workers = RayExecutor(address, threads=threads, places=1)
     laboratory = Laboratory(
         chosen,
         chosen.settings(batch_size=batch_size, device=device),
@@ -175,12 +181,6 @@ def study(
         return
     assert output is not None  # or the study was shown
     with laboratory.opened(output, retry=retry) as store:
-        workers = None
-        if executor == "ray":
-            from starmerge.merging.executors.ray import RayExecutor
-
-            # A model is asked by one thread at a time.
-            workers = RayExecutor(address, threads=threads, places=1)
         laboratory.run(store, executor=workers, progress=True)
         _draw(store, report, overwrite=overwrite)
 

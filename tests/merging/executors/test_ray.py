@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -258,18 +258,17 @@ def test_errors_of_workers_are_those_of_the_merge(
     assert leftovers(tmp_path / "out") == []
 
 
-class _UnpicklableError(Exception):
-    def __init__(self, first: str, second: str) -> None:
-        super().__init__(first + second)
-
-
-def _fail(number: int) -> int:
-    raise _UnpicklableError("broken", " here")
-
-
 def test_errors_that_cannot_be_sent_say_the_same(workers: RayExecutor) -> None:
-    with pytest.raises(RuntimeError, match="_UnpicklableError: broken here"):
-        list(workers.run(FunctionJob(_fail, lambda number: 0), range(5)))
+    # What is defined here is sent by value: workers need not import this module.
+    class UnpicklableError(Exception):
+        def __init__(self, first: str, second: str) -> None:
+            super().__init__(first + second)
+
+    def fail(number: int) -> int:
+        raise UnpicklableError("broken", " here")
+
+    with pytest.raises(RuntimeError, match="UnpicklableError: broken here"):
+        list(workers.run(FunctionJob(fail, lambda number: 0), range(5)))
 
 
 def test_the_memory_of_a_machine_bounds_what_is_in_work_there(
@@ -303,19 +302,15 @@ def test_warnings_of_workers_are_logged_by_the_driver(
     assert "a library said so" in caplog.text
 
 
-@dataclass(frozen=True)
-class _Elsewhere(FunctionJob[int]):
-    """Work that needs a file which other machines do not have."""
-
-    def check(self) -> None:
-        raise sm.StarmergeError("/data/base cannot be reached from here.")
-
-
 def test_a_machine_that_does_not_reach_the_files_is_told_at_the_start(
     workers: RayExecutor, tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
+    class Elsewhere(FunctionJob[int]):
+        def check(self) -> None:
+            raise sm.StarmergeError("/data/base cannot be reached from here.")
+
     with pytest.raises(sm.StarmergeError, match="cannot be reached"):
-        list(workers.run(_Elsewhere(lambda number: number, lambda number: 0), range(3)))
+        list(workers.run(Elsewhere(lambda number: number, lambda number: 0), range(3)))
     adapter = make_adapter("a")
     plan = plan_of(tiny_base, [adapter], tmp_path / "out", "average", {}, "model")
     mark = tmp_path / "journal.jsonl"

@@ -112,8 +112,9 @@ class Schedule(Generic[Result]):
         fitting = [group for group in self._open if fits(group.memory)]
         if not fitting:
             return None
-        # The first group holds up the window, so it is begun before half of the window is done.
-        is_late = len(self._open) <= WINDOW * self.places // 2
+        # The first group holds up the window, so while more groups wait for it to move on, the
+        # first is begun before half of the window is.
+        is_late = self._waiting and len(self._open) <= WINDOW * self.places // 2
         first = fitting[0]
         chosen = first if is_late else max(fitting, key=lambda group: group.cost)
         self._open.remove(chosen)
