@@ -193,6 +193,8 @@ class RayExecutor:
                 # Without it, Ray would join a cluster that the environment names.
                 "address": "local",
             }
+            # Ray would give way to all other processes, and a merge by threads does not.
+            os.environ.setdefault("RAY_worker_niceness", "0")
         # Ray takes the signal for itself, and would end the driver without its clearing up.
         handler = signal.getsignal(signal.SIGTERM)
         try:
