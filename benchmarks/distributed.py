@@ -92,7 +92,7 @@ def measure(scratch: Path, driver: float) -> Units:
     entries = torch.randn(2**22).bfloat16()
     content = bytes(2**25)
     file = os.open(scratch / "unit", os.O_CREAT | os.O_WRONLY)
-    moved = torch.empty(2**24, dtype=torch.float64)
+    moved = torch.ones(2**24, dtype=torch.float64)
     rates = Rates(
         disk_read=1.0,
         disk_write=1.0,
