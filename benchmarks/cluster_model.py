@@ -110,7 +110,7 @@ class _Run:
         )
         self.now, self.groups = 0.0, 0
         self._driver_free = 0.0
-        self._idle = list(range(workers))
+        self._idle = dict.fromkeys(range(workers))
         self._held: dict[int, Group] = {}
         self._memory: Counter[int] = Counter()
         self._flows: list[_Flow] = []
@@ -142,15 +142,21 @@ class _Run:
 
     def _hand_out(self) -> None:
         """Let the driver give groups to idle workers."""
+        full: set[int] = set()
+        """Nodes that there is nothing for now."""
         for worker in list(self._idle):
             node = worker % self._cluster.nodes
+            if node in full:
+                continue
 
             def fits(need: int, held: int = self._memory[node]) -> bool:
                 return not held or held + need <= self._cluster.memory
 
             group = self._schedule.begin(self.now, fits)
-            if group is not None:
-                self._idle.remove(worker)
+            if group is None:
+                full.add(node)
+            else:
+                del self._idle[worker]
                 self._held[worker] = group
                 self._memory[node] += group.memory
                 self.groups += 1
@@ -173,7 +179,7 @@ class _Run:
             self._memory[worker % self._cluster.nodes] -= group.memory
             self._schedule.done(group, group.numbers, self.now)
             list(self._schedule.results())
-            self._idle.append(worker)
+            self._idle[worker] = None
 
     def _rates(self) -> list[float]:
         """Return the bytes a second of each flow."""
@@ -197,6 +203,8 @@ def _bounds(tensors: Sequence[Tensor], cluster: Cluster, groups: int) -> dict[st
         "storage, written": written / cluster.storage_write,
         "network of the nodes": max(read, written) / network,
         "driver": groups * cluster.driver,
+        "memory": math.fsum(t.seconds * min(1.0, t.memory / cluster.memory) for t in tensors)
+        / cluster.nodes,
         "longest tensor": max(
             tensor.seconds
             + tensor.read / min(cluster.network, cluster.storage_read)

@@ -67,7 +67,8 @@ def test_one_tensor_is_not_divided() -> None:
 def test_memory_lets_fewer_work_at_once() -> None:
     work = tensors(8, seconds=1.0)
     assert simulate(work, Cluster(1, 8, memory=2.5 * _HUGE)).seconds == pytest.approx(4)
-    assert simulate(work, Cluster(1, 8, memory=1)).seconds == pytest.approx(8)
+    alone = simulate(work, Cluster(1, 8, memory=1))
+    assert (alone.seconds, alone.bottleneck) == (pytest.approx(8), "memory")
     assert simulate(work, Cluster(2, 8, memory=1)).seconds == pytest.approx(4)
 
 
