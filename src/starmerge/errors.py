@@ -25,6 +25,13 @@ class UsageError(StarmergeError):
     """A run was asked for wrongly: an unknown parameter, a missing folder. Exit code 2."""
 
 
+class WorkersLostError(StarmergeError):
+    """The machines that did the work are gone, and nothing is wrong with what they worked on.
+
+    What they had written of an output is kept as after a kill: a later run goes on with it.
+    """
+
+
 class Interrupted(BaseException):
     """A signal has asked the command to end: SIGINT (Ctrl-C) or SIGTERM.
 

@@ -66,10 +66,10 @@ class Plan(Event):
     """Tensors of which some model has a task vector; the others stay as they are."""
     bytes_to_read: int
     bytes_to_write: int
-    threads: int
-    """Tensors that are worked on at once."""
-    memory: int
-    """Bytes that the tensors in work may take together."""
+    threads: int | None
+    """Tensors that are worked on at once; None: as many as a cluster has processors."""
+    memory: int | None
+    """Bytes that the tensors in work may take together on a machine; None: a quarter of its."""
     output: str
     """Where the output will stand."""
     fingerprint: str
@@ -79,7 +79,8 @@ class Plan(Event):
         return (
             f"plan: {self.method} of {', '.join(self.models)} into {self.output}: {self.merged} of "
             f"{self.tensors} tensors merged, {bytes_in_words(self.bytes_to_read)} to read, "
-            f"{bytes_in_words(self.bytes_to_write)} to write, {self.threads} threads"
+            f"{bytes_in_words(self.bytes_to_write)} to write"
+            f"{'' if self.threads is None else f', {self.threads} threads'}"
         )
 
 

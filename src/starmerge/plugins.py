@@ -377,6 +377,11 @@ def load_file(path: Path) -> ModuleType:
     return module
 
 
+def loaded_files() -> list[Path]:
+    """Return the files that have been loaded, for another process to load before it unpickles."""
+    return [origin.file for origin in _FILES.values() if origin.file is not None]
+
+
 _FILES: dict[str, Origin] = {}
 """The files that have been loaded, by the names of their modules."""
 

@@ -18,7 +18,6 @@ from starmerge.errors import UsageError
 from starmerge.events import Note, bytes_in_words, emit
 
 if TYPE_CHECKING:
-    from starmerge.merging.executors.threads import Threads
     from starmerge.merging.plan import Plan
     from starmerge.merging.ranks import RankCost
     from starmerge.recipe_file import Step
@@ -142,6 +141,8 @@ def merge(
     ] = False,
     threads: resources.Threads = None,
     memory: resources.Memory = None,
+    executor: resources.Executor = "threads",
+    address: resources.Address = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -178,12 +179,13 @@ def merge(
 
     Example: starmerge merge BASE org/tuned+org/adapter other -o merged -m ties
 
+    Example: starmerge merge recipe.yaml -o /shared/merged --executor ray --address auto
+
     A file of several recipes with names, of which some are made of others, is run in their order;
     the merges before the last one stay in OUTPUT-steps, and are not repeated.
     """
     with importing():
         from starmerge.merging.engine import run
-        from starmerge.merging.executors.threads import Threads
         from starmerge.merging.journal import fingerprint
         from starmerge.merging.plan import make_plan
         from starmerge.merging.ranks import rank_costs
@@ -223,7 +225,7 @@ def merge(
     recipe = last.recipe
     if pushing.begin(push, last, private=private, dry_run=dry_run, fresh=fresh):
         return
-    workers = Threads(threads, memory)
+    workers = resources.workers_of(executor, address, threads, memory)
     if before and not _merge_steps(
         before, output, workers, dry_run=dry_run, overwrite=overwrite, fresh=fresh
     ):
@@ -271,7 +273,7 @@ def _note_leftovers(plan: Plan, own: str) -> None:
 def _merge_steps(
     steps: Sequence[Step],
     output: Path,
-    workers: Threads,
+    workers: resources.Workers,
     *,
     dry_run: bool,
     overwrite: bool,
@@ -325,11 +327,13 @@ def _print_ranks(costs: Sequence[RankCost]) -> None:
     Console().print(table)
 
 
-def _print_plan(plan: Plan, workers: Threads) -> None:
+def _print_plan(plan: Plan, workers: resources.Workers) -> None:
     """Print what a merge would do."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from starmerge.merging.executors.threads import Threads
 
     console = Console()
     headers = ("model", "weight", "kind", "tensors", "rank", "read")
@@ -363,6 +367,10 @@ def _print_plan(plan: Plan, workers: Threads) -> None:
     console.print(
         f"Read: {bytes_in_words(plan.bytes_to_read)}; write: {bytes_in_words(plan.bytes_to_write)}"
     )
-    peak = bytes_in_words(plan.memory(workers.threads, workers.memory))
-    console.print(f"Memory for tensors: about {peak}; threads: {workers.threads}")
+    if isinstance(workers, Threads):
+        peak = bytes_in_words(plan.memory(workers.threads, workers.memory))
+        console.print(f"Memory for tensors: about {peak}; threads: {workers.threads}")
+    else:
+        largest = bytes_in_words(plan.memory(1, 0))
+        console.print(f"Memory for tensors: a worker needs about {largest} for the largest")
     console.print(f"Output: {plan.path} (nothing written)")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from starmerge.cli import asking
+from starmerge.cli import asking, resources
 from starmerge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -89,6 +89,9 @@ def study(
         bool, typer.Option("--overwrite", help="Replace the file of the report.")
     ] = False,
     no_cache: asking.NoCache = False,
+    executor: resources.Executor = "threads",
+    address: resources.Address = None,
+    threads: resources.Runs = None,
 ) -> None:
     """Merge some fine-tunes in many ways, score every merge, and draw what comes out.
 
@@ -106,6 +109,8 @@ def study(
 
     Example: starmerge study my_study.yaml -o runs
 
+    Example: starmerge study my_study.yaml -o runs --executor ray --address auto
+
     Example: starmerge study runs
     """
     from starmerge.study.execute import Laboratory
@@ -118,6 +123,9 @@ def study(
             print(f"{known.name:<12} {about}")
         return
     asking.check_report(report, overwrite=overwrite)
+    resources.check_address(executor, address)
+    if threads is not None and executor != "ray":
+        raise UsageError("--threads is of --executor ray: without it, one run follows another.")
     if is_store(Path(name)):
         if output is None and not dry_run:
             _check_unused(
@@ -152,6 +160,12 @@ def study(
         _check_unused("To run the study, give --output FOLDER", report=report, retry=retry or None)
         _show(chosen)
         return
+    workers = None
+    if executor == "ray":
+        from starmerge.merging.executors.ray import RayExecutor
+
+        # A model is asked by one thread at a time.
+        workers = RayExecutor(address, threads=threads, places=1)
     laboratory = Laboratory(
         chosen,
         chosen.settings(batch_size=batch_size, device=device),
@@ -167,7 +181,7 @@ def study(
         return
     assert output is not None  # or the study was shown
     with laboratory.opened(output, retry=retry) as store:
-        laboratory.run(store, progress=True)
+        laboratory.run(store, executor=workers, progress=True)
         _draw(store, report, overwrite=overwrite)
 
 

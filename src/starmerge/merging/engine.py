@@ -26,7 +26,7 @@ from starmerge.methods.method import Deltas, Method, TensorContext
 from starmerge.methods.pipeline import Pipeline, as_pipeline
 from starmerge.progress import Progress, progress_bar
 from starmerge.recipe import Dtype, OutputKind, make_recipe, model_entries, reference
-from starmerge.storage import storage_of
+from starmerge.storage import Place, storage_of
 from starmerge.storage.publishing import REPORT, printable
 
 _Seen = TypeVar("_Seen")
@@ -159,14 +159,17 @@ def run(
         storage.forget(plan.path, suffix=own)
     storage.check_room(plan.path, plan.bytes_to_write, suffix=own)
     with (
+        # A cluster that cannot be reached must not end the output, of which an earlier run may
+        # have written a part.
+        executor as workers,
         storage.publish(
             plan.path, overwrite=plan.overwrite, suffix=own, member=plan.output.member
         ) as folder,
-        executor as workers,
     ):
         emit(_planned(plan, workers, own))
         merging = Merging(plan, workers, progress)
-        writing = plan.output.lay_out(plan, folder)
+        shared = folder.shared() if workers.spans_machines else folder
+        writing = plan.output.lay_out(plan, shared)
         with Journal(folder, writing) as journal:
             merging.write(writing, journal=journal, hashes_inputs=True)
         finished = writing.finish(merging.records, merging.digests)
@@ -228,6 +231,7 @@ class Merging:
     def __init__(self, plan: Plan, executor: Executor, progress: bool) -> None:
         self._plan, self._executor, self._progress = plan, executor, progress
         self._checked: dict[int, frozenset[int]] = {}
+        self._mark: tuple[Place, str] | None = None
         self.changing: set[int] = set()
         """Numbers of the models of which some task vector that was read is not zero."""
         self.findings: dict[str, Any] = {}
@@ -259,6 +263,8 @@ class Merging:
             hashes_inputs: Hash the inputs as they are read.
         """
         plan = self._plan
+        if journal is not None and self._executor.spans_machines:
+            self._mark = journal.mark()
         prepared = plan.pipeline.prepare(self._walk)
         self.findings = prepared.findings
         job = WriteJob(
@@ -268,6 +274,7 @@ class Merging:
             writing=writing,
             known={} if journal is None else journal.known,
             hashes_inputs=hashes_inputs,
+            mark=self._mark,
         )
         wanted = range(len(plan.tensors)) if numbers is None else numbers
         size = sum(plan.output.nbytes(plan.tensors[number]) for number in wanted)
@@ -295,7 +302,7 @@ class Merging:
     def _walk(self, look: Callable[[Deltas, TensorContext], _Seen]) -> Iterator[_Seen]:
         """Yield what ``look`` returns for each tensor that some model changes."""
         plan = self._plan
-        job = LookJob(plan, dict(self._checked), look=look)
+        job = LookJob(plan, dict(self._checked), mark=self._mark, look=look)
         numbers = [number for number, tensor in enumerate(plan.tensors) if tensor.models]
         size = sum(map(job.nbytes, numbers))
         with (

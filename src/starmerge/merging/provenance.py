@@ -15,6 +15,7 @@ from starmerge.checkpoints.hashing import (
 from starmerge.checkpoints.tensors import Checkpoint, TensorInfo, prefetch, stored_of
 from starmerge.merging.executors.executor import Executor
 from starmerge.merging.plan import Input, Plan
+from starmerge.merging.work import check_reached
 from starmerge.progress import progress_bar
 from starmerge.storage import Place
 
@@ -56,6 +57,15 @@ class HashJob:
     def announce(self, number: int) -> None:
         """Read a tensor ahead."""
         prefetch(self.tensors[number])
+
+    def check(self) -> None:
+        """Make sure, on another machine, that the files are there."""
+        for file in {info.file for info in self.tensors}:
+            check_reached(file)
+
+    def label(self, number: int) -> str:
+        """Return the tensor's name."""
+        return f"the tensor {self.tensors[number].name}"
 
 
 def input_hashes(

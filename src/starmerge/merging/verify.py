@@ -271,6 +271,10 @@ def _merged_again(
 class _Nowhere:
     """An output folder that keeps nothing: of what is written, the hashes alone are wanted."""
 
+    def shared(self) -> _Nowhere:
+        """Return it."""
+        return self
+
     def open(self, name: str, size: int) -> _NoFile:
         """Return a file that keeps nothing."""
         return _NoFile()

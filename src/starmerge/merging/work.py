@@ -20,6 +20,7 @@ from torch import Tensor
 from starmerge.checkpoints.hashing import read_and_hash, remembered_blake3_of_tensor
 from starmerge.checkpoints.tensors import prefetch
 from starmerge.deltas import Delta
+from starmerge.errors import StarmergeError
 from starmerge.merging.checks import check_delta
 from starmerge.merging.layout import PlannedTensor
 from starmerge.merging.outputs import Writing
@@ -27,6 +28,7 @@ from starmerge.merging.plan import Plan
 from starmerge.merging.report import tensor_record
 from starmerge.methods.method import Deltas, TensorContext
 from starmerge.methods.pipeline import Prepared
+from starmerge.storage import Place, storage_of
 
 Seen = TypeVar("Seen")
 
@@ -108,10 +110,13 @@ class TensorJob:
         plan: The plan.
         checked: For each tensor, by its number, the models whose task vectors earlier passes have
             checked.
+        mark: A file in the output, and a text in it, by which other machines know that they see the
+            same output; None: it is not looked for.
     """
 
     plan: Plan
     checked: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    mark: tuple[Place, str] | None = field(default=None, kw_only=True)
 
     def memory(self, number: int) -> int:
         """Estimate the bytes in memory while a tensor is worked on."""
@@ -125,6 +130,29 @@ class TensorJob:
         """Read ahead what a tensor is made of."""
         for info in self.plan.tensors[number].inputs:
             prefetch(info)
+
+    def check(self) -> None:
+        """Make sure, on another machine, that inputs and output are there.
+
+        Inputs may be copies: their sizes are compared, and the report has the hashes of what was
+        read.
+        """
+        for file, state in self.plan.states.items():
+            check_reached(file, size=state.size)
+        if self.mark is None:
+            return
+        file, text = self.mark
+        check_reached(file)
+        with storage_of(file).stream(file) as stream:
+            is_same = text.encode() in stream.readall()
+        if not is_same:
+            raise StarmergeError(
+                f"{file.parent} is another folder here than where the merge was begun. {_SHARE}"
+            )
+
+    def label(self, number: int) -> str:
+        """Return the tensor's name."""
+        return f"the tensor {self.plan.tensors[number].source.name}"
 
     def base_of(self, tensor: PlannedTensor) -> Tensor | None:
         """Return the base's tensor, where it is read."""
@@ -252,3 +280,26 @@ class WriteJob(TensorJob):
     ) -> Done:
         digests = [writer.digest(name) for writer, name in self.writing.slots(tensor)]
         return Done(record, digests, inputs, sorted(changing))
+
+
+_SHARE = "Machines that merge together need storage that all of them reach under the same path."
+
+
+def check_reached(file: Place, *, size: int | None = None) -> None:
+    """Make sure, on another machine than the one that planned, that a file is there.
+
+    Args:
+        file: The file.
+        size: Its bytes; None: any number.
+
+    Raises:
+        StarmergeError: It is not, or has another size.
+    """
+    try:
+        found = storage_of(file).state(file).size
+    except OSError as error:
+        raise StarmergeError(f"{file} cannot be reached from here: {error}. {_SHARE}") from error
+    if size is not None and found != size:
+        raise StarmergeError(
+            f"{file} has {found} bytes here, and {size} where the merge was begun. {_SHARE}"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from starmerge.storage.storage import ShortFileError
@@ -23,13 +23,20 @@ class LocalFolder:
 
     Args:
         path: Where it lies meanwhile. Libraries that write files themselves may do so there.
+        is_shared: Whether several machines fill its files together, which then lie on a network
+            file system.
     """
 
     path: Path
+    is_shared: bool = False
+
+    def shared(self) -> LocalFolder:
+        """Return the same folder for machines that fill its files together."""
+        return replace(self, is_shared=True)
 
     def open(self, name: str, size: int) -> LocalFile:
         """Open a file to be filled; what an earlier run has left in it stays."""
-        return LocalFile(self._path(name), size)
+        return LocalFile(self._path(name), size, synchronous=self.is_shared)
 
     def put(self, name: str, content: bytes) -> None:
         """Write a small file whole."""
@@ -78,13 +85,21 @@ class LocalFolder:
 class LocalFile:
     """A file that is filled in any order.
 
+    Opened for synchronous writing (O_DSYNC), it lets several machines fill their own parts over a
+    network file system. Otherwise Linux' NFS client reads the page around the end of a part, and
+    later writes the whole page back (``nfs_can_extend_write``): what another machine has written
+    into it meanwhile would be lost.
+
     Args:
         path: The file.
         size: Its bytes; None: as many as are written.
+        synchronous: Whether what is written has reached the storage when the write returns.
     """
 
-    def __init__(self, path: Path, size: int | None = None) -> None:
-        self._file = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+    def __init__(self, path: Path, size: int | None = None, *, synchronous: bool = False) -> None:
+        self._synchronous = synchronous
+        flags = os.O_CREAT | os.O_RDWR | (os.O_DSYNC if synchronous else 0)
+        self._file = os.open(path, flags, 0o666)
         try:
             if size is not None and os.fstat(self._file).st_size != size:
                 os.ftruncate(self._file, size)
@@ -108,6 +123,8 @@ class LocalFile:
                 if not copied:
                     raise ShortFileError(f"{source} ends early")
                 done += copied
+        if self._synchronous:  # a copy within the system is none of the writes that wait
+            self.sync()
 
     def _copy_some(self, source: int, start: int, count: int, offset: int) -> int:
         """Copy up to ``count`` bytes; return how many."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from starmerge.errors import Interrupted, StarmergeError, UsageError
+from starmerge.errors import Interrupted, StarmergeError, UsageError, WorkersLostError
 from starmerge.events import Published, emit
 from starmerge.parsing import MOST_JSON_BYTES, parse_json
 from starmerge.storage.exchange import exchange
@@ -130,7 +130,7 @@ def output_folder(
         suffix: Ends the hidden name, in place of a random one: up to 32 letters and digits, such as
             a hash of all that decides the content. With it the folder is resumable: one of that
             name that an interrupted run left is yielded as it is, with what it holds, and SIGTERM
-            (:class:`Interrupted`) keeps it; Ctrl-C deletes it.
+            (:class:`Interrupted`) and :class:`WorkersLostError` keep it; Ctrl-C deletes it.
         member: A file of the folder that alone takes the place of ``path``, as a file; what else
             there is in the folder is deleted.
 
@@ -172,6 +172,13 @@ def output_folder(
         elif isinstance(interruption, Interrupted) and partial.exists():
             interruption.kept.append(partial)
         raise
+    except WorkersLostError as loss:
+        if suffix is None:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        raise WorkersLostError(
+            f"{loss} What was written is kept in {partial}: run the same again to go on with it."
+        ) from loss
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -77,6 +77,13 @@ class OutputFolder(Protocol):
     it, with slashes between folders, which are made as they are needed.
     """
 
+    def shared(self) -> OutputFolder:
+        """Return the same folder for machines that fill its files together.
+
+        Of files that are opened through it, what one of them writes has reached the storage when
+        the write returns, and changes no byte beside, which another may be writing.
+        """
+
     def open(self, name: str, size: int) -> OutputFile:
         """Open a file to be filled; what an earlier run has left in it stays.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
@@ -24,6 +24,7 @@ from starmerge.evaluation.models.loading import device_kind, dtype_name
 from starmerge.evaluation.runner import answers, check
 from starmerge.evaluation.settings import Settings
 from starmerge.evaluation.subjects import BASE, OnBase, groups
+from starmerge.merging.executors.executor import Executor
 from starmerge.merging.task_vectors import TaskVectors, load_task_vectors
 from starmerge.progress import SILENT, Progress, progress_bar
 from starmerge.study.runs import Run, runs_of
@@ -201,7 +202,13 @@ class Laboratory:
         with open_store(folder, self.head(), retry=retry) as store:
             yield store
 
-    def run(self, store: Store, *, progress: bool = False) -> None:
+    def run(
+        self,
+        store: Store,
+        *,
+        executor: AbstractContextManager[Executor] | None = None,
+        progress: bool = False,
+    ) -> None:
         """Do every run that the store lacks.
 
         A run that fails is written down with its error, and the others go on. A base that cannot
@@ -209,27 +216,56 @@ class Laboratory:
 
         Args:
             store: Where to.
+            executor: Who makes the runs, in other processes, each with a laboratory of its own;
+                None: this process, one after the other. The store is written here in any case.
             progress: Whether to show a progress bar.
 
         Raises:
             UsageError: The base cannot be loaded or asked.
             StarmergeError: The base or a fine-tune is broken, or the store cannot be written.
         """
-        left = [run for run in self.runs if run not in store]
-        if any(run.kind != "base" for run in left):
-            _ = self.vectors  # read here, so that a fine-tune that is broken is said at once
-        total = sum(self._size(run) for run in left)
+        left = [number for number, run in enumerate(self.runs) if run not in store]
+        total = sum(self._size(self.runs[number]) for number in left)
         with progress_bar(f"study {self.study.name}", total, show=progress) as bar:
-            for run in left:
-                done = _Counted(bar)
-                try:
-                    lines = self._lines(run, done)
-                except Exception as error:  # of methods and models of whatever kind
-                    if run.kind == "base":
-                        raise
-                    lines = [{"error": _said(error), "date": _now()}]
-                store.add(run, lines)
-                done(self._size(run) - done.count)
+            if executor is None:
+                self.get_ready(left)
+                for number in left:
+                    done = _Counted(bar)
+                    store.add(self.runs[number], self.lines(number, done))
+                    done(self._size(self.runs[number]) - done.count)
+            elif left:
+                job = _Runs(self.study, self.settings, self._cache, self._any_base, tuple(left))
+                with executor as workers, closing(workers.run(job, left)) as made:
+                    for number, lines in zip(left, made, strict=True):
+                        store.add(self.runs[number], lines)
+                        bar(self._size(self.runs[number]))
+
+    def get_ready(self, numbers: Iterable[int]) -> None:
+        """Read what some runs need of the fine-tunes, so that a broken one is said at once.
+
+        Raises:
+            StarmergeError: One is broken.
+        """
+        if any(self.runs[number].kind != "base" for number in numbers):
+            _ = self.vectors
+
+    def lines(self, number: int, progress: Progress = SILENT) -> list[dict[str, Any]]:
+        """Make a run; return what the store keeps: a line for each task, or one with the error.
+
+        Args:
+            number: Of the run, in their order.
+            progress: What is told of it.
+
+        Raises:
+            Exception: Of the base, without which there is no study.
+        """
+        run = self.runs[number]
+        try:
+            return self._lines(run, progress)
+        except Exception as error:  # of methods and models of whatever kind
+            if run.kind == "base":
+                raise
+            return [{"error": _said(error), "date": _now()}]
 
     def _lines(self, run: Run, progress: Progress) -> list[dict[str, Any]]:
         """Merge and ask the models of a run; return a line for each task."""
@@ -270,6 +306,49 @@ class Laboratory:
                     self.vectors.merge(run.pipeline, models=run.models)
                 per_merge[run.method] = time.perf_counter() - begin
         return per_row, per_merge
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """The runs of a study, as a job for other processes, each with a laboratory of its own.
+
+    Args:
+        study: The study.
+        settings: As for :class:`Laboratory`.
+        cache: As for :class:`Laboratory`.
+        any_base: As for :class:`Laboratory`.
+        wanted: Numbers of the runs.
+    """
+
+    study: Study
+    settings: Settings
+    cache: ScoreCache | None
+    any_base: bool
+    wanted: tuple[int, ...]
+
+    @contextmanager
+    def open(self) -> Iterator[Callable[[int], list[dict[str, Any]]]]:
+        """Yield what makes a run."""
+        laboratory = Laboratory(self.study, self.settings, cache=self.cache, any_base=self.any_base)
+        laboratory.get_ready(self.wanted)
+        yield laboratory.lines
+
+    def memory(self, number: int) -> int:
+        """Return 0: each process holds the models all the time."""
+        return 0
+
+    def nbytes(self, number: int) -> None:
+        """Return None: it is not known how long a run takes."""
+
+    def announce(self, number: int) -> None:
+        """Do nothing: the models are held."""
+
+    def check(self) -> None:
+        """Do nothing: the laboratory opens the models."""
+
+    def label(self, number: int) -> str:
+        """Return the number of a run."""
+        return f"run {number + 1}"
 
 
 class _Counted(Progress):

@@ -32,6 +32,8 @@ class Processes:
             process.start()
             self._workers.append((ours, process))
 
+    spans_machines = False
+
     def __enter__(self) -> Processes:
         return self
 
@@ -48,7 +50,7 @@ class Processes:
         """Yield the results of some numbers, in the order of the numbers."""
         wanted = list(numbers)
         # Classes of plug-ins are found by their modules, which another process has not loaded.
-        files = [str(origin.file) for origin in plugins._FILES.values()]
+        files = [str(file) for file in plugins.loaded_files()]
         packed = cloudpickle.dumps(job)
         for first, (ours, _) in enumerate(self._workers):
             share = [*wanted[first::2], *wanted[:3]]

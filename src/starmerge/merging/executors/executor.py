@@ -36,17 +36,31 @@ class Job(Protocol[Result_co]):
     def announce(self, number: int) -> None:
         """Begin to read ahead for a number that will soon be worked on."""
 
+    def check(self) -> None:
+        """Make sure, on another machine, that what the job reads and writes is reached from there.
+
+        Raises:
+            StarmergeError: Something is not.
+        """
+
+    def label(self, number: int) -> str:
+        """Return what errors call the work for a number, such as "the tensor lm_head.weight"."""
+
 
 class Executor(Protocol):
     """Carries out jobs."""
 
     @property
-    def threads(self) -> int:
-        """How many numbers are worked on at once, wherever."""
+    def threads(self) -> int | None:
+        """How many numbers are worked on at once; None: as many as a cluster has processors."""
 
     @property
-    def memory(self) -> int:
-        """Bytes that what is worked on at once may take together."""
+    def memory(self) -> int | None:
+        """Bytes that what is worked on at once on a machine may take; None: a quarter of its."""
+
+    @property
+    def spans_machines(self) -> bool:
+        """Whether several machines may fill one output; False: this one alone."""
 
     def run(self, job: Job[Result], numbers: Iterable[int]) -> Generator[Result]:
         """Yield the results of some numbers, in the order of the numbers.
@@ -86,3 +100,10 @@ class FunctionJob(Generic[Result]):
 
     def announce(self, number: int) -> None:
         """Do nothing: what is read is not known."""
+
+    def check(self) -> None:
+        """Do nothing: what is read is not known."""
+
+    def label(self, number: int) -> str:
+        """Return the number."""
+        return f"number {number}"

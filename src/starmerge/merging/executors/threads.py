@@ -49,13 +49,15 @@ class Threads:
 
     def __init__(self, threads: int | None = None, memory: int | str | None = None) -> None:
         self.threads = default_threads() if threads is None else threads
-        self.memory = usable_memory() // 4 if memory is None else _bytes(memory)
+        self.memory = usable_memory() // 4 if memory is None else bytes_of(memory)
         if not isinstance(self.threads, int) or self.threads < 1:
             raise UsageError(f"threads is {threads!r}. Give a whole number, 1 or more.")
 
+    spans_machines = False
+
     def __enter__(self) -> Threads:
         _outside.enter()
-        self._pool = ThreadPoolExecutor(self.threads, "worker", _begin)
+        self._pool = ThreadPoolExecutor(self.threads, "worker", prepare_thread)
         return self
 
     def __exit__(
@@ -138,8 +140,8 @@ def _head(waiting: Sequence[Future[Result]]) -> Result:
     return waiting[0].result()
 
 
-def _begin() -> None:
-    """Prepare a thread: no threads of its own below it, and no graphs for gradients."""
+def prepare_thread() -> None:
+    """Prepare a thread that works: no threads of its own below it, and no graphs for gradients."""
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
 
@@ -177,7 +179,12 @@ class _Outside:
 _outside = _Outside()
 
 
-def _bytes(memory: int | str) -> int:
+def bytes_of(memory: int | str) -> int:
+    """Return the bytes that a number, or a text such as "4GB", stands for.
+
+    Raises:
+        UsageError: It is no positive number.
+    """
     count = 0
     if isinstance(memory, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*[kmgtp]?i?b?\s*", memory, re.I):
         count = TypeAdapter(ByteSize).validate_python(memory)
