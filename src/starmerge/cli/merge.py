@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from starmerge.merging.plan import Plan
     from starmerge.merging.ranks import RankCost
     from starmerge.recipe_file import Step
+    from starmerge.storage import Place
 
 
 def merge(
@@ -184,8 +184,9 @@ def merge(
         from starmerge.merging.ranks import rank_costs
         from starmerge.recipe import make_recipe, parse_models
         from starmerge.recipe_file import load_recipes
-        from starmerge.storage.leftovers import leftovers
+        from starmerge.storage import place_of, storage_of
 
+    place = place_of(output)
     if Path(base).suffix in (".yaml", ".yml") and not Path(base).is_dir():
         options = (
             *(models, method, parameter, weight, metric, tokenizer, chat_template),
@@ -197,7 +198,7 @@ def merge(
                 "--parameter, --weight, --metric, --tokenizer, --chat-template, --dtype, --as, "
                 "--rank, --max-error, --any-base and --common."
             )
-        *before, last = load_recipes(Path(base), output)
+        *before, last = load_recipes(Path(base), place)
         recipe = last.recipe
     else:
         entries = parse_models(models or [])
@@ -220,10 +221,10 @@ def merge(
         before = []
     workers = Threads(threads, memory)
     if before and not _merge_steps(
-        before, output, workers, dry_run=dry_run, overwrite=overwrite, fresh=fresh
+        before, place, workers, dry_run=dry_run, overwrite=overwrite, fresh=fresh
     ):
         return
-    plan = make_plan(recipe, output, overwrite=overwrite)
+    plan = make_plan(recipe, place, overwrite=overwrite)
     if dry_run:
         _print_plan(plan, workers)
         if plan.output.kind in ("adapter", "gguf"):
@@ -231,12 +232,8 @@ def merge(
         return
     for note in plan.notes:
         typer.echo(f"Note: {note}", err=True)
-    own = fingerprint(plan)
-    left = [other for other in leftovers(output) if not other.path.name.endswith(own)]
-    if left and not fresh:
-        size = bytes_in_words(sum(leftover.nbytes for leftover in left))
-        clean = shlex.join(["starmerge", "clean", str(left[0].path.parent)])
-        print(f"Note: earlier runs that were killed left {size} beside {output}; see: {clean}")
+    for left in storage_of(place).remains(place, suffix=fingerprint(plan)) if not fresh else ():
+        print(f"Note: {left}")
     started = time.monotonic()
     result = run(plan, workers, fresh=fresh, progress=True)
     if result.taken_up:
@@ -251,7 +248,7 @@ def merge(
 
 def _merge_steps(
     steps: Sequence[Step],
-    output: Path,
+    output: Place,
     workers: Threads,
     *,
     dry_run: bool,
@@ -312,6 +309,8 @@ def _print_plan(plan: Plan, workers: Threads) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from starmerge.storage import storage_of
+
     console = Console()
     headers = ("model", "weight", "kind", "tensors", "rank", "read")
     table = Table(*headers, title=f"Plan: {plan.recipe.method}")
@@ -332,7 +331,7 @@ def _print_plan(plan: Plan, workers: Threads) -> None:
         console.print(plan.reason, markup=False)
     if plan.metric is not None:
         file = plan.metric.file
-        size = bytes_in_words(file.stat().st_size)
+        size = bytes_in_words(storage_of(file).state(file).size)
         console.print(f"Metric: {file} ({size}); merged in {plan.use_of_metric}", markup=False)
         if plan.unused_prompts:
             unused = ", ".join(plan.unused_prompts)

@@ -23,9 +23,11 @@ class LocalFolder:
 
     Args:
         path: Where it lies meanwhile. Libraries that write files themselves may do so there.
+        is_complete: Whether an earlier run had filled it.
     """
 
     path: Path
+    is_complete: bool = False
 
     def open(self, name: str, size: int) -> LocalFile:
         """Open a file to be filled; what an earlier run has left in it stays."""
@@ -45,10 +47,6 @@ class LocalFolder:
             os.fsync(stream)
         finally:
             os.close(stream)
-
-    def copy(self, name: str, source: Path) -> None:
-        """Copy a file whole."""
-        shutil.copyfile(source, self._path(name))
 
     def delete(self, name: str) -> None:
         """Delete a file, or a folder with all that is in it, if it is there."""
