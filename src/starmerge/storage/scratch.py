@@ -98,8 +98,8 @@ class Scratch:
         if self.whole(suffix).is_dir():
             said.append(
                 f"an earlier upload to {self.place} did not end. The store keeps the parts that it "
-                "had sent, where nobody sees them, and bills them; a lifecycle rule of the bucket for incomplete "
-                "uploads deletes them."
+                "had sent, where nobody sees them, and bills them; a lifecycle rule of the bucket "
+                "for incomplete uploads deletes them."
             )
         return said
 
