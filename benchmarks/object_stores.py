@@ -93,7 +93,9 @@ def main() -> None:
         own.create_bucket(Bucket=BUCKET)
         for size in SIZES.values():
             own.put_object(Bucket=BUCKET, Key=f"{KEY}-{size}", Body=os.urandom(ROUND * size))
-        print("| range | threads | obstore, MB/s | s3fs, MB/s | obstore, CPU s/GB | s3fs, CPU s/GB |")
+        print(
+            "| range | threads | obstore, MB/s | s3fs, MB/s | obstore, CPU s/GB | s3fs, CPU s/GB |"
+        )
         print("|---|---:|---:|---:|---:|---:|")
         for label, size in SIZES.items():
             for threads in THREADS:

@@ -160,11 +160,11 @@ def proxy_before(port: int) -> Iterator[Proxy]:
             except OSError:  # the client has gone
                 self.close_connection = True
 
-        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass
-
         def log_message(self, *_: object) -> None:
             pass
 
+    for method in ("GET", "HEAD", "PUT", "POST", "DELETE"):
+        setattr(Handler, f"do_{method}", Handler._pass)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     proxy.port = server.server_address[1]

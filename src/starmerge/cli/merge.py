@@ -29,22 +29,26 @@ def merge(
         str,
         typer.Argument(
             metavar="BASE|RECIPE.yaml",
-            help="The base, a folder or a Hub id org/name or org/name@revision; or a recipe, "
-            "ours or mergekit's. [b]--as adapter[/b] does without: give the adapters alone.",
+            help="The base: a folder, a URL (s3://, gs://, az://, hf://), or a Hub id org/name or "
+            "org/name@revision; or a recipe, ours or mergekit's. [b]--as adapter[/b] does without: "
+            "give the adapters alone.",
         ),
     ],
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", help="Folder to create; a file for some adapters, see --as."
+            "--output",
+            "-o",
+            help="Folder to create, or its URL (s3://, gs://, az://); a file for some adapters, "
+            "see --as.",
         ),
     ],
     models: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[MODEL]...",
-            help="LoRA adapters and full fine-tunes: a folder, an adapter's file, or a Hub id; "
-            "NAME=PATH to name it. MODEL+ADAPTER is a model with an adapter folded in, "
+            help="LoRA adapters and full fine-tunes: a folder, an adapter's file, a URL, or a Hub "
+            "id; NAME=PATH to name it. MODEL+ADAPTER is a model with an adapter folded in, "
             "A\\[0:8],B\\[4:12] layers of several.",
         ),
     ] = None,

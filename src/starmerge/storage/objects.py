@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import obstore
 from obstore.exceptions import (
@@ -36,14 +37,20 @@ from starmerge.storage.upload import Upload, check_replaceable
 if TYPE_CHECKING:
     from obstore import GetOptions
 
+Answer = TypeVar("Answer")
+
 RETRIES = 8
 """Times that a request is repeated: after about 100 ms first, then each time twice as late."""
+
+TIMEOUT = timedelta(seconds=60)
+"""Of one request, with its body: 16 MiB take so long at 280 kB/s."""
 
 PATIENCE = timedelta(minutes=3)
 """After which a request that keeps failing is given up."""
 
-_TRUNCATED = 3
-"""Times that a range is asked for again whose body was cut off."""
+_CUT_OFF = 2
+"""Times that a store is asked again where the body of an answer ends early, as obstore does not of
+lists."""
 
 
 class ObjectBackend:
@@ -55,10 +62,7 @@ class ObjectBackend:
 
     def look(self, file: RemotePlace) -> FileState:
         """Return size and entity tag of an object."""
-        try:
-            found = obstore.head(self.store(file), file.path)
-        except (BaseError, OSError, ValueError) as error:
-            raise in_words(file, error) from None
+        found = _answer(file, lambda: obstore.head(self.store(file), file.path))
         marks = found["e_tag"], found["version"], str(found["last_modified"])
         # Without a tag or a version, a change within a second of the last one might not show.
         settled = marks[0] is not None or marks[1] is not None
@@ -71,36 +75,26 @@ class ObjectBackend:
         tag = next((mark for mark in state.identity[2:] if str(mark).startswith(('"', "W/"))), None)
         if tag is not None:
             options["if_match"] = str(tag)
-        for left in reversed(range(_TRUNCATED + 1)):
-            try:
-                content = obstore.get(self.store(file), file.path, options=options).buffer()
-            except PreconditionError:
-                raise changed(file) from None
-            except (BaseError, OSError, ValueError) as error:
-                if left and is_cut_off(error):
-                    continue
-                raise in_words(file, error) from None
-            if len(content) == stop - start:
-                return content
-        raise ShortFileError(f"{file} ends early")
+        content = _answer(
+            file, lambda: obstore.get(self.store(file), file.path, options=options).buffer()
+        )
+        if len(content) != stop - start:
+            raise ShortFileError(f"{file} ends early")
+        return content
 
     def members(self, folder: RemotePlace) -> tuple[list[str], list[str]]:
         """Return the names of the objects and of the common prefixes directly below a place."""
-        try:
-            found = obstore.list_with_delimiter(self.store(folder), folder.path or None)
-        except (BaseError, OSError, ValueError) as error:
-            raise in_words(folder, error) from None
+        store, path = self.store(folder), folder.path or None
+        found = _answer(folder, lambda: obstore.list_with_delimiter(store, path))
         files = [entry["path"].rpartition("/")[2] for entry in found["objects"]]
         return files, [prefix.rpartition("/")[2] for prefix in found["common_prefixes"]]
 
     def tree(self, folder: RemotePlace) -> dict[str, int]:
         """Return the sizes of all objects below a place."""
         begin = len(f"{folder.path}/") if folder.path else 0
-        try:
-            pages = obstore.list(self.store(folder), folder.path or None)
-            return {own["path"][begin:]: own["size"] for page in pages for own in page}
-        except (BaseError, OSError, ValueError) as error:
-            raise in_words(folder, error) from None
+        store, path = self.store(folder), folder.path or None
+        pages = _answer(folder, lambda: list(obstore.list(store, path)))
+        return {own["path"][begin:]: own["size"] for page in pages for own in page}
 
 
 class ObjectStorage(Ranges):
@@ -163,6 +157,7 @@ class ObjectStorage(Ranges):
 def _store(scheme: str, root: str) -> ObjectStore:
     """Open a bucket with the credentials of the environment."""
     options: dict[str, Any] = {
+        "client_options": {"timeout": TIMEOUT},
         "retry_config": {"max_retries": RETRIES, "retry_timeout": PATIENCE},
     }
     if scheme == "gs":
@@ -170,8 +165,9 @@ def _store(scheme: str, root: str) -> ObjectStore:
     if scheme == "az":
         return AzureStore(root, **options)
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    client = {"allow_http": True} if endpoint.startswith("http://") else {}
-    return S3Store(root, client_options=client, **options, **_profile())  # type: ignore[arg-type]
+    if endpoint.startswith("http://"):
+        options["client_options"]["allow_http"] = True
+    return S3Store(root, **options, **_profile())
 
 
 def _profile() -> dict[str, Any]:
@@ -203,10 +199,28 @@ _CREDENTIALS = (
 """Codes of S3, Google Cloud Storage and Azure that speak of credentials."""
 
 
-def is_cut_off(error: Exception) -> bool:
-    """Tell whether a body ended before its length, or its connection was lost."""
+def _answer(place: RemotePlace, ask: Callable[[], Answer]) -> Answer:
+    """Return what a store answers, which is asked again where an answer ends early.
+
+    Raises:
+        FileNotFoundError: There is no such object.
+        StarmergeError: It was replaced; the store refuses, or cannot be reached.
+    """
+    for left in reversed(range(_CUT_OFF + 1)):
+        try:
+            return ask()
+        except PreconditionError:
+            raise changed(place) from None
+        except (BaseError, OSError, ValueError) as error:
+            if not left or not _is_cut_off(error):
+                raise in_words(place, error) from None
+    raise AssertionError
+
+
+def _is_cut_off(error: Exception) -> bool:
+    """Tell whether a body ended before its length."""
     text = str(error)
-    return _STATUS.search(text) is None and "timed out" not in text
+    return "Error performing" not in text and ("body" in text or "incomplete" in text.lower())
 
 
 def in_words(place: RemotePlace, error: Exception) -> Exception:
@@ -225,11 +239,13 @@ def in_words(place: RemotePlace, error: Exception) -> Exception:
     if status is not None and status[1].startswith("416"):
         return ShortFileError(f"{place} ends early")
     refused = isinstance(error, PermissionDeniedError | UnauthenticatedError)
+    # Of S3, an expired token is a bad request, and an answer to HEAD has no code.
+    refused |= status is not None and status[1].startswith("400") and code is None
     if refused or (code is not None and code[1] in _CREDENTIALS):
         reason = (
             f"the store refuses the credentials of this process ({said or 'no access'}): they are "
-            "missing, have expired, or do not allow this. Renew them and run the same command "
-            "again."
+            "missing, have expired, are of another region, or do not allow this. Renew them and "
+            "run the same command again."
         )
     elif "169.254.169.254" in text or "metadata.google" in text:
         reason = (
@@ -239,10 +255,7 @@ def in_words(place: RemotePlace, error: Exception) -> Exception:
     elif said:
         reason = f"the store answers {said}, though it was asked again. Try again later."
     elif "timed out" in text or "timeout" in text.lower():
-        reason = (
-            "the store did not answer in time, though it was asked again. Try again later, or "
-            "allow more time (AWS_TIMEOUT)."
-        )
+        reason = "the store did not answer in time, though it was asked again. Try again later."
     else:
         reason = (
             f"the store cannot be reached ({type(error).__name__}). Check the network, the URL and "
