@@ -292,12 +292,12 @@ def test_what_keeps_failing_is_given_up(
     monkeypatch.setattr(objects, "RETRIES", 1)
     url = world.put(tiny_base, "base")
     world.proxy.plan = lambda r: Fault(delay=2)
-    with pytest.raises(StarmergeError, match=rf"{url}.*did not answer in time"):
+    with pytest.raises(StarmergeError, match=r"s3://\S+: the store did not answer in time"):
         starmerge.merge(url, [url], output=world.url("out"))
     objects._store.cache_clear()
     monkeypatch.setattr(objects, "TIMEOUT", timedelta(seconds=30))
     world.proxy.plan = lambda r: Fault(status=500)
-    with pytest.raises(StarmergeError, match=rf"{url}.*answers 500"):
+    with pytest.raises(StarmergeError, match=r"s3://\S+: the store answers 500"):
         starmerge.merge(url, [url], output=world.url("out"))
 
 

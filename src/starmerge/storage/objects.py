@@ -232,9 +232,9 @@ def in_words(place: RemotePlace, error: Exception) -> Exception:
     text = str(error)
     code, status = _CODE.search(text), _STATUS.search(text)
     said = " ".join([*([status[1]] if status else []), *([code[1]] if code else [])])
+    if code is not None and code[1] in ("NoSuchBucket", "ContainerNotFound"):
+        return StarmergeError(f"{place}: there is no bucket {place.root}. Check the URL.")
     if isinstance(error, FileNotFoundError):
-        if code is not None and code[1] in ("NoSuchBucket", "ContainerNotFound"):
-            return StarmergeError(f"{place}: there is no bucket {place.root}. Check the URL.")
         return FileNotFoundError(f"{place} is not there")
     if status is not None and status[1].startswith("416"):
         return ShortFileError(f"{place} ends early")

@@ -7,6 +7,7 @@ the uploads are completed, one right after the other, between them the small fil
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,6 @@ from starmerge.parsing import MOST_JSON_BYTES, parse_json
 from starmerge.progress import progress_bar
 from starmerge.storage.local_folder import LocalFolder
 from starmerge.storage.publishing import REPORT
-from starmerge.storage.ranges import RANGE
 from starmerge.storage.scratch import Scratch
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _MOST_PARTS = 9_999
 """Of one file, besides a last one of a few bytes; S3 and Google Cloud Storage allow 10,000."""
 
 _AT_ONCE = 8
-"""Parts of one file that are sent at once."""
+"""Files that are sent at once, each part after part."""
 
 
 def check_replaceable(
@@ -144,25 +144,34 @@ class Upload:
                 "uploading", sum(sizes.values()), show=self._progress, in_bytes=True
             ) as advance,
         ):
-            large = [
-                stack.enter_context(_Parts(self._store, self._key(name), sizes[name]))
-                for name in names
-                if sizes[name] >= 2 * PART
-            ]
-            by_name = dict(zip((n for n in names if sizes[n] >= 2 * PART), large, strict=True))
-            for name, parts in by_name.items():
+            large = {
+                name: stack.enter_context(_Parts(self._store, self._key(name), size))
+                for name, size in sizes.items()
+                if size >= 2 * PART
+            }
+
+            def send(name: str) -> None:
                 with (self._folder / name).open("rb", buffering=0) as stream:
-                    while content := stream.read(min(parts.length, RANGE)):
-                        parts.write(content)
+                    while content := stream.read(large[name].length):
+                        large[name].write(content)
                         advance(len(content))
+
+            with ThreadPoolExecutor(_AT_ONCE, "upload") as pool:
+                sent = [pool.submit(send, name) for name in large]
+                try:
+                    for own in sent:
+                        own.result()
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
             before = self._check()
             self._scratch.begin({*names, *before})
             if REPORT in before:
                 # From here to the end, nobody is to take a mixture for the old merge.
                 obstore.delete(self._store, self._key(REPORT))
             for name in names:
-                if name in by_name:
-                    by_name[name].complete()
+                if name in large:
+                    large[name].complete()
                 elif name != REPORT:
                     self._put(name)
             self._check_sizes({name: sizes[name] for name in names if name != REPORT})
@@ -213,11 +222,13 @@ class _Parts:
 
     def __init__(self, store: ObjectStore, key: str, size: int) -> None:
         count = min(size // PART, _MOST_PARTS)
-        self.length = size // count
-        """Bytes of a part. What is left after the last full one is fewer bytes than there are
-        parts: little has to be sent when the file is completed, and little memory is held."""
+        self.length = (size - 1) // count
+        """Bytes of a part. After the last full one at least a byte is left, and at most as many as
+        there are parts: little has to be sent when the file is completed."""
+        # With one part under way, what takes more bytes waits until that part is there: when the
+        # rest has been taken, the store has all full parts.
         self._writer: Any = obstore.open_writer(
-            store, key, buffer_size=self.length, max_concurrency=_AT_ONCE
+            store, key, buffer_size=self.length, max_concurrency=1
         )
         self._is_complete = False
 
@@ -235,7 +246,7 @@ class _Parts:
                 self._writer.__exit__(kind or RuntimeError, error, trace)
 
     def write(self, content: bytes) -> None:
-        """Send some bytes on, or wait until there is room among those on their way."""
+        """Send a part, or the rest, after the part before it has arrived."""
         self._writer.write(content)
 
     def complete(self) -> None:
