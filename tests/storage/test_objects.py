@@ -203,12 +203,11 @@ def merged(world: World, base: Path, models: list[Path], **options: Any) -> dict
 @pytest.mark.parametrize(
     "plan",
     [
-        lambda r: Fault(status=500) if r.number % 3 == 1 else None,
-        lambda r: Fault(status=503, code="SlowDown") if r.number % 4 == 1 else None,
+        lambda r: {1: Fault(status=500), 3: Fault(status=503)}.get(r.number % 5),
         lambda r: Fault(cut=True) if r.method == "GET" and r.number % 3 == 1 else None,
         lambda r: Fault(delay=6) if r.method == "GET" and r.number == 9 else None,
     ],
-    ids=["500", "503", "cut", "late"],
+    ids=["500", "cut", "late"],
 )
 def test_what_fails_for_a_moment_is_asked_again(
     plan: Callable[[Request], Fault | None],
@@ -401,8 +400,8 @@ def test_killed_and_taken_up(
         }[moment]
         if is_it:
             reached.append(request)
-        # The journal is written once a second.
-        slow = 0.25 if moment == "merging" else 600
+        # The journal is written once a second, when the large tensor is there.
+        slow = 1.3 if moment == "merging" else 600
         return Fault(delay=slow) if is_it else None
 
     reached: list[Request] = []
@@ -410,7 +409,7 @@ def test_killed_and_taken_up(
     command = [sys.executable, "-c", MERGE, *arguments]
     with subprocess.Popen(command, env=dict(os.environ)) as process:
         deadline = time.monotonic() + 60
-        while len(reached) < (12 if moment == "merging" else 1) and time.monotonic() < deadline:
+        while len(reached) < (4 if moment == "merging" else 1) and time.monotonic() < deadline:
             assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
@@ -427,23 +426,19 @@ def test_killed_and_taken_up(
 def test_two_merges_into_one_output(
     world: World, tiny_base: Path, make_adapter: MakeAdapter
 ) -> None:
-    arguments = [world.put(tiny_base, "base"), world.put(make_adapter("a")), world.url("out")]
-    reached = []
+    base, model, output = tiny_base, make_adapter("a"), world.url("out")
+    refused: list[str] = []
 
-    def wait(request: Request) -> Fault | None:
-        if request.method == "PUT":
-            reached.append(request)
-        return Fault(delay=5) if request.method == "PUT" and len(reached) == 1 else None
+    def begin_another(request: Request) -> None:
+        if request.method == "PUT" and not refused:
+            refused.append("")
+            with pytest.raises(UsageError, match="is being made by another process") as caught:
+                starmerge.merge(base, model, "average", output=output)
+            refused[0] = str(caught.value)
 
-    world.proxy.plan = wait
-    command = [sys.executable, "-c", MERGE, *arguments]
-    with subprocess.Popen(command, env=dict(os.environ)) as process:
-        deadline = time.monotonic() + 60
-        while not reached and time.monotonic() < deadline:
-            time.sleep(0.02)
-        with pytest.raises(UsageError, match="is being made by another process"):
-            starmerge.merge(arguments[0], arguments[1], "ties", output=arguments[-1])
-        assert process.wait() == 0
+    world.proxy.plan = begin_another
+    starmerge.merge(base, model, output=output)
+    assert "out~" in refused[0]
 
 
 def test_verifying_and_inspecting(world: World, tiny_base: Path, make_adapter: MakeAdapter) -> None:
@@ -472,8 +467,8 @@ def test_what_runs_a_model_says_that_it_wants_a_folder(world: World, tiny_base: 
 def test_the_library_is_named_where_it_is_missing(tmp_path: Path) -> None:
     program = (
         "import sys; sys.modules['obstore'] = None\n"
-        "import starmerge\n"
-        "starmerge.merge('s3://bucket/base', ['a'], output='out')\n"
+        "from starmerge.storage import exists, place_of\n"
+        "exists(place_of('s3://bucket/base'))\n"
     )
     finished = subprocess.run(
         [sys.executable, "-c", program],

@@ -239,9 +239,12 @@ class Ranges:
     def _pin(self, file: RemotePlace) -> FileState:
         state = self._backend.look(file)
         with self._lock:
+            known = self._pinned.get(file)
             self._pinned[file] = state
-            for key in [key for key in self._announced if key[0] == file]:
-                del self._announced[key]  # of an earlier version
+            if known is not None and known.identity != state.identity:
+                for held in (self._announced, self._digests):
+                    for key in [key for key in held if key[0] == file]:
+                        del held[key]
         return state
 
     def _members(self, folder: RemotePlace) -> tuple[Sequence[str], Sequence[str]]:
