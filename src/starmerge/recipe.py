@@ -21,7 +21,7 @@ from pydantic import (
 from starmerge.checkpoints.references import name_of
 from starmerge.errors import UsageError, explain, nearest
 from starmerge.methods.pipeline import Pipeline, make_pipeline
-from starmerge.storage import exists
+from starmerge.storage import exists, is_url
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
 OutputKind = Literal["model", "adapter", "gguf", "unified"]
@@ -267,7 +267,7 @@ def parse_models(arguments: Sequence[str]) -> list[dict[str, str]]:
     entries = []
     for argument in arguments:
         name, equals, path = argument.partition("=")
-        if equals and not exists(Path(argument)):
+        if equals and not is_url(argument) and not exists(Path(argument)):
             entries.append({"name": name, "path": path})
         else:
             entries.append({"name": name_of(argument), "path": argument})

@@ -17,7 +17,7 @@ from starmerge.mergekit.recipe import is_mergekit_recipe, translate
 from starmerge.methods.pipeline import map_chain
 from starmerge.reading import read_json, read_yaml
 from starmerge.recipe import Recipe, make_recipe
-from starmerge.storage import exists, is_file
+from starmerge.storage import Place, exists, is_file, place_of
 from starmerge.storage.publishing import check_output_file, output_file
 
 
@@ -26,10 +26,10 @@ class Step:
     """A merge of a file of recipes, and where it goes."""
 
     recipe: Recipe
-    output: Path
+    output: Place
     name: str | None
     """What the recipes call it; None where it has no name."""
-    needs: tuple[Path, ...] = ()
+    needs: tuple[Place, ...] = ()
     """The outputs of other steps that it is made of."""
 
 
@@ -53,7 +53,7 @@ def load_recipe(path: Path) -> Recipe:
     return _placed(_made(documents[0], path, str(path)), path, {})
 
 
-def load_recipes(path: Path, output: Path) -> list[Step]:
+def load_recipes(path: Path, output: Place) -> list[Step]:
     """Read a file of one recipe, or of several of which some are made of others.
 
     The recipes are the documents of the file, or the items of its list, in our keys or in
@@ -97,7 +97,8 @@ def load_recipes(path: Path, output: Path) -> list[Step]:
         circle = " → ".join(str(name) for name in reversed(error.args[1]))
         raise UsageError(f"{path}: recipes are made of each other: {circle}.") from error
     last = _last(path, needs)
-    folder = output.absolute().with_name(f"{output.name}-steps")
+    whole = output.absolute() if isinstance(output, Path) else output
+    folder = whole.with_name(f"{output.name}-steps")
     places = {name: folder / name for name in made if name is not None and name != last}
     steps = [
         Step(
@@ -137,7 +138,7 @@ def _made(content: dict[str, Any], path: Path, where: str) -> Recipe:
 
 def _base_of(folder: Path, reference: str) -> str | None:
     """Return the name of the base in the config of an adapter, if that is one and is at hand."""
-    for place in (folder / reference, Path(reference)):
+    for place in (folder / reference, place_of(reference)):
         file = place / "adapter_config.json"
         if is_file(file):
             name = read_json(file).get("base_model_name_or_path")
@@ -145,7 +146,7 @@ def _base_of(folder: Path, reference: str) -> str | None:
     return None
 
 
-def _placed(recipe: Recipe, path: Path, steps: Mapping[str, Path]) -> Recipe:
+def _placed(recipe: Recipe, path: Path, steps: Mapping[str, Place]) -> Recipe:
     """Return a recipe with its models where they lie: steps, or relative to the recipe's file."""
 
     def is_there(place: str) -> bool:

@@ -26,7 +26,7 @@ from starmerge.calibration.text import Advance, Reading, Writer, texts_of
 from starmerge.checkpoints.base import Base, open_base
 from starmerge.checkpoints.hashing import remembered_blake3_of
 from starmerge.checkpoints.metric import MetricWriter, is_metric
-from starmerge.checkpoints.source import resolve
+from starmerge.checkpoints.source import resolve_local
 from starmerge.errors import StarmergeError, UsageError, nearest
 from starmerge.evaluation.models.loading import Dtype, load_text_model
 from starmerge.evaluation.tasks.task import Task
@@ -37,6 +37,7 @@ from starmerge.merging.task_vectors import load_task_vectors
 from starmerge.progress import progress_bar
 from starmerge.recipe import model_entries
 from starmerge.spectral.moment import Moment
+from starmerge.storage import real
 from starmerge.storage.publishing import check_output_file, check_space, output_file
 
 SEQUENCES = 128
@@ -231,14 +232,15 @@ def calibrate(
     tasks = tasks_of(prompts or {})
     names = [entry["name"] for entry in model_entries(models)]
     _check_names(names, list(tasks))
-    opened = open_base(resolve(base))
+    source = resolve_local(base)
+    opened = open_base(source)
     if opened.quantised:
         raise UsageError(
             f"{opened.source} is quantised ({opened.quantised}): its layers are not those whose "
             "inputs are measured. Give the unquantised model."
         )
     vectors = load_task_vectors(base, models, any_base=any_base) if names else None
-    model, tokenizer = load_text_model(opened.source.path, device=device, dtype=dtype)
+    model, tokenizer = load_text_model(source.path, device=device, dtype=dtype)
     writer = Writer(model, tokenizer, seed=seed, length=length or LENGTH)
     if given is None:
         common = own_text(writer, sequences or SEQUENCES, length or LENGTH, seed)
@@ -291,7 +293,7 @@ def _run(plan: _Plan, *, progress: bool) -> Calibrated:
     """Have the base write and read, and write the file."""
     started = time.monotonic()
     hashes = {file.name: remembered_blake3_of(file) for file in plan.base.checkpoint.files}
-    name = plan.base.source.name or plan.base.source.path.resolve().name
+    name = plan.base.source.name or real(plan.base.source.path).name
     notes = list(plan.notes)
     entries = 0
     with (

@@ -14,7 +14,7 @@ from starmerge.checkpoints.source import Source, resolve
 from starmerge.checkpoints.tensors import Checkpoint, TensorInfo
 from starmerge.deltas import Delta, total, wide
 from starmerge.errors import UsageError
-from starmerge.storage import Place
+from starmerge.storage import Place, real
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def open_folded(
         StarmergeError: As for :func:`open_model`.
     """
     sources = [resolve(reference, may_be_file=True) for reference in references]
-    if alone and len(sources) > 1 and sources[0].path.resolve() == base.source.path.resolve():
+    if alone and len(sources) > 1 and real(sources[0].path) == real(base.source.path):
         del sources[0]
     first, *others = sources
     parts = [open_model(name, first, base, any_base=any_base, common=common)]

@@ -9,7 +9,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from starmerge.checkpoints.tensors import TensorInfo, read_tensor
+from starmerge.checkpoints.tensors import StoredTensor, TensorInfo, read_tensor
 from starmerge.deltas import Delta, LowRank, Stored, matrix_shape
 from starmerge.storage import FileState, Place, storage_of
 
@@ -55,7 +55,7 @@ def remembered_blake3_of_tensor(info: TensorInfo) -> str:
     if not info.is_stored:
         return str(blake3_of_tensor(read_tensor(info)).hexdigest())
     state = storage_of(info.file).state(info.file)
-    known = _remembered.get(_key(info, state))
+    known = _remembered.get(_key(info, state)) or _taken_while_read(info, state)
     return known or _hash_and_remember(info, state, read_tensor(info))
 
 
@@ -67,12 +67,22 @@ def read_and_hash(info: TensorInfo) -> tuple[Tensor, str]:
     # The state of the file before it is read: another may take its name at any time.
     state = storage_of(info.file).state(info.file)
     tensor = read_tensor(info)
-    known = _remembered.get(_key(info, state))
+    known = _remembered.get(_key(info, state)) or _taken_while_read(info, state)
     return tensor, known or _hash_and_remember(info, state, tensor)
 
 
 def _key(info: TensorInfo, state: FileState) -> tuple[int | str, ...]:
     return *state.identity, info.name
+
+
+def _taken_while_read(info: TensorInfo, state: FileState) -> str | None:
+    """Return the hash that the storage has taken of a tensor's bytes as it fetched them."""
+    if not isinstance(info, StoredTensor) or info.stride is not None or not state.is_settled:
+        return None
+    digest = storage_of(info.file).digest(info.file, info.offset, info.nbytes)
+    if digest is not None:
+        _remembered[_key(info, state)] = digest
+    return digest
 
 
 def _hash_and_remember(info: TensorInfo, state: FileState, tensor: Tensor) -> str:

@@ -32,7 +32,7 @@ from starmerge.checkpoints.tensors import DTYPE_CODES, Checkpoint, raw_bytes
 from starmerge.errors import StarmergeError, UsageError, explain
 from starmerge.parsing import parse_json
 from starmerge.spectral.moment import Moment, Side
-from starmerge.storage import exists, storage_of
+from starmerge.storage import Place, exists, place_of, storage_of
 from starmerge.storage.local_folder import LocalFile
 
 KEY = "starmerge_metric"
@@ -81,7 +81,7 @@ class Metric:
         content: What its metadata says.
     """
 
-    def __init__(self, file: Path, checkpoint: Checkpoint, content: _Content) -> None:
+    def __init__(self, file: Place, checkpoint: Checkpoint, content: _Content) -> None:
         self.file = file
         self._checkpoint = checkpoint
         self._content = content
@@ -201,7 +201,7 @@ class Metric:
             ) from None
 
 
-def open_metric(path: str | Path) -> Metric:
+def open_metric(path: str | Place) -> Metric:
     """Open a metric file; reads its header alone.
 
     Args:
@@ -211,7 +211,7 @@ def open_metric(path: str | Path) -> Metric:
         UsageError: There is no such file, it is no metric file, or one of another version.
         StarmergeError: It is broken.
     """
-    file = Path(path)
+    file = place_of(path)
     if not exists(file) or storage_of(file).is_folder(file):
         raise UsageError(f"{file} is no file. A metric is what `starmerge calibrate` writes.")
     checkpoint = open_safetensors(file)
@@ -240,7 +240,7 @@ def open_metric(path: str | Path) -> Metric:
     return Metric(file, checkpoint, parsed)
 
 
-def is_metric(path: Path) -> bool:
+def is_metric(path: Place) -> bool:
     """Tell whether a file is a metric, whole or damaged, of whatever version."""
     try:
         return KEY in open_safetensors(path).metadata

@@ -15,7 +15,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 from starmerge.checkpoints import renaming
 from starmerge.checkpoints.aside import ask
@@ -23,6 +22,7 @@ from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.experts import expert_name, stack_of
 from starmerge.checkpoints.source import Source
 from starmerge.errors import StarmergeError
+from starmerge.storage import Place, local_files
 
 Change = tuple[str, str]
 """A prefix to take away from an adapter's name, and one to put there instead."""
@@ -236,7 +236,7 @@ def made_of(base: Base, names: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
 
 
 @lru_cache(maxsize=8)
-def _asked(folder: Path, config: str, names: tuple[str, ...]) -> Naming:
+def _asked(folder: Place, config: str, names: tuple[str, ...]) -> Naming:
     """Ask transformers for names; the result is kept for the other models of a merge.
 
     Args:
@@ -244,7 +244,8 @@ def _asked(folder: Path, config: str, names: tuple[str, ...]) -> Naming:
         config: What its config says; by it, the result is known again.
         names: Of its tensors, in its files.
     """
-    answer = ask(renaming, [str(folder.absolute()), names])
+    with local_files(folder, ["config.json"]) as local:
+        answer = ask(renaming, [str(local.absolute()), names])
     if answer is None:
         return Naming({}, {})
     sources = {name: tuple(stored) for name, stored in answer["sources"].items()}

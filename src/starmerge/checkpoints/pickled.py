@@ -22,13 +22,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import RawIOBase
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from starmerge.errors import StarmergeError
-from starmerge.storage import storage_of
+from starmerge.storage import Place, storage_of
 
 _LONGEST_PICKLE = 2**23
 """Bytes; of 50,000 tensors."""
@@ -120,7 +119,7 @@ class _ForeignError(Exception):
     """A pickle asks for something that is no part of a plain tensor."""
 
 
-def read_pickle(file: Path) -> list[PickledTensor]:
+def read_pickle(file: Place) -> list[PickledTensor]:
     """Find the tensors of a ``.bin`` file.
 
     Raises:

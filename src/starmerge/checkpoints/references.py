@@ -15,11 +15,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from starmerge.checkpoints.source import WEIGHTS
 from starmerge.errors import UsageError
-from starmerge.storage import exists
+from starmerge.storage import exists, place_of
 
 _PIECE = re.compile(r"(?P<models>.+?)\[(?:(?P<part>\w+) )?(?P<start>\d+):(?P<stop>\d+)\](?:,|$)")
 
@@ -61,8 +60,8 @@ class Piece:
 def is_place(text: str) -> bool:
     """Tell whether there is a folder or a file of this path."""
     try:
-        return exists(Path(text).expanduser())
-    except RuntimeError:  # of a user who is not there
+        return exists(place_of(text))
+    except UsageError:  # of a user who is not there, or a URL that names nothing
         return False
 
 
@@ -76,7 +75,7 @@ def parse_reference(text: str, is_there: Callable[[str], bool] = is_place) -> tu
     Raises:
         UsageError: Something is missing beside a ``+``, or a range of layers is empty.
     """
-    if is_there(text):
+    if {"+", "["}.isdisjoint(text) or is_there(text):
         return (Piece((text,)),)
     pieces, place = list[Piece](), 0
     while found := _PIECE.match(text, place):

@@ -17,7 +17,7 @@ from typing import Any
 from starmerge.errors import StarmergeError
 from starmerge.parsing import parse_json
 from starmerge.reading import read_bytes
-from starmerge.storage import Place, is_file, storage_of
+from starmerge.storage import Place, is_file, real, storage_of
 from starmerge.storage.publishing import REPORT
 
 INDEX = "*.index.json"
@@ -165,7 +165,7 @@ def _names_inside(folder: Place, wanted: Iterable[str] = ("*",), place: str = ""
         for name in storage.folders(folder):
             inside = f"{place}{name}/"
             is_wanted = matches(name, wanted) and not matches(name, PASSED_OVER)
-            if is_wanted and (matches(name, named) or not (folder / name).is_symlink()):
+            if is_wanted and (matches(name, named) or not storage.is_link(folder / name)):
                 yield from (f"{inside}{file}" for file in storage.names(folder / name))
                 if inside.count("/") < _DEEPEST:
                     yield from _names_inside(folder / name, place=inside)
@@ -206,9 +206,9 @@ def _check_link(folder: Place, file: Place) -> None:
 
     The Hub's cache is made of links, to files beside the snapshots (``blobs``) under their hashes.
     """
-    target = file.resolve()
+    target = real(file)
     is_cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
-    if not target.is_relative_to(folder.resolve()) and not is_cached:
+    if real(folder) not in target.parents and not is_cached:
         raise StarmergeError(
             f"{file} is a link to {target}, outside of the model's folder, and would be copied "
             "beside the merged weights. Put the file itself there, or remove the link."

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from starmerge.checkpoints.side_files import KEPT_BACK, PASSED_OVER, WEIGHT_FILES, parts
 from starmerge.errors import StarmergeError, UsageError
-from starmerge.storage import Place, exists, is_file, is_url, storage_of
+from starmerge.storage import (
+    Place,
+    RemotePlace,
+    exists,
+    is_file,
+    is_url,
+    place_of,
+    real,
+    storage_of,
+    without_secrets,
+)
+from starmerge.storage.hub import pinned
+from starmerge.storage.places import SCHEMES
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -26,7 +37,7 @@ class Source:
 
     reference: str
     """What the user wrote."""
-    path: Path
+    path: Place
     """Its folder; of an adapter that is one file, that file."""
     name: str | None
     """Hub id of the model, as far as it is known."""
@@ -37,19 +48,28 @@ class Source:
         return self.reference
 
 
-def resolve(reference: str | Path, *, may_be_file: bool = False) -> Source:
-    """Find a model by a local folder, or by a Hub id ``org/name`` or ``org/name@revision``.
+@dataclass(frozen=True)
+class LocalSource(Source):
+    """A model in a folder of this machine."""
+
+    path: Path
+
+
+def resolve(reference: str | Place, *, may_be_file: bool = False) -> Source:
+    """Find a model by its folder, a URL, or a Hub id ``org/name`` or ``org/name@revision``.
 
     A Hub repository is downloaded into the Hub's own cache, or found there: the weights at its top,
-    in safetensors if it has them so, and the files that a merged model gets a copy of.
+    in safetensors if it has them so, and the files that a merged model gets a copy of. Of a URL
+    (``s3://``, ``gs://``, ``az://``, ``hf://``) nothing is downloaded: it is read by range.
 
     Args:
-        reference: The folder or the Hub id; or, where it may be, the file of an adapter.
+        reference: The folder, URL or Hub id; or, where it may be, the file of an adapter.
         may_be_file: Accept a file of weights.
 
     Raises:
         UsageError: There is no such folder, and it is no Hub id.
-        StarmergeError: The Hub has no such repository or revision, or cannot be reached.
+        StarmergeError: The Hub has no such repository or revision, or it or a store cannot be
+            reached.
     """
     text = str(reference)
     if not text:
@@ -60,10 +80,10 @@ def resolve(reference: str | Path, *, may_be_file: bool = False) -> Source:
         raise UsageError(
             f"{text!a} is not UTF-8, which recipe and report of a merge are. Rename the folder."
         ) from error
-    try:
-        path = Path(reference).expanduser()
-    except RuntimeError as error:
-        raise UsageError(f"{text}: no user of this machine is called so. Give a folder.") from error
+    path = place_of(reference)
+    name = revision = None
+    if isinstance(path, RemotePlace) and path.scheme == "hf":
+        path, name, revision = pinned(path)
     if exists(path):
         is_folder = storage_of(path).is_folder(path)
         if not is_folder and not (may_be_file and path.suffix.lower() in WEIGHTS):
@@ -71,12 +91,16 @@ def resolve(reference: str | Path, *, may_be_file: bool = False) -> Source:
                 f"{text} is a file. Give the folder that holds the model or adapter. (To a merge, "
                 f"an adapter that is one file may be given: {', '.join(WEIGHTS)}.)"
             )
-        if not os.access(path, os.R_OK | (os.X_OK if is_folder else 0)):
-            raise StarmergeError(f"{text} may not be read by this user. Change its permissions.")
+        storage_of(path).check_readable(path)
+        if isinstance(path, RemotePlace):
+            return Source(text, path, name, revision)
         return Source(text, path, *_cached_name(path))
+    if isinstance(path, RemotePlace):
+        raise UsageError(f"{path} does not exist: nothing lies there. Check the URL.")
     if is_url(text):
         raise UsageError(
-            f"{text} is a URL, and models are read from local folders and the Hub. Copy it into a "
+            f"{without_secrets(text)} is a URL, and models are read from folders, from the Hub, "
+            f"and from {', '.join(f'{scheme}://' for scheme in SCHEMES)} URLs. Copy it into a "
             "folder, or give a Hub id such as org/name or org/name@revision."
         )
     if not _HUB_ID.fullmatch(text):
@@ -93,6 +117,22 @@ def folder_of(path: Place) -> Place:
     return path.parent if is_file(path) else path
 
 
+def resolve_local(reference: str | Path) -> LocalSource:
+    """Find a model as :func:`resolve` does, for libraries that open the files themselves.
+
+    Raises:
+        UsageError: As :func:`resolve` says; or it lies in a store.
+        StarmergeError: As :func:`resolve` says.
+    """
+    source = resolve(reference)
+    if isinstance(source.path, Path):
+        return LocalSource(source.reference, source.path, source.name, source.revision)
+    raise UsageError(
+        f"{source} lies in a store, where merges and inspections read models. What runs a model "
+        "opens it from a folder of this machine: copy it into one, or give its Hub id."
+    )
+
+
 def is_hub_id(name: str) -> bool:
     """Tell whether a name is that of a repository of the Hub, ``org/name``, rather than a path."""
     return bool(_HUB_ID.fullmatch(name)) and not name.startswith(".")
@@ -104,7 +144,7 @@ def _cached_name(path: Path) -> tuple[str | None, str | None]:
     ``_name_or_path`` in a config is no such name: transformers writes there what the model was
     loaded from before it was trained.
     """
-    snapshot = path.resolve()
+    snapshot = real(path)
     kind, *names = snapshot.parent.parent.name.split("--")
     if snapshot.parent.name != "snapshots" or kind != "models" or not 1 <= len(names) <= 2:
         return None, None

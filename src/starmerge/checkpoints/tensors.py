@@ -84,7 +84,7 @@ class TensorInfo:
 
     @property
     def bytes_computed(self) -> int:
-        """Bytes of memory that reading it takes, where it is no window of a file."""
+        """Bytes of memory that reading it takes, where it is no window of a mapped file."""
         return 0
 
     def renamed(self, name: str) -> TensorInfo:
@@ -125,6 +125,11 @@ class StoredTensor(TensorInfo):
             return self.nbytes
         steps = zip(self.shape, self.stride, strict=True)
         return (1 + sum((n - 1) * step for n, step in steps)) * self.dtype.itemsize
+
+    @property
+    def bytes_computed(self) -> int:
+        """Its bytes, where the file is not mapped into memory but fetched."""
+        return 0 if storage_of(self.file).is_mapped else self.extent
 
     def rows(self, name: str, start: int, stop: int) -> StoredTensor:
         """Return some rows; their bytes lie in the file as they are."""
@@ -337,7 +342,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
             target.write(raw_bytes(self.read(name).contiguous()), offset)
             return
         try:
-            target.copy(info.file, info.offset, info.nbytes, offset)
+            storage_of(info.file).copy(info.file, info.offset, info.nbytes, target, offset)
         except ShortFileError as error:
             raise _ends_early(info) from error
 

@@ -19,6 +19,7 @@ from starmerge.checkpoints.lora.opening import names_alone
 from starmerge.checkpoints.source import Source
 from starmerge.checkpoints.tensors import Checkpoint, TensorInfo
 from starmerge.errors import StarmergeError, UsageError
+from starmerge.storage import Place
 
 _MOST_ENTRIES = 2**34
 """Entries of a dense update. The factors of a LoKr of a few kilobytes may claim any number."""
@@ -32,7 +33,7 @@ class _Shapes(Checkpoint):
         self._tensors = tensors
 
     @property
-    def files(self) -> list[Path]:
+    def files(self) -> list[Place]:
         """None."""
         return []
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from starmerge.checkpoints.experts import name_in_file
 from starmerge.checkpoints.hashing import remembered_blake3_of_tensor
-from starmerge.checkpoints.tensors import DTYPE_CODES, Checkpoint, Derived, raw_bytes
+from starmerge.checkpoints.tensors import DTYPE_CODES, Checkpoint, raw_bytes
 from starmerge.storage import OutputFile, OutputFolder
 from starmerge.storage.write_behind import WriteBehind
 
@@ -222,7 +222,7 @@ class ShardWriter:
         Returns:
             Their BLAKE3, which is taken at the source.
         """
-        if isinstance(source[name], Derived):  # it is computed once, for both
+        if source[name].bytes_computed:  # it is computed or fetched once, for both
             self.write(name, source.read(name))
             return self.digest(name)
         place, progress = self._places[name], self._progress(name)

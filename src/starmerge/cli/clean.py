@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 def clean(
     folder: Annotated[
-        Path, typer.Argument(help="Folder in which outputs stand, not an output itself.")
+        Path,
+        typer.Argument(
+            help="Folder in which outputs stand, not an output itself; or the URL of an output."
+        ),
     ] = Path(),
     delete: Annotated[
         bool, typer.Option("--delete", help="Delete what the list says can go, after asking.")
@@ -33,19 +36,30 @@ def clean(
     leaves such folders. One that belongs to a run that still goes on is never deleted; runs on
     other machines that share the folder cannot be seen: look at its age.
 
+    The output of a URL is made on this machine before it is uploaded: given the URL, that is
+    listed.
+
     Example: starmerge clean models
 
     Example: starmerge clean models --delete
+
+    Example: starmerge clean s3://bucket/merged
     """
+    from starmerge.storage import RemotePlace, place_of
     from starmerge.storage.leftovers import leftovers_in
+    from starmerge.storage.scratch import Scratch
 
     if yes and not delete:
         raise UsageError("--yes answers what --delete asks. Give both.")
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is no folder. Give the folder in which outputs stand.")
-    found = leftovers_in(folder)
+    place = place_of(folder)
+    if isinstance(place, RemotePlace):
+        found = Scratch(place).leftovers()
+    elif place.is_dir():
+        found = leftovers_in(place)
+    else:
+        raise UsageError(f"{place} is no folder. Give the folder in which outputs stand.")
     if not found:
-        print(f"Nothing is left over in {folder}.")
+        print(f"Nothing is left over in {place}.")
         return
     states = [_state(leftover) for leftover in found]
     _print(found, states)

@@ -56,7 +56,7 @@ def finetune(
 
     Example: starmerge finetune HuggingFaceTB/SmolLM2-135M-Instruct -t digits -o adapters/digits
     """
-    from starmerge.checkpoints.source import resolve
+    from starmerge.checkpoints.source import resolve_local
     from starmerge.errors import UsageError
     from starmerge.evaluation.tasks.task import Task
     from starmerge.storage.publishing import check_output
@@ -79,7 +79,7 @@ def finetune(
             f"{names[0]} is a task of images or of a harness: starmerge trains language models on "
             "tasks of text."
         )
-    source = resolve(base)
+    source = resolve_local(base)
     adapter = TrainingRecipe()
     if full and (rank, alpha, targets) != (adapter.rank, adapter.alpha, ",".join(adapter.targets)):
         raise UsageError(

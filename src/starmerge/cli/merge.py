@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from starmerge.merging.plan import Plan
     from starmerge.merging.ranks import RankCost
     from starmerge.recipe_file import Step
+    from starmerge.storage import Place
 
 
 def merge(
@@ -28,22 +28,26 @@ def merge(
         str,
         typer.Argument(
             metavar="BASE|RECIPE.yaml",
-            help="The base, a folder or a Hub id org/name or org/name@revision; or a recipe, "
-            "ours or mergekit's. [b]--as adapter[/b] does without: give the adapters alone.",
+            help="The base: a folder, a URL (s3://, gs://, az://, hf://), or a Hub id org/name or "
+            "org/name@revision; or a recipe, ours or mergekit's. [b]--as adapter[/b] does without: "
+            "give the adapters alone.",
         ),
     ],
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", help="Folder to create; a file for some adapters, see --as."
+            "--output",
+            "-o",
+            help="Folder to create, or its URL (s3://, gs://, az://); a file for some adapters, "
+            "see --as.",
         ),
     ],
     models: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[MODEL]...",
-            help="LoRA adapters and full fine-tunes: a folder, an adapter's file, or a Hub id; "
-            "NAME=PATH to name it. MODEL+ADAPTER is a model with an adapter folded in, "
+            help="LoRA adapters and full fine-tunes: a folder, an adapter's file, a URL, or a Hub "
+            "id; NAME=PATH to name it. MODEL+ADAPTER is a model with an adapter folded in, "
             "A\\[0:8],B\\[4:12] layers of several.",
         ),
     ] = None,
@@ -191,7 +195,9 @@ def merge(
         from starmerge.merging.ranks import rank_costs
         from starmerge.recipe import make_recipe, parse_models
         from starmerge.recipe_file import Step, load_recipes
+        from starmerge.storage import place_of, storage_of
 
+    place = place_of(output)
     if Path(base).suffix in (".yaml", ".yml") and not Path(base).is_dir():
         options = (
             *(models, method, parameter, weight, metric, tokenizer, chat_template),
@@ -203,7 +209,7 @@ def merge(
                 "--parameter, --weight, --metric, --tokenizer, --chat-template, --dtype, --as, "
                 "--rank, --max-error, --any-base and --common."
             )
-        *before, last = load_recipes(Path(base), output)
+        *before, last = load_recipes(Path(base), place)
     else:
         entries = parse_models(models or [])
         content: dict[str, Any] = {"base": base, "any_base": any_base, "common": common}
@@ -221,16 +227,16 @@ def merge(
         content |= {key: value for key, value in given.items() if value is not None}
         content["models"] = weighted(entries, weight or [])
         content["parameters"] = parameters(parameter or [])
-        before, last = [], Step(make_recipe(content, where="The command line"), output, None)
+        before, last = [], Step(make_recipe(content, where="The command line"), place, None)
     recipe = last.recipe
     if pushing.begin(push, last, private=private, dry_run=dry_run, fresh=fresh):
         return
     workers = resources.workers_of(executor, address, threads, memory)
     if before and not _merge_steps(
-        before, output, workers, dry_run=dry_run, overwrite=overwrite, fresh=fresh
+        before, place, workers, dry_run=dry_run, overwrite=overwrite, fresh=fresh
     ):
         return
-    plan = make_plan(recipe, output, overwrite=overwrite)
+    plan = make_plan(recipe, place, overwrite=overwrite)
     if dry_run:
         _print_plan(plan, workers)
         if plan.output.kind in ("adapter", "gguf"):
@@ -238,8 +244,8 @@ def merge(
         return
     for note in plan.notes:
         emit(Note(note))
-    if not fresh:
-        _note_leftovers(plan, own=fingerprint(plan))
+    for left in storage_of(place).remains(place, suffix=fingerprint(plan)) if not fresh else ():
+        emit(Note(left))
     started = time.monotonic()
     result = run(plan, workers, fresh=fresh, progress=True)
     if result.taken_up:
@@ -254,25 +260,9 @@ def merge(
         pushing.upload(output, push, private=private, is_merged_now=True)
 
 
-def _note_leftovers(plan: Plan, own: str) -> None:
-    """Say which runs that were killed have left something, of which this one takes nothing up.
-
-    Args:
-        plan: The merge.
-        own: Its fingerprint.
-    """
-    from starmerge.storage.leftovers import leftovers
-
-    left = [other for other in leftovers(plan.path) if not other.path.name.endswith(own)]
-    if left:
-        size = bytes_in_words(sum(leftover.nbytes for leftover in left))
-        clean = shlex.join(["starmerge", "clean", str(left[0].path.parent)])
-        emit(Note(f"earlier runs that were killed left {size} beside {plan.path}; see: {clean}"))
-
-
 def _merge_steps(
     steps: Sequence[Step],
-    output: Path,
+    output: Place,
     workers: resources.Workers,
     *,
     dry_run: bool,
@@ -334,6 +324,7 @@ def _print_plan(plan: Plan, workers: resources.Workers) -> None:
     from rich.table import Table
 
     from starmerge.merging.executors.threads import Threads
+    from starmerge.storage import storage_of
 
     console = Console()
     headers = ("model", "weight", "kind", "tensors", "rank", "read")
@@ -355,7 +346,7 @@ def _print_plan(plan: Plan, workers: resources.Workers) -> None:
         console.print(plan.reason, markup=False)
     if plan.metric is not None:
         file = plan.metric.file
-        size = bytes_in_words(file.stat().st_size)
+        size = bytes_in_words(storage_of(file).state(file).size)
         console.print(f"Metric: {file} ({size}); merged in {plan.use_of_metric}", markup=False)
         if plan.unused_prompts:
             unused = ", ".join(plan.unused_prompts)

@@ -57,9 +57,14 @@ def begin(repo: str | None, step: Step, *, private: bool, dry_run: bool, fresh: 
         from starmerge.merging.outputs import is_output_file
 
     target = parse_target(repo)
-    if is_output_file(step.recipe, step.output):
+    folder = step.output
+    if not isinstance(folder, Path):
         raise UsageError(
-            f"{step.output} is one file, without a card and a report, and folders are pushed. Give "
+            f"{folder} is a URL, and folders of this machine are pushed. Give a folder as OUTPUT."
+        )
+    if is_output_file(step.recipe, folder):
+        raise UsageError(
+            f"{folder} is one file, without a card and a report, and folders are pushed. Give "
             "a folder as OUTPUT: the file comes to lie in it, with both."
         )
     check_target(target, private=private)
@@ -67,8 +72,8 @@ def begin(repo: str | None, step: Step, *, private: bool, dry_run: bool, fresh: 
         print(f"Push: to {target} (nothing sent)")
     if dry_run or fresh or not _is_made(step):
         return False
-    print(f"{step.output} is there already.")
-    upload(step.output, repo, private=private, is_merged_now=True)
+    print(f"{folder} is there already.")
+    upload(folder, repo, private=private, is_merged_now=True)
     return True
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from starmerge.checkpoints.source import Source
+from starmerge.checkpoints.source import LocalSource
 from starmerge.evaluation.cache import blake3_of_model, versions
 from starmerge.evaluation.models.loading import device_kind, device_name, dtype_name
 from starmerge.evaluation.settings import Settings
@@ -81,7 +81,9 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def record_of(name: str, source: Source | None, group: Group, settings: Settings) -> ModelRecord:
+def record_of(
+    name: str, source: LocalSource | None, group: Group, settings: Settings
+) -> ModelRecord:
     """Return the record of a model that is about to be asked; its files are hashed.
 
     Args:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from starmerge.checkpoints.source import resolve
+from starmerge.checkpoints.source import resolve_local
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation.cache import Record, ScoreCache, score_key
 from starmerge.evaluation.evaluation import Evaluation
@@ -56,9 +56,11 @@ def evaluate(
     with progress_bar("evaluating", None, show=progress) as bar:
         sheets = check(tasks, settings, progress=bar)
         bar.waits_for("finding the models")
-        start = resolve(base)
+        start = resolve_local(base)
         sources = {
-            name: resolve(model) for name, model in models.items() if not isinstance(model, Mapping)
+            name: resolve_local(model)
+            for name, model in models.items()
+            if not isinstance(model, Mapping)
         }
         subjects = groups(
             start.path,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from starmerge.checkpoints.hashing import blake3_of_update
-from starmerge.checkpoints.source import resolve
+from starmerge.checkpoints.source import resolve_local
 from starmerge.deltas import Delta
 from starmerge.errors import UsageError
 from starmerge.evaluation.models.asking import Backend, LocalModel
@@ -261,12 +261,12 @@ def groups(
         raise UsageError("A model has no name. Give it one: NAME=PATH.")
     updates = {name: model for name, model in models.items() if isinstance(model, Mapping)}
     paths = {
-        name: resolve(model).path
+        name: resolve_local(model).path
         for name, model in models.items()
         if not isinstance(model, Mapping)
     }
     adapters = {n: p for n, p in paths.items() if (p / "adapter_config.json").is_file()}
-    start = resolve(base).path
+    start = resolve_local(base).path
     own = {name: path for name, path in paths.items() if name not in adapters}
     if backend == "vllm":
         if kind == "image" or updates or device is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.models import FineTune
@@ -13,7 +12,7 @@ from starmerge.checkpoints.tokenizer import Tokenizer, open_tokenizer, with_temp
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.reading import read_text
 from starmerge.recipe import Recipe
-from starmerge.storage import Place, is_file
+from starmerge.storage import Place, is_file, place_of
 
 _MOST_BYTES = 2**20
 """Longest file of a template."""
@@ -75,8 +74,8 @@ def _found(
     if "{%" in wanted or "{{" in wanted:
         return {"default": wanted}, []
     is_model = wanted == "base" or wanted in {model.name for model in models}
-    if not is_model and is_file(Path(wanted)):
-        return {"default": read_text(Path(wanted), _MOST_BYTES)}, [Path(wanted)]
+    if not is_model and is_file(place_of(wanted)):
+        return {"default": read_text(place_of(wanted), _MOST_BYTES)}, [place_of(wanted)]
     is_base = wanted == "base"
     place = base.source.path if is_base else folder_named(wanted, "chat_template", models)
     found = open_tokenizer(place)

@@ -25,8 +25,9 @@ from starmerge.merging.work import Done, LookJob, WriteJob
 from starmerge.methods.method import Deltas, Method, TensorContext
 from starmerge.methods.pipeline import Pipeline, as_pipeline
 from starmerge.progress import Progress, progress_bar
+from starmerge.reading import read_json
 from starmerge.recipe import Dtype, OutputKind, make_recipe, model_entries, reference
-from starmerge.storage import Place, storage_of
+from starmerge.storage import Place, place_of, storage_of
 from starmerge.storage.publishing import REPORT, printable
 
 _Seen = TypeVar("_Seen")
@@ -36,7 +37,7 @@ _Seen = TypeVar("_Seen")
 class MergeResult:
     """A finished merge."""
 
-    path: Path
+    path: Place
     """The folder of the merged model, or the file of an adapter."""
     report: MergeReport
     taken_up: int = 0
@@ -70,13 +71,13 @@ def merge(
     The folder appears when it is complete. Its bytes do not depend on ``threads`` and ``memory``.
 
     Args:
-        base: The base model: a folder, or a Hub id ``org/name`` or ``org/name@revision``. None:
-            adapters alone are merged into an adapter.
-        models: LoRA adapters and full fine-tunes, as folders, files of adapters or Hub ids; a
-            mapping gives them names.
+        base: The base model: a folder, a URL such as ``s3://bucket/model``, or a Hub id
+            ``org/name`` or ``org/name@revision``. None: adapters alone are merged into an adapter.
+        models: LoRA adapters and full fine-tunes, as folders, files of adapters, URLs or Hub ids;
+            a mapping gives them names.
         method: A method such as ``Star(eta=40)``, a chain of some, or a name such as "star+ties".
-        output: The folder to create; a file, ending in .safetensors or .gguf, for adapters of
-            diffusion models and of llama.cpp.
+        output: The folder to create, or its URL in an object store; a file, ending in .safetensors
+            or .gguf, for adapters of diffusion models and of llama.cpp.
         weights: Factors of the task vectors, one for each model; by default all are 1.
         metric: A file of :func:`starmerge.calibrate` for this base: spectral methods then merge in
             whitened inputs.
@@ -130,7 +131,7 @@ def merge(
             "common": common,
         }
     )
-    plan = make_plan(recipe, Path(output), overwrite=overwrite)
+    plan = make_plan(recipe, place_of(output), overwrite=overwrite)
     return run(plan, Threads(threads, memory), fresh=fresh, progress=progress)
 
 
@@ -163,9 +164,16 @@ def run(
         # have written a part.
         executor as workers,
         storage.publish(
-            plan.path, overwrite=plan.overwrite, suffix=own, member=plan.output.member
+            plan.path,
+            overwrite=plan.overwrite,
+            suffix=own,
+            member=plan.output.member,
+            progress=progress,
         ) as folder,
     ):
+        if folder.is_complete:
+            report = MergeReport(read_json(folder.place(REPORT)))
+            return MergeResult(plan.path, report, len(plan.tensors))
         emit(_planned(plan, workers, own))
         merging = Merging(plan, workers, progress)
         shared = folder.shared() if workers.spans_machines else folder

@@ -23,7 +23,7 @@ from starmerge.merging.outputs import Writing
 from starmerge.merging.plan import Plan
 from starmerge.merging.report import versions
 from starmerge.merging.work import Done
-from starmerge.storage import OutputFolder, Place, is_file, storage_of
+from starmerge.storage import OutputFolder, Place, is_file, real, storage_of
 
 JOURNAL = "journal.jsonl"
 
@@ -40,7 +40,7 @@ def fingerprint(plan: Plan) -> str:
     The recipe, the versions of the packages that compute, whether there is a GPU to compute on, and
     the input files, each by its place and its identity, which changes with its content.
     """
-    files = sorted((str(file.resolve()), *state.identity) for file, state in plan.states.items())
+    files = sorted((str(real(file)), *state.identity) for file, state in plan.states.items())
     content = [plan.recipe.model_dump(), versions(plan.recipe), ACCELERATOR.exists(), files]
     text = json.dumps(content, sort_keys=True, ensure_ascii=True)
     return blake3(text.encode()).hexdigest(length=16)

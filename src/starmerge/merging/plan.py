@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -31,7 +30,7 @@ from starmerge.merging.vocabulary import with_one_vocabulary
 from starmerge.methods.method import TensorContext
 from starmerge.methods.pipeline import Pipeline
 from starmerge.recipe import Recipe
-from starmerge.storage import FileState, Place, storage_of
+from starmerge.storage import FileState, Place, real, relative, storage_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Input:
 
     def label(self, file: Place) -> str:
         """Return how a report calls a file: relative to the input's folder."""
-        return os.path.relpath(file, folder_of(self.source.path))
+        return relative(file, folder_of(self.source.path))
 
 
 @dataclass(frozen=True)
@@ -110,11 +109,7 @@ class Plan(Contents):
             StarmergeError: One of them was changed, replaced or deleted.
         """
         for file, state in self.states.items():
-            try:
-                is_same = storage_of(file).state(file).identity == state.identity
-            except OSError:
-                is_same = False
-            if not is_same:
+            if not storage_of(file).is_unchanged(file, state):
                 raise StarmergeError(
                     f"{file} was changed while it was merged, so what was made of it is neither "
                     "the old nor the new. Begin again when nothing writes there."
@@ -217,7 +212,9 @@ def make_plan(recipe: Recipe, path: Place, *, overwrite: bool = False, writes: b
     if output.needs_base:
         beside = base.side_files.values()
         files.update(file for file in beside if not isinstance(file, bytes))
-    return replace(plan, states={file: storage_of(file).state(file) for file in sorted(files)})
+    return replace(
+        plan, states={file: storage_of(file).state(file) for file in sorted(files, key=str)}
+    )
 
 
 def open_models(recipe: Recipe) -> tuple[Base, tuple[FineTune, ...]]:
@@ -325,7 +322,7 @@ def _name_of_part(whole: str, source: Source, parts: Collection[object]) -> str:
 
 
 def _check_apart(output: Place, source: Source) -> None:
-    path, place = source.path.resolve(), output.resolve()
+    path, place = real(source.path), real(output)
     if place in (path, *path.parents) or path in place.parents:
         raise UsageError(
             f"{output} is, holds or lies in the input {source}. Choose another output folder."

@@ -26,7 +26,7 @@ from starmerge.merging.report import SCHEMA
 from starmerge.progress import progress_bar
 from starmerge.reading import read_json
 from starmerge.recipe import make_recipe
-from starmerge.storage import Place, is_file
+from starmerge.storage import Place, is_file, place_of, storage_of
 from starmerge.storage.local_folder import LocalFolder
 from starmerge.storage.publishing import REPORT
 
@@ -87,7 +87,7 @@ class Verdict:
 
 
 def verify(
-    path: str | Path,
+    path: str | Place,
     *,
     inputs: bool = True,
     repeat: Repeat = "none",
@@ -110,10 +110,10 @@ def verify(
         UsageError: The folder has no report, or one of another version.
         StarmergeError: The report is broken.
     """
-    folder = Path(path)
+    folder = place_of(path)
     report = read_report(folder)
     checked, wrong = _check_output(folder, report, progress)
-    unlisted = [name for name in LocalFolder(folder).names() if name not in report["files"]]
+    unlisted = [name for name in storage_of(folder).tree(folder) if name not in report["files"]]
     verdict = Verdict(str(folder), checked, wrong, unlisted=unlisted)
     if inputs:
         verdict = replace(verdict, inputs=dict(_check_inputs(report, progress)))
@@ -223,7 +223,7 @@ def _contents(file: Place, progress: bool) -> str:
 def _check_inputs(report: Mapping[str, Any], progress: bool) -> Iterator[tuple[str, str]]:
     for source in report["inputs"]:
         try:
-            path = Path(source["reference"])
+            path = place_of(source["reference"])
             found = path if is_file(path) else resolve(source["reference"], may_be_file=True).path
             folder = folder_of(found)
         except StarmergeError:
@@ -271,6 +271,8 @@ def _merged_again(
 class _Nowhere:
     """An output folder that keeps nothing: of what is written, the hashes alone are wanted."""
 
+    is_complete = False
+
     def shared(self) -> _Nowhere:
         """Return it."""
         return self
@@ -283,9 +285,6 @@ class _Nowhere:
         """Do nothing."""
 
     append = put
-
-    def copy(self, name: str, source: Place) -> None:
-        """Do nothing."""
 
     def delete(self, name: str) -> None:
         """Do nothing."""
@@ -303,7 +302,7 @@ class _NoFile:
     def write(self, content: memoryview, offset: int) -> None:
         """Do nothing."""
 
-    def copy(self, source: Place, start: int, length: int, offset: int) -> None:
+    def copy(self, source: Path, start: int, length: int, offset: int) -> None:
         """Do nothing."""
 
     def read(self, offset: int, length: int) -> memoryview:

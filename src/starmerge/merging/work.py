@@ -17,7 +17,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
-from starmerge.checkpoints.hashing import read_and_hash, remembered_blake3_of_tensor
+from starmerge.checkpoints.hashing import remembered_blake3_of_tensor
 from starmerge.checkpoints.tensors import prefetch
 from starmerge.deltas import Delta
 from starmerge.errors import StarmergeError
@@ -225,7 +225,7 @@ class WriteJob(TensorJob):
             digest = self.writing.leave(tensor)
             hashes = [digest] if tensor.source.is_stored else self._hashes(tensor)
             return self._done(tensor, None, changing, hashes if self.hashes_inputs else [])
-        base, hashes = self._read(tensor)
+        base = self.base_of(tensor)
         reading = _Reading(tensor, base, self.checked.get(number, frozenset()), changing)
         merged = self.prepared.merge(
             reading.deltas(),
@@ -234,25 +234,16 @@ class WriteJob(TensorJob):
         )
         stored = self.writing.put(tensor, base, merged)
         record = tensor_record(self.plan, tensor, stored, merged)
-        return self._done(tensor, record, changing, hashes)
+        return self._done(tensor, record, changing, self._hashes(tensor))
 
     def _hashes(self, tensor: PlannedTensor) -> list[str]:
-        """Return the BLAKE3 of each tensor of a file that the base's is computed of."""
+        """Return the BLAKE3 of each tensor of a file that was read.
+
+        It is asked for after the merge: a storage that fetches tensors hashes them as they come,
+        and the pages of a mapped file are in memory by then.
+        """
         inputs = tensor.stored_inputs if self.hashes_inputs else ()
         return [remembered_blake3_of_tensor(info) for info in inputs]
-
-    def _read(self, tensor: PlannedTensor) -> tuple[Tensor | None, list[str]]:
-        """Return the base's tensor, where it is read, and the BLAKE3 of each input."""
-        if not self.hashes_inputs:
-            return self.base_of(tensor), []
-        base, hashes = None, []
-        for info in tensor.stored_inputs:  # one after the other, before there is more in memory
-            if info is tensor.source:
-                base, digest = read_and_hash(info)
-            else:
-                digest = remembered_blake3_of_tensor(info)
-            hashes.append(digest)
-        return self.base_of(tensor) if base is None else base, hashes
 
     def _fits(self, tensor: PlannedTensor, known: Done) -> bool:
         """Tell whether something can have been said of a tensor: a journal may be damaged."""

@@ -6,11 +6,14 @@ import contextlib
 import io
 import mmap
 import os
+import shlex
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from starmerge.errors import StarmergeError
+from starmerge.events import bytes_in_words
 from starmerge.storage.leftovers import leftovers
 from starmerge.storage.local_folder import LocalFolder
 from starmerge.storage.publishing import (
@@ -20,7 +23,7 @@ from starmerge.storage.publishing import (
     output_folder,
 )
 from starmerge.storage.regular import open_regular
-from starmerge.storage.storage import FileState, ShortFileError
+from starmerge.storage.storage import FileState, OutputFile, ShortFileError
 
 _SETTLED = 2 * 10**9
 """Nanoseconds. Some file systems stamp times no finer than that, so a file that changed less long
@@ -29,6 +32,8 @@ ago may change again and keep its stamp."""
 
 class LocalStorage:
     """Files that the system opens: they are mapped, read ahead, and copied within the system."""
+
+    is_mapped = True
 
     def exists(self, place: Path) -> bool:
         """Tell whether anything lies there; False, too, if the system takes it for no path."""
@@ -49,6 +54,30 @@ class LocalStorage:
     def folders(self, folder: Path) -> list[str]:
         """List the names of the folders in a folder, sorted."""
         return sorted(member.name for member in folder.iterdir() if member.is_dir())
+
+    def tree(self, folder: Path) -> list[str]:
+        """List the files in a folder and in its folders, relative to it, sorted."""
+        return LocalFolder(folder).names()
+
+    def real(self, place: Path) -> Path:
+        """Return the path that is meant, all links followed."""
+        return place.resolve()
+
+    def is_link(self, place: Path) -> bool:
+        """Tell whether a link lies there."""
+        return place.is_symlink()
+
+    def check_readable(self, place: Path) -> None:
+        """Make sure that this user may read a file, or list a folder."""
+        if not os.access(place, os.R_OK | (os.X_OK if place.is_dir() else 0)):
+            raise StarmergeError(f"{place} may not be read by this user. Change its permissions.")
+
+    def is_unchanged(self, file: Path, state: FileState) -> bool:
+        """Tell whether a file is still there and as it was."""
+        try:
+            return self.state(file).identity == state.identity
+        except OSError:
+            return False
 
     def state(self, file: Path) -> FileState:
         """Return the state of a file: device, inode, size, and the times of its last changes.
@@ -115,6 +144,13 @@ class LocalStorage:
             with contextlib.suppress(OSError), file.open("rb", buffering=0) as stream:
                 os.posix_fadvise(stream.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
 
+    def digest(self, file: Path, offset: int, length: int) -> None:
+        """Return None: what is mapped is read when it is looked at."""
+
+    def copy(self, file: Path, start: int, length: int, target: OutputFile, offset: int) -> None:
+        """Copy bytes of a file into an output, within the system where it can."""
+        target.copy(file, start, length, offset)
+
     def check_output(self, place: Path, *, overwrite: bool, is_file: bool = False) -> None:
         """Make sure that a merge may be published there; see :func:`check_output`."""
         check = check_output_file if is_file else check_output
@@ -127,6 +163,15 @@ class LocalStorage:
         held = max(own, default=0)
         check_space(folder, wanted - held)
 
+    def remains(self, folder: Path, *, suffix: str) -> list[str]:
+        """Say how much lies in hidden folders of other runs, beside the output."""
+        others = [left for left in leftovers(folder) if not left.path.name.endswith(suffix)]
+        if not others:
+            return []
+        size = bytes_in_words(sum(leftover.nbytes for leftover in others))
+        clean = shlex.join(["starmerge", "clean", str(others[0].path.parent)])
+        return [f"earlier runs that were killed left {size} beside {folder}; see: {clean}"]
+
     def forget(self, folder: Path, *, suffix: str) -> None:
         """Delete the hidden folder of an interrupted run with the same suffix."""
         for leftover in leftovers(folder):
@@ -134,7 +179,13 @@ class LocalStorage:
                 leftover.delete()
 
     def publish(
-        self, place: Path, *, overwrite: bool, suffix: str, member: str | None = None
+        self,
+        place: Path,
+        *,
+        overwrite: bool,
+        suffix: str,
+        member: str | None = None,
+        progress: bool = False,
     ) -> AbstractContextManager[LocalFolder]:
         """Yield a hidden folder beside the output; see :func:`output_folder`."""
         return output_folder(place, overwrite=overwrite, suffix=suffix, member=member)

@@ -25,10 +25,12 @@ class LocalFolder:
         path: Where it lies meanwhile. Libraries that write files themselves may do so there.
         is_shared: Whether several machines fill its files together, which then lie on a network
             file system.
+        is_complete: Whether an earlier run had filled it.
     """
 
     path: Path
     is_shared: bool = False
+    is_complete: bool = False
 
     def shared(self) -> LocalFolder:
         """Return the same folder for machines that fill its files together."""
@@ -52,10 +54,6 @@ class LocalFolder:
             os.fsync(stream)
         finally:
             os.close(stream)
-
-    def copy(self, name: str, source: Path) -> None:
-        """Copy a file whole."""
-        shutil.copyfile(source, self._path(name))
 
     def delete(self, name: str) -> None:
         """Delete a file, or a folder with all that is in it, if it is there."""

@@ -33,8 +33,8 @@ from starmerge.storage.leftovers import (
     nearest_parent,
 )
 from starmerge.storage.local_folder import LocalFolder
+from starmerge.storage.places import WRITTEN, is_url, without_secrets
 from starmerge.storage.regular import open_regular
-from starmerge.storage.storage import is_url
 
 REPORT = "merge_report.json"
 """The report in a merged model's folder; a folder that has it was written by a merge."""
@@ -253,8 +253,9 @@ def _check_place(path: Path) -> None:
     """Make sure that something of this name can be made, above it all that is missing."""
     if is_url(path):
         raise UsageError(
-            f"{path} is a URL, and outputs are written to local folders. Give a folder, and copy "
-            "it there when it is complete."
+            f"{without_secrets(str(path))} is a URL, and this output is written to a folder of "
+            "this machine. Give a folder, and copy it there when it is complete. (Merges are "
+            f"written to {', '.join(f'{own}://' for own in WRITTEN)} too.)"
         )
     if not path.resolve().name:
         raise UsageError(f"{path} is the root of the file system. Choose another output.")

@@ -7,14 +7,15 @@ length, and publishes whole folders. What lies under a place is known to its sto
 from __future__ import annotations
 
 import io
-import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeVar
 
-Place: TypeAlias = Path
-"""Where a file or a folder lies. A storage that is not this machine's adds a type of its own."""
+from starmerge.storage.places import Place
+
+Where_contra = TypeVar("Where_contra", contravariant=True)
+"""The kind of places that a storage has."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class OutputFile(Protocol):
             OSError: The storage failed, or is full.
         """
 
-    def copy(self, source: Place, start: int, length: int, offset: int) -> None:
-        """Copy ``length`` bytes of another file from ``start`` on, the first of them to ``offset``.
+    def copy(self, source: Path, start: int, length: int, offset: int) -> None:
+        """Copy ``length`` bytes of a file of this machine, the first of them to ``offset``.
 
         Raises:
             ShortFileError: The source ends early.
@@ -84,6 +85,10 @@ class OutputFolder(Protocol):
         the write returns, and changes no byte beside, which another may be writing.
         """
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether an earlier run had filled it, and was killed before it was published."""
+
     def open(self, name: str, size: int) -> OutputFile:
         """Open a file to be filled; what an earlier run has left in it stays.
 
@@ -98,9 +103,6 @@ class OutputFolder(Protocol):
     def append(self, name: str, content: bytes) -> None:
         """Add bytes to the end of a file, such that they survive a power cut."""
 
-    def copy(self, name: str, source: Place) -> None:
-        """Copy a file whole."""
-
     def delete(self, name: str) -> None:
         """Delete a file, or a folder with all that is in it, if it is there."""
 
@@ -111,32 +113,58 @@ class OutputFolder(Protocol):
         """Return where a file or a folder lies, to be read."""
 
 
-class Storage(Protocol):
-    """A kind of place where files lie."""
+class Storage(Protocol[Where_contra]):
+    """A kind of place where files lie.
 
-    def exists(self, place: Place) -> bool:
+    Any method raises a :class:`StarmergeError` where the storage cannot be reached or refuses.
+    """
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether :meth:`window` takes no memory that the system could not have back."""
+
+    def exists(self, place: Where_contra) -> bool:
         """Tell whether anything lies there."""
 
-    def is_file(self, place: Place) -> bool:
+    def is_file(self, place: Where_contra) -> bool:
         """Tell whether a file lies there, or what a link to it leads to."""
 
-    def is_folder(self, place: Place) -> bool:
+    def is_folder(self, place: Where_contra) -> bool:
         """Tell whether a folder lies there, or what a link to it leads to."""
 
-    def names(self, folder: Place) -> list[str]:
+    def names(self, folder: Where_contra) -> list[str]:
         """List the names of the files in a folder, not of those in its folders, sorted."""
 
-    def folders(self, folder: Place) -> list[str]:
+    def folders(self, folder: Where_contra) -> list[str]:
         """List the names of the folders in a folder, sorted."""
 
-    def state(self, file: Place) -> FileState:
-        """Return the state of a file.
+    def tree(self, folder: Where_contra) -> list[str]:
+        """List the files in a folder and in its folders, relative to it, sorted."""
+
+    def real(self, place: Where_contra) -> Place:
+        """Return the place that is meant, all links followed: two that are equal are one."""
+
+    def is_link(self, place: Where_contra) -> bool:
+        """Tell whether a link lies there."""
+
+    def check_readable(self, place: Where_contra) -> None:
+        """Make sure that this user may read a file, or what lies in a folder, where that is known.
+
+        Raises:
+            StarmergeError: The user may not.
+        """
+
+    def state(self, file: Where_contra) -> FileState:
+        """Return the state of a file, as it was when this process opened it or as it is now.
 
         Raises:
             OSError: It is not there, or cannot be reached.
         """
 
-    def stream(self, file: Place) -> io.RawIOBase:
+    def is_unchanged(self, file: Where_contra, state: FileState) -> bool:
+        """Tell whether a file is still there and as it was."""
+
+    def stream(self, file: Where_contra) -> io.RawIOBase:
         """Open a file for readers that want a stream with a position, unbuffered.
 
         Raises:
@@ -144,7 +172,7 @@ class Storage(Protocol):
             StarmergeError: No file of a bounded length lies there.
         """
 
-    def read(self, file: Place, offset: int, length: int) -> memoryview:
+    def read(self, file: Where_contra, offset: int, length: int) -> memoryview:
         """Return bytes of a file, in memory of their own.
 
         Raises:
@@ -152,7 +180,7 @@ class Storage(Protocol):
             OSError: The storage failed.
         """
 
-    def window(self, file: Place, offset: int, length: int) -> memoryview:
+    def window(self, file: Where_contra, offset: int, length: int) -> memoryview:
         """Return bytes of a file that need not be in memory before they are looked at.
 
         They must not be written to. Writing to them does not change the file.
@@ -162,10 +190,23 @@ class Storage(Protocol):
             OSError: The storage failed.
         """
 
-    def prefetch(self, file: Place, offset: int, length: int) -> None:
+    def prefetch(self, file: Where_contra, offset: int, length: int) -> None:
         """Begin to fetch bytes that will soon be read, where that helps; never fails."""
 
-    def check_output(self, place: Place, *, overwrite: bool, is_file: bool = False) -> None:
+    def digest(self, file: Where_contra, offset: int, length: int) -> str | None:
+        """Return the BLAKE3 of bytes that were just read, if it was taken meanwhile, else None."""
+
+    def copy(
+        self, file: Where_contra, start: int, length: int, target: OutputFile, offset: int
+    ) -> None:
+        """Copy bytes of a file into an output, the first of them to ``offset``.
+
+        Raises:
+            ShortFileError: The file ends early.
+            OSError: One of the storages failed.
+        """
+
+    def check_output(self, place: Where_contra, *, overwrite: bool, is_file: bool = False) -> None:
         """Make sure that a merge may be published there.
 
         Args:
@@ -177,7 +218,7 @@ class Storage(Protocol):
             UsageError: It may not.
         """
 
-    def check_room(self, folder: Place, wanted: int, *, suffix: str | None = None) -> None:
+    def check_room(self, folder: Where_contra, wanted: int, *, suffix: str | None = None) -> None:
         """Make sure that there is room for an output.
 
         Args:
@@ -190,7 +231,10 @@ class Storage(Protocol):
             StarmergeError: There is less.
         """
 
-    def forget(self, folder: Place, *, suffix: str) -> None:
+    def remains(self, folder: Where_contra, *, suffix: str) -> list[str]:
+        """Return sentences on what killed runs have left that :meth:`publish` does not take up."""
+
+    def forget(self, folder: Where_contra, *, suffix: str) -> None:
         """Delete what an interrupted run with the same suffix has left, if anything.
 
         Raises:
@@ -198,7 +242,13 @@ class Storage(Protocol):
         """
 
     def publish(
-        self, place: Place, *, overwrite: bool, suffix: str, member: str | None = None
+        self,
+        place: Where_contra,
+        *,
+        overwrite: bool,
+        suffix: str,
+        member: str | None = None,
+        progress: bool = False,
     ) -> AbstractContextManager[OutputFolder]:
         """Yield a folder that appears under its name, whole, when the block ends well.
 
@@ -207,20 +257,10 @@ class Storage(Protocol):
             overwrite: Replace the merge that stands there.
             suffix: Decides what is taken up of an interrupted run: what it made with the same.
             member: A file of the folder that alone appears under the name, as a file.
+            progress: Show a progress bar where publishing takes long.
 
         Raises:
             UsageError: Something that may not be replaced stands there, or another process is
                 making this output.
             StarmergeError: The storage is full, or fails otherwise.
         """
-
-
-def is_url(path: str | Path) -> bool:
-    """Tell whether a text is meant as a URL, such as ``s3://bucket/model``, and not as a path.
-
-    Two slashes may have become one, as in paths.
-    """
-    return _URL.match(str(path)) is not None
-
-
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")

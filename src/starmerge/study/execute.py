@@ -17,7 +17,7 @@ from typing import Any
 from blake3 import blake3
 
 from starmerge.checkpoints.hashing import remembered_blake3_of
-from starmerge.checkpoints.source import is_hub_id, resolve
+from starmerge.checkpoints.source import is_hub_id, resolve_local
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation.cache import ScoreCache, blake3_of_model, versions
 from starmerge.evaluation.models.loading import device_kind, dtype_name
@@ -98,8 +98,8 @@ class Laboratory:
         self.runs = runs_of(study, self.pool)
         self.sheets = check(list(self.pool.tasks.values()), settings)
         self._cache, self._any_base = cache, any_base
-        self._base = resolve(self.pool.base).path
-        self._models = {name: resolve(path).path for name, path in self.pool.models.items()}
+        self._base = resolve_local(self.pool.base).path
+        self._models = {name: resolve_local(path).path for name, path in self.pool.models.items()}
         (group,) = groups(
             self._base,
             {},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from starmerge.checkpoints.source import resolve
+from starmerge.storage import real
 
 
 def model_name(reference: str | Path) -> str:
@@ -18,4 +19,4 @@ def model_name(reference: str | Path) -> str:
         StarmergeError: The Hub has no such repository, or cannot be reached.
     """
     source = resolve(reference)
-    return (source.name or str(source.path.resolve())).rpartition("/")[2]
+    return (source.name or str(real(source.path))).rpartition("/")[2]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from starmerge.checkpoints.source import resolve
+from starmerge.checkpoints.source import resolve_local
 from starmerge.errors import UsageError
 from starmerge.evaluation.cache import ScoreCache
 from starmerge.evaluation.evaluation import Evaluation
@@ -105,8 +105,8 @@ def run_suite(
     for task in found:
         if task.name not in suite.models:
             raise UsageError(f"The suite {suite.name} names no model for its task {task.name}.")
-    start = resolve(suite.base if base is None else base).path
-    models = {task.name: resolve(suite.models[task.name]).path for task in found}
+    start = resolve_local(suite.base if base is None else base).path
+    models = {task.name: resolve_local(suite.models[task.name]).path for task in found}
     merges = {
         name: merge(
             start, models, pipeline, output=output / name, overwrite=overwrite, progress=progress
@@ -115,7 +115,7 @@ def run_suite(
     }
     evaluation = evaluate(
         start,
-        models | {name: result.path for name, result in merges.items()},
+        models | {name: output / name for name in merges},
         found,
         settings,
         cache=cache,

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from starmerge.checkpoints.side_files import side_files
-from starmerge.checkpoints.source import resolve
+from starmerge.checkpoints.source import resolve_local
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation.models.asking import LocalModel, ask, prompter_of, scored
 from starmerge.evaluation.models.loading import load_model
 from starmerge.evaluation.scoring.metrics import Score
 from starmerge.evaluation.tasks.task import Task
 from starmerge.progress import progress_bar
+from starmerge.storage import copy_file
 from starmerge.storage.publishing import output_folder
 
 StoredDtype = Literal["float32", "bfloat16", "float16"]
@@ -125,8 +126,8 @@ def finetune(
         if recipe.full:
             model.to(stored).save_pretrained(folder)
             # Tokenizer and generation settings as the base has them: the model's are for asking.
-            for name, file in side_files(resolve(base).path).items():
-                made.copy(name, file)
+            for name, file in side_files(resolve_local(base).path).items():
+                copy_file(file, made, name)
         else:
             # Only the adapter: "auto" would ask the Hub for the base's vocabulary.
             adapted.save_pretrained(folder, save_embedding_layers=False)

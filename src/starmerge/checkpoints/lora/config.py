@@ -13,13 +13,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from starmerge.checkpoints.base import Base
 from starmerge.checkpoints.source import is_hub_id
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.reading import read_json
+from starmerge.storage import Place
 
 _READ = {
     "peft_type",
@@ -118,7 +118,7 @@ _HEADLESS_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 class AdapterConfig:
     """What ``adapter_config.json`` says, once it has been checked."""
 
-    file: Path
+    file: Place
     content: dict[str, Any]
 
     @property
@@ -254,7 +254,7 @@ class _Patterns:
         StarmergeError: A pattern is broken or too long.
     """
 
-    def __init__(self, file: Path, key: str, values: Mapping[str, float]) -> None:
+    def __init__(self, file: Place, key: str, values: Mapping[str, float]) -> None:
         self._where = f"{file}: {key}"
         self._left = _MATCHING
         self._patterns = [(self._compiled(pattern), values[pattern]) for pattern in values]
@@ -298,7 +298,7 @@ class _Patterns:
             ) from error
 
 
-def read_adapter_config(file: Path) -> AdapterConfig:
+def read_adapter_config(file: Place) -> AdapterConfig:
     """Read ``adapter_config.json`` and refuse what is not merged, by the name of the key.
 
     Raises:
@@ -308,7 +308,7 @@ def read_adapter_config(file: Path) -> AdapterConfig:
     return checked_config(file, read_json(file))
 
 
-def checked_config(file: Path, content: dict[str, Any]) -> AdapterConfig:
+def checked_config(file: Place, content: dict[str, Any]) -> AdapterConfig:
     """Check what a config of PEFT says; see :func:`read_adapter_config`.
 
     Args:
@@ -349,7 +349,7 @@ def checked_config(file: Path, content: dict[str, Any]) -> AdapterConfig:
     return AdapterConfig(file, content)
 
 
-def _check_types(file: Path, content: Mapping[str, Any]) -> None:
+def _check_types(file: Place, content: Mapping[str, Any]) -> None:
     for key in ("r", "lora_alpha"):
         if not is_number(content.get(key)):
             raise StarmergeError(f"{file}: {key} is missing or is not a finite number.")
@@ -371,7 +371,7 @@ def _check_types(file: Path, content: Mapping[str, Any]) -> None:
                 )
 
 
-def _check_initialisation(file: Path, start: object) -> None:
+def _check_initialisation(file: Place, start: object) -> None:
     if start in _PLAIN_INITIALISATIONS:
         return
     remedy = (

@@ -124,7 +124,7 @@ class _GgufWriting(AdapterWriting):
 
         collected = open_checkpoint(self.folder.place(FACTORS))
         kind = _ARCHITECTURES[self.contents.base.config["model_type"]]
-        writer = gguf.GGUFWriter(self.folder.place(_FILE), kind)
+        writer = gguf.GGUFWriter(str(self.folder.place(_FILE)), kind)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(r))

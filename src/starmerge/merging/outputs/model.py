@@ -21,7 +21,7 @@ from starmerge.merging.layout import Contents, PlannedTensor
 from starmerge.merging.outputs.output import Finished, Slot, digests_by_file
 from starmerge.methods.pipeline import Merged
 from starmerge.recipe import Dtype
-from starmerge.storage import OutputFolder, Place, storage_of
+from starmerge.storage import OutputFolder, Place, copy_file, storage_of
 
 _LITTLE = 0.9
 """Share of the update; when less survives, that is said."""
@@ -131,7 +131,7 @@ class _ModelWriting:
             if isinstance(file, bytes):
                 self.folder.put(name, file)
             else:
-                self.folder.copy(name, file)
+                copy_file(file, self.folder, name)
         self.folder.put("config.json", json_bytes(self._config()))
         by_file = digests_by_file(self, self.contents.tensors, digests)
         return Finished(survival(records), digests=by_file)
