@@ -8,6 +8,7 @@ and writes a JSON list of :class:`Ended`.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -69,16 +70,19 @@ class Forks:
     """A process that runs commands in forks of itself; to be used as a context manager.
 
     Args:
+        modules: What it loads beside that which a merge needs.
         env: Variables for it and all commands, such as ``LD_PRELOAD``.
     """
 
-    def __init__(self, **env: str) -> None:
-        own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    def __init__(self, *modules: str, **env: str) -> None:
+        path = os.pathsep.join([str(ROOT), *sys.path])
+        own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
         self._env = os.environ | own | env
+        self._modules = modules
 
     def __enter__(self) -> Forks:
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.soak.forks"],
+            [sys.executable, "-m", "tests.soak.forks", *self._modules],
             cwd=ROOT,
             env=self._env,
             stdin=subprocess.PIPE,
@@ -269,11 +273,9 @@ def _all_of(runs: Sequence[Run]) -> list[Ended]:
 
 
 def _serve() -> None:
-    import starmerge.merging.engine
-    import starmerge.merging.ranks
-    import starmerge.recipe_file
-    import starmerge.storage.leftovers  # noqa: F401
-
+    loaded = ("merging.engine", "merging.ranks", "recipe_file", "storage.leftovers")
+    for module in [*(f"starmerge.{name}" for name in loaded), *sys.argv[1:]]:
+        importlib.import_module(module)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

@@ -33,7 +33,7 @@ from starmerge.storage.leftovers import (
 )
 from starmerge.storage.local_folder import LocalFolder
 from starmerge.storage.regular import open_regular
-from starmerge.storage.storage import is_url
+from starmerge.storage.storage import ShortFileError, is_url
 
 REPORT = "merge_report.json"
 """The report in a merged model's folder; a folder that has it was written by a merge."""
@@ -128,8 +128,9 @@ def output_folder(
         kind: The kind of folder.
         suffix: Ends the hidden name, in place of a random one: up to 32 letters and digits, such as
             a hash of all that decides the content. With it the folder is resumable: one of that
-            name that an interrupted run left is yielded as it is, with what it holds, and SIGTERM
-            (:class:`Interrupted`) keeps it; Ctrl-C deletes it.
+            name that an interrupted run left is yielded as it is, with what it holds. SIGTERM
+            (:class:`Interrupted`) keeps it, and so does a failure of the system, such as a full
+            disk or a permission that was taken away; Ctrl-C and all other errors delete it.
         member: A file of the folder that alone takes the place of ``path``, as a file; what else
             there is in the folder is deleted.
 
@@ -149,7 +150,7 @@ def output_folder(
         partial = _make_folder(path, suffix)
         held = _lock_own(partial, path)
     try:
-        with _failures_named(path):
+        with _failures_named(path, None if suffix is None else partial):
             yield LocalFolder(partial)
             _sync_tree(partial)
             if member is None:
@@ -170,8 +171,9 @@ def output_folder(
         elif isinstance(interruption, Interrupted) and partial.exists():
             interruption.kept.append(partial)
         raise
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException as error:
+        if suffix is None or not _is_of_the_system(error):
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
         os.close(held)
@@ -218,6 +220,10 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode(errors="replace")
 
 
+class _NotMadeError(StarmergeError):
+    """The system refuses what an output needs; the cause says what."""
+
+
 @contextmanager
 def _as_usage_error(path: Path) -> Iterator[None]:
     """Say of what the system finds wrong with a path that the path is wrong."""
@@ -229,14 +235,35 @@ def _as_usage_error(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _failures_named(path: Path) -> Iterator[None]:
-    """Say of what the system refuses which output was not made."""
+def _failures_named(path: Path, partial: Path | None = None) -> Iterator[None]:
+    """Say of what the system refuses which output was not made.
+
+    Args:
+        path: The output.
+        partial: Its hidden folder, if a later run goes on with that.
+    """
     try:
         yield
-    except OSError as error:
-        raise StarmergeError(
-            f"{path} was not made: {error}. Nothing was left there; what stood there is kept."
+    # A file that is made within a folder, such as a figure, fails in the folder's name.
+    except (OSError, _NotMadeError) as failure:
+        error = failure if isinstance(failure, OSError) else failure.__cause__
+        kept = "Nothing was left there"
+        if partial is not None and partial.is_dir():
+            kept = (
+                f"What was made of it is kept in {partial}: run the same command again to go on "
+                "with it, or delete it (starmerge clean)"
+            )
+        raise _NotMadeError(
+            f"{path} was not made: {error}. {kept}; what stood there is kept."
         ) from error
+
+
+def _is_of_the_system(error: BaseException) -> bool:
+    """Tell whether the system has failed, which may be mended, and not an input.
+
+    A file that has become shorter is an input that has changed: no later run goes on with it.
+    """
+    return isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, ShortFileError)
 
 
 def _check_place(path: Path) -> None:
