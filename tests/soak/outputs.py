@@ -90,7 +90,9 @@ def _llama(folder: Path) -> None:
     torch.manual_seed(0)
     sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=False)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=False)).save_pretrained(
+        folder
+    )
 
 
 def _mixtral(folder: Path) -> None:

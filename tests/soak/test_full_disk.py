@@ -107,7 +107,10 @@ def test_a_merge_on_a_disk_that_fills_up(
     merge = make_merge(kind, tmp_path)
     output, reference = disk / f"out{merge.ending}", tmp_path / "whole" / f"out{merge.ending}"
     reference.parent.mkdir()
-    for place, made in ((reference, merge), (old := tmp_path / f"old{merge.ending}", merge.other())):
+    for place, made in (
+        (reference, merge),
+        (old := tmp_path / f"old{merge.ending}", merge.other()),
+    ):
         ended = forks.run(made.argv(place), **merge.settings)
         assert ended.code == 0, ended.err
     wanted = tree(reference)
