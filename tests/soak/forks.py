@@ -51,8 +51,9 @@ class Run:
     fill: tuple[str, str, int] | None = None
     """A file to make, once a name that holds the second text is opened or made, so large that the
     third leaves of its disk this many bytes free."""
-    chmod: tuple[int, str, int] | None = None
-    """Before which operation on files to change the mode of which place to what."""
+    change: tuple[int, str, str, int] | None = None
+    """Before which operation on files to do what to which place: "chmod" it to a mode, or
+    "truncate" it to a length."""
 
 
 @dataclass
@@ -207,9 +208,9 @@ def _prepare(run: Run) -> None:
         os.setgid(run.uid)
         os.setuid(run.uid)
     steps: dict[int, Callable[[], None]] = {}
-    if run.chmod is not None:
-        number, place, mode = run.chmod
-        steps[number] = lambda: Path(place).chmod(mode)
+    if run.change is not None:
+        number, name, place, value = run.change
+        steps[number] = lambda: getattr(os, name)(place, value)
     if run.kill_before is not None:
         steps[run.kill_before] = lambda: os.kill(os.getpid(), signal.SIGKILL)
     if steps:
@@ -274,7 +275,9 @@ def _all_of(runs: Sequence[Run]) -> list[Ended]:
 
 def _serve() -> None:
     loaded = ("merging.engine", "merging.ranks", "recipe_file", "storage.leftovers")
-    for module in [*(f"starmerge.{name}" for name in loaded), *sys.argv[1:]]:
+    # Users without rights may not reach the modules of Python itself: rich loads some late.
+    own = [*(f"starmerge.{name}" for name in loaded), "rich.progress", "rich.pager"]
+    for module in [*own, *sys.argv[1:]]:
         importlib.import_module(module)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

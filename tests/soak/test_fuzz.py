@@ -32,6 +32,9 @@ FOUND: dict[str, list[str]] = {
     "results": ["results 0 49", "results 0 58", "results 0 59", "results 0 118", "results 0 134",
                 "results 0 163", "results 0 173"],
     "partial output": ["partial output 0 19"],
+    "suite file": ["suite file 1 327"],
+    "study file": ["study file 1 719"],
+    "study store": ["study store 1 421"],
 }  # fmt: skip
 """Seeds that have found a fault, which has been mended, by kind."""
 

@@ -105,7 +105,9 @@ class LocalFile:
             done = 0
             while done < length:
                 count = min(length - done, _CHUNK)
-                copied = self._copy_some(source, stream.fileno(), start + done, count, offset + done)
+                copied = self._copy_some(
+                    source, stream.fileno(), start + done, count, offset + done
+                )
                 if not copied:
                     raise ShortFileError(f"{source} ends early")
                 done += copied

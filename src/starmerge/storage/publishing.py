@@ -251,7 +251,7 @@ def _failures_named(path: Path, partial: Path | None = None) -> Iterator[None]:
         if partial is not None and partial.is_dir():
             kept = (
                 f"What was made of it is kept in {partial}: run the same command again to go on "
-                "with it, or delete it (starmerge clean)"
+                "with it, if no input changes until then, or delete it (starmerge clean)"
             )
         raise _NotMadeError(
             f"{path} was not made: {error}. {kept}; what stood there is kept."
