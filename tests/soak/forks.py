@@ -19,6 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -247,10 +248,10 @@ def _begin(run: Run, out: Any, err: Any) -> int:
 
 def _all_of(runs: Sequence[Run]) -> list[Ended]:
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch:
+    with ExitStack() as stack:
         files = [
-            (Path(scratch, f"out{n}").open("w+b"), Path(scratch, f"err{n}").open("w+b"))
-            for n in range(len(runs))
+            tuple(stack.enter_context(tempfile.TemporaryFile()) for _ in ("out", "err"))
+            for _ in runs
         ]
         children = {_begin(run, *files[n]): n for n, run in enumerate(runs)}
         found: dict[int, Ended] = {}
@@ -267,9 +268,6 @@ def _all_of(runs: Sequence[Run]) -> list[Ended]:
                     texts = [content.decode(errors="replace") for content in said]
                     found[n] = Ended(os.waitstatus_to_exitcode(status), *texts, now)
             time.sleep(0.0005)
-        for pair in files:
-            for stream in pair:
-                stream.close()
     return [found[n] for n in range(len(runs))]
 
 

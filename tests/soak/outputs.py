@@ -66,18 +66,17 @@ def make_merge(kind: str, folder: Path) -> Merge:
         tuned = [_once(folder / f"tuned-{n}", _tuned, llama, n) for n in range(3)]
         return Merge(kind, [llama, *tuned], "ties")
     adapters = [_once(folder / f"adapter-{n}", _adapter, llama, n) for n in range(3)]
-    if kind == "model":
-        return Merge(kind, [llama, *adapters], "star")
-    if kind == "sharded":
-        return Merge(kind, [llama, *adapters], "average", settings={"shard_bytes": 100_000})
-    if kind == "adapter":
-        return Merge(kind, adapters, "star", ("--as", "adapter"))
-    if kind == "gguf":
-        return Merge(kind, [llama, *adapters], "star", ("--as", "gguf"), ".gguf")
-    if kind == "unified":
-        return Merge(kind, [llama, *adapters], "emr")
-    base = _once(folder / "gptq", lambda place: gptq_model(Path(llama), place))
-    return Merge("quantised", [base, *adapters], "average", ("--dtype", "bfloat16"))
+    if kind == "quantised":
+        base = _once(folder / "gptq", lambda place: gptq_model(Path(llama), place))
+        return Merge(kind, [base, *adapters], "average", ("--dtype", "bfloat16"))
+    models = [llama, *adapters]
+    return {
+        "model": Merge(kind, models, "star"),
+        "sharded": Merge(kind, models, "average", settings={"shard_bytes": 100_000}),
+        "adapter": Merge(kind, adapters, "star", ("--as", "adapter")),
+        "gguf": Merge(kind, models, "star", ("--as", "gguf"), ".gguf"),
+        "unified": Merge(kind, models, "emr"),
+    }[kind]
 
 
 def _once(place: Path, make: Any, *arguments: Any) -> str:

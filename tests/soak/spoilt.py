@@ -231,7 +231,6 @@ class _Suite(Kind):
 _STUDY = {
     "name": "curves",
     "base": "org/base",
-    "models": {"one": "./one", "two": {"path": "org/two", "task": "quiz"}, "three": "org/three"},
     "tasks": ["quiz.yaml", "digits"],
     "methods": [
         "average",
@@ -253,8 +252,10 @@ _STUDY = {
 class _StudyFile(Kind):
     def make(self, folder: Path) -> None:
         _TaskFile.make(self, folder)  # type: ignore[arg-type]
-        models = {"one": {"path": "./one", "task": "quiz"}, "two": {"path": "org/two", "task": "quiz"},
-                  "digits": "org/digits"}  # fmt: skip
+        models: dict[str, Any] = {
+            name: {"path": f"org/{name}", "task": "quiz"} for name in ("one", "two")
+        }
+        models["digits"] = "org/digits"
         text = yaml.safe_dump(_STUDY | {"models": models}, sort_keys=False)
         (folder / "study.yaml").write_text(text)
 

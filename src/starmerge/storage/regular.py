@@ -13,7 +13,6 @@ from typing_extensions import Buffer
 
 from starmerge.errors import StarmergeError
 
-
 _PIECE = 2**20
 """Bytes that are read at once."""
 
