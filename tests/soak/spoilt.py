@@ -231,6 +231,11 @@ class _Suite(Kind):
 _STUDY = {
     "name": "curves",
     "base": "org/base",
+    "models": {
+        "one": {"path": "./one", "task": "quiz"},
+        "two": {"path": "org/two", "task": "quiz"},
+        "digits": "org/digits",
+    },
     "tasks": ["quiz.yaml", "digits"],
     "methods": [
         "average",
@@ -252,11 +257,7 @@ _STUDY = {
 class _StudyFile(Kind):
     def make(self, folder: Path) -> None:
         _TaskFile.make(self, folder)  # type: ignore[arg-type]
-        models: dict[str, Any] = {
-            name: {"path": f"org/{name}", "task": "quiz"} for name in ("one", "two")
-        }
-        models["digits"] = "org/digits"
-        text = yaml.safe_dump(_STUDY | {"models": models}, sort_keys=False)
+        text = yaml.safe_dump(_STUDY, sort_keys=False)
         (folder / "study.yaml").write_text(text)
 
     def spoil(self, folder: Path, rng: random.Random) -> None:
@@ -392,9 +393,13 @@ class _TokenizerFiles(Kind):
             words.pre_tokenizer = WhitespaceSplit()
             words.add_special_tokens(["</s>"])
             words.save(str(place / "tokenizer.json"))
-            config = {"eos_token": "</s>", "unk_token": {"content": "<unk>", "special": True},
-                      "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "{{ x }}",
-                      "added_tokens_decoder": {"1": {"content": "</s>", "special": True}}}  # fmt: skip
+            config = {
+                "eos_token": "</s>",
+                "unk_token": {"content": "<unk>", "special": True},
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "chat_template": "{{ x }}",
+                "added_tokens_decoder": {"1": {"content": "</s>", "special": True}},
+            }
             (place / "tokenizer_config.json").write_text(json.dumps(config))
 
     def spoil(self, folder: Path, rng: random.Random) -> None:

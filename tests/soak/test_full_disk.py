@@ -131,10 +131,11 @@ OTHERS = ("evaluate", "inspect", "calibrate", "page")
 @pytest.fixture(scope="module")
 def asking() -> Iterator[Forks]:
     """Return a process that has loaded what asking models and drawing take."""
-    modules = ("starmerge.study.execute", "starmerge.evaluation.runner", "starmerge.study.inspected",
-               "starmerge.calibration.run", "starmerge.study.page.page", "matplotlib.pyplot",
-               "transformers.models.llama.modeling_llama", "peft", "pandas", "pyarrow.parquet",
-               "starmerge.study.figures.inspection")  # fmt: skip
+    modules = """
+        starmerge.study.execute starmerge.study.inspected starmerge.study.page.page
+        starmerge.study.figures.inspection starmerge.evaluation.runner starmerge.calibration.run
+        matplotlib.pyplot transformers.models.llama.modeling_llama peft pandas pyarrow.parquet
+    """.split()
     with Forks(*modules) as served:
         yield served
 

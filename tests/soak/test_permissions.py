@@ -1,6 +1,7 @@
 """Permissions that are lost while a user without rights merges, and inputs that are cut off.
 
-PERMISSION_MOMENTS=30 (``make permissions``) takes them away at that many moments; the suite at a few.
+PERMISSION_MOMENTS=30 (``make permissions``) takes them away at that many
+moments; the suite at a few.
 """
 
 from __future__ import annotations
