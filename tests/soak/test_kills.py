@@ -19,7 +19,7 @@ import pytest
 from tests.soak.forks import Ended, Forks, copy, hidden, remove, tree
 from tests.soak.outputs import OUTPUTS, Merge, make_merge
 
-KILLS = int(os.environ.get("KILLS", "3"))
+KILLS = int(os.environ.get("KILLS", "2"))
 """Processes that are killed in all."""
 SEED = int(os.environ.get("SOAK_SEED", "0"))
 KILLED = -9

@@ -32,8 +32,11 @@ def open_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.mark.parametrize("lost", ["the output's folder", "an input's folder", "an input"])
-@pytest.mark.parametrize("overwrite", [False, True])
+LOST = ("the output's folder", "an input's folder", "an input")
+
+
+@pytest.mark.parametrize("lost", LOST)
+@pytest.mark.parametrize("overwrite", [False, True] if MOMENTS else [True])
 def test_a_permission_that_is_lost(
     forks: Forks, open_folder: Path, lost: str, overwrite: bool
 ) -> None:
@@ -55,7 +58,7 @@ def test_a_permission_that_is_lost(
     settings = {"uid": user, "side_by_side": True, **merge.settings}
     more = ["--overwrite"] if overwrite else []
     counts: Counter[str] = Counter()
-    for moment in range(1, 200, 200 // (MOMENTS or 3)):
+    for moment in range(1, 200, 200 // (MOMENTS or 2)):
         remove(output)
         if overwrite:
             copy(old, output)
@@ -104,7 +107,7 @@ def test_an_input_that_is_cut_off_while_it_is_merged(forks: Forks, tmp_path: Pat
     wanted, counts = tree(whole), Counter[int]()
     file = tmp_path / "tuned-1" / "model.safetensors"
     kept = shutil.copy(file, tmp_path / "kept")
-    for moment in range(2, 60, 60 // (MOMENTS or 3)):
+    for moment in range(2, 60, 60 // (MOMENTS or 1)):
         change = (moment, "truncate", str(file), file.stat().st_size // 3)
         ended = forks.run(merge.argv(output), change=change, side_by_side=True)
         counts[ended.code] += 1

@@ -15,7 +15,7 @@ import pytest
 from tests.soak.forks import Ended, Forks, Run, copy, hidden, remove, tree
 from tests.soak.outputs import Merge, make_merge
 
-RACES = int(os.environ.get("RACES", "3"))
+RACES = int(os.environ.get("RACES", "2"))
 SEED = int(os.environ.get("SOAK_SEED", "0"))
 KILLED = -9
 
