@@ -4,9 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ROWS ?= 100
 DEMO_OUTPUT ?= demo-output
-FUZZ_EXAMPLES ?= 2000
+FUZZ_MINUTES ?= 60
 FUZZ_SEED ?= 0
+KILLS ?= 500
 KILL_MOMENTS ?= 100
+SOAK_SEED ?= 0
+SOAK := OMP_NUM_THREADS=1 SOAK_SEED=$(SOAK_SEED)
 BENCHMARKS ?= low_rank full_rank copying finetunes many_tensors events sweep startup threads star_adapters adapter_output leading evaluation gpu
 
 # The tests that tell whether a release of a library will do: of pydantic, PEFT, transformers, torch,
@@ -17,7 +20,7 @@ VERSION_TESTS ?= tests/test_recipe.py tests/evaluation/models/test_forward.py \
 	tests/evaluation/tasks/test_sources.py tests/checkpoints/lora/test_adapter.py \
 	tests/merging/test_in_memory.py tests/training
 
-.PHONY: demo test test-oldest test-newest fuzz kills lint types base docs bench clean
+.PHONY: demo test test-oldest test-newest soak kills full-disk permissions bad-reads races fuzz lint types base docs bench clean
 
 # Merge the adapters that come with the package, score everything, draw the chart.
 demo: base
@@ -36,15 +39,36 @@ test-oldest: $(VENV)-oldest/ready base
 test-newest: $(VENV)-newest/ready base
 	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest $(VERSION_TESTS)
 
-# More of the spoilt files of tests/checkpoints/test_fuzz.py than the suite tries, and others with
-# FUZZ_SEED=N; prints how many of each kind were merged or refused.
-fuzz: $(VENV)/ready
-	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/pytest -s -q tests/checkpoints/test_fuzz.py
+# The soak: docs/reliability.md says what each promises. The suite tries a little of each, with other
+# draws by SOAK_SEED=N.
+soak: kills full-disk permissions bad-reads races fuzz
 
-# Merges that are killed before each of their operations on files and at random moments, and must go
-# on to the same bytes; the suite tries a few of each.
+# Merges that are killed, KILLS of them at random moments, also while they go on, and some before each
+# of their operations on files; all must end with the same bytes.
 kills: $(VENV)/ready
-	OMP_NUM_THREADS=1 KILL_MOMENTS=$(KILL_MOMENTS) $(BIN)/pytest -s -q tests/merging/test_resume.py -k killed_before
+	$(SOAK) KILLS=$(KILLS) $(BIN)/pytest -s -q tests/soak/test_kills.py
+	$(SOAK) KILL_MOMENTS=$(KILL_MOMENTS) $(BIN)/pytest -s -q tests/merging/test_resume.py -k killed_before
+
+# Outputs on a disk that fills up at 30 moments of each; needs the right to mount one.
+full-disk: $(VENV)/ready
+	$(SOAK) FULL_MOMENTS=30 $(BIN)/pytest -s -q tests/soak/test_full_disk.py
+
+# Permissions that a user without rights loses, and inputs that are cut off, at 30 moments of each.
+permissions: $(VENV)/ready
+	$(SOAK) PERMISSION_MOMENTS=30 $(BIN)/pytest -s -q tests/soak/test_permissions.py
+
+# Merges whose reads fail once in a hundred times; needs a C compiler.
+bad-reads: $(VENV)/ready
+	$(SOAK) BAD_READS=300 $(BIN)/pytest -s -q tests/soak/test_bad_reads.py
+
+# Merges that want the same output at the same moment, and `starmerge clean` beside them.
+races: $(VENV)/ready
+	$(SOAK) RACES=100 $(BIN)/pytest -s -q tests/soak/test_races.py
+
+# Spoilt files of every kind, for FUZZ_MINUTES in all, others with FUZZ_SEED=N; prints how many of each
+# kind were used or refused, and the faults.
+fuzz: $(VENV)/ready
+	OMP_NUM_THREADS=1 FUZZ_MINUTES=$(FUZZ_MINUTES) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/pytest -s -q tests/soak/test_fuzz.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

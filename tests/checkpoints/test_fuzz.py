@@ -1,6 +1,6 @@
 """Spoilt files, at random but from seeds: each merges, or is refused with an error of ours.
 
-FUZZ_EXAMPLES=100000 (``make fuzz``) tries more of them than the suite does.
+FUZZ_EXAMPLES=100000 tries more of them than the suite does; ``make fuzz`` tries these kinds too.
 """
 
 from __future__ import annotations

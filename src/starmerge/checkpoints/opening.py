@@ -208,7 +208,9 @@ def _read_header(file: Place) -> tuple[dict[str, str], list[StoredTensor]]:
         ]
     except FileNotFoundError as error:
         raise StarmergeError(f"{file} is missing.") from error
-    except (struct.error, ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+    except OSError as error:
+        raise StarmergeError(f"{file} cannot be read: {error.strerror}.") from error
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise StarmergeError(f"{broken}: {error}. Fetch it again.") from error
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     end = 8 + length

@@ -136,6 +136,8 @@ def read_pickle(file: Place) -> list[PickledTensor]:
         raise StarmergeError(f"{file} {error}") from error
     except StarmergeError as error:
         raise error if str(file) in str(error) else StarmergeError(f"{file}: {error}") from error
+    except OSError as error:
+        raise StarmergeError(f"{file} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # whatever a broken archive or pickle makes Python raise
         reason = str(error)[:200] or type(error).__name__
         raise StarmergeError(

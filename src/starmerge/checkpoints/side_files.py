@@ -197,8 +197,12 @@ def _json(file: Place) -> Any:
         return None
     try:
         return parse_json(read_bytes(file, _MOST_BYTES))
-    except (StarmergeError, ValueError, OSError):
-        return None  # the file is copied as it is, and whatever loads it will say what is wrong
+    except StarmergeError as error:
+        if isinstance(error.__cause__, OSError):  # it may say that more files belong to the model
+            raise
+    except ValueError:
+        pass
+    return None  # the file is copied as it is, and whatever loads it will say what is wrong
 
 
 def _check_link(folder: Place, file: Place) -> None:

@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
 from starmerge.checkpoints.writer import json_bytes
-from starmerge.errors import StarmergeError, UsageError
+from starmerge.errors import StarmergeError, UsageError, explain
 from starmerge.evaluation.evaluation import SCHEMA, Evaluation, shortened
 from starmerge.parsing import parse_json
 from starmerge.reading import read_json
@@ -134,6 +136,33 @@ def write_results(
         (partial / _TABLE).write_text(f"{table.rstrip()}\n", encoding="utf-8")
 
 
+class _Score(BaseModel):
+    """What tells the scores of a file from each other."""
+
+    model_config = ConfigDict(strict=True)
+    task: str
+    model: str
+
+
+class _Provenance(BaseModel):
+    model_config = ConfigDict(strict=True)
+    date: str
+
+
+class _Content(BaseModel):
+    """The parts of ``scores.json`` that are looked at."""
+
+    scores: list[_Score] = Field(min_length=1)
+    provenance: _Provenance | None = None
+
+    @field_validator("scores")
+    @classmethod
+    def _check_once(cls, scores: list[_Score]) -> list[_Score]:
+        if len({(score.task, score.model) for score in scores}) < len(scores):
+            raise ValueError("a model has two scores on one task")
+        return scores
+
+
 def load_results(folder: Path) -> Results:
     """Read what :func:`write_results` has written.
 
@@ -171,9 +200,12 @@ def read_scores(folder: Path) -> dict[str, Any]:
             f"{folder / _SCORES} has {of}, and this one reads version {SCHEMA}. Evaluate again, or "
             "load it with the starmerge that wrote it."
         )
-    records = content.get("scores")
-    if not isinstance(records, list):
-        raise StarmergeError(f"{folder / _SCORES} holds no list of scores. Was it changed?")
+    try:
+        _Content.model_validate(content)
+    except ValidationError as error:
+        raise StarmergeError(
+            f"{folder / _SCORES} holds no list of scores: {explain(error)}. Was it changed?"
+        ) from error
     return content
 
 
@@ -231,5 +263,5 @@ def _read_predictions(folder: Path) -> pa.Table:
             return pa.Table.from_pylist([parse_json(line) for line in lines], _schema())
     except FileNotFoundError as error:
         raise StarmergeError(f"{folder} holds neither {_PARQUET} nor {_JSONL}.") from error
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
         raise StarmergeError(f"{file} cannot be read: {error}") from error

@@ -15,7 +15,7 @@ from starmerge.events import emit
 from starmerge.merging.checks import check_weights
 from starmerge.merging.executors.executor import Executor
 from starmerge.merging.executors.threads import Threads
-from starmerge.merging.journal import Journal, fingerprint
+from starmerge.merging.journal import JOURNAL, Journal, fingerprint
 from starmerge.merging.layout import PlannedTensor
 from starmerge.merging.outputs import Writing
 from starmerge.merging.plan import Plan, make_plan
@@ -196,11 +196,11 @@ def run(
             metric=None if plan.metric is None else plan.metric.file.name,
         )
         folder.put(CARD, card.encode())
-        journal.end()
-        report.content["files"] = sorted({*folder.names(), REPORT})
+        report.content["files"] = sorted({*folder.names(), REPORT} - {JOURNAL})
         report.content["contents"] = hashes_of_contents(folder, report.content)
         report.content["blake3"] = hashes_beside(folder, report.content)
         folder.put(REPORT, json_bytes(report.content))
+        journal.end()
     return MergeResult(plan.path, report, merging.taken_up)
 
 

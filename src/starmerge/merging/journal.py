@@ -3,7 +3,8 @@
 The journal, ``journal.jsonl``, lies in the hidden folder that the merge is made in, and is deleted
 when the merge is complete. A line says of one tensor what the report will say of it, with the
 BLAKE3 of its bytes in the output and of what it was made of. A line is written after the tensor's
-bytes have reached the disk, and counts only if the bytes that are found have that hash.
+bytes have reached the disk, and counts only if the bytes that are found have that hash, and if the
+line has its own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import secrets
 import time
 from contextlib import suppress
 from types import TracebackType
+from typing import Any
 
 from blake3 import blake3
 
@@ -29,6 +31,9 @@ JOURNAL = "journal.jsonl"
 
 _KEPT = ("record", "digests", "inputs", "changing")
 """Fields of what is said of a tensor."""
+
+_CHECK = "blake3"
+"""The key of a line's own hash."""
 
 _SECONDS = 1.0
 """Between two times that what was written is flushed to the disk."""
@@ -82,7 +87,8 @@ class Journal:
     def add(self, tensor: PlannedTensor, done: Done) -> None:
         """Note that a tensor was written."""
         said = {name: getattr(done, name) for name in _KEPT}
-        self._fresh.append(json.dumps({"tensor": tensor.source.name, **said}) + "\n")
+        line = {"tensor": tensor.source.name, **said}
+        self._fresh.append(json.dumps({**line, _CHECK: _checksum(line)}) + "\n")
         for writer, name in self._writing.slots(tensor):
             self._touched.setdefault(writer, set()).add(name)
         if time.monotonic() - self._flushed > _SECONDS:
@@ -121,7 +127,14 @@ def _read(file: Place) -> dict[str, Done]:
         for line in lines:
             try:
                 content = json.loads(line)
+                if content.pop(_CHECK) != _checksum(content):
+                    continue
                 entries[content.pop("tensor")] = Done(**content)
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 continue
     return entries
+
+
+def _checksum(line: dict[str, Any]) -> str:
+    """Return the BLAKE3 of what a line says: a disk may have changed a letter of it."""
+    return blake3(json.dumps(line).encode()).hexdigest()

@@ -108,15 +108,18 @@ def verify(
 
     Raises:
         UsageError: The folder has no report, or one of another version.
-        StarmergeError: The report is broken.
+        StarmergeError: The report is broken, or a file cannot be read.
     """
     folder = place_of(path)
     report = read_report(folder)
-    checked, wrong = _check_output(folder, report, progress)
-    unlisted = [name for name in storage_of(folder).tree(folder) if name not in report["files"]]
-    verdict = Verdict(str(folder), checked, wrong, unlisted=unlisted)
-    if inputs:
-        verdict = replace(verdict, inputs=dict(_check_inputs(report, progress)))
+    try:
+        checked, wrong = _check_output(folder, report, progress)
+        unlisted = [name for name in storage_of(folder).tree(folder) if name not in report["files"]]
+        verdict = Verdict(str(folder), checked, wrong, unlisted=unlisted)
+        if inputs:
+            verdict = replace(verdict, inputs=dict(_check_inputs(report, progress)))
+    except OSError as error:
+        raise StarmergeError(f"{folder} cannot be verified: {error}.") from error
     if repeat == "none":
         return verdict
     try:
@@ -175,6 +178,8 @@ def check_files(folder: Place, report: Mapping[str, Any]) -> list[str]:
         try:
             stored = open_safetensors(folder / name)
         except StarmergeError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
             wrong.append(str(error))
             continue
         wrong += [f"{name}: the tensor {t} is missing." for t in digests if t not in stored]
@@ -238,7 +243,9 @@ def _check_inputs(report: Mapping[str, Any], progress: bool) -> Iterator[tuple[s
                     continue
                 try:
                     is_same = hashed(file) == digest
-                except StarmergeError:  # it is no checkpoint any more
+                except StarmergeError as error:  # it is no checkpoint any more
+                    if isinstance(error.__cause__, OSError):
+                        raise
                     is_same = False
                 yield label, "same" if is_same else "changed"
 

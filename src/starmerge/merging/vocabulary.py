@@ -129,7 +129,8 @@ class _Vocabularies:
                 lacking = self._lacking(theirs)
                 moved = self._moved(theirs)
             except StarmergeError as error:
-                if count not in (None, self._size):
+                # Read, the files might say that the rows are in another order.
+                if count not in (None, self._size) or isinstance(error.__cause__, OSError):
                     raise
                 self.notes.append(f"The tokenizer of {model.name} was not compared: {error}")
                 settled.append(model)

@@ -22,7 +22,7 @@ from starmerge.storage.publishing import (
     check_space,
     output_folder,
 )
-from starmerge.storage.regular import open_regular
+from starmerge.storage.regular import named, open_regular
 from starmerge.storage.storage import FileState, OutputFile, ShortFileError
 
 _SETTLED = 2 * 10**9
@@ -110,7 +110,7 @@ class LocalStorage:
     def read(self, file: Path, offset: int, length: int) -> memoryview:
         """Return bytes of a file, in memory of their own."""
         content = memoryview(bytearray(length))
-        with file.open("rb", buffering=0) as stream:
+        with named(file), file.open("rb", buffering=0) as stream:
             stream.seek(offset)
             left = content
             while left:
@@ -126,7 +126,7 @@ class LocalStorage:
         If the file is cut off while they are looked at, the system ends the process.
         """
         start = offset - offset % mmap.ALLOCATIONGRANULARITY
-        with file.open("rb", buffering=0) as stream:
+        with named(file), file.open("rb", buffering=0) as stream:
             try:
                 mapped = mmap.mmap(
                     stream.fileno(),

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from starmerge.storage.regular import named
 from starmerge.storage.storage import ShortFileError
 
 _CHUNK = 64 * 2**20
@@ -117,21 +118,24 @@ class LocalFile:
             done = 0
             while done < length:
                 count = min(length - done, _CHUNK)
-                copied = self._copy_some(stream.fileno(), start + done, count, offset + done)
+                copied = self._copy_some(
+                    source, stream.fileno(), start + done, count, offset + done
+                )
                 if not copied:
                     raise ShortFileError(f"{source} ends early")
                 done += copied
         if self._synchronous:  # a copy within the system is none of the writes that wait
             self.sync()
 
-    def _copy_some(self, source: int, start: int, count: int, offset: int) -> int:
+    def _copy_some(self, path: Path, source: int, start: int, count: int, offset: int) -> int:
         """Copy up to ``count`` bytes; return how many."""
         if hasattr(os, "copy_file_range"):
             with contextlib.suppress(OSError):  # file systems that cannot, or not to each other
                 copied = os.copy_file_range(source, self._file, count, start, offset)
                 if copied:
                     return copied
-        content = os.pread(source, min(count, _PIECE), start)
+        with named(path):
+            content = os.pread(source, min(count, _PIECE), start)
         self.write(memoryview(content), offset)
         return len(content)
 

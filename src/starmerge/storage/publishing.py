@@ -35,6 +35,7 @@ from starmerge.storage.leftovers import (
 from starmerge.storage.local_folder import LocalFolder
 from starmerge.storage.places import WRITTEN, is_url, without_secrets
 from starmerge.storage.regular import open_regular
+from starmerge.storage.storage import ShortFileError
 
 REPORT = "merge_report.json"
 """The report in a merged model's folder; a folder that has it was written by a merge."""
@@ -129,8 +130,10 @@ def output_folder(
         kind: The kind of folder.
         suffix: Ends the hidden name, in place of a random one: up to 32 letters and digits, such as
             a hash of all that decides the content. With it the folder is resumable: one of that
-            name that an interrupted run left is yielded as it is, with what it holds, and SIGTERM
-            (:class:`Interrupted`) and :class:`WorkersLostError` keep it; Ctrl-C deletes it.
+            name that an interrupted run left is yielded as it is, with what it holds. SIGTERM
+            (:class:`Interrupted`) keeps it, and so do a failure of the system, such as a full disk
+            or a permission that was taken away, and :class:`WorkersLostError`; Ctrl-C and all other
+            errors delete it.
         member: A file of the folder that alone takes the place of ``path``, as a file; what else
             there is in the folder is deleted.
 
@@ -150,7 +153,7 @@ def output_folder(
         partial = _make_folder(path, suffix)
         held = _lock_own(partial, path)
     try:
-        with _failures_named(path):
+        with _failures_named(path, None if suffix is None else partial):
             yield LocalFolder(partial)
             _sync_tree(partial)
             if member is None:
@@ -172,15 +175,9 @@ def output_folder(
         elif isinstance(interruption, Interrupted) and partial.exists():
             interruption.kept.append(partial)
         raise
-    except WorkersLostError as loss:
-        if suffix is None:
+    except BaseException as error:
+        if suffix is None or not _may_be_mended(error):
             shutil.rmtree(partial, ignore_errors=True)
-            raise
-        raise WorkersLostError(
-            f"{loss} What was written is kept in {partial}: run the same again to go on with it."
-        ) from loss
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
         os.close(held)
@@ -228,6 +225,10 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode(errors="replace")
 
 
+class _NotMadeError(StarmergeError):
+    """The system refuses what an output needs; the cause says what."""
+
+
 @contextmanager
 def _as_usage_error(path: Path) -> Iterator[None]:
     """Say of what the system finds wrong with a path that the path is wrong."""
@@ -239,14 +240,43 @@ def _as_usage_error(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _failures_named(path: Path) -> Iterator[None]:
-    """Say of what the system refuses which output was not made."""
+def _failures_named(path: Path, partial: Path | None = None) -> Iterator[None]:
+    """Say of what the system refuses which output was not made.
+
+    Args:
+        path: The output.
+        partial: Its hidden folder, if a later run goes on with that.
+    """
     try:
         yield
-    except OSError as error:
-        raise StarmergeError(
-            f"{path} was not made: {error}. Nothing was left there; what stood there is kept."
+    except WorkersLostError as loss:
+        if partial is None:
+            raise
+        raise WorkersLostError(
+            f"{loss} What was written is kept in {partial}: run the same again to go on with it."
+        ) from loss
+    # A file that is made within a folder, such as a figure, fails in the folder's name.
+    except (OSError, _NotMadeError) as failure:
+        error = failure if isinstance(failure, OSError) else failure.__cause__
+        kept = "Nothing was left there"
+        if partial is not None and partial.is_dir():
+            kept = (
+                f"What was made of it is kept in {partial}: run the same command again to go on "
+                "with it, if no input changes until then, or delete it (starmerge clean)"
+            )
+        raise _NotMadeError(
+            f"{path} was not made: {error}. {kept}; what stood there is kept."
         ) from error
+
+
+def _may_be_mended(error: BaseException) -> bool:
+    """Tell whether the system or a cluster has failed, and not an input.
+
+    A file that has become shorter is an input that has changed: no later run goes on with it.
+    """
+    if isinstance(error, WorkersLostError):
+        return True
+    return isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, ShortFileError)
 
 
 def _check_place(path: Path) -> None:

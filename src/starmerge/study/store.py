@@ -355,6 +355,8 @@ def _identity(run: Run) -> dict[str, Any]:
 
 
 def _run_of(line: Mapping[str, Any]) -> Run:
+    if not isinstance(line["parameters"], dict):
+        raise ValueError("its parameters are no JSON object")
     return Run(
         line["kind"],
         tuple(line["models"]),

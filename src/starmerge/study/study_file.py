@@ -22,6 +22,7 @@ from starmerge.evaluation.tasks.suites import Suite, find_suite
 from starmerge.merging.in_memory import check_one_update
 from starmerge.methods.pipeline import Pipeline, make_pipeline, map_chain
 from starmerge.reading import read_yaml
+from starmerge.storage import exists
 
 FOLDER = Path(__file__).parent / "built_in"
 """Where the studies lie that come with the package."""
@@ -215,7 +216,7 @@ def load_study(file: Path) -> Study:
     folder = file.parent
 
     def beside(text: str) -> str:
-        return str(folder / text) if (folder / text).exists() else text
+        return str(folder / text) if exists(folder / text) else text
 
     models = {
         name: model.model_copy(update={"path": beside(model.path)})

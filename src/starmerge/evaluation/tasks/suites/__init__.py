@@ -11,6 +11,7 @@ from starmerge import plugins
 from starmerge.errors import UsageError, explain, nearest
 from starmerge.evaluation.tasks.sources import Data
 from starmerge.reading import read_yaml
+from starmerge.storage import is_file
 
 FOLDER = Path(__file__).parent
 
@@ -52,7 +53,7 @@ def load_suite(file: Path) -> Suite:
     }
     tasks = tuple(
         str(file.parent / task)
-        if (file.parent / task).is_file()
+        if is_file(file.parent / task)
         else plugins.beside(task, file.parent)
         for task in suite.tasks
     )

@@ -1,0 +1,289 @@
+"""Commands of starmerge in forks of one process that has everything loaded.
+
+A command line starts in seconds, as it imports torch; a fork of a process that has, at once. So
+hundreds of commands can be killed, starved of disk space, or raced against each other. Run as a
+script, this file serves: it reads a JSON list of :class:`Run` a line, runs them at the same moment,
+and writes a JSON list of :class:`Ended`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+LIMIT = 60.0
+"""Seconds after which a command is taken for hung; none here takes three."""
+
+
+@dataclass
+class Run:
+    """One command, and what happens to it."""
+
+    argv: list[str]
+    env: dict[str, str] = field(default_factory=dict)
+    uid: int | None = None
+    """Run as this user, who has no rights of the superuser."""
+    after: float = 0.0
+    """Seconds that the command waits before it begins."""
+    kill_after: float | None = None
+    """Seconds after which it is killed."""
+    kill_before: int | None = None
+    """Number of the operation on files before which it is killed."""
+    shard_bytes: int | None = None
+    """Largest shard of the output."""
+    side_by_side: bool = False
+    """Do not put small tensors together, so that several are worked on at once."""
+    fill: tuple[str, str, int] | None = None
+    """A file to make, once a name that holds the second text is opened or made, so large that the
+    third leaves of its disk this many bytes free."""
+    change: tuple[int, str, str, int] | None = None
+    """Before which operation on files to do what to which place: "chmod" it to a mode, or
+    "truncate" it to a length."""
+
+
+@dataclass
+class Ended:
+    """How a command ended."""
+
+    code: int
+    """What it returned; below zero: minus the number of the signal that ended it."""
+    out: str
+    err: str
+    seconds: float
+
+
+class Forks:
+    """A process that runs commands in forks of itself; to be used as a context manager.
+
+    Args:
+        modules: What it loads beside that which a merge needs.
+        env: Variables for it and all commands, such as ``LD_PRELOAD``.
+    """
+
+    def __init__(self, *modules: str, **env: str) -> None:
+        path = os.pathsep.join([str(ROOT), *sys.path])
+        own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+        self._env = os.environ | own | env
+        self._modules = modules
+
+    def __enter__(self) -> Forks:
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.soak.forks", *self._modules],
+            cwd=ROOT,
+            env=self._env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait()
+
+    def at_once(self, runs: Sequence[Run]) -> list[Ended]:
+        """Run commands at the same moment, and wait for all of them."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps([asdict(run) for run in runs]) + "\n")
+        self._server.stdin.flush()
+        return [Ended(**ended) for ended in json.loads(self._server.stdout.readline())]
+
+    def run(self, argv: Sequence[object], **options: Any) -> Ended:
+        """Run one command; the options are those of :class:`Run`."""
+        (ended,) = self.at_once([Run(list(map(str, argv)), **options)])
+        return ended
+
+
+def tree(place: Path) -> dict[str, bytes]:
+    """Return the content of a folder, or of a file; nothing if it is not there."""
+    if place.is_file():
+        return {"": place.read_bytes()}
+    return {
+        file.relative_to(place).as_posix(): file.read_bytes()
+        for file in sorted(place.rglob("*"))
+        if file.is_file()
+    }
+
+
+def hidden(place: Path) -> list[str]:
+    """Return the hidden names beside an output."""
+    return sorted(left.name for left in place.parent.glob(f".{place.name}.*"))
+
+
+def remove(place: Path) -> None:
+    """Delete an output, and what is hidden beside it."""
+    for left in [*place.parent.glob(f".{place.name}.*"), place]:
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def copy(source: Path, place: Path) -> None:
+    """Copy a folder or a file."""
+    (shutil.copytree if source.is_dir() else shutil.copy)(source, place)
+
+
+# What follows runs in the process that serves, and in its forks.
+
+
+def _before_operations(steps: dict[int, Callable[[], None]]) -> None:
+    """Call functions before operations that change files, by their numbers, from 1 on."""
+    from starmerge.storage import publishing
+
+    count = 0
+
+    def watched(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count in steps:
+                steps[count]()
+            return original(*args, **kwargs)
+
+        setattr(module, name, wrapper)
+
+    for name in ("pwrite", "write", "fsync", "mkdir", "rename", "replace", "unlink", "ftruncate"):
+        watched(os, name)
+    watched(shutil, "copyfile")
+    watched(shutil, "rmtree")
+    watched(Path, "write_bytes")
+    watched(publishing, "exchange")
+
+
+def _fill_when_opened(file: str, trigger: str, leave: int) -> None:
+    """Eat the space of a disk at the moment when a name is opened or made."""
+    is_done = False
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal is_done
+        if is_done or event not in ("open", "os.mkdir") or trigger not in str(args[0]):
+            return
+        is_done = True
+        free = os.statvfs(Path(file).parent)
+        size = max(0, free.f_bavail * free.f_frsize - leave)
+        stream = os.open(file, os.O_CREAT | os.O_WRONLY)
+        if size:
+            os.posix_fallocate(stream, 0, size)
+        os.close(stream)
+
+    sys.addaudithook(hook)
+
+
+def _prepare(run: Run) -> None:
+    from starmerge.checkpoints.writer import ShardWriter
+    from starmerge.merging import journal
+    from starmerge.merging.executors import threads
+
+    os.environ |= run.env
+    journal._SECONDS = 0.0  # a line after each tensor
+    if run.shard_bytes is not None:
+        assert ShardWriter.__init__.__kwdefaults__ is not None
+        ShardWriter.__init__.__kwdefaults__["shard_bytes"] = run.shard_bytes
+    if run.side_by_side:
+        threads._SMALL = 0
+    if run.uid is not None:
+        os.setgroups([])
+        os.setgid(run.uid)
+        os.setuid(run.uid)
+    steps: dict[int, Callable[[], None]] = {}
+    if run.change is not None:
+        number, name, place, value = run.change
+        steps[number] = lambda: getattr(os, name)(place, value)
+    if run.kill_before is not None:
+        steps[run.kill_before] = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    if steps:
+        _before_operations(steps)
+    if run.fill is not None:
+        _fill_when_opened(*run.fill)
+
+
+def _begin(run: Run, out: Any, err: Any) -> int:
+    """Begin a command in a fork; return its process."""
+    from starmerge import cli
+
+    child = os.fork()
+    if child:
+        return child
+    code: Any = 1
+    try:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        _prepare(run)
+        sys.argv = ["starmerge", *run.argv]
+        time.sleep(run.after)
+        cli.main()
+        code = 0
+    except SystemExit as end:
+        code = 0 if end.code is None else end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+def _all_of(runs: Sequence[Run]) -> list[Ended]:
+    begun = time.monotonic()
+    with ExitStack() as stack:
+        files = [
+            tuple(stack.enter_context(tempfile.TemporaryFile()) for _ in ("out", "err"))
+            for _ in runs
+        ]
+        children = {_begin(run, *files[n]): n for n, run in enumerate(runs)}
+        found: dict[int, Ended] = {}
+        while children:
+            now = time.monotonic() - begun
+            for child, n in list(children.items()):
+                limit = runs[n].kill_after
+                if now > (LIMIT if limit is None else limit):
+                    os.kill(child, signal.SIGKILL)
+                done, status = os.waitpid(child, os.WNOHANG)
+                if done:
+                    del children[child]
+                    said = [stream.seek(0) or stream.read() for stream in files[n]]
+                    texts = [content.decode(errors="replace") for content in said]
+                    found[n] = Ended(os.waitstatus_to_exitcode(status), *texts, now)
+            time.sleep(0.0005)
+    return [found[n] for n in range(len(runs))]
+
+
+def _serve() -> None:
+    loaded = ("merging.engine", "merging.ranks", "recipe_file", "storage.leftovers")
+    # Users without rights may not reach the modules of Python itself: rich loads some late.
+    own = [*(f"starmerge.{name}" for name in loaded), "rich.progress", "rich.pager"]
+    for module in [*own, *sys.argv[1:]]:
+        importlib.import_module(module)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        ended = _all_of([Run(**run) for run in json.loads(line)])
+        answers.write(json.dumps([asdict(one) for one in ended]) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,162 @@
+"""Merges that are killed at random moments, also while they go on, end with the same bytes.
+
+KILLS=500 (``make kills``) kills that many processes; the suite kills a few.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.soak.forks import Ended, Forks, copy, hidden, remove, tree
+from tests.soak.outputs import OUTPUTS, Merge, make_merge
+
+KILLS = int(os.environ.get("KILLS", "2"))
+"""Processes that are killed in all."""
+SEED = int(os.environ.get("SOAK_SEED", "0"))
+KILLED = -9
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What does the work on tensors."""
+
+    options: tuple[str, ...]
+    """Of the command line."""
+    side_by_side: bool
+    """Whether small tensors are worked on at the same time."""
+
+
+EXECUTORS = {
+    "1 thread": Workers(("--threads", "1"), False),
+    "3 threads": Workers(("--threads", "3"), True),
+}
+"""By a name for the report. Each executor of the package belongs here."""
+
+
+class Killing:
+    """A merge that is killed again and again.
+
+    Args:
+        forks: What runs it.
+        merge: The merge.
+        folder: A folder of its own.
+        draw: Decides when.
+    """
+
+    def __init__(self, forks: Forks, merge: Merge, folder: Path, draw: random.Random) -> None:
+        self._forks, self._merge, self._draw = forks, merge, draw
+        self._output, self._old, reference = (
+            folder / name / f"out{merge.ending}" for name in ("killed", "old", "reference")
+        )
+        for place in (self._output, self._old, reference):
+            place.parent.mkdir(parents=True)
+        first = self._must(self._run(merge, reference, EXECUTORS["1 thread"]))
+        self._must(self._run(merge.other(), self._old, EXECUTORS["1 thread"]))
+        self._wanted, self._took = tree(reference), first.seconds
+        self._most = 300
+        """Operations on files that a run has, at most; found out."""
+        self.counts: Counter[str] = Counter()
+        self.wrong: list[str] = []
+
+    def story(self) -> int:
+        """Kill a run, perhaps some of those that go on with it, and let one end.
+
+        Returns:
+            How many were killed.
+        """
+        name = self._draw.choice(list(EXECUTORS))
+        before = self._start(overwrite := self._draw.random() < 0.5)
+        more = ["--overwrite"] if overwrite else []
+        killed, said = 0, f"{self._merge.kind}, {name}, {' '.join(more) or 'new'}"
+        while True:
+            moment = self._moment()
+            ended = self._run(self._merge, self._output, EXECUTORS[name], *more, **moment)
+            if ended.code == KILLED:
+                killed += 1
+                said += f", {moment}"
+                self.counts[name] += 1
+                self.counts["by time" if "kill_after" in moment else "by operation"] += 1
+            elif ended.code:
+                self.wrong.append(f"{said}: {ended.code}: {ended.err}")
+                return killed
+            found = tree(self._output)
+            if found not in (before, self._wanted):
+                self.wrong.append(f"{said}: a part of an output stands under its name")
+            if found == self._wanted:  # it had its name already, or was not killed
+                more = ["--overwrite"]
+            if ended.code == 0 or self._draw.random() < 0.6:
+                break
+            self.counts["killed again"] += 1
+        ended = self._run(self._merge, self._output, EXECUTORS[name], *more)
+        if ended.code or tree(self._output) != self._wanted:
+            self.wrong.append(f"{said}: run again, it is another: {ended.code} {ended.err}")
+        if taken_up := re.match(r"(\d+) of \d+ tensors were there", ended.out):
+            self.counts["tensors taken up"] += int(taken_up[1])
+        self._check_leftovers(said)
+        return killed
+
+    def _start(self, overwrite: bool) -> dict[str, bytes]:
+        remove(self._output)
+        if overwrite:
+            copy(self._old, self._output)
+        return tree(self._output)
+
+    def _moment(self) -> dict[str, Any]:
+        if self._draw.random() < 0.5:
+            return {"kill_after": self._draw.uniform(0, 1.2 * self._took)}
+        return {"kill_before": self._draw.randint(1, self._most)}
+
+    def _run(
+        self, merge: Merge, output: Path, workers: Workers, *more: str, **options: Any
+    ) -> Ended:
+        argv = [*merge.argv(output, *more), *workers.options]
+        settings = {"side_by_side": workers.side_by_side, **merge.settings, **options}
+        ended = self._forks.run(argv, **settings)
+        if "kill_before" in options and ended.code == 0:
+            self._most = max(20, min(self._most, options["kill_before"]))
+        return ended
+
+    def _check_leftovers(self, said: str) -> None:
+        """Only an old folder may be left, where the process died before it could delete it."""
+        left = hidden(self._output)
+        if any(".replaced-" not in name for name in left):
+            self.wrong.append(f"{said}: left {left}")
+        if left:
+            self.counts["old folders left, and cleaned"] += 1
+            self._must(self._forks.run(["clean", self._output.parent, "--delete", "--yes"]))
+            if hidden(self._output) or tree(self._output) != self._wanted:
+                self.wrong.append(f"{said}: not clean after `starmerge clean`")
+
+    def _must(self, ended: Ended) -> Ended:
+        assert ended.code == 0, ended.err
+        return ended
+
+
+def _share(kind: str) -> int:
+    """Return how many processes are killed of those that make a kind of output."""
+    return KILLS // len(OUTPUTS) + (OUTPUTS.index(kind) < KILLS % len(OUTPUTS))
+
+
+@pytest.mark.parametrize("kind", filter(_share, OUTPUTS))
+def test_a_merge_killed_at_random_ends_with_the_same_bytes(
+    forks: Forks, kind: str, tmp_path: Path
+) -> None:
+    draw = random.Random(f"{kind} {SEED}")
+    killing = Killing(forks, make_merge(kind, tmp_path), tmp_path / "runs", draw)
+    wanted = _share(kind)
+    begun, killed = time.monotonic(), 0
+    while killed < wanted and not killing.wrong:
+        killed += killing.story()
+    counts = ", ".join(f"{n} {name}" for name, n in sorted(killing.counts.items()))
+    print(f"\n{kind}: {killed} killed ({counts}), {time.monotonic() - begun:.0f} s")
+    assert killing.wrong == []
+    assert killed >= wanted
