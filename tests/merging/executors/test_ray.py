@@ -73,7 +73,9 @@ class Unlucky(Merge):
                 os.kill(os.getpid(), number)
         if (HERE / "slow").exists():
             (HERE / f"pid-{os.getpid()}").touch()
-            time.sleep(0.5)
+            time.sleep(1.5)
+        while (HERE / "block").exists() and "layers.1.self_attn.v_proj" in tensor.name:
+            time.sleep(0.05)
         return total(deltas)
     def memory(self, tensor): return total_bytes(tensor)
     def result(self, tensor): return total_shape(tensor)
@@ -387,17 +389,20 @@ def test_a_killed_driver_takes_its_workers_along_and_the_merge_goes_on(
     output = tmp_path / "ray" / "out"
     plan = unlucky(output)
     journal = output.parent / f".out.partial-{fingerprint(plan)}" / JOURNAL
-    (tmp_path / "slow").touch()
+    (tmp_path / "slow").touch()  # the journal is written once a second
+    (tmp_path / "block").touch()
     for worker in list(workers.workers):  # they hold the processors
         workers.dismiss(worker)
     driver = command(plan, tmp_path, "--address", address)
-    wait_until(lambda: journal.exists() and b'"record": {' in journal.read_bytes())
+    wait_until(lambda: journal.exists() and b'"tensor"' in journal.read_bytes())
+    driver.kill()
     driver.kill()
     driver.communicate()
     pids = [int(file.name.partition("-")[2]) for file in tmp_path.glob("pid-*")]
     assert pids
     wait_until(lambda: not any(map(alive, pids)))
     assert not output.exists()
+    (tmp_path / "block").unlink()
     (tmp_path / "slow").unlink()
     result = run(unlucky(output), Threads(1))
     assert result.taken_up > 0
