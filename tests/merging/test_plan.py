@@ -135,7 +135,7 @@ def test_a_url_becomes_no_folder(
     monkeypatch.chdir(tmp_path)
     before = set(tmp_path.iterdir())
     content = {"base": str(tiny_base), "models": [str(adapter)]}
-    with pytest.raises(UsageError, match="is a URL, and outputs are written to local folders"):
+    with pytest.raises(UsageError, match="is a URL, and this output is written to a folder"):
         make_plan(make_recipe(content), Path(url))
     with pytest.raises(UsageError, match="is a URL, and models are read from"):
         make_plan(make_recipe(content | {"models": [url]}), tmp_path / "out")
