@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import starmerge
+from starmerge.cli.clean import clean
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.verify import verify
 from starmerge.storage import ranges, requests, upload
@@ -386,7 +387,12 @@ starmerge.merge(sys.argv[1], sys.argv[2:-1], output=sys.argv[-1], threads=1)
 
 @pytest.mark.parametrize("moment", ["merging", "parts", "commits"])
 def test_killed_and_taken_up(
-    moment: str, world: World, tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
+    moment: str,
+    world: World,
+    tiny_base: Path,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     base, model = large(tiny_base, tmp_path / "base"), make_adapter("a")
     starmerge.merge(base, [model], output=tmp_path / "out")
@@ -406,8 +412,10 @@ def test_killed_and_taken_up(
 
     reached: list[Request] = []
     world.proxy.plan = wait
-    command = [sys.executable, "-c", MERGE, *arguments]
-    with subprocess.Popen(command, env=dict(os.environ)) as process:
+    program = ["-c", MERGE, *arguments]
+    if moment == "commits":
+        program = ["-m", "starmerge", "merge", *arguments[:-1], "-o", arguments[-1]]
+    with subprocess.Popen([sys.executable, *program], env=dict(os.environ)) as process:
         deadline = time.monotonic() + 60
         while len(reached) < (4 if moment == "merging" else 1) and time.monotonic() < deadline:
             assert process.poll() is None
@@ -417,6 +425,8 @@ def test_killed_and_taken_up(
     if moment != "commits":
         assert world.files("out") == {}
     world.proxy.plan = lambda request: None
+    clean(Path(arguments[-1]))
+    assert "(left over)" in capsys.readouterr().out
     result = starmerge.merge(arguments[0], arguments[1:-1], output=arguments[-1], threads=1)
     assert result.taken_up > 0
     assert_same(world.files("out"), tmp_path / "out")
