@@ -21,12 +21,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import starmerge
+from starmerge.cli.clean import clean
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.verify import verify
-from starmerge.storage import objects, ranges, upload
-from starmerge.storage.objects import ObjectBackend
+from starmerge.storage import ranges, requests, upload
 from starmerge.storage.places import RemotePlace
 from starmerge.storage.remote import remote_storage
+from starmerge.storage.requests import ObjectBackend
 from tests.conftest import MakeAdapter, MakeFinetune
 from tests.storage.object_server import Fault, Proxy, Request, object_server, proxy_before
 
@@ -101,7 +102,7 @@ def world(
         client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{server}")
         client.create_bucket(Bucket=bucket)
         # A process opens a bucket once, and this one has other endpoints in other tests.
-        objects._store.cache_clear()
+        requests._store.cache_clear()
         remote_storage.cache_clear()
         yield World(client, bucket, proxy, tmp_path)
 
@@ -217,7 +218,7 @@ def test_what_fails_for_a_moment_is_asked_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(objects, "TIMEOUT", timedelta(seconds=4))
+    monkeypatch.setattr(requests, "TIMEOUT", timedelta(seconds=4))
     models = [make_adapter("a", seed=1), make_adapter("b", seed=2)]
     starmerge.merge(tiny_base, models, output=tmp_path / "out")
     world.proxy.plan = plan
@@ -287,14 +288,14 @@ def test_no_secret_is_in_any_output(
 def test_what_keeps_failing_is_given_up(
     world: World, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(objects, "TIMEOUT", timedelta(seconds=0.5))
-    monkeypatch.setattr(objects, "RETRIES", 1)
+    monkeypatch.setattr(requests, "TIMEOUT", timedelta(seconds=0.5))
+    monkeypatch.setattr(requests, "RETRIES", 1)
     url = world.put(tiny_base, "base")
     world.proxy.plan = lambda r: Fault(delay=2)
     with pytest.raises(StarmergeError, match=r"s3://\S+: the store did not answer in time"):
         starmerge.merge(url, [url], output=world.url("out"))
-    objects._store.cache_clear()
-    monkeypatch.setattr(objects, "TIMEOUT", timedelta(seconds=30))
+    requests._store.cache_clear()
+    monkeypatch.setattr(requests, "TIMEOUT", timedelta(seconds=30))
     world.proxy.plan = lambda r: Fault(status=500)
     with pytest.raises(StarmergeError, match=r"s3://\S+: the store answers 500"):
         starmerge.merge(url, [url], output=world.url("out"))
@@ -344,7 +345,7 @@ def test_a_failed_upload_leaves_nothing_and_is_repeated_alone(
 ) -> None:
     base = large(tiny_base, tmp_path / "base")
     monkeypatch.setattr(upload, "PART", PARTS)
-    monkeypatch.setattr(objects, "RETRIES", 0)
+    monkeypatch.setattr(requests, "RETRIES", 0)
     model = make_adapter("a")
 
     def fail(request: Request) -> Fault | None:
@@ -386,7 +387,12 @@ starmerge.merge(sys.argv[1], sys.argv[2:-1], output=sys.argv[-1], threads=1)
 
 @pytest.mark.parametrize("moment", ["merging", "parts", "commits"])
 def test_killed_and_taken_up(
-    moment: str, world: World, tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
+    moment: str,
+    world: World,
+    tiny_base: Path,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     base, model = large(tiny_base, tmp_path / "base"), make_adapter("a")
     starmerge.merge(base, [model], output=tmp_path / "out")
@@ -406,8 +412,10 @@ def test_killed_and_taken_up(
 
     reached: list[Request] = []
     world.proxy.plan = wait
-    command = [sys.executable, "-c", MERGE, *arguments]
-    with subprocess.Popen(command, env=dict(os.environ)) as process:
+    program = ["-c", MERGE, *arguments]
+    if moment == "commits":
+        program = ["-m", "starmerge", "merge", *arguments[:-1], "-o", arguments[-1]]
+    with subprocess.Popen([sys.executable, *program], env=dict(os.environ)) as process:
         deadline = time.monotonic() + 60
         while len(reached) < (4 if moment == "merging" else 1) and time.monotonic() < deadline:
             assert process.poll() is None
@@ -417,6 +425,8 @@ def test_killed_and_taken_up(
     if moment != "commits":
         assert world.files("out") == {}
     world.proxy.plan = lambda request: None
+    clean(Path(arguments[-1]))
+    assert "(left over)" in capsys.readouterr().out
     result = starmerge.merge(arguments[0], arguments[1:-1], output=arguments[-1], threads=1)
     assert result.taken_up > 0
     assert_same(world.files("out"), tmp_path / "out")

@@ -25,7 +25,7 @@ from starmerge.storage.scratch import Scratch
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-    from starmerge.storage.objects import ObjectBackend
+    from starmerge.storage.requests import ObjectBackend
 
 PART = 8 * 2**20
 """Bytes of a part, at least; S3 wants 5 MiB. A file that has no two is sent at the end."""
