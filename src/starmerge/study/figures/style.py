@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -126,8 +127,11 @@ def save(figure: Figure, path: Path) -> Figure:
     suffix = path.suffix.lower()
     if suffix not in _FORMATS:
         raise UsageError(f"{path}: a figure is written as {', '.join(_FORMATS)}. Choose one.")
+    # Drawn in memory: matplotlib hides that a disk is full behind an error of its own.
+    drawn = io.BytesIO()
     with styled(), output_file(path, overwrite=True) as partial:
-        figure.savefig(partial, format=suffix[1:], metadata=_FORMATS[suffix])
+        figure.savefig(drawn, format=suffix[1:], metadata=_FORMATS[suffix])
+        partial.write_bytes(drawn.getvalue())
     return figure
 
 
