@@ -146,6 +146,6 @@ def _unescaped(text: str) -> str:
 def _text(file: Path) -> str:
     """Return the text of a small file; nothing where it cannot be read."""
     try:
-        return file.read_text(encoding="ascii", errors="replace").strip()
+        return file.read_text(encoding="utf-8", errors="replace").strip()
     except (OSError, ValueError):
         return ""

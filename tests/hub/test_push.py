@@ -419,7 +419,8 @@ def write_results(folder: Path, merged: Path) -> Path:
     models = {"base": "0" * 64, "other": "1" * 64, "merged": blake3_of_model(merged)}
     provenance = {"models": {name: {"blake3": digest} for name, digest in models.items()}}
     content = {"schema_version": 1, "scores": scores, "normalised_averages": averages}
-    (folder / "scores.json").write_text(json.dumps(content | {"provenance": provenance}))
+    content |= {"provenance": {**provenance, "date": "2026-01-31"}}
+    (folder / "scores.json").write_text(json.dumps(content))
     return folder
 
 

@@ -60,12 +60,13 @@ class _Group(TyperGroup):
         """Take the common options from wherever they stand, and do at once as they say."""
         rest = super().parse_args(ctx, self._common_first(args))
         options = ctx.params
-        ctx.obj.configure(
-            options["log"],
-            quiet=options["quiet"],
-            heartbeat=options["heartbeat"],
-            debug=options["debug"],
-        )
+        if ctx.obj is not None:  # a program that calls the app itself decides what is told
+            ctx.obj.configure(
+                options["log"],
+                quiet=options["quiet"],
+                heartbeat=options["heartbeat"],
+                debug=options["debug"],
+            )
         return rest
 
     def _common_first(self, args: Sequence[str]) -> list[str]:
@@ -167,7 +168,8 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    context.obj.start(context.invoked_subcommand)
+    if context.obj is not None:
+        context.obj.start(context.invoked_subcommand)
 
 
 def main() -> None:

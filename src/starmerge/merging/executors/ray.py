@@ -166,8 +166,11 @@ class RayExecutor:
         )
         try:
             yield from run.results()
-        except BaseException:
+        except BaseException as error:
             run.end(flush=False)
+            if isinstance(error, SystemError) and error.__cause__ is not None:
+                # What a signal's handler has raised while Ray's own code was waiting.
+                raise error.__cause__ from None
             raise
         run.end(flush=True)
 
