@@ -169,7 +169,10 @@ def test_quiet_tells_errors_alone(starmerge: Run, arguments: list[object], log: 
 
 def _stopped(arguments: list[object], how: signal.Signals) -> tuple[int, list[dict[str, Any]]]:
     """Run a merge until it has done some tensors, send a signal; return exit code and events."""
-    command = [sys.executable, "-m", "starmerge", *map(str, arguments)]
+    # A process that a shell began in the background ignores SIGINT unless told otherwise.
+    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    text = f"{heeding}from starmerge.cli import main; main()"
+    command = [sys.executable, "-c", text, *map(str, arguments)]
     slow = ["-p", "seconds=0.5", "--log", "json"]
     lines: list[str] = []
     with subprocess.Popen([*command, *slow], stderr=subprocess.PIPE, text=True) as process:

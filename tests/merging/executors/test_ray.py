@@ -369,7 +369,9 @@ def command(plan: Plan, folder: Path, *options: str) -> subprocess.Popen[str]:
     arguments = ["merge", str(plan.recipe.base), *models, "-m", "own.py:Unlucky"]
     arguments += ["-o", str(plan.path), "--executor", "ray", *options]
     text = (
-        "import sys; from starmerge.merging.executors import schedule; schedule.LEAST = 1; "
+        # A process that a shell began in the background ignores SIGINT unless told otherwise.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from starmerge.merging.executors import schedule; schedule.LEAST = 1; "
         "from starmerge.cli import main; main()"
     )
     return subprocess.Popen(
