@@ -324,7 +324,12 @@ def test_a_disk_that_fails_in_the_middle_loses_nothing(
     assert f"{out} was not made: [Errno 27]" in finished.stderr
     assert "Traceback" not in finished.stderr
     assert (out / "merge_report.json").read_text() == "kept"
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "adapter"}
+    # What was made is kept for the next run, which has the room.
+    (partial,) = tmp_path.glob(".out.partial-*")
+    assert str(partial) in finished.stderr
+    again = subprocess.run([*command, "-o", tmp_path / "new"], check=False, capture_output=True)
+    assert again.returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "adapter", "new", partial.name}
 
 
 def test_merges_with_a_metric(

@@ -34,9 +34,9 @@ MOMENTS = int(os.environ.get("KILL_MOMENTS", "0"))
 @pytest.mark.parametrize(
     ("kind", "method", "overwrite", "stride", "moments"),
     [
-        ("model", "star", False, 7, 4),
+        ("model", "star", False, 13, 2),
         ("model", "ties", True, 13, 2),
-        ("adapter", "star", False, 7, 2),
+        ("adapter", "star", False, 13, 1),
         ("adapter", "average", True, 11, 2),
         ("unified", "emr", False, 13, 2),
         ("file", "average", False, 23, 1),
