@@ -56,7 +56,7 @@ def run(names: Sequence[str]) -> None:
         store = run_study(
             study.model_copy(update=changes), STORES / name, cache=ScoreCache(), progress=True
         )
-        print(write_tables(store))
+        print(write_tables(Averages(store)))
 
 
 def averages_of(name: str) -> Averages | None:
@@ -237,8 +237,9 @@ def figures() -> None:
     for name in (*SHIPPED, *OWN):
         if is_store(STORES / name):
             store = load_store(STORES / name)
-            write_tables(store)
-            write_figures(store)
+            averages = Averages(store)
+            write_tables(averages)
+            write_figures(averages)
             for file in sorted((store.folder / FIGURES).glob("*.png")):
                 shutil.copyfile(file, DRAWN / f"{name}_{file.name}")
 

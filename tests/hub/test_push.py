@@ -21,6 +21,7 @@ from huggingface_hub import ModelCard
 import starmerge as sm
 from starmerge.checkpoints.source import resolve
 from starmerge.evaluation.cache import blake3_of_model
+from starmerge.events import Retry
 from starmerge.hub import push as pushing
 from starmerge.hub.merged import open_merged
 from starmerge.hub.talking import without_secrets
@@ -153,10 +154,13 @@ def _until(holds: Callable[[], bool]) -> bool:
 )
 @pytest.mark.usefixtures("at_once")
 def test_what_fails_once_is_tried_again_and_commits_once(
-    hub: FakeHub, merged: Path, fault: Fault
+    hub: FakeHub, merged: Path, fault: Fault, caplog: pytest.LogCaptureFixture
 ) -> None:
     hub.faults = [fault]
     sm.push(merged, REPO)
+    told = [record.msg for record in caplog.records if isinstance(record.msg, Retry)]
+    expected = [(f"the commit to {REPO}", 1)] if "commit" in fault.path else []
+    assert [(retry.what, retry.attempt) for retry in told] == expected
     assert fault.times == 0
     assert hub.files(REPO) == contents(merged)
     assert len(hub.messages(REPO)) == 2

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 import starmerge
 from starmerge.cli.clean import clean
 from starmerge.errors import StarmergeError, UsageError
+from starmerge.events import Retry
 from starmerge.merging.verify import verify
 from starmerge.storage import ranges, requests, upload
 from starmerge.storage.places import RemotePlace
@@ -217,12 +218,17 @@ def test_what_fails_for_a_moment_is_asked_again(
     make_adapter: MakeAdapter,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    request: pytest.FixtureRequest,
 ) -> None:
     monkeypatch.setattr(requests, "TIMEOUT", timedelta(seconds=4))
     models = [make_adapter("a", seed=1), make_adapter("b", seed=2)]
     starmerge.merge(tiny_base, models, output=tmp_path / "out")
     world.proxy.plan = plan
     assert_same(merged(world, tiny_base, models), tmp_path / "out")
+    told = [record.msg for record in caplog.records if isinstance(record.msg, Retry)]
+    assert bool(told) == (request.node.callspec.id == "cut")
+    assert all(retry.what.startswith("s3://") for retry in told)
 
 
 def test_an_input_that_is_replaced_is_named(

@@ -11,7 +11,7 @@ from starmerge.evaluation.scoring.comparison import normalised_average
 from starmerge.evaluation.scoring.metrics import METRICS, RESAMPLES, Prediction, Score, score
 from starmerge.study.averages import SPLITS, Averages
 from starmerge.study.grids import best_of_grids, best_parameters, shift_of_best
-from starmerge.study.outcome import named_figures, write_tables
+from starmerge.study.outcome import averages_of, named_figures
 from starmerge.study.runs import Run
 from starmerge.study.store import Record, Store, line_of, load_store, open_store
 from starmerge.study.tables import by_task, grids, markdown, report
@@ -368,7 +368,7 @@ def test_what_failed_and_what_is_left_out_is_said(tmp_path: Path) -> None:
         for run, lines in runs:
             every.add(run, [{"error": "it broke"}] if run.kind == "merge" else lines)
     with pytest.raises(UsageError, match=r"no merge yet[\s\S]*- average, star.*: it broke"):
-        write_tables(every)
+        averages_of(every)
 
 
 def test_figures_that_nothing_is_there_for_yet_are_left_out(tmp_path: Path) -> None:
@@ -390,7 +390,7 @@ def test_figures_that_nothing_is_there_for_yet_are_left_out(tmp_path: Path) -> N
             for record in store.records:
                 if record.run.method in methods:
                     part.add(record.run, record.lines)
-        assert list(named_figures(part)) == stems
+        assert list(named_figures(Averages(part))) == stems
 
 
 def test_values_that_are_no_numbers_have_no_place_on_an_axis(tmp_path: Path) -> None:
@@ -407,5 +407,5 @@ def test_values_that_are_no_numbers_have_no_place_on_an_axis(tmp_path: Path) -> 
             if run.parameters.get("eta") == 60:
                 run = replace(run, parameters={**run.parameters, "eta": {"*": 60}})
             other.add(run, record.lines)
-    assert list(named_figures(other)) == ["best_eta", "parameter_eta"]
+    assert list(named_figures(Averages(other))) == ["best_eta", "parameter_eta"]
     assert set(best_parameters(Averages(other), "eta").best) <= {20, 40}

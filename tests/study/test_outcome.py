@@ -71,8 +71,8 @@ def test_shares_by_task_are_of_the_most_models(store: Store) -> None:
 
 
 def test_tables_and_figures_are_written_into_the_folder(store: Store) -> None:
-    table = write_tables(store)
-    write_figures(store)
+    table = write_tables(Averages(store))
+    write_figures(Averages(store))
     assert (store.folder / "table.md").read_text(encoding="utf-8") == f"{table}\n"
     written = pd.read_csv(store.folder / "averages.csv")
     expected = Averages(store).to_frame()
@@ -85,7 +85,7 @@ def test_tables_and_figures_are_written_into_the_folder(store: Store) -> None:
 
 
 def test_figures_without_runs_are_left_out_and_titles_name_models(store: Store) -> None:
-    entries = figure_entries(store)
+    entries = figure_entries(Averages(store))
     assert [entry.figure for entry in entries] == [
         "number", "parameter", "best", "one-shot", "tasks",
     ]  # fmt: skip

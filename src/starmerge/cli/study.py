@@ -187,16 +187,17 @@ def study(
 
 def _draw(store: Store, report: Path | None, *, overwrite: bool) -> None:
     """Write tables, figures and page of a store, and print the tables."""
-    from starmerge.study.outcome import FIGURES, write_figures, write_tables
+    from starmerge.study.outcome import FIGURES, averages_of, write_figures, write_tables
 
-    print(write_tables(store))
-    write_figures(store)
+    averages = averages_of(store)
+    print(write_tables(averages))
+    write_figures(averages)
     print(f"\nFigures: {store.folder / FIGURES}")
     if report is not None:
         from starmerge.study.page import write_page
         from starmerge.study.page.study import study_page
 
-        write_page(study_page(store), report, overwrite=overwrite)
+        write_page(study_page(averages), report, overwrite=overwrite)
         print(f"Report: {report}")
 
 

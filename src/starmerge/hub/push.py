@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from starmerge.checkpoints.card import CARD
 from starmerge.errors import StarmergeError
+from starmerge.events import Retry, emit
 from starmerge.hub.merged import Merged, open_merged
 from starmerge.hub.scores import with_scores
 from starmerge.hub.talking import may_pass, talking
@@ -160,10 +161,9 @@ def _commit(
     """
     api, repo_id, branch = held.api, held.target.repo_id, held.target.branch
     api.preupload_lfs_files(repo_id, additions, revision=branch, free_memory=False)
-    for wait in (0.0, *_WAITS):
-        time.sleep(wait)
+    for attempt, wait in enumerate((*_WAITS, None), start=1):
         try:
-            if wait and api.model_info(repo_id, revision=branch).sha != parent:
+            if attempt > 1 and api.model_info(repo_id, revision=branch).sha != parent:
                 break
             return api.create_commit(
                 repo_id,
@@ -173,8 +173,10 @@ def _commit(
                 parent_commit=parent,
             ).oid
         except Exception as error:
-            if not may_pass(error) or wait == _WAITS[-1]:
+            if wait is None or not may_pass(error):
                 raise
+            emit(Retry(f"the commit to {held.target}", attempt, wait, type(error).__name__))
+            time.sleep(wait)
     # The commit was made, and the answer was lost; or somebody else made one.
     return str(api.model_info(repo_id, revision=branch).sha)
 

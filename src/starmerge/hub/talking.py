@@ -155,7 +155,10 @@ class _Redaction(logging.Filter):
         self._token = token
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = without_secrets(record.getMessage(), self._token), None
+        text = record.getMessage()
+        clean = without_secrets(text, self._token)
+        if clean != text:  # events stay events
+            record.msg, record.args = clean, None
         return True
 
 

@@ -11,9 +11,10 @@ from functools import cached_property
 from typing import Any
 
 from starmerge.errors import StarmergeError, UsageError
+from starmerge.events import Retry, emit
 from starmerge.storage.local_folder import LocalFolder
 from starmerge.storage.places import RemotePlace, without_secrets
-from starmerge.storage.ranges import Ranges
+from starmerge.storage.ranges import CUT_OFF, Ranges
 from starmerge.storage.storage import FileState, ShortFileError
 
 _TRUNCATED = 3
@@ -60,7 +61,7 @@ class HubBackend:
 
     def fetch(self, file: RemotePlace, state: FileState, start: int, stop: int) -> bytes:
         """Return a range of a file."""
-        for _ in range(_TRUNCATED + 1):
+        for attempt in range(1, _TRUNCATED + 2):
             try:
                 with self._system.open(str(file), "rb", cache_type="none") as stream:
                     stream.seek(start)
@@ -69,6 +70,8 @@ class HubBackend:
                 raise _in_words(file, error) from None
             if len(content) == stop - start:
                 return content
+            if attempt <= _TRUNCATED:
+                emit(Retry(str(file), attempt, 0.0, CUT_OFF))
         raise ShortFileError(f"{file} ends early")
 
     def members(self, folder: RemotePlace) -> tuple[list[str], list[str]]:

@@ -36,6 +36,9 @@ _AHEAD_AT_ONCE = 4
 _FORGOTTEN = 60.0
 """Seconds after which what was announced and never read makes room."""
 
+CUT_OFF = "the answer ended early"
+"""Why a request is repeated that the library which made it takes for well done."""
+
 _FIRST_BLOCK = 64 * 2**10
 """Bytes that a stream fetches first; each further block is twice as long, if it follows."""
 

@@ -25,8 +25,9 @@ from obstore.exceptions import (
 from obstore.store import AzureStore, GCSStore, ObjectStore, S3Store
 
 from starmerge.errors import StarmergeError
+from starmerge.events import Retry, emit
 from starmerge.storage.places import RemotePlace
-from starmerge.storage.ranges import changed
+from starmerge.storage.ranges import CUT_OFF, changed
 from starmerge.storage.storage import FileState, ShortFileError
 
 if TYPE_CHECKING:
@@ -145,14 +146,15 @@ def _answer(place: RemotePlace, ask: Callable[[], Answer]) -> Answer:
         FileNotFoundError: There is no such object.
         StarmergeError: It was replaced; the store refuses, or cannot be reached.
     """
-    for left in reversed(range(_CUT_OFF + 1)):
+    for attempt in range(1, _CUT_OFF + 2):
         try:
             return ask()
         except PreconditionError:
             raise changed(place) from None
         except (BaseError, OSError, ValueError) as error:
-            if not left or not _is_cut_off(error):
+            if attempt > _CUT_OFF or not _is_cut_off(error):
                 raise in_words(place, error) from None
+            emit(Retry(str(place), attempt, 0.0, CUT_OFF))
     raise AssertionError
 
 

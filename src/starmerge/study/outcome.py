@@ -33,17 +33,25 @@ FORMATS = (".png", ".pdf")
 """In which each figure is written."""
 
 
-def write_tables(store: Store) -> str:
+def averages_of(store: Store) -> Averages:
+    """Return the averages of a store, from which its tables, figures and page are made.
+
+    Raises:
+        UsageError: It has no merges that can be averaged yet; says which runs have failed.
+    """
+    try:
+        return Averages(store)
+    except UsageError as error:
+        raise UsageError("\n".join([str(error), *failures(store)])) from error
+
+
+def write_tables(averages: Averages) -> str:
     """Write the tables of a store into its folder, and return them in Markdown.
 
     Raises:
-        UsageError: The store has no merges that can be averaged yet.
         StarmergeError: The disk is full, or fails otherwise.
     """
-    try:
-        averages = Averages(store)
-    except UsageError as error:
-        raise UsageError("\n".join([str(error), *failures(store)])) from error
+    store = averages.store
     table = report(averages)
     with output_file(store.folder / TABLE, overwrite=True) as partial:
         partial.write_text(f"{table}\n", encoding="utf-8")
@@ -52,31 +60,30 @@ def write_tables(store: Store) -> str:
     return table
 
 
-def write_figures(store: Store) -> None:
+def write_figures(averages: Averages) -> None:
     """Draw the figures that a store's study names into its folder.
 
     Raises:
-        UsageError: The store has no merges that can be averaged yet.
         StarmergeError: The disk is full, or fails otherwise.
     """
-    averages = Averages(store)
+    store = averages.store
     (store.folder / FIGURES).mkdir(exist_ok=True)
-    for stem, entry in named_figures(store).items():
+    for stem, entry in named_figures(averages).items():
         for suffix in FORMATS:
             _PLOTS[entry.figure](averages, entry, store.folder / FIGURES / f"{stem}{suffix}")
 
 
-def figure_entries(store: Store) -> list[FigureEntry]:
+def figure_entries(averages: Averages) -> list[FigureEntry]:
     """Return the figures that a store's study names and its runs can be drawn as."""
-    entries = [FigureEntry.model_validate(entry) for entry in store.head["study"]["figures"]]
-    averages = Averages(store)
+    named = averages.store.head["study"]["figures"]
+    entries = [FigureEntry.model_validate(entry) for entry in named]
     return [entry for entry in entries if _can_be_drawn(averages, entry)]
 
 
-def named_figures(store: Store) -> dict[str, FigureEntry]:
+def named_figures(averages: Averages) -> dict[str, FigureEntry]:
     """Return the figures of :func:`figure_entries` by the names of their files, without suffix."""
     found: dict[str, FigureEntry] = {}
-    for entry in figure_entries(store):
+    for entry in figure_entries(averages):
         stem = "_".join(filter(None, [entry.figure.replace("-", "_"), entry.parameter]))
         same = sum(
             (e.figure, e.parameter) == (entry.figure, entry.parameter) for e in found.values()

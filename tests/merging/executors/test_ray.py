@@ -22,6 +22,7 @@ import pytest
 
 import starmerge as sm
 from starmerge.errors import UsageError, WorkersLostError
+from starmerge.events import Retry
 from starmerge.merging.engine import run
 from starmerge.merging.executors import ray as ray_executor
 from starmerge.merging.executors import schedule
@@ -210,7 +211,9 @@ def test_what_a_killed_worker_had_in_hand_is_done_again(
     (tmp_path / "kill").write_text(_TENSOR)
     far = tree(run(unlucky(tmp_path / "ray" / "out"), kept(workers)).path)
     assert (tmp_path / "kill-done").exists()
-    assert "was lost" in caplog.text
+    (retry,) = [record.msg for record in caplog.records if isinstance(record.msg, Retry)]
+    assert _TENSOR in retry.what
+    assert (retry.attempt, retry.reason[-8:]) == (1, "was lost")
     assert far == local
     assert len(workers.workers) == 3
 

@@ -13,6 +13,7 @@ import pytest
 import starmerge as sm
 from starmerge.evaluation.evaluation import Evaluation
 from starmerge.evaluation.scoring.metrics import Score
+from starmerge.study.averages import Averages
 from starmerge.study.page import (
     Chart,
     Copy,
@@ -376,7 +377,7 @@ def _choice_page(_: Path, __: pytest.TempPathFactory) -> Page:
 
 
 def _study_page(_: Path, factory: pytest.TempPathFactory) -> Page:
-    return study_page(written_store(factory.mktemp("study") / "s")[1])
+    return study_page(Averages(written_store(factory.mktemp("study") / "s")[1]))
 
 
 def _inspection_page(base: Path, factory: pytest.TempPathFactory) -> Page:

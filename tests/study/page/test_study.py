@@ -19,7 +19,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture(scope="module")
 def page(store: Store) -> Page:
-    return study_page(store)
+    return study_page(Averages(store))
 
 
 def test_a_study_has_a_section_for_each_of_its_figures(store: Store, page: Page) -> None:

@@ -37,6 +37,7 @@ import torch
 from starmerge import plugins
 from starmerge.device import ACCELERATOR
 from starmerge.errors import StarmergeError, UsageError, WorkersLostError
+from starmerge.events import Retry, emit
 from starmerge.machine import usable_memory
 from starmerge.merging.executors.executor import Job, Result
 from starmerge.merging.executors.schedule import Group, Schedule
@@ -628,18 +629,13 @@ class _Run:
             self._failed += 1
             if self._failed >= _FAILED_STARTS:
                 raise WorkersLostError(f"{self._failed} workers in a row did not start: {reason}")
-        else:
-            assert worker.machine is not None
-            LOG.warning(
-                "A worker on %s was lost. What it worked on (%s) is done again.",
-                worker.machine.host,
-                ", ".join(map(self._schedule.job.label, group.numbers[:3]))
-                + (" …" if len(group.numbers) > 3 else ""),
-            )
         if worker in self._executor.workers:
             self._replace(worker)
-        if group is not None:
-            self._schedule.lost(group, reason)
+        if group is not None and (losses := self._schedule.lost(group, reason)):
+            assert worker.machine is not None  # it had work
+            named = ", ".join(map(self._schedule.job.label, group.numbers[:3]))
+            what = f"{named} …" if len(group.numbers) > 3 else named
+            emit(Retry(what, losses, 0.0, f"a worker on {worker.machine.host} was lost"))
 
     def _replace(self, worker: _Worker) -> None:
         """End a worker and ask for another one."""

@@ -157,7 +157,7 @@ class Schedule(Generic[Result]):
         self._spent, self._cost = self._spent + now - begun.since, self._cost + group.cost
         self._found.update(zip(group.numbers, results, strict=True))
 
-    def lost(self, group: Group, reason: str) -> None:
+    def lost(self, group: Group, reason: str) -> int:
         """Note that a worker was lost while it worked on a group, which is then done again.
 
         Its numbers are begun one by one, so that one which kills workers is found.
@@ -166,12 +166,16 @@ class Schedule(Generic[Result]):
             group: What it worked on.
             reason: What is known of the loss, a sentence.
 
+        Returns:
+            How many workers a number of the group has cost so far, at most; 0 if another worker
+            has done the group or is at it, so that nothing is begun again.
+
         Raises:
             WorkersLostError: A number of the group has cost too many workers.
         """
         begun = self._begun.get(group)
         if begun is None:  # done by another
-            return
+            return 0
         self._deaths.update(group.numbers)
         fatal = [number for number in group.numbers if self._deaths[number] >= DEATHS]
         if fatal:
@@ -181,8 +185,8 @@ class Schedule(Generic[Result]):
                 f"{reason} If memory was short, give machines with more, or fewer --threads."
             )
         begun.copies -= 1
-        if begun.copies:
-            return
+        if begun.copies:  # another worker has it, too
+            return 0
         del self._begun[group]
         job = self.job
         self._open += [
@@ -190,6 +194,7 @@ class Schedule(Generic[Result]):
             for i, number in enumerate(group.numbers)
         ]
         self._open.sort(key=lambda group: group.position)
+        return max(self._deaths[number] for number in group.numbers)
 
     def _is_left(self, group: Group) -> bool:
         """Tell whether some result of a group in the window has not been handed on."""

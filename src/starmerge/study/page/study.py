@@ -33,7 +33,6 @@ from starmerge.study.page.parts import (
     Text,
 )
 from starmerge.study.palette import BASE_COLOUR, looks
-from starmerge.study.store import Store
 from starmerge.study.study_file import FigureEntry, FigureKind
 from starmerge.study.tables import GRID_LEGEND, LEGEND, failures, left_out
 
@@ -41,13 +40,9 @@ KEYS = 6
 """Methods at most whose averages stand at the head of a page."""
 
 
-def study_page(store: Store) -> Page:
-    """Make the page of a study.
-
-    Raises:
-        UsageError: The store has no merges that can be averaged yet.
-    """
-    averages = Averages(store)
+def study_page(averages: Averages) -> Page:
+    """Make the page of a study."""
+    store = averages.store
     head = store.head
     merges = [record for record in store.records if record.run.kind == "merge"]
     name, about = head["study"]["name"], head["study"]["description"].strip().removesuffix(".")
@@ -59,7 +54,7 @@ def study_page(store: Store) -> Page:
     sections = [
         Section("Summary", _summary(averages)),
         *(Section(_heading(entry), _SHOWN[entry.figure](averages, entry))
-          for entry in figure_entries(store)),
+          for entry in figure_entries(averages)),
         Section("Averages", _averages(averages)),
         *([Section("Best of the grids", _grids(grids))] if grids else ()),
         Section("All runs", [_runs(averages)]),
