@@ -14,7 +14,7 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -74,6 +74,8 @@ class FakeHub:
         self.uploads: list[str] = []
         """SHA-256 of every large file whose upload was complete."""
         self.faults: list[Fault] = []
+        self.meanwhile: Callable[[], object] | None = None
+        """What somebody else does before a commit that was asked for; once."""
         self.stalled = threading.Event()
         self.parts: dict[tuple[str, int], bytes] = {}
         self.lock = threading.Lock()
@@ -405,6 +407,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _commit(self, body: bytes, repo: str, revision: str) -> Any:
         self._check_writer(repo)
+        if self.hub.meanwhile is not None:
+            meanwhile, self.hub.meanwhile = self.hub.meanwhile, None
+            meanwhile()
         lines = [json.loads(line) for line in body.splitlines()]
         head = self._history(repo, revision)[-1]
         header = lines[0]["value"]

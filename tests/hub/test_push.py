@@ -167,6 +167,16 @@ def test_what_fails_once_is_tried_again_and_commits_once(
     assert len(hub.messages(REPO)) == 2
 
 
+def test_what_somebody_else_commits_meanwhile_stays(hub: FakeHub, merged: Path) -> None:
+    repo = hub.put(REPO, {})
+    theirs = hub.stored({"notes.md": b"theirs"})
+    hub.meanwhile = lambda: hub.commit(repo, "main", "theirs", theirs)
+    with pytest.raises(sm.StarmergeError, match="changed by somebody else"):
+        sm.push(merged, REPO)
+    assert hub.files(REPO) == {"notes.md": b"theirs"}
+    assert hub.messages(REPO)[-1] == "theirs"
+
+
 @pytest.mark.parametrize(
     ("fault", "error", "message"),
     [

@@ -329,7 +329,18 @@ def test_overwriting(
     (tiny_base / "extra.json").unlink()
     with pytest.raises(UsageError, match="exists and is not empty"):
         starmerge.merge(tiny_base, [second], output=world.url("out"))
+    seen: list[set[str]] = []
+
+    def look(request: Request) -> None:
+        if request.method == "PUT" and request.key.startswith("out/"):
+            seen.append({*world.files("out")} if "merge_report" not in request.key else set())
+
+    world.proxy.plan = look
     starmerge.merge(tiny_base, [second], output=world.url("out"), overwrite=True)
+    world.proxy.plan = lambda request: None
+    assert len(seen) > 3
+    # While files of both merges lie there, nothing says that they are a whole one.
+    assert not any("merge_report.json" in names for names in seen)
     starmerge.merge(tiny_base, [second], output=tmp_path / "out")
     files = world.files("out")
     assert "extra.json" not in files

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 import starmerge as sm
-from starmerge.errors import UsageError, WorkersLostError
+from starmerge.errors import Interrupted, UsageError, WorkersLostError
 from starmerge.events import Retry
 from starmerge.merging.engine import run
 from starmerge.merging.executors import ray as ray_executor
@@ -293,6 +293,25 @@ def test_the_memory_of_a_machine_bounds_what_is_in_work_there(
     for own in by_node.values():
         own.sort()
         assert all(first[1] <= second[0] for first, second in pairwise(own))
+
+
+def test_a_signal_inside_of_rays_own_code_comes_through(
+    workers: RayExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a handler raises while Ray waits, Ray wraps, if it comes at an unlucky moment."""
+    wait, calls = ray.wait, []
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise SystemError("returned a result with an exception set") from Interrupted(2)
+        return wait(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(ray, "wait", interrupted)
+        list(workers.run(FunctionJob(lambda number: number, lambda number: 0), range(9)))
+    job = FunctionJob(lambda number: number, lambda number: 0)
+    assert list(workers.run(job, range(9))) == [*range(9)]
 
 
 def test_warnings_of_workers_are_logged_by_the_driver(
