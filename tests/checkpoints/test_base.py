@@ -14,6 +14,8 @@ from starmerge.checkpoints.source import resolve
 from starmerge.errors import StarmergeError, UsageError
 from tests.conftest import MakeAdapter, MakeFinetune, edit_json
 
+pytestmark = pytest.mark.usefixtures("answers_at_once")
+
 
 def test_refuses_an_adapter_and_a_model_quantised_in_an_unknown_way_as_base(
     make_adapter: MakeAdapter, make_finetune: MakeFinetune

@@ -19,6 +19,8 @@ from starmerge.checkpoints.source import Source, resolve
 from starmerge.errors import StarmergeError
 from tests.conftest import MakeAdapter
 
+pytestmark = pytest.mark.usefixtures("answers_at_once")
+
 _SOURCE = Source("adapter", Path("adapter"), None, None)
 
 

@@ -40,6 +40,8 @@ from tests.conftest import MakeAdapter, MakeFinetune, edit_json
 from tests.oracles import bounds
 from tests.oracles import emr as oracle
 
+pytestmark = pytest.mark.usefixtures("answers_at_once")
+
 Arrays = dict[str, np.ndarray]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
