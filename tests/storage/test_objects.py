@@ -25,7 +25,7 @@ from starmerge.cli.clean import clean
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.events import Retry
 from starmerge.merging.verify import verify
-from starmerge.storage import ranges, requests, upload
+from starmerge.storage import parts, ranges, requests
 from starmerge.storage.places import RemotePlace
 from starmerge.storage.remote import remote_storage
 from starmerge.storage.requests import ObjectBackend
@@ -361,7 +361,7 @@ def test_a_failed_upload_leaves_nothing_and_is_repeated_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base = large(tiny_base, tmp_path / "base")
-    monkeypatch.setattr(upload, "PART", PARTS)
+    monkeypatch.setattr(parts, "PART", PARTS)
     monkeypatch.setattr(requests, "RETRIES", 0)
     model = make_adapter("a")
 
@@ -396,8 +396,8 @@ def large(base: Path, to: Path) -> Path:
 MERGE = """
 import sys
 import starmerge
-from starmerge.storage import upload
-upload.PART = 5 * 2**20
+from starmerge.storage import parts
+parts.PART = 5 * 2**20
 starmerge.merge(sys.argv[1], sys.argv[2:-1], output=sys.argv[-1], threads=1)
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol
 
 import torch
 from blake3 import blake3
@@ -92,7 +93,23 @@ def _hash_and_remember(info: TensorInfo, state: FileState, tensor: Tensor) -> st
     return digest
 
 
-def blake3_of_contents(tensors: Iterable[tuple[TensorInfo, str]]) -> str:
+class Layout(Protocol):
+    """What describes a tensor that is stored, or will be."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+
+def blake3_of_contents(tensors: Iterable[tuple[Layout, str]]) -> str:
     """Return one BLAKE3 of some tensors, such as those of a file.
 
     That of a line of JSON for each, sorted by name: its name, dtype and shape, and the BLAKE3 of

@@ -24,7 +24,7 @@ from starmerge.storage.write_behind import WriteBehind
 SHARD_BYTES = 5 * 10**9
 """Largest shard, as transformers writes them; a larger tensor gets a shard of its own."""
 
-_PIECE = 2**20
+_PIECE = 2**23
 """Bytes that are read back at once."""
 
 
@@ -195,10 +195,12 @@ class ShardWriter:
                 f"entry {start} does not fit."
             )
         content = raw_bytes(tensor.contiguous())
-        self._file(place.shard).write(content, place.offset + offset)
         with self._lock:
             if not progress.left:  # it is written anew
                 progress.left, progress.digest = place.tensor.nbytes, None
+        more = progress.left > tensor.nbytes
+        self._file(place.shard).write(content, place.offset + offset, more=more)
+        with self._lock:
             if not offset:
                 progress.hashed, progress.hash = 0, blake3(max_threads=1)
             follows = progress.hash if offset == progress.hashed else None
@@ -253,10 +255,14 @@ class ShardWriter:
         for shard in sorted({self._places[name].shard for name in names}):
             self._file(shard).sync()
 
-    def by_file(self, digests: Mapping[str, str]) -> dict[str, dict[str, str]]:
-        """Return the digests of tensors by their files, relative to the output, and names."""
+    def by_file(self, digests: Mapping[str, str]) -> dict[str, list[tuple[OutputTensor, str]]]:
+        """Return tensors and their digests by their files, relative to the output.
+
+        Args:
+            digests: BLAKE3 of some of the tensors, by their names.
+        """
         return {
-            shard.name: {t.name: digests[t.name] for t in shard.tensors if t.name in digests}
+            shard.name: [(t, digests[t.name]) for t in shard.tensors if t.name in digests]
             for shard in self._shards
         }
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +15,7 @@ from starmerge.checkpoints.card import CARD, card_of
 from starmerge.checkpoints.writer import json_bytes
 from starmerge.events import emit
 from starmerge.merging.checks import check_weights
-from starmerge.merging.executors.executor import Executor
+from starmerge.merging.executors.executor import Executor, FunctionJob
 from starmerge.merging.executors.threads import Threads
 from starmerge.merging.journal import JOURNAL, Journal, fingerprint
 from starmerge.merging.layout import PlannedTensor
@@ -29,6 +31,7 @@ from starmerge.reading import read_json
 from starmerge.recipe import Dtype, OutputKind, make_recipe, model_entries, reference
 from starmerge.storage import Place, place_of, storage_of
 from starmerge.storage.publishing import REPORT, printable
+from starmerge.storage.storage import MARK
 
 _Seen = TypeVar("_Seen")
 
@@ -158,28 +161,34 @@ def run(
     storage = storage_of(plan.path)
     if fresh:
         storage.forget(plan.path, suffix=own)
-    storage.check_room(plan.path, plan.bytes_to_write, suffix=own)
-    with (
+    with ExitStack() as opened:
         # A cluster that cannot be reached must not end the output, of which an earlier run may
         # have written a part.
-        executor as workers,
-        storage.publish(
+        workers = opened.enter_context(executor)
+        is_shared = workers.spans_machines
+        storage.check_room(plan.path, plan.bytes_to_write, suffix=own, is_shared=is_shared)
+        publishing = storage.publish(
             plan.path,
             overwrite=plan.overwrite,
             suffix=own,
             member=plan.output.member,
             progress=progress,
-        ) as folder,
-    ):
+            distribute=partial(_distribute, workers) if is_shared else None,
+        )
+        folder = opened.enter_context(publishing)
         if folder.is_complete:
             report = MergeReport(read_json(folder.place(REPORT)))
             return MergeResult(plan.path, report, len(plan.tensors))
         emit(_planned(plan, workers, own))
         merging = Merging(plan, workers, progress)
-        shared = folder.shared() if workers.spans_machines else folder
-        writing = plan.output.lay_out(plan, shared)
+        if is_shared:
+            folder = folder.shared()
+        writing = plan.output.lay_out(plan, folder)
+        text = secrets.token_hex(16)
+        mark = (folder.mark(text), text) if is_shared else None
         with Journal(folder, writing) as journal:
-            merging.write(writing, journal=journal, hashes_inputs=True)
+            merging.write(writing, journal=journal, mark=mark, hashes_inputs=True)
+        folder.delete(MARK)
         finished = writing.finish(merging.records, merging.digests)
         hashes = input_hashes(plan, workers, merging.input_digests, progress=progress)
         plan.check_unchanged()
@@ -197,11 +206,18 @@ def run(
         )
         folder.put(CARD, card.encode())
         report.content["files"] = sorted({*folder.names(), REPORT} - {JOURNAL})
-        report.content["contents"] = hashes_of_contents(folder, report.content)
+        report.content["contents"] = hashes_of_contents(finished)
         report.content["blake3"] = hashes_beside(folder, report.content)
         folder.put(REPORT, json_bytes(report.content))
         journal.end()
     return MergeResult(plan.path, report, merging.taken_up)
+
+
+def _distribute(
+    workers: Executor, work: Callable[[int], None], memory: Sequence[int]
+) -> Iterator[None]:
+    """Have workers do what a storage wants done; see :data:`Distribute`."""
+    return workers.run(FunctionJob(work, memory.__getitem__), range(len(memory)))
 
 
 def _planned(plan: Plan, workers: Executor, own: str) -> events.Plan:
@@ -240,6 +256,7 @@ class Merging:
         self._plan, self._executor, self._progress = plan, executor, progress
         self._checked: dict[int, frozenset[int]] = {}
         self._mark: tuple[Place, str] | None = None
+        """See :class:`~starmerge.merging.work.TensorJob`."""
         self.changing: set[int] = set()
         """Numbers of the models of which some task vector that was read is not zero."""
         self.findings: dict[str, Any] = {}
@@ -258,6 +275,7 @@ class Merging:
         writing: Writing,
         *,
         journal: Journal | None = None,
+        mark: tuple[Place, str] | None = None,
         numbers: Sequence[int] | None = None,
         hashes_inputs: bool = False,
     ) -> None:
@@ -266,13 +284,13 @@ class Merging:
         Args:
             writing: The output.
             journal: Knows what an earlier run has written, and is told what is.
+            mark: Where other machines fill the output, too: a file in it, and a text in that.
             numbers: Of some of the plan's tensors; by default all. Methods see the whole model in
                 any case.
             hashes_inputs: Hash the inputs as they are read.
         """
         plan = self._plan
-        if journal is not None and self._executor.spans_machines:
-            self._mark = journal.mark()
+        self._mark = mark
         prepared = plan.pipeline.prepare(self._walk)
         self.findings = prepared.findings
         job = WriteJob(

@@ -10,7 +10,6 @@ line has its own.
 from __future__ import annotations
 
 import json
-import secrets
 import time
 from contextlib import suppress
 from types import TracebackType
@@ -93,15 +92,6 @@ class Journal:
             self._touched.setdefault(writer, set()).add(name)
         if time.monotonic() - self._flushed > _SECONDS:
             self._flush()
-
-    def mark(self) -> tuple[Place, str]:
-        """Write a line that no other run has; return the journal's place and what stands in it.
-
-        Another machine that finds the text there sees this output, and not a folder of its own.
-        """
-        text = secrets.token_hex(16)
-        self._folder.append(JOURNAL, f"\n{json.dumps({'run': text})}\n".encode())
-        return self._folder.place(JOURNAL), text
 
     def end(self) -> None:
         """Delete the journal: the output is complete."""

@@ -10,7 +10,6 @@ from typing import Any
 
 from starmerge.checkpoints.card import CARD
 from starmerge.checkpoints.hashing import blake3_of, blake3_of_contents
-from starmerge.checkpoints.opening import open_safetensors
 from starmerge.merging.layout import PlannedTensor
 from starmerge.merging.outputs import Finished
 from starmerge.merging.plan import Plan
@@ -116,18 +115,9 @@ def hashes_beside(folder: OutputFolder, report: Mapping[str, Any]) -> dict[str, 
     return {name: blake3_of(folder.place(name)) for name in report["files"] if name not in apart}
 
 
-def hashes_of_contents(folder: OutputFolder, report: Mapping[str, Any]) -> dict[str, str]:
-    """Return the hash of the tensors in each file of an output; see :func:`blake3_of_contents`.
-
-    Args:
-        folder: The output.
-        report: Its report, with the digests of its tensors.
-    """
-    found = {}
-    for file, digests in report["digests"].items():
-        stored = open_safetensors(folder.place(file))
-        found[file] = blake3_of_contents((stored[name], digests[name]) for name in stored)
-    return found
+def hashes_of_contents(finished: Finished) -> dict[str, str]:
+    """Return the hash of the tensors in each file of an output; see :func:`blake3_of_contents`."""
+    return {file: blake3_of_contents(tensors) for file, tensors in finished.digests.items()}
 
 
 def make_report(
@@ -182,7 +172,10 @@ def make_report(
                 }
                 for given, own in zip(plan.inputs, hashes, strict=True)
             ],
-            "digests": {file: dict(own) for file, own in finished.digests.items()},
+            "digests": {
+                file: {tensor.name: digest for tensor, digest in tensors}
+                for file, tensors in finished.digests.items()
+            },
             "tensors_copied": len(plan.tensors) - len(plan.merged),
             "tensors": list(tensors),
         }

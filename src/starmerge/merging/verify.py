@@ -269,7 +269,8 @@ def _merged_again(
             merging.write(writing, numbers=numbers)
             tensors = [plan.tensors[number] for number in numbers]
             again = digests_by_file(writing, tensors, merging.digests)
-    known, found = _by_tensor(report["digests"]), _by_tensor(again)
+    known = _by_tensor(report["digests"])
+    found = _by_tensor({file: {t.name: own for t, own in again[file]} for file in again})
     is_sample = repeat == "sample" and not plan.output.is_assembled
     compared = found.keys() if is_sample else {*found, *known}
     return len(found), sorted(key[1] for key in compared if found.get(key) != known.get(key))
@@ -293,6 +294,10 @@ class _Nowhere:
 
     append = put
 
+    def mark(self, text: str) -> Place:
+        """Refuse: no other machine sees it."""
+        raise RuntimeError("Nothing is kept.")
+
     def delete(self, name: str) -> None:
         """Do nothing."""
 
@@ -306,7 +311,7 @@ class _Nowhere:
 
 
 class _NoFile:
-    def write(self, content: memoryview, offset: int) -> None:
+    def write(self, content: memoryview, offset: int, *, more: bool = False) -> None:
         """Do nothing."""
 
     def copy(self, source: Path, start: int, length: int, offset: int) -> None:

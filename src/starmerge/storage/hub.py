@@ -15,7 +15,7 @@ from starmerge.events import Retry, emit
 from starmerge.storage.local_folder import LocalFolder
 from starmerge.storage.places import RemotePlace, without_secrets
 from starmerge.storage.ranges import CUT_OFF, Ranges
-from starmerge.storage.storage import FileState, ShortFileError
+from starmerge.storage.storage import Distribute, FileState, ShortFileError
 
 _TRUNCATED = 3
 """Times that a range is asked for again whose body was cut off."""
@@ -117,7 +117,14 @@ class HubStorage(Ranges):
         """Refuse: a repository is no place that a merge is made in."""
         raise UsageError(f"{place}: a merge is not written to hf:// URLs. Give a folder.")
 
-    def check_room(self, folder: RemotePlace, wanted: int, *, suffix: str | None = None) -> None:
+    def check_room(
+        self,
+        folder: RemotePlace,
+        wanted: int,
+        *,
+        suffix: str | None = None,
+        is_shared: bool = False,
+    ) -> None:
         """Do nothing: nothing is written."""
 
     def remains(self, folder: RemotePlace, *, suffix: str) -> list[str]:
@@ -135,6 +142,7 @@ class HubStorage(Ranges):
         suffix: str,
         member: str | None = None,
         progress: bool = False,
+        distribute: Distribute | None = None,
     ) -> AbstractContextManager[LocalFolder]:
         """Refuse, as :meth:`check_output` does."""
         raise UsageError(f"{place}: a merge is not written to hf:// URLs. Give a folder.")

@@ -23,7 +23,7 @@ from starmerge.storage.publishing import (
     output_folder,
 )
 from starmerge.storage.regular import named, open_regular
-from starmerge.storage.storage import FileState, OutputFile, ShortFileError
+from starmerge.storage.storage import Distribute, FileState, OutputFile, ShortFileError
 
 _SETTLED = 2 * 10**9
 """Nanoseconds. Some file systems stamp times no finer than that, so a file that changed less long
@@ -156,7 +156,9 @@ class LocalStorage:
         check = check_output_file if is_file else check_output
         check(place, overwrite=overwrite)
 
-    def check_room(self, folder: Path, wanted: int, *, suffix: str | None = None) -> None:
+    def check_room(
+        self, folder: Path, wanted: int, *, suffix: str | None = None, is_shared: bool = False
+    ) -> None:
         """Make sure that the disk has room, with what an interrupted run has left."""
         partial = [left for left in leftovers(folder) if left.role == "partial"]
         own = [left.nbytes for left in partial if left.path.name.endswith(suffix or "")]
@@ -186,6 +188,7 @@ class LocalStorage:
         suffix: str,
         member: str | None = None,
         progress: bool = False,
+        distribute: Distribute | None = None,
     ) -> AbstractContextManager[LocalFolder]:
         """Yield a hidden folder beside the output; see :func:`output_folder`."""
         return output_folder(place, overwrite=overwrite, suffix=suffix, member=member)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from starmerge.storage.regular import named
-from starmerge.storage.storage import ShortFileError
+from starmerge.storage.storage import MARK, OutputFolder, ShortFileError
 
 _CHUNK = 64 * 2**20
 """Bytes copied between files at once."""
@@ -33,9 +33,15 @@ class LocalFolder:
     is_shared: bool = False
     is_complete: bool = False
 
-    def shared(self) -> LocalFolder:
+    def shared(self) -> OutputFolder:
         """Return the same folder for machines that fill its files together."""
         return replace(self, is_shared=True)
+
+    def mark(self, text: str) -> Path:
+        """Leave a text in a file of its own; return the file."""
+        self.delete(MARK)
+        self.append(MARK, text.encode())
+        return self.path / MARK
 
     def open(self, name: str, size: int) -> LocalFile:
         """Open a file to be filled; what an earlier run has left in it stays."""
@@ -106,8 +112,8 @@ class LocalFile:
             self.close()
             raise
 
-    def write(self, content: memoryview, offset: int) -> None:
-        """Write bytes, the first of them at ``offset``."""
+    def write(self, content: memoryview, offset: int, *, more: bool = False) -> None:
+        """Write bytes, the first of them at ``offset``; nothing is held back."""
         while content:
             count = os.pwrite(self._file, content, offset)
             content, offset = content[count:], offset + count

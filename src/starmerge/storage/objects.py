@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from obstore.exceptions import BaseError
 
-from starmerge.storage.local_folder import LocalFolder
+from starmerge.errors import StarmergeError
+from starmerge.storage.pieces import StagedFolder, delete_pieces, pieces_of
 from starmerge.storage.places import RemotePlace
 from starmerge.storage.ranges import Ranges
 from starmerge.storage.requests import ObjectBackend, in_words
 from starmerge.storage.scratch import Scratch
+from starmerge.storage.storage import Distribute, OutputFolder
 from starmerge.storage.upload import Upload, check_replaceable
 
 
@@ -28,18 +31,31 @@ class ObjectStorage(Ranges):
         scratch.check_not_in_work()
         check_replaceable(self._objects, scratch, overwrite=overwrite, is_file=is_file)
 
-    def check_room(self, folder: RemotePlace, wanted: int, *, suffix: str | None = None) -> None:
-        """Make sure that the scratch folder has room: the output is made there first."""
-        Scratch(folder).check_room(wanted, suffix=suffix)
+    def check_room(
+        self,
+        folder: RemotePlace,
+        wanted: int,
+        *,
+        suffix: str | None = None,
+        is_shared: bool = False,
+    ) -> None:
+        """Make sure that the scratch folder has room, where the output is made there first.
+
+        Without a suffix, it is not known yet whether it is.
+        """
+        if suffix is not None and not is_shared:
+            Scratch(folder).check_room(wanted, suffix=suffix)
 
     def remains(self, folder: RemotePlace, *, suffix: str) -> list[str]:
         """Say what killed runs have left in the scratch folder."""
         return Scratch(folder).remains(suffix)
 
     def forget(self, folder: RemotePlace, *, suffix: str) -> None:
-        """Delete what an interrupted run has left in the scratch folder."""
+        """Delete what an interrupted run has left in the scratch folder, and its pieces."""
         Scratch(folder).forget(suffix)
+        delete_pieces(pieces_of(folder, suffix))
 
+    @contextmanager
     def publish(
         self,
         place: RemotePlace,
@@ -48,10 +64,16 @@ class ObjectStorage(Ranges):
         suffix: str,
         member: str | None = None,
         progress: bool = False,
-    ) -> AbstractContextManager[LocalFolder]:
-        """Yield a folder of this machine; upload it when the block ends well."""
+        distribute: Distribute | None = None,
+    ) -> Iterator[OutputFolder]:
+        """Yield a folder of this machine; upload it when the block ends well.
+
+        Shared, it has the files of all machines in the store, in pieces. They stay as long as what
+        the scratch folder has of this run: a later one goes on with both.
+        """
         self.check_output(place, overwrite=overwrite, is_file=member is not None)
         scratch = Scratch(place)
+        pieces = pieces_of(place, suffix)
 
         def upload(folder: Path) -> None:
             try:
@@ -59,13 +81,21 @@ class ObjectStorage(Ranges):
                     self._objects,
                     scratch,
                     folder,
+                    pieces,
                     overwrite=overwrite,
                     member=member,
                     progress=progress,
+                    distribute=distribute,
                 ).run()
             except (BaseError, OSError, ValueError) as error:
                 raise in_words(place, error) from None
             finally:
                 self.forget_lists()
 
-        return scratch.staged(suffix, upload)
+        try:
+            with scratch.staged(suffix, upload) as folder:
+                yield StagedFolder(folder.path, is_complete=folder.is_complete, pieces=pieces)
+        finally:
+            if not scratch.has(suffix):
+                with suppress(StarmergeError):  # what has failed before is said
+                    delete_pieces(pieces)

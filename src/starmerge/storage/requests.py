@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from functools import lru_cache
 from importlib.util import find_spec
@@ -65,10 +65,11 @@ class ObjectBackend:
         own = [mark for mark in marks[: 2 if settled else 3] if mark is not None]
         return FileState(found["size"], (str(file), found["size"], *own), settled)
 
-    def fetch(self, file: RemotePlace, state: FileState, start: int, stop: int) -> Any:
-        """Return a range of an object that still has the entity tag of ``state``."""
+    def fetch(self, file: RemotePlace, state: FileState | None, start: int, stop: int) -> Any:
+        """Return a range of an object, which still has the tag of ``state`` if one is given."""
         options: GetOptions = {"range": (start, stop)}
-        tag = next((mark for mark in state.identity[2:] if str(mark).startswith(('"', "W/"))), None)
+        marks = () if state is None else state.identity[2:]
+        tag = next((mark for mark in marks if str(mark).startswith(('"', "W/"))), None)
         if tag is not None:
             options["if_match"] = str(tag)
         content = _answer(
@@ -91,6 +92,17 @@ class ObjectBackend:
         store, path = self.store(folder), folder.path or None
         pages = _answer(folder, lambda: list(obstore.list(store, path)))
         return {own["path"][begin:]: own["size"] for page in pages for own in page}
+
+    def put(self, file: RemotePlace, content: bytes | bytearray | memoryview) -> None:
+        """Write an object by one request."""
+        store = self.store(file)
+        _answer(file, lambda: obstore.put(store, file.path, content, use_multipart=False))
+
+    def delete(self, folder: RemotePlace, names: Collection[str]) -> None:
+        """Delete objects, which are named relative to a folder."""
+        store, keys = self.store(folder), [(folder / name).path for name in names]
+        if keys:
+            _answer(folder, lambda: obstore.delete(store, keys))
 
 
 @lru_cache(maxsize=64)

@@ -63,6 +63,10 @@ class Scratch:
         whole = self._folder.glob(f"{self._stem}~*") if self._folder.is_dir() else ()
         return hidden + [Leftover(path, "partial") for path in sorted(whole) if path.is_dir()]
 
+    def has(self, suffix: str) -> bool:
+        """Tell whether a run of this suffix has left anything, whole or not."""
+        return any(left.path.name.endswith(suffix) for left in self.leftovers())
+
     def check_not_in_work(self) -> None:
         """Make sure that no process of this machine makes the output.
 

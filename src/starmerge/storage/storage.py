@@ -7,15 +7,25 @@ length, and publishes whole folders. What lies under a place is known to its sto
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 from starmerge.storage.places import Place
 
 Where_contra = TypeVar("Where_contra", contravariant=True)
 """The kind of places that a storage has."""
+
+
+MARK = "run.mark"
+"""The name of the file in an output that tells machines which run fills it."""
+
+Distribute: TypeAlias = Callable[[Callable[[int], None], Sequence[int]], Iterable[None]]
+"""Has several machines do some work, which can be pickled, for the numbers from 0. It is told how
+many bytes of memory the work takes for each number, and yields, in their order, as they are done.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,8 +48,14 @@ class ShortFileError(OSError):
 class OutputFile(Protocol):
     """A file of a known size that is filled in any order, by several threads."""
 
-    def write(self, content: memoryview, offset: int) -> None:
+    def write(self, content: memoryview, offset: int, *, more: bool = False) -> None:
         """Write bytes, the first of them at ``offset``.
+
+        Args:
+            content: The bytes.
+            offset: Of the first in the file.
+            more: Whether this thread will write those that follow next. Only then may some be held
+                back, to be written together.
 
         Raises:
             OSError: The storage failed, or is full.
@@ -83,6 +99,13 @@ class OutputFolder(Protocol):
 
         Of files that are opened through it, what one of them writes has reached the storage when
         the write returns, and changes no byte beside, which another may be writing.
+        """
+
+    def mark(self, text: str) -> Place:
+        """Leave a text, by which other machines know that they see this folder, in a file.
+
+        Returns:
+            The file, which is called :data:`MARK`.
         """
 
     @property
@@ -218,7 +241,14 @@ class Storage(Protocol[Where_contra]):
             UsageError: It may not.
         """
 
-    def check_room(self, folder: Where_contra, wanted: int, *, suffix: str | None = None) -> None:
+    def check_room(
+        self,
+        folder: Where_contra,
+        wanted: int,
+        *,
+        suffix: str | None = None,
+        is_shared: bool = False,
+    ) -> None:
         """Make sure that there is room for an output.
 
         Args:
@@ -226,6 +256,7 @@ class Storage(Protocol[Where_contra]):
             wanted: Its bytes.
             suffix: As for :meth:`publish`: what an interrupted run with the same has left counts
                 as room; None: what any has left, as long as the suffix is not known.
+            is_shared: Whether several machines fill it.
 
         Raises:
             StarmergeError: There is less.
@@ -249,6 +280,7 @@ class Storage(Protocol[Where_contra]):
         suffix: str,
         member: str | None = None,
         progress: bool = False,
+        distribute: Distribute | None = None,
     ) -> AbstractContextManager[OutputFolder]:
         """Yield a folder that appears under its name, whole, when the block ends well.
 
@@ -258,6 +290,7 @@ class Storage(Protocol[Where_contra]):
             suffix: Decides what is taken up of an interrupted run: what it made with the same.
             member: A file of the folder that alone appears under the name, as a file.
             progress: Show a progress bar where publishing takes long.
+            distribute: Has several machines do what can be done by them; None: there is this one.
 
         Raises:
             UsageError: Something that may not be replaced stands there, or another process is

@@ -2,16 +2,17 @@
 
 Large files are sent in parts, which the store keeps apart; when all parts of all files are there,
 the uploads are completed, one right after the other, between them the small files, and
-``merge_report.json`` at the very end. A folder without it is no merge.
+``merge_report.json`` at the very end. A folder without it is no merge. Files that lie in the store
+in pieces (:mod:`starmerge.storage.pieces`) are put together in between, by several machines.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import obstore
 
@@ -19,19 +20,17 @@ from starmerge.errors import StarmergeError, UsageError
 from starmerge.parsing import MOST_JSON_BYTES, parse_json
 from starmerge.progress import progress_bar
 from starmerge.storage.local_folder import LocalFolder
+from starmerge.storage.parts import Parts, goes_in_parts
+from starmerge.storage.pieces import PiecesOfFile, files_in
 from starmerge.storage.publishing import REPORT
 from starmerge.storage.scratch import Scratch
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
+    from starmerge.storage.places import RemotePlace
     from starmerge.storage.requests import ObjectBackend
-
-PART = 8 * 2**20
-"""Bytes of a part, at least; S3 wants 5 MiB. A file that has no two is sent at the end."""
-
-_MOST_PARTS = 9_999
-"""Of one file, besides a last one of a few bytes; S3 and Google Cloud Storage allow 10,000."""
+    from starmerge.storage.storage import Distribute
 
 _AT_ONCE = 8
 """Files that are sent at once, each part after part."""
@@ -105,9 +104,11 @@ class Upload:
         backend: The store.
         scratch: Of the output.
         folder: What is uploaded.
+        pieces: Where the pieces lie of files that are not in the folder.
         overwrite: Replace the merge that lies there.
         member: The file of the folder that alone is uploaded, under the output's own name.
         progress: Show a progress bar.
+        distribute: Has several machines put pieces together; None: this one does.
     """
 
     def __init__(
@@ -115,13 +116,16 @@ class Upload:
         backend: ObjectBackend,
         scratch: Scratch,
         folder: Path,
+        pieces: RemotePlace,
         *,
         overwrite: bool,
         member: str | None,
         progress: bool,
+        distribute: Distribute | None,
     ) -> None:
         self._backend, self._scratch, self._folder = backend, scratch, folder
         self._overwrite, self._member, self._progress = overwrite, member, progress
+        self._pieces, self._distribute = pieces, distribute or _one_after_the_other
         self._store: ObjectStore = backend.store(scratch.place)
 
     def run(self) -> None:
@@ -131,12 +135,17 @@ class Upload:
 
         Raises:
             UsageError: Something has appeared at the place meanwhile.
-            StarmergeError: The store has other sizes than were sent.
+            StarmergeError: The store has other sizes than were sent, or lacks pieces.
             obstore.exceptions.BaseError: The store failed.
         """
         member = self._member
-        names = [member] if member is not None else LocalFolder(self._folder).names()
-        sizes = {name: (self._folder / name).stat().st_size for name in names}
+        here = LocalFolder(self._folder).names() if member is None else []
+        names = [member] if member is not None else sorted({*here, *self._listed()})
+        far = self._far([name for name in names if not (self._folder / name).exists()])
+        sizes = {
+            name: far[name].size if name in far else (self._folder / name).stat().st_size
+            for name in names
+        }
         self._check()
         with (
             ExitStack() as stack,
@@ -145,9 +154,9 @@ class Upload:
             ) as advance,
         ):
             large = {
-                name: stack.enter_context(_Parts(self._store, self._key(name), size))
+                name: stack.enter_context(Parts(self._store, self._key(name), size))
                 for name, size in sizes.items()
-                if size >= 2 * PART
+                if name not in far and goes_in_parts(size)
             }
 
             def send(name: str) -> None:
@@ -169,10 +178,11 @@ class Upload:
             if REPORT in before:
                 # From here to the end, nobody is to take a mixture for the old merge.
                 obstore.delete(self._store, self._key(REPORT))
+            self._put_together(list(far.values()), advance)
             for name in names:
                 if name in large:
                     large[name].complete()
-                elif name != REPORT:
+                elif name != REPORT and name not in far:
                     self._put(name)
             self._check_sizes({name: sizes[name] for name in names if name != REPORT})
             if member is None:
@@ -181,6 +191,35 @@ class Upload:
                 if stale:
                     obstore.delete(self._store, [self._key(name) for name in stale])
         self._scratch.end()
+
+    def _listed(self) -> list[str]:
+        """Return the files that the merge's report lists."""
+        files: list[str] = parse_json((self._folder / REPORT).read_bytes())["files"]
+        return files
+
+    def _far(self, names: Sequence[str]) -> dict[str, PiecesOfFile]:
+        """Return the files that lie in the store in pieces, by their names.
+
+        Raises:
+            StarmergeError: Some of them is not whole.
+        """
+        found = files_in(self._pieces) if names else {}
+        for name in names:
+            found.get(name, PiecesOfFile(name, 1, ())).check()
+        return {name: found[name] for name in names}
+
+    def _put_together(self, files: Sequence[PiecesOfFile], advance: Callable[[int], None]) -> None:
+        """Make an object of the pieces of each file."""
+
+        def send(number: int) -> None:
+            files[number].send(targets[number])
+
+        targets = [self._scratch.place / file.name for file in files]
+        if self._member is not None:
+            targets = [self._scratch.place for _ in files]
+        memory = [file.memory for file in files]
+        for file, _ in zip(files, self._distribute(send, memory), strict=True):
+            advance(file.size)
 
     def _check(self) -> set[str]:
         is_file = self._member is not None
@@ -211,45 +250,5 @@ class Upload:
                 )
 
 
-class _Parts:
-    """A file that is sent in parts and appears when it is completed; else it is taken back.
-
-    Args:
-        store: The bucket.
-        key: The object.
-        size: Its bytes, two parts at least.
-    """
-
-    def __init__(self, store: ObjectStore, key: str, size: int) -> None:
-        count = min(size // PART, _MOST_PARTS)
-        self.length = (size - 1) // count
-        """Bytes of a part. After the last full one at least a byte is left, and at most as many as
-        there are parts: little has to be sent when the file is completed."""
-        # With one part under way, what takes more bytes waits until that part is there: when the
-        # rest has been taken, the store has all full parts.
-        self._writer: Any = obstore.open_writer(
-            store, key, buffer_size=self.length, max_concurrency=1
-        )
-        self._is_complete = False
-
-    def __enter__(self) -> _Parts:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if not self._is_complete:
-            with suppress(Exception):  # the store may be the reason
-                self._writer.__exit__(kind or RuntimeError, error, trace)
-
-    def write(self, content: bytes) -> None:
-        """Send a part, or the rest, after the part before it has arrived."""
-        self._writer.write(content)
-
-    def complete(self) -> None:
-        """Send the last bytes, wait for all, and make the object visible."""
-        self._writer.close()
-        self._is_complete = True
+def _one_after_the_other(work: Callable[[int], None], memory: Sequence[int]) -> Iterator[None]:
+    return map(work, range(len(memory)))

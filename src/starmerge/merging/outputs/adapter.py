@@ -344,11 +344,11 @@ class AdapterWriting:
         made = {"version": importlib.metadata.version("starmerge"), "recipe": self.output.recipe}
         return {**common, **{f"starmerge_{key}": text for key, text in made.items()}}
 
-    def assemble(self, r: int) -> dict[str, dict[str, str]]:
+    def assemble(self, r: int) -> dict[str, list[tuple[OutputTensor, str]]]:
         """Write all factors at rank r, and delete what they were collected in.
 
         Returns:
-            The digests of what was written, by file.
+            The tensors that were written and their digests, by file.
         """
         collected = open_checkpoint(self.folder.place(FACTORS))
         layout: list[OutputTensor] = []

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from starmerge.checkpoints.lora.file import Module
 from starmerge.checkpoints.opening import open_checkpoint
+from starmerge.checkpoints.writer import OutputTensor
 from starmerge.errors import UsageError
 from starmerge.merging.layout import Contents
 from starmerge.merging.outputs.adapter import FACTORS, AdapterOutput, AdapterWriting
@@ -118,7 +119,7 @@ class GgufOutput(AdapterOutput):
 
 @dataclass(frozen=True)
 class _GgufWriting(AdapterWriting):
-    def assemble(self, r: int) -> dict[str, dict[str, str]]:
+    def assemble(self, r: int) -> dict[str, list[tuple[OutputTensor, str]]]:
         """Write all factors at rank r, with alpha = r, and delete what they were collected in."""
         import gguf  # noqa: PLC0415  (an extra)
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
-from starmerge.checkpoints.writer import ShardWriter
+from starmerge.checkpoints.writer import OutputTensor, ShardWriter
 from starmerge.merging.layout import Contents, Placing, PlannedTensor
 from starmerge.methods.pipeline import Merged
 from starmerge.storage import OutputFolder
@@ -28,8 +28,8 @@ class Finished:
     """What the report holds of it, as plain data."""
     findings: Mapping[str, Any] = field(default_factory=dict)
     """What only the whole model told of a method, by the method's name."""
-    digests: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """BLAKE3 of the bytes of every tensor, by its file, relative to the folder, and its name."""
+    digests: Mapping[str, Sequence[tuple[OutputTensor, str]]] = field(default_factory=dict)
+    """Every tensor with the BLAKE3 of its bytes, by its file, relative to the folder."""
 
 
 Slot: TypeAlias = tuple[ShardWriter, str]
@@ -134,8 +134,8 @@ class Output(Placing, Protocol):
 
 def digests_by_file(
     writing: Writing, tensors: Iterable[PlannedTensor], digests: Mapping[str, Sequence[str]]
-) -> dict[str, dict[str, str]]:
-    """Return the BLAKE3 of all tensors of an output by their files and their names there.
+) -> dict[str, list[tuple[OutputTensor, str]]]:
+    """Return all tensors of an output and their BLAKE3 by their files.
 
     Args:
         writing: The output.
