@@ -85,6 +85,8 @@ class Proxy:
     plan: Plan = lambda request: None
     served: dict[str, int] = field(default_factory=dict)
     """Bytes of bodies that were answered to GET, by key."""
+    taken: dict[str, int] = field(default_factory=dict)
+    """Bytes of bodies that came with PUT, by key."""
     seen: list[Request] = field(default_factory=list)
     port: int = 0
 
@@ -104,9 +106,9 @@ class Proxy:
             self.seen.append(request)
         return request
 
-    def serve(self, key: str, count: int) -> None:
+    def add(self, sums: dict[str, int], key: str, count: int) -> None:
         with self._lock:
-            self.served[key] = self.served.get(key, 0) + count
+            sums[key] = sums.get(key, 0) + count
 
     def count(self, method: str, pattern: str = "") -> int:
         """Tell how many requests of a method have come whose path matches."""
@@ -138,7 +140,9 @@ def proxy_before(port: int) -> Iterator[Proxy]:
             content = answer.read()
             upstream.close()
             if self.command == "GET" and answer.status < 300:
-                proxy.serve(request.key, len(content))
+                proxy.add(proxy.served, request.key, len(content))
+            if self.command == "PUT":
+                proxy.add(proxy.taken, request.key, length)
             self._answer(answer.status, dict(answer.getheaders()), content, cut=fault.cut)
 
         def _answer(self, status: int, headers: dict[str, str], body: bytes, *, cut: bool) -> None:

@@ -14,7 +14,7 @@ from starmerge.events import bytes_in_words
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from starmerge.storage.leftovers import Leftover
+    from starmerge.storage.storage import LeftBehind
 
 
 def clean(
@@ -36,8 +36,8 @@ def clean(
     leaves such folders. One that belongs to a run that still goes on is never deleted; runs on
     other machines that share the folder cannot be seen: look at its age.
 
-    The output of a URL is made on this machine before it is uploaded: given the URL, that is
-    listed.
+    The output of a URL is made on this machine before it is uploaded, or by the machines of a
+    cluster in pieces beside it: given the URL, both are listed.
 
     Example: starmerge clean models
 
@@ -45,15 +45,15 @@ def clean(
 
     Example: starmerge clean s3://bucket/merged
     """
-    from starmerge.storage import RemotePlace, place_of
+    from starmerge.storage import RemotePlace, place_of, storage_of
     from starmerge.storage.leftovers import leftovers_in
-    from starmerge.storage.scratch import Scratch
 
     if yes and not delete:
         raise UsageError("--yes answers what --delete asks. Give both.")
     place = place_of(folder)
+    found: Sequence[LeftBehind]
     if isinstance(place, RemotePlace):
-        found = Scratch(place).leftovers()
+        found = storage_of(place).leftovers(place)
     elif place.is_dir():
         found = leftovers_in(place)
     else:
@@ -83,13 +83,13 @@ _IN_WORK = "in work: a process is making it"
 _ONLY_COPY = "the only copy: nothing stands in its place. Rename it, or delete it yourself"
 
 
-def _state(leftover: Leftover) -> str:
+def _state(leftover: LeftBehind) -> str:
     if leftover.is_in_work():
         return _IN_WORK
     return _ONLY_COPY if leftover.is_only_copy() else _LEFT
 
 
-def _print(found: Sequence[Leftover], states: Sequence[str]) -> None:
+def _print(found: Sequence[LeftBehind], states: Sequence[str]) -> None:
     """Print a table of leftovers: the name last, so that no width cuts it."""
     now = time.time()
     for leftover, state in zip(found, states, strict=True):

@@ -15,7 +15,7 @@ from starmerge.events import Retry, emit
 from starmerge.storage.local_folder import LocalFolder
 from starmerge.storage.places import RemotePlace, without_secrets
 from starmerge.storage.ranges import CUT_OFF, Ranges
-from starmerge.storage.storage import Distribute, FileState, ShortFileError
+from starmerge.storage.storage import Distribute, FileState, LeftBehind, ShortFileError
 
 _TRUNCATED = 3
 """Times that a range is asked for again whose body was cut off."""
@@ -128,6 +128,10 @@ class HubStorage(Ranges):
         """Do nothing: nothing is written."""
 
     def remains(self, folder: RemotePlace, *, suffix: str) -> list[str]:
+        """Return nothing: nothing is written."""
+        return []
+
+    def leftovers(self, output: RemotePlace) -> list[LeftBehind]:
         """Return nothing: nothing is written."""
         return []
 

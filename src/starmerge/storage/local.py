@@ -14,7 +14,7 @@ from pathlib import Path
 
 from starmerge.errors import StarmergeError
 from starmerge.events import bytes_in_words
-from starmerge.storage.leftovers import leftovers
+from starmerge.storage.leftovers import Leftover, leftovers
 from starmerge.storage.local_folder import LocalFolder
 from starmerge.storage.publishing import (
     check_output,
@@ -173,6 +173,10 @@ class LocalStorage:
         size = bytes_in_words(sum(leftover.nbytes for leftover in others))
         clean = shlex.join(["starmerge", "clean", str(others[0].path.parent)])
         return [f"earlier runs that were killed left {size} beside {folder}; see: {clean}"]
+
+    def leftovers(self, output: Path) -> list[Leftover]:
+        """List the hidden folders and files beside an output."""
+        return leftovers(output)
 
     def forget(self, folder: Path, *, suffix: str) -> None:
         """Delete the hidden folder of an interrupted run with the same suffix."""

@@ -9,12 +9,12 @@ from pathlib import Path
 from obstore.exceptions import BaseError
 
 from starmerge.errors import StarmergeError
-from starmerge.storage.pieces import StagedFolder, delete_pieces, pieces_of
+from starmerge.storage.pieces import StagedFolder, delete_pieces, pieces_left, pieces_of
 from starmerge.storage.places import RemotePlace
 from starmerge.storage.ranges import Ranges
 from starmerge.storage.requests import ObjectBackend, in_words
 from starmerge.storage.scratch import Scratch
-from starmerge.storage.storage import Distribute, OutputFolder
+from starmerge.storage.storage import Distribute, LeftBehind, OutputFolder
 from starmerge.storage.upload import Upload, check_replaceable
 
 
@@ -47,8 +47,13 @@ class ObjectStorage(Ranges):
             Scratch(folder).check_room(wanted, suffix=suffix)
 
     def remains(self, folder: RemotePlace, *, suffix: str) -> list[str]:
-        """Say what killed runs have left in the scratch folder."""
-        return Scratch(folder).remains(suffix)
+        """Say what killed runs have left in the scratch folder, and in pieces in the store."""
+        left = [own for own in pieces_left(folder) if not own.path.name.endswith(suffix)]
+        return Scratch(folder).remains(suffix, sum(own.nbytes for own in left))
+
+    def leftovers(self, output: RemotePlace) -> list[LeftBehind]:
+        """List what lies in the scratch folder, and pieces in the store."""
+        return [*Scratch(output).leftovers(), *pieces_left(output)]
 
     def forget(self, folder: RemotePlace, *, suffix: str) -> None:
         """Delete what an interrupted run has left in the scratch folder, and its pieces."""

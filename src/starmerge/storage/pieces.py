@@ -18,12 +18,13 @@ from threading import Lock, get_ident
 
 from obstore.exceptions import BaseError
 
-from starmerge.errors import StarmergeError
+from starmerge.errors import StarmergeError, UsageError
 from starmerge.storage.local_folder import LocalFolder
 from starmerge.storage.parts import Parts, goes_in_parts, part_length
 from starmerge.storage.places import RemotePlace
 from starmerge.storage.regular import named
 from starmerge.storage.requests import ObjectBackend, in_words
+from starmerge.storage.scratch import Scratch
 from starmerge.storage.storage import MARK, ShortFileError
 
 PIECE = 16 * 2**20
@@ -183,6 +184,62 @@ def _fetch(piece: _Piece) -> memoryview:
     return memoryview(_BACKEND.fetch(piece.place, None, begin, begin + piece.length)).cast("B")
 
 
+@dataclass(frozen=True)
+class PiecesLeft:
+    """Pieces of an output whose run was killed, or still goes on; see :class:`LeftBehind`.
+
+    Args:
+        path: Where they lie.
+        is_held: Whether a process of this machine makes the output.
+    """
+
+    path: RemotePlace
+    is_held: bool
+
+    def is_in_work(self) -> bool:
+        """Whether the run still goes on, on this machine: another one's cannot be seen."""
+        return self.is_held
+
+    def is_only_copy(self) -> bool:
+        """Return False: pieces replace nothing."""
+        return False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pieces."""
+        return sum(_BACKEND.tree(self.path).values())
+
+    @property
+    def written(self) -> float:
+        """When the last piece was sent, seconds since the epoch."""
+        return _BACKEND.written(self.path)
+
+    def delete(self) -> None:
+        """Delete them.
+
+        Raises:
+            UsageError: The run still goes on.
+        """
+        if self.is_held:
+            raise UsageError(f"{self.path} belongs to a process that still runs.")
+        delete_pieces(self.path)
+
+
+def pieces_left(output: RemotePlace) -> list[PiecesLeft]:
+    """List the pieces that lie beside an output, of all its runs."""
+    own = [left for left in Scratch(output).leftovers() if left.is_in_work()]
+    _, folders = _BACKEND.members(output.parent)
+    begin = pieces_of(output, "").name
+    return [
+        PiecesLeft(
+            output.with_name(name),
+            any(left.path.name.endswith(name.removeprefix(begin)) for left in own),
+        )
+        for name in sorted(folders)
+        if name.startswith(begin)
+    ]
+
+
 def delete_pieces(pieces: RemotePlace) -> None:
     """Delete all pieces of an output."""
     _BACKEND.delete(pieces, _BACKEND.tree(pieces))
@@ -241,9 +298,9 @@ class PieceFolder:
 
     def place(self, name: str) -> Path:
         """Bring a file, or the files of a folder, to this machine; return where it lies there."""
+        if self._home.place(name).is_file():
+            return self._home.place(name)
         for file in files_in(self.pieces, name).values():
-            if self._home.place(file.name).exists():
-                continue
             target, offset = self._home.open(file.name, file.size), 0
             try:
                 for content in file.contents():

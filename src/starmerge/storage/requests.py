@@ -93,6 +93,12 @@ class ObjectBackend:
         pages = _answer(folder, lambda: list(obstore.list(store, path)))
         return {own["path"][begin:]: own["size"] for page in pages for own in page}
 
+    def written(self, folder: RemotePlace) -> float:
+        """Return when the last object below a place was written, seconds since the epoch."""
+        store, path = self.store(folder), folder.path or None
+        pages = _answer(folder, lambda: list(obstore.list(store, path)))
+        return max((own["last_modified"].timestamp() for page in pages for own in page), default=0)
+
     def put(self, file: RemotePlace, content: bytes | bytearray | memoryview) -> None:
         """Write an object by one request."""
         store = self.store(file)

@@ -90,13 +90,18 @@ class Scratch:
         advice = f"set {VARIABLE} to a folder with more room: outputs are made there first"
         check_space(self._folder / self._stem, wanted - max(own, default=0), advice=advice)
 
-    def remains(self, suffix: str) -> list[str]:
-        """Say what runs of other suffixes have left, and what an upload may have."""
+    def remains(self, suffix: str, in_store: int) -> list[str]:
+        """Say what runs of other suffixes have left, and what an upload may have.
+
+        Args:
+            suffix: Of the run that takes up what has it.
+            in_store: Bytes that runs of others have left in the store.
+        """
         found = self.leftovers()
         others = [left for left in found if not left.path.name.endswith(suffix)]
         said = []
-        if others:
-            size = bytes_in_words(sum(left.nbytes for left in others))
+        if others or in_store:
+            size = bytes_in_words(sum(left.nbytes for left in others) + in_store)
             clean = shlex.join(["starmerge", "clean", str(self.place)])
             said.append(f"earlier runs that were killed left {size} for {self.place}; see: {clean}")
         if self.whole(suffix).is_dir():

@@ -45,6 +45,36 @@ class ShortFileError(OSError):
     """A file ends before the bytes that were asked for."""
 
 
+class LeftBehind(Protocol):
+    """What a run of an output has left that was killed, or writes that still goes on."""
+
+    @property
+    def path(self) -> Place:
+        """Where it lies."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+
+    @property
+    def written(self) -> float:
+        """When something in it was last written, seconds since the epoch."""
+
+    def is_in_work(self) -> bool:
+        """Whether the run still goes on, as far as this machine can tell."""
+
+    def is_only_copy(self) -> bool:
+        """Whether it was replaced, and nothing stands in its place."""
+
+    def delete(self) -> None:
+        """Delete it.
+
+        Raises:
+            UsageError: The run still goes on.
+            StarmergeError: The system or the store refuses.
+        """
+
+
 class OutputFile(Protocol):
     """A file of a known size that is filled in any order, by several threads."""
 
@@ -264,6 +294,9 @@ class Storage(Protocol[Where_contra]):
 
     def remains(self, folder: Where_contra, *, suffix: str) -> list[str]:
         """Return sentences on what killed runs have left that :meth:`publish` does not take up."""
+
+    def leftovers(self, output: Where_contra) -> Sequence[LeftBehind]:
+        """List what runs of an output have left that were killed, or still go on."""
 
     def forget(self, folder: Where_contra, *, suffix: str) -> None:
         """Delete what an interrupted run with the same suffix has left, if anything.
