@@ -195,7 +195,7 @@ def _fill_when_opened(file: str, trigger: str, leave: int) -> None:
 def _prepare(run: Run) -> None:
     from starmerge.checkpoints.writer import ShardWriter
     from starmerge.merging import journal
-    from starmerge.merging.executors import threads
+    from starmerge.merging.executors import schedule, threads
 
     os.environ |= run.env
     journal._SECONDS = 0.0  # a line after each tensor
@@ -204,6 +204,7 @@ def _prepare(run: Run) -> None:
         ShardWriter.__init__.__kwdefaults__["shard_bytes"] = run.shard_bytes
     if run.side_by_side:
         threads._SMALL = 0
+        schedule.LEAST = 1
     if run.uid is not None:
         os.setgroups([])
         os.setgid(run.uid)

@@ -10,6 +10,7 @@ import random
 import re
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,31 @@ class Workers:
     """Whether small tensors are worked on at the same time."""
 
 
-EXECUTORS = {
+THREADS = {
     "1 thread": Workers(("--threads", "1"), False),
     "3 threads": Workers(("--threads", "3"), True),
 }
-"""By a name for the report. Each executor of the package belongs here."""
+"""By a name for the report."""
+
+RAY_FROM = 50
+"""Kills from which on some are of merges by a Ray cluster, which takes seconds to begin each."""
+
+
+@pytest.fixture(scope="session")
+def executors() -> Iterator[dict[str, Workers]]:
+    """Return all executors of the package by their names, a cluster of two nodes among them."""
+    if KILLS < RAY_FROM:
+        yield THREADS
+        return
+    from ray.cluster_utils import Cluster  # the extra: ray
+
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    options = {"object_store_memory": 80 * 2**20, "include_dashboard": False, "num_cpus": 1}
+    cluster = Cluster(initialize_head=True, head_node_args=options)
+    cluster.add_node(**options)
+    address = ("--executor", "ray", "--address", cluster.address)
+    yield {**THREADS, "2 workers of Ray": Workers(address, True)}
+    cluster.shutdown()
 
 
 class Killing:
@@ -50,18 +71,33 @@ class Killing:
         merge: The merge.
         folder: A folder of its own.
         draw: Decides when.
+        executors: What does the work, by their names.
     """
 
-    def __init__(self, forks: Forks, merge: Merge, folder: Path, draw: random.Random) -> None:
+    def __init__(
+        self,
+        forks: Forks,
+        merge: Merge,
+        folder: Path,
+        draw: random.Random,
+        executors: dict[str, Workers],
+    ) -> None:
         self._forks, self._merge, self._draw = forks, merge, draw
+        self._executors = executors
         self._output, self._old, reference = (
             folder / name / f"out{merge.ending}" for name in ("killed", "old", "reference")
         )
         for place in (self._output, self._old, reference):
             place.parent.mkdir(parents=True)
-        first = self._must(self._run(merge, reference, EXECUTORS["1 thread"]))
-        self._must(self._run(merge.other(), self._old, EXECUTORS["1 thread"]))
-        self._wanted, self._took = tree(reference), first.seconds
+        self._took: dict[str, float] = {}
+        """Seconds of a whole merge, by its executor."""
+        for name, workers in executors.items():
+            self._took[name] = self._must(self._run(merge, reference, workers)).seconds
+            wanted = tree(reference)
+            assert name == "1 thread" or wanted == self._wanted
+            self._wanted = wanted
+            remove(reference)
+        self._must(self._run(merge.other(), self._old, executors["1 thread"]))
         self._most = 300
         """Operations on files that a run has, at most; found out."""
         self.counts: Counter[str] = Counter()
@@ -73,13 +109,13 @@ class Killing:
         Returns:
             How many were killed.
         """
-        name = self._draw.choice(list(EXECUTORS))
+        name = self._draw.choice(list(self._executors))
         before = self._start(overwrite := self._draw.random() < 0.5)
         more = ["--overwrite"] if overwrite else []
         killed, said = 0, f"{self._merge.kind}, {name}, {' '.join(more) or 'new'}"
         while True:
-            moment = self._moment()
-            ended = self._run(self._merge, self._output, EXECUTORS[name], *more, **moment)
+            moment = self._moment(name)
+            ended = self._run(self._merge, self._output, self._executors[name], *more, **moment)
             if ended.code == KILLED:
                 killed += 1
                 said += f", {moment}"
@@ -96,7 +132,9 @@ class Killing:
             if ended.code == 0 or self._draw.random() < 0.6:
                 break
             self.counts["killed again"] += 1
-        ended = self._run(self._merge, self._output, EXECUTORS[name], *more)
+        # Whichever did the work before, any goes on with it.
+        other = self._executors[self._draw.choice(list(self._executors))]
+        ended = self._run(self._merge, self._output, other, *more)
         if ended.code or tree(self._output) != self._wanted:
             self.wrong.append(f"{said}: run again, it is another: {ended.code} {ended.err}")
         if taken_up := re.match(r"(\d+) of \d+ tensors were there", ended.out):
@@ -110,9 +148,9 @@ class Killing:
             copy(self._old, self._output)
         return tree(self._output)
 
-    def _moment(self) -> dict[str, Any]:
+    def _moment(self, name: str) -> dict[str, Any]:
         if self._draw.random() < 0.5:
-            return {"kill_after": self._draw.uniform(0, 1.2 * self._took)}
+            return {"kill_after": self._draw.uniform(0, 1.2 * self._took[name])}
         return {"kill_before": self._draw.randint(1, self._most)}
 
     def _run(
@@ -146,12 +184,12 @@ def _share(kind: str) -> int:
     return KILLS // len(OUTPUTS) + (OUTPUTS.index(kind) < KILLS % len(OUTPUTS))
 
 
-@pytest.mark.parametrize("kind", filter(_share, OUTPUTS))
+@pytest.mark.parametrize("kind", [kind for kind in OUTPUTS if _share(kind)])
 def test_a_merge_killed_at_random_ends_with_the_same_bytes(
-    forks: Forks, kind: str, tmp_path: Path
+    forks: Forks, executors: dict[str, Workers], kind: str, tmp_path: Path
 ) -> None:
     draw = random.Random(f"{kind} {SEED}")
-    killing = Killing(forks, make_merge(kind, tmp_path), tmp_path / "runs", draw)
+    killing = Killing(forks, make_merge(kind, tmp_path), tmp_path / "runs", draw, executors)
     wanted = _share(kind)
     begun, killed = time.monotonic(), 0
     while killed < wanted and not killing.wrong:
