@@ -357,8 +357,8 @@ def test_a_machine_that_does_not_reach_the_files_is_told_at_the_start(
 
 
 def test_other_packages_are_refused(workers: RayExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = ray_executor._versions()
-    monkeypatch.setattr(ray_executor, "_versions", lambda: ours | {"torch": "1.0"})
+    ours = ray_executor.installed_versions()
+    monkeypatch.setattr(ray_executor, "installed_versions", lambda: ours | {"torch": "1.0"})
     with pytest.raises(sm.StarmergeError, match=r"torch .* there and 1\.0 here"):
         list(workers.run(FunctionJob(lambda number: number, lambda number: 0), range(3)))
 

@@ -19,32 +19,23 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
-import platform
 import signal
-import socket
 import time
-import traceback
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
-from threading import Lock
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
-
-import torch
 
 from starmerge import plugins
 from starmerge.device import ACCELERATOR
 from starmerge.errors import StarmergeError, UsageError, WorkersLostError
 from starmerge.events import Retry, emit
-from starmerge.machine import usable_memory
 from starmerge.merging.executors.executor import Job, Result
+from starmerge.merging.executors.ray_worker import Machine, Work, installed_versions
 from starmerge.merging.executors.schedule import Group, Schedule
 from starmerge.merging.executors.threads import (
     bytes_of,
     default_threads,
-    prepare_thread,
 )
 
 LOG = logging.getLogger("starmerge.ray")
@@ -63,9 +54,6 @@ _TICK = 2.0
 
 _END = 60.0
 """Seconds that workers get to finish what they have begun when a merge is given up."""
-
-_PACKAGES = ("starmerge", "torch", "numpy", "scipy")
-"""What computes; their versions must be the same everywhere."""
 
 _FAILED_STARTS = 3
 """Workers in a row that did not start, after which none is tried any more."""
@@ -279,32 +267,6 @@ class RayExecutor:
         return self._places
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What a worker says of the machine that it runs on."""
-
-    node: str
-    """Ray's name of it."""
-    host: str
-    memory: int
-    """Bytes of memory that may be used."""
-    versions: dict[str, str]
-    """Of what computes."""
-    kind: str
-    """Processor and GPU, as far as arithmetic differs between them."""
-
-
-@dataclass(frozen=True)
-class _Said:
-    """What a worker answers: results, or what was raised; and what it logged."""
-
-    results: list[Any] = field(default_factory=list)
-    error: BaseException | None = None
-    trace: str = ""
-    messages: list[tuple[str, int, str]] = field(default_factory=list)
-    """Logger, level and text."""
-
-
 @dataclass(eq=False)
 class _Worker:
     """A worker, as the driver knows it."""
@@ -312,156 +274,6 @@ class _Worker:
     actor: Any
     machine: Machine | None = None
     """None until it has opened a job."""
-
-
-# ------------------------------------------------------------------------------ In worker processes
-
-
-class Work:
-    """What runs in a worker's process.
-
-    Args:
-        has_gpu: Whether it is to compute on a GPU; without, it sees none.
-    """
-
-    def __init__(self, has_gpu: bool) -> None:
-        if not has_gpu:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        self._has_gpu = has_gpu
-        self._lock = Lock()
-        self._opened = ExitStack()
-        self._work: Callable[[int], Any] | None = None
-        self._serial = 0
-        self._heard = _Ear()
-        logging.getLogger().addHandler(self._heard)
-        logging.captureWarnings(True)
-
-    def open(self, serial: int, packed: bytes, files: Sequence[Path], is_elsewhere: bool) -> _Said:
-        """Open a job in place of an earlier one, and tell the machine.
-
-        Args:
-            serial: Of the job: the driver may be done with one before it has been opened here.
-            packed: The job, pickled.
-            files: Files of plug-ins, which define what is unpickled.
-            is_elsewhere: Whether this may be another machine than the driver's.
-        """
-        from ray import cloudpickle  # noqa: PLC0415  (an extra)
-
-        def begin() -> list[Any]:
-            if serial < self._serial:
-                return [_machine()]
-            self._serial = serial
-            self._close(flush=False)
-            for file in files:
-                plugins.load_file(file)
-            self._job: Job[Any] = cloudpickle.loads(packed)
-            if is_elsewhere:
-                self._job.check()
-            if ACCELERATOR.exists() != self._has_gpu:
-                raise StarmergeError(
-                    "Torch finds no GPU here, and the driver's does. Install the same torch, with "
-                    "CUDA, on all machines."
-                )
-            self._work = self._opened.enter_context(self._job.open())
-            return [_machine()]
-
-        with self._lock:
-            return self._answer(begin)
-
-    def work(self, numbers: Sequence[int]) -> _Said:
-        """Do the work for some numbers."""
-
-        def do() -> list[Any]:
-            assert self._work is not None, "the driver opens a job first"
-            for number in numbers:
-                self._job.announce(number)
-            return [self._work(number) for number in numbers]
-
-        return self._answer(do)
-
-    def close(self, flush: bool) -> _Said:
-        """Close the job; without ``flush`` as if the work had failed."""
-
-        def end() -> list[Any]:
-            self._close(flush=flush)
-            return []
-
-        with self._lock:
-            return self._answer(end)
-
-    def _close(self, *, flush: bool) -> None:
-        opened, self._opened, self._work = self._opened, ExitStack(), None
-        if flush:
-            opened.close()
-        else:
-            error = _GivenUpError()
-            with contextlib.suppress(_GivenUpError):
-                opened.__exit__(type(error), error, None)
-
-    def _answer(self, work: Callable[[], list[Any]]) -> _Said:
-        prepare_thread()
-        try:
-            return _Said(work(), messages=self._heard.take())
-        except Exception as error:
-            text = "".join(traceback.format_exception(error))
-            return _Said(error=_sendable(error), trace=text, messages=self._heard.take())
-
-
-class _GivenUpError(Exception):
-    """Closes a job whose merge is given up."""
-
-
-class _Ear(logging.Handler):
-    """Keeps warnings, which the driver logs in its own process."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self._kept: list[tuple[str, int, str]] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep a message."""
-        self._kept.append((record.name, record.levelno, record.getMessage()))
-
-    def take(self) -> list[tuple[str, int, str]]:
-        """Return what was kept since the last time."""
-        kept, self._kept = self._kept, []
-        return kept
-
-
-def _sendable(error: Exception) -> Exception:
-    """Return an error that arrives as itself at the driver, or says the same."""
-    from ray import cloudpickle  # noqa: PLC0415  (an extra)
-
-    try:
-        if isinstance(cloudpickle.loads(cloudpickle.dumps(error)), type(error)):
-            return error
-    except Exception:
-        pass
-    if isinstance(error, StarmergeError):
-        return StarmergeError(str(error))
-    return RuntimeError(f"{type(error).__name__}: {error}")
-
-
-def _machine() -> Machine:
-    import ray  # noqa: PLC0415  (an extra)
-
-    kind = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    if ACCELERATOR.exists():
-        kind += f", {torch.cuda.get_device_name(ACCELERATOR.device)}"
-    return Machine(
-        ray.get_runtime_context().get_node_id(),
-        socket.gethostname(),
-        usable_memory(),
-        _versions(),
-        kind,
-    )
-
-
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in _PACKAGES}
-
-
-# ------------------------------------------------------------------------------- In the driver
 
 
 class _RemoteError(Exception):
@@ -600,7 +412,7 @@ class _Run:
 
     def _welcome(self, worker: _Worker, machine: Machine) -> None:
         """Let a worker take part that has opened the job."""
-        ours = _versions()
+        ours = installed_versions()
         others = [
             f"{name} {version} there and {ours[name]} here"
             for name, version in machine.versions.items()
