@@ -20,7 +20,7 @@ VERSION_TESTS ?= tests/test_recipe.py tests/evaluation/models/test_forward.py \
 	tests/evaluation/tasks/test_sources.py tests/checkpoints/lora/test_adapter.py \
 	tests/merging/test_in_memory.py tests/training
 
-.PHONY: demo test test-oldest test-newest soak kills full-disk permissions bad-reads races fuzz lint types base docs bench clean
+.PHONY: demo test test-oldest test-newest soak kills full-disk permissions bad-reads races fuzz azure lint types base docs bench clean
 
 # Merge the adapters that come with the package, score everything, draw the chart.
 demo: base
@@ -69,6 +69,11 @@ races: $(VENV)/ready
 # kind were used or refused, and the faults.
 fuzz: $(VENV)/ready
 	OMP_NUM_THREADS=1 FUZZ_MINUTES=$(FUZZ_MINUTES) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/pytest -s -q tests/soak/test_fuzz.py
+
+# Object stores of Azure, as Azurite imitates them; needs Node.js, and takes 374 packages from npm.
+azure: $(VENV)/ready
+	npm install --silent --prefix $(VENV)/azurite azurite
+	PATH="$(abspath $(VENV))/azurite/node_modules/.bin:$$PATH" OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/storage/test_azure.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
