@@ -8,7 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from blake3 import blake3
 
+from starmerge.checkpoints.writer import OutputTensor, ShardWriter
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.storage import parts, pieces
 from starmerge.storage.local_folder import LocalFolder
@@ -176,3 +179,15 @@ def test_nothing_is_listed_for_what_this_machine_has(world: World, tmp_path: Pat
     assert shared.place("own.json").read_bytes() == b"{}"
     shared.append("journal.jsonl", b"line")
     assert lists == []
+
+
+def test_the_panels_of_a_tensor_are_one_piece(world: World, tmp_path: Path) -> None:
+    shared = folder_of(world, tmp_path)
+    tensor = torch.arange(40, dtype=torch.float32)
+    layout = [OutputTensor("t", torch.float32, (40,), 160)]
+    with ShardWriter(shared, layout) as writer:
+        for start in range(0, 40, 10):
+            writer.write("t", tensor[start : start + 10], start)
+        assert writer.digest("t") == blake3(tensor.numpy().tobytes()).hexdigest()
+    (found,) = files_in(shared.pieces).values()
+    assert [piece.length for piece in found.pieces][1:] == [160]  # after the header
