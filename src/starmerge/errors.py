@@ -49,13 +49,21 @@ class Interrupted(BaseException):
 def nearest(name: str, known: Iterable[str]) -> str:
     """Say which of the ``known`` names is meant by ``name``: `` Did you mean 'eta'?``.
 
+    Capital and small letters count as the same.
+
     Returns a sentence to append to an error message; when nothing is near, the list of all names.
     """
     known = sorted(known)
-    matches = difflib.get_close_matches(name, known, n=1)
-    if matches:
-        return f" Did you mean {matches[0]!r}?"
-    return f" Known: {', '.join(known)}."
+    matches = near(name, known)
+    return f" Did you mean {matches[0]!r}?" if matches else f" Known: {', '.join(known)}."
+
+
+def near(name: str, known: Iterable[str]) -> list[str]:
+    """Return those of the ``known`` names that ``name`` may stand for, the likeliest first."""
+    folded: dict[str, str] = {}
+    for other in known:
+        folded.setdefault(other.casefold(), other)
+    return [folded[match] for match in difflib.get_close_matches(name.casefold(), folded)]
 
 
 def explain(error: ValidationError, known: Iterable[str] = ()) -> str:

@@ -27,7 +27,7 @@ from typing import Any, Generic, TypeVar
 
 from blake3 import blake3
 
-from starmerge.errors import StarmergeError, UsageError, nearest
+from starmerge.errors import StarmergeError, UsageError, near, nearest
 
 _Thing = TypeVar("_Thing")
 
@@ -101,6 +101,7 @@ class Registry(Mapping[str, _Thing]):
         built_in: Lists what starmerge has besides what :meth:`add` enters: a function for each
             name, which loads it when the name is asked for. Called when anything is first asked.
         unknown: The error about a name that is not found; it has the field ``name``.
+        listing: The command that lists all names, where they are too many for an error.
     """
 
     def __init__(
@@ -111,9 +112,11 @@ class Registry(Mapping[str, _Thing]):
         fault: Callable[[Any], str | None],
         built_in: Callable[[], Mapping[str, Callable[[], _Thing]]] | None = None,
         unknown: str | None = None,
+        listing: str | None = None,
     ) -> None:
         self.word, self.group = word, group
         self._fault, self._list_built_in = fault, built_in
+        self._listing = listing
         self._unknown = unknown or f"No {word} is called {{name!r}}."
         self._is_listed = False
         self._entered: dict[str, _Thing | _Unloaded[_Thing]] = {}
@@ -192,7 +195,10 @@ class Registry(Mapping[str, _Thing]):
         message = self._unknown.format(name=reference)
         if reference.endswith(".py"):
             raise UsageError(f"{message} Of a file say which: {reference}:NAME.")
-        raise UsageError(f"{message}{nearest(reference, {*self, *self._short(), *offered})}")
+        known = {*self, *self._short(), *offered}
+        if self._listing is not None and not near(reference, known):
+            raise UsageError(f"{message} `{self._listing}` lists the {len(known)} that there are.")
+        raise UsageError(f"{message}{nearest(reference, known)}")
 
     def plugins(self) -> list[Plugin[_Thing]]:
         """Load all that installed packages offer; those that cannot be used have the reason."""

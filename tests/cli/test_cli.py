@@ -171,6 +171,16 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
         (["merge", "{base}", "={adapter}", "-o", "{out}"], 2, "name"),
         (["merge", "{base}", "{adapter}", "-o", "/"], 2, "root of the file system"),
         (["nonsense"], 2, "No such command"),
+        (["merge", "a", "b", "-m", "star", "-m", "ties"], 2, "Write a chain as one: -m star+ties"),
+        (["demo", "run", "--rows", "3", "--rows", "4"], 2, "--rows stands there 2 times"),
+        (["--log", "json", "merge", "a", "b", "--log", "text"], 2, "--log stands there 2 times"),
+        (["inspect", "{base}"], 2, "See `starmerge inspect --help`"),
+        (["merge", "{base}", "{adapter}", "-m", "STAR", "-o", "{out}"], 2, "Did you mean 'star'?"),
+        (["merge", "{base}", "{adapter}", "-m", "dare_ties", "-o", "{out}"], 2, "'dare+ties'?"),
+        (["methods", "star+star"], 2, "star stands there twice"),
+        (["evaluate", "nowhere", "-t", "x"], 2, "nowhere does not exist"),
+        (["evaluate", "{base}", "./x", "-t", "x"], 2, "./x does not exist"),
+        (["evaluate", "{base}", "-t", "x"], 2, "`starmerge tasks` lists the"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -190,8 +200,11 @@ def test_refusals_are_one_line_with_the_right_code(
     places = {"base": tiny_base, "adapter": adapter, "broken": broken, "out": tmp_path / "out"}
     finished = starmerge(*(text.format(**places) for text in arguments), cwd=tmp_path)
     assert finished.returncode == code
-    assert message in finished.stderr.replace("\n", " ")
+    assert message in finished.stderr
     assert "Traceback" not in finished.stderr
+    if "json" not in arguments:
+        assert finished.stderr.startswith("Error: ")
+    assert finished.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -371,3 +384,20 @@ def test_help_breaks_its_lines_where_the_terminal_ends(
     for part in paragraphs:
         for line, following in pairwise(part):
             assert len(f" {line} {following.split()[0]} ") > 80
+
+
+def test_a_chain_is_explained_method_by_method(starmerge: Run) -> None:
+    printed = starmerge("methods", "star+ties").stdout
+    assert printed.startswith("star+ties: a chain of star (transform), then ties (merge)\n")
+    for name in ("star", "ties"):
+        assert starmerge("methods", name).stdout.strip() in printed
+    both = json.loads(starmerge("methods", "star+ties", "--json").stdout)
+    assert [method["name"] for method in both] == ["star", "ties"]
+
+
+def test_what_may_be_repeated_still_is(starmerge: Run, tmp_path: Path) -> None:
+    """Parameters, tasks and switches stand as often as they are wanted."""
+    planned = starmerge(
+        "merge", tmp_path, tmp_path, "-p", "eta=3", "-p", "rank=3", "--overwrite", "--overwrite"
+    )
+    assert "stands there" not in planned.stderr

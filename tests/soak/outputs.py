@@ -36,7 +36,7 @@ class Merge:
     ending: str = ""
     """Of the output's name."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Options of :class:`tests.soak.forks.Run`."""
+    """Options of :class:`tests.forks.Run`."""
 
     def argv(self, output: Path, *more: str, threads: int = 1) -> list[str]:
         """Return the command that makes an output."""

@@ -50,7 +50,7 @@ from tests.checkpoints.bad_files import (
     time_limit,
     write_safetensors,
 )
-from tests.soak.forks import tree
+from tests.forks import tree
 from tests.study.studies import written_store
 
 Spoil = Callable[[Path, random.Random], None]

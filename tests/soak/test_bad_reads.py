@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.soak.forks import Forks, hidden, remove, tree
+from tests.forks import Forks, hidden, remove, tree
 from tests.soak.outputs import OUTPUTS, make_merge
 
 RUNS = int(os.environ.get("BAD_READS", "0"))

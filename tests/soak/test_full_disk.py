@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.evaluation.tiny_world import World, make_world
+from tests.forks import Ended, Forks, copy, hidden, remove, tree
 from tests.soak.disks import small_disk
-from tests.soak.forks import Ended, Forks, copy, hidden, remove, tree
 from tests.soak.outputs import OUTPUTS, make_merge
 from tests.study.studies import study_file
 

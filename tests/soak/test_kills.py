@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.soak.forks import Ended, Forks, copy, hidden, remove, tree
+from tests.forks import Ended, Forks, copy, hidden, remove, tree
 from tests.soak.outputs import OUTPUTS, Merge, make_merge
 
 KILLS = int(os.environ.get("KILLS", "2"))

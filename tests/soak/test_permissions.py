@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forks import Forks, copy, hidden, remove, tree
 from tests.soak.disks import NOBODY, is_superuser
-from tests.soak.forks import Forks, copy, hidden, remove, tree
 from tests.soak.outputs import make_merge
 
 MOMENTS = int(os.environ.get("PERMISSION_MOMENTS", "0"))

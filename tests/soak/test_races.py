@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.soak.forks import Ended, Forks, Run, copy, hidden, remove, tree
+from tests.forks import Ended, Forks, Run, copy, hidden, remove, tree
 from tests.soak.outputs import Merge, make_merge
 
 RACES = int(os.environ.get("RACES", "2"))

@@ -103,13 +103,24 @@ def resolve(reference: str | Place, *, may_be_file: bool = False) -> Source:
             f"and from {', '.join(f'{scheme}://' for scheme in SCHEMES)} URLs. Copy it into a "
             "folder, or give a Hub id such as org/name or org/name@revision."
         )
-    if not _HUB_ID.fullmatch(text):
-        raise UsageError(
-            f"{text[:200]} does not exist. Give a folder, or a Hub id such as org/name or "
-            "org/name@revision."
-        )
+    check_named(text)
     name, _, revision = text.partition("@")
     return Source(text, *_download(name, revision or None))
+
+
+def check_named(*references: str) -> None:
+    """Make sure that references name something, as far as that is known without the network.
+
+    Raises:
+        UsageError: One is neither a place on this machine, nor a URL, nor a Hub id.
+    """
+    for text in references:
+        is_named = is_hub_id(text) or is_url(text) or exists(place_of(text))
+        if not is_named:
+            raise UsageError(
+                f"{text[:200]} does not exist. Give a folder, or a Hub id such as org/name or "
+                "org/name@revision."
+            )
 
 
 def folder_of(path: Place) -> Place:

@@ -11,16 +11,14 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from inspect import cleandoc
-from itertools import islice
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
 
 from starmerge import __version__
 from starmerge.cli import (
@@ -39,6 +37,7 @@ from starmerge.cli import (
     tasks,
     verify,
 )
+from starmerge.cli.commands import Command, Group, WrongCommandLine
 from starmerge.cli.log import Mode, Reporter
 from starmerge.errors import Interrupted, StarmergeError, UsageError
 from starmerge.progress import HEARTBEAT
@@ -53,46 +52,8 @@ _OPTIONS_OF_ALL = (
 )
 
 
-class _Group(TyperGroup):
-    """The commands; their common options may stand after a command, too."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Take the common options from wherever they stand, and do at once as they say."""
-        rest = super().parse_args(ctx, self._common_first(args))
-        options = ctx.params
-        if ctx.obj is not None:  # a program that calls the app itself decides what is told
-            ctx.obj.configure(
-                options["log"],
-                quiet=options["quiet"],
-                heartbeat=options["heartbeat"],
-                debug=options["debug"],
-            )
-        return rest
-
-    def _common_first(self, args: Sequence[str]) -> list[str]:
-        """Return arguments with the common options at the beginning."""
-        takes_value = {
-            name: not getattr(option, "is_flag", False)
-            for option in self.params
-            for name in option.opts
-        }
-        common, rest = [], []
-        words = iter(args)
-        for word in words:
-            name, equals, _ = word.partition("=")
-            if word == "--":
-                rest += [word, *words]
-            elif name not in takes_value:
-                rest.append(word)
-            else:
-                common.append(word)
-                if takes_value[name] and not equals:
-                    common += islice(words, 1)
-        return common + rest
-
-
 app = typer.Typer(
-    cls=_Group,
+    cls=Group,
     epilog=_EXIT_CODES,
     help="Merge fine-tuned models of one base into one multi-task model, without data and "
     "without training.",
@@ -125,7 +86,7 @@ for _command in (
     methods.methods,
     tasks.tasks,
 ):
-    app.command(help=_help_of(_command), epilog=_OPTIONS_OF_ALL)(_command)
+    app.command(cls=Command, help=_help_of(_command), epilog=_OPTIONS_OF_ALL)(_command)
 app.add_typer(demo.app, name="demo")
 
 
@@ -197,13 +158,8 @@ def _run(reporter: Reporter) -> int:
     """Run the command of the command line; return its exit code."""
     try:
         result = app(standalone_mode=False, obj=reporter)
-    except _WrongCommandLine as error:
-        if reporter.is_for_people:
-            from typer.rich_utils import rich_format_error
-
-            rich_format_error(error)
-        else:
-            reporter.fail(error.format_message(), 2)
+    except WrongCommandLine as error:
+        reporter.fail(f"{_ended(error.format_message())}{_help_for(error.ctx)}", 2)
         return 2
     except typer.Abort:
         reporter.fail("Nothing was answered, so nothing is done.", 1)
@@ -227,10 +183,6 @@ def _run(reporter: Reporter) -> int:
     exit_code = result if isinstance(result, int) else 0
     reporter.finish(exit_code)
     return exit_code
-
-
-_WrongCommandLine: Any = typer.BadParameter.__mro__[1]
-"""Click's UsageError; newer releases of typer have a click of their own."""
 
 
 def _raise_on_signals() -> None:
@@ -279,6 +231,15 @@ def _keep_memory() -> None:
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Of malloc.h."""
+
+
+def _ended(sentence: str) -> str:
+    return sentence if sentence.endswith((".", "?", "!")) else f"{sentence}."
+
+
+def _help_for(context: Any) -> str:
+    """Say where the options of the command are explained."""
+    return "" if context is None else f" See `{context.command_path} --help`."
 
 
 def _said(error: Exception) -> str:

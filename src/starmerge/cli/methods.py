@@ -21,20 +21,29 @@ if TYPE_CHECKING:
 
 def methods(
     name: Annotated[
-        str | None, typer.Argument(help="Say all about this one; FILE.py:NAME for one in a file.")
+        str | None,
+        typer.Argument(help="Say all about this one, or a chain; FILE.py:NAME for one in a file."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the merging methods, or explain one: definition, source, cost, parameters.
+    """List the merging methods, or explain one, or a chain: definition, source, cost, parameters.
 
     Those of installed packages are listed with the package.
+
+    Example: starmerge methods star
+
+    Example: starmerge methods star+ties
     """
     with importing():
         from starmerge.methods import METHODS
         from starmerge.methods.method import find_method
+        from starmerge.methods.pipeline import make_pipeline, split_chain
 
     plugins = METHODS.plugins() if name is None else []
-    chosen = [find_method(name)] if name else [METHODS[key] for key in sorted(METHODS)]
+    parts = split_chain(name) if name else sorted(METHODS)
+    chosen = [find_method(part) for part in parts]
+    if name and len(parts) > 1:
+        make_pipeline(name)  # which refuses what is no chain
     if json:
         described = [_described(method) for method in chosen]
         print(jsonlib.dumps(described, indent=2, ensure_ascii=False))
@@ -47,18 +56,30 @@ def methods(
                 origin = METHODS.origin(method)
                 print(f"  {method.name:<18}{summary}{f' (of {origin})' if origin else ''}")
     else:
-        described_one = _described(chosen[0])
-        text = re.sub(r":\w+:|``|`", "", described_one["description"])
-        origin = METHODS.origin(chosen[0])
-        print(f"{name}: {described_one['kind']}{f', of {origin}' if origin else ''}\n\n{text}\n")
-        if chosen[0].uses_metric:
-            print("With --metric FILE (of starmerge calibrate) it works in whitened inputs.\n")
-        for parameter in described_one["parameters"]:
-            default = jsonlib.dumps(parameter.get("default"))
-            shown = "" if default == "null" else f"={default.strip(chr(34))}"
-            allowed = _allowed(parameter)
-            print(f"-p {parameter['name']}{shown} ({allowed}): {parameter.get('description', '')}")
+        if len(chosen) > 1:
+            order = ", then ".join(f"{method.name} ({method.kind})" for method in chosen)
+            print(f"{name}: a chain of {order}\n")
+        print("\n\n".join(map(_explained, chosen)))
     print_faults(plugins)
+
+
+def _explained(method: type[Method]) -> str:
+    """Return all about a method, in lines."""
+    from starmerge.methods import METHODS
+
+    described, origin = _described(method), METHODS.origin(method)
+    text = re.sub(r":\w+:|``|`", "", described["description"])
+    of = f", of {origin}" if origin else ""
+    lines = [f"{method.name}: {described['kind']}{of}\n\n{text}\n"]
+    if method.uses_metric:
+        lines.append("With --metric FILE (of starmerge calibrate) it works in whitened inputs.\n")
+    for parameter in described["parameters"]:
+        default = jsonlib.dumps(parameter.get("default"))
+        shown = "" if default == "null" else f"={default.strip(chr(34))}"
+        allowed = _allowed(parameter)
+        about = parameter.get("description", "")
+        lines.append(f"-p {parameter['name']}{shown} ({allowed}): {about}")
+    return "\n".join(lines)
 
 
 def print_faults(plugins: Sequence[Plugin[Any]]) -> None:

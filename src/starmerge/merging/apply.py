@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from starmerge.checkpoints.experts import stack_of
 from starmerge.checkpoints.renaming import naming_in
 from starmerge.checkpoints.tensors import MERGEABLE
 from starmerge.deltas import Delta, Dense, LowRank, is_finite, matrix_shape
-from starmerge.errors import StarmergeError, UsageError
+from starmerge.errors import StarmergeError, UsageError, near
 from starmerge.merging.executors.executor import FunctionJob
 from starmerge.merging.executors.threads import Threads
 from starmerge.merging.fold import fold
@@ -371,8 +370,8 @@ def _remedy(name: str, known: Collection[str]) -> str:
                 f"It calls it {inner}: load the model by the class that its config.json names in "
                 f"'architectures', or take {name.removesuffix(inner)!r} from the update's names."
             )
-    nearest = difflib.get_close_matches(name, known, n=1)
-    hint = f"The nearest it has is {nearest[0]}. " if nearest else ""
+    others = near(name, known)
+    hint = f"The nearest it has is {others[0]}. " if others else ""
     return (
         f"{hint}If transformers joins or splits the tensors of this model when it loads them, "
         "merge files and load those."

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -439,6 +440,12 @@ def find_method(name: str) -> type[Method]:
         UsageError: There is no such method.
         StarmergeError: The package or the file that has it cannot be loaded.
     """
+    # Other tools write chains as one word: dare_ties.
+    parts = re.split(r"[+_, -]+", name.casefold())
+    if name not in METHODS and len(parts) > 1 and all(part in METHODS for part in parts):
+        raise UsageError(
+            f"No method is called {name!r}. Did you mean the chain {'+'.join(parts)!r}?"
+        )
     return METHODS.find(name)
 
 

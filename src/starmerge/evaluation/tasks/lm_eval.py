@@ -8,7 +8,6 @@ the rows are like those of any other task.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import json
 import logging
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from blake3 import blake3
 
-from starmerge.errors import StarmergeError, UsageError
+from starmerge.errors import StarmergeError, UsageError, near
 from starmerge.evaluation.scoring.metrics import Prediction, Score, score
 
 PREFIX = "lm-eval:"
@@ -236,8 +235,8 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> list[Harness
 
 def _load(manager: Any, name: str) -> list[HarnessTask]:
     if name not in manager.all_tasks:
-        near = difflib.get_close_matches(name, manager.all_tasks, n=1)
-        meant = f" Did you mean {PREFIX + near[0]!r}?" if near else ""
+        others = near(name, manager.all_tasks)
+        meant = f" Did you mean {PREFIX + others[0]!r}?" if others else ""
         raise UsageError(
             f"lm-evaluation-harness has no task {name!r}.{meant} `lm-eval ls tasks` lists them."
         )

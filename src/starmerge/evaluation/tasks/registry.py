@@ -38,6 +38,7 @@ TASKS: Registry[DataTask] = Registry(
     fault=_fault,
     built_in=_built_in,
     unknown="No task is called {name!r}, and no such file or folder exists.",
+    listing="starmerge tasks",
 )
 """Every task by suite and name; other packages and files have more."""
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 LIMIT = 60.0
 """Seconds after which a command is taken for hung; none here takes three."""
@@ -37,6 +37,7 @@ class Run:
 
     argv: list[str]
     env: dict[str, str] = field(default_factory=dict)
+    cwd: str | None = None
     uid: int | None = None
     """Run as this user, who has no rights of the superuser."""
     after: float = 0.0
@@ -84,7 +85,7 @@ class Forks:
 
     def __enter__(self) -> Forks:
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.soak.forks", *self._modules],
+            [sys.executable, "-m", "tests.forks", *self._modules],
             cwd=ROOT,
             env=self._env,
             stdin=subprocess.PIPE,
@@ -198,6 +199,8 @@ def _prepare(run: Run) -> None:
     from starmerge.merging.executors import schedule, threads
 
     os.environ |= run.env
+    if run.cwd is not None:
+        os.chdir(run.cwd)
     journal._SECONDS = 0.0  # a line after each tensor
     if run.shard_bytes is not None:
         assert ShardWriter.__init__.__kwdefaults__ is not None
