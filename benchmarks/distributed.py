@@ -6,10 +6,10 @@ machine. All take turns. Workers have been started before: how long that takes i
 
 **Simulated** (``cluster_model.py``). Unit costs of one core are measured here: operations in
 float64 and float32, entries, bytes hashed and written; so is the driver's time for a group. The
-counts of each tensor are those of ``on_paper.py``. First the merges above, to compare; then a base
-of 405B with adapters and with full fine-tunes on nodes of a cluster, whose processors, storage and
-network are options: no measurement, and the defaults are those of nodes of 32 cores with 25 Gbit/s
-and a storage that gives 20 GB/s and takes 10.
+counts of each tensor are those of ``on_paper.py``, its memory is what a plan estimates. First the
+merges above, to compare; then a base of 405B with adapters and with full fine-tunes on nodes of a
+cluster, whose processors, storage and network are options: no measurement, and the defaults are
+those of nodes of 32 cores with 25 Gbit/s and a storage that gives 20 GB/s and takes 10.
 """
 
 from __future__ import annotations
@@ -43,11 +43,14 @@ from common import (
 from on_paper import ENTRY, MODELS, Rates, Work, duration
 from synthetic import RANK, Llama, llama_of, make_adapters, make_base, make_finetunes
 
+from starmerge import Pipeline, Star
 from starmerge.merging.engine import run
 from starmerge.merging.executors.executor import Executor, FunctionJob
 from starmerge.merging.executors.ray import RayExecutor
 from starmerge.merging.executors.threads import Threads
+from starmerge.merging.fold import fold_bytes
 from starmerge.merging.plan import make_plan
+from starmerge.methods.memory import DeltaShape, TensorShape
 from starmerge.recipe import make_recipe
 
 KEPT = 3
@@ -109,27 +112,35 @@ def measure(scratch: Path, driver: float) -> Units:
     return Units(rates, write, driver)
 
 
-def works(model: Llama, kind: str, count: int) -> list[Work]:
-    """Return the counts of each tensor of a merge by STAR."""
-    found = []
-    for m, n, is_linear in on_paper.matrices(model):
-        work = Work(read=ENTRY * m * n, written=ENTRY * m * n)
-        if kind == "adapters" and is_linear:
-            work += on_paper.adapters(m, n, count, RANK, KEPT)
-        elif kind == "full fine-tunes":
-            work += on_paper.finetunes(m, n, count, SHARE if is_linear else None)
-        found.append(work)
-    return found
+def work_of(m: int, n: int, is_linear: bool, kind: str, count: int) -> Work:
+    """Return the counts of a tensor of a merge by STAR."""
+    work = Work(read=ENTRY * m * n, written=ENTRY * m * n)
+    if kind == "adapters" and is_linear:
+        work += on_paper.adapters(m, n, count, RANK, KEPT)
+    elif kind == "full fine-tunes":
+        work += on_paper.finetunes(m, n, count, SHARE if is_linear else None)
+    return work
 
 
-def memory_of(work: Work, kind: str) -> float:
-    """Return the bytes that the work takes: its base's tensor, and float64 matrices."""
-    return work.written * (4 if kind == "full fine-tunes" else 1) * 4
+def memory_of(m: int, n: int, is_linear: bool, kind: str, count: int) -> int:
+    """Return the bytes that merging a tensor by STAR takes, as a plan estimates them."""
+    if kind == "adapters" and not is_linear:
+        return 0
+    rank = RANK if kind == "adapters" else None
+    shape = (m,) if n == 1 else (m, n)
+    is_embedding = n > 1 and not is_linear
+    tensor = TensorShape(shape, is_embedding, (DeltaShape(rank),) * count, tasks=count)
+    chain = Pipeline.of([Star()])
+    held = tensor.factors(tensor.total_rank, ENTRY)  # factors, as they are stored
+    return held + chain.memory(tensor) + fold_bytes(m, n, chain.result(tensor).rank or 0)
 
 
 def simulated(model: Llama, kind: str, count: int, units: Units, cluster: Cluster) -> Outcome:
     """Simulate a merge by STAR."""
-    tensors = [units.tensor(work, memory_of(work, kind)) for work in works(model, kind, count)]
+    tensors = [
+        units.tensor(work_of(*matrix, kind, count), memory_of(*matrix, kind, count))
+        for matrix in on_paper.matrices(model)
+    ]
     return simulate(tensors, cluster)
 
 
@@ -290,8 +301,9 @@ def main() -> int:
         units = measured(options, scratch)
     print(
         f"{options.model}, simulated with the unit costs above: nodes of {options.cores} cores, "
-        f"{options.memory:g} GB and {options.network:g} GB/s of network; storage "
-        f"{options.storage_read:g} GB/s read, {options.storage_write:g} GB/s written\n"
+        f"{options.memory:g} GB, of which tensors take a quarter, and {options.network:g} GB/s of "
+        f"network; storage {options.storage_read:g} GB/s read, {options.storage_write:g} GB/s "
+        "written\n"
     )
     print(curve(options, units))
     return 0

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+import distributed
+import on_paper
 from cluster_model import Cluster, Tensor, simulate
+from synthetic import Llama, make_adapters, make_base, make_finetunes
+
+from starmerge.merging.plan import make_plan
+from starmerge.recipe import make_recipe
 
 MB = 10**6
 _HUGE = 10**9
@@ -77,3 +83,26 @@ def test_small_tensors_share_a_group() -> None:
     found = simulate(work, Cluster(1, 2, driver=0.1))
     assert found.groups == 10
     assert found.seconds == pytest.approx(10 * 0.1 + 0.064)
+
+
+@pytest.mark.parametrize("kind", ["adapters", "full fine-tunes"])
+def test_the_simulated_merges_take_the_memory_that_a_plan_estimates(
+    kind: str, tmp_path: Path
+) -> None:
+    model = Llama(hidden=64, intermediate=160, layers=1, vocabulary=96, key_value=32, head=16)
+    make = make_adapters if kind == "adapters" else make_finetunes
+    models = make(tmp_path / "models", model, 3)
+    recipe = make_recipe(
+        {
+            "base": str(make_base(tmp_path / "base", model)),
+            "models": [{"path": str(path), "name": name} for name, path in models.items()],
+            "method": "star",
+        }
+    )
+    plan = make_plan(recipe, tmp_path / "out")
+    planned = {tensor.source.name: plan.memory_of(tensor) for tensor in plan.tensors}
+    simulated = {
+        name: distributed.memory_of(*matrix, kind, len(models))
+        for name, matrix in zip(model.tensors, on_paper.matrices(model), strict=True)
+    }
+    assert simulated == planned

@@ -86,7 +86,7 @@ class Plan(Event):
 
 @dataclass(frozen=True)
 class PhaseStarted(Event):
-    """A phase of a run begins: "surveying", "merging", "hashing inputs", "scoring past"."""
+    """A phase of a run begins: "surveying", "merging", "hashing inputs", "evaluating"."""
 
     name = "phase_started"
     phase: str
@@ -167,7 +167,7 @@ class Heartbeat(Event):
     elapsed: float
     """Seconds since the phase began."""
     seconds_left: float | None
-    """At the rate of the last five minutes; null where it is zero or the total is not known."""
+    """At the rate of the last ten heartbeats; null where it is zero or the total is not known."""
     memory: int | None
     """Bytes of the process in memory (RSS); null where the system does not tell."""
 

@@ -18,12 +18,15 @@ from typing import Any
 import boto3
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 
 import starmerge
 from starmerge.cli.clean import clean
+from starmerge.cli.verify import verify as verify_command
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.events import Retry
+from starmerge.hub.merged import open_merged
 from starmerge.merging.verify import verify
 from starmerge.storage import parts, ranges, requests
 from starmerge.storage.places import RemotePlace
@@ -468,13 +471,25 @@ def test_two_merges_into_one_output(
     assert "out~" in refused[0]
 
 
-def test_verifying_and_inspecting(world: World, tiny_base: Path, make_adapter: MakeAdapter) -> None:
+def test_verifying_and_inspecting(
+    world: World,
+    tiny_base: Path,
+    make_adapter: MakeAdapter,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     models = [make_adapter("a", seed=1), make_adapter("b", seed=2)]
     merged(world, tiny_base, models)
     verdict = verify(world.url("out"), repeat="all")
     assert verdict.is_right
     assert verdict.unlisted == []
     assert set(verdict.inputs.values()) == {"same"}
+    with pytest.raises(typer.Exit) as ended:
+        verify_command(Path(world.url("out")))
+    assert ended.value.exit_code == 0
+    # A path has one slash where a URL has two.
+    assert capsys.readouterr().out.startswith(f"{world.url('out')} is as its report says")
+    with pytest.raises(UsageError, match=f"{world.url('out')} is a URL"):
+        open_merged(Path(world.url("out")))
     inspection = starmerge.inspect(world.url("base"), [world.url("a"), world.url("b")])
     local = starmerge.inspect(tiny_base, models)
     assert [own["rank"] for own in inspection.models] == [own["rank"] for own in local.models]

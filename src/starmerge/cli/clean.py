@@ -70,7 +70,7 @@ def clean(
     if not delete:
         print(f"To delete what is left over, {size}: give --delete.")
         return
-    noun = "it" if len(found) == 1 else f"the {len(old)} that are left over"
+    noun = "it" if len(old) == 1 else f"the {len(old)} that are left over"
     if not yes and not typer.confirm(f"Delete {noun}, {size}?"):
         return
     for leftover in old:

@@ -65,5 +65,5 @@ def verify(
         if verdict.repeated:
             parts.append(f"{verdict.repeated} tensors merged again")
         judged = "as its report says" if verdict.is_right else "NOT as its report says"
-        print(f"{path} is {judged} ({', '.join(parts)}).")
+        print(f"{verdict.path} is {judged} ({', '.join(parts)}).")
     raise typer.Exit(0 if verdict.is_right else 1)

@@ -9,7 +9,7 @@ from typing import Any
 
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.verify import check_files, read_report
-from starmerge.storage import is_url
+from starmerge.storage import is_url, place_of
 from starmerge.storage.local_folder import LocalFolder
 
 _MOST_TOLD = 5
@@ -45,7 +45,9 @@ def open_merged(path: Path) -> Merged:
         StarmergeError: Something in it is missing, or is not what the report says.
     """
     if is_url(path):
-        raise UsageError(f"{path} is a URL, and a folder of this machine is pushed. Copy it here.")
+        raise UsageError(
+            f"{place_of(path)} is a URL, and a folder of this machine is pushed. Copy it here."
+        )
     if path.is_file():
         raise UsageError(
             f"{path} is one file, without a report and a card, and folders are pushed. Merge again "
