@@ -9,7 +9,7 @@ FROM python:${PYTHON} AS build
 # Which builds of torch are installed, as uv names them: cpu, cu126, cu128, ...
 ARG TORCH=cpu
 # Extras of pyproject.toml, separated by commas.
-ARG EXTRAS=eval,gguf
+ARG EXTRAS=eval,gguf,remote
 RUN pip install --no-cache-dir uv==0.13.8
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./

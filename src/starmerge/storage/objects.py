@@ -9,6 +9,7 @@ from pathlib import Path
 from obstore.exceptions import BaseError
 
 from starmerge.errors import StarmergeError
+from starmerge.events import Published, emit
 from starmerge.storage.pieces import StagedFolder, delete_pieces, pieces_left, pieces_of
 from starmerge.storage.places import RemotePlace
 from starmerge.storage.ranges import Ranges
@@ -93,6 +94,8 @@ class ObjectStorage(Ranges):
                     distribute=distribute,
                 ).run()
             except (BaseError, OSError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno is not None:  # of this machine
+                    raise StarmergeError(f"{folder} cannot be uploaded: {error}.") from error
                 raise in_words(place, error) from None
             finally:
                 self.forget_lists()
@@ -100,6 +103,7 @@ class ObjectStorage(Ranges):
         try:
             with scratch.staged(suffix, upload) as folder:
                 yield StagedFolder(folder.path, is_complete=folder.is_complete, pieces=pieces)
+            emit(Published(str(place)))
         finally:
             if not scratch.has(suffix):
                 with suppress(StarmergeError):  # what has failed before is said

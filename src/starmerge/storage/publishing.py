@@ -115,6 +115,7 @@ def output_folder(
     kind: Replaceable = MERGED_MODEL,
     suffix: str | None = None,
     member: str | None = None,
+    is_final: bool = True,
 ) -> Iterator[LocalFolder]:
     """Yield a hidden folder beside ``path`` that takes its place when the block ends well.
 
@@ -136,6 +137,7 @@ def output_folder(
             errors delete it.
         member: A file of the folder that alone takes the place of ``path``, as a file; what else
             there is in the folder is deleted.
+        is_final: Whether this is where the output is wanted; False: it is sent on from there.
 
     Raises:
         UsageError: Something that may not be replaced has appeared under ``path`` meanwhile, or
@@ -167,7 +169,8 @@ def output_folder(
                 _sync(*new_parents, path.parent)
             if replaced is not None:
                 shutil.rmtree(replaced, ignore_errors=True)
-        emit(Published(str(path)))
+        if is_final:
+            emit(Published(str(path)))
     except (KeyboardInterrupt, Interrupted) as interruption:
         is_kept = suffix is not None and getattr(interruption, "signal", None) == signal.SIGTERM
         if not is_kept:

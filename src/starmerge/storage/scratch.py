@@ -140,7 +140,7 @@ class Scratch:
         whole = self.whole(suffix)
         is_complete = whole.is_dir()
         if not is_complete:
-            with output_folder(whole, suffix=suffix) as folder:
+            with output_folder(whole, suffix=suffix, is_final=False) as folder:
                 yield folder
         held = lock(whole)
         if held is None:

@@ -184,9 +184,11 @@ class Upload:
                     large[name].complete()
                 elif name != REPORT and name not in far:
                     self._put(name)
+                    advance(sizes[name])
             self._check_sizes({name: sizes[name] for name in names if name != REPORT})
             if member is None:
                 self._put(REPORT)
+                advance(sizes[REPORT])
                 stale = sorted(before - set(names))
                 if stale:
                     obstore.delete(self._store, [self._key(name) for name in stale])

@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -377,6 +378,11 @@ def test_files_of_a_shared_folder_are_written_synchronously(tmp_path: Path) -> N
 
 
 def test_wrong_addresses_are_refused() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(UsageError, match=f"no Ray cluster at '{address}'.*refused"):
+            RayExecutor(address).__enter__()
     with pytest.raises(UsageError, match="Ray Client"):
         RayExecutor("ray://head:10001")
     with pytest.raises(UsageError, match="threads"):
@@ -419,7 +425,6 @@ def test_a_killed_driver_takes_its_workers_along_and_the_merge_goes_on(
         workers.dismiss(worker)
     driver = command(plan, tmp_path, "--address", address)
     wait_until(lambda: journal.exists() and b'"tensor"' in journal.read_bytes())
-    driver.kill()
     driver.kill()
     driver.communicate()
     pids = [int(file.name.partition("-")[2]) for file in tmp_path.glob("pid-*")]

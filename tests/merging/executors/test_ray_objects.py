@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from starmerge.cli.clean import clean
 from starmerge.errors import StarmergeError, WorkersLostError
+from starmerge.events import PhaseFinished, Published
 from starmerge.merging.engine import run
 from starmerge.merging.executors import schedule
 from starmerge.merging.executors.ray import RayExecutor
@@ -180,6 +181,41 @@ def test_an_adapter_as_one_file(
     run(plan_of(tiny_base, models, f"{URL}.gguf", "gguf"), kept(world.workers))
     assert world.files("out.gguf") == {"": (tmp_path / "out.gguf").read_bytes()}
     assert world.files(".out") == {}
+
+
+def test_an_old_merge_of_the_same_sizes_is_replaced(
+    world: World,
+    base: Path,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """While files of both lie there, no report says that they are a whole merge."""
+    old, new = [make_adapter("a")], [make_adapter("b", seed=1)]
+    run(plan_of(base, old, URL, "model"), kept(world.workers))
+    before = world.files("out/")
+    reports: list[bool] = []
+
+    def look(request: Request) -> None:
+        if request.key == "out/model.safetensors":
+            reports.append("merge_report.json" in world.files("out/"))
+
+    world.theirs.plan = look
+    plan = make_plan(plan_of(base, new, f"{URL}-", "model").recipe, place_of(URL), overwrite=True)
+    caplog.set_level(logging.DEBUG, "starmerge")
+    run(plan, kept(world.workers))
+    after = world.files("out/")
+    assert len(after["model.safetensors"]) == len(before["model.safetensors"])
+    assert after["model.safetensors"] != before["model.safetensors"]
+    assert reports
+    assert not any(reports)
+    run(plan_of(base, new, str(tmp_path / "out"), "model"), Threads(1))
+    assert_same(after, tmp_path / "out")
+    told = [record.msg for record in caplog.records]
+    published = [event.path for event in told if isinstance(event, Published)]
+    assert published[0] == URL  # and then the local one
+    uploaded = [e.done for e in told if isinstance(e, PhaseFinished) and e.phase == "uploading"]
+    assert uploaded == [sum(map(len, after.values()))]
 
 
 def test_a_failed_upload_is_repeated_from_the_pieces(

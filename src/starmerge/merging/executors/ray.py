@@ -20,6 +20,7 @@ import importlib.util
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,9 @@ PATIENCE = 60.0
 
 WAIT = 600.0
 """Seconds to wait for a first worker, which an autoscaler may have to start a machine for."""
+
+_CONNECT = 10.0
+"""Seconds in which the machine of a cluster answers."""
 
 _TICK = 2.0
 """Seconds after which the driver looks for workers that hang."""
@@ -177,6 +181,8 @@ class RayExecutor:
         if not self._is_connected_here:
             return
         options: dict[str, Any] = {"address": self.address}
+        if self.address is not None:
+            _check_listens(self.address)
         if self._is_ours:
             options = {
                 "num_cpus": self.threads or default_threads(),
@@ -265,6 +271,24 @@ class RayExecutor:
     def places(self) -> int:
         """How many groups a worker has at once."""
         return self._places
+
+
+def _check_listens(address: str) -> None:
+    """Make sure that something listens at HOST:PORT: Ray itself would try for ten minutes.
+
+    Raises:
+        UsageError: Nothing does.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():  # such as "auto"
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT).close()
+    except (OSError, OverflowError) as error:
+        raise UsageError(
+            f"There is no Ray cluster at {address!r}: {error}. Start one with `ray start --head`, "
+            "or leave --address out."
+        ) from error
 
 
 @dataclass(eq=False)
@@ -364,7 +388,9 @@ class _Run:
         for worker, held in self._working.values():
             assert worker.machine is not None
             busy[worker] = busy.get(worker, 0) + 1
-            memory[worker.machine.node] = memory.get(worker.machine.node, 0) + held.memory
+            # A worker that hangs must not keep the others of its machine waiting for its memory.
+            if not self._schedule.is_late(held, now, PATIENCE):
+                memory[worker.machine.node] = memory.get(worker.machine.node, 0) + held.memory
         for worker in self._open:
             machine = worker.machine
             assert machine is not None
@@ -423,8 +449,9 @@ class _Run:
                 f"{machine.host} has other packages than this machine: {', '.join(others)}. The "
                 "bytes of the merge would depend on who does what: install the same everywhere."
             )
+        is_other = bool(self._kinds) and machine.kind not in self._kinds
         self._kinds.add(machine.kind)
-        if len(self._kinds) == 2 and worker.machine is None:
+        if is_other and len(self._kinds) == 2:
             LOG.warning(
                 "The machines of the cluster are of several kinds (%s), whose libraries may round "
                 "differently: another run may give other last bits.",

@@ -94,7 +94,11 @@ class Work:
                 plugins.load_file(file)
             self._job: Job[Any] = cloudpickle.loads(packed)
             if is_elsewhere:
-                self._job.check()
+                try:
+                    self._job.check()
+                except StarmergeError as error:
+                    place = socket.gethostname()
+                    raise StarmergeError(f"On the machine {place}: {error}") from error
             if ACCELERATOR.exists() != self._has_gpu:
                 raise StarmergeError(
                     "Torch finds no GPU here, and the driver's does. Install the same torch, with "

@@ -141,13 +141,26 @@ class Schedule(Generic[Result]):
         """
         if self._open:
             return None
-        pace = 3 * self._spent / self._cost if self._cost else 0.0
         for group, begun in self._begun.items():
-            late = now - begun.since > max(patience, pace * group.cost)
-            if late and begun.copies == 1 and group not in own and fits(group.memory):
+            is_late = self.is_late(group, now, patience)
+            if is_late and begun.copies == 1 and group not in own and fits(group.memory):
                 begun.copies += 1
                 return group
         return None
+
+    def is_late(self, group: Group, now: float, patience: float) -> bool:
+        """Tell whether a group takes so long that its worker may hang.
+
+        Args:
+            group: What is in work.
+            now: As for :meth:`begin`.
+            patience: Seconds that no group is too long.
+        """
+        begun = self._begun.get(group)
+        if begun is None:  # another worker has done it
+            return True
+        pace = 3 * self._spent / self._cost if self._cost else 0.0
+        return now - begun.since > max(patience, pace * group.cost)
 
     def done(self, group: Group, results: Sequence[Result], now: float) -> None:
         """Note the results of a group; those of a second worker are the same."""
