@@ -17,7 +17,6 @@ import yaml
 
 import starmerge as sm
 from starmerge.checkpoints.hashing import blake3_of
-from starmerge.cli.parameters import chain
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation.runner import evaluate
 from starmerge.evaluation.scoring.comparison import paired
@@ -27,7 +26,7 @@ from starmerge.evaluation.tasks import find_task
 from starmerge.evaluation.tasks.files import load_task
 from starmerge.evaluation.tasks.suites import load_suite
 from starmerge.methods import METHODS, make_pipeline
-from starmerge.methods.pipeline import split_chain
+from starmerge.methods.pipeline import as_pipeline, split_chain
 from starmerge.recipe import make_recipe
 from starmerge.recipe_file import load_recipe, write_recipe
 from starmerge.study.choose import choose
@@ -195,11 +194,11 @@ def test_a_chain_is_split_at_its_plus_signs_alone() -> None:
 
 
 def test_a_candidate_has_its_parameters_after_the_file(file: Path) -> None:
-    made = chain(f"star+{file}:HalfSum:alpha=2,eta=60")
+    made = as_pipeline(f"star+{file}:HalfSum:alpha=2,eta=60")
     assert made == make_pipeline(f"star+{file}:HalfSum", {"alpha": 2, "eta": 60})
-    assert chain(f"{file}:HalfSum") == make_pipeline(f"{file}:HalfSum")
+    assert as_pipeline(f"{file}:HalfSum") == make_pipeline(f"{file}:HalfSum")
     with pytest.raises(UsageError, match="parameters follow the colon"):
-        chain(f"{file}:HalfSum:")
+        as_pipeline(f"{file}:HalfSum:")
 
 
 def test_a_name_that_is_taken_is_refused_and_a_cell_may_run_again() -> None:

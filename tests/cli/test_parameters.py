@@ -1,10 +1,15 @@
 """Parameters of several methods at once, and of one in a word."""
 
+import dataclasses
+import pickle
+
 import pytest
 
-from starmerge.cli.parameters import chain, parameters_of
+from starmerge import Star, Ties
+from starmerge.cli.parameters import parameters_of
 from starmerge.errors import UsageError
-from starmerge.methods.pipeline import make_pipeline
+from starmerge.methods.method import make_method
+from starmerge.methods.pipeline import as_pipeline, make_pipeline
 from starmerge.study.candidates import candidate_name
 
 
@@ -32,9 +37,9 @@ def test_parameters_are_those_of_their_method() -> None:
     ],
 )
 def test_a_chain_has_its_parameters_after_a_colon(text: str, parameters: dict[str, object]) -> None:
-    made = chain(text)
+    made = as_pipeline(text)
     assert made == make_pipeline(text.partition(":")[0], parameters)
-    assert chain(candidate_name(made)) == made
+    assert as_pipeline(candidate_name(made)) == made
 
 
 @pytest.mark.parametrize(
@@ -42,11 +47,21 @@ def test_a_chain_has_its_parameters_after_a_colon(text: str, parameters: dict[st
     [
         ("star:", "parameters follow the colon"),
         ("star:eta", "given as KEY=VALUE"),
-        ("star:eta=20,eta=60", "-p eta is given twice"),
+        ("star:eta=20,eta=60", "star: eta is given twice"),
         ("star:alpha=1", "no parameter 'alpha'"),
         ("stra:eta=1", "Did you mean 'star'"),
     ],
 )
 def test_a_wrong_chain_is_refused(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        chain(text)
+        as_pipeline(text)
+
+
+def test_constructors_refuse_as_texts_do() -> None:
+    with pytest.raises(UsageError, match=r"Method 'star': eta.*greater than 0"):
+        Star(eta=0)
+    with pytest.raises(UsageError, match="Did you mean 'eta'"):
+        Star(etaa=3)
+    with pytest.raises(UsageError, match="k"):
+        dataclasses.replace(Ties(), k=-1)
+    assert pickle.loads(pickle.dumps(Star(eta=60))) == make_method("star", {"eta": 60})

@@ -6,7 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from starmerge.deltas import Dense
 from starmerge.errors import UsageError
@@ -113,7 +112,7 @@ def test_a_parameter_of_another_method_is_refused():
 def test_eta_is_a_percentage_above_0(eta):
     with pytest.raises(UsageError, match="'star': eta: "):
         make_method("star", {"eta": eta})
-    with pytest.raises(ValidationError):
+    with pytest.raises(UsageError):
         Star(eta=eta)
 
 
@@ -126,7 +125,7 @@ def test_eta_up_to_100_is_accepted(eta):
 def test_a_rank_is_a_positive_integer(rank):
     with pytest.raises(UsageError, match="'star': rank: "):
         make_method("star", {"rank": rank})
-    with pytest.raises(ValidationError):
+    with pytest.raises(UsageError):
         Star(rank=rank)
 
 
@@ -157,12 +156,12 @@ def test_a_method_cannot_be_changed():
 
 
 def test_the_constructor_refuses_unknown_parameters():
-    with pytest.raises((TypeError, ValidationError)):
+    with pytest.raises(UsageError):
         Star(theta=40)
 
 
 def test_the_constructor_takes_names_only():
-    with pytest.raises((TypeError, ValidationError)):
+    with pytest.raises(UsageError):
         Star(40)
 
 

@@ -157,7 +157,7 @@ def main() -> None:
 def _run(reporter: Reporter) -> int:
     """Run the command of the command line; return its exit code."""
     try:
-        result = app(standalone_mode=False, obj=reporter)
+        result = app(standalone_mode=False, obj=reporter, prog_name="starmerge")
     except WrongCommandLine as error:
         reporter.fail(f"{_ended(error.format_message())}{_help_for(error.ctx)}", 2)
         return 2

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from starmerge.cli import asking
-from starmerge.cli.parameters import chain
 
 _DEFAULTS = "defaults"
 
@@ -93,6 +92,7 @@ def choose(
     Then: starmerge merge recipe.yaml -o merged
     """
     from starmerge.evaluation.settings import Settings
+    from starmerge.methods.pipeline import as_pipeline
     from starmerge.recipe_file import check_recipe_file, write_recipe
     from starmerge.study.candidates import default_candidates, named_candidates
     from starmerge.study.choose import choose as run
@@ -104,7 +104,7 @@ def choose(
     candidates = [
         found
         for text in method or [_DEFAULTS]
-        for found in (default_candidates() if text == _DEFAULTS else [chain(text)])
+        for found in (default_candidates() if text == _DEFAULTS else [as_pipeline(text)])
     ]
     named_candidates(candidates)  # before the rows of tasks are read
     named = asking.named_models(models)

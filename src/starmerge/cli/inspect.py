@@ -10,7 +10,7 @@ import typer
 
 from starmerge.cli import asking, resources
 from starmerge.cli.importing import importing
-from starmerge.cli.parameters import chain, weighted
+from starmerge.cli.parameters import weighted
 from starmerge.errors import UsageError
 
 
@@ -92,6 +92,7 @@ def inspect(
     Example: starmerge inspect BASE a b c --merged merged --report inspection.html
     """
     with importing():
+        from starmerge.methods.pipeline import as_pipeline
         from starmerge.recipe import parse_models
         from starmerge.study.inspected import check_folder, write_inspection
         from starmerge.study.inspection.run import inspect as run
@@ -109,7 +110,7 @@ def inspect(
         base,
         named,
         eta=eta,
-        methods=[chain(text) for text in method or []],
+        methods=[as_pipeline(text) for text in method or []],
         weights=[entry["weight"] for entry in entries],
         merged=merged or (),
         any_base=any_base,

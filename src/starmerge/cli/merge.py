@@ -12,7 +12,7 @@ import typer
 
 from starmerge.cli import asking, pushing, resources
 from starmerge.cli.importing import importing
-from starmerge.cli.parameters import parameters, weighted
+from starmerge.cli.parameters import weighted
 from starmerge.errors import UsageError
 from starmerge.events import Note, bytes_in_words, emit
 
@@ -57,7 +57,7 @@ def merge(
             "--method",
             "-m",
             help="[b]auto[/b], one of [b]starmerge methods[/b], FILE.py:NAME for one in a file, "
-            "which is executed, or a chain of them: star+ties.",
+            "which is executed, or a chain of them: star+ties, star+ties:eta=60.",
             show_default="star",
         ),
     ] = None,
@@ -193,6 +193,7 @@ def merge(
         from starmerge.merging.journal import fingerprint
         from starmerge.merging.plan import make_plan
         from starmerge.merging.ranks import rank_costs
+        from starmerge.methods.notation import read_parameters, split_settings
         from starmerge.recipe import make_recipe, parse_models
         from starmerge.recipe_file import Step, load_recipes
         from starmerge.storage import place_of, storage_of
@@ -217,8 +218,9 @@ def merge(
             entries = parse_models([base, *(models or [])])
             content["base"] = None
         content["output"] = {"kind": kind, "rank": rank, "max_error": max_error}
+        name, own = (None, []) if method is None else split_settings(method)
         given = {
-            "method": method,
+            "method": name,
             "metric": metric,
             "tokenizer": tokenizer,
             "chat_template": chat_template,
@@ -226,7 +228,7 @@ def merge(
         }
         content |= {key: value for key, value in given.items() if value is not None}
         content["models"] = weighted(entries, weight or [])
-        content["parameters"] = parameters(parameter or [])
+        content["parameters"] = read_parameters([*own, *(parameter or [])], where="-p ")
         before, last = [], Step(make_recipe(content, where="The command line"), place, None)
     recipe = last.recipe
     if pushing.begin(push, last, private=private, dry_run=dry_run, fresh=fresh):

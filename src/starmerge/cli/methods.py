@@ -36,14 +36,9 @@ def methods(
     """
     with importing():
         from starmerge.methods import METHODS
-        from starmerge.methods.method import find_method
-        from starmerge.methods.pipeline import make_pipeline, split_chain
 
     plugins = METHODS.plugins() if name is None else []
-    parts = split_chain(name) if name else sorted(METHODS)
-    chosen = [find_method(part) for part in parts]
-    if name and len(parts) > 1:
-        make_pipeline(name)  # which refuses what is no chain
+    chosen = [METHODS[key] for key in sorted(METHODS)] if name is None else _chain(name)
     if json:
         described = [_described(method) for method in chosen]
         print(jsonlib.dumps(described, indent=2, ensure_ascii=False))
@@ -61,6 +56,17 @@ def methods(
             print(f"{name}: a chain of {order}\n")
         print("\n\n".join(map(_explained, chosen)))
     print_faults(plugins)
+
+
+def _chain(name: str) -> list[type[Method]]:
+    """Return one method, or those of a chain."""
+    from starmerge.methods.method import find_method
+    from starmerge.methods.pipeline import make_pipeline, split_chain
+
+    parts = split_chain(name)
+    if len(parts) > 1:
+        make_pipeline(name)  # which refuses what is no chain
+    return list(map(find_method, parts))
 
 
 def _explained(method: type[Method]) -> str:

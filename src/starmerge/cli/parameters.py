@@ -2,40 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starmerge.errors import UsageError, nearest
-
-if TYPE_CHECKING:
-    from starmerge.methods.pipeline import Pipeline
-
-_NEXT = re.compile(r",(?=[\w.]+=)")
-"""A comma after which a parameter begins; those of a list or mapping are none."""
-
-_SETTINGS = re.compile(r"(?<!\.py):")
-"""The colon after which a chain's parameters begin; that of my.py:Mine is none."""
-
-
-def parameters(arguments: list[str]) -> dict[str, Any]:
-    """Read KEY=VALUE, the value as JSON where it is some."""
-    from starmerge.parsing import parse_json
-
-    values: dict[str, Any] = {}
-    for text in arguments:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise UsageError(f"-p {text}: a parameter is given as KEY=VALUE, as in -p eta=40.")
-        if key in values:
-            raise UsageError(f"-p {key} is given twice. Leave one out.")
-        try:
-            values[key] = parse_json(value)
-        except json.JSONDecodeError:
-            values[key] = value
-        except ValueError as error:
-            raise UsageError(f"-p {key}: the value cannot be read: {error}.") from error
-    return values
 
 
 def parameters_of(method: str, given: dict[str, Any], methods: list[str]) -> dict[str, Any]:
@@ -60,21 +29,6 @@ def parameters_of(method: str, given: dict[str, Any], methods: list[str]) -> dic
         if owner in (None, method):
             mine[key.removeprefix(f"{method}.") if owner else key] = value
     return mine
-
-
-def chain(text: str) -> Pipeline:
-    """Read a chain with its parameters, ``CHAIN[:KEY=VALUE,...]``.
-
-    Raises:
-        UsageError: A parameter without a value, or given twice; as for
-            :func:`starmerge.methods.make_pipeline`.
-    """
-    from starmerge.methods.pipeline import make_pipeline
-
-    name, *rest = _SETTINGS.split(text, maxsplit=1)
-    if rest == [""]:
-        raise UsageError(f"-m {text}: parameters follow the colon, as in star:eta=60.")
-    return make_pipeline(name, parameters(_NEXT.split(rest[0])) if rest else {})
 
 
 def weighted(models: list[dict[str, str]], arguments: list[str]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from starmerge.cli import asking
-from starmerge.cli.parameters import parameters, parameters_of
+from starmerge.cli.parameters import parameters_of
 
 
 def suite(
@@ -74,6 +74,7 @@ def suite(
     """
     from starmerge.evaluation.settings import Settings
     from starmerge.evaluation.tasks.suites import find_suite, suites
+    from starmerge.methods.notation import read_parameters
     from starmerge.methods.pipeline import make_pipeline
     from starmerge.study.suite import run_suite
 
@@ -90,7 +91,7 @@ def suite(
         return
     asking.check_report(report, overwrite=overwrite)
     methods = method or ["average", "star", "auto"]
-    given = parameters(parameter or [])
+    given = read_parameters(parameter or [], where="-p ")
     result = run_suite(
         chosen,
         output,

@@ -13,7 +13,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial, wraps
 from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import pydantic.dataclasses
@@ -391,10 +391,40 @@ def method(name: str) -> Callable[[type[_Method]], type[_Method]]:
             ),
         )
         made.name = name
+        _refuse_plainly(made)
         METHODS.add(name, made)
         return made
 
     return register
+
+
+def _refuse_plainly(made: type[Method]) -> None:
+    """Let a method's constructor raise a UsageError for whatever it refuses."""
+    construct: Callable[..., None] = made.__init__
+
+    @wraps(construct)
+    def checked(self: Method, *args: Any, **fields: Any) -> None:
+        names = made.parameter_names()
+        for own, value in fields.items():
+            if own not in names.values():
+                hint = nearest(own, names) if names else " It has none."
+                raise UsageError(f"Method {made.name!r} has no parameter {own!r}.{hint}")
+            if isinstance(value, bool) and "boolean" not in str(_schema(made)[own]):
+                key = own.rstrip("_")
+                raise UsageError(f"Method {made.name!r}: {key}: {value} is no number.")
+        try:
+            construct(self, *args, **fields)
+        except ValidationError as error:
+            raise UsageError(f"Method {made.name!r}: {explain(error)}") from error
+
+    made.__init__ = checked  # type: ignore[method-assign,assignment]
+
+
+@cache
+def _schema(made: type[Method]) -> dict[str, Any]:
+    """Return the JSON schemas of a method's fields."""
+    properties: dict[str, Any] = TypeAdapter(made).json_schema().get("properties", {})
+    return properties
 
 
 def sums_to_zero(weights: Sequence[float]) -> bool:
@@ -457,17 +487,4 @@ def make_method(name: str, parameters: Mapping[str, Any] | None = None) -> Metho
     """
     chosen = find_method(name)
     names = chosen.parameter_names()
-    for key in parameters or {}:
-        if key not in names:
-            hint = nearest(key, names) if names else " It has none."
-            raise UsageError(f"Method {name!r} has no parameter {key!r}.{hint}")
-    fields = {names[key]: value for key, value in (parameters or {}).items()}
-    adapter = TypeAdapter(chosen)
-    known = adapter.json_schema().get("properties", {})
-    for key, value in fields.items():
-        if isinstance(value, bool) and "boolean" not in str(known[key]):
-            raise UsageError(f"Method {name!r}: {key.rstrip('_')}: {value} is no number.")
-    try:
-        return adapter.validate_python(fields)
-    except ValidationError as error:
-        raise UsageError(f"Method {name!r}: {explain(error)}") from error
+    return chosen(**{names.get(key, key): value for key, value in (parameters or {}).items()})

@@ -26,6 +26,7 @@ from starmerge.methods.method import (
     make_method,
     sums_to_zero,
 )
+from starmerge.methods.notation import read_chain
 from starmerge.plugins import Origin, is_file_reference
 from starmerge.spectral import Truncation
 
@@ -388,14 +389,16 @@ def _check_distinct(name: str, methods: Sequence[type[Method]]) -> None:
 
 
 def as_pipeline(method: Method | Pipeline | str) -> Pipeline:
-    """Return a chain: of one method, by its name, or as it is.
+    """Return a chain: of one method, of a text such as ``star+ties:eta=60``, or as it is.
 
     Raises:
-        UsageError: There is no method of that name.
+        UsageError: There is no method of that name; or as for :func:`make_pipeline`.
     """
     if isinstance(method, Pipeline):
         return method
-    return make_pipeline(method) if isinstance(method, str) else Pipeline.of([method])
+    if isinstance(method, str):
+        return make_pipeline(*read_chain(method))
+    return Pipeline.of([method])
 
 
 _ORDER = ["transform", "merge", "post-step"]
