@@ -123,7 +123,10 @@ def test_merges_have_the_bytes_of_local_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(parts, "PART", PARTS)
-    base, models = large(tiny_base, tmp_path / "base"), [make_adapter("a"), make_adapter("b", seed=1)]
+    base, models = (
+        large(tiny_base, tmp_path / "base"),
+        [make_adapter("a"), make_adapter("b", seed=1)],
+    )
     urls = [put(store, model, model.name) for model in models]
     output = "az://models/out"
     starmerge.merge(put(store, base, "base"), urls, output=output)
