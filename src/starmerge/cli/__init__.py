@@ -58,16 +58,26 @@ class _Group(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Take the common options from wherever they stand, and do at once as they say."""
-        rest = super().parse_args(ctx, self._common_first(args))
-        options = ctx.params
-        if ctx.obj is not None:  # a program that calls the app itself decides what is told
-            ctx.obj.configure(
-                options["log"],
-                quiet=options["quiet"],
-                heartbeat=options["heartbeat"],
-                debug=options["debug"],
-            )
+        args = self._common_first(args)
+        try:
+            rest = super().parse_args(ctx, list(args))
+        except _WrongCommandLine:
+            ctx.resilient_parsing = True  # what is wrong is left out: the error is told as asked
+            super().parse_args(ctx, list(args))
+            self._configure(ctx)
+            raise
+        self._configure(ctx)
         return rest
+
+    def _configure(self, ctx: Any) -> None:
+        if ctx.obj is not None:  # a program that calls the app itself decides what is told
+            options = {name: value for name, value in ctx.params.items() if value is not None}
+            ctx.obj.configure(
+                options.get("log", "auto"),
+                quiet=options.get("quiet", False),
+                heartbeat=options.get("heartbeat", HEARTBEAT),
+                debug=options.get("debug", False),
+            )
 
     def _common_first(self, args: Sequence[str]) -> list[str]:
         """Return arguments with the common options at the beginning."""

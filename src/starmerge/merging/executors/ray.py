@@ -19,7 +19,9 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import re
 import signal
+import socket
 import time
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
@@ -54,6 +56,12 @@ _TICK = 2.0
 
 _END = 60.0
 """Seconds that workers get to finish what they have begun when a merge is given up."""
+
+_HOST_AND_PORT = re.compile(r"([\w.-]+|\[[\w.:%]+\]):(\d{1,5})", re.ASCII)
+"""Addresses of clusters."""
+
+_REACHED = 20.0
+"""Seconds in which the head of a cluster accepts a connection."""
 
 _FAILED_STARTS = 3
 """Workers in a row that did not start, after which none is tried any more."""
@@ -91,6 +99,11 @@ class RayExecutor:
             raise UsageError(
                 f"{address!r} is an address of Ray Client, which cannot be used. Run the command "
                 "on a machine of the cluster, with auto or HOST:PORT."
+            )
+        if address is not None and address != "auto" and not _HOST_AND_PORT.fullmatch(address):
+            raise UsageError(
+                f"{address!r} is no address of a Ray cluster. Give auto or HOST:PORT, such as "
+                "10.0.0.1:6379."
             )
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads!r}. Give a whole number, 1 or more.")
@@ -170,6 +183,8 @@ class RayExecutor:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray would otherwise warn of what it will do in future: leave CUDA_VISIBLE_DEVICES alone.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # Its C++ would write to standard error past Python, where lines of a log may be wanted.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         import ray  # noqa: PLC0415  (an extra)
 
         self._is_connected_here = not ray.is_initialized()
@@ -190,12 +205,13 @@ class RayExecutor:
         # Ray takes the signal for itself, and would end the driver without its clearing up.
         handler = signal.getsignal(signal.SIGTERM)
         try:
+            _check_answers(self.address)
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, OverflowError, OSError) as error:
             if self._is_ours:
                 raise StarmergeError(f"Ray does not start here: {error}") from error
             raise UsageError(
-                f"There is no Ray cluster at {self.address!r}: {' '.join(str(error).split())} "
+                f"There is no Ray cluster at {self.address!r}: {' '.join(str(error).split())}. "
                 "Start one with `ray start --head`, or leave --address out."
             ) from error
         finally:
@@ -265,6 +281,17 @@ class RayExecutor:
     def places(self) -> int:
         """How many groups a worker has at once."""
         return self._places
+
+
+def _check_answers(address: str | None) -> None:
+    """Make sure that something listens at HOST:PORT: Ray would try for longer than ten minutes.
+
+    Raises:
+        OSError: Nothing does, or there is no such host.
+    """
+    found = _HOST_AND_PORT.fullmatch(address or "auto")
+    if found is not None:
+        socket.create_connection((found[1].strip("[]"), int(found[2])), _REACHED).close()
 
 
 @dataclass(eq=False)
