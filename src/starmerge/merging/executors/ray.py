@@ -183,8 +183,6 @@ class RayExecutor:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray would otherwise warn of what it will do in future: leave CUDA_VISIBLE_DEVICES alone.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        # Its C++ would write to standard error past Python, where lines of a log may be wanted.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         import ray  # noqa: PLC0415  (an extra)
 
         self._is_connected_here = not ray.is_initialized()
