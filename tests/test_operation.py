@@ -209,6 +209,9 @@ def test_a_signal_is_told_with_what_is_kept(
     [
         (["methods", "star"], 0, None),
         (["merge", "--log", "json", "--bogus"], 2, "No such option: --bogus"),
+        (["--bogus", "methods"], 2, "No such option: --bogus"),
+        (["--heartbeat", "nan", "methods"], 2, "'--heartbeat'"),
+        (["methods", "--heartbeat", "soon"], 2, "'--heartbeat'"),
         (["bogus"], 2, "No such command 'bogus'"),
         (["merge", "gone", "gone", "-o", "out"], 2, "gone does not exist"),
         (["verify", "{broken}"], 1, "merge_report.json"),

@@ -104,15 +104,18 @@ def test_large_files_are_put_together_in_parts(
         shared.open("x", 10).copy(source, len(content), 10, 0)
 
 
-def test_what_nobody_has_written_reads_as_zeros_and_is_never_sent(
-    world: World, tmp_path: Path
-) -> None:
+def test_what_nobody_has_written_is_neither_read_nor_sent(world: World, tmp_path: Path) -> None:
     shared = folder_of(world, tmp_path)
     file = shared.open("w", 10)
-    assert file.read(0, 10) == bytes(10)
+    for start in range(10):
+        with pytest.raises(ShortFileError, match="lacks pieces of w"):
+            file.read(start, 1)
     file.write(memoryview(b"abc"), 0)
     file.write(memoryview(b"xyz"), 7)
-    assert file.read(0, 10) == b"abc\0\0\0\0xyz"
+    assert (file.read(0, 3), file.read(8, 2)) == (b"abc", b"yz")
+    for start, length in ((0, 4), (5, 1), (6, 2), (0, 10), (7, 4)):
+        with pytest.raises(ShortFileError, match="lacks pieces of w"):
+            file.read(start, length)
     (found,) = files_in(shared.pieces).values()
     with pytest.raises(StarmergeError, match="lacks pieces of w"):
         found.send(RemotePlace("s3", world.bucket, "out/w"))
@@ -129,10 +132,11 @@ def test_what_is_held_back_of_an_unfinished_tensor_is_not_sent(
     file.write(memoryview(b"abc"), 0, more=True)
     assert files_in(shared.pieces) == {}
     file.write(memoryview(b"de"), 5)  # of another tensor
-    assert file.read(0, 10) == b"abc\0\0de\0\0\0"
+    assert (file.read(0, 3), file.read(5, 2)) == (b"abc", b"de")
     file.write(memoryview(b"fgh"), 7, more=True)
     file.close()
-    assert file.read(0, 10) == b"abc\0\0de\0\0\0"
+    (found,) = files_in(shared.pieces).values()
+    assert [(piece.start, piece.length) for piece in found.pieces] == [(0, 3), (5, 2)]
 
 
 def test_files_of_one_output_are_apart(world: World, tmp_path: Path) -> None:
@@ -157,6 +161,8 @@ def test_leftovers_name_the_run_that_still_goes_on(world: World, tmp_path: Path)
     shared.open("w", 3).write(memoryview(b"abc"), 0)
     other = PieceFolder(pieces_of(RemotePlace("s3", world.bucket, "out2"), "abc"))
     other.open("w", 1).write(memoryview(b"x"), 0)
+    like = RemotePlace("s3", world.bucket, "out.partial-2")
+    PieceFolder(pieces_of(like, "abc")).open("w", 1).write(memoryview(b"x"), 0)
     (left,) = pieces_left(output)
     assert (left.path, left.nbytes, left.is_in_work()) == (shared.pieces, 3, False)
     assert left.written > 1.7e9
@@ -169,6 +175,7 @@ def test_leftovers_name_the_run_that_still_goes_on(world: World, tmp_path: Path)
     delete_pieces(shared.pieces)
     assert pieces_left(output) == []
     assert len(files_in(other.pieces)) == 1
+    assert len(pieces_left(like)) == 1
 
 
 def test_nothing_is_listed_for_what_this_machine_has(world: World, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from starmerge.checkpoints.experts import name_in_file
 from starmerge.checkpoints.hashing import remembered_blake3_of_tensor
 from starmerge.checkpoints.tensors import DTYPE_CODES, Checkpoint, raw_bytes
 from starmerge.storage import OutputFile, OutputFolder
+from starmerge.storage.storage import ShortFileError
 from starmerge.storage.write_behind import WriteBehind
 
 SHARD_BYTES = 5 * 10**9
@@ -248,7 +249,10 @@ class ShardWriter:
 
     def holds(self, name: str, digest: str) -> bool:
         """Tell whether a tensor lies in its place already, by the BLAKE3 of its bytes."""
-        return self._stored(name) == digest
+        try:
+            return self._stored(name) == digest
+        except ShortFileError:
+            return False
 
     def sync(self, names: Iterable[str]) -> None:
         """Make some tensors survive a power cut, whichever process of this machine wrote them."""

@@ -10,6 +10,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from starmerge.progress import HEARTBEAT
+
 WrongCommandLine: Any = typer.BadParameter.__mro__[1]
 """Click's UsageError; newer releases of typer have a click of their own."""
 
@@ -46,17 +48,26 @@ class Group(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Take the common options from wherever they stand, and do at once as they say."""
         args = self._common_first(args)
-        _check_once(self, ctx, args)
-        rest = super().parse_args(ctx, args)
-        options = ctx.params
-        if ctx.obj is not None:  # a program that calls the app itself decides what is told
-            ctx.obj.configure(
-                options["log"],
-                quiet=options["quiet"],
-                heartbeat=options["heartbeat"],
-                debug=options["debug"],
-            )
+        try:
+            _check_once(self, ctx, args)
+            rest = super().parse_args(ctx, list(args))
+        except WrongCommandLine:
+            ctx.resilient_parsing = True  # what is wrong is left out: the error is told as asked
+            super().parse_args(ctx, list(args))
+            self._configure(ctx)
+            raise
+        self._configure(ctx)
         return rest
+
+    def _configure(self, ctx: Any) -> None:
+        if ctx.obj is not None:  # a program that calls the app itself decides what is told
+            options = {name: value for name, value in ctx.params.items() if value is not None}
+            ctx.obj.configure(
+                options.get("log", "auto"),
+                quiet=options.get("quiet", False),
+                heartbeat=options.get("heartbeat", HEARTBEAT),
+                debug=options.get("debug", False),
+            )
 
     def _common_first(self, args: Sequence[str]) -> list[str]:
         """Return arguments with the common options at the beginning."""

@@ -35,6 +35,8 @@ _AT_ONCE = 4
 
 _NAME = re.compile(r"(?P<file>.+)/(?P<start>\d{15})\+(?P<length>\d+)of(?P<size>\d+)")
 
+_SUFFIX = re.compile(r"\w+", re.ASCII)
+
 _BACKEND = ObjectBackend()
 
 
@@ -110,8 +112,12 @@ class PiecesOfFile:
                 raise
 
     def read(self, offset: int, length: int) -> memoryview:
-        """Return some bytes of the file; those that the store lacks are zeros."""
-        content = memoryview(bytearray(length))
+        """Return some bytes of the file.
+
+        Raises:
+            ShortFileError: The store lacks some of them.
+        """
+        content, count = memoryview(bytearray(length)), 0
         for piece in self._segments():
             start = max(offset, piece.start)
             stop = min(offset + length, piece.start + piece.length)
@@ -119,6 +125,9 @@ class PiecesOfFile:
                 skipped = piece.skipped + start - piece.start
                 part = replace(piece, start=start, length=stop - start, skipped=skipped)
                 content[start - offset : stop - offset] = _fetch(part)
+                count += part.length
+        if count != length:
+            raise ShortFileError(f"the store lacks pieces of {self.name}")
         return content
 
     def send(self, target: RemotePlace) -> None:
@@ -236,7 +245,8 @@ def pieces_left(output: RemotePlace) -> list[PiecesLeft]:
             any(left.path.name.endswith(name.removeprefix(begin)) for left in own),
         )
         for name in sorted(folders)
-        if name.startswith(begin)
+        # Of an output called NAME.partial-2, they begin so as well.
+        if name.startswith(begin) and _SUFFIX.fullmatch(name, len(begin))
     ]
 
 
@@ -394,11 +404,17 @@ class PieceFile:
         _side_by_side(send, range(0, length, PIECE))
 
     def read(self, offset: int, length: int) -> memoryview:
-        """Return bytes that lie in the file; those that nobody has written are zeros."""
-        if self._known is None:
+        """Return bytes that lie in the file.
+
+        Raises:
+            ShortFileError: Nobody has written some of them.
+        """
+        known = self._known  # which another thread forgets when it writes
+        if known is None:
             found = files_in(self._pieces, self._name)
-            self._known = found.get(self._name, PiecesOfFile(self._name, self._size, ()))
-        return self._known.read(offset, length)
+            known = found.get(self._name, PiecesOfFile(self._name, self._size, ()))
+            self._known = known
+        return known.read(offset, length)
 
     def sync(self) -> None:
         """Do nothing: the store has what was written."""

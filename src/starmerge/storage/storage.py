@@ -103,6 +103,7 @@ class OutputFile(Protocol):
         """Return bytes that lie in the file.
 
         Raises:
+            ShortFileError: Some of them do not.
             OSError: The storage failed.
         """
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -378,17 +378,27 @@ def test_files_of_a_shared_folder_are_written_synchronously(tmp_path: Path) -> N
 
 
 def test_wrong_addresses_are_refused() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # and nobody listens
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(UsageError, match=f"no Ray cluster at '{address}'.*refused"):
-            ray_executor._check_listens(address)  # Ray is connected here, and would not ask
     with pytest.raises(UsageError, match="Ray Client"):
         RayExecutor("ray://head:10001")
+    for wrong in ("", "local", "head", "head:", "head:port", "http//head:1"):
+        with pytest.raises(UsageError, match="Give auto or HOST:PORT"):
+            RayExecutor(wrong)
     with pytest.raises(UsageError, match="threads"):
         RayExecutor(threads=0)
     with pytest.raises(UsageError, match="memory"):
         RayExecutor(memory="many")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:99999", "nowhere.invalid:6379"])
+def test_a_cluster_that_is_not_there_is_told_at_once(
+    address: str, starmerge: Callable[..., subprocess.CompletedProcess[str]], tiny_base: Path
+) -> None:
+    """Ray is not asked: it would try for ten minutes, and write lines of its own meanwhile."""
+    command = ("merge", tiny_base, tiny_base, "-o", "out", "--executor", "ray", "--log", "json")
+    finished = starmerge(*command, "--address", address, timeout=100)
+    last = [json.loads(line) for line in finished.stderr.splitlines()][-1]
+    assert finished.returncode == last["exit_code"] == 2
+    assert f"There is no Ray cluster at '{address}'" in last["message"]
 
 
 def command(plan: Plan, folder: Path, *options: str) -> subprocess.Popen[str]:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -312,6 +315,46 @@ def test_what_was_sent_is_taken_up(
     # Threads of this machine write files here, where none of the pieces is.
     assert (result.taken_up > 0) == (by == "workers")
     run(plan_of(base, models, str(tmp_path / "out"), "model", method), Threads(1))
+    assert_same(world.files("out/"), tmp_path / "out")
+    assert world.files(".out") == {}
+
+
+def test_workers_go_on_with_what_threads_have_left(
+    world: World,
+    base: Path,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The store has none of it, not even the zeros that a hole in a file would be read as."""
+    weights = base / "model.safetensors"
+    tensors = {"a.zeros": torch.zeros(1000), **load_file(weights)}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(_PLUGIN)
+    (tmp_path / "deadly").touch()
+    models = [make_adapter("a")]
+    text = (
+        "from starmerge.merging.engine import run\n"
+        "from starmerge.merging import journal\n"
+        "from starmerge.merging.executors.threads import Threads\n"
+        "from tests.merging.executors.test_ray_objects import plan_of\n"
+        "from pathlib import Path\n"
+        "journal._SECONDS = 0\n"
+        f"plan = plan_of(Path({str(base)!r}), [Path({str(models[0])!r})], {URL!r}, 'model',"
+        " 'own.py:Deadly')\n"
+        "run(plan, Threads(1))\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
+    killed = subprocess.run(
+        [sys.executable, "-c", text], check=False, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert killed.returncode == -signal.SIGKILL
+    (tmp_path / "deadly").unlink()
+    plan = plan_of(base, models, URL, "model", "own.py:Deadly")
+    assert run(plan, kept(world.workers)).taken_up == 0
+    local = plan_of(base, models, str(tmp_path / "out"), "model", "own.py:Deadly")
+    run(local, Threads(1))
     assert_same(world.files("out/"), tmp_path / "out")
     assert world.files(".out") == {}
 

@@ -19,6 +19,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import re
 import signal
 import socket
 import time
@@ -50,14 +51,17 @@ PATIENCE = 60.0
 WAIT = 600.0
 """Seconds to wait for a first worker, which an autoscaler may have to start a machine for."""
 
-_CONNECT = 10.0
-"""Seconds in which the machine of a cluster answers."""
-
 _TICK = 2.0
 """Seconds after which the driver looks for workers that hang."""
 
 _END = 60.0
 """Seconds that workers get to finish what they have begun when a merge is given up."""
+
+_HOST_AND_PORT = re.compile(r"([\w.-]+|\[[\w.:%]+\]):(\d{1,5})", re.ASCII)
+"""Addresses of clusters."""
+
+_REACHED = 20.0
+"""Seconds in which the head of a cluster accepts a connection."""
 
 _FAILED_STARTS = 3
 """Workers in a row that did not start, after which none is tried any more."""
@@ -95,6 +99,11 @@ class RayExecutor:
             raise UsageError(
                 f"{address!r} is an address of Ray Client, which cannot be used. Run the command "
                 "on a machine of the cluster, with auto or HOST:PORT."
+            )
+        if address is not None and address != "auto" and not _HOST_AND_PORT.fullmatch(address):
+            raise UsageError(
+                f"{address!r} is no address of a Ray cluster. Give auto or HOST:PORT, such as "
+                "10.0.0.1:6379."
             )
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads!r}. Give a whole number, 1 or more.")
@@ -181,8 +190,6 @@ class RayExecutor:
         if not self._is_connected_here:
             return
         options: dict[str, Any] = {"address": self.address}
-        if self.address is not None:
-            _check_listens(self.address)
         if self._is_ours:
             options = {
                 "num_cpus": self.threads or default_threads(),
@@ -196,12 +203,13 @@ class RayExecutor:
         # Ray takes the signal for itself, and would end the driver without its clearing up.
         handler = signal.getsignal(signal.SIGTERM)
         try:
+            _check_answers(self.address)
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, OverflowError, OSError) as error:
             if self._is_ours:
                 raise StarmergeError(f"Ray does not start here: {error}") from error
             raise UsageError(
-                f"There is no Ray cluster at {self.address!r}: {' '.join(str(error).split())} "
+                f"There is no Ray cluster at {self.address!r}: {' '.join(str(error).split())}. "
                 "Start one with `ray start --head`, or leave --address out."
             ) from error
         finally:
@@ -273,22 +281,15 @@ class RayExecutor:
         return self._places
 
 
-def _check_listens(address: str) -> None:
-    """Make sure that something listens at HOST:PORT: Ray itself would try for ten minutes.
+def _check_answers(address: str | None) -> None:
+    """Make sure that something listens at HOST:PORT: Ray would try for longer than ten minutes.
 
     Raises:
-        UsageError: Nothing does.
+        OSError: Nothing does, or there is no such host.
     """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():  # such as "auto"
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT).close()
-    except (OSError, OverflowError) as error:
-        raise UsageError(
-            f"There is no Ray cluster at {address!r}: {error}. Start one with `ray start --head`, "
-            "or leave --address out."
-        ) from error
+    found = _HOST_AND_PORT.fullmatch(address or "auto")
+    if found is not None:
+        socket.create_connection((found[1].strip("[]"), int(found[2])), _REACHED).close()
 
 
 @dataclass(eq=False)
