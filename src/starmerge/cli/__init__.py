@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from inspect import cleandoc
-from itertools import islice
+from itertools import islice, pairwise
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -58,7 +58,15 @@ class _Group(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Take the common options from wherever they stand, and do at once as they say."""
-        rest = super().parse_args(ctx, self._common_first(args))
+        common, own = self._apart(args)
+        try:
+            rest = super().parse_args(ctx, common + own)
+        except _WrongCommandLine:
+            if ctx.obj is not None:  # what is wrong with them is told as the right ones say
+                ctx.obj.configure(
+                    _mode_of(common), quiet="--quiet" in common, heartbeat=HEARTBEAT, debug=False
+                )
+            raise
         options = ctx.params
         if ctx.obj is not None:  # a program that calls the app itself decides what is told
             ctx.obj.configure(
@@ -69,14 +77,14 @@ class _Group(TyperGroup):
             )
         return rest
 
-    def _common_first(self, args: Sequence[str]) -> list[str]:
-        """Return arguments with the common options at the beginning."""
+    def _apart(self, args: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Return the common options among arguments, with their values, and all others."""
         takes_value = {
             name: not getattr(option, "is_flag", False)
             for option in self.params
             for name in option.opts
         }
-        common, rest = [], []
+        common, rest = list[str](), list[str]()
         words = iter(args)
         for word in words:
             name, equals, _ = word.partition("=")
@@ -88,7 +96,14 @@ class _Group(TyperGroup):
                 common.append(word)
                 if takes_value[name] and not equals:
                     common += islice(words, 1)
-        return common + rest
+        return common, rest
+
+
+def _mode_of(common: Sequence[str]) -> Mode:
+    """Return what the common options, of which some are wrong, say of the log."""
+    words = " ".join(common).replace("=", " ").split()
+    modes: dict[tuple[str, str], Mode] = {("--log", "json"): "json", ("--log", "text"): "text"}
+    return next((modes[pair] for pair in pairwise(words) if pair in modes), "auto")
 
 
 app = typer.Typer(
@@ -179,6 +194,7 @@ def main() -> None:
     Ctrl-C, 143 after SIGTERM.
     """
     _raise_on_signals()
+    _open_closed_streams()
     # Idle BLAS threads otherwise spin and starve the others on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _keep_memory()
@@ -203,7 +219,7 @@ def _run(reporter: Reporter) -> int:
 
             rich_format_error(error)
         else:
-            reporter.fail(error.format_message(), 2)
+            reporter.fail(error.format_message() or "Missing command.", 2)
         return 2
     except typer.Abort:
         reporter.fail("Nothing was answered, so nothing is done.", 1)
@@ -224,6 +240,15 @@ def _run(reporter: Reporter) -> int:
             kept=[str(path) for path in interruption.kept],
         )
         return exit_code
+    except SystemExit as ending:
+        if not isinstance(ending.__context__, BrokenPipeError):
+            raise
+        reporter.fail(
+            "Nobody reads standard output any more, so the command ended when it had something to "
+            "say there. What is complete stands; run it again for the rest.",
+            1,
+        )
+        return 1
     exit_code = result if isinstance(result, int) else 0
     reporter.finish(exit_code)
     return exit_code
@@ -249,6 +274,23 @@ def _raise_on_signals() -> None:
                 after_in_child=partial(signal.signal, number, signal.getsignal(number))
             )
             signal.signal(number, interrupt)
+
+
+def _open_closed_streams() -> None:
+    """Let standard streams that the caller has closed lead nowhere.
+
+    Their numbers would otherwise go to the next files that are opened, and what a library in C
+    writes to standard error would come to stand in an output.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _STANDARD_ERROR:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+
+
+_STANDARD_ERROR = 2
 
 
 def _told(interruption: Interrupted) -> str:
