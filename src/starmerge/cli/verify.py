@@ -41,6 +41,7 @@ def verify(
     """
     with importing():
         from starmerge.merging.verify import verify as check
+        from starmerge.storage import place_of
 
     verdict = check(
         path, inputs=inputs, repeat=repeat, threads=threads, memory=memory, progress=not as_json
@@ -65,5 +66,5 @@ def verify(
         if verdict.repeated:
             parts.append(f"{verdict.repeated} tensors merged again")
         judged = "as its report says" if verdict.is_right else "NOT as its report says"
-        print(f"{path} is {judged} ({', '.join(parts)}).")
+        print(f"{place_of(path)} is {judged} ({', '.join(parts)}).")
     raise typer.Exit(0 if verdict.is_right else 1)
