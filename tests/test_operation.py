@@ -313,6 +313,55 @@ def test_a_program_decides_itself_what_is_logged(how: str, tiny_base: Path, tmp_
         assert lines == []
 
 
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (["--heartbeat", "never"], "--heartbeat"),
+        (["--heartbeat=0"], "--heartbeat"),
+        (["--log", "xml"], "--log"),
+        (["--heartbeat"], "--heartbeat"),
+    ],
+)
+def test_wrong_common_options_are_told_as_the_right_ones_say(
+    starmerge: Run, wrong: list[str], named: str
+) -> None:
+    for asked in (["--log", "json"], ["--log=json"]):
+        finished = starmerge(*asked, "methods", *wrong)
+        assert finished.returncode == 2
+        (event,) = parsed(finished.stderr)
+        assert event["event"] == "error"
+        assert event["exit_code"] == 2
+        assert named in event["message"]
+
+
+def test_closed_streams_end_no_merge_and_lead_into_no_file(
+    starmerge: Run, arguments: list[object], tmp_path: Path
+) -> None:
+    closed = ["sh", "-c", '"$@" <&- >&- 2>&-', "sh", sys.executable, "-m", "starmerge"]
+    for options in (["--debug"], ["--overwrite", "--log", "json"]):
+        finished = subprocess.run([*closed, *map(str, arguments), *options], check=False)
+        assert finished.returncode == 0
+    assert starmerge("verify", tmp_path / "out").returncode == 0
+
+
+def test_a_reader_of_the_results_that_ends_is_told_in_the_last_event(
+    arguments: list[object], tmp_path: Path
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "starmerge", *map(str, arguments), "--log", "json"]
+    finished = subprocess.run(
+        command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert finished.returncode == 1
+    found = parsed(finished.stderr)
+    assert [event["path"] for event in found if event["event"] == "published"]
+    assert (found[-1]["event"], found[-1]["exit_code"]) == ("error", 1)
+    assert "standard output" in found[-1]["message"]
+    assert (tmp_path / "out" / "merge_report.json").is_file()
+
+
 def test_no_command_has_an_option_that_is_common_to_all() -> None:
     def options(command: Any) -> set[str]:
         own = {name for parameter in command.params for name in parameter.opts}

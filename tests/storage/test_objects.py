@@ -563,3 +563,24 @@ def test_what_is_announced_is_bounded(
         assert stream.read(20) == content[-10:]
         assert stream.seek(0) == 0
         assert stream.readall() == content
+
+
+def test_folders_that_a_console_has_made_are_folders(
+    world: World, tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    models = [make_adapter("a", seed=1), make_adapter("b", seed=2)]
+    urls = [world.put(folder) for folder in (tiny_base, *models)]
+    # Consoles make an empty object whose key ends with a slash.
+    for name in (tiny_base.name, "a", "b", "out"):
+        world.client.put_object(Bucket=world.bucket, Key=f"{name}/", Body=b"")
+    starmerge.merge(tiny_base, models, output=tmp_path / "out")
+    for overwrite in (False, True):
+        starmerge.merge(urls[0], urls[1:], output=world.url("out"), overwrite=overwrite)
+        files = world.files("out")
+        assert files.pop("") == b""
+        assert_same(files, tmp_path / "out")
+    with pytest.raises(UsageError, match="not empty"):
+        starmerge.merge(urls[0], urls[1:], output=world.url("out"))
+    verdict = verify(world.url("out"))
+    assert verdict.is_right
+    assert not verdict.unlisted

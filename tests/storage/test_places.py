@@ -61,3 +61,9 @@ def test_secrets_in_urls_are_refused_and_not_repeated(url: str) -> None:
 def test_texts_without_secrets() -> None:
     text = "GET https://me:pw@host/a?X-Amz-Signature=abc failed, see https://host/b"
     assert without_secrets(text) == "GET https://…@host/a?… failed, see https://host/b"
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/a\tb", "gs://bucket/a\nb", "s3://bucket/a\udcff"])
+def test_urls_with_characters_that_no_key_has(url: str) -> None:
+    with pytest.raises(UsageError, match="control character"):
+        place_of(url)

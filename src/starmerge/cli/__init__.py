@@ -140,6 +140,7 @@ def main() -> None:
     Ctrl-C, 143 after SIGTERM.
     """
     _raise_on_signals()
+    _open_closed_streams()
     # Idle BLAS threads otherwise spin and starve the others on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _keep_memory()
@@ -159,7 +160,11 @@ def _run(reporter: Reporter) -> int:
     try:
         result = app(standalone_mode=False, obj=reporter, prog_name="starmerge")
     except WrongCommandLine as error:
-        reporter.fail(f"{_ended(error.format_message())}{_help_for(error.ctx)}", 2)
+        if reporter.is_for_people and not error.format_message():
+            print(error.ctx.get_help())  # nothing was asked for
+        else:
+            said = _ended(error.format_message() or "No command is given.")
+            reporter.fail(f"{said}{_help_for(error.ctx)}", 2)
         return 2
     except typer.Abort:
         reporter.fail("Nothing was answered, so nothing is done.", 1)
@@ -180,6 +185,15 @@ def _run(reporter: Reporter) -> int:
             kept=[str(path) for path in interruption.kept],
         )
         return exit_code
+    except SystemExit as ending:
+        if not isinstance(ending.__context__, BrokenPipeError):
+            raise
+        reporter.fail(
+            "Nobody reads standard output any more, so the command ended when it had something to "
+            "say there. What is complete stands; run it again for the rest.",
+            1,
+        )
+        return 1
     exit_code = result if isinstance(result, int) else 0
     reporter.finish(exit_code)
     return exit_code
@@ -201,6 +215,23 @@ def _raise_on_signals() -> None:
                 after_in_child=partial(signal.signal, number, signal.getsignal(number))
             )
             signal.signal(number, interrupt)
+
+
+def _open_closed_streams() -> None:
+    """Let standard streams that the caller has closed lead nowhere.
+
+    Their numbers would otherwise go to the next files that are opened, and what a library in C
+    writes to standard error would come to stand in an output.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _STANDARD_ERROR:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+
+
+_STANDARD_ERROR = 2
 
 
 def _told(interruption: Interrupted) -> str:

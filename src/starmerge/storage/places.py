@@ -131,12 +131,21 @@ def _remote(scheme: str, rest: str) -> RemotePlace:
             f"{shown} carries credentials or a query. Give the bare URL, and the credentials in "
             "the environment."
         )
+    if _UNNAMEABLE.search(rest):
+        raise UsageError(
+            f"{shown!r} has a control character, such as a tab or a line break, or bytes that are "
+            "no UTF-8. Give a URL without them."
+        )
     parts = _normal(rest).split("/")
     count = 2 if scheme == "hf" else 1
     if len(parts) < count or not all(parts[:count]):
         wanted = "hf://org/name" if scheme == "hf" else f"{scheme}://bucket/folder"
         raise UsageError(f"{shown} names no place. Give {wanted}.")
     return RemotePlace(scheme, "/".join(parts[:count]), "/".join(parts[count:]))
+
+
+_UNNAMEABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+"""What no key of an object has that obstore reads; bytes of an argument become surrogates."""
 
 
 def _normal(path: str) -> str:

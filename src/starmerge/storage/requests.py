@@ -50,7 +50,12 @@ lists."""
 
 
 class ObjectBackend:
-    """Requests to object stores; a connection for each bucket, opened when it is first used."""
+    """Requests to object stores; a connection for each bucket, opened when it is first used.
+
+    Consoles of stores make a folder by an empty object whose key is the folder's with a slash
+    behind it. obstore lists it without the slash, as an object of the folder in itself: it is no
+    file, and left out of the folder's files.
+    """
 
     def store(self, place: RemotePlace) -> ObjectStore:
         """Return the connection to the bucket of a place."""
@@ -83,7 +88,8 @@ class ObjectBackend:
         """Return the names of the objects and of the common prefixes directly below a place."""
         store, path = self.store(folder), folder.path or None
         found = _answer(folder, lambda: obstore.list_with_delimiter(store, path))
-        files = [entry["path"].rpartition("/")[2] for entry in found["objects"]]
+        objects = [entry["path"] for entry in found["objects"] if entry["path"] != folder.path]
+        files = [key.rpartition("/")[2] for key in objects]
         return files, [prefix.rpartition("/")[2] for prefix in found["common_prefixes"]]
 
     def tree(self, folder: RemotePlace) -> dict[str, int]:
@@ -91,7 +97,8 @@ class ObjectBackend:
         begin = len(f"{folder.path}/") if folder.path else 0
         store, path = self.store(folder), folder.path or None
         pages = _answer(folder, lambda: list(obstore.list(store, path)))
-        return {own["path"][begin:]: own["size"] for page in pages for own in page}
+        sizes = {own["path"]: own["size"] for page in pages for own in page}
+        return {key[begin:]: size for key, size in sizes.items() if key != folder.path}
 
     def written(self, folder: RemotePlace) -> float:
         """Return when the last object below a place was written, seconds since the epoch."""
