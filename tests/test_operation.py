@@ -347,7 +347,9 @@ def test_a_reader_of_the_results_that_ends_is_told_in_the_last_event(
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "starmerge", *map(str, arguments), "--log", "json"]
-    finished = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    finished = subprocess.run(
+        command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
     os.close(writer)
     assert finished.returncode == 1
     found = parsed(finished.stderr)

@@ -16,6 +16,7 @@ from contextlib import closing
 from functools import partial
 from inspect import cleandoc
 from itertools import islice, pairwise
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -287,7 +288,7 @@ def _open_closed_streams() -> None:
     os.close(descriptor)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))
 
 
 _STANDARD_ERROR = 2
