@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from inspect import cleandoc
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -228,7 +229,7 @@ def _open_closed_streams() -> None:
     os.close(descriptor)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
 
 
 _STANDARD_ERROR = 2
