@@ -111,9 +111,9 @@ def moments(n: int) -> Inputs:
     return Inputs("columns", lambda task: Moment(root, ROWS))
 
 
-def merge_once(chain: Pipeline, kind: str, shape: tuple[int, int]) -> tuple[int, int]:
+def merge_once(chain: Pipeline, kind: str, shape: tuple[int, int], tasks: int) -> tuple[int, int]:
     """Merge one tensor; return the estimate and the measured peak, bytes."""
-    count = COUNTS.get(chain.name, TASKS)
+    count = COUNTS.get(chain.name, tasks)
     deltas, base, known = task_vectors(kind, shape, count)
     inputs = None
     if kind.endswith("whitened") or chain.needs_moments:
@@ -139,7 +139,7 @@ def merge_once(chain: Pipeline, kind: str, shape: tuple[int, int]) -> tuple[int,
     return chain.memory(known), measured
 
 
-def measure(kind: str, shape: tuple[int, int], names: Sequence[str]) -> list[Found]:
+def measure(kind: str, shape: tuple[int, int], names: Sequence[str], tasks: int) -> list[Found]:
     """Merge one tensor with some methods, one after the other, in this process."""
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
@@ -148,8 +148,8 @@ def measure(kind: str, shape: tuple[int, int], names: Sequence[str]) -> list[Fou
         chain = make_pipeline(name, SETTINGS.get(name))
         if kind.endswith("whitened") and not chain.uses_metric:
             continue
-        merge_once(chain, kind, WARM)
-        merges = [merge_once(chain, kind, shape) for _ in range(MERGES)]
+        merge_once(chain, kind, WARM, tasks)
+        merges = [merge_once(chain, kind, shape, tasks) for _ in range(MERGES)]
         estimate, measured = min(merges, key=lambda merge: merge[1])
         found.append(Found(name, kind, shape, estimate, measured))
     return found
@@ -171,7 +171,9 @@ def bench(options: argparse.Namespace) -> Iterator[Found]:
     print("|---|---|---|---:|---:|---:|", flush=True)
     for shape in options.shapes:
         for kind in options.kinds:
-            for found in in_own_process(partial(measure, kind, shape, options.methods)):
+            for found in in_own_process(
+                partial(measure, kind, shape, options.methods, options.tasks)
+            ):
                 size = f"{shape[0]} × {shape[1]}"
                 numbers = f"{found.estimate / 1e6:.1f} | {found.measured / 1e6:.1f}"
                 ratio = found.ratio(options.slack)
@@ -193,6 +195,9 @@ def parse_options() -> argparse.Namespace:
         metavar="M,N",
         type=lambda text: tuple(map(int, text.split(","))),
         help="rows and columns (default: 1024,1024 2048,512 512,2048 16384,256)",
+    )
+    parser.add_argument(
+        "--tasks", type=int, default=TASKS, metavar="N", help=f"models (default: {TASKS})"
     )
     parser.add_argument(
         "--slack", type=float, default=4, metavar="MB", help="what both have more (default: 4)"

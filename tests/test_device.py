@@ -16,7 +16,7 @@ from starmerge import device, load_task_vectors, merge, merge_state
 from starmerge.deltas import Dense, LowRank
 from starmerge.device import CPU, SHARE, Accelerator, run
 from starmerge.methods import METHODS, Denoise, Knots, Pico, Star, Wudi
-from starmerge.methods.kinds.spectral import SpectralMerge
+from starmerge.methods.kinds.spectral import CoreSpaceMerge
 from starmerge.spectral import GramSVD, UncertainError, svd, svd_dense, truncate_and_rescale
 from tests.merge_one import merge_one
 from tests.oracles import metric, samples, spectra
@@ -25,7 +25,7 @@ from tests.oracles.card import CARD, LAZY, Card
 SPECTRAL = sorted(
     name
     for name, method in METHODS.items()
-    if issubclass(method, SpectralMerge | Star | Denoise | Pico | Knots | Wudi)
+    if issubclass(method, CoreSpaceMerge | Star | Denoise | Pico | Knots | Wudi)
     or name in ("svc", "subspace_boosting")
 )
 OF_MATRICES = [name for name in SPECTRAL if name not in ("star", "denoise")]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from starmerge.deltas import Dense, LowRank, matrix_shape
 from starmerge.methods import METHODS, Method, Transform, make_pipeline
-from starmerge.methods.kinds.spectral import SpectralMerge
+from starmerge.methods.kinds.spectral import CoreSpaceMerge
 from starmerge.methods.memory import DeltaShape, InputsShape, TensorShape
 from tests.merge_one import merge_one
 from tests.oracles import samples
@@ -43,9 +43,20 @@ def chain_of(name):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process from /proc")
 def test_every_method_takes_no_more_than_it_says():
     """Measured by the system, with 2 MB for what a process takes besides."""
-    arguments = ["--shapes", "288,224", "--kinds", "low-rank", "dense", "--slack", "2"]
+    measure("--shapes", "288,224", "--kinds", "low-rank", "dense")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process from /proc")
+def test_many_adapters_take_no_more_than_was_said():
+    """Of ranks that add up to more than both sides, which keep their factors."""
+    kinds = ["low-rank", "mixed", "low-rank, whitened"]
+    only = ["--only", "shares", "tsv_m", "tsv_m+own_response"]
+    measure("--shapes", "256,352", "--tasks", "40", "--kinds", *kinds, *only)
+
+
+def measure(*arguments):
     finished = subprocess.run(
-        [sys.executable, str(_BENCHMARK), *arguments],
+        [sys.executable, str(_BENCHMARK), "--slack", "2", *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -57,8 +68,8 @@ def test_every_method_takes_no_more_than_it_says():
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "auto"])
 def test_a_method_of_ours_tells_its_memory_itself_or_by_its_base_class(name):
     assert METHODS[name].memory is not Method.memory
-    if issubclass(METHODS[name], SpectralMerge):
-        assert METHODS[name].matrix_memory is not SpectralMerge.matrix_memory
+    if issubclass(METHODS[name], CoreSpaceMerge):
+        assert METHODS[name].matrix_memory is not CoreSpaceMerge.matrix_memory
     if issubclass(METHODS[name], Transform):
         assert METHODS[name].result is not Transform.result
 
@@ -142,6 +153,13 @@ def test_computed_matrices_are_held_by_those_that_list_them_alone():
     small = replace(known(), deltas=few, tasks=2)
     assert chain_of("average").memory(tensor) == chain_of("average").memory(small)
     assert chain_of("ties").memory(tensor) >= chain_of("ties").memory(small) + 6 * 4 * m * n
+
+
+@pytest.mark.parametrize("name", ["shares", "tsv_m", "tsv_m+own_response"])
+def test_thousands_of_adapters_need_their_factors_and_no_matrices(name):
+    m, n, r, tasks = 512, 1408, 16, 2000
+    factors = 8 * r * (m + n) * tasks
+    assert factors <= chain_of(name).memory(known((m, n), (r,) * tasks)) <= 2 * factors
 
 
 def test_a_dense_spectral_merge_counts_its_float64_matrices():

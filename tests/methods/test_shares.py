@@ -11,7 +11,8 @@ from starmerge.errors import StarmergeError, UsageError
 from starmerge.merging.in_memory import merge_state
 from starmerge.methods import Shares, make_method
 from starmerge.methods import own_response as own_response_rule
-from tests.oracles import bounds, own_response, samples, shares, spectral
+from tests.merge_one import merge_one
+from tests.oracles import bounds, metric, own_response, samples, shares, spectral
 
 WEIGHTS = [1.0, 0.5, 2.0, 4.0]
 
@@ -151,6 +152,66 @@ def test_the_order_of_the_tasks_does_not_matter(kind):
     order = [2, 0, 3, 1]
     found = spectral.merged(Shares(), [deltas[t] for t in order], [WEIGHTS[t] for t in order])
     spectral.assert_close(found, spectral.merged(Shares(), deltas, WEIGHTS), deltas, times=2)
+
+
+def many(m, n, *, tasks, rank):
+    """Adapters of which one is zero and one is all rounding; and some weights."""
+    deltas = [samples.low_rank(m, n, rank, seed=t, scale=1.0 + t % 3) for t in range(tasks)]
+    B, A = samples.normal(m, 1, seed=98), samples.normal(1, n, seed=99)
+    deltas[1] = spectral.zero(m, n)
+    deltas[2] = LowRank(torch.cat([B, -B], 1), torch.cat([A, A]))
+    return deltas, [(1.0, 0.5, 2.0, 4.0, 1.0)[t % 5] for t in range(tasks)]
+
+
+MANY = [(30, 20, 16, 4), (12, 40, 16, 3), (30, 50, 80, 8)]
+"""m, n, tasks and rank: the ranks add up to more than both sides, the last ones to two blocks."""
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+@pytest.mark.parametrize("is_weighted", [False, True])
+@pytest.mark.parametrize(("m", "n", "tasks", "rank"), MANY)
+def test_many_adapters_are_the_reference(m, n, tasks, rank, is_weighted, power):
+    deltas, weights = many(m, n, tasks=tasks, rank=rank)
+    weights = weights if is_weighted else None
+    tau = [delta if t != 2 else np.zeros((m, n)) for t, delta in enumerate(matrices(deltas))]
+    merged = shares.shares(tau, power, weights=weights)
+    factor = shares.factor([{"w": delta} for delta in tau], {"w": merged}, weights)
+    found = spectral.merged(Shares(power=power), deltas, weights)
+    spectral.assert_close(found, factor * merged, deltas, times=2)
+    found = spectral.merged(Shares(power=power, response=0.2), deltas, weights)
+    spectral.assert_close(found, scaled(merged, tau, 0.2, weights), deltas, times=4)
+
+
+@pytest.mark.parametrize("side", ["columns", "rows"])
+@pytest.mark.parametrize("is_weighted", [False, True])
+@pytest.mark.parametrize(("m", "n", "tasks", "rank"), MANY)
+def test_many_adapters_in_whitened_inputs_are_the_reference(m, n, tasks, rank, is_weighted, side):
+    deltas, weights = many(m, n, tasks=tasks, rank=rank)
+    weights = weights if is_weighted else [1.0] * tasks
+    inputs, sigma = metric.inputs_of(n if side == "columns" else m, side=side)
+    found = samples.exact(merge_one(Shares(), deltas, weights=weights, inputs=inputs).delta)
+    tau = [delta if t != 2 else np.zeros((m, n)) for t, delta in enumerate(matrices(deltas))]
+
+    def reference(whitened):
+        merged = shares.shares(whitened, 0.5, weights=weights)
+        models = [{"w": delta} for delta in whitened]
+        return shares.factor(models, {"w": merged}, weights) * merged
+
+    expected = metric.in_whitened_inputs(reference, tau, sigma, side)
+    values = np.linalg.eigvalsh(metric.ridged(sigma))
+    condition = float(np.sqrt(values[-1] / values[0]))
+    spectral.assert_close(found, expected, deltas, times=2 * condition)
+
+
+def test_many_adapters_merge_as_one_after_the_other_and_as_matrices():
+    """Whether there are factors or matrices, and however the tasks are put together in blocks."""
+    deltas, weights = many(60, 50, tasks=90, rank=6)
+    found = spectral.merged(Shares(), deltas, weights)
+    turned = spectral.merged(Shares(), deltas[::-1], weights[::-1])
+    spectral.assert_close(turned, found, deltas, times=2)
+    del deltas[2], weights[2]  # its rounding would be a task of its own
+    as_matrices = spectral.merged(Shares(), spectral.as_dense(deltas), weights)
+    spectral.assert_close(as_matrices, found, deltas, times=2)
 
 
 @pytest.mark.parametrize("m, n", spectral.SHAPES)

@@ -6,6 +6,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from starmerge.deltas import LowRank
 from starmerge.errors import UsageError
 from starmerge.methods import TsvM, make_method
 from tests.oracles import samples, spectral, tsv_m
@@ -28,6 +29,20 @@ def test_tsv_m_is_the_reference(m, n, kind, dtype, triplets):
     found = spectral.merged(TsvM(triplets=triplets, alpha=0.7), deltas)
     expected = tsv_m.tsv_m(matrices(deltas), 0.7, triplets)
     spectral.assert_close(found, expected, deltas)
+
+
+@pytest.mark.parametrize("triplets", ["share", "all", 2])
+@pytest.mark.parametrize(("m", "n"), [(30, 20), (12, 40), (60, 90)])
+def test_many_adapters_are_the_reference(m, n, triplets):
+    """Their ranks add up to more than both sides; one is zero, and one all rounding."""
+    deltas = [samples.low_rank(m, n, 3, seed=t, scale=1.0 + t % 3) for t in range(32)]
+    B, A = samples.normal(m, 1, seed=98), samples.normal(1, n, seed=99)
+    deltas[1] = spectral.zero(m, n)
+    found = spectral.merged(TsvM(triplets=triplets), deltas)
+    expected = tsv_m.tsv_m(matrices(deltas), triplets=triplets)
+    spectral.assert_close(found, expected, deltas, condition=1e6)
+    deltas[1] = LowRank(torch.cat([B, -B], 1), torch.cat([A, A]))
+    np.testing.assert_array_equal(spectral.merged(TsvM(triplets=triplets), deltas), found)
 
 
 @samples.SEARCH

@@ -6,7 +6,7 @@ import torch
 
 from starmerge.deltas import Dense, LowRank, Stored
 from starmerge.methods import METHODS, Ctm, IsoCts, Shares, Star, make_method, make_pipeline
-from starmerge.methods.kinds.spectral import SpectralMerge
+from starmerge.methods.kinds.spectral import CoreSpaceMerge
 from starmerge.spectral.metric import RIDGE, Whitening
 from starmerge.spectral.moment import Moment
 from tests.merge_one import merge_one
@@ -27,7 +27,7 @@ def matrices(deltas):
 
 
 def test_all_spectral_merges_but_ace_work_in_whitened_inputs():
-    merges = {name for name, found in METHODS.items() if issubclass(found, SpectralMerge)}
+    merges = {name for name, found in METHODS.items() if issubclass(found, CoreSpaceMerge)}
     assert merges - set(WHITENED) == {"ace"}
     assert set(WHITENED) - merges == {"star"}
 

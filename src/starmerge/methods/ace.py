@@ -58,12 +58,12 @@ class Ace(SpectralMerge):
         """Return a space that holds the vectors of ones too; the means are taken along them."""
         m, n = deltas[0].shape
         one_m, one_n = (torch.ones(shape, dtype=torch.float32) for shape in ((m, 1), (1, n)))
-        space = core_space([*deltas, LowRank(one_m, one_n)], device, whitening)
-        return replace(space, matrices=space.matrices[:-1])
+        space = core_space([*deltas, LowRank(one_m, one_n)], device, whitening).whole()
+        return replace(space, tasks=space.tasks[:-1])
 
     def core_shape(self, tensor: TensorShape) -> CoreShape:
         """Return the sizes of the space with the vectors of ones; see :meth:`space`."""
-        return tensor.core(DeltaShape(1))
+        return tensor.core(DeltaShape(1)).whole()
 
     def matrix_memory(self, space: CoreShape) -> int:
         """Tell the bytes needed; see :meth:`SpectralMerge.matrix_memory`."""

@@ -13,17 +13,18 @@ from pydantic import Field
 from torch import Tensor
 
 from starmerge.deltas import Delta
-from starmerge.methods.kinds.spectral import SpectralMerge
+from starmerge.methods.kinds.spectral import CoreSpaceMerge
 from starmerge.methods.method import TensorContext, method
 from starmerge.methods.ties import elected_mean
 from starmerge.methods.trim import Percent, largest_entries
-from starmerge.spectral import CoreSpace, polar, svd_matrix
+from starmerge.spectral import CoreSpace, polar
+from starmerge.spectral.coordinates import Coordinates
 from starmerge.spectral.core_space import CoreShape
 from starmerge.spectral.dense import polar_bytes
 
 
 @method("dc_merge")
-class DcMerge(SpectralMerge):
+class DcMerge(CoreSpaceMerge):
     """Balance the energy of each task's directions, merge in a basis that covers all of them.
 
     Of τ_t = U_t Σ_t V_tᵀ the first r_t triplets stay, and their singular values are smoothed at
@@ -44,7 +45,8 @@ class DcMerge(SpectralMerge):
     For the weights in its experiments, 8 to 20 tasks, that is the same; of two adapters of rank 16,
     k = 0.1 % is one entry. Directions that no task has are left out, where LAPACK's choice of them
     came in.
-    Cost: an SVD a task and two of all kept vectors, in Core Space for adapters.
+    Cost: an SVD a task and two of all kept vectors; for adapters in Core Space, the former from
+    their factors.
     When to use: adapters with steep spectra, of which a sum keeps little but the first directions;
     with ``own_response`` after it, which finds the factor that α should be.
     """
@@ -65,25 +67,30 @@ class DcMerge(SpectralMerge):
     ] = "all"
 
     def extra_memory(self, deltas: Sequence[Delta]) -> int:
-        """Return the bytes of the M_t, which are Σr × Σr; see :class:`SpectralMerge`."""
+        """Return the bytes of the M_t, which are Σr × Σr; see :class:`CoreSpaceMerge`."""
         return 8 * (2 * len(deltas) + 8) * sum(delta.rank for delta in deltas) ** 2
 
     def matrix_memory(self, space: CoreShape) -> int:
-        """Tell the bytes needed; see :meth:`SpectralMerge.matrix_memory`."""
+        """Tell the bytes needed; see :meth:`CoreSpaceMerge.matrix_memory`."""
         # As for tsv_m; and in the cover space of c dimensions a matrix for each task, all of them
         # stacked, and eight to elect signs and take the mean in.
         c = sum(min(rank, self._kept(space.shape, space.count)) for rank in space.ranks)
         bases = 8 * 3 * c * (space.p + space.q)
         covers = 8 * (2 * space.count + 8) * c * c
         side = max(space.p, space.q)
-        return space.count * space.vectors + bases + space.size + max(covers, polar_bytes(side, c))
+        work = bases + space.size + max(covers, polar_bytes(side, c))
+        return space.svds + max(space.svd_making, work)
 
-    def merge_matrices(
-        self, tau: list[Tensor], weights: list[float], space: CoreSpace, tensor: TensorContext
+    def merge_coordinates(
+        self,
+        tau: list[Coordinates],
+        weights: list[float],
+        space: CoreSpace,
+        tensor: TensorContext,
     ) -> Tensor:
-        """Merge one tensor; see :meth:`SpectralMerge.merge_matrices`."""
-        most = self._kept(space.shape, len(tau))
-        svds = [svd_matrix(tau_t, space.floor).first(most) for tau_t in tau]
+        """Merge one tensor; see :meth:`CoreSpaceMerge.merge_coordinates`."""
+        most, floor = self._kept(space.shape, len(tau)), space.floor
+        svds = [C.svd(floor).first(most) for C in tau]
         U = polar(torch.cat([svd.U for svd in svds], dim=1), space.noise)
         V = polar(torch.cat([svd.V for svd in svds], dim=1), space.noise)
         ends = [0]

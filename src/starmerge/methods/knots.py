@@ -76,7 +76,7 @@ class Knots(Merge):
         """Tell the bytes needed; see :meth:`Method.memory`."""
         if will_average(tensor, embeddings="average"):
             return tensor.held + total_bytes(tensor)
-        space = tensor.core()
+        space = tensor.core().whole()
         (m, n), rho = tensor.matrix, min(sum(space.ranks), space.p)
         # To align: all matrices side by side, LAPACK's copy of them, the SVD of what is not longer
         # than high, and coordinates (ρ, n) that are still float64.
@@ -121,7 +121,7 @@ class Knots(Merge):
 
     def _align(self, deltas: dict[int, Delta]) -> _Aligned:
         def aligned(device: torch.device) -> _Aligned:
-            space = core_space(list(deltas.values()), device)
+            space = core_space(list(deltas.values()), device).whole()
             X = torch.cat(space.matrices, dim=1)
             if X.shape[1] > X.shape[0]:
                 # X = Rᵀ Qᵀ has the U and Σ of Rᵀ; Σ⁻¹ Uᵀ X is V.

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from starmerge.deltas import Delta
+from starmerge.deltas import Delta, Dense
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.methods.memory import TensorShape, products_bytes, scaled_shape
 from starmerge.methods.method import (
@@ -24,7 +24,7 @@ from starmerge.methods.method import (
     method,
 )
 from starmerge.methods.scale import Scale
-from starmerge.spectral.core_space import CANCELLED
+from starmerge.spectral.coordinates import CANCELLED
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,8 @@ class OwnProducts:
         """
         inner, energy = torch.zeros(2, len(tensor.tasks), dtype=torch.float64)
         weights = torch.tensor(tensor.weights, dtype=torch.float64)
+        if isinstance(merged, Dense):  # widened once for all tasks
+            merged = Dense(merged.matrix.double())
         for t, tau_t in deltas:
             inner[t], energy[t] = merged.inner(tau_t), tau_t.frobenius() ** 2
         return cls(inner, energy, weights, merged.frobenius() ** 2)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -11,17 +12,18 @@ from pydantic import Field
 from torch import Tensor
 
 from starmerge.deltas import Delta, LowRank
-from starmerge.methods.kinds.spectral import SpectralMerge, is_averaged, will_average
+from starmerge.methods.kinds.spectral import CoreSpaceMerge, is_averaged, will_average
 from starmerge.methods.memory import TensorShape, inner_bytes
 from starmerge.methods.method import Deltas, TensorContext, Walk, method, refuse_negative
 from starmerge.methods.own_response import OwnProducts, Response, total_products
-from starmerge.spectral import SVD, CoreSpace, svd_matrix
+from starmerge.spectral import SVD, CoreSpace
+from starmerge.spectral.coordinates import Coordinates
 from starmerge.spectral.core_space import CoreShape
 from starmerge.spectral.dense import svd_bytes
 
 
 @method("shares")
-class Shares(SpectralMerge):
+class Shares(CoreSpaceMerge):
     """Give each task its share of every input direction and of every output direction.
 
     C_t = τ_tᵀτ_t/‖τ_t‖² says how strongly task t uses each input direction of a tensor, and
@@ -48,8 +50,9 @@ class Shares(SpectralMerge):
 
     Source: our own; docs/results.md has the evidence. ``covariance`` uses one of the two sides, and
     ``tsv_m`` makes the directions of the tasks orthogonal but divides none of them.
-    Cost: an SVD a task, of r_t triplets, and two eigendecompositions a tensor, in Core Space for
-    adapters; all of it twice, as the factor is found first.
+    Cost: an SVD a task, of r_t triplets, for adapters from their factors, and two
+    eigendecompositions a tensor, in Core Space for adapters; all of it twice, as the factor is
+    found first.
     When to use: adapters of any origin and number. Full fine-tunes: ``denoise+shares``.
     """
 
@@ -75,7 +78,7 @@ class Shares(SpectralMerge):
             held = dict(deltas.items())
             nothing = OwnProducts.of(_NOTHING, (), tensor), torch.zeros(4, dtype=torch.float64)
 
-            def look(space: CoreSpace, tau: dict[int, Tensor]) -> tuple[OwnProducts, Tensor]:
+            def look(space: CoreSpace, tau: dict[int, Coordinates]) -> tuple[OwnProducts, Tensor]:
                 if not tau:
                     return nothing
                 weights = [tensor.weights[t] for t in tau]
@@ -116,37 +119,66 @@ class Shares(SpectralMerge):
         return merging + tensor.held + products
 
     def matrix_memory(self, space: CoreShape) -> int:
-        """Tell the bytes needed; see :meth:`SpectralMerge.matrix_memory`."""
-        # The vectors of each task, of rank r_t, as LAPACK leaves them, and weighed on both sides;
-        # those of all tasks side by side; on the longer side, the eigendecomposition and the root.
-        side, R = max(space.p, space.q), sum(space.ranks)
-        weighed = 8 * R * (space.p + space.q) + 8 * 3 * R * side
-        small = svd_bytes(max(space.ranks), side)
-        vectors = space.count * space.vectors
-        return vectors + weighed + 8 * 5 * side**2 + small + 2 * space.size
+        """Tell the bytes needed; see :meth:`CoreSpaceMerge.matrix_memory`."""
+        # The SVD of each task, while the last is made, or beside the eigenvectors of both sides: at
+        # the second eigendecomposition, LAPACK's and a copy; or while the triplets of a block are
+        # weighed on both sides, and added up to the merge, which is then brought back.
+        p, q, r = space.p, space.q, max(space.ranks)
+        bases = 8 * (p * p + q * q)
+        eigen = 8 * 4 * max(p, q) ** 2
+        columns = min(sum(space.ranks), _COLUMNS + r)
+        block = 8 * 4 * columns * (p + q) + svd_bytes(r, max(p, q))
+        return space.svds + max(space.svd_making, bases + max(eigen, block) + 2 * space.size)
 
-    def merge_matrices(
-        self, tau: list[Tensor], weights: list[float], space: CoreSpace, tensor: TensorContext
+    def merge_coordinates(
+        self,
+        tau: list[Coordinates],
+        weights: list[float],
+        space: CoreSpace,
+        tensor: TensorContext,
     ) -> Tensor:
-        """Merge one tensor; see :meth:`SpectralMerge.merge_matrices`."""
+        """Merge one tensor; see :meth:`CoreSpaceMerge.merge_coordinates`."""
         return self._merged(tau, weights, _svds(tau, space))
 
-    def _merged(self, tau: list[Tensor], weights: list[float], svds: list[SVD]) -> Tensor:
+    def _merged(self, tau: list[Coordinates], weights: list[float], svds: list[SVD]) -> Tensor:
         """Return M, of w_t · τ_t and their SVDs."""
         if len(tau) == 1:
-            return tau[0] / weights[0]
+            return tau[0].matrix / weights[0]
         # √w_t σ_k/‖τ_t‖, the roots of the eigenvalues of w_t C_t and of w_t P_t.
         roots = [w**0.5 * svd.S / svd.S.norm() for w, svd in zip(weights, svds, strict=True)]
-        rows = self._weigh([svd.V for svd in svds], roots)
-        columns = self._weigh([svd.U for svd in svds], roots)
-        merged = torch.zeros_like(tau[0])
-        for w, svd, root, right, left in zip(weights, svds, roots, rows, columns, strict=True):
+        rows = self._eigenbasis([svd.V for svd in svds], roots)
+        columns = self._eigenbasis([svd.U for svd in svds], roots)
+        merged = roots[0].new_zeros(columns.Q.shape[1], rows.Q.shape[1])
+        for block in _blocks(roots):
+            right = self._weigh([svd.V for svd in svds[block]], roots[block], rows)
+            left = self._weigh([svd.U for svd in svds[block]], roots[block], columns)
+            triples = zip(weights[block], svds[block], roots[block], strict=True)
             # L_tᵖ τ_t R_tᵖ, of which U_t and V_t have cancelled.
-            merged.addmm_(left.T * (root * svd.S / w * root), right)
-        return merged
+            inner = torch.cat([root * svd.S / w * root for w, svd, root in triples])
+            merged.addmm_(left.T * inner, right)
+        brought_back: Tensor = columns.Q @ merged @ rows.Q.T
+        return brought_back
 
-    def _weigh(self, vectors: list[Tensor], roots: list[Tensor]) -> list[Tensor]:
-        """Return (X Xᵀ)^(p−1) X W of each task, (r_t, q), for one side of the tensor.
+    def _eigenbasis(self, vectors: list[Tensor], roots: list[Tensor]) -> _Eigenbasis:
+        """Return the eigenbasis of S = Σ_t w_t C_t + ρ c I, for one side of the tensor.
+
+        Args:
+            vectors: V_t (q, r_t) of each task, or U_t for the output side.
+            roots: The roots of the eigenvalues of w_t C_t (r_t,) of each task.
+        """
+        size, count = len(vectors[0]), sum(map(len, roots))
+        summed = vectors[0].new_zeros(size, size)
+        for block in _blocks(roots):
+            factor = _scaled(vectors[block], roots[block])
+            summed.addmm_(factor, factor.T)
+        values, Q = torch.linalg.eigh(summed)
+        ridge = self.ridge * float(values.sum()) / min(count, size)
+        # Directions that no task has have no share, also when there is no ridge.
+        known = values > 1e-12 * values.max()
+        return _Eigenbasis(Q[:, known], (values[known] + ridge).rsqrt())
+
+    def _weigh(self, vectors: list[Tensor], roots: list[Tensor], basis: _Eigenbasis) -> Tensor:
+        """Return (X Xᵀ)^(p−1) X W of each task, in the eigenbasis, (Σr_t, k) one below the other.
 
         With X = D V_tᵀ W, where D² holds the nonzero eigenvalues of w_t C_t and V_t their vectors,
         R_tᵖ = W⁻¹ Xᵀ (X Xᵀ)^(p−1) X W: a root of r_t × r_t in place of one of q × q.
@@ -154,27 +186,53 @@ class Shares(SpectralMerge):
         Args:
             vectors: V_t (q, r_t) of each task, or U_t for the output side.
             roots: The diagonal of D (r_t,) of each task.
+            basis: That of the side, in which W is diagonal.
         """
-        factors = [(V * root).T for V, root in zip(vectors, roots, strict=True)]
-        stacked = torch.cat(factors)
-        values, Q = torch.linalg.eigh(stacked.T @ stacked)
-        ridge = self.ridge * float(values.sum()) / min(stacked.shape)
-        # Directions that no task has have no share, also when there is no ridge.
-        known = values > 1e-12 * values.max()
-        W = (Q * torch.where(known, values + ridge, torch.inf).rsqrt()) @ Q.T
-        weighed = []
-        for factor in factors:
-            X = factor @ W
-            if self.power != 1:
-                P, s, Qh = torch.linalg.svd(X, full_matrices=False)
-                X = (P * s ** (2 * self.power - 1)) @ Qh
-            weighed.append(X @ W)
-        return weighed
+        X = _scaled(vectors, roots).T @ basis.Q
+        X *= basis.W
+        if self.power != 1:
+            for X_t in torch.split(X, [len(root) for root in roots]):  # views, to write to
+                P, s, Qh = torch.linalg.svd(X_t, full_matrices=False)
+                torch.mm(P * s ** (2 * self.power - 1), Qh, out=X_t)
+        X *= basis.W
+        return X
 
 
-def _svds(tau: Iterable[Tensor], space: CoreSpace) -> list[SVD]:
-    norms = [float(torch.linalg.vector_norm(tau_t)) for tau_t in tau]
-    return [svd_matrix(C, space.noise * norm) for C, norm in zip(tau, norms, strict=True)]
+@dataclass(frozen=True, eq=False)
+class _Eigenbasis:
+    """The eigenvectors of S that tasks have, for one side of a tensor."""
+
+    Q: Tensor
+    """(q, k) float64, orthonormal columns."""
+    W: Tensor
+    """(k,) float64, the diagonal of S^(-½) in this basis."""
+
+
+_COLUMNS = 512
+"""Triplets of several tasks are multiplied together until they are so many."""
+
+
+def _blocks(values: Sequence[Tensor]) -> Iterator[slice]:
+    """Yield slices of tasks of :data:`_COLUMNS` triplets, or by some of the last task more.
+
+    Args:
+        values: One for each triplet, (r_t,) of each task.
+    """
+    start = columns = 0
+    for end, own in enumerate(values, 1):
+        columns += len(own)
+        if columns >= _COLUMNS or end == len(values):
+            yield slice(start, end)
+            start, columns = end, 0
+
+
+def _scaled(vectors: list[Tensor], factors: list[Tensor]) -> Tensor:
+    """Return singular vectors (q, r_t) side by side, each with its factor, (q, Σr_t)."""
+    return torch.cat(vectors, dim=1) * torch.cat(factors)
+
+
+def _svds(tau: Iterable[Coordinates], space: CoreSpace) -> list[SVD]:
+    return [C.svd(space.noise * C.norm) for C in tau]
 
 
 def _sums(M: Tensor, weights: Sequence[float], svds: Sequence[SVD]) -> Tensor:
@@ -188,15 +246,20 @@ def _sums(M: Tensor, weights: Sequence[float], svds: Sequence[SVD]) -> Tensor:
         svds: Of w_t · τ_t.
     """
     energies = [float((svd.S / w).square().sum()) for w, svd in zip(weights, svds, strict=True)]
-    sums = torch.zeros(4, dtype=torch.float64)
-    for w, svd, energy in zip(weights, svds, energies, strict=True):
-        MV = M @ svd.V
-        products = svd.S * (svd.U * MV).sum(0)  # w σ_k u_kᵀ M v_k
-        share = (svd.S / w).square() / sum(energies)  # e_t times the eigenvalues of C_t
-        of_merged = w * (share * MV.square().sum(0)).sum()
-        found = torch.stack([products.sum(), (share * products).sum(), of_merged])
-        sums += torch.cat([sums.new_tensor([w * energy]), found.cpu()])
-    return sums
+    sums = M.new_zeros(4)
+    for block in _blocks([svd.S for svd in svds]):
+        own = svds[block]
+        pairs = zip(weights[block], own, strict=True)
+        w = torch.cat([torch.full_like(svd.S, w_t) for w_t, svd in pairs])
+        S = torch.cat([svd.S for svd in own])
+        MV = M @ torch.cat([svd.V for svd in own], dim=1)
+        products = S * (torch.cat([svd.U for svd in own], dim=1) * MV).sum(0)  # w σ_k u_kᵀ M v_k
+        squares = (S / w).square()
+        share = squares / sum(energies)  # e_t times the eigenvalues of C_t
+        of_merged = w * share * MV.square().sum(0)
+        terms = torch.stack([w * squares, products, share * products, of_merged])
+        sums += terms.sum(1)
+    return sums.cpu()
 
 
 def _factor(sums: Tensor, tasks: int) -> float:

@@ -64,7 +64,7 @@ class Svc(PostStep):
         seen = self._seen(tensor)
         if will_average(seen, embeddings="average"):
             return tensor.held
-        space = seen.core()
+        space = seen.core().whole()
         # The SVD of the update, a response to each direction, the vectors with other values.
         work = svd_bytes(space.p, space.q) + space.vectors + space.size
         return tensor.held + max(space.making, space.nbytes + work + space.leaving)
@@ -86,7 +86,7 @@ class Svc(PostStep):
         alpha = self.alpha or 1 / T
 
         def calibrated(device: torch.device) -> Delta:
-            space = core_space([merged, *held], device)
+            space = core_space([merged, *held], device).whole()
             M, *tau = space.matrices
             svd = svd_matrix(M, space.noise * float(torch.linalg.vector_norm(M)))
             total = torch.full_like(svd.S, (T - len(tau)) * alpha)

@@ -8,15 +8,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from starmerge.methods.kinds.spectral import SpectralMerge
+from starmerge.methods.kinds.spectral import CoreSpaceMerge
 from starmerge.methods.method import TensorContext, method
-from starmerge.spectral import CoreSpace, polar, svd_matrix
+from starmerge.spectral import CoreSpace, polar
+from starmerge.spectral.coordinates import Coordinates
 from starmerge.spectral.core_space import CoreShape
 from starmerge.spectral.dense import polar_bytes
 
 
 @method("tsv_m")
-class TsvM(SpectralMerge):
+class TsvM(CoreSpaceMerge):
     """Put the tasks' leading singular vectors side by side and make them orthogonal.
 
     τ_t = U_t Σ_t V_tᵀ, the first k triplets of each; U = [U_1 … U_T], Σ = diag(Σ_1 … Σ_T),
@@ -29,7 +30,8 @@ class TsvM(SpectralMerge):
     Source: arXiv 2412.00081; defining repository github.com/AntoAndGar/task_singular_vectors.
     Different from there: directions that no task has are left out, where LAPACK's choice of them
     came in.
-    Cost: an SVD a task and two of all kept vectors, in Core Space for adapters.
+    Cost: an SVD a task and two of all kept vectors; for adapters in Core Space, the former from
+    their factors.
     When to use: adapters of different people, whose directions overlap little.
     """
 
@@ -40,20 +42,25 @@ class TsvM(SpectralMerge):
     ] = "share"
 
     def matrix_memory(self, space: CoreShape) -> int:
-        """Tell the bytes needed; see :meth:`SpectralMerge.matrix_memory`."""
+        """Tell the bytes needed; see :meth:`CoreSpaceMerge.matrix_memory`."""
         # The vectors of each task; those kept, c of all tasks, side by side, their polar factors,
         # and the scaled ones; the result.
         c = sum(min(rank, self._kept(space.shape, space.count)) for rank in space.ranks)
         side = max(space.p, space.q)
         kept = 8 * 3 * c * (space.p + space.q)
-        return space.count * space.vectors + kept + 2 * space.size + polar_bytes(side, c)
+        work = kept + 2 * space.size + polar_bytes(side, c)
+        return space.svds + max(space.svd_making, work)
 
-    def merge_matrices(
-        self, tau: list[Tensor], weights: list[float], space: CoreSpace, tensor: TensorContext
+    def merge_coordinates(
+        self,
+        tau: list[Coordinates],
+        weights: list[float],
+        space: CoreSpace,
+        tensor: TensorContext,
     ) -> Tensor:
-        """Merge one tensor; see :meth:`SpectralMerge.merge_matrices`."""
-        k = self._kept(space.shape, len(tau))
-        svds = [svd_matrix(tau_t, space.floor).first(k) for tau_t in tau]
+        """Merge one tensor; see :meth:`CoreSpaceMerge.merge_coordinates`."""
+        k, floor = self._kept(space.shape, len(tau)), space.floor
+        svds = [C.svd(floor).first(k) for C in tau]
         U = torch.cat([svd.U for svd in svds], dim=1)
         S = torch.cat([svd.S for svd in svds])
         V = torch.cat([svd.V for svd in svds], dim=1)

@@ -62,7 +62,7 @@ class Wudi(Merge):
         """Tell the bytes needed; see :meth:`Method.memory`."""
         if will_average(tensor, embeddings=self.embeddings):
             return tensor.held + total_bytes(tensor)
-        space = tensor.core()
+        space = tensor.core().whole()
         # Start, R, and a task vector of norm 1 beside the last; G, and its last two terms; panels;
         # the float32 result.
         work = 4 * space.size + 8 * 3 * space.q**2 + panel_bytes(tensor, 0) + 4 * tensor.size
@@ -86,7 +86,7 @@ class Wudi(Merge):
     def _minimised(
         self, held: Mapping[int, Delta], tensor: TensorContext, device: torch.device
     ) -> Delta:
-        space = core_space(list(held.values()), device)
+        space = core_space(list(held.values()), device).whole()
         # In Core Space ∇L/2 = M G − R, with G = Σ w_t C_t, R = Σ w_t τ_t C_t, C_t = τ_tᵀτ_t/‖τ_t‖².
         start = torch.zeros_like(space.matrices[0])
         R, G = torch.zeros_like(start), start.new_zeros(start.shape[1], start.shape[1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -11,6 +11,15 @@ from torch import Tensor
 
 from starmerge.deltas import Delta, Dense, LowRank
 from starmerge.device import CPU, is_large, ready, run
+from starmerge.spectral.coordinates import (
+    Coordinates,
+    Factored,
+    Whole,
+    coordinates,
+    stays_factored,
+    svd_product_bytes,
+)
+from starmerge.spectral.dense import svd_bytes
 from starmerge.spectral.metric import Whitening
 
 _T = TypeVar("_T")
@@ -21,9 +30,6 @@ FLOAT64_NOISE = 1e-10
 FLOAT32_NOISE = 1e-6
 """The same for deltas whose entries were rounded to float32: about 2⁻²⁴ whatever the size."""
 
-CANCELLED = 1e-13
-"""A product of factors that is at most this share of its terms is rounding."""
-
 
 @dataclass(frozen=True, eq=False)
 class CoreSpace:
@@ -31,11 +37,12 @@ class CoreSpace:
 
     Source: arXiv 2509.17786. The bases span the columns of all B_t and the rows of all A_t, so
     nothing is lost. Deltas whose ranks add up to more than the matrix has rows or columns, as those
-    of most dense ones do, stay in the coordinates they have.
+    of most dense ones do, stay in the coordinates they have. Low-rank ones keep their factors there
+    until a method asks for a matrix.
     """
 
-    matrices: list[Tensor]
-    """C_t, (p, q) float64 each."""
+    tasks: list[Coordinates]
+    """C_t, (p, q) each."""
     shape: tuple[int, int]
     """(m, n) of the deltas themselves."""
     U: Tensor | None
@@ -51,12 +58,21 @@ class CoreSpace:
     their results back; on the device of the matrices."""
 
     @property
+    def matrices(self) -> list[Tensor]:
+        """C_t, (p, q) float64 each; those of factors are multiplied out at each look."""
+        return [C.matrix for C in self.tasks]
+
+    def whole(self) -> CoreSpace:
+        """Return the same space with all matrices multiplied out, for who looks at them often."""
+        return replace(self, tasks=[Whole(matrix) for matrix in self.matrices])
+
+    @property
     def floor(self) -> float:
         """Singular values of the C_t, of their sums and differences that are at most this are zero.
 
         :attr:`noise` times the sum of the task vectors' Frobenius norms.
         """
-        return self.noise * sum(float(torch.linalg.vector_norm(C)) for C in self.matrices)
+        return self.noise * sum(C.norm for C in self.tasks)
 
     def delta(self, matrix: Tensor) -> Delta:
         """Return what a matrix (p, q) of this space is as a delta (m, n), rounded to float32 once.
@@ -151,25 +167,33 @@ def core_space(
     low = [delta for delta in deltas if isinstance(delta, LowRank)]
     if whitening is not None:
         whitening = whitening.to(device)
-    if len(low) < len(deltas):
-        matrices = [_matrix(delta, device, whitening) for delta in deltas]
-        # Of a few matrices much longer than high, the rows span a part of their space.
-        U, lefts = _common_basis(matrices) if m > n else (None, matrices)
-        if U is not None:
-            return CoreSpace(lefts, (m, n), U, None, noise, home, whitening)
-        V, rights = _common_basis([matrix.T for matrix in matrices]) if n > m else (None, [])
-        if V is not None:
-            C = [right.T for right in rights]
-            return CoreSpace(C, (m, n), None, V, noise, home, whitening)
-        return CoreSpace(matrices, (m, n), None, None, noise, home, whitening)
-    low = [_moved(delta, device, whitening) for delta in low]
-    U, lefts = _common_basis([delta.B for delta in low])
-    V, rights = _common_basis([delta.A.T for delta in low])
-    matrices = [
-        _product(left, right, delta.scale)
-        for left, right, delta in zip(lefts, rights, low, strict=True)
-    ]
-    return CoreSpace(matrices, (m, n), U, V, noise, home, whitening)
+    U: Tensor | None = None
+    V: Tensor | None = None
+    tasks: list[Coordinates]
+    if len(low) == len(deltas):
+        low = [_moved(delta, device, whitening) for delta in low]
+        U, lefts = _common_basis([delta.B for delta in low])
+        V, rights = _common_basis([delta.A.T for delta in low])
+        tasks = [
+            coordinates(left, right, delta.scale)
+            for left, right, delta in zip(lefts, rights, low, strict=True)
+        ]
+    elif _span_a_part((m, n), len(deltas)):
+        matrices = [_coordinates(delta, device, whitening).matrix for delta in deltas]
+        if m > n:
+            U, lefts = _common_basis(matrices)
+            tasks = [Whole(left) for left in lefts]
+        else:
+            V, rights = _common_basis([matrix.T for matrix in matrices])
+            tasks = [Whole(right.T) for right in rights]
+    else:
+        tasks = [_coordinates(delta, device, whitening) for delta in deltas]
+    return CoreSpace(tasks, (m, n), U, V, noise, home, whitening)
+
+
+def _span_a_part(shape: tuple[int, int], count: int) -> bool:
+    """Tell whether the longer sides of some matrices span but a part of their space."""
+    return count * min(shape) < max(shape)
 
 
 @dataclass(frozen=True)
@@ -184,8 +208,12 @@ class CoreShape:
     """Columns of them."""
     ranks: tuple[int, ...]
     """Upper bound of the rank of each matrix."""
+    factored: tuple[bool, ...]
+    """Of which of the matrices there are factors."""
+    bases: int
+    """Bytes of the bases."""
     nbytes: int
-    """Bytes of the matrices and the bases."""
+    """Bytes of the matrices, of the factors of others, and of the bases."""
     making: int
     """Bytes at the peak while it is made, of itself too."""
     is_whitened: bool
@@ -204,6 +232,35 @@ class CoreShape:
     def vectors(self) -> int:
         """Bytes of all singular vectors of one of the matrices."""
         return 8 * min(self.p, self.q) * (self.p + self.q)
+
+    @property
+    def svds(self) -> int:
+        """Bytes of the SVDs of all of them, from factors where there are such."""
+        return sum(8 * r * (self.p + self.q + 1) for r in self._triplets)
+
+    @property
+    def svd_making(self) -> int:
+        """Bytes at the peak while the largest of these SVDs is made."""
+        needs = (
+            svd_product_bytes(self.p, self.q, r) if of_factors else svd_bytes(self.p, self.q)
+            for r, of_factors in zip(self.ranks, self.factored, strict=True)
+        )
+        return max(needs)
+
+    @property
+    def _triplets(self) -> list[int]:
+        """Number of the triplets in the SVD of each."""
+        pairs = zip(self.ranks, self.factored, strict=True)
+        return [r if of_factors else min(self.p, self.q) for r, of_factors in pairs]
+
+    def whole(self) -> CoreShape:
+        """Return the sizes of :meth:`CoreSpace.whole`, which is made while this space is held."""
+        more = sum(self.factored) * self.size
+        # Without the factors, which are let go of; the bases stay.
+        making = max(self.making, self.nbytes + more)
+        kept = self.bases + self.count * self.size
+        none = (False,) * self.count
+        return replace(self, factored=none, nbytes=kept, making=making)
 
     @property
     def rank(self) -> int | None:
@@ -246,63 +303,67 @@ def core_shape(
     """
     m, n = shape
     count = len(ranks)
-    own = [min(m, n) if rank is None else min(rank, m, n) for rank in ranks]
+    own = tuple(min(m, n) if rank is None else min(rank, m, n) for rank in ranks)
+    R = sum(rank or 0 for rank in ranks)
+    # Factors that are whitened become float64; others stay as they are, held by who has them.
+    waiting = 8 * R * (m + n) if is_whitened else 0
     if None not in ranks:
-        R = sum(rank or 0 for rank in ranks)
         p, q = min(R, m), min(R, n)
-        matrices = 8 * count * p * q
-        kept = matrices + 8 * R * ((m if m > R else 0) + (n if n > R else 0))
-        # In float64: the factors, all side by side, LAPACK's copy, and its result Q; of B while
-        # those of A wait, or of A beside the basis of B. Whitened ones wait beside all that.
-        waiting = 8 * R * (m + n) if is_whitened else 0
-        making = waiting + max(32 * R * m, 8 * R * m + 32 * R * n) + 16 * R * R
-        return CoreShape(shape, p, q, tuple(own), kept, max(kept, making), is_whitened)
-    matrices = 8 * count * m * n
+        factored = tuple(stays_factored(p, q, r) for r in own)
+        products = 8 * p * q * factored.count(False)
+        # In float64, of a side that has a basis: the factors, all side by side, LAPACK's copy, and
+        # its results Q and R; of B while those of A wait, or of A beside what is kept of B.
+        (left, left_making), (right, right_making) = (
+            (8 * R * side + 8 * R * R, 32 * R * side + 8 * R * R) if side > R else (0, 0)
+            for side in (m, n)
+        )
+        bases = 8 * R * ((m if m > R else 0) + (n if n > R else 0))
+        kept = waiting + left + right
+        making = max(waiting + max(left_making, left + right_making), kept + products)
+        nbytes = (kept if any(factored) else bases) + products
+        return CoreShape(shape, p, q, own, factored, bases, nbytes, making, is_whitened)
     # The last one is still to be widened, and its base; whitening makes two more of float64.
-    making = matrices + (2 * width + (16 if is_whitened else 0)) * m * n
-    if count * min(m, n) >= max(m, n):
-        return CoreShape(shape, m, n, tuple(own), matrices, making, is_whitened)
+    widening = (2 * width + (16 if is_whitened else 0)) * m * n
+    if not _span_a_part(shape, count):
+        factored = tuple(rank is not None and stays_factored(m, n, rank) for rank in ranks)
+        nbytes = waiting + 8 * m * n * factored.count(False)
+        making = nbytes + widening
+        return CoreShape(shape, m, n, own, factored, 0, nbytes, making, is_whitened)
     # Few matrices much longer than high: all side by side, LAPACK's copy, and the basis Q.
-    R = count * min(m, n)
-    p, q = (R, n) if m > n else (m, R)
+    matrices, side = 8 * count * m * n, count * min(m, n)
+    p, q = (side, n) if m > n else (m, side)
     kept = matrices + 8 * count * p * q
-    return CoreShape(shape, p, q, tuple(own), kept, max(making, 4 * matrices), is_whitened)
+    making = max(matrices + widening, 4 * matrices)
+    return CoreShape(shape, p, q, own, (False,) * count, matrices, kept, making, is_whitened)
 
 
 def _common_basis(factors: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
-    """Return an orthonormal basis (m, p) of all columns, and the factors (p, r_t) in it."""
-    wide = [factor.double() for factor in factors]
-    ranks = [factor.shape[1] for factor in wide]
-    if sum(ranks) >= wide[0].shape[0]:
-        return None, wide
-    Q, R = torch.linalg.qr(ready(torch.cat(wide, dim=1)))
+    """Return an orthonormal basis (m, p) of all columns, and the factors (p, r_t) in it.
+
+    Where they have as many columns as rows: None, and the factors as they are.
+    """
+    ranks = [factor.shape[1] for factor in factors]
+    if sum(ranks) >= factors[0].shape[0]:
+        return None, list(factors)
+    Q, R = torch.linalg.qr(ready(torch.cat([factor.double() for factor in factors], dim=1)))
     return Q, list(R.split(ranks, dim=1))
 
 
-def _matrix(delta: Delta, device: torch.device, whitening: Whitening | None) -> Tensor:
+def _coordinates(
+    delta: Delta, device: torch.device, whitening: Whitening | None
+) -> Whole | Factored:
+    """Return a delta in the coordinates it has."""
     if isinstance(delta, LowRank):
         moved = _moved(delta, device, whitening)
-        return _product(moved.B.double(), moved.A.double().T, delta.scale)
+        return coordinates(moved.B, moved.A.T, moved.scale)
     # Moved in the width that it has, and widened there.
     matrix = delta.matrix.to(device)
-    return matrix.double() if whitening is None else whitening.whiten(Dense(matrix)).matrix
+    return Whole(matrix.double() if whitening is None else whitening.whiten(Dense(matrix)).matrix)
 
 
 def _moved(delta: LowRank, device: torch.device, whitening: Whitening | None) -> LowRank:
     moved = LowRank(delta.B.to(device), delta.A.to(device), delta.scale)
     return moved if whitening is None else whitening.whiten(moved)
-
-
-def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """Return scale · left · rightᵀ, and zeros where only rounding is left of terms that cancel.
-
-    A zero task vector must be one: methods normalise task vectors and count them.
-    """
-    product = (left * scale) @ right.T
-    sizes = torch.linalg.vector_norm(left, dim=0) * torch.linalg.vector_norm(right, dim=0)
-    terms = abs(scale) * float(sizes.sum())
-    whole = float(torch.linalg.vector_norm(product)) > CANCELLED * terms
-    return product if whole else torch.zeros_like(product)
 
 
 def _noise(delta: Delta) -> float:

@@ -17,8 +17,7 @@ def svd_matrix(matrix: Tensor, floor: float = -1.0) -> SVD:
         floor: What counts as zero; whatever is negative keeps all min(m, n) triplets.
     """
     U, S, Vh = torch.linalg.svd(ready(matrix), full_matrices=False)
-    rank = int((floor < S).sum())
-    return SVD(U[:, :rank], S[:rank], Vh[:rank].T)
+    return SVD(U, S, Vh.T).above(floor)
 
 
 def svd_bytes(m: int, n: int) -> int:

@@ -83,6 +83,10 @@ class SVD:
         """Return the first k triplets, or all if there are fewer."""
         return SVD(self.U[:, :k], self.S[:k], self.V[:, :k])
 
+    def above(self, floor: float) -> SVD:
+        """Return the triplets of σ > ``floor``; all of them if it is negative."""
+        return self.first(int((floor < self.S).sum()))
+
     def to(self, device: torch.device) -> SVD:
         """Return the same triplets on a device."""
         return SVD(self.U.to(device), self.S.to(device), self.V.to(device))

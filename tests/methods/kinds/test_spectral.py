@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from starmerge.deltas import Dense, LowRank
 from starmerge.methods import Ace, Cart, Covariance, Ctm, DcMerge, IsoC, IsoCts, Knots, TsvM
+from starmerge.methods.kinds.spectral import SpectralMerge
+from starmerge.methods.memory import DeltaShape, TensorShape
 from tests.oracles import bounds, linear, samples, spectral
 
 TSV = [TsvM(), TsvM(triplets="all"), TsvM(triplets=2, alpha=0.7)]
@@ -264,3 +266,25 @@ def test_adapters_stay_factored(method):
     assert isinstance(found, LowRank)
     assert found.rank <= 17
     assert found.B.dtype == found.A.dtype == torch.float32
+
+
+class SumOfMatrices(SpectralMerge):
+    """A method as others write them: it sees a list of matrices, whatever the task vectors are."""
+
+    def merge_matrices(self, tau, weights, space, tensor):
+        assert isinstance(tau, list)
+        for tau_t in tau:
+            assert isinstance(tau_t, torch.Tensor)
+            assert tau_t.dtype == torch.float64
+        assert len(tau) == len(weights)
+        return sum(tau)
+
+
+@pytest.mark.parametrize(("m", "n"), spectral.SHAPES)
+def test_a_method_of_matrices_gets_them_of_many_adapters_too(m, n):
+    """The ranks add up to more than both sides; a zero task vector is not among them."""
+    deltas = one_zero([samples.low_rank(m, n, 2, seed=t) for t in range(30)])
+    found = in_context(SumOfMatrices(), deltas)
+    spectral.assert_close(found, sum(map(samples.exact, deltas)), deltas)
+    tensor = TensorShape((m, n), False, (DeltaShape(2),) * 31, tasks=31)
+    assert SumOfMatrices().memory(tensor) >= 31 * 8 * m * n

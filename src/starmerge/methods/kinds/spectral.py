@@ -15,6 +15,7 @@ from starmerge.deltas import Delta, Dense, total
 from starmerge.methods.memory import DeltaShape, TensorShape, total_bytes, total_shape
 from starmerge.methods.method import Deltas, Merge, TensorContext
 from starmerge.spectral import CoreSpace, core_space, on_best_device
+from starmerge.spectral.coordinates import Coordinates
 from starmerge.spectral.core_space import CoreShape
 from starmerge.spectral.dense import svd_bytes
 from starmerge.spectral.metric import Whitening
@@ -23,11 +24,13 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpectralMerge(Merge):
+class CoreSpaceMerge(Merge):
     """A merge that gives Q·M·R for Q·τ_t·R, Q and R being rotations.
 
     Such a merge sees the task vectors in Core Space: the small matrices of adapters, the whole ones
-    of full fine-tunes, in float64 both. Vectors have one singular value, so they are averaged; so
+    of full fine-tunes, in float64 both. Those that need but the SVD of each task vector derive from
+    this class, and take it from the factors of adapters; those that look at the matrices derive
+    from :class:`SpectralMerge`. Vectors have one singular value, so they are averaged; so
     are embeddings of full fine-tunes, whose rows are tokens and not directions. Fine-tunes that
     were stored in bfloat16 or float16 have rounding noise in all directions: :mod:`denoise
     <starmerge.methods.denoise>` them first.
@@ -59,7 +62,7 @@ class SpectralMerge(Merge):
         return tensor.core()
 
     def matrix_memory(self, space: CoreShape) -> int:
-        """Tell the bytes that :meth:`merge_matrices` needs beside the matrices, its result too.
+        """Tell the bytes that merging needs beside what the space holds, its result too.
 
         All of starmerge's own methods tell it. One that does not counts as if it had an SVD and two
         matrices of each task, square ones of the longer side, and eight more.
@@ -84,11 +87,11 @@ class SpectralMerge(Merge):
         if is_averaged(list(held.values()), tensor, embeddings=self.embeddings):
             return total(held.values()).scaled(1 / tensor.total_weight)
 
-        def merge_in(space: CoreSpace, tau: dict[int, Tensor]) -> Delta:
+        def merge_in(space: CoreSpace, tau: dict[int, Coordinates]) -> Delta:
             if not tau:
-                return space.delta(torch.zeros_like(space.matrices[0]))
+                return space.delta(torch.zeros_like(space.tasks[0].matrix))
             weights = [tensor.weights[t] for t in tau]
-            merged = self.merge_matrices(list(tau.values()), weights, space, tensor)
+            merged = self.merge_coordinates(list(tau.values()), weights, space, tensor)
             return space.delta(merged) if isinstance(merged, Tensor) else space.product(*merged)
 
         return self.in_space(held, tensor, merge_in)
@@ -97,15 +100,14 @@ class SpectralMerge(Merge):
         self,
         deltas: Mapping[int, Delta],
         tensor: TensorContext,
-        work: Callable[[CoreSpace, dict[int, Tensor]], _T],
+        work: Callable[[CoreSpace, dict[int, Coordinates]], _T],
     ) -> _T:
         """Return ``work(space, tau)``, on the best device, for one tensor's deltas.
 
         Args:
             deltas: w_t · τ_t by task; one or more.
             tensor: The tensor.
-            work: Is called with the space to merge in and, by task, the matrices there that are not
-                zero, (p, q) float64.
+            work: Is called with the space to merge in and, by task, what is there and is not zero.
         """
         given = list(deltas.values())
         inputs = tensor.inputs if self.uses_metric else None
@@ -113,7 +115,7 @@ class SpectralMerge(Merge):
 
         def work_on(device: torch.device) -> _T:
             space = self.space(given, device, whitening)
-            tau = {t: C for t, C in zip(deltas, space.matrices, strict=True) if C.any()}
+            tau = {t: C for t, C in zip(deltas, space.tasks, strict=True) if not C.is_zero}
             return work(space, tau)
 
         beside = self.extra_memory(given)
@@ -130,6 +132,53 @@ class SpectralMerge(Merge):
     ) -> CoreSpace:
         """Return the space to merge in, on a device."""
         return core_space(deltas, device, whitening)
+
+    @abstractmethod
+    def merge_coordinates(
+        self,
+        tau: list[Coordinates],
+        weights: list[float],
+        space: CoreSpace,
+        tensor: TensorContext,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Merge the task vectors of one tensor in common orthonormal bases.
+
+        They may lie on a GPU, and so must everything that is put together with them.
+
+        Args:
+            tau: (p, q) each: w_t · τ_t of the tasks for which it is not zero, as matrix or factors.
+            weights: Their w_t.
+            space: The bases, the true shape (m, n), and below what a singular value is rounding.
+            tensor: The tensor.
+
+        Returns:
+            As :meth:`SpectralMerge.merge_matrices`.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectralMerge(CoreSpaceMerge):
+    """A merge that rotations leave alone, and that sees the matrix of each task vector."""
+
+    def core_shape(self, tensor: TensorShape) -> CoreShape:
+        """Return the sizes of the space to merge in; see :meth:`CoreSpaceMerge.core_shape`."""
+        return tensor.core().whole()
+
+    def space(
+        self, deltas: Sequence[Delta], device: torch.device, whitening: Whitening | None
+    ) -> CoreSpace:
+        """Return the space to merge in; see :meth:`CoreSpaceMerge.space`."""
+        return super().space(deltas, device, whitening).whole()
+
+    def merge_coordinates(
+        self,
+        tau: list[Coordinates],
+        weights: list[float],
+        space: CoreSpace,
+        tensor: TensorContext,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Merge one tensor; see :meth:`CoreSpaceMerge.merge_coordinates`."""
+        return self.merge_matrices([C.matrix for C in tau], weights, space, tensor)
 
     @abstractmethod
     def merge_matrices(
