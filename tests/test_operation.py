@@ -208,7 +208,7 @@ def test_a_signal_is_told_with_what_is_kept(
     ("given", "code", "message"),
     [
         (["methods", "star"], 0, None),
-        (["merge", "--log", "json", "--bogus"], 2, "No such option: --bogus"),
+        (["merge", "--bogus"], 2, "No such option: --bogus"),
         (["--bogus", "methods"], 2, "No such option: --bogus"),
         (["--heartbeat", "nan", "methods"], 2, "'--heartbeat'"),
         (["methods", "--heartbeat", "soon"], 2, "'--heartbeat'"),
@@ -318,7 +318,6 @@ def test_a_program_decides_itself_what_is_logged(how: str, tiny_base: Path, tmp_
     [
         (["--heartbeat", "never"], "--heartbeat"),
         (["--heartbeat=0"], "--heartbeat"),
-        (["--log", "xml"], "--log"),
         (["--heartbeat"], "--heartbeat"),
     ],
 )

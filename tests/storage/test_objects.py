@@ -387,6 +387,47 @@ def test_a_failed_upload_leaves_nothing_and_is_repeated_alone(
     assert world.scratch() == []
 
 
+def test_what_a_killed_upload_has_left_is_for_the_same_merge_alone(
+    world: World,
+    tiny_base: Path,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, output = make_adapter("a"), world.url("out")
+    world.proxy.plan = lambda request: (
+        Fault(status=403, code="AccessDenied")
+        if request.method == "PUT" and request.key == "out/model.safetensors"
+        else None
+    )
+    with pytest.raises(StarmergeError, match="The merge itself is whole"):
+        starmerge.merge(tiny_base, [model], output=output)
+    world.proxy.plan = lambda request: None
+    assert "config.json" in world.files("out")
+    # Another merge does not take it for its own,
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        starmerge.merge(tiny_base, [model], "average", output=output)
+    # nor does the same take anything else for it,
+    config = world.files("out")["config.json"]
+    world.client.put_object(Bucket=world.bucket, Key="out/config.json", Body=config + b" ")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="is not empty|holds no merge_report|is no part of"):
+            starmerge.merge(tiny_base, [model], output=output, overwrite=overwrite)
+    # nor a whole merge that somebody else has made there meanwhile.
+    world.client.put_object(Bucket=world.bucket, Key="out/config.json", Body=config)
+    world.client.put_object(Bucket=world.bucket, Key="out/merge_report.json", Body=b"{}")
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        starmerge.merge(tiny_base, [model], output=output)
+    world.client.delete_object(Bucket=world.bucket, Key="out/merge_report.json")
+    # It goes on elsewhere, too, where nothing is in the scratch folder.
+    monkeypatch.setenv("STARMERGE_SCRATCH", str(tmp_path / "elsewhere"))
+    starmerge.merge(tiny_base, [model], output=output)
+    starmerge.merge(tiny_base, [model], output=tmp_path / "out")
+    assert_same(world.files("out"), tmp_path / "out")
+    listed = world.client.list_objects_v2(Bucket=world.bucket)["Contents"]
+    assert not [own["Key"] for own in listed if own["Key"].startswith(".out")]
+
+
 def large(base: Path, to: Path) -> Path:
     """Write a base that is sent in several parts: one tensor has 12 MB that no adapter changes."""
     shutil.copytree(base, to)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from starmerge.errors import UsageError
-from starmerge.parsing import parse_json
 
 _NEXT = re.compile(r",(?=[\w.]+=)")
 """A comma after which a parameter begins; those of a list or mapping are none."""
@@ -49,6 +48,8 @@ def read_parameters(texts: Sequence[str], *, where: str) -> dict[str, Any]:
     Raises:
         UsageError: One has no value, or is given twice.
     """
+    from starmerge.parsing import parse_json  # noqa: PLC0415  (imports yaml, for a few texts)
+
     values: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")

@@ -30,7 +30,7 @@ class ObjectStorage(Ranges):
         """Make sure that nothing lies there, or a merge that may be replaced."""
         scratch = Scratch(place)
         scratch.check_not_in_work()
-        check_replaceable(self._objects, scratch, overwrite=overwrite, is_file=is_file)
+        check_replaceable(self._objects, place, overwrite=overwrite, is_file=is_file)
 
     def check_room(
         self,
@@ -77,15 +77,17 @@ class ObjectStorage(Ranges):
         Shared, it has the files of all machines in the store, in pieces. They stay as long as what
         the scratch folder has of this run: a later one goes on with both.
         """
-        self.check_output(place, overwrite=overwrite, is_file=member is not None)
         scratch = Scratch(place)
+        scratch.check_not_in_work()
+        is_file = member is not None
+        check_replaceable(self._objects, place, overwrite=overwrite, is_file=is_file, suffix=suffix)
         pieces = pieces_of(place, suffix)
 
         def upload(folder: Path) -> None:
             try:
                 Upload(
                     self._objects,
-                    scratch,
+                    place,
                     folder,
                     pieces,
                     overwrite=overwrite,

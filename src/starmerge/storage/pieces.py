@@ -50,6 +50,11 @@ def pieces_of(output: RemotePlace, suffix: str) -> RemotePlace:
     return output.with_name(f".{output.name}.partial-{suffix}")
 
 
+def suffix_of(pieces: RemotePlace) -> str:
+    """Return the suffix of the run whose pieces lie at a place."""
+    return pieces.name.rpartition(".partial-")[2]
+
+
 @dataclass(frozen=True, order=True)
 class _Piece:
     """Bytes of a file: an object, or what is read of one."""

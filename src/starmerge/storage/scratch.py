@@ -8,13 +8,12 @@ the content, so that a later run of the same merge takes it up in either state.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from starmerge.errors import Interrupted, StarmergeError, UsageError
@@ -161,24 +160,3 @@ class Scratch:
             shutil.rmtree(whole, ignore_errors=True)
         finally:
             os.close(held)
-
-    @property
-    def _begun(self) -> Path:
-        return self._folder / f"{self._stem}.begun.json"
-
-    def begun(self) -> set[str]:
-        """Return the names that an upload had begun to make visible, when it was killed."""
-        with suppress(OSError, ValueError):
-            names = json.loads(self._begun.read_bytes())
-            return {name for name in names if isinstance(name, str)}
-        return set()
-
-    def begin(self, names: Collection[str]) -> None:
-        """Note, before they are made visible, which names an upload may leave behind."""
-        partial = self._begun.with_suffix(".tmp")
-        partial.write_text(json.dumps(sorted(names)), encoding="utf-8")
-        partial.replace(self._begun)
-
-    def end(self) -> None:
-        """Forget what was noted: the output is whole."""
-        self._begun.unlink(missing_ok=True)

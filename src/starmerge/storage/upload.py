@@ -8,22 +8,29 @@ in pieces (:mod:`starmerge.storage.pieces`) are put together in between, by seve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import obstore
+from blake3 import blake3
 
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.parsing import MOST_JSON_BYTES, parse_json
 from starmerge.progress import progress_bar
 from starmerge.storage.local_folder import LocalFolder
 from starmerge.storage.parts import Parts, goes_in_parts
-from starmerge.storage.pieces import PiecesOfFile, files_in
+from starmerge.storage.pieces import (
+    PiecesOfFile,
+    files_in,
+    pieces_left,
+    pieces_of,
+    suffix_of,
+)
 from starmerge.storage.publishing import REPORT
-from starmerge.storage.scratch import Scratch
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -32,14 +39,31 @@ if TYPE_CHECKING:
     from starmerge.storage.requests import ObjectBackend
     from starmerge.storage.storage import Distribute
 
+BEGUN = "begun.json"
+"""The note of an upload among the pieces of its run: what it may have left at its place."""
+
 _AT_ONCE = 8
 """Files that are sent at once, each part after part."""
 
 
 def check_replaceable(
-    backend: ObjectBackend, scratch: Scratch, *, overwrite: bool, is_file: bool
+    backend: ObjectBackend,
+    place: RemotePlace,
+    *,
+    overwrite: bool,
+    is_file: bool,
+    suffix: str | None = None,
 ) -> set[str]:
     """Make sure that an output may appear at its place.
+
+    What a killed upload has made visible there is for a run of the same suffix to replace.
+
+    Args:
+        backend: The store.
+        place: The output.
+        overwrite: Whether it may replace a merge that lies there.
+        is_file: Whether it is one file, and not a folder.
+        suffix: Of the run; None while it is not known: then an upload of any run counts.
 
     Returns:
         The names that lie there, which are those of a merge that may be replaced.
@@ -47,7 +71,6 @@ def check_replaceable(
     Raises:
         UsageError: Something lies there that may not be replaced.
     """
-    place = scratch.place
     if not place.path:
         raise UsageError(f"{place} is a whole bucket. Give a folder in it: {place}/merged.")
     try:
@@ -55,7 +78,8 @@ def check_replaceable(
         is_object = True
     except FileNotFoundError:
         is_object = False
-    there = set(backend.tree(place))
+    sizes = backend.tree(place)
+    there = set(sizes)
     if is_file:
         if there:
             raise UsageError(f"{place} is a folder. Give the file to write.")
@@ -64,7 +88,9 @@ def check_replaceable(
         return set()
     if is_object:
         raise UsageError(f"{place} is a file. Choose another output folder.")
-    begun = scratch.begun()
+    runs = [left.path for left in pieces_left(place)] if suffix is None else []
+    runs += [] if suffix is None else [pieces_of(place, suffix)]
+    begun = {name for run in runs for name in _begun(backend, place, run, sizes)}
     if not there - begun:
         return there
     if not overwrite:
@@ -77,7 +103,7 @@ def check_replaceable(
             f"{place} holds no {REPORT}, so it is no merged model and is not overwritten. Choose "
             "another folder, or delete it yourself."
         )
-    foreign = sorted(there - begun - _listed(backend, scratch) - {REPORT})
+    foreign = sorted(there - begun - _listed(backend, place) - {REPORT})
     if foreign:
         raise UsageError(
             f"{place} holds {foreign[0]}, which is no part of the merged model that was written "
@@ -86,13 +112,45 @@ def check_replaceable(
     return there
 
 
-def _listed(backend: ObjectBackend, scratch: Scratch) -> set[str]:
+def _begun(
+    backend: ObjectBackend, place: RemotePlace, run: RemotePlace, sizes: Mapping[str, int]
+) -> set[str]:
+    """Return which of the objects below an output a killed upload has left there.
+
+    Those are of the sizes that it noted before it made the first one visible, of its own files or
+    of those that it was to replace. Where a report lies, the output is whole, and none of them is
+    left over, unless the report is that of the upload.
+
+    Args:
+        backend: The store.
+        place: The output.
+        run: Where the upload's run has its pieces, and its note.
+        sizes: Of the objects below the output, by their names.
+    """
+    if not sizes:
+        return set()
+    with suppress(FileNotFoundError, ValueError, LookupError, AttributeError):
+        note = parse_json(_content(backend, run / BEGUN))
+        if REPORT in sizes and _hash(_content(backend, place / REPORT)) != note["report"]:
+            return set()
+        return {name for name, size in sizes.items() if size in note["sizes"].get(name, ())}
+    return set()
+
+
+def _content(backend: ObjectBackend, file: RemotePlace) -> bytes:
+    """Return the bytes of a small object."""
+    state = backend.look(file)
+    return bytes(backend.fetch(file, state, 0, min(state.size, MOST_JSON_BYTES)))
+
+
+def _hash(content: bytes) -> str:
+    return blake3(content).hexdigest()
+
+
+def _listed(backend: ObjectBackend, place: RemotePlace) -> set[str]:
     """Return what the report of the merge that lies there lists as its files."""
-    file = scratch.place / REPORT
     with suppress(FileNotFoundError, ValueError, AttributeError):
-        state = backend.look(file)
-        content = backend.fetch(file, state, 0, min(state.size, MOST_JSON_BYTES))
-        files = parse_json(bytes(content)).get("files")
+        files = parse_json(_content(backend, place / REPORT)).get("files")
         return {name for name in files or () if isinstance(name, str)}
     return set()
 
@@ -102,7 +160,7 @@ class Upload:
 
     Args:
         backend: The store.
-        scratch: Of the output.
+        place: The output.
         folder: What is uploaded.
         pieces: Where the pieces lie of files that are not in the folder.
         overwrite: Replace the merge that lies there.
@@ -114,7 +172,7 @@ class Upload:
     def __init__(
         self,
         backend: ObjectBackend,
-        scratch: Scratch,
+        place: RemotePlace,
         folder: Path,
         pieces: RemotePlace,
         *,
@@ -123,10 +181,10 @@ class Upload:
         progress: bool,
         distribute: Distribute | None,
     ) -> None:
-        self._backend, self._scratch, self._folder = backend, scratch, folder
+        self._backend, self._place, self._folder = backend, place, folder
         self._overwrite, self._member, self._progress = overwrite, member, progress
         self._pieces, self._distribute = pieces, distribute or _one_after_the_other
-        self._store: ObjectStore = backend.store(scratch.place)
+        self._store: ObjectStore = backend.store(place)
 
     def run(self) -> None:
         """Upload everything.
@@ -174,7 +232,8 @@ class Upload:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
             before = self._check()
-            self._scratch.begin({*names, *before})
+            if member is None:
+                self._note(sizes, before)
             if REPORT in before:
                 # From here to the end, nobody is to take a mixture for the old merge.
                 obstore.delete(self._store, self._key(REPORT))
@@ -192,7 +251,19 @@ class Upload:
                 stale = sorted(before - set(names))
                 if stale:
                     obstore.delete(self._store, [self._key(name) for name in stale])
-        self._scratch.end()
+            self._backend.delete(self._pieces, [BEGUN])
+
+    def _note(self, sizes: Mapping[str, int], before: Collection[str]) -> None:
+        """Note, before anything is made visible, what this upload may leave at its place."""
+        old = self._backend.tree(self._place)
+        note = {
+            "sizes": {
+                name: sorted({own[name] for own in (sizes, old) if name in own})
+                for name in {*sizes, *before}
+            },
+            "report": _hash((self._folder / REPORT).read_bytes()),
+        }
+        self._backend.put(self._pieces / BEGUN, json.dumps(note).encode())
 
     def _listed(self) -> list[str]:
         """Return the files that the merge's report lists."""
@@ -216,9 +287,9 @@ class Upload:
         def send(number: int) -> None:
             files[number].send(targets[number])
 
-        targets = [self._scratch.place / file.name for file in files]
+        targets = [self._place / file.name for file in files]
         if self._member is not None:
-            targets = [self._scratch.place for _ in files]
+            targets = [self._place for _ in files]
         memory = [file.memory for file in files]
         for file, _ in zip(files, self._distribute(send, memory), strict=True):
             advance(file.size)
@@ -226,11 +297,15 @@ class Upload:
     def _check(self) -> set[str]:
         is_file = self._member is not None
         return check_replaceable(
-            self._backend, self._scratch, overwrite=self._overwrite, is_file=is_file
+            self._backend,
+            self._place,
+            overwrite=self._overwrite,
+            is_file=is_file,
+            suffix=suffix_of(self._pieces),
         )
 
     def _key(self, name: str) -> str:
-        path = self._scratch.place.path
+        path = self._place.path
         return path if self._member is not None else f"{path}/{name}"
 
     def _put(self, name: str) -> None:
@@ -239,7 +314,7 @@ class Upload:
 
     def _check_sizes(self, sent: dict[str, int]) -> None:
         """Compare the sizes of the objects with those of the files."""
-        place = self._scratch.place
+        place = self._place
         if self._member is not None:
             found = {self._member: self._backend.look(place).size}
         else:
