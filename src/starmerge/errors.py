@@ -25,6 +25,10 @@ class UsageError(StarmergeError):
     """A run was asked for wrongly: an unknown parameter, a missing folder. Exit code 2."""
 
 
+class PiecesLostError(StarmergeError):
+    """Somebody has deleted from a store what a merge had sent there: it must begin anew."""
+
+
 class WorkersLostError(StarmergeError):
     """The machines that did the work are gone, and nothing is wrong with what they worked on.
 

@@ -18,7 +18,7 @@ from threading import Lock, get_ident
 
 from obstore.exceptions import BaseError
 
-from starmerge.errors import StarmergeError, UsageError
+from starmerge.errors import PiecesLostError, UsageError
 from starmerge.storage.local_folder import LocalFolder
 from starmerge.storage.parts import Parts, goes_in_parts, part_length
 from starmerge.storage.places import RemotePlace
@@ -91,11 +91,11 @@ class PiecesOfFile:
         """Make sure that every byte of the file is there.
 
         Raises:
-            StarmergeError: Some are not.
+            PiecesLostError: Some are not.
         """
         whole = self._segments()
         if sum(piece.length for piece in whole) != self.size:
-            raise StarmergeError(
+            raise PiecesLostError(
                 f"The store lacks pieces of {self.name}, which this merge had sent: they were "
                 "deleted meanwhile. Begin again with --fresh."
             )
@@ -142,7 +142,8 @@ class PiecesOfFile:
             target: The object.
 
         Raises:
-            StarmergeError: Some of it is missing, or the store fails.
+            PiecesLostError: Some of it is missing.
+            StarmergeError: The store fails.
         """
         if not goes_in_parts(self.size):
             _BACKEND.put(target, b"".join(self.contents()))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from starmerge.errors import Interrupted, StarmergeError, UsageError
+from starmerge.errors import Interrupted, PiecesLostError, StarmergeError, UsageError
 from starmerge.events import bytes_in_words
 from starmerge.storage.leftovers import Leftover, leftovers_in, lock
 from starmerge.storage.local_folder import LocalFolder
@@ -151,6 +151,8 @@ class Scratch:
                 upload(whole)
             except Interrupted as interruption:
                 interruption.kept.append(whole)
+                raise
+            except PiecesLostError:
                 raise
             except StarmergeError as error:
                 raise StarmergeError(
