@@ -400,7 +400,7 @@ class PieceFile:
 
         def send(begin: int) -> None:
             count = min(PIECE, length - begin)
-            with named(source), source.open("rb", buffering=0) as stream:
+            with named(source), source.open("rb") as stream:  # which reads on if it gets less
                 stream.seek(start + begin)
                 content = stream.read(count)
             if len(content) != count:
