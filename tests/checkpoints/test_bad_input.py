@@ -24,11 +24,11 @@ from starmerge.checkpoints import aside, filling, renaming
 from starmerge.checkpoints.metric import open_metric
 from starmerge.checkpoints.opening import open_checkpoint, open_safetensors
 from starmerge.checkpoints.renaming import naming
-from starmerge.cli.parameters import parameters
 from starmerge.errors import StarmergeError, UsageError
 from starmerge.evaluation.tasks.files import load_task
 from starmerge.evaluation.tasks.sources import read_file
 from starmerge.evaluation.tasks.suites import load_suite
+from starmerge.methods.notation import read_parameters
 from starmerge.reading import read_json, read_yaml
 from starmerge.storage.local_folder import LocalFile
 from tests.checkpoints.bad_files import (
@@ -450,9 +450,15 @@ def test_rows(tmp_path: Path, line: str, words: str) -> None:
 
 
 def test_a_parameter_of_the_command_line() -> None:
-    _refuses(lambda: parameters(["a=" + "[" * 10**5]), "-p a: .*levels deep", UsageError)
-    _refuses(lambda: parameters(['a={"b": 1, "b": 2}']), "occurs twice", UsageError)
-    assert parameters(["a=Infinity", "b=x", "c=[1, 2]"])["b"] == "x"
+    _refuses(
+        lambda: read_parameters(["a=" + "[" * 10**5], where="-p "),
+        "-p a: .*levels deep",
+        UsageError,
+    )
+    _refuses(
+        lambda: read_parameters(['a={"b": 1, "b": 2}'], where="-p "), "occurs twice", UsageError
+    )
+    assert read_parameters(["a=Infinity", "b=x", "c=[1, 2]"], where="-p ")["b"] == "x"
 
 
 def test_numbers_that_configs_really_have_are_read(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def test_what_a_method_of_one_model_is_given():
     for method in ("nearswap", "arcee_fusion", "passthrough"):
         with pytest.raises(UsageError, match=f"{method}: there are 2 models .*exactly one"):
             merged(method, base, deltas)
-    refuse = partial(pytest.raises, ValueError)
+    refuse = partial(pytest.raises, UsageError)
     with refuse(match="greater than or equal to 0"):
         Mergekit(merge_method="nearswap", settings=[{"parameter": "t", "value": -1}])
     with refuse(match="does not use the parameter 't'"):

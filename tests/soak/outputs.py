@@ -38,11 +38,11 @@ class Merge:
     settings: dict[str, Any] = field(default_factory=dict)
     """Options of :class:`tests.forks.Run`."""
 
-    def argv(self, output: Path, *more: str, threads: int = 1) -> list[str]:
+    def argv(self, output: Path, *more: str, threads: int | None = 1) -> list[str]:
         """Return the command that makes an output."""
         return [
             *("merge", *self.inputs, "-m", self.method, "-o", str(output)),
-            *(*self.options, "--threads", str(threads), *more),
+            *(*self.options, *([] if threads is None else ["--threads", str(threads)]), *more),
         ]
 
     def other(self) -> Merge:

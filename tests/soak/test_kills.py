@@ -156,7 +156,7 @@ class Killing:
     def _run(
         self, merge: Merge, output: Path, workers: Workers, *more: str, **options: Any
     ) -> Ended:
-        argv = [*merge.argv(output, *more), *workers.options]
+        argv = [*merge.argv(output, *more, threads=None), *workers.options]
         settings = {"side_by_side": workers.side_by_side, **merge.settings, **options}
         ended = self._forks.run(argv, **settings)
         if "kill_before" in options and ended.code == 0:
