@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -188,15 +188,15 @@ def columns_of(columns: str | None) -> dict[str, str]:
     return found
 
 
-def named_models(models: Sequence[str]) -> dict[str, str]:
-    """Return the paths of models that are given as PATH or NAME=PATH, by their names.
+def named_models(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the paths of models by their names.
+
+    Args:
+        entries: As :func:`starmerge.recipe.parse_models` reads them.
 
     Raises:
         UsageError: Two have the same name.
     """
-    from starmerge.recipe import parse_models
-
-    entries = parse_models(list(models))
     named = {entry["name"]: entry["path"] for entry in entries}
     if len(named) < len(entries):
         raise UsageError("Two models have the same name. Give each its own with NAME=PATH.")

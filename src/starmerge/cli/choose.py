@@ -93,6 +93,7 @@ def choose(
     """
     from starmerge.evaluation.settings import Settings
     from starmerge.methods.pipeline import as_pipeline
+    from starmerge.recipe import parse_models
     from starmerge.recipe_file import check_recipe_file, write_recipe
     from starmerge.study.candidates import default_candidates, named_candidates
     from starmerge.study.choose import choose as run
@@ -107,7 +108,7 @@ def choose(
         for found in (default_candidates() if text == _DEFAULTS else [as_pipeline(text)])
     ]
     named_candidates(candidates)  # before the rows of tasks are read
-    named = asking.named_models(models)
+    named = asking.named_models(parse_models(models))
     choice = run(
         base,
         named,

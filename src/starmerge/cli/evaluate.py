@@ -67,6 +67,7 @@ def evaluate(
     from starmerge.evaluation.settings import Settings
     from starmerge.evaluation.table import report as reported
     from starmerge.evaluation.tasks.prompts import with_prompts_of
+    from starmerge.recipe import parse_models
 
     settings = Settings(scorer, matching, rows, batch_size, device, dtype, backend)  # type: ignore[arg-type]
     if predictions not in ("parquet", "jsonl"):
@@ -74,7 +75,7 @@ def evaluate(
     if output is not None:
         check_results(output, overwrite=overwrite)
     asking.check_report(report, overwrite=overwrite)
-    named = asking.named_models(models or [])
+    named = asking.named_models(parse_models(models or []))
     check_named(base, *named.values())
     chosen, wording = asking.tasks_of(tasks, task_folder, data, columns, all_rows=all_rows), None
     if prompts is not None:

@@ -103,9 +103,7 @@ def inspect(
     if weight and not method:
         raise UsageError("--weight is for the merges of --method. Give one, or leave it out.")
     entries = weighted(parse_models(models), weight or [])
-    named = {entry["name"]: entry["path"] for entry in entries}
-    if len(named) < len(entries):
-        raise UsageError("Two models have the same name. Give each its own with NAME=PATH.")
+    named = asking.named_models(entries)
     found = run(
         base,
         named,

@@ -9,7 +9,7 @@ in pieces (:mod:`starmerge.storage.pieces`) are put together in between, by seve
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -53,7 +53,7 @@ def check_replaceable(
     overwrite: bool,
     is_file: bool,
     suffix: str | None = None,
-) -> set[str]:
+) -> dict[str, int]:
     """Make sure that an output may appear at its place.
 
     What a killed upload has made visible there is for a run of the same suffix to replace.
@@ -66,7 +66,7 @@ def check_replaceable(
         suffix: Of the run; None while it is not known: then an upload of any run counts.
 
     Returns:
-        The names that lie there, which are those of a merge that may be replaced.
+        Names and sizes of what lies there, of a merge that may be replaced.
 
     Raises:
         UsageError: Something lies there that may not be replaced.
@@ -85,14 +85,13 @@ def check_replaceable(
             raise UsageError(f"{place} is a folder. Give the file to write.")
         if is_object and not overwrite:
             raise UsageError(f"{place} exists. Choose another, or replace it with --overwrite.")
-        return set()
+        return {}
     if is_object:
         raise UsageError(f"{place} is a file. Choose another output folder.")
-    runs = [left.path for left in pieces_left(place)] if suffix is None else []
-    runs += [] if suffix is None else [pieces_of(place, suffix)]
+    runs = [pieces_of(place, suffix)] if suffix else [left.path for left in pieces_left(place)]
     begun = {name for run in runs for name in _begun(backend, place, run, sizes)}
     if not there - begun:
-        return there
+        return sizes
     if not overwrite:
         raise UsageError(
             f"{place} exists and is not empty. Choose another folder, or replace it with "
@@ -109,7 +108,7 @@ def check_replaceable(
             f"{place} holds {foreign[0]}, which is no part of the merged model that was written "
             "there, and is not overwritten. Take it away, or choose another folder."
         )
-    return there
+    return sizes
 
 
 def _begun(
@@ -248,17 +247,21 @@ class Upload:
             if member is None:
                 self._put(REPORT)
                 advance(sizes[REPORT])
-                stale = sorted(before - set(names))
+                stale = sorted(before.keys() - set(names))
                 if stale:
                     obstore.delete(self._store, [self._key(name) for name in stale])
             self._backend.delete(self._pieces, [BEGUN])
 
-    def _note(self, sizes: Mapping[str, int], before: Collection[str]) -> None:
-        """Note, before anything is made visible, what this upload may leave at its place."""
-        old = self._backend.tree(self._place)
+    def _note(self, sizes: Mapping[str, int], before: Mapping[str, int]) -> None:
+        """Note, before anything is made visible, what this upload may leave at its place.
+
+        Args:
+            sizes: Bytes of its own files.
+            before: Bytes of what lies there.
+        """
         note = {
             "sizes": {
-                name: sorted({own[name] for own in (sizes, old) if name in own})
+                name: sorted({own[name] for own in (sizes, before) if name in own})
                 for name in {*sizes, *before}
             },
             "report": _hash((self._folder / REPORT).read_bytes()),
@@ -294,7 +297,7 @@ class Upload:
         for file, _ in zip(files, self._distribute(send, memory), strict=True):
             advance(file.size)
 
-    def _check(self) -> set[str]:
+    def _check(self) -> dict[str, int]:
         is_file = self._member is not None
         return check_replaceable(
             self._backend,
