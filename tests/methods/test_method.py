@@ -116,6 +116,15 @@ def test_eta_is_a_percentage_above_0(eta):
         Star(eta=eta)
 
 
+@pytest.mark.parametrize(
+    "make", [lambda: Star(eta=True), lambda: make_method("star", {"eta": True})]
+)
+def test_a_switch_is_no_number(make):
+    with pytest.raises(UsageError, match="'star': eta: True is no number"):
+        make()
+    assert not make_method("star", {"rescale": False}).rescale
+
+
 @pytest.mark.parametrize("eta", [1e-9, 1, 40, 100])
 def test_eta_up_to_100_is_accepted(eta):
     assert make_method("star", {"eta": eta}).eta == eta
