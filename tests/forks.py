@@ -148,20 +148,15 @@ def copy(source: Path, place: Path) -> None:
 # What follows runs in the process that serves, and in its forks.
 
 
-def _before_operations(steps: dict[int, Callable[[], None]]) -> None:
-    """Call functions before operations that change files, by their numbers, from 1 on."""
+def watch(step: Callable[[], None]) -> None:
+    """Call a function before each operation of this process that changes files."""
     from starmerge.storage import publishing
-
-    count = 0
 
     def watched(module: Any, name: str) -> None:
         original = getattr(module, name)
 
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count in steps:
-                steps[count]()
+            step()
             return original(*args, **kwargs)
 
         setattr(module, name, wrapper)
@@ -172,6 +167,19 @@ def _before_operations(steps: dict[int, Callable[[], None]]) -> None:
     watched(shutil, "rmtree")
     watched(Path, "write_bytes")
     watched(publishing, "exchange")
+
+
+def _before_operations(steps: dict[int, Callable[[], None]]) -> None:
+    """Call functions before operations that change files, by their numbers, from 1 on."""
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        count += 1
+        if count in steps:
+            steps[count]()
+
+    watch(step)
 
 
 def _fill_when_opened(file: str, trigger: str, leave: int) -> None:

@@ -20,19 +20,7 @@ from typing import Any
 
 import starmerge as sm
 from starmerge.merging import journal
-from starmerge.storage import exchange as exchanging
-from starmerge.storage import publishing
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Return the content of a folder, or of a file."""
-    if folder.is_file():
-        return {"": folder.read_bytes()}
-    return {
-        file.relative_to(folder).as_posix(): file.read_bytes()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
+from tests.forks import tree, watch
 
 
 def merge(task: dict[str, Any], output: Path) -> int:
@@ -62,27 +50,6 @@ def killed_before(n: int) -> Callable[[], None]:
             os.kill(os.getpid(), signal.SIGKILL)
 
     return step
-
-
-def watch(step: Callable[[], None]) -> None:
-    """Call ``step`` before each operation that changes files."""
-
-    def watched(module: Any, name: str) -> None:
-        original = getattr(module, name)
-
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            step()
-            return original(*args, **kwargs)
-
-        setattr(module, name, wrapper)
-
-    for name in ("pwrite", "write", "fsync", "mkdir", "rename", "replace", "unlink", "ftruncate"):
-        watched(os, name)
-    watched(shutil, "copyfile")
-    watched(shutil, "rmtree")
-    watched(Path, "write_bytes")
-    watched(publishing, "exchange")
-    assert exchanging.exchange is not publishing.exchange
 
 
 def forked(work: Callable[[], int]) -> tuple[int, int]:

@@ -16,8 +16,8 @@ from starmerge.merging.plan import Plan, make_plan
 from starmerge.merging.ranks import rank_costs
 from starmerge.recipe import make_recipe
 from tests.conftest import MakeAdapter, MakeFinetune, MakeMetric
+from tests.forks import tree
 from tests.merging.executors.processes import Processes
-from tests.merging.killed import tree
 
 _OWN = '''
 from starmerge.methods.method import Merge, method

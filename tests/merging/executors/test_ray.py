@@ -38,7 +38,7 @@ from starmerge.recipe import make_recipe
 from starmerge.storage.leftovers import leftovers
 from starmerge.storage.local_folder import LocalFolder
 from tests.conftest import MakeAdapter, MakeFinetune
-from tests.merging.killed import tree
+from tests.forks import tree
 
 ray = pytest.importorskip("ray", reason="needs the extra: ray")
 
