@@ -35,6 +35,7 @@ from starmerge.merging.plan import Plan, make_plan
 from starmerge.merging.ranks import rank_costs
 from starmerge.merging.work import LookJob
 from starmerge.recipe import make_recipe
+from starmerge.storage import Place
 from starmerge.storage.leftovers import leftovers
 from starmerge.storage.local_folder import LocalFolder
 from tests.conftest import MakeAdapter, MakeFinetune
@@ -120,7 +121,7 @@ def kept(executor: RayExecutor) -> Iterator[RayExecutor]:
 
 
 def plan_of(
-    base: Path, models: list[Path], output: Path, method: str, parameters: Any, kind: str
+    base: Path, models: list[Path], output: Place, method: str, parameters: Any, kind: str
 ) -> Plan:
     recipe = make_recipe(
         {

@@ -29,12 +29,12 @@ from starmerge.merging.executors import schedule
 from starmerge.merging.executors.ray import RayExecutor
 from starmerge.merging.executors.threads import Threads
 from starmerge.merging.plan import Plan, make_plan
-from starmerge.recipe import make_recipe
 from starmerge.storage import requests
 from starmerge.storage.places import place_of
 from starmerge.storage.remote import remote_storage
 from tests.conftest import MakeAdapter, MakeFinetune
 from tests.merging.executors.test_ray import kept
+from tests.merging.executors.test_ray import plan_of as plan_to
 from tests.storage.object_server import Fault, Proxy, Request, object_server, proxy_before
 from tests.storage.test_objects import assert_same
 
@@ -128,15 +128,7 @@ def base(tiny_base: Path, tmp_path: Path) -> Path:
 
 
 def plan_of(base: Path, models: list[Path], output: str, kind: str, method: str = "star") -> Plan:
-    recipe = make_recipe(
-        {
-            "base": str(base),
-            "models": [{"path": str(path), "name": path.name} for path in models],
-            "method": method,
-            "output": {"kind": kind},
-        }
-    )
-    return make_plan(recipe, place_of(output))
+    return plan_to(base, models, place_of(output), method, {}, kind)
 
 
 URL = f"s3://{BUCKET}/out"
