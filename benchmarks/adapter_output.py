@@ -1,10 +1,11 @@
 """Adapters merged into one adapter: seconds, and the peak of memory.
 
 Adapters of rank 16 on q_proj and v_proj of a Llama of 7 billion parameters, in bfloat16, merged by
-``python -m starmerge merge --as adapter`` into one: as it is (20 adapters: rank 320, exact), and at
-rank 64. The base does not take part. The peak is that of the process's anonymous memory, looked at
-every 3 ms; beside it that of a process which only loads Python, torch and starmerge. The files are
-in the page cache. ``--full`` needs 12 GB of disk; without it, the model has a width of 512.
+``python -m starmerge_models merge --as adapter`` into one: as it is (20 adapters: rank 320, exact),
+and at rank 64. The base does not take part. The peak is that of the process's anonymous memory,
+looked at every 3 ms; beside it that of a process which only loads Python, torch and starmerge. The
+files are in the page cache. ``--full`` needs 12 GB of disk; without it, the model has a width of
+512.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def main() -> int:
         models = list(
             make_adapters(folder / "adapters", model, max(counts), targets=QUERY_VALUE).values()
         )
-        command = [sys.executable, "-m", "starmerge", "merge", "--as", "adapter"]
-        idle = peak_memory([sys.executable, "-c", "import starmerge.merging.engine"])
+        command = [sys.executable, "-m", "starmerge_models", "merge", "--as", "adapter"]
+        idle = peak_memory([sys.executable, "-c", "import starmerge_models.merging.engine"])
         for count in counts:
             for method, rank in CASES:
                 if rank is None and count > EXACT:

@@ -1,10 +1,10 @@
 """A model of a merge on a cluster: events of workers that read, compute and write, hand in hand.
 
-The schedule is the one that the executor uses (``starmerge.merging.executors.schedule``). A worker
-has a core of its own. It asks the driver for a group of tensors, reads the group's bytes, computes,
-writes, and asks again. The driver serves one worker after the other. Bytes flow at the same rate to
-all that read at a time: each gets its share of the storage, and no more than its share of the
-node's network; so do bytes that are written.
+The schedule is the one that the executor uses (``starmerge_models.merging.executors.schedule``). A
+worker has a core of its own. It asks the driver for a group of tensors, reads the group's bytes,
+computes, writes, and asks again. The driver serves one worker after the other. Bytes flow at the
+same rate to all that read at a time: each gets its share of the storage, and no more than its share
+of the node's network; so do bytes that are written.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from starmerge.merging.executors.executor import FunctionJob
-from starmerge.merging.executors.schedule import Group, Schedule
+from starmerge_models.merging.executors.executor import FunctionJob
+from starmerge_models.merging.executors.schedule import Group, Schedule
 
 READ, WRITE = "read", "write"
 _LITTLE = 1e-3

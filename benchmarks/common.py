@@ -21,7 +21,7 @@ from typing import TypeVar
 
 import torch
 
-import starmerge
+import starmerge_models
 
 T = TypeVar("T")
 
@@ -216,7 +216,7 @@ def print_machine() -> None:
     print(f"Machine: {cpu_model()}, {os.cpu_count()} cores; load before the run: {load}")
     print(
         f"Versions: Python {platform.python_version()}, torch {torch.__version__}, "
-        f"starmerge {starmerge.__version__}; {platform.system()} {platform.release()}"
+        f"starmerge {starmerge_models.__version__}; {platform.system()} {platform.release()}"
     )
 
 
@@ -283,11 +283,11 @@ def add_models(parser: argparse.ArgumentParser) -> None:
 def find_models(options: argparse.Namespace) -> tuple[Path, list[Path]]:
     """Return the folders of the base and of the adapters; exit if there are none."""
     if options.base is None:
-        from starmerge.demo.base_model import prepared_base  # noqa: PLC0415  (needs the demo extra)
+        from starmerge_models.demo.base_model import prepared_base  # noqa: PLC0415  (needs the demo extra)
 
         options.base = prepared_base()
     if options.adapters is None:
-        from starmerge.demo.run import ADAPTERS  # noqa: PLC0415  (needs the demo extra)
+        from starmerge_models.demo.run import ADAPTERS  # noqa: PLC0415  (needs the demo extra)
 
         options.adapters = ADAPTERS
     adapters = sorted(path.parent for path in options.adapters.glob("*/adapter_config.json"))

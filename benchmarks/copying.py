@@ -1,12 +1,12 @@
 """What a merge costs beside a copy: adapters merged into a synthetic base, files to files.
 
 Part A, time. 20 adapters of rank 16 on q_proj and v_proj are merged into a bfloat16 base, called in
-this process and run as ``python -m starmerge merge``, in turns with ``cp -r`` of the base and an
-fsync of every file copied, since a merge also ends with its files on the disk. The files are in the
-page cache for all.
+this process and run as ``python -m starmerge_models merge``, in turns with ``cp -r`` of the base
+and an fsync of every file copied, since a merge also ends with its files on the disk. The files are
+in the page cache for all.
 
-Part B, memory. The peak of the anonymous memory of ``python -m starmerge merge``, looked at every
-3 ms, for bases and numbers of adapters that grow; beside it that of the same command with
+Part B, memory. The peak of the anonymous memory of ``python -m starmerge_models merge``, looked at
+every 3 ms, for bases and numbers of adapters that grow; beside it that of the same command with
 --dry-run, which reads headers but no tensor: what Python and the libraries take. The bound is
 500 MB and three times the largest tensor. ``--full`` needs 34 GB of disk.
 """
@@ -42,7 +42,7 @@ from common import (
 )
 from synthetic import QUERY_VALUE, RANK, Llama, llama_of, make_adapters, make_base
 
-import starmerge
+import starmerge_models
 
 ADAPTERS = 20
 TARGET = 1.3
@@ -54,7 +54,7 @@ FULL = {1e9: (2, 20, 200), 4e9: (20, 200), 16e9: (20, 200)}
 """Of Part B: bytes of the bases, and the numbers of adapters merged into each."""
 
 COPY = "`cp -r` of the base + fsync"
-IN_PROCESS = "`starmerge.merge(...)`"
+IN_PROCESS = "`starmerge_models.merge(...)`"
 
 
 def bench_time(size: float, options: argparse.Namespace) -> None:
@@ -71,7 +71,7 @@ def bench_time(size: float, options: argparse.Namespace) -> None:
         contestants = {
             COPY: lambda: copy_durably(base, output),
             IN_PROCESS: lambda: merge(base, adapters, output, options),
-            "`python -m starmerge merge`": lambda: run_process(command),
+            "`python -m starmerge_models merge`": lambda: run_process(command),
             "`python -c 'import torch'`": lambda: run_process(
                 [sys.executable, "-c", "import torch"]
             ),
@@ -89,7 +89,7 @@ def bench_time(size: float, options: argparse.Namespace) -> None:
 
 def bench_memory(cases: Mapping[float, Sequence[int]], options: argparse.Namespace) -> None:
     """Measure the peak memory of merges, print the table as it grows."""
-    print("\nPart B: peak memory of `python -m starmerge merge`, MB\n")
+    print("\nPart B: peak memory of `python -m starmerge_models merge`, MB\n")
     print("| base | largest tensor | adapters | anonymous | bound | --dry-run | resident | s |")
     print("|---:|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     for size, counts in cases.items():
@@ -120,7 +120,7 @@ def bench_memory(cases: Mapping[float, Sequence[int]], options: argparse.Namespa
 
 def merge(base: Path, adapters: dict[str, Path], output: Path, options: argparse.Namespace) -> None:
     """Merge with STAR, in this process."""
-    starmerge.merge(
+    starmerge_models.merge(
         base, adapters, "star", output=output, threads=options.threads, memory=options.memory
     )
 
@@ -129,7 +129,7 @@ def merge_command(
     base: Path, adapters: Sequence[Path], output: Path, options: argparse.Namespace
 ) -> list[str]:
     """Return the command of the same merge."""
-    command = [sys.executable, "-m", "starmerge", "merge", str(base), *map(str, adapters)]
+    command = [sys.executable, "-m", "starmerge_models", "merge", str(base), *map(str, adapters)]
     command += ["-o", str(output)]
     command += ["--threads", str(options.threads)] if options.threads else []
     return command + (["--memory", options.memory] if options.memory else [])

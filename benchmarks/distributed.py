@@ -43,15 +43,15 @@ from common import (
 from on_paper import ENTRY, MODELS, Rates, Work, duration
 from synthetic import RANK, Llama, llama_of, make_adapters, make_base, make_finetunes
 
-from starmerge import Pipeline, Star
-from starmerge.merging.engine import run
-from starmerge.merging.executors.executor import Executor, FunctionJob
-from starmerge.merging.executors.ray import RayExecutor
-from starmerge.merging.executors.threads import Threads
-from starmerge.merging.fold import fold_bytes
-from starmerge.merging.plan import make_plan
-from starmerge.methods.memory import DeltaShape, TensorShape
-from starmerge.recipe import make_recipe
+from starmerge_models import Pipeline, Star
+from starmerge_models.merging.engine import run
+from starmerge_models.merging.executors.executor import Executor, FunctionJob
+from starmerge_models.merging.executors.ray import RayExecutor
+from starmerge_models.merging.executors.threads import Threads
+from starmerge_models.merging.fold import fold_bytes
+from starmerge_models.merging.plan import make_plan
+from starmerge_models.methods.memory import DeltaShape, TensorShape
+from starmerge_models.recipe import make_recipe
 
 KEPT = 3
 """Triplets that STAR keeps of an adapter of rank 16, more or less."""

@@ -51,14 +51,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from starmerge.evaluation.models.batching import PASS_TOKENS, by_length, padded
-from starmerge.evaluation.models.generation import generate
-from starmerge.evaluation.models.loading import AdapterSwitch, load_model
-from starmerge.evaluation.models.prompts import Prompter
-from starmerge.evaluation.models.ranking import log_likelihoods
-from starmerge.evaluation.scoring.matching import is_final, read
-from starmerge.evaluation.tasks import find_task
-from starmerge.evaluation.tasks.task import Example, Task
+from starmerge_models.evaluation.models.batching import PASS_TOKENS, by_length, padded
+from starmerge_models.evaluation.models.generation import generate
+from starmerge_models.evaluation.models.loading import AdapterSwitch, load_model
+from starmerge_models.evaluation.models.prompts import Prompter
+from starmerge_models.evaluation.models.ranking import log_likelihoods
+from starmerge_models.evaluation.scoring.matching import is_final, read
+from starmerge_models.evaluation.tasks import find_task
+from starmerge_models.evaluation.tasks.task import Example, Task
 
 PLAIN = "plain loop"
 LIBRARY = "library's path"

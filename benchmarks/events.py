@@ -35,7 +35,7 @@ def bench(count: int, options: argparse.Namespace) -> None:
         base = make_base(scratch / "base", model)
         finetunes = make_finetunes(scratch / "models", model, MODELS)
         output, log = scratch / "output", scratch / "log"
-        command = [sys.executable, "-m", "starmerge", "merge", str(base)]
+        command = [sys.executable, "-m", "starmerge_models", "merge", str(base)]
         command += [*map(str, finetunes.values()), "-m", "average", "-o", str(output)]
 
         def run(*told: str) -> None:

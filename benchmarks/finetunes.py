@@ -3,8 +3,9 @@
 A synthetic bfloat16 base and four full fine-tunes of it (an update of rank 16, and noise) are
 merged with ``average``, ``task_arithmetic`` and ``ties``. The floor reads the five checkpoints into
 a buffer that is used again, writes a file of the base's size and has it on the disk. The methods
-are called in this process, whose libraries are loaded; then as ``python -m starmerge merge``, which
-is what to compare with another tool's process. The files are in the page cache for all.
+are called in this process, whose libraries are loaded; then as ``python -m starmerge_models
+merge``, which is what to compare with another tool's process. The files are in the page cache for
+all.
 
 With ``--mergekit``, mergekit merges the same models: linear, task_arithmetic and ties, with
 densities and weights as ours. Its threshold of ties is that of each tensor, ours that of the whole
@@ -58,8 +59,8 @@ from common import (
 )
 from synthetic import llama_of, make_base, make_finetunes
 
-import starmerge
-from starmerge.methods import make_pipeline
+import starmerge_models
+from starmerge_models.methods import make_pipeline
 
 FINETUNES = 4
 FLOOR = "read five, write one, fsync"
@@ -103,7 +104,7 @@ def merge(
     base: Path, models: dict[str, Path], method: str, output: Path, options: argparse.Namespace
 ) -> None:
     """Merge in this process."""
-    starmerge.merge(
+    starmerge_models.merge(
         base,
         models,
         make_pipeline(method, PARAMETERS[method]),
@@ -117,7 +118,14 @@ def merge_command(
     base: Path, models: dict[str, Path], method: str, output: Path, options: argparse.Namespace
 ) -> list[str]:
     """Return the command of the same merge."""
-    command = [sys.executable, "-m", "starmerge", "merge", str(base), *map(str, models.values())]
+    command = [
+        sys.executable,
+        "-m",
+        "starmerge_models",
+        "merge",
+        str(base),
+        *map(str, models.values()),
+    ]
     command += ["-o", str(output), "-m", method]
     for key, value in PARAMETERS[method].items():
         command += ["-p", f"{key}={json.dumps(value)}"]
@@ -216,7 +224,7 @@ def bench(size: float, options: argparse.Namespace) -> None:
 
 def in_process(method: str) -> str:
     """Return the name of a merge in this process."""
-    return f"`starmerge.merge`, {method}"
+    return f"`starmerge_models.merge`, {method}"
 
 
 def parse_options() -> argparse.Namespace:

@@ -34,8 +34,8 @@ import torch
 from common import Cost, parser_of, print_machine, ratios, span, timed
 from torch import Tensor
 
-from starmerge.deltas import Dense
-from starmerge.spectral import kept_rank, svd_dense, truncate_and_rescale
+from starmerge_models.deltas import Dense
+from starmerge_models.spectral import kept_rank, svd_dense, truncate_and_rescale
 
 ETA = 40.0
 ERROR = 1e-5

@@ -47,10 +47,10 @@ from safetensors import safe_open
 from synthetic import Llama, make_base, make_finetunes
 from torch import Tensor
 
-import starmerge
-from starmerge import device
-from starmerge.deltas import Dense
-from starmerge.spectral import SVD, Decomposition, certainly, kept_rank, svd_dense
+import starmerge_models
+from starmerge_models import device
+from starmerge_models.deltas import Dense
+from starmerge_models.spectral import SVD, Decomposition, certainly, kept_rank, svd_dense
 
 ETA = 40.0
 THREADS = 8
@@ -206,7 +206,7 @@ def bench_merges(folder: Path, model: Llama, turns: int) -> None:
         outputs = {"card": folder / "on-card", "CPU": folder / "on-cpu"}
 
         def merge(label: str, method: str = method, outputs: dict[str, Path] = outputs) -> None:
-            starmerge.merge(
+            starmerge_models.merge(
                 base, models, method, output=outputs[label], dtype="float32", overwrite=True
             )
 
@@ -251,7 +251,7 @@ def main() -> int:
         print("\nTorch finds no GPU here: there is nothing to measure.")
         return 0
     told = Told()
-    logging.getLogger("starmerge.device").addHandler(told)
+    logging.getLogger("starmerge_models.device").addHandler(told)
     card = Watched()
     device.ACCELERATOR = card
     print(f"Card: {torch.cuda.get_device_name(0)}, {card.free_memory() / 1e9:.0f} GB free")

@@ -1,12 +1,12 @@
 """What the leading directions of a merged adapter cost: seconds, peak of memory, and accuracy.
 
 One tensor's average of adapters of rank 16, A as PEFT initialises it and B with a decaying
-spectrum, as :func:`starmerge.spectral.leading.leading` cuts it to rank 64; one thread. The shapes
-are q and v of a 7B model: 500 adapters (8000 factors), 100 and 20. "Peak" is the most that the call
-takes beside the factors, "estimate" is what a merge reckons with before it starts. "Excess" is by
-how much the squared error is above the smallest possible one, from the eigenvalues of the product's
-Gram matrix in float64; it takes longest of all, so ``--exact`` asks for it. Without ``--full`` the
-shapes have a quarter of each side.
+spectrum, as :func:`starmerge_models.spectral.leading.leading` cuts it to rank 64; one thread. The
+shapes are q and v of a 7B model: 500 adapters (8000 factors), 100 and 20. "Peak" is the most that
+the call takes beside the factors, "estimate" is what a merge reckons with before it starts.
+"Excess" is by how much the squared error is above the smallest possible one, from the eigenvalues
+of the product's Gram matrix in float64; it takes longest of all, so ``--exact`` asks for it.
+Without ``--full`` the shapes have a quarter of each side.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from common import megabytes, parser_of, print_machine, timed
 from methods import in_own_process, memory, reset_peak_memory
 from synthetic import DECAY, RANK
 
-from starmerge.deltas import LowRank
-from starmerge.spectral.leading import leading, leading_bytes
+from starmerge_models.deltas import LowRank
+from starmerge_models.spectral.leading import leading, leading_bytes
 
 SHAPES = ((4096, 4096), (1024, 4096))
 ADAPTERS = (500, 100, 20)

@@ -44,7 +44,7 @@ MEMORY = "1GB"
 def measure(label: str, arguments: Sequence[str], output: Path) -> None:
     """Merge, and print a row of the table."""
     begin = time.perf_counter()
-    command = [sys.executable, "-m", "starmerge", "merge", *arguments, "-o", str(output)]
+    command = [sys.executable, "-m", "starmerge_models", "merge", *arguments, "-o", str(output)]
     memory = peak_memory(command)
     seconds = time.perf_counter() - begin
     size = sum(file.stat().st_size for file in output.rglob("*"))

@@ -50,13 +50,13 @@ from common import (
 from synthetic import DECAY, FACTOR, RANK, WEIGHT, Llama
 from torch import Tensor
 
-import starmerge
-from starmerge.deltas import LowRank
-from starmerge.merging.fold import fold
-from starmerge.methods import Deltas, TensorContext, as_pipeline
-from starmerge.spectral import kept_rank, svd
+import starmerge_models
+from starmerge_models.deltas import LowRank
+from starmerge_models.merging.fold import fold
+from starmerge_models.methods import Deltas, TensorContext, as_pipeline
+from starmerge_models.spectral import kept_rank, svd
 
-STAR = starmerge.Star(eta=40)
+STAR = starmerge_models.Star(eta=40)
 ADAPTERS = 20
 LAYER = Llama(hidden=4096, intermediate=14336, layers=1, vocabulary=32000, key_value=1024)
 QUARTER = Llama(hidden=1024, intermediate=3584, layers=1, vocabulary=32000, key_value=256)

@@ -39,7 +39,7 @@ from common import (
 )
 from synthetic import ALL_LINEAR, QUERY_VALUE, Llama, make_adapters, make_base, make_finetunes
 
-import starmerge
+import starmerge_models
 
 MODELS = 4
 TINY = Llama(hidden=64, intermediate=176, layers=0, vocabulary=256, key_value=16, head=16)
@@ -83,7 +83,7 @@ def bench(counts: tuple[int, ...], options: argparse.Namespace) -> None:
             for number, kind in enumerate(KINDS):
                 inputs = kind.make(scratch / f"models-{number}-{count}", model, MODELS)
                 contestants[kind, count] = partial(
-                    starmerge.merge,
+                    starmerge_models.merge,
                     base,
                     inputs,
                     kind.method,

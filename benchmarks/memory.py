@@ -33,11 +33,11 @@ import torch
 from common import parser_of, print_machine
 from methods import memory, reset_peak_memory
 
-from starmerge.deltas import Delta, LowRank, Stored
-from starmerge.methods import METHODS, Deltas, Pipeline, TensorContext, make_pipeline
-from starmerge.methods.memory import DeltaShape, InputsShape, TensorShape
-from starmerge.spectral.metric import Inputs
-from starmerge.spectral.moment import Moment
+from starmerge_models.deltas import Delta, LowRank, Stored
+from starmerge_models.methods import METHODS, Deltas, Pipeline, TensorContext, make_pipeline
+from starmerge_models.methods.memory import DeltaShape, InputsShape, TensorShape
+from starmerge_models.spectral.metric import Inputs
+from starmerge_models.spectral.moment import Moment
 
 KINDS = ("low-rank", "dense", "mixed", "low-rank, whitened", "dense, whitened")
 SHAPES = ((1024, 1024), (2048, 512), (512, 2048), (16384, 256))

@@ -5,11 +5,11 @@ Part A merges 8 LoRA adapters of rank 16, Part B 20 of them, of a 4096 × 4096 w
 B small, with a spectrum that decays. Full-rank task vectors are float32: a decaying part of low
 rank and noise.
 
-Every method goes through ``starmerge.merge_state`` with its defaults: a transform is followed by
-``average``, a post-step follows it. Each has a process of its own. The memory is the peak of the
-process during the merge minus what it had with the inputs loaded: what the merge itself needs, its
-result included. The median of ``--repeat`` merges counts; one that takes longer than a minute is
-not repeated.
+Every method goes through ``starmerge_models.merge_state`` with its defaults: a transform is
+followed by ``average``, a post-step follows it. Each has a process of its own. The memory is the
+peak of the process during the merge minus what it had with the inputs loaded: what the merge itself
+needs, its result included. The median of ``--repeat`` merges counts; one that takes longer than a
+minute is not repeated.
 
 In Part C the methods that decompose take float64 SVDs, minutes each at 4096 × 4096: think of
 ``--dense-size 1024``, ``--only`` and ``--skip``.
@@ -38,10 +38,10 @@ import torch
 from common import Cost, parser_of, print_machine, timed
 from torch import Tensor
 
-from starmerge.deltas import Delta, Dense, LowRank
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.merging.in_memory import merge_state
-from starmerge.methods import METHODS, make_pipeline
+from starmerge_models.deltas import Delta, Dense, LowRank
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.merging.in_memory import merge_state
+from starmerge_models.methods import METHODS, make_pipeline
 
 REFERENCE = "average"
 SIZE = 4096

@@ -24,12 +24,12 @@ import torch
 from common import add_models, find_models, parser_of
 from torch import Tensor
 
-from starmerge.checkpoints.base import Base, open_base
-from starmerge.checkpoints.models import FineTune, open_model
-from starmerge.checkpoints.source import resolve
-from starmerge.deltas import Dense, LowRank
-from starmerge.spectral import Decomposition, kept_rank, svd
-from starmerge.spectral.noise import noise_floor, rounding_noise
+from starmerge_models.checkpoints.base import Base, open_base
+from starmerge_models.checkpoints.models import FineTune, open_model
+from starmerge_models.checkpoints.source import resolve
+from starmerge_models.deltas import Dense, LowRank
+from starmerge_models.spectral import Decomposition, kept_rank, svd
+from starmerge_models.spectral.noise import noise_floor, rounding_noise
 
 STORED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

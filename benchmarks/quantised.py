@@ -19,15 +19,15 @@ import torch
 import transformers
 from common import parser_of, print_machine
 
-import starmerge
-from starmerge.checkpoints.base import open_base
-from starmerge.checkpoints.source import resolve
-from starmerge.demo.base_model import prepared_base
-from starmerge.demo.run import ADAPTERS
-from starmerge.evaluation.runner import evaluate
-from starmerge.evaluation.settings import Settings
-from starmerge.evaluation.table import markdown
-from starmerge.evaluation.tasks import find_task
+import starmerge_models
+from starmerge_models.checkpoints.base import open_base
+from starmerge_models.checkpoints.source import resolve
+from starmerge_models.demo.base_model import prepared_base
+from starmerge_models.demo.run import ADAPTERS
+from starmerge_models.evaluation.runner import evaluate
+from starmerge_models.evaluation.settings import Settings
+from starmerge_models.evaluation.table import markdown
+from starmerge_models.evaluation.tasks import find_task
 
 FORMATS = {
     "LLM.int8": {"load_in_8bit": True},
@@ -61,7 +61,7 @@ def moved(base: Path, quantised: Path) -> list[float]:
 
 def changed(base: Path, adapters: dict[str, Path]) -> list[float]:
     """Return how large the updates of adapters are, relative to the norms of the weights."""
-    vectors, plain = starmerge.load_task_vectors(base, adapters), open_base(resolve(base))
+    vectors, plain = starmerge_models.load_task_vectors(base, adapters), open_base(resolve(base))
     return [
         delta.frobenius() / float(plain.checkpoint.read(name).double().norm())
         for deltas in vectors.deltas.values()
@@ -103,7 +103,7 @@ def main() -> int:
                 own = quantise(base, Path(scratch) / f"base-{name}", **settings)
                 print(f"- {name}: {span(moved(base, own))}")
             merges[name] = Path(scratch) / name
-            starmerge.merge(own, adapters, "auto", output=merges[name], dtype="bfloat16")
+            starmerge_models.merge(own, adapters, "auto", output=merges[name], dtype="bfloat16")
         tasks = [find_task(name) for name in adapters]
         evaluation = evaluate(base, {**adapters, **merges}, tasks, Settings(rows=options.rows))
     print(f"\n{markdown(evaluation)}")

@@ -24,9 +24,9 @@ from common import parser_of, print_machine
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from starmerge.evaluation.scoring.comparison import difference
-from starmerge.evaluation.scoring.metrics import Prediction, Score, score
-from starmerge.study.race import Outcome, race, sizes
+from starmerge_models.evaluation.scoring.comparison import difference
+from starmerge_models.evaluation.scoring.metrics import Prediction, Score, score
+from starmerge_models.study.race import Outcome, race, sizes
 
 SHARED = 0.8
 """Share of a row's difficulty that all candidates have in common."""

@@ -39,32 +39,38 @@ import yaml
 from common import parser_of, print_machine
 from method_scores import Contestant
 
-from starmerge.calibration.text import Reading, Writer
-from starmerge.checkpoints.source import resolve
-from starmerge.demo.base_model import prepared_base
-from starmerge.demo.run import ADAPTERS
-from starmerge.errors import StarmergeError
-from starmerge.evaluation.cache import ScoreCache
-from starmerge.evaluation.evaluation import Evaluation
-from starmerge.evaluation.models.loading import load_model
-from starmerge.evaluation.runner import evaluate
-from starmerge.evaluation.scoring.comparison import (
+from starmerge_models.calibration.text import Reading, Writer
+from starmerge_models.checkpoints.source import resolve
+from starmerge_models.demo.base_model import prepared_base
+from starmerge_models.demo.run import ADAPTERS
+from starmerge_models.errors import StarmergeError
+from starmerge_models.evaluation.cache import ScoreCache
+from starmerge_models.evaluation.evaluation import Evaluation
+from starmerge_models.evaluation.models.loading import load_model
+from starmerge_models.evaluation.runner import evaluate
+from starmerge_models.evaluation.scoring.comparison import (
     Difference,
     Interval,
     difference,
     normalised_average,
 )
-from starmerge.evaluation.scoring.metrics import RESAMPLES, Prediction, Score, percentiles, score
-from starmerge.evaluation.settings import Settings
-from starmerge.evaluation.subjects import BASE, Update
-from starmerge.evaluation.tasks import find_task
-from starmerge.merging.apply import apply
-from starmerge.merging.task_vectors import TaskVectors, load_task_vectors
-from starmerge.methods import make_pipeline
-from starmerge.study.figures import plot_scores
-from starmerge.study.figures.style import BASE_LINE, dot_of, line_of, styled
-from starmerge.study.palette import looks
-from starmerge.training.finetuning import TrainingRecipe, finetune
+from starmerge_models.evaluation.scoring.metrics import (
+    RESAMPLES,
+    Prediction,
+    Score,
+    percentiles,
+    score,
+)
+from starmerge_models.evaluation.settings import Settings
+from starmerge_models.evaluation.subjects import BASE, Update
+from starmerge_models.evaluation.tasks import find_task
+from starmerge_models.merging.apply import apply
+from starmerge_models.merging.task_vectors import TaskVectors, load_task_vectors
+from starmerge_models.methods import make_pipeline
+from starmerge_models.study.figures import plot_scores
+from starmerge_models.study.figures.style import BASE_LINE, dot_of, line_of, styled
+from starmerge_models.study.palette import looks
+from starmerge_models.training.finetuning import TrainingRecipe, finetune
 
 HERE = Path(__file__).parent
 STUDY, STORE = HERE / "results.yaml", HERE / "results.jsonl"

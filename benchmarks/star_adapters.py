@@ -6,9 +6,9 @@ torch.linalg.svd, truncate and rescale, take the mean, add it. Both get factors 
 memory and give weights in the base's dtype; their results are compared.
 
 Part B, the whole merge. From files to files, called in this process and run as
-``python -m starmerge merge``, against ``cp -r`` of the base and an fsync of every file copied,
-since a merge also ends with its files on the disk. The files are in the page cache for all. What
-``import torch`` alone takes is shown beside, as it is most of a short process.
+``python -m starmerge_models merge``, against ``cp -r`` of the base and an fsync of every file
+copied, since a merge also ends with its files on the disk. The files are in the page cache for all.
+What ``import torch`` alone takes is shown beside, as it is most of a short process.
 
 Within a part the contestants take turns, so that a change of the machine's load meets all of them;
 a ratio is taken between neighbours in time. This is a small model, so what a process takes before
@@ -48,13 +48,13 @@ from common import (
 )
 from torch import Tensor
 
-import starmerge
-from starmerge.checkpoints.base import open_base
-from starmerge.checkpoints.models import open_model
-from starmerge.checkpoints.source import resolve
-from starmerge.deltas import LowRank
-from starmerge.merging.fold import fold
-from starmerge.methods import Deltas, TensorContext, as_pipeline
+import starmerge_models
+from starmerge_models.checkpoints.base import open_base
+from starmerge_models.checkpoints.models import open_model
+from starmerge_models.checkpoints.source import resolve
+from starmerge_models.deltas import LowRank
+from starmerge_models.merging.fold import fold
+from starmerge_models.methods import Deltas, TensorContext, as_pipeline
 
 COPY = "`cp -r` of the base + fsync"
 LAYERS = 3
@@ -81,13 +81,13 @@ class Outcome:
     ranks: list[int]
 
 
-Kernel: TypeAlias = Callable[[Case, starmerge.Star], Outcome]
+Kernel: TypeAlias = Callable[[Case, starmerge_models.Star], Outcome]
 
 
 # ---------------------------------------------------------------------------- Part A: the kernel
 
 
-def in_factor_space(case: Case, star: starmerge.Star) -> Outcome:
+def in_factor_space(case: Case, star: starmerge_models.Star) -> Outcome:
     """Merge one tensor with starmerge."""
     # What was computed of a delta is remembered as long as it lives, so these are new ones.
     inputs = Deltas.of({t: delta.scaled(1.0) for t, delta in case.deltas.items()})
@@ -97,7 +97,7 @@ def in_factor_space(case: Case, star: starmerge.Star) -> Outcome:
     return Outcome(merged.delta, weight, [merged.truncations[t].rank for t in case.deltas])
 
 
-def densified(case: Case, star: starmerge.Star) -> Outcome:
+def densified(case: Case, star: starmerge_models.Star) -> Outcome:
     """Merge one tensor the plain way: every delta a matrix, every SVD by torch.linalg.svd."""
     mean = torch.zeros(case.weight.shape)
     ranks = []
@@ -145,7 +145,7 @@ def layer_of(name: str) -> int:
 
 def run_all(kernel: Kernel, cases: Sequence[Case]) -> list[Outcome]:
     """Merge all tensors with one kernel."""
-    star = starmerge.Star()
+    star = starmerge_models.Star()
     return [kernel(case, star) for case in cases]
 
 
@@ -198,18 +198,18 @@ def bench_merge(
     """Time the whole merge and the copy, print the table and the peak memory."""
     target = scratch / "output"
     models = {path.name: path for path in adapters}
-    command = [sys.executable, "-m", "starmerge", "merge", str(base), *map(str, adapters)]
+    command = [sys.executable, "-m", "starmerge_models", "merge", str(base), *map(str, adapters)]
     command += ["-o", str(target), "--threads", str(options.threads)]
 
     def in_process() -> object:
-        return starmerge.merge(
-            base, models, starmerge.Star(), output=target, threads=options.threads
+        return starmerge_models.merge(
+            base, models, starmerge_models.Star(), output=target, threads=options.threads
         )
 
     contestants: dict[str, Callable[[], object]] = {
         COPY: lambda: copy_durably(base, target),
-        "`starmerge.merge(...)`": in_process,
-        "`python -m starmerge merge`": lambda: run_process(command),
+        "`starmerge_models.merge(...)`": in_process,
+        "`python -m starmerge_models merge`": lambda: run_process(command),
         "`python -c 'import torch'`": lambda: run_process([sys.executable, "-c", "import torch"]),
     }
     costs = take_turns(
@@ -276,7 +276,7 @@ def main() -> int:
             + "/".join(
                 map(str, sorted({delta.rank for case in cases for delta in case.deltas.values()}))
             )
-            + f", η = {starmerge.Star().eta:g} %"
+            + f", η = {starmerge_models.Star().eta:g} %"
         )
         agree = bench_kernel(cases, options.turns)
     if options.part != "A":

@@ -1,9 +1,9 @@
 """What starting takes: the interpreter, torch, starmerge, the commands' help, a command with torch.
 
-Each is a Python process of its own, in turns. Two differences are claimed: ``import starmerge``
-takes less than 0.3 s beyond ``import torch``, and ``python -m starmerge --help`` less than 0.5 s in
-all.
-``starmerge.merge`` is looked up to have everything imported that a merge needs. The command
+Each is a Python process of its own, in turns. Two differences are claimed: ``import
+starmerge_models`` takes less than 0.3 s beyond ``import torch``, and ``python -m starmerge_models
+--help`` less than 0.5 s in all.
+``starmerge_models.merge`` is looked up to have everything imported that a merge needs. The command
 ``methods`` imports the same and prints a list: how commands that compute start and end.
 """
 
@@ -17,19 +17,19 @@ from common import Cost, parse_run, parser_of, print_machine, run_process, table
 
 PYTHON = "`python -c pass`"
 TORCH = "`import torch`"
-STARMERGE = "`import torch, starmerge`"
-MERGE = "`import torch, starmerge; starmerge.merge`"
-HELP = "`python -m starmerge --help`"
+STARMERGE = "`import torch, starmerge_models`"
+MERGE = "`import torch, starmerge_models; starmerge_models.merge`"
+HELP = "`python -m starmerge_models --help`"
 
 COMMANDS = {
     PYTHON: ["-c", "pass"],
-    "`import starmerge`": ["-c", "import starmerge"],
-    HELP: ["-m", "starmerge", "--help"],
-    "`python -m starmerge merge --help`": ["-m", "starmerge", "merge", "--help"],
+    "`import starmerge_models`": ["-c", "import starmerge_models"],
+    HELP: ["-m", "starmerge_models", "--help"],
+    "`python -m starmerge_models merge --help`": ["-m", "starmerge_models", "merge", "--help"],
     TORCH: ["-c", "import torch"],
-    STARMERGE: ["-c", "import torch, starmerge"],
-    MERGE: ["-c", "import torch, starmerge; starmerge.merge"],
-    "`python -m starmerge methods`": ["-m", "starmerge", "methods"],
+    STARMERGE: ["-c", "import torch, starmerge_models"],
+    MERGE: ["-c", "import torch, starmerge_models; starmerge_models.merge"],
+    "`python -m starmerge_models methods`": ["-m", "starmerge_models", "methods"],
 }
 
 

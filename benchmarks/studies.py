@@ -18,16 +18,16 @@ from pathlib import Path
 # Must stand before torch is loaded: idle threads would spin, and take time from their neighbours.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
-from starmerge.demo.base_model import prepared_base
-from starmerge.evaluation.cache import ScoreCache
-from starmerge.evaluation.grids import aligned
-from starmerge.evaluation.scoring.comparison import LEVEL, Difference
-from starmerge.study.averages import Averages, RunAverage
-from starmerge.study.execute import run_study
-from starmerge.study.grids import best_of_grids, best_parameters, shift_of_best
-from starmerge.study.outcome import FIGURES, write_figures, write_tables
-from starmerge.study.store import is_store, load_store
-from starmerge.study.study_file import find_study
+from starmerge_models.demo.base_model import prepared_base
+from starmerge_models.evaluation.cache import ScoreCache
+from starmerge_models.evaluation.grids import aligned
+from starmerge_models.evaluation.scoring.comparison import LEVEL, Difference
+from starmerge_models.study.averages import Averages, RunAverage
+from starmerge_models.study.execute import run_study
+from starmerge_models.study.grids import best_of_grids, best_parameters, shift_of_best
+from starmerge_models.study.outcome import FIGURES, write_figures, write_tables
+from starmerge_models.study.store import is_store, load_store
+from starmerge_models.study.study_file import find_study
 
 HERE = Path(__file__).parent
 STORES = HERE / "studies"

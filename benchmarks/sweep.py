@@ -7,7 +7,7 @@ are wanted in a ``transformers`` model:
   the base is loaded beforehand, and is the base again after each point;
 - in memory, decomposed before: the same with the task vectors that a sweep before has read and
   decomposed;
-- by files: at each point ``starmerge.merge`` and ``from_pretrained``, in at most two turns.
+- by files: at each point ``starmerge_models.merge`` and ``from_pretrained``, in at most two turns.
 
 The models are the demo's. With --full there are more points, and an η-sweep of 20 adapters of all
 linear modules of a synthetic base.
@@ -42,8 +42,8 @@ from synthetic import ALL_LINEAR, RANK, llama_of, make_adapters, make_base
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-import starmerge
-from starmerge.methods import Pipeline, make_pipeline
+import starmerge_models
+from starmerge_models.methods import Pipeline, make_pipeline
 
 IN_MEMORY = "in memory"
 AGAIN = "in memory, decomposed before"
@@ -91,24 +91,26 @@ def bench(
 ) -> None:
     """Time a sweep, print the table."""
 
-    def try_all(vectors: starmerge.TaskVectors) -> None:
+    def try_all(vectors: starmerge_models.TaskVectors) -> None:
         for point in points:
             update = vectors.merge(point.method, models=point.models, threads=options.threads)
-            with starmerge.apply(model, update, threads=options.threads):
+            with starmerge_models.apply(model, update, threads=options.threads):
                 pass
 
     def by_files(target: Path) -> None:
         for point in points:
             chosen = {name: adapters[name] for name in point.models}
-            starmerge.merge(base, chosen, point.method, output=target, threads=options.threads)
+            starmerge_models.merge(
+                base, chosen, point.method, output=target, threads=options.threads
+            )
             load(target)
             rmtree(target)
 
-    read = starmerge.load_task_vectors(base, adapters)
+    read = starmerge_models.load_task_vectors(base, adapters)
     nbytes = sum(file.stat().st_size for file in base.iterdir())
     with scratch_folder(options.scratch, 1.1 * nbytes) as scratch:
         contestants: dict[str, Callable[[], object]] = {
-            IN_MEMORY: lambda: try_all(starmerge.load_task_vectors(base, adapters)),
+            IN_MEMORY: lambda: try_all(starmerge_models.load_task_vectors(base, adapters)),
             AGAIN: lambda: try_all(read),
             BY_FILES: lambda: by_files(scratch / "merged"),
         }
@@ -128,11 +130,11 @@ def load(folder: Path) -> PreTrainedModel:
 
 def print_pieces(model: PreTrainedModel, base: Path, adapters: dict[str, Path]) -> None:
     """Print what the steps of one point take, the first time and later."""
-    vectors, cost = timed(lambda: starmerge.load_task_vectors(base, adapters))
+    vectors, cost = timed(lambda: starmerge_models.load_task_vectors(base, adapters))
     print(f"load_task_vectors: {cost.wall:.3f} s")
     for title, eta in (("first", 40), ("later", 20)):
-        update, merging = timed(lambda eta=eta: vectors.merge(starmerge.Star(eta=eta)))
-        applied, applying = timed(lambda update=update: starmerge.apply(model, update))
+        update, merging = timed(lambda eta=eta: vectors.merge(starmerge_models.Star(eta=eta)))
+        applied, applying = timed(lambda update=update: starmerge_models.apply(model, update))
         _, restoring = timed(applied.restore)
         print(
             f"{title} point: merge {merging.wall:.3f} s, apply {applying.wall:.3f} s, "

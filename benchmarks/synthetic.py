@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from starmerge.checkpoints.tensors import DTYPE_CODES, raw_bytes
+from starmerge_models.checkpoints.tensors import DTYPE_CODES, raw_bytes
 
 SHARD_BYTES = 5 * 10**9
 """Largest shard, as transformers writes them."""

@@ -43,9 +43,9 @@ from common import (
 )
 from synthetic import Llama, llama_of, make_adapters, make_base, make_finetunes
 
-import starmerge
-from starmerge.merging import engine
-from starmerge.merging.executors.threads import Threads
+import starmerge_models
+from starmerge_models.merging import engine
+from starmerge_models.merging.executors.threads import Threads
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 ALONE, BESIDE = "alone", "beside a neighbour"
@@ -85,7 +85,9 @@ CONTESTANTS = (
 def merge(base: Path, models: dict[str, Path], output: Path, contestant: Contestant) -> Cost:
     """Merge in this process; return what it cost."""
     engine.Threads = contestant.workers
-    run = partial(starmerge.merge, base, models, "star", output=output, threads=contestant.threads)
+    run = partial(
+        starmerge_models.merge, base, models, "star", output=output, threads=contestant.threads
+    )
     cost = timed(run)[1]
     rmtree(output)
     return cost

@@ -23,11 +23,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from starmerge.checkpoints import configs, filling, names, renaming
-from starmerge.checkpoints.hashing import blake3_of
-from starmerge.checkpoints.metric import MetricWriter
-from starmerge.demo.base_model import prepared_base
-from starmerge.spectral.moment import Side
+from starmerge_models.checkpoints import configs, filling, names, renaming
+from starmerge_models.checkpoints.hashing import blake3_of
+from starmerge_models.checkpoints.metric import MetricWriter
+from starmerge_models.demo.base_model import prepared_base
+from starmerge_models.spectral.moment import Side
 
 # How long an example takes depends on the machine, not on the code.
 settings.register_profile("starmerge", deadline=None)
@@ -142,7 +142,7 @@ def starmerge() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Return a function that runs the command line as a process of its own."""
 
     def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "starmerge", *map(str, arguments)]
+        command = [sys.executable, "-m", "starmerge_models", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
     return run

@@ -150,7 +150,7 @@ def copy(source: Path, place: Path) -> None:
 
 def watch(step: Callable[[], None]) -> None:
     """Call a function before each operation of this process that changes files."""
-    from starmerge.storage import publishing
+    from starmerge_models.storage import publishing
 
     def watched(module: Any, name: str) -> None:
         original = getattr(module, name)
@@ -202,9 +202,9 @@ def _fill_when_opened(file: str, trigger: str, leave: int) -> None:
 
 
 def _prepare(run: Run) -> None:
-    from starmerge.checkpoints.writer import ShardWriter
-    from starmerge.merging import journal
-    from starmerge.merging.executors import schedule, threads
+    from starmerge_models.checkpoints.writer import ShardWriter
+    from starmerge_models.merging import journal
+    from starmerge_models.merging.executors import schedule, threads
 
     os.environ |= run.env
     if run.cwd is not None:
@@ -234,7 +234,7 @@ def _prepare(run: Run) -> None:
 
 def _begin(run: Run, out: Any, err: Any) -> int:
     """Begin a command in a fork; return its process."""
-    from starmerge import cli
+    from starmerge_models import cli
 
     child = os.fork()
     if child:
@@ -286,7 +286,7 @@ def _all_of(runs: Sequence[Run]) -> list[Ended]:
 def _serve() -> None:
     loaded = ("merging.engine", "merging.ranks", "recipe_file", "storage.leftovers")
     # Users without rights may not reach the modules of Python itself: rich loads some late.
-    own = [*(f"starmerge.{name}" for name in loaded), "rich.progress", "rich.pager"]
+    own = [*(f"starmerge_models.{name}" for name in loaded), "rich.progress", "rich.pager"]
     for module in [*own, *sys.argv[1:]]:
         importlib.import_module(module)
     answers = os.fdopen(os.dup(1), "w")

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from starmerge.deltas import Delta
-from starmerge.methods import Deltas, TensorContext, as_pipeline
+from starmerge_models.deltas import Delta
+from starmerge_models.methods import Deltas, TensorContext, as_pipeline
 
 
 @dataclass(frozen=True)

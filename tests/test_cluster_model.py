@@ -14,8 +14,8 @@ import on_paper
 from cluster_model import Cluster, Tensor, simulate
 from synthetic import Llama, make_adapters, make_base, make_finetunes
 
-from starmerge.merging.plan import make_plan
-from starmerge.recipe import make_recipe
+from starmerge_models.merging.plan import make_plan
+from starmerge_models.recipe import make_recipe
 
 MB = 10**6
 _HUGE = 10**9

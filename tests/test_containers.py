@@ -12,7 +12,7 @@ import pytest
 import typer
 import yaml
 
-from starmerge import cli
+from starmerge_models import cli
 
 _ROOT = Path(__file__).parents[1]
 _LINES = [

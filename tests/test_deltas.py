@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starmerge.deltas import Dense, LowRank, Stored, matrix_shape, total
+from starmerge_models.deltas import Dense, LowRank, Stored, matrix_shape, total
 from tests.oracles import bounds, samples
 from tests.oracles import deltas as oracle
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from starmerge import device, load_task_vectors, merge, merge_state
-from starmerge.deltas import Dense, LowRank
-from starmerge.device import CPU, SHARE, Accelerator, run
-from starmerge.methods import METHODS, Denoise, Knots, Pico, Star, Wudi
-from starmerge.methods.kinds.spectral import CoreSpaceMerge
-from starmerge.spectral import GramSVD, UncertainError, svd, svd_dense, truncate_and_rescale
+from starmerge_models import device, load_task_vectors, merge, merge_state
+from starmerge_models.deltas import Dense, LowRank
+from starmerge_models.device import CPU, SHARE, Accelerator, run
+from starmerge_models.methods import METHODS, Denoise, Knots, Pico, Star, Wudi
+from starmerge_models.methods.kinds.spectral import CoreSpaceMerge
+from starmerge_models.spectral import GramSVD, UncertainError, svd, svd_dense, truncate_and_rescale
 from tests.merge_one import merge_one
 from tests.oracles import metric, samples, spectra
 from tests.oracles.card import CARD, LAZY, Card

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from starmerge import Dense, merge_state
-from starmerge.evaluation.scoring.matching import Reading, read
-from starmerge.evaluation.scoring.metrics import Prediction, score
-from starmerge.evaluation.tasks import find_task
-from starmerge.evaluation.tasks.task import Task
-from starmerge.methods import METHODS, Pipeline, make_pipeline
+from starmerge_models import Dense, merge_state
+from starmerge_models.evaluation.scoring.matching import Reading, read
+from starmerge_models.evaluation.scoring.metrics import Prediction, score
+from starmerge_models.evaluation.tasks import find_task
+from starmerge_models.evaluation.tasks.task import Task
+from starmerge_models.methods import METHODS, Pipeline, make_pipeline
 
 _ROOT = Path(__file__).parents[1]
 _PAGE = (_ROOT / "docs" / "methods.md").read_text(encoding="utf-8")

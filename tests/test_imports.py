@@ -23,7 +23,7 @@ def test_imports_go_one_way(capsys, monkeypatch):
 
 
 def test_files_of_models_are_opened_by_storage_alone():
-    package = _ROOT / "src" / "starmerge"
+    package = _ROOT / "src" / "starmerge_models"
     found = []
     for room in ("checkpoints", "merging"):
         for file in sorted((package / room).rglob("*.py")):

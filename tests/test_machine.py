@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from starmerge.machine import resident_memory, usable_memory, usable_processors
+from starmerge_models.machine import resident_memory, usable_memory, usable_processors
 
 GB = 10**9
 _OWN = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -237,7 +237,7 @@ def test_a_real_group_is_the_limit_of_a_process_in_it(real_group: Path) -> None:
     (real_group / "inner").mkdir()
     script = (
         "import pathlib, sys; pathlib.Path(sys.argv[1], 'cgroup.procs').write_text('0');"
-        "from starmerge.machine import usable_memory; print(usable_memory())"
+        "from starmerge_models.machine import usable_memory; print(usable_memory())"
     )
     try:
         run = subprocess.run(

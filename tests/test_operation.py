@@ -16,8 +16,8 @@ import pytest
 import typer
 from safetensors.torch import load_file
 
-from starmerge import cli, events
-from starmerge.events import Event
+from starmerge_models import cli, events
+from starmerge_models.events import Event
 from tests.conftest import MakeAdapter
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -34,8 +34,8 @@ _SLOW = '''
 import sys
 import time
 import warnings
-from starmerge.deltas import total
-from starmerge.methods.method import Merge, method
+from starmerge_models.deltas import total
+from starmerge_models.methods.method import Merge, method
 
 @method("slow")
 class Slow(Merge):
@@ -171,7 +171,7 @@ def _stopped(arguments: list[object], how: signal.Signals) -> tuple[int, list[di
     """Run a merge until it has done some tensors, send a signal; return exit code and events."""
     # A process that a shell began in the background ignores SIGINT unless told otherwise.
     heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    text = f"{heeding}from starmerge.cli import main; main()"
+    text = f"{heeding}from starmerge_models.cli import main; main()"
     command = [sys.executable, "-c", text, *map(str, arguments)]
     slow = ["-p", "seconds=0.5", "--log", "json"]
     lines: list[str] = []
@@ -236,7 +236,7 @@ def test_exit_codes_and_the_last_event(
 @pytest.fixture(scope="module")
 def merged(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return folders of a merge: as it was written, with a byte changed, with a broken report."""
-    from starmerge import merge
+    from starmerge_models import merge
 
     folder = tmp_path_factory.mktemp("merged")
     paths = {name: folder / name for name in ("merged", "changed", "broken")}
@@ -274,7 +274,7 @@ def test_other_commands_tell_of_their_phases(
 def test_a_reader_of_the_log_that_ends_ends_no_merge(
     arguments: list[object], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "starmerge", *map(str, arguments)]
+    command = [sys.executable, "-m", "starmerge_models", *map(str, arguments)]
     reader, writer = os.pipe()
     os.close(reader)
     finished = subprocess.run(
@@ -288,11 +288,12 @@ def test_a_reader_of_the_log_that_ends_ends_no_merge(
 _PROGRAM = """
 import sys
 import logging
-import starmerge
+import starmerge_models
 if sys.argv[1] == "listens":
     logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s")
-starmerge.merge(sys.argv[2], {"a": sys.argv[2], "b": sys.argv[2]}, "average", output=sys.argv[3])
-handlers = logging.getLogger("starmerge").handlers
+models = {"a": sys.argv[2], "b": sys.argv[2]}
+starmerge_models.merge(sys.argv[2], models, "average", output=sys.argv[3])
+handlers = logging.getLogger("starmerge_models").handlers
 assert [type(handler) for handler in handlers] == [logging.NullHandler], handlers
 """
 
@@ -307,8 +308,8 @@ def test_a_program_decides_itself_what_is_logged(how: str, tiny_base: Path, tmp_
     )
     lines = finished.stderr.splitlines()
     if how == "listens":
-        assert lines[0].startswith("starmerge plan: average of a, b into ")
-        assert all(line.startswith("starmerge ") for line in lines)
+        assert lines[0].startswith("starmerge_models plan: average of a, b into ")
+        assert all(line.startswith("starmerge_models ") for line in lines)
     else:
         assert lines == []
 
@@ -336,7 +337,7 @@ def test_wrong_common_options_are_told_as_the_right_ones_say(
 def test_closed_streams_end_no_merge_and_lead_into_no_file(
     starmerge: Run, arguments: list[object], tmp_path: Path
 ) -> None:
-    closed = ["sh", "-c", '"$@" <&- >&- 2>&-', "sh", sys.executable, "-m", "starmerge"]
+    closed = ["sh", "-c", '"$@" <&- >&- 2>&-', "sh", sys.executable, "-m", "starmerge_models"]
     for options in (["--debug"], ["--overwrite", "--log", "json"]):
         finished = subprocess.run([*closed, *map(str, arguments), *options], check=False)
         assert finished.returncode == 0
@@ -348,7 +349,7 @@ def test_a_reader_of_the_results_that_ends_is_told_in_the_last_event(
 ) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "starmerge", *map(str, arguments), "--log", "json"]
+    command = [sys.executable, "-m", "starmerge_models", *map(str, arguments), "--log", "json"]
     finished = subprocess.run(
         command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
     )

@@ -15,21 +15,27 @@ import numpy as np
 import pytest
 import yaml
 
-import starmerge as sm
-from starmerge.checkpoints.hashing import blake3_of
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.evaluation.runner import evaluate
-from starmerge.evaluation.scoring.comparison import paired
-from starmerge.evaluation.scoring.metrics import RESAMPLES, Prediction, metric, resample, score
-from starmerge.evaluation.settings import Settings
-from starmerge.evaluation.tasks import find_task
-from starmerge.evaluation.tasks.files import load_task
-from starmerge.evaluation.tasks.suites import load_suite
-from starmerge.methods import METHODS, make_pipeline
-from starmerge.methods.pipeline import as_pipeline, split_chain
-from starmerge.recipe import make_recipe
-from starmerge.recipe_file import load_recipe, write_recipe
-from starmerge.study.choose import choose
+import starmerge_models as sm
+from starmerge_models.checkpoints.hashing import blake3_of
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.evaluation.runner import evaluate
+from starmerge_models.evaluation.scoring.comparison import paired
+from starmerge_models.evaluation.scoring.metrics import (
+    RESAMPLES,
+    Prediction,
+    metric,
+    resample,
+    score,
+)
+from starmerge_models.evaluation.settings import Settings
+from starmerge_models.evaluation.tasks import find_task
+from starmerge_models.evaluation.tasks.files import load_task
+from starmerge_models.evaluation.tasks.suites import load_suite
+from starmerge_models.methods import METHODS, make_pipeline
+from starmerge_models.methods.pipeline import as_pipeline, split_chain
+from starmerge_models.recipe import make_recipe
+from starmerge_models.recipe_file import load_recipe, write_recipe
+from starmerge_models.study.choose import choose
 from tests.conftest import MakeAdapter
 from tests.evaluation.tiny_world import World, make_world
 from tests.installing import install
@@ -42,8 +48,8 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from pydantic import Field
-from starmerge.deltas import Delta, total
-from starmerge.methods.method import Deltas, Merge, TensorContext, method
+from starmerge_models.deltas import Delta, total
+from starmerge_models.methods.method import Deltas, Merge, TensorContext, method
 
 """
 METHOD = '''
@@ -57,7 +63,7 @@ class HalfSum(Merge):
         return total(deltas).scaled(self.alpha)
 '''
 METRICS = """
-from starmerge.evaluation.scoring.metrics import metric
+from starmerge_models.evaluation.scoring.metrics import metric
 
 @metric("length")
 def length(row):
@@ -213,24 +219,24 @@ def test_a_name_that_is_taken_is_refused_and_a_cell_may_run_again() -> None:
         assert origin.record() == {"module": "notebook"}
         with pytest.raises(UsageError, match=r"notebook.Other calls itself .*notebook.HalfSum"):
             exec(source.replace("HalfSum", "Other"), names)
-        with pytest.raises(UsageError, match=r"starmerge.methods.star.Star"):
+        with pytest.raises(UsageError, match=r"starmerge_models.methods.star.Star"):
             exec(source.replace("sum_of_a_notebook", "star"), names)
-        with pytest.raises(UsageError, match=r"starmerge.mergekit.method.Mergekit"):
+        with pytest.raises(UsageError, match=r"starmerge_models.mergekit.method.Mergekit"):
             exec(source.replace("sum_of_a_notebook", "mergekit"), names)
     finally:
         del METHODS._others["sum_of_a_notebook"], sys.modules["notebook"]
 
 
-_HOME = "starmerge.mergekit.method"
+_HOME = "starmerge_models.mergekit.method"
 
 
 @pytest.mark.parametrize(
     ("first", "loaded"),
     [
-        ("from starmerge.methods import METHODS; METHODS['star']; list(METHODS)", False),
-        ("from starmerge.methods import METHODS; METHODS['mergekit']", True),
-        ("from starmerge.mergekit.method import Mergekit", True),
-        ("from starmerge import Mergekit", True),
+        ("from starmerge_models.methods import METHODS; METHODS['star']; list(METHODS)", False),
+        ("from starmerge_models.methods import METHODS; METHODS['mergekit']", True),
+        ("from starmerge_models.mergekit.method import Mergekit", True),
+        ("from starmerge_models import Mergekit", True),
     ],
 )
 def test_a_dialects_method_is_loaded_when_it_is_asked_for(first: str, loaded: bool) -> None:
@@ -238,9 +244,9 @@ def test_a_dialects_method_is_loaded_when_it_is_asked_for(first: str, loaded: bo
 import sys
 {first}
 assert ({_HOME!r} in sys.modules) is {loaded}
-import starmerge
-from starmerge.methods import METHODS
-assert METHODS["mergekit"] is METHODS.built_in["mergekit"] is starmerge.Mergekit
+import starmerge_models
+from starmerge_models.methods import METHODS
+assert METHODS["mergekit"] is METHODS.built_in["mergekit"] is starmerge_models.Mergekit
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -429,20 +435,22 @@ def test_metrics_of_rows_and_of_sums_have_bootstrap_intervals_and_pairs(tmp_path
 def test_a_metric_that_fails_is_named_with_the_row(
     tmp_path: Path, source: str, kind: type[Exception], message: str
 ) -> None:
-    head = "from starmerge.evaluation.scoring.metrics import metric\n"
+    head = "from starmerge_models.evaluation.scoring.metrics import metric\n"
     (tmp_path / "m.py").write_text(f"{head}@metric('m')\ndef m(row):\n    {source}\n")
     with pytest.raises(kind, match=message):
         score(_predictions(["a", "b"]), f"{tmp_path}/m.py:m")
 
 
 def test_a_metric_of_sums_that_fails_is_named() -> None:
-    with pytest.raises(UsageError, match="so does the metric starmerge.evaluation.scoring.metrics"):
+    with pytest.raises(
+        UsageError, match="so does the metric starmerge_models.evaluation.scoring.metrics"
+    ):
         metric("f1")(len)  # type: ignore[arg-type]
 
 
 def test_a_task_of_a_file_and_what_is_wrong_with_one(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "from starmerge.evaluation.tasks.task import Task\n"
+        "from starmerge_models.evaluation.tasks.task import Task\n"
         "quiz = Task(name='quiz', source={'file': 'rows.jsonl'}, prompt='{input}')\n"
         "number = 3\n"
     )
@@ -476,7 +484,7 @@ def _env(site: Path) -> dict[str, str]:
 
 
 def _group(**offers: str) -> dict[str, dict[str, str]]:
-    return {"starmerge.methods": offers}
+    return {"starmerge_models.methods": offers}
 
 
 def test_a_method_of_a_package_merges_and_the_report_has_its_version(
@@ -569,14 +577,14 @@ def test_a_name_that_two_define_is_refused_with_both_origins(
 def test_tasks_and_metrics_of_packages(starmerge: Run, site: Path) -> None:
     source = (
         METRICS
-        + "from starmerge.evaluation.tasks.task import Task\n"
+        + "from starmerge_models.evaluation.tasks.task import Task\n"
         + "quiz = Task(name='quiz', source={'file': 'rows.jsonl'}, prompt='{input}', "
         + "metric='length', description='Which?')\n"
         + "past = Task(name='past', source={'file': 'rows.jsonl'}, prompt='{input}')\n"
     )
     offers = {
-        "starmerge.tasks": {"quiz": "quizzes:quiz", "past": "quizzes:past"},
-        "starmerge.metrics": {"length": "quizzes:length"},
+        "starmerge_models.tasks": {"quiz": "quizzes:quiz", "past": "quizzes:past"},
+        "starmerge_models.metrics": {"length": "quizzes:length"},
     }
     install(site, "quizzes", {"quizzes": source}, offers)
     shown = starmerge("tasks", "quiz", env=_env(site))

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress as Bar
 
-from starmerge.events import Heartbeat, PhaseFinished, PhaseStarted, Step, TensorDone
-from starmerge.progress import HEARTBEAT, Progress, progress_bar, set_heartbeat
+from starmerge_models.events import Heartbeat, PhaseFinished, PhaseStarted, Step, TensorDone
+from starmerge_models.progress import HEARTBEAT, Progress, progress_bar, set_heartbeat
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def quick_heart() -> Iterator[None]:
 
 
 def _events(caplog: pytest.LogCaptureFixture) -> list[object]:
-    return [record.msg for record in caplog.records if record.name == "starmerge"]
+    return [record.msg for record in caplog.records if record.name == "starmerge_models"]
 
 
 def test_a_bar_leaves_nothing_in_a_file_or_a_pipe(
@@ -54,7 +54,7 @@ def test_a_program_that_listens_to_the_logger_hears_of_each_tensor(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with (
-        caplog.at_level(logging.DEBUG, "starmerge"),
+        caplog.at_level(logging.DEBUG, "starmerge_models"),
         progress_bar("merging", 70, show=False, in_bytes=True, tensors=2) as phase,
     ):
         phase.tensor_done("a", 30, 0.5)
@@ -73,7 +73,7 @@ def test_a_program_that_listens_to_the_logger_hears_of_each_tensor(
 
 def test_who_listens_from_info_on_hears_of_phases_alone(caplog: pytest.LogCaptureFixture) -> None:
     with (
-        caplog.at_level(logging.INFO, "starmerge"),
+        caplog.at_level(logging.INFO, "starmerge_models"),
         progress_bar("merging", 1, show=False, tensors=1) as phase,
     ):
         phase.tensor_done("a", 1)
@@ -82,7 +82,7 @@ def test_who_listens_from_info_on_hears_of_phases_alone(caplog: pytest.LogCaptur
 
 def test_a_phase_that_raises_has_not_finished(caplog: pytest.LogCaptureFixture) -> None:
     with (
-        caplog.at_level(logging.INFO, "starmerge"),
+        caplog.at_level(logging.INFO, "starmerge_models"),
         pytest.raises(ZeroDivisionError),
         progress_bar("merging", 1, show=False),
     ):
@@ -93,7 +93,7 @@ def test_a_phase_that_raises_has_not_finished(caplog: pytest.LogCaptureFixture) 
 def test_the_heart_beats_while_nothing_is_finished_and_from_phase_to_phase(
     quick_heart: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, "starmerge"):
+    with caplog.at_level(logging.INFO, "starmerge_models"):
         with progress_bar("merging", 100, show=False, in_bytes=True) as phase:
             phase(25)
             time.sleep(0.45)
@@ -124,7 +124,7 @@ def test_a_phase_within_another_is_the_one_that_is_told_of(
     quick_heart: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     with (
-        caplog.at_level(logging.INFO, "starmerge"),
+        caplog.at_level(logging.INFO, "starmerge_models"),
         progress_bar("outer", None, show=False),
         progress_bar("inner", None, show=False) as phase,
     ):

@@ -8,10 +8,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import starmerge as sm
-from starmerge.checkpoints.base import open_base
-from starmerge.checkpoints.source import resolve
-from starmerge.demo.run import ADAPTERS
+import starmerge_models as sm
+from starmerge_models.checkpoints.base import open_base
+from starmerge_models.checkpoints.source import resolve
+from starmerge_models.demo.run import ADAPTERS
 
 _TEXT = "Write the past tense of this verb.\nswim"
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.recipe import make_recipe, parse_models
-from starmerge.recipe_file import load_recipe, write_recipe
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.recipe import make_recipe, parse_models
+from starmerge_models.recipe_file import load_recipe, write_recipe
 
 _EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
 

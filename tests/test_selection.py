@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starmerge import selection
-from starmerge.selection import (
+from starmerge_models import selection
+from starmerge_models.selection import (
     BUCKETS,
     SAMPLE,
     Tally,

@@ -15,10 +15,10 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from starmerge.checkpoints.base import open_base
-from starmerge.checkpoints.models import open_model
-from starmerge.checkpoints.source import resolve
-from starmerge.spectral import svd, truncate_and_rescale
+from starmerge_models.checkpoints.base import open_base
+from starmerge_models.checkpoints.models import open_model
+from starmerge_models.checkpoints.source import resolve
+from starmerge_models.spectral import svd, truncate_and_rescale
 
 ETA = 40
 WINDOW = 24
@@ -142,11 +142,11 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=5, help="which q_proj (default: 5)")
     options = parser.parse_args()
     if options.base is None:
-        from starmerge.demo.base_model import prepared_base  # noqa: PLC0415  (needs the demo extra)
+        from starmerge_models.demo.base_model import prepared_base  # noqa: PLC0415  (needs the demo extra)
 
         options.base = prepared_base()
     if options.adapters is None:
-        from starmerge.demo.run import ADAPTERS  # noqa: PLC0415  (needs the demo extra)
+        from starmerge_models.demo.run import ADAPTERS  # noqa: PLC0415  (needs the demo extra)
 
         options.adapters = ADAPTERS
 

@@ -29,10 +29,10 @@ from sklearn.datasets import load_digits
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 from transformers.utils import logging
 
-from starmerge.evaluation.tasks.files import as_yaml
-from starmerge.evaluation.tasks.images import ImageTask
-from starmerge.progress import progress_bar
-from starmerge.storage.publishing import output_folder
+from starmerge_models.evaluation.tasks.files import as_yaml
+from starmerge_models.evaluation.tasks.images import ImageTask
+from starmerge_models.progress import progress_bar
+from starmerge_models.storage.publishing import output_folder
 
 Images = NDArray[np.uint8]
 """Grey images, (n, 8, 8), the strokes light on dark."""

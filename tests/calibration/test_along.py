@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-import starmerge as sm
-from starmerge import UsageError, calibrate, open_metric
-from starmerge.calibration.sources import prompts_of_task, tasks_of
-from starmerge.checkpoints.base import open_base
-from starmerge.checkpoints.source import resolve
+import starmerge_models as sm
+from starmerge_models import UsageError, calibrate, open_metric
+from starmerge_models.calibration.sources import prompts_of_task, tasks_of
+from starmerge_models.checkpoints.base import open_base
+from starmerge_models.checkpoints.source import resolve
 from tests.calibration.test_run import _inputs, _nothing, _readings, _write
 from tests.calibration.tiny import store, texts
 from tests.oracles import moments as of_moments

@@ -16,12 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
-from starmerge import Calibrated, Metric, StarmergeError, UsageError, calibrate, open_metric
-from starmerge.calibration import moments, text
-from starmerge.calibration.text import Reading, Writer
-from starmerge.checkpoints.base import open_base
-from starmerge.checkpoints.source import resolve
-from starmerge.evaluation.models.loading import load_text_model
+from starmerge_models import Calibrated, Metric, StarmergeError, UsageError, calibrate, open_metric
+from starmerge_models.calibration import moments, text
+from starmerge_models.calibration.text import Reading, Writer
+from starmerge_models.checkpoints.base import open_base
+from starmerge_models.checkpoints.source import resolve
+from starmerge_models.evaluation.models.loading import load_text_model
 from tests.calibration.tiny import START, store, texts
 from tests.conftest import edit_json
 from tests.oracles import moments as oracle
@@ -357,8 +357,8 @@ class _Tangled(torch.nn.Module):
 
 
 def test_modules_that_do_not_always_read_the_same_are_told_apart() -> None:
-    from starmerge.calibration.modules import Linear
-    from starmerge.calibration.moments import collect, find_groups
+    from starmerge_models.calibration.modules import Linear
+    from starmerge_models.calibration.moments import collect, find_groups
 
     torch.manual_seed(0)
     model = _Tangled()

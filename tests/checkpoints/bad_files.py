@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-import starmerge
-from starmerge.errors import StarmergeError
-from starmerge.recipe_file import load_recipe
+import starmerge_models
+from starmerge_models.errors import StarmergeError
+from starmerge_models.recipe_file import load_recipe
 
 PATIENCE = 30
 """Seconds; nothing here takes one, unless it hangs."""
@@ -117,10 +117,10 @@ class World:
         return _at(folder)
 
     def merge(self, *models: Path, **options: Any) -> Path:
-        """Merge models into the base by starmerge.merge; default is adapter and fine-tune."""
+        """Merge models into the base by sm.merge; default is adapter and fine-tune."""
         output = self.folder / "merged"
         chosen = models or (self.adapter, self.other)
-        starmerge.merge(self.base, chosen, "average", output=output, threads=1, **options)
+        starmerge_models.merge(self.base, chosen, "average", output=output, threads=1, **options)
         return output
 
     def to_bin(self, *, adapter: bool = False) -> Path:
@@ -295,9 +295,9 @@ def _spoil_recipe(world: World, rng: random.Random) -> None:
 
 def merge_recipe(world: World, file: Path) -> None:
     """Merge by a recipe, as the command line does."""
-    from starmerge.merging.engine import run
-    from starmerge.merging.executors.threads import Threads
-    from starmerge.merging.plan import make_plan
+    from starmerge_models.merging.engine import run
+    from starmerge_models.merging.executors.threads import Threads
+    from starmerge_models.merging.plan import make_plan
 
     run(make_plan(load_recipe(file), world.folder / "merged"), Threads(1))
 

@@ -32,18 +32,18 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from starmerge import merge
-from starmerge.checkpoints import names
-from starmerge.checkpoints.base import open_base
-from starmerge.checkpoints.finetuned import open_finetuned
-from starmerge.checkpoints.lora.adapter import Adapter
-from starmerge.checkpoints.lora.opening import open_adapter
-from starmerge.checkpoints.lora.update import Product
-from starmerge.checkpoints.models import files_of
-from starmerge.checkpoints.names import match_names
-from starmerge.checkpoints.source import resolve
-from starmerge.errors import StarmergeError
-from starmerge.methods.task_arithmetic import TaskArithmetic
+from starmerge_models import merge
+from starmerge_models.checkpoints import names
+from starmerge_models.checkpoints.base import open_base
+from starmerge_models.checkpoints.finetuned import open_finetuned
+from starmerge_models.checkpoints.lora.adapter import Adapter
+from starmerge_models.checkpoints.lora.opening import open_adapter
+from starmerge_models.checkpoints.lora.update import Product
+from starmerge_models.checkpoints.models import files_of
+from starmerge_models.checkpoints.names import match_names
+from starmerge_models.checkpoints.source import resolve
+from starmerge_models.errors import StarmergeError
+from starmerge_models.methods.task_arithmetic import TaskArithmetic
 from tests.oracles import adapters as oracle
 from tests.oracles.bounds import U32
 from tests.oracles.deltas import exact

@@ -19,18 +19,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import starmerge
-from starmerge.checkpoints import aside, filling, renaming
-from starmerge.checkpoints.metric import open_metric
-from starmerge.checkpoints.opening import open_checkpoint, open_safetensors
-from starmerge.checkpoints.renaming import naming
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.evaluation.tasks.files import load_task
-from starmerge.evaluation.tasks.sources import read_file
-from starmerge.evaluation.tasks.suites import load_suite
-from starmerge.methods.notation import read_parameters
-from starmerge.reading import read_json, read_yaml
-from starmerge.storage.local_folder import LocalFile
+import starmerge_models
+from starmerge_models.checkpoints import aside, filling, renaming
+from starmerge_models.checkpoints.metric import open_metric
+from starmerge_models.checkpoints.opening import open_checkpoint, open_safetensors
+from starmerge_models.checkpoints.renaming import naming
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.evaluation.tasks.files import load_task
+from starmerge_models.evaluation.tasks.sources import read_file
+from starmerge_models.evaluation.tasks.suites import load_suite
+from starmerge_models.methods.notation import read_parameters
+from starmerge_models.reading import read_json, read_yaml
+from starmerge_models.storage.local_folder import LocalFile
 from tests.checkpoints.bad_files import (
     World,
     legacy_bytes,
@@ -103,7 +103,7 @@ def test_a_header_of_a_million_tensors_is_refused_before_it_takes_memory(world: 
 
 
 def test_the_bound_on_tensors_is_stated(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("starmerge.checkpoints.opening._MOST_TENSORS", 4)
+    monkeypatch.setattr("starmerge_models.checkpoints.opening._MOST_TENSORS", 4)
     _refuses(world.merge, r"model\.safetensors .* has 5 tensors, and 4 are read at most")
 
 
@@ -295,7 +295,7 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(world: World) -> None:
 def test_adapter_configs(
     world: World, changes: dict[str, object], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("starmerge.checkpoints.lora.config._MATCHING", 0.2)
+    monkeypatch.setattr("starmerge_models.checkpoints.lora.config._MATCHING", 0.2)
     # Long enough names that a pattern needs ages to see that it does not match.
     header, body = split_safetensors(world.adapter / "adapter_model.safetensors")
     longer = {
@@ -544,7 +544,7 @@ def test_names_reach_the_card_as_text(world: World) -> None:
     bad = "x\n\n# Free | <b onclick=1> [go](http://evil.example) ` ``` www.evil.example"
     merged = world.folder / "merged"
     models = {bad: world.adapter, "other": world.other}
-    starmerge.merge(world.base, models, "average", output=merged, threads=1)
+    starmerge_models.merge(world.base, models, "average", output=merged, threads=1)
     card = (merged / "README.md").read_text()
     before, _, after = card.partition("Recipe (")
     assert "\n# Free" not in before

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from starmerge.checkpoints.base import open_base
-from starmerge.checkpoints.models import open_model
-from starmerge.checkpoints.source import resolve
-from starmerge.errors import StarmergeError, UsageError
+from starmerge_models.checkpoints.base import open_base
+from starmerge_models.checkpoints.models import open_model
+from starmerge_models.checkpoints.source import resolve
+from starmerge_models.errors import StarmergeError, UsageError
 from tests.conftest import MakeAdapter, MakeFinetune, edit_json
 
 pytestmark = pytest.mark.usefixtures("answers_at_once")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from starmerge.checkpoints.finetuned import difference
+from starmerge_models.checkpoints.finetuned import difference
 from tests.oracles import samples
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

@@ -6,11 +6,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import starmerge as sm
-from starmerge.checkpoints.base import open_base
-from starmerge.checkpoints.folded import open_folded
-from starmerge.checkpoints.source import resolve
-from starmerge.errors import UsageError
+import starmerge_models as sm
+from starmerge_models.checkpoints.base import open_base
+from starmerge_models.checkpoints.folded import open_folded
+from starmerge_models.checkpoints.source import resolve
+from starmerge_models.errors import UsageError
 
 
 def folded_by_peft(model, *adapters):

@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 
-from starmerge.checkpoints import aside
-from starmerge.checkpoints.opening import open_safetensors
-from starmerge.errors import StarmergeError
+from starmerge_models.checkpoints import aside
+from starmerge_models.checkpoints.opening import open_safetensors
+from starmerge_models.errors import StarmergeError
 from tests.checkpoints.bad_files import (
     KINDS,
     World,

@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from starmerge.checkpoints.hashing import (
+from starmerge_models.checkpoints.hashing import (
     blake3_of_update,
     read_and_hash,
     remembered_blake3_of_tensor,
 )
-from starmerge.checkpoints.opening import open_safetensors
-from starmerge.deltas import Delta, Dense, LowRank, Stored
-from starmerge.storage import local
+from starmerge_models.checkpoints.opening import open_safetensors
+from starmerge_models.deltas import Delta, Dense, LowRank, Stored
+from starmerge_models.storage import local
 
 B, A = torch.randn(6, 2), torch.randn(2, 5)
 W, BASE = torch.randn(6, 5), torch.randn(6, 5)
@@ -109,7 +109,7 @@ def test_the_hash_of_a_file_that_takes_the_name_is_its_own(
     tensor, digest = read_and_hash(info)
     assert digest == blake3(old.numpy().tobytes()).hexdigest()
     with monkeypatch.context() as patched:
-        patched.setattr("starmerge.checkpoints.hashing.read_tensor", lambda info: None)
+        patched.setattr("starmerge_models.checkpoints.hashing.read_tensor", lambda info: None)
         assert remembered_blake3_of_tensor(info) == digest, "it is not read again"
     save_file({"x": new}, tmp_path / "other")
     (tmp_path / "other").replace(file)

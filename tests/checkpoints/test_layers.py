@@ -14,14 +14,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from starmerge.checkpoints.base import open_base
-from starmerge.checkpoints.lora.adapter import Adapter
-from starmerge.checkpoints.lora.dora import dora_delta
-from starmerge.checkpoints.lora.opening import open_adapter
-from starmerge.checkpoints.source import resolve
-from starmerge.checkpoints.tensors import MERGEABLE
-from starmerge.deltas import Dense, LowRank
-from starmerge.errors import StarmergeError, UsageError
+from starmerge_models.checkpoints.base import open_base
+from starmerge_models.checkpoints.lora.adapter import Adapter
+from starmerge_models.checkpoints.lora.dora import dora_delta
+from starmerge_models.checkpoints.lora.opening import open_adapter
+from starmerge_models.checkpoints.source import resolve
+from starmerge_models.checkpoints.tensors import MERGEABLE
+from starmerge_models.deltas import Dense, LowRank
+from starmerge_models.errors import StarmergeError, UsageError
 from tests.conftest import edit_json
 from tests.oracles import adapters as oracle
 from tests.oracles.bounds import U32, gamma
@@ -255,7 +255,7 @@ def test_dora_gives_every_output_its_magnitude_and_its_direction(
 def test_dora_does_not_depend_on_the_panels(panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
     W, B, A, m = _random(0, 9, 5), _random(1, 9, 2), _random(2, 2, 5), _random(3, 9)
     whole = dora_delta(W, LowRank(B, A), m, transposed=False).tensor
-    monkeypatch.setattr("starmerge.checkpoints.lora.dora._PANEL", panel)
+    monkeypatch.setattr("starmerge_models.checkpoints.lora.dora._PANEL", panel)
     other = dora_delta(W, LowRank(B, A), m, transposed=False).tensor
     assert np.allclose(exact(other), exact(whole), rtol=2 * U32, atol=0.0)
 

@@ -40,12 +40,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-import starmerge as sm
-from starmerge.checkpoints.base import open_base
-from starmerge.checkpoints.configs import compare_configs
-from starmerge.checkpoints.finetuned import open_finetuned
-from starmerge.checkpoints.source import resolve
-from starmerge.merging.verify import verify
+import starmerge_models as sm
+from starmerge_models.checkpoints.base import open_base
+from starmerge_models.checkpoints.configs import compare_configs
+from starmerge_models.checkpoints.finetuned import open_finetuned
+from starmerge_models.checkpoints.source import resolve
+from starmerge_models.merging.verify import verify
 from tests.conftest import edit_json
 
 pytestmark = pytest.mark.usefixtures("answers_at_once")

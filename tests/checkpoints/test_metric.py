@@ -11,11 +11,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from starmerge.checkpoints.base import open_base
-from starmerge.checkpoints.hashing import blake3_of
-from starmerge.checkpoints.metric import KEY, MetricWriter, open_metric
-from starmerge.checkpoints.source import resolve
-from starmerge.errors import StarmergeError, UsageError
+from starmerge_models.checkpoints.base import open_base
+from starmerge_models.checkpoints.hashing import blake3_of
+from starmerge_models.checkpoints.metric import KEY, MetricWriter, open_metric
+from starmerge_models.checkpoints.source import resolve
+from starmerge_models.errors import StarmergeError, UsageError
 from tests.conftest import MakeFinetune
 
 _Q, _K, _DOWN = (

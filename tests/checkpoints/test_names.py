@@ -11,12 +11,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from starmerge.checkpoints.base import Base, open_base
-from starmerge.checkpoints.lora.opening import open_adapter
-from starmerge.checkpoints.names import match_names
-from starmerge.checkpoints.opening import open_safetensors
-from starmerge.checkpoints.source import Source, resolve
-from starmerge.errors import StarmergeError
+from starmerge_models.checkpoints.base import Base, open_base
+from starmerge_models.checkpoints.lora.opening import open_adapter
+from starmerge_models.checkpoints.names import match_names
+from starmerge_models.checkpoints.opening import open_safetensors
+from starmerge_models.checkpoints.source import Source, resolve
+from starmerge_models.errors import StarmergeError
 from tests.conftest import MakeAdapter
 
 pytestmark = pytest.mark.usefixtures("answers_at_once")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starmerge.checkpoints.references import (
+from starmerge_models.checkpoints.references import (
     Cut,
     Piece,
     map_reference,
@@ -12,7 +12,7 @@ from starmerge.checkpoints.references import (
     parse_reference,
     spell,
 )
-from starmerge.errors import UsageError
+from starmerge_models.errors import UsageError
 
 
 @pytest.mark.parametrize(

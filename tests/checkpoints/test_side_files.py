@@ -14,10 +14,10 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-import starmerge as sm
-from starmerge.checkpoints.side_files import side_files, too_long
-from starmerge.checkpoints.source import resolve
-from starmerge.errors import StarmergeError
+import starmerge_models as sm
+from starmerge_models.checkpoints.side_files import side_files, too_long
+from starmerge_models.checkpoints.source import resolve
+from starmerge_models.errors import StarmergeError
 from tests.conftest import MakeAdapter
 
 COPIED = [

@@ -25,9 +25,9 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-import starmerge as sm
-from starmerge.checkpoints.layers import is_before_layers, is_of
-from starmerge.errors import UsageError
+import starmerge_models as sm
+from starmerge_models.checkpoints.layers import is_before_layers, is_of
+from starmerge_models.errors import UsageError
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
 LLAMA = {**SMALL, "num_hidden_layers": 4, "num_key_value_heads": 1, "tie_word_embeddings": False}

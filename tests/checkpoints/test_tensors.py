@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from starmerge.checkpoints.opening import open_checkpoint, open_safetensors
-from starmerge.checkpoints.tensors import DTYPES, raw_bytes
-from starmerge.errors import StarmergeError
-from starmerge.storage.local_folder import LocalFile
+from starmerge_models.checkpoints.opening import open_checkpoint, open_safetensors
+from starmerge_models.checkpoints.tensors import DTYPES, raw_bytes
+from starmerge_models.errors import StarmergeError
+from starmerge_models.storage.local_folder import LocalFile
 
 
 def test_reads_every_dtype_and_shape_as_safetensors_does(tmp_path: Path) -> None:

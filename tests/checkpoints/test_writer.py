@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from starmerge.checkpoints.opening import open_checkpoint, open_safetensors
-from starmerge.checkpoints.tensors import Derived
-from starmerge.checkpoints.writer import OutputTensor, ShardWriter
-from starmerge.storage.local_folder import LocalFolder
+from starmerge_models.checkpoints.opening import open_checkpoint, open_safetensors
+from starmerge_models.checkpoints.tensors import Derived
+from starmerge_models.checkpoints.writer import OutputTensor, ShardWriter
+from starmerge_models.storage.local_folder import LocalFolder
 
 
 def _planned(name: str, tensor: torch.Tensor) -> OutputTensor:

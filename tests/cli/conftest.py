@@ -15,7 +15,7 @@ from tests.forks import Forks
 
 _LOADED = (
     *("transformers", "peft", "pandas"),
-    *("starmerge.evaluation.runner", "starmerge.study.choose"),
+    *("starmerge_models.evaluation.runner", "starmerge_models.study.choose"),
 )
 
 
@@ -33,7 +33,7 @@ def starmerge(loaded: Forks) -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(
         *arguments: object, cwd: Path | None = None, **options: Any
     ) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "starmerge", *map(str, arguments)]
+        command = [sys.executable, "-m", "starmerge_models", *map(str, arguments)]
         if options:
             return subprocess.run(
                 command, capture_output=True, text=True, check=False, cwd=cwd, **options

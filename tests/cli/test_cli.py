@@ -14,7 +14,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
-from starmerge import open_metric
+from starmerge_models import open_metric
 from tests.calibration.tiny import store
 from tests.conftest import MakeAdapter, MakeFinetune, MakeMetric
 
@@ -328,7 +328,14 @@ def test_a_disk_that_fails_in_the_middle_loses_nothing(
     out = tmp_path / "out"
     out.mkdir()
     (out / "merge_report.json").write_text("kept")
-    command = [sys.executable, "-m", "starmerge", "merge", tiny_base, make_adapter("adapter")]
+    command = [
+        sys.executable,
+        "-m",
+        "starmerge_models",
+        "merge",
+        tiny_base,
+        make_adapter("adapter"),
+    ]
     script = f"ulimit -f 50; {shlex.join([*map(str, command), '-o', str(out), '--overwrite'])}"
     finished = subprocess.run(
         ["bash", "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path

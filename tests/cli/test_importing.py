@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from starmerge.cli.importing import importing
+from starmerge_models.cli.importing import importing
 from tests.conftest import MakeAdapter
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -31,14 +31,14 @@ def _imported(stderr: str) -> set[str]:
 
 def test_the_package_imports_nothing_heavy() -> None:
     finished = subprocess.run(
-        [sys.executable, "-c", "import starmerge"],
+        [sys.executable, "-c", "import starmerge_models"],
         capture_output=True,
         text=True,
         check=True,
         env=_PROFILED,
     )
     imported = _imported(finished.stderr)
-    assert "starmerge" in imported
+    assert "starmerge_models" in imported
     assert not imported & {"typer", "rich"}
     assert not imported & (_FOR_MERGES | _FOR_SOME_MERGES | _NOT_FOR_MERGES)
 
@@ -93,7 +93,7 @@ def test_a_command_ends_without_a_search_for_garbage() -> None:
     script = (
         "import atexit, gc, sys\n"
         "atexit.register(lambda: print(len(gc.get_objects())))  # runs last\n"
-        "from starmerge.cli import main\n"
+        "from starmerge_models.cli import main\n"
         "sys.argv = ['starmerge', '--version']\n"
         "main()\n"
     )

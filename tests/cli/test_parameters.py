@@ -5,12 +5,12 @@ import pickle
 
 import pytest
 
-from starmerge import Star, Ties
-from starmerge.cli.parameters import parameters_of
-from starmerge.errors import UsageError
-from starmerge.methods.method import make_method
-from starmerge.methods.pipeline import as_pipeline, make_pipeline
-from starmerge.study.candidates import candidate_name
+from starmerge_models import Star, Ties
+from starmerge_models.cli.parameters import parameters_of
+from starmerge_models.errors import UsageError
+from starmerge_models.methods.method import make_method
+from starmerge_models.methods.pipeline import as_pipeline, make_pipeline
+from starmerge_models.study.candidates import candidate_name
 
 
 def test_parameters_are_those_of_their_method() -> None:

@@ -10,9 +10,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-import starmerge as sm
-from starmerge.errors import UsageError
-from starmerge.recipe_file import load_recipe, load_recipes
+import starmerge_models as sm
+from starmerge_models.errors import UsageError
+from starmerge_models.recipe_file import load_recipe, load_recipes
 from tests.conftest import MakeAdapter, MakeFinetune
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

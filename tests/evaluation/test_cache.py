@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from platformdirs import user_cache_path
 from safetensors.torch import load_file, save_file
 
-import starmerge
-from starmerge.checkpoints.hashing import remembered_blake3_of
-from starmerge.evaluation.cache import Record, ScoreCache, score_key
+import starmerge_models
+from starmerge_models.checkpoints.hashing import remembered_blake3_of
+from starmerge_models.evaluation.cache import Record, ScoreCache, score_key
 from tests.conftest import edit_json
 
-ADAPTERS = Path(starmerge.__file__).parent / "demo" / "adapters"
+ADAPTERS = Path(starmerge_models.__file__).parent / "demo" / "adapters"
 RECORDS: list[Record] = [
     {"response": "four", "shortened": False},
     {"response": 'a "b"\n\r\u2028 ß 四\0', "shortened": True},
@@ -157,12 +157,14 @@ def test_a_file_of_a_subfolder_counts(model: tuple[Path, Path]) -> None:
     assert _key(*model) != key
 
 
-@pytest.mark.parametrize("package", ["torch", "transformers", "tokenizers", "peft", "starmerge"])
+@pytest.mark.parametrize(
+    "package", ["torch", "transformers", "tokenizers", "peft", "starmerge-models"]
+)
 def test_another_version_of_a_package_is_a_miss(
     model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
     key = _key(*model)
-    installed = tmp_path / "site" / f"{package}-99.0.dist-info"
+    installed = tmp_path / "site" / f"{package.replace('-', '_')}-99.0.dist-info"
     installed.mkdir(parents=True)
     (installed / "METADATA").write_text(f"Name: {package}\nVersion: 99.0\n")
     monkeypatch.syspath_prepend(installed.parent)
@@ -170,13 +172,13 @@ def test_another_version_of_a_package_is_a_miss(
 
 
 def test_changed_code_of_the_evaluation_is_a_miss(model: tuple[Path, Path], tmp_path: Path) -> None:
-    source = Path(starmerge.__file__).parent
-    package = tmp_path / "site" / "starmerge"
+    source = Path(starmerge_models.__file__).parent
+    package = tmp_path / "site" / "starmerge_models"
     shutil.copytree(source, package, ignore=shutil.ignore_patterns("adapters", "__pycache__"))
     key = f"score_key([Path({str(model[1])!r})], {{}}, device='cpu', dtype='float32')"
     code = f"""
 from pathlib import Path
-from starmerge.evaluation.cache import score_key
+from starmerge_models.evaluation.cache import score_key
 print({key})
 with Path({str(package / "evaluation" / "models" / "prompts.py")!r}).open("a") as file:
     file.write("#")
@@ -281,7 +283,7 @@ def test_a_folder_in_a_files_place_is_absent(tmp_path: Path) -> None:
 def test_processes_that_write_one_file_at_once_leave_a_whole_one(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path;"
-        "from starmerge.evaluation.cache import ScoreCache;"
+        "from starmerge_models.evaluation.cache import ScoreCache;"
         "cache = ScoreCache(Path(sys.argv[1]));"
         "records = [{'response': sys.argv[3] * 1000}] * 50;"
         "[cache.put(sys.argv[2], records) for _ in range(100)]"

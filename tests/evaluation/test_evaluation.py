@@ -12,17 +12,17 @@ import pandas as pd
 import pytest
 from blake3 import blake3
 
-import starmerge as sm
-from starmerge.evaluation.cache import ScoreCache
-from starmerge.evaluation.evaluation import SCHEMA, Evaluation
-from starmerge.evaluation.results import load_results, write_results
-from starmerge.evaluation.runner import answers, check, evaluate
-from starmerge.evaluation.scoring.metrics import Prediction, score
-from starmerge.evaluation.settings import Settings
-from starmerge.evaluation.subjects import groups
-from starmerge.evaluation.table import markdown, notes
-from starmerge.evaluation.tasks import task_of_rows
-from starmerge.progress import Progress
+import starmerge_models as sm
+from starmerge_models.evaluation.cache import ScoreCache
+from starmerge_models.evaluation.evaluation import SCHEMA, Evaluation
+from starmerge_models.evaluation.results import load_results, write_results
+from starmerge_models.evaluation.runner import answers, check, evaluate
+from starmerge_models.evaluation.scoring.metrics import Prediction, score
+from starmerge_models.evaluation.settings import Settings
+from starmerge_models.evaluation.subjects import groups
+from starmerge_models.evaluation.table import markdown, notes
+from starmerge_models.evaluation.tasks import task_of_rows
+from starmerge_models.progress import Progress
 from tests.evaluation.tiny_world import World, make_world
 
 RANK = Settings("rank", rows=6)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from starmerge.errors import UsageError
-from starmerge.evaluation.evaluation import Evaluation
-from starmerge.evaluation.flat import check_flat, task_set, write_flat
-from starmerge.evaluation.scoring.metrics import Prediction, Score, score
+from starmerge_models.errors import UsageError
+from starmerge_models.evaluation.evaluation import Evaluation
+from starmerge_models.evaluation.flat import check_flat, task_set, write_flat
+from starmerge_models.evaluation.scoring.metrics import Prediction, Score, score
 
 
 def _score(right: int, n: int) -> Score:

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.evaluation.evaluation import Evaluation
-from starmerge.evaluation.results import check_results, load_results, write_results
-from starmerge.evaluation.scoring.metrics import Prediction, score
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.evaluation.evaluation import Evaluation
+from starmerge_models.evaluation.results import check_results, load_results, write_results
+from starmerge_models.evaluation.scoring.metrics import Prediction, score
 
 TABLE = "| task | base |\n|------|------|\n| NA   | 0.50 |"
 FORMATS = ["parquet", "jsonl"]

@@ -9,21 +9,21 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-import starmerge as sm
-from starmerge.demo.run import ADAPTERS
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.evaluation import subjects
-from starmerge.evaluation.cache import ScoreCache
-from starmerge.evaluation.evaluation import Evaluation
-from starmerge.evaluation.results import load_results, write_results
-from starmerge.evaluation.runner import evaluate
-from starmerge.evaluation.scoring.metrics import Prediction, Score, score
-from starmerge.evaluation.settings import Settings
-from starmerge.evaluation.table import differences, markdown, notes, report
-from starmerge.evaluation.tasks import find_task
-from starmerge.evaluation.tasks.sources import FileSource
-from starmerge.evaluation.tasks.task import Task
-from starmerge.study.figures import plot_scores
+import starmerge_models as sm
+from starmerge_models.demo.run import ADAPTERS
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.evaluation import subjects
+from starmerge_models.evaluation.cache import ScoreCache
+from starmerge_models.evaluation.evaluation import Evaluation
+from starmerge_models.evaluation.results import load_results, write_results
+from starmerge_models.evaluation.runner import evaluate
+from starmerge_models.evaluation.scoring.metrics import Prediction, Score, score
+from starmerge_models.evaluation.settings import Settings
+from starmerge_models.evaluation.table import differences, markdown, notes, report
+from starmerge_models.evaluation.tasks import find_task
+from starmerge_models.evaluation.tasks.sources import FileSource
+from starmerge_models.evaluation.tasks.task import Task
+from starmerge_models.study.figures import plot_scores
 from tests.evaluation.tiny_world import make_world
 
 FEW = Settings(rows=12)

@@ -9,10 +9,10 @@ from peft import LoraConfig, get_peft_model
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM
 
-from starmerge.evaluation.runner import evaluate
-from starmerge.evaluation.settings import Settings
-from starmerge.evaluation.tasks.sources import FileSource, Sample
-from starmerge.evaluation.tasks.task import Task
+from starmerge_models.evaluation.runner import evaluate
+from starmerge_models.evaluation.settings import Settings
+from starmerge_models.evaluation.tasks.sources import FileSource, Sample
+from starmerge_models.evaluation.tasks.task import Task
 from tests.evaluation.models.tiny_models import make, tokenizer
 
 LABELS = ("w10", "w11", "w13")

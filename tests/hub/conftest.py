@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import starmerge as sm
+import starmerge_models as sm
 from tests.hub.fake_hub import FakeHub, serving
 
 # It does not look like a token of the Hub, so that nothing knows it by its looks.

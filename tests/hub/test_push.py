@@ -18,13 +18,13 @@ import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
 
-import starmerge as sm
-from starmerge.checkpoints.source import resolve
-from starmerge.evaluation.cache import blake3_of_model
-from starmerge.events import Retry
-from starmerge.hub import push as pushing
-from starmerge.hub.merged import open_merged
-from starmerge.hub.talking import without_secrets
+import starmerge_models as sm
+from starmerge_models.checkpoints.source import resolve
+from starmerge_models.evaluation.cache import blake3_of_model
+from starmerge_models.events import Retry
+from starmerge_models.hub import push as pushing
+from starmerge_models.hub.merged import open_merged
+from starmerge_models.hub.talking import without_secrets
 from tests.hub.conftest import TOKEN
 from tests.hub.fake_hub import SIGNATURE, FakeHub, Fault
 
@@ -115,7 +115,7 @@ def test_a_push_that_is_killed_goes_on(
     hub: FakeHub, many: Path, environment: dict[str, str]
 ) -> None:
     hub.faults = [Fault("PUT", "/upload/", "stall", times=1)]
-    command = [sys.executable, "-m", "starmerge", "push", str(many), REPO]
+    command = [sys.executable, "-m", "starmerge_models", "push", str(many), REPO]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     try:
         assert hub.stalled.wait(60)

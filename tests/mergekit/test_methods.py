@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from starmerge.deltas import Dense, LowRank
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.mergekit.family import outlier_mask
-from starmerge.mergekit.method import Mergekit
+from starmerge_models.deltas import Dense, LowRank
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.mergekit.family import outlier_mask
+from starmerge_models.mergekit.method import Mergekit
 from tests.merge_one import merge_one
 from tests.oracles import mergekit as oracle
 from tests.oracles import samples

@@ -9,11 +9,11 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
-from starmerge.errors import UsageError
-from starmerge.merging.engine import run
-from starmerge.merging.executors.threads import Threads
-from starmerge.merging.plan import make_plan
-from starmerge.recipe_file import load_recipe
+from starmerge_models.errors import UsageError
+from starmerge_models.merging.engine import run
+from starmerge_models.merging.executors.threads import Threads
+from starmerge_models.merging.plan import make_plan
+from starmerge_models.recipe_file import load_recipe
 
 
 @pytest.fixture

@@ -11,19 +11,19 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from starmerge.checkpoints.layers import layers
-from starmerge.deltas import Dense
-from starmerge.errors import UsageError
-from starmerge.mergekit.family import FAMILY, agree
-from starmerge.mergekit.settings import PARAMETERS, Setting, resolve
-from starmerge.merging.engine import run
-from starmerge.merging.executors.threads import Threads
-from starmerge.merging.plan import make_plan
-from starmerge.merging.verify import verify
-from starmerge.methods import Sce
-from starmerge.methods.kinds.masks import chances_by_rank, l1_factor
-from starmerge.recipe import Recipe, make_recipe
-from starmerge.recipe_file import load_recipe
+from starmerge_models.checkpoints.layers import layers
+from starmerge_models.deltas import Dense
+from starmerge_models.errors import UsageError
+from starmerge_models.mergekit.family import FAMILY, agree
+from starmerge_models.mergekit.settings import PARAMETERS, Setting, resolve
+from starmerge_models.merging.engine import run
+from starmerge_models.merging.executors.threads import Threads
+from starmerge_models.merging.plan import make_plan
+from starmerge_models.merging.verify import verify
+from starmerge_models.methods import Sce
+from starmerge_models.methods.kinds.masks import chances_by_rank, l1_factor
+from starmerge_models.recipe import Recipe, make_recipe
+from starmerge_models.recipe_file import load_recipe
 from tests.golden.mergekit.inputs import CONFIG, DTYPES, MODELS, model_tensors, shapes
 from tests.merge_one import merge_one
 from tests.oracles import dare as dare_oracle

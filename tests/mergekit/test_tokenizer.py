@@ -6,11 +6,11 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from starmerge.mergekit.recipe import translate
-from starmerge.merging.engine import run
-from starmerge.merging.executors.threads import Threads
-from starmerge.merging.plan import make_plan
-from starmerge.recipe_file import load_recipe
+from starmerge_models.mergekit.recipe import translate
+from starmerge_models.merging.engine import run
+from starmerge_models.merging.executors.threads import Threads
+from starmerge_models.merging.plan import make_plan
+from starmerge_models.recipe_file import load_recipe
 from tests.merging.test_vocabulary import TABLES, base, tune
 
 __all__ = ["base", "tune"]  # fixtures

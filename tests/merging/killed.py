@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import starmerge as sm
-from starmerge.merging import journal
+import starmerge_models as sm
+from starmerge_models.merging import journal
 from tests.forks import tree, watch
 
 

@@ -19,11 +19,11 @@ from transformers import (
     ViTForImageClassification,
 )
 
-import starmerge as sm
-from starmerge.checkpoints.tensors import raw_bytes
-from starmerge.deltas import Delta, Dense, LowRank
-from starmerge.demo.run import ADAPTERS
-from starmerge.errors import StarmergeError, UsageError
+import starmerge_models as sm
+from starmerge_models.checkpoints.tensors import raw_bytes
+from starmerge_models.deltas import Delta, Dense, LowRank
+from starmerge_models.demo.run import ADAPTERS
+from starmerge_models.errors import StarmergeError, UsageError
 from tests.conftest import MakeAdapter, MakeFinetune
 from tests.oracles import samples
 

@@ -20,7 +20,7 @@ from transformers import (
     ViTConfig,
 )
 
-import starmerge as sm
+import starmerge_models as sm
 
 _DECODER = {
     "vocab_size": 64,

@@ -19,14 +19,14 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import starmerge as sm
-from starmerge.recipe_file import load_recipe
+import starmerge_models as sm
+from starmerge_models.recipe_file import load_recipe
 from tests.conftest import MakeAdapter, MakeFinetune, edit_json
 from tests.oracles import star as oracle
 
 # A process started in the background of a shell ignores SIGINT unless told otherwise.
 _RUN = (
-    "import signal, sys, starmerge as sm\n"
+    "import signal, sys, starmerge_models as sm\n"
     "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     "sm.merge(sys.argv[1], sys.argv[2:-1], output=sys.argv[-1])\n"
 )
@@ -312,7 +312,7 @@ def _big_adapter(folder: Path, *, tensors: int, megabytes: int) -> None:
 
 _PRESSED = """
 import resource, sys, threading
-import starmerge as sm
+import starmerge_models as sm
 case, threads, memory, allowance = sys.argv[1], *map(int, sys.argv[2:])
 method, _, rank = case.partition(" to rank ")
 models = ["adapter"] if method == "star" else ["tuned-1", "tuned-2"]

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starmerge.deltas import Dense, LowRank
-from starmerge.merging.fold import FOLD_ENTRIES, factors_of, fold
+from starmerge_models.deltas import Dense, LowRank
+from starmerge_models.merging.fold import FOLD_ENTRIES, factors_of, fold
 from tests.oracles import bounds, rounding, samples
 from tests.oracles import deltas as oracle
 

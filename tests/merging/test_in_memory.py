@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-import starmerge
-from starmerge import Average, Dense, LowRank, Star, TaskArithmetic, merge_state
-from starmerge.merging.fold import fold
+import starmerge_models
+from starmerge_models import Average, Dense, LowRank, Star, TaskArithmetic, merge_state
+from starmerge_models.merging.fold import fold
 from tests.oracles import bounds, linear, samples, star
 from tests.oracles import deltas as oracle
 
@@ -165,10 +165,10 @@ def test_torch_s_default_dtype_changes_nothing(method, kind, dtype, request):
 
 
 def test_the_public_names():
-    assert starmerge.merge_state is merge_state
-    assert sorted(starmerge.__all__) == dir(starmerge)
-    for name in set(starmerge.__all__) - {"Delta"}:  # which is either of two classes
-        assert getattr(starmerge, name).__name__ == name
+    assert starmerge_models.merge_state is merge_state
+    assert sorted(starmerge_models.__all__) == dir(starmerge_models)
+    for name in set(starmerge_models.__all__) - {"Delta"}:  # which is either of two classes
+        assert getattr(starmerge_models, name).__name__ == name
 
 
 @pytest.mark.parametrize("method", ["average", "ties", "star", "iso_c", "dare"])

@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import starmerge as sm
-from starmerge.checkpoints.base import open_base
-from starmerge.checkpoints.models import open_model
-from starmerge.checkpoints.source import resolve
-from starmerge.errors import UsageError
-from starmerge.merging.fold import fold
-from starmerge.methods import METHODS, Merge, as_pipeline, make_method
+import starmerge_models as sm
+from starmerge_models.checkpoints.base import open_base
+from starmerge_models.checkpoints.models import open_model
+from starmerge_models.checkpoints.source import resolve
+from starmerge_models.errors import UsageError
+from starmerge_models.merging.fold import fold
+from starmerge_models.methods import METHODS, Merge, as_pipeline, make_method
 from tests.conftest import MakeAdapter, MakeFinetune
 
 _IN_MEMORY = sorted(

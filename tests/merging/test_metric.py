@@ -12,19 +12,19 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import starmerge as sm
-from starmerge.checkpoints.base import open_base
-from starmerge.checkpoints.hashing import blake3_of
-from starmerge.checkpoints.metric import Metric
-from starmerge.checkpoints.models import open_model
-from starmerge.checkpoints.source import resolve
-from starmerge.checkpoints.tensors import Checkpoint
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.merging.fold import fold
-from starmerge.merging.plan import Plan, make_plan
-from starmerge.recipe import make_recipe
-from starmerge.recipe_file import load_recipe
-from starmerge.spectral.metric import Inputs
+import starmerge_models as sm
+from starmerge_models.checkpoints.base import open_base
+from starmerge_models.checkpoints.hashing import blake3_of
+from starmerge_models.checkpoints.metric import Metric
+from starmerge_models.checkpoints.models import open_model
+from starmerge_models.checkpoints.source import resolve
+from starmerge_models.checkpoints.tensors import Checkpoint
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.merging.fold import fold
+from starmerge_models.merging.plan import Plan, make_plan
+from starmerge_models.recipe import make_recipe
+from starmerge_models.recipe_file import load_recipe
+from starmerge_models.spectral.metric import Inputs
 from tests.calibration.tiny import store
 from tests.conftest import MakeAdapter, MakeFinetune, MakeMetric
 from tests.merge_one import merge_one

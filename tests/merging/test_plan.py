@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from starmerge.checkpoints.tensors import Checkpoint
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.merging.plan import Plan, make_plan
-from starmerge.recipe import make_recipe
-from starmerge.storage.local_folder import LocalFolder
+from starmerge_models.checkpoints.tensors import Checkpoint
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.merging.plan import Plan, make_plan
+from starmerge_models.recipe import make_recipe
+from starmerge_models.storage.local_folder import LocalFolder
 from tests.conftest import MakeAdapter, MakeFinetune, edit_json
 
 

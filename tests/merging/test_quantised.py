@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import starmerge as sm
-from starmerge.errors import UsageError
-from starmerge.merging.plan import make_plan
-from starmerge.recipe import Recipe
+import starmerge_models as sm
+from starmerge_models.errors import UsageError
+from starmerge_models.merging.plan import make_plan
+from starmerge_models.recipe import Recipe
 from tests.checkpoints.quantised.stored import gptq_model
 from tests.conftest import MakeAdapter, MakeFinetune, edit_json
 

@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
-import starmerge as sm
-from starmerge.merging import journal as journals
-from starmerge.merging.engine import run
-from starmerge.merging.executors.threads import Threads
-from starmerge.merging.journal import JOURNAL, fingerprint
-from starmerge.merging.plan import make_plan
-from starmerge.recipe import make_recipe
-from starmerge.storage.local_folder import LocalFile, LocalFolder
+import starmerge_models as sm
+from starmerge_models.merging import journal as journals
+from starmerge_models.merging.engine import run
+from starmerge_models.merging.executors.threads import Threads
+from starmerge_models.merging.journal import JOURNAL, fingerprint
+from starmerge_models.merging.plan import make_plan
+from starmerge_models.recipe import make_recipe
+from starmerge_models.storage.local_folder import LocalFile, LocalFolder
 from tests.checkpoints.quantised.stored import gptq_model
 from tests.conftest import MakeAdapter, MakeFinetune
 

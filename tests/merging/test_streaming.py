@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import starmerge as sm
+import starmerge_models as sm
 from tests.conftest import MakeAdapter, MakeFinetune
 
 _METHODS = (

@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import starmerge as sm
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.mergekit.method import Mergekit
-from starmerge.merging.fold import fold
-from starmerge.methods import METHODS, make_pipeline
-from starmerge.spectral import svd
+import starmerge_models as sm
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.mergekit.method import Mergekit
+from starmerge_models.merging.fold import fold
+from starmerge_models.methods import METHODS, make_pipeline
+from starmerge_models.spectral import svd
 from tests.conftest import MakeAdapter, MakeFinetune, MakeMetric, edit_json
 
 _METHODS = sorted(METHODS.keys() - {"emr", "mergekit"})
@@ -251,7 +251,7 @@ def test_what_is_loaded_needs_no_files(tmp_path: Path) -> None:
     # that was shortened would end.
     program = """if True:
         import os, resource, sys
-        import starmerge as sm
+        import starmerge_models as sm
         base, *models = sys.argv[1:]
         resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
         vectors = sm.load_task_vectors(base, models)

@@ -11,10 +11,10 @@ import torch
 from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
-import starmerge as sm
-from starmerge.checkpoints.hashing import blake3_of_contents
-from starmerge.checkpoints.opening import open_safetensors
-from starmerge.merging.verify import verify
+import starmerge_models as sm
+from starmerge_models.checkpoints.hashing import blake3_of_contents
+from starmerge_models.checkpoints.opening import open_safetensors
+from starmerge_models.merging.verify import verify
 from tests.conftest import MakeAdapter
 
 _KINDS: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -27,14 +27,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-import starmerge as sm
-from starmerge.demo.base_model import prepared_base
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.merging.engine import run
-from starmerge.merging.executors.threads import Threads
-from starmerge.merging.plan import make_plan
-from starmerge.recipe import make_recipe
-from starmerge.recipe_file import load_recipe, write_recipe
+import starmerge_models as sm
+from starmerge_models.demo.base_model import prepared_base
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.merging.engine import run
+from starmerge_models.merging.executors.threads import Threads
+from starmerge_models.merging.plan import make_plan
+from starmerge_models.recipe import make_recipe
+from starmerge_models.recipe_file import load_recipe, write_recipe
 from tests.conftest import MakeMetric, edit_json
 
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import starmerge as sm
-from starmerge.errors import UsageError
-from starmerge.methods import Auto, make_pipeline
-from starmerge.recipe_file import load_recipe
+import starmerge_models as sm
+from starmerge_models.errors import UsageError
+from starmerge_models.methods import Auto, make_pipeline
+from starmerge_models.recipe_file import load_recipe
 from tests.conftest import MakeAdapter, MakeFinetune
 from tests.oracles import samples, spectral
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from starmerge.deltas import Dense, LowRank
-from starmerge.methods import Average
+from starmerge_models.deltas import Dense, LowRank
+from starmerge_models.methods import Average
 from tests.merge_one import merge_one
 from tests.oracles import bounds, linear, samples
 

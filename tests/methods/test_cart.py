@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 
-from starmerge.errors import UsageError
-from starmerge.methods import Average, Cart, make_method
+from starmerge_models.errors import UsageError
+from starmerge_models.methods import Average, Cart, make_method
 from tests.oracles import cart, linear, samples, spectral, tsv_m
 
 WEIGHTS = [1.0, 0.5, 2.0, 4.0]

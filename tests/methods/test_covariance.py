@@ -6,9 +6,9 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from starmerge.errors import UsageError
-from starmerge.methods import Covariance, make_method
-from starmerge.methods.covariance import mean_cosine, overlapping_side
+from starmerge_models.errors import UsageError
+from starmerge_models.methods import Covariance, make_method
+from starmerge_models.methods.covariance import mean_cosine, overlapping_side
 from tests.oracles import covariance, samples, spectral
 
 WEIGHTS = [1.0, 0.5, 2.0, 4.0]

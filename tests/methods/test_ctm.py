@@ -5,9 +5,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from starmerge.deltas import Dense, LowRank
-from starmerge.errors import UsageError
-from starmerge.methods import Ctm, make_method
+from starmerge_models.deltas import Dense, LowRank
+from starmerge_models.errors import UsageError
+from starmerge_models.methods import Ctm, make_method
 from tests.oracles import ctm, samples, spectral
 
 WEIGHTS = [1.0, 0.5, -2.0, 4.0]

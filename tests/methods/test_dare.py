@@ -13,13 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import starmerge
-from starmerge import merge_state
-from starmerge.deltas import Dense, LowRank
-from starmerge.errors import UsageError
-from starmerge.methods import Dare, TensorContext, make_pipeline
-from starmerge.methods.dare import Draws, kept
-from starmerge.methods.kinds import entrywise
+import starmerge_models
+from starmerge_models import merge_state
+from starmerge_models.deltas import Dense, LowRank
+from starmerge_models.errors import UsageError
+from starmerge_models.methods import Dare, TensorContext, make_pipeline
+from starmerge_models.methods.dare import Draws, kept
+from starmerge_models.methods.kinds import entrywise
 from tests.oracles import bounds, dare, models, samples
 from tests.oracles.ties import ties
 
@@ -249,7 +249,7 @@ def test_files_in_any_order_merge_to_the_same_bytes(tiny_base, make_finetune, tm
     for order in (["law", "maths"], ["maths", "law"]):
         output = tmp_path / "-".join(order)
         given = {name: folders[name] for name in order}
-        starmerge.merge(tiny_base, given, "dare+task_arithmetic", output=output)
+        starmerge_models.merge(tiny_base, given, "dare+task_arithmetic", output=output)
         [file] = output.glob("*.safetensors")
         written.append(file.read_bytes())
     assert written[0] == written[1]

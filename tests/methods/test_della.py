@@ -6,12 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starmerge import merge_state
-from starmerge.deltas import Dense
-from starmerge.errors import UsageError
-from starmerge.methods import Della, make_method, make_pipeline
-from starmerge.methods.kinds import entrywise
-from starmerge.methods.kinds.masks import chances_by_rank, l1_factor, largest, masked
+from starmerge_models import merge_state
+from starmerge_models.deltas import Dense
+from starmerge_models.errors import UsageError
+from starmerge_models.methods import Della, make_method, make_pipeline
+from starmerge_models.methods.kinds import entrywise
+from starmerge_models.methods.kinds.masks import chances_by_rank, l1_factor, largest, masked
 from tests.oracles import bounds, dare, della, models, samples, weights
 
 

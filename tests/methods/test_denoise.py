@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from starmerge.deltas import Dense, Stored
+from starmerge_models.deltas import Dense, Stored
 from tests.merge_one import merge_one
 from tests.oracles import deltas as oracle
 from tests.oracles import samples

@@ -6,12 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starmerge import UsageError, merge_state
-from starmerge.deltas import Dense
-from starmerge.methods import make_pipeline
-from starmerge.methods.emr import Emr, emr, masks_of
-from starmerge.methods.kinds import entrywise
-from starmerge.methods.method import Deltas, TensorContext
+from starmerge_models import UsageError, merge_state
+from starmerge_models.deltas import Dense
+from starmerge_models.methods import make_pipeline
+from starmerge_models.methods.emr import Emr, emr, masks_of
+from starmerge_models.methods.kinds import entrywise
+from starmerge_models.methods.method import Deltas, TensorContext
 from tests.oracles import bounds, samples
 from tests.oracles import emr as oracle
 

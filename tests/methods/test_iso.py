@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 
-from starmerge.deltas import LowRank
-from starmerge.errors import UsageError
-from starmerge.methods import IsoC, IsoCts, make_method
+from starmerge_models.deltas import LowRank
+from starmerge_models.errors import UsageError
+from starmerge_models.methods import IsoC, IsoCts, make_method
 from tests.oracles import iso, samples, spectral, tsv_m
 
 WEIGHTS = [1.0, 0.5, -2.0, 4.0]

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from starmerge.deltas import Dense, LowRank
-from starmerge.errors import UsageError
-from starmerge.merging.in_memory import merge_state
-from starmerge.methods import Knots, make_method
+from starmerge_models.deltas import Dense, LowRank
+from starmerge_models.errors import UsageError
+from starmerge_models.merging.in_memory import merge_state
+from starmerge_models.methods import Knots, make_method
 from tests.merge_one import merge_one
 from tests.oracles import bounds, knots, samples, spectral
 

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starmerge import merge_state
-from starmerge.deltas import Dense, LowRank
-from starmerge.errors import UsageError
-from starmerge.methods import Average, Linear
+from starmerge_models import merge_state
+from starmerge_models.deltas import Dense, LowRank
+from starmerge_models.errors import UsageError
+from starmerge_models.methods import Average, Linear
 from tests.merge_one import merge_one
 from tests.oracles import bounds, linear, samples, weights
 
@@ -90,7 +90,7 @@ def test_a_sum_of_weights_needs_the_base():
 
 
 def test_a_sum_of_weights_leaves_no_tensor_behind(tiny_base, make_adapter, tmp_path):
-    import starmerge as sm
+    import starmerge_models as sm
 
     adapters = [make_adapter("a"), make_adapter("b", seed=1)]
     with pytest.raises(UsageError, match="linear: no model changes .* Σw = 2 would scale"):

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import starmerge as sm
-from starmerge.deltas import Dense, LowRank
-from starmerge.errors import UsageError
-from starmerge.merging.executors.threads import Threads
-from starmerge.merging.in_memory import merge_all, merge_state
-from starmerge.methods import Deltas, Lines, TensorContext, make_method, make_pipeline
+import starmerge_models as sm
+from starmerge_models.deltas import Dense, LowRank
+from starmerge_models.errors import UsageError
+from starmerge_models.merging.executors.threads import Threads
+from starmerge_models.merging.in_memory import merge_all, merge_state
+from starmerge_models.methods import Deltas, Lines, TensorContext, make_method, make_pipeline
 from tests.oracles import bounds, lines, own_response, samples
 
 LAYERS = {

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from starmerge.deltas import Dense, LowRank, matrix_shape
-from starmerge.methods import METHODS, Method, Transform, make_pipeline
-from starmerge.methods.kinds.spectral import CoreSpaceMerge
-from starmerge.methods.memory import DeltaShape, InputsShape, TensorShape
+from starmerge_models.deltas import Dense, LowRank, matrix_shape
+from starmerge_models.methods import METHODS, Method, Transform, make_pipeline
+from starmerge_models.methods.kinds.spectral import CoreSpaceMerge
+from starmerge_models.methods.memory import DeltaShape, InputsShape, TensorShape
 from tests.merge_one import merge_one
 from tests.oracles import samples
 

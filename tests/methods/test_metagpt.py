@@ -6,10 +6,10 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from starmerge import merge_state
-from starmerge.deltas import Dense, LowRank
-from starmerge.errors import UsageError
-from starmerge.methods import make_pipeline
+from starmerge_models import merge_state
+from starmerge_models.deltas import Dense, LowRank
+from starmerge_models.errors import UsageError
+from starmerge_models.methods import make_pipeline
 from tests.oracles import bounds, models, samples
 from tests.oracles.deltas import frobenius, singular_values
 from tests.oracles.metagpt import coefficients, metagpt

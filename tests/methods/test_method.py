@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 import torch
 
-from starmerge.deltas import Dense
-from starmerge.errors import UsageError
-from starmerge.methods import (
+from starmerge_models.deltas import Dense
+from starmerge_models.errors import UsageError
+from starmerge_models.methods import (
     METHODS,
     Average,
     Dare,

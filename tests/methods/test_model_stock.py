@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starmerge.deltas import Dense, LowRank
-from starmerge.errors import UsageError
-from starmerge.methods import ModelStock
+from starmerge_models.deltas import Dense, LowRank
+from starmerge_models.errors import UsageError
+from starmerge_models.methods import ModelStock
 from tests.merge_one import merge_one
 from tests.oracles import model_stock, samples, weights
 

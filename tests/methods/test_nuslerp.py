@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starmerge import merge_state
-from starmerge.deltas import Dense, LowRank
-from starmerge.errors import UsageError
-from starmerge.methods import NuSlerp
+from starmerge_models import merge_state
+from starmerge_models.deltas import Dense, LowRank
+from starmerge_models.errors import UsageError
+from starmerge_models.methods import NuSlerp
 from tests.merge_one import merge_one
 from tests.oracles import samples, slerp, weights
 

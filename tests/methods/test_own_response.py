@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from starmerge.deltas import Dense, LowRank
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.merging.in_memory import merge_state
-from starmerge.methods import make_pipeline
+from starmerge_models.deltas import Dense, LowRank
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.merging.in_memory import merge_state
+from starmerge_models.methods import make_pipeline
 from tests.oracles import bounds, own_response, samples, spectral
 
 MERGES = ["task_arithmetic", "average", "iso_c", "covariance", "tsv_m", "metagpt"]

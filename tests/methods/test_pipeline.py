@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from starmerge import Average, LowRank, Star, TaskArithmetic, merge_state
-from starmerge.errors import UsageError
-from starmerge.mergekit.method import Mergekit
-from starmerge.methods import (
+from starmerge_models import Average, LowRank, Star, TaskArithmetic, merge_state
+from starmerge_models.errors import UsageError
+from starmerge_models.mergekit.method import Mergekit
+from starmerge_models.methods import (
     Dare,
     Karcher,
     Linear,

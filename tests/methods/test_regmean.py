@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from starmerge.deltas import Dense, LowRank
-from starmerge.errors import UsageError
-from starmerge.merging.in_memory import merge_state
-from starmerge.methods import RegMean, make_method
+from starmerge_models.deltas import Dense, LowRank
+from starmerge_models.errors import UsageError
+from starmerge_models.merging.in_memory import merge_state
+from starmerge_models.methods import RegMean, make_method
 from tests.merge_one import merge_one
 from tests.oracles import metric, regmean, samples, spectral
 

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starmerge import merge_state
-from starmerge.deltas import Dense
-from starmerge.errors import UsageError
-from starmerge.methods import Sce, make_method
-from starmerge.methods.kinds import entrywise
+from starmerge_models import merge_state
+from starmerge_models.deltas import Dense
+from starmerge_models.errors import UsageError
+from starmerge_models.methods import Sce, make_method
+from starmerge_models.methods.kinds import entrywise
 from tests.merge_one import merge_one
 from tests.oracles import bounds, models, samples, sce, weights
 

@@ -6,11 +6,11 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from starmerge.deltas import Dense, LowRank
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.merging.in_memory import merge_state
-from starmerge.methods import Shares, make_method
-from starmerge.methods import own_response as own_response_rule
+from starmerge_models.deltas import Dense, LowRank
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.merging.in_memory import merge_state
+from starmerge_models.methods import Shares, make_method
+from starmerge_models.methods import own_response as own_response_rule
 from tests.merge_one import merge_one
 from tests.oracles import bounds, metric, own_response, samples, shares, spectral
 

@@ -6,10 +6,10 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from starmerge import merge_state
-from starmerge.deltas import Dense, LowRank, Stored
-from starmerge.errors import UsageError
-from starmerge.methods import Average, Star
+from starmerge_models import merge_state
+from starmerge_models.deltas import Dense, LowRank, Stored
+from starmerge_models.errors import UsageError
+from starmerge_models.methods import Average, Star
 from tests.merge_one import merge_one as merge
 from tests.oracles import bounds, linear, samples, star
 from tests.oracles import deltas as oracle

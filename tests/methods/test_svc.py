@@ -6,10 +6,10 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from starmerge.deltas import Dense, LowRank
-from starmerge.errors import UsageError
-from starmerge.merging.in_memory import merge_state
-from starmerge.methods import IsoC, IsoCts, Pipeline, Svc, TaskArithmetic, make_pipeline
+from starmerge_models.deltas import Dense, LowRank
+from starmerge_models.errors import UsageError
+from starmerge_models.merging.in_memory import merge_state
+from starmerge_models.methods import IsoC, IsoCts, Pipeline, Svc, TaskArithmetic, make_pipeline
 from tests.oracles import samples, spectral, svc
 
 MERGES = ["task_arithmetic", "average", "tsv_m", "covariance"]

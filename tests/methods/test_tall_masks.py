@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starmerge.errors import UsageError
-from starmerge.methods import TallMasks, make_pipeline
+from starmerge_models.errors import UsageError
+from starmerge_models.methods import TallMasks, make_pipeline
 from tests.oracles import models, samples
 from tests.oracles.tall_masks import tall_masks
 

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starmerge.deltas import Dense, LowRank
-from starmerge.methods import Average, TaskArithmetic
+from starmerge_models.deltas import Dense, LowRank
+from starmerge_models.methods import Average, TaskArithmetic
 from tests.merge_one import merge_one as merge
 from tests.oracles import bounds, linear, samples
 

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starmerge.errors import UsageError
-from starmerge.methods import Ties, make_pipeline
-from starmerge.methods.kinds import entrywise
-from starmerge.methods.ties import elected_mean
+from starmerge_models.errors import UsageError
+from starmerge_models.methods import Ties, make_pipeline
+from starmerge_models.methods.kinds import entrywise
+from starmerge_models.methods.ties import elected_mean
 from tests.oracles import models, samples
 from tests.oracles.ties import disjoint_mean, ties
 

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starmerge import merge_state
-from starmerge.deltas import Dense, LowRank
-from starmerge.errors import UsageError
-from starmerge.methods import Trim, make_pipeline
-from starmerge.methods import trim as trimming
+from starmerge_models import merge_state
+from starmerge_models.deltas import Dense, LowRank
+from starmerge_models.errors import UsageError
+from starmerge_models.methods import Trim, make_pipeline
+from starmerge_models.methods import trim as trimming
 from tests.oracles import models, samples, trim
 
 

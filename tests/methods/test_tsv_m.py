@@ -6,9 +6,9 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from starmerge.deltas import LowRank
-from starmerge.errors import UsageError
-from starmerge.methods import TsvM, make_method
+from starmerge_models.deltas import LowRank
+from starmerge_models.errors import UsageError
+from starmerge_models.methods import TsvM, make_method
 from tests.oracles import samples, spectral, tsv_m
 
 WEIGHTS = [1.0, 0.5, -2.0, 4.0]

@@ -6,7 +6,7 @@ change a value by at most gamma(k) of its magnitude.
 
 import numpy as np
 
-from starmerge.deltas import LowRank
+from starmerge_models.deltas import LowRank
 from tests.oracles import deltas as oracle
 
 U32 = 2.0**-24

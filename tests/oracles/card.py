@@ -15,7 +15,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from starmerge.device import Accelerator
+from starmerge_models.device import Accelerator
 
 CARD = torch.device("meta")
 """A device of which torch has no memory; the imitation has the values."""

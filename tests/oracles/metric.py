@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from starmerge.spectral.metric import Inputs
-from starmerge.spectral.moment import Moment
+from starmerge_models.spectral.metric import Inputs
+from starmerge_models.spectral.moment import Moment
 from tests.oracles import samples
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from starmerge import merge_state
-from starmerge.deltas import Dense, matrix_shape
-from starmerge.methods import make_pipeline
+from starmerge_models import merge_state
+from starmerge_models.deltas import Dense, matrix_shape
+from starmerge_models.methods import make_pipeline
 from tests.oracles import samples
 
 SHAPES = {

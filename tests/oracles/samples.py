@@ -5,7 +5,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from starmerge.deltas import Dense, LowRank
+from starmerge_models.deltas import Dense, LowRank
 from tests.oracles import deltas as oracle
 
 SEARCH = settings(max_examples=60, deadline=None)

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from starmerge.deltas import Dense, LowRank
-from starmerge.merging.in_memory import merge_state
-from starmerge.methods import Deltas, TensorContext
+from starmerge_models.deltas import Dense, LowRank
+from starmerge_models.merging.in_memory import merge_state
+from starmerge_models.methods import Deltas, TensorContext
 from tests.oracles import bounds, samples
 
 SHAPES = [(9, 7), (30, 20), (12, 40), (40, 12)]

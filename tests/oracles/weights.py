@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from starmerge.deltas import Dense, LowRank
+from starmerge_models.deltas import Dense, LowRank
 from tests.merge_one import merge_one
 from tests.oracles import bounds, samples
 

@@ -19,27 +19,27 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-import starmerge as sm
-from starmerge.checkpoints.base import open_base
-from starmerge.checkpoints.hashing import blake3_of
-from starmerge.checkpoints.metric import MetricWriter, open_metric
-from starmerge.checkpoints.source import resolve
-from starmerge.errors import StarmergeError
-from starmerge.evaluation.results import SCHEMA, load_results
-from starmerge.evaluation.tasks.bare_rows import task_of_rows
-from starmerge.evaluation.tasks.files import load_task
-from starmerge.evaluation.tasks.suites import load_suite
-from starmerge.evaluation.tasks.task import Task
-from starmerge.merging import journal as journals
-from starmerge.merging.engine import run
-from starmerge.merging.executors.threads import Threads
-from starmerge.merging.journal import JOURNAL, fingerprint
-from starmerge.merging.plan import Plan, make_plan
-from starmerge.merging.verify import verify
-from starmerge.recipe import make_recipe
-from starmerge.study.runs import runs_of
-from starmerge.study.store import load_store
-from starmerge.study.study_file import load_study, pool_of
+import starmerge_models as sm
+from starmerge_models.checkpoints.base import open_base
+from starmerge_models.checkpoints.hashing import blake3_of
+from starmerge_models.checkpoints.metric import MetricWriter, open_metric
+from starmerge_models.checkpoints.source import resolve
+from starmerge_models.errors import StarmergeError
+from starmerge_models.evaluation.results import SCHEMA, load_results
+from starmerge_models.evaluation.tasks.bare_rows import task_of_rows
+from starmerge_models.evaluation.tasks.files import load_task
+from starmerge_models.evaluation.tasks.suites import load_suite
+from starmerge_models.evaluation.tasks.task import Task
+from starmerge_models.merging import journal as journals
+from starmerge_models.merging.engine import run
+from starmerge_models.merging.executors.threads import Threads
+from starmerge_models.merging.journal import JOURNAL, fingerprint
+from starmerge_models.merging.plan import Plan, make_plan
+from starmerge_models.merging.verify import verify
+from starmerge_models.recipe import make_recipe
+from starmerge_models.study.runs import runs_of
+from starmerge_models.study.store import load_store
+from starmerge_models.study.study_file import load_study, pool_of
 from tests.checkpoints import bad_files
 from tests.checkpoints.bad_files import (
     World,

@@ -129,12 +129,12 @@ def test_a_merge_on_a_disk_that_fills_up(
 
 
 MODULES = (
-    "starmerge.calibration.run",
-    "starmerge.evaluation.runner",
-    "starmerge.study.execute",
-    "starmerge.study.figures.inspection",
-    "starmerge.study.inspected",
-    "starmerge.study.page.page",
+    "starmerge_models.calibration.run",
+    "starmerge_models.evaluation.runner",
+    "starmerge_models.study.execute",
+    "starmerge_models.study.figures.inspection",
+    "starmerge_models.study.inspected",
+    "starmerge_models.study.page.page",
     "matplotlib.pyplot",
     "pandas",
     "peft",

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-import starmerge
-from starmerge.checkpoints import aside
+import starmerge_models
+from starmerge_models.checkpoints import aside
 from tests.checkpoints import bad_files
 from tests.soak.spoilt import KINDS
 
@@ -44,7 +44,7 @@ FOUND: dict[str, list[str]] = {
 
 def _place(error: BaseException) -> str:
     """Return which error was raised where in the package."""
-    package = str(Path(starmerge.__file__).parent)
+    package = str(Path(starmerge_models.__file__).parent)
     frames = [
         f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(package)
     ]

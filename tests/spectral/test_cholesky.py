@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starmerge.spectral.cholesky import pivoted_root
+from starmerge_models.spectral.cholesky import pivoted_root
 
 _U = 2.0**-53
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from starmerge.deltas import LowRank
-from starmerge.spectral import core_space
-from starmerge.spectral.coordinates import Factored, Whole, coordinates, svd_product
+from starmerge_models.deltas import LowRank
+from starmerge_models.spectral import core_space
+from starmerge_models.spectral.coordinates import Factored, Whole, coordinates, svd_product
 from tests.oracles import bounds, samples, spectral
 
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from hypothesis import given
 
-from starmerge.deltas import Dense, LowRank
-from starmerge.methods import Ace, Cart, Covariance, IsoC, IsoCts, TsvM
-from starmerge.spectral import core_space
-from starmerge.spectral.core_space import FLOAT32_NOISE, FLOAT64_NOISE
+from starmerge_models.deltas import Dense, LowRank
+from starmerge_models.methods import Ace, Cart, Covariance, IsoC, IsoCts, TsvM
+from starmerge_models.spectral import core_space
+from starmerge_models.spectral.core_space import FLOAT32_NOISE, FLOAT64_NOISE
 from tests.oracles import bounds, samples, spectral
 
 MERGES = [

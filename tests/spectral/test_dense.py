@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from starmerge.deltas import Dense
-from starmerge.spectral import svd, svd_dense
+from starmerge_models.deltas import Dense
+from starmerge_models.spectral import svd, svd_dense
 from tests.oracles import bounds, samples
 from tests.oracles import deltas as oracle
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from starmerge.deltas import Dense, Stored
-from starmerge.spectral import (
+from starmerge_models.deltas import Dense, Stored
+from starmerge_models.spectral import (
     SVD,
     GramSVD,
     UncertainError,
@@ -17,9 +17,9 @@ from starmerge.spectral import (
     tridiagonal,
     truncate_and_rescale,
 )
-from starmerge.spectral.gram import SMALL, _full_float32
-from starmerge.spectral.noise import Rounding, noise_floor
-from starmerge.spectral.tridiagonal import FullEigen, Tridiagonal
+from starmerge_models.spectral.gram import SMALL, _full_float32
+from starmerge_models.spectral.noise import Rounding, noise_floor
+from starmerge_models.spectral.tridiagonal import FullEigen, Tridiagonal
 from tests.oracles import bounds, samples, spectra, star
 from tests.oracles import deltas as oracle
 
@@ -35,7 +35,7 @@ def dense(family, m, n, *, seed=0, dtype=torch.float32):
 @pytest.fixture
 def exact_reasons(caplog):
     """Why exact SVDs were made."""
-    caplog.set_level(logging.DEBUG, logger="starmerge.spectral")
+    caplog.set_level(logging.DEBUG, logger="starmerge_models.spectral")
     return lambda: [record.getMessage() for record in caplog.records]
 
 

@@ -10,7 +10,7 @@ import threadpoolctl
 import torch
 from scipy.linalg import lapack as reference
 
-from starmerge.spectral import lapack
+from starmerge_models.spectral import lapack
 
 
 def scipys_threads():

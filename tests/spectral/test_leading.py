@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from starmerge.deltas import LowRank
-from starmerge.spectral.leading import leading, leading_bytes
-from starmerge.spectral.svd import SVD
+from starmerge_models.deltas import LowRank
+from starmerge_models.spectral.leading import leading, leading_bytes
+from starmerge_models.spectral.svd import SVD
 
 SPECTRA = ("flat", "decaying", "steep", "dominated", "low rank")
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from starmerge.deltas import Dense, LowRank, Stored
-from starmerge.methods import METHODS, Ctm, IsoCts, Shares, Star, make_method, make_pipeline
-from starmerge.methods.kinds.spectral import CoreSpaceMerge
-from starmerge.spectral.metric import RIDGE, Whitening
-from starmerge.spectral.moment import Moment
+from starmerge_models.deltas import Dense, LowRank, Stored
+from starmerge_models.methods import METHODS, Ctm, IsoCts, Shares, Star, make_method, make_pipeline
+from starmerge_models.methods.kinds.spectral import CoreSpaceMerge
+from starmerge_models.spectral.metric import RIDGE, Whitening
+from starmerge_models.spectral.moment import Moment
 from tests.merge_one import merge_one
 from tests.oracles import bounds, metric, own_response, samples, spectral
 

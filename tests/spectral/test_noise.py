@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import starmerge.demo
-from starmerge.checkpoints.base import open_base
-from starmerge.checkpoints.models import open_model
-from starmerge.checkpoints.source import resolve
-from starmerge.spectral import kept_rank
-from starmerge.spectral.noise import (
+import starmerge_models.demo
+from starmerge_models.checkpoints.base import open_base
+from starmerge_models.checkpoints.models import open_model
+from starmerge_models.checkpoints.source import resolve
+from starmerge_models.spectral import kept_rank
+from starmerge_models.spectral.noise import (
     PANEL_ENTRIES,
     Rounding,
     noise_edge,
@@ -25,7 +25,7 @@ from tests.oracles import noise as oracle
 from tests.oracles import star as star_oracle
 
 HALVES = [torch.bfloat16, torch.float16]
-ADAPTERS = Path(starmerge.demo.__file__).parent / "adapters"
+ADAPTERS = Path(starmerge_models.demo.__file__).parent / "adapters"
 
 
 def normal(*shape, seed):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from starmerge.spectral import polar, svd_matrix
+from starmerge_models.spectral import polar, svd_matrix
 from tests.oracles import samples, tsv_m
 
 

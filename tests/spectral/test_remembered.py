@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from starmerge.deltas import Stored
-from starmerge.spectral import remembered
+from starmerge_models.deltas import Stored
+from starmerge_models.spectral import remembered
 from tests.oracles import samples
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from starmerge.deltas import Dense, LowRank, Stored
-from starmerge.spectral import (
+from starmerge_models.deltas import Dense, LowRank, Stored
+from starmerge_models.spectral import (
     SVD,
     GramSVD,
     UncertainError,
@@ -109,7 +109,7 @@ def test_singular_values_beyond_float32_of_float32_deltas(shape):
 
 
 def test_what_is_not_certain_is_done_again_with_the_exact_svd(caplog):
-    caplog.set_level(logging.DEBUG, logger="starmerge.spectral")
+    caplog.set_level(logging.DEBUG, logger="starmerge_models.spectral")
     decomposed = svd(samples.dense(150, 140))
 
     def kind(given):

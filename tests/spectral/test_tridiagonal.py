@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starmerge.spectral import UncertainError
-from starmerge.spectral.tridiagonal import FullEigen, Tridiagonal
+from starmerge_models.spectral import UncertainError
+from starmerge_models.spectral.tridiagonal import FullEigen, Tridiagonal
 from tests.oracles import bounds, samples
 
 SOLVERS = [Tridiagonal, FullEigen]

@@ -8,9 +8,9 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from starmerge.deltas import Dense, LowRank
-from starmerge.spectral import kept_rank, svd, truncate_and_rescale
-from starmerge.spectral.svd import SVD
+from starmerge_models.deltas import Dense, LowRank
+from starmerge_models.spectral import kept_rank, svd, truncate_and_rescale
+from starmerge_models.spectral.svd import SVD
 from tests.oracles import bounds, samples, star
 from tests.oracles import deltas as oracle
 

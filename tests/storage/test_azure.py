@@ -19,12 +19,12 @@ from pathlib import Path
 import obstore
 import pytest
 
-import starmerge
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.merging.verify import verify
-from starmerge.storage import parts, pieces, requests
-from starmerge.storage.places import RemotePlace
-from starmerge.storage.remote import remote_storage
+import starmerge_models
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.merging.verify import verify
+from starmerge_models.storage import parts, pieces, requests
+from starmerge_models.storage.places import RemotePlace
+from starmerge_models.storage.remote import remote_storage
 from tests.conftest import MakeAdapter
 from tests.storage.test_objects import PARTS, assert_same, large
 
@@ -127,14 +127,14 @@ def test_merges_have_the_bytes_of_local_ones(
     models = [make_adapter("a"), make_adapter("b", seed=1)]
     urls = [put(store, model, model.name) for model in models]
     output = "az://models/out"
-    starmerge.merge(put(store, base, "base"), urls, output=output)
-    starmerge.merge(base, models, output=tmp_path / "out")
+    starmerge_models.merge(put(store, base, "base"), urls, output=output)
+    starmerge_models.merge(base, models, output=tmp_path / "out")
     assert_same(files(store, "out"), tmp_path / "out")
     assert verify(output).wrong == []
     with pytest.raises(UsageError, match="exists and is not empty"):
-        starmerge.merge(base, models, output=output)
-    starmerge.merge(base, models, "average", output=output, overwrite=True)
-    starmerge.merge(base, models, "average", output=tmp_path / "out", overwrite=True)
+        starmerge_models.merge(base, models, output=output)
+    starmerge_models.merge(base, models, "average", output=output, overwrite=True)
+    starmerge_models.merge(base, models, "average", output=tmp_path / "out", overwrite=True)
     assert_same(files(store, "out"), tmp_path / "out")
 
 
@@ -162,8 +162,8 @@ def test_refusals_are_told_apart(
 ) -> None:
     model = make_adapter("a")
     with pytest.raises(StarmergeError, match="there is no bucket nothere"):
-        starmerge.merge("az://nothere/base", [model], output=tmp_path / "out")
+        starmerge_models.merge("az://nothere/base", [model], output=tmp_path / "out")
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", base64.b64encode(os.urandom(64)).decode())
     requests._store.cache_clear()
     with pytest.raises(StarmergeError, match="refuses the credentials.*403"):
-        starmerge.merge("az://models/base", [model], output=tmp_path / "out")
+        starmerge_models.merge("az://models/base", [model], output=tmp_path / "out")

@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, unquote
 
 import pytest
 
-import starmerge
+import starmerge_models
 from tests.conftest import MakeAdapter
 from tests.storage.test_objects import assert_same, bytes_of
 
@@ -24,11 +24,11 @@ TOKEN = "hf_SECRETSECRETSECRET"
 MERGES = """
 import json
 import sys
-import starmerge
+import starmerge_models
 for base, model, output in json.loads(sys.argv[1]):
     try:
-        starmerge.merge(base, [model], output=output)
-    except starmerge.StarmergeError as error:
+        starmerge_models.merge(base, [model], output=output)
+    except starmerge_models.StarmergeError as error:
         print(error)
 """
 
@@ -166,7 +166,7 @@ def test_a_merge_of_the_hub(
     adapter = make_adapter("a")
     (hub.folder / "org" / "adapters").mkdir()
     (hub.folder / "org" / "adapters" / "a").symlink_to(adapter)
-    starmerge.merge(tiny_base, [adapter], output=tmp_path / "local")
+    starmerge_models.merge(tiny_base, [adapter], output=tmp_path / "local")
     finished = merge(("hf://tests/tiny@main", "hf://org/adapters/a", tmp_path / "out"))
     assert finished.stdout == ""
     out = bytes_of(tmp_path / "out")

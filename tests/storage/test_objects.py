@@ -21,17 +21,17 @@ import torch
 import typer
 from safetensors.torch import load_file, save_file
 
-import starmerge
-from starmerge.cli.clean import clean
-from starmerge.cli.verify import verify as verify_command
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.events import Retry
-from starmerge.hub.merged import open_merged
-from starmerge.merging.verify import verify
-from starmerge.storage import parts, ranges, requests
-from starmerge.storage.places import RemotePlace
-from starmerge.storage.remote import remote_storage
-from starmerge.storage.requests import ObjectBackend
+import starmerge_models
+from starmerge_models.cli.clean import clean
+from starmerge_models.cli.verify import verify as verify_command
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.events import Retry
+from starmerge_models.hub.merged import open_merged
+from starmerge_models.merging.verify import verify
+from starmerge_models.storage import parts, ranges, requests
+from starmerge_models.storage.places import RemotePlace
+from starmerge_models.storage.remote import remote_storage
+from starmerge_models.storage.requests import ObjectBackend
 from tests.conftest import MakeAdapter, MakeFinetune
 from tests.storage.object_server import Fault, Proxy, Request, object_server, proxy_before
 
@@ -167,9 +167,9 @@ def test_merges_have_the_bytes_of_local_ones(
     if case == "as adapter":
         options["output_kind"] = "adapter"
     (base / "tokenizer_config.json").write_text('{"tokenizer_class": "None"}')
-    local = starmerge.merge(base, models, output=tmp_path / "out", **options)
+    local = starmerge_models.merge(base, models, output=tmp_path / "out", **options)
     urls = [world.put(model) for model in models]
-    result = starmerge.merge(world.put(base), urls, output=world.url("out"), **options)
+    result = starmerge_models.merge(world.put(base), urls, output=world.url("out"), **options)
     (base / "tokenizer_config.json").unlink()
     assert str(result.path) == world.url("out")
     assert_same(world.files("out"), tmp_path / "out")
@@ -186,7 +186,7 @@ def test_only_what_is_needed_is_fetched_and_once(
     (base / "optimizer.bin").write_bytes(bytes(3_000_000))
     tensors = {"large": torch.zeros(500_000), **load_file(model / "model.safetensors")}
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    starmerge.merge(
+    starmerge_models.merge(
         world.put(base), [world.put(model)], "average", output=world.url("out"), common=True
     )
     served = world.proxy.served
@@ -201,7 +201,7 @@ def merged(world: World, base: Path, models: list[Path], **options: Any) -> dict
     urls = [world.put(model) for model in models]
     world.put(base, "base")
     world.proxy.seen.clear()
-    starmerge.merge(world.url("base"), urls, output=world.url("out"), **options)
+    starmerge_models.merge(world.url("base"), urls, output=world.url("out"), **options)
     return world.files("out")
 
 
@@ -226,7 +226,7 @@ def test_what_fails_for_a_moment_is_asked_again(
 ) -> None:
     monkeypatch.setattr(requests, "TIMEOUT", timedelta(seconds=4))
     models = [make_adapter("a", seed=1), make_adapter("b", seed=2)]
-    starmerge.merge(tiny_base, models, output=tmp_path / "out")
+    starmerge_models.merge(tiny_base, models, output=tmp_path / "out")
     world.proxy.plan = plan
     assert_same(merged(world, tiny_base, models), tmp_path / "out")
     told = [record.msg for record in caplog.records if isinstance(record.msg, Retry)]
@@ -302,24 +302,24 @@ def test_what_keeps_failing_is_given_up(
     url = world.put(tiny_base, "base")
     world.proxy.plan = lambda r: Fault(delay=2)
     with pytest.raises(StarmergeError, match=r"s3://\S+: the store did not answer in time"):
-        starmerge.merge(url, [url], output=world.url("out"))
+        starmerge_models.merge(url, [url], output=world.url("out"))
     requests._store.cache_clear()
     monkeypatch.setattr(requests, "TIMEOUT", timedelta(seconds=30))
     world.proxy.plan = lambda r: Fault(status=500)
     with pytest.raises(StarmergeError, match=r"s3://\S+: the store answers 500"):
-        starmerge.merge(url, [url], output=world.url("out"))
+        starmerge_models.merge(url, [url], output=world.url("out"))
 
 
 def test_what_is_not_there_is_said(world: World, tiny_base: Path) -> None:
     out = world.url("out")
     with pytest.raises(UsageError, match="nothing lies there"):
-        starmerge.merge(world.url("none"), [str(tiny_base)], output=out)
+        starmerge_models.merge(world.url("none"), [str(tiny_base)], output=out)
     with pytest.raises(StarmergeError, match="there is no bucket nowhere-at-all"):
-        starmerge.merge("s3://nowhere-at-all/base", [str(tiny_base)], output=out)
+        starmerge_models.merge("s3://nowhere-at-all/base", [str(tiny_base)], output=out)
     with pytest.raises(UsageError, match="whole bucket"):
-        starmerge.merge(tiny_base, [tiny_base], output=f"s3://{world.bucket}")
+        starmerge_models.merge(tiny_base, [tiny_base], output=f"s3://{world.bucket}")
     with pytest.raises(UsageError, match="is a URL") as caught:
-        starmerge.merge("https://h/m?X-Amz-Signature=abc", [str(tiny_base)], output=out)
+        starmerge_models.merge("https://h/m?X-Amz-Signature=abc", [str(tiny_base)], output=out)
     assert "abc" not in str(caught.value)
 
 
@@ -331,7 +331,7 @@ def test_overwriting(
     merged(world, tiny_base, [first])
     (tiny_base / "extra.json").unlink()
     with pytest.raises(UsageError, match="exists and is not empty"):
-        starmerge.merge(tiny_base, [second], output=world.url("out"))
+        starmerge_models.merge(tiny_base, [second], output=world.url("out"))
     seen: list[set[str]] = []
 
     def look(request: Request) -> None:
@@ -339,21 +339,21 @@ def test_overwriting(
             seen.append({*world.files("out")} if "merge_report" not in request.key else set())
 
     world.proxy.plan = look
-    starmerge.merge(tiny_base, [second], output=world.url("out"), overwrite=True)
+    starmerge_models.merge(tiny_base, [second], output=world.url("out"), overwrite=True)
     world.proxy.plan = lambda request: None
     assert len(seen) > 3
     # While files of both merges lie there, nothing says that they are a whole one.
     assert not any("merge_report.json" in names for names in seen)
-    starmerge.merge(tiny_base, [second], output=tmp_path / "out")
+    starmerge_models.merge(tiny_base, [second], output=tmp_path / "out")
     files = world.files("out")
     assert "extra.json" not in files
     assert_same(files, tmp_path / "out")
     world.client.put_object(Bucket=world.bucket, Key="out/notes.txt", Body=b"mine")
     with pytest.raises(UsageError, match=r"notes\.txt, which is no part"):
-        starmerge.merge(tiny_base, [first], output=world.url("out"), overwrite=True)
+        starmerge_models.merge(tiny_base, [first], output=world.url("out"), overwrite=True)
     world.client.put_object(Bucket=world.bucket, Key="other/notes.txt", Body=b"mine")
     with pytest.raises(UsageError, match=r"holds no merge_report\.json"):
-        starmerge.merge(tiny_base, [first], output=world.url("other"), overwrite=True)
+        starmerge_models.merge(tiny_base, [first], output=world.url("other"), overwrite=True)
 
 
 def test_a_failed_upload_leaves_nothing_and_is_repeated_alone(
@@ -379,10 +379,10 @@ def test_a_failed_upload_leaves_nothing_and_is_repeated_alone(
     assert world.unfinished() == []
     world.proxy.plan = lambda request: None
     world.proxy.served.clear()
-    result = starmerge.merge(world.url("base"), [world.url("a")], output=world.url("out"))
+    result = starmerge_models.merge(world.url("base"), [world.url("a")], output=world.url("out"))
     assert result.taken_up > 0
     assert world.proxy.served.get("base/model.safetensors", 0) <= ranges._FIRST_BLOCK
-    starmerge.merge(base, [model], output=tmp_path / "out")
+    starmerge_models.merge(base, [model], output=tmp_path / "out")
     assert_same(world.files("out"), tmp_path / "out")
     assert world.scratch() == []
 
@@ -401,28 +401,28 @@ def test_what_a_killed_upload_has_left_is_for_the_same_merge_alone(
         else None
     )
     with pytest.raises(StarmergeError, match="The merge itself is whole"):
-        starmerge.merge(tiny_base, [model], output=output)
+        starmerge_models.merge(tiny_base, [model], output=output)
     world.proxy.plan = lambda request: None
     assert "config.json" in world.files("out")
     # Another merge does not take it for its own,
     with pytest.raises(UsageError, match="exists and is not empty"):
-        starmerge.merge(tiny_base, [model], "average", output=output)
+        starmerge_models.merge(tiny_base, [model], "average", output=output)
     # nor does the same take anything else for it,
     config = world.files("out")["config.json"]
     world.client.put_object(Bucket=world.bucket, Key="out/config.json", Body=config + b" ")
     for overwrite in (False, True):
         with pytest.raises(UsageError, match="is not empty|holds no merge_report|is no part of"):
-            starmerge.merge(tiny_base, [model], output=output, overwrite=overwrite)
+            starmerge_models.merge(tiny_base, [model], output=output, overwrite=overwrite)
     # nor a whole merge that somebody else has made there meanwhile.
     world.client.put_object(Bucket=world.bucket, Key="out/config.json", Body=config)
     world.client.put_object(Bucket=world.bucket, Key="out/merge_report.json", Body=b"{}")
     with pytest.raises(UsageError, match="exists and is not empty"):
-        starmerge.merge(tiny_base, [model], output=output)
+        starmerge_models.merge(tiny_base, [model], output=output)
     world.client.delete_object(Bucket=world.bucket, Key="out/merge_report.json")
     # It goes on elsewhere, too, where nothing is in the scratch folder.
     monkeypatch.setenv("STARMERGE_SCRATCH", str(tmp_path / "elsewhere"))
-    starmerge.merge(tiny_base, [model], output=output)
-    starmerge.merge(tiny_base, [model], output=tmp_path / "out")
+    starmerge_models.merge(tiny_base, [model], output=output)
+    starmerge_models.merge(tiny_base, [model], output=tmp_path / "out")
     assert_same(world.files("out"), tmp_path / "out")
     listed = world.client.list_objects_v2(Bucket=world.bucket)["Contents"]
     assert not [own["Key"] for own in listed if own["Key"].startswith(".out")]
@@ -439,10 +439,10 @@ def large(base: Path, to: Path) -> Path:
 
 MERGE = """
 import sys
-import starmerge
-from starmerge.storage import parts
+import starmerge_models
+from starmerge_models.storage import parts
 parts.PART = 5 * 2**20
-starmerge.merge(sys.argv[1], sys.argv[2:-1], output=sys.argv[-1], threads=1)
+starmerge_models.merge(sys.argv[1], sys.argv[2:-1], output=sys.argv[-1], threads=1)
 """
 
 
@@ -456,7 +456,7 @@ def test_killed_and_taken_up(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     base, model = large(tiny_base, tmp_path / "base"), make_adapter("a")
-    starmerge.merge(base, [model], output=tmp_path / "out")
+    starmerge_models.merge(base, [model], output=tmp_path / "out")
     arguments = [world.put(base), world.put(model), world.url("out")]
 
     def wait(request: Request) -> Fault | None:
@@ -475,7 +475,7 @@ def test_killed_and_taken_up(
     world.proxy.plan = wait
     program = ["-c", MERGE, *arguments]
     if moment == "commits":
-        program = ["-m", "starmerge", "merge", *arguments[:-1], "-o", arguments[-1]]
+        program = ["-m", "starmerge_models", "merge", *arguments[:-1], "-o", arguments[-1]]
     with subprocess.Popen([sys.executable, *program], env=dict(os.environ)) as process:
         deadline = time.monotonic() + 60
         while len(reached) < (4 if moment == "merging" else 1) and time.monotonic() < deadline:
@@ -488,7 +488,7 @@ def test_killed_and_taken_up(
     world.proxy.plan = lambda request: None
     clean(Path(arguments[-1]))
     assert "(left over)" in capsys.readouterr().out
-    result = starmerge.merge(arguments[0], arguments[1:-1], output=arguments[-1], threads=1)
+    result = starmerge_models.merge(arguments[0], arguments[1:-1], output=arguments[-1], threads=1)
     assert result.taken_up > 0
     assert_same(world.files("out"), tmp_path / "out")
     assert world.scratch() == []
@@ -504,11 +504,11 @@ def test_two_merges_into_one_output(
         if request.method == "PUT" and not refused:
             refused.append("")
             with pytest.raises(UsageError, match="is being made by another process") as caught:
-                starmerge.merge(base, model, "average", output=output)
+                starmerge_models.merge(base, model, "average", output=output)
             refused[0] = str(caught.value)
 
     world.proxy.plan = begin_another
-    starmerge.merge(base, model, output=output)
+    starmerge_models.merge(base, model, output=output)
     assert "out~" in refused[0]
 
 
@@ -531,8 +531,8 @@ def test_verifying_and_inspecting(
     assert capsys.readouterr().out.startswith(f"{world.url('out')} is as its report says")
     with pytest.raises(UsageError, match=f"{world.url('out')} is a URL"):
         open_merged(Path(world.url("out")))
-    inspection = starmerge.inspect(world.url("base"), [world.url("a"), world.url("b")])
-    local = starmerge.inspect(tiny_base, models)
+    inspection = starmerge_models.inspect(world.url("base"), [world.url("a"), world.url("b")])
+    local = starmerge_models.inspect(tiny_base, models)
     assert [own["rank"] for own in inspection.models] == [own["rank"] for own in local.models]
     content = bytearray(world.files("out")["model.safetensors"])
     content[-1] ^= 1
@@ -541,7 +541,7 @@ def test_verifying_and_inspecting(
 
 
 def test_what_runs_a_model_says_that_it_wants_a_folder(world: World, tiny_base: Path) -> None:
-    from starmerge.checkpoints.source import resolve_local
+    from starmerge_models.checkpoints.source import resolve_local
 
     with pytest.raises(UsageError, match="copy it into one"):
         resolve_local(world.put(tiny_base, "base"))
@@ -550,7 +550,7 @@ def test_what_runs_a_model_says_that_it_wants_a_folder(world: World, tiny_base: 
 def test_the_library_is_named_where_it_is_missing(tmp_path: Path) -> None:
     program = (
         "import sys; sys.modules['obstore'] = None\n"
-        "from starmerge.storage import exists, place_of\n"
+        "from starmerge_models.storage import exists, place_of\n"
         "exists(place_of('s3://bucket/base'))\n"
     )
     finished = subprocess.run(
@@ -560,7 +560,7 @@ def test_the_library_is_named_where_it_is_missing(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert "pip install 'starmerge[remote]'" in finished.stderr
+    assert "pip install 'starmerge-models[remote]'" in finished.stderr
 
 
 @pytest.mark.parametrize(
@@ -614,14 +614,14 @@ def test_folders_that_a_console_has_made_are_folders(
     # Consoles make an empty object whose key ends with a slash.
     for name in (tiny_base.name, "a", "b", "out"):
         world.client.put_object(Bucket=world.bucket, Key=f"{name}/", Body=b"")
-    starmerge.merge(tiny_base, models, output=tmp_path / "out")
+    starmerge_models.merge(tiny_base, models, output=tmp_path / "out")
     for overwrite in (False, True):
-        starmerge.merge(urls[0], urls[1:], output=world.url("out"), overwrite=overwrite)
+        starmerge_models.merge(urls[0], urls[1:], output=world.url("out"), overwrite=overwrite)
         files = world.files("out")
         assert files.pop("") == b""
         assert_same(files, tmp_path / "out")
     with pytest.raises(UsageError, match="not empty"):
-        starmerge.merge(urls[0], urls[1:], output=world.url("out"))
+        starmerge_models.merge(urls[0], urls[1:], output=world.url("out"))
     verdict = verify(world.url("out"))
     assert verdict.is_right
     assert not verdict.unlisted

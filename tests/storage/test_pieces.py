@@ -11,11 +11,11 @@ import pytest
 import torch
 from blake3 import blake3
 
-from starmerge.checkpoints.writer import OutputTensor, ShardWriter
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.storage import parts, pieces
-from starmerge.storage.local_folder import LocalFolder
-from starmerge.storage.pieces import (
+from starmerge_models.checkpoints.writer import OutputTensor, ShardWriter
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.storage import parts, pieces
+from starmerge_models.storage.local_folder import LocalFolder
+from starmerge_models.storage.pieces import (
     PieceFolder,
     PiecesOfFile,
     StagedFolder,
@@ -24,9 +24,9 @@ from starmerge.storage.pieces import (
     pieces_left,
     pieces_of,
 )
-from starmerge.storage.places import RemotePlace
-from starmerge.storage.scratch import Scratch
-from starmerge.storage.storage import ShortFileError
+from starmerge_models.storage.places import RemotePlace
+from starmerge_models.storage.scratch import Scratch
+from starmerge_models.storage.storage import ShortFileError
 from tests.storage.object_server import Request
 from tests.storage.test_objects import World, server, world
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starmerge.errors import UsageError
-from starmerge.storage import RemotePlace, place_of, relative, without_secrets
+from starmerge_models.errors import UsageError
+from starmerge_models.storage import RemotePlace, place_of, relative, without_secrets
 
 PARTS = st.lists(st.from_regex(r"[a-z0-9_-][a-z0-9._-]{0,8}", fullmatch=True), max_size=4)
 

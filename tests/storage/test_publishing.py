@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-import starmerge as sm
-from starmerge.errors import Interrupted, StarmergeError, UsageError
-from starmerge.storage.exchange import exchange
-from starmerge.storage.leftovers import Leftover, leftovers, leftovers_in
-from starmerge.storage.publishing import (
+import starmerge_models as sm
+from starmerge_models.errors import Interrupted, StarmergeError, UsageError
+from starmerge_models.storage.exchange import exchange
+from starmerge_models.storage.leftovers import Leftover, leftovers, leftovers_in
+from starmerge_models.storage.publishing import (
     check_output,
     check_output_file,
     check_space,
@@ -131,7 +131,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 _KILLED_AT_EACH_STEP = """
 import ctypes, json, os, platform, signal, struct, sys
 from pathlib import Path
-from starmerge.storage.publishing import output_folder
+from starmerge_models.storage.publishing import output_folder
 
 overwrite, exchanges, suffix = (json.loads(argument) for argument in sys.argv[1:])
 old, new = json.loads(sys.stdin.read())
@@ -411,7 +411,7 @@ def test_places_where_nothing_can_be_made_are_refused_before_work(tmp_path: Path
 _HOLDS = """
 import sys
 from pathlib import Path
-from starmerge.storage.publishing import output_file, output_folder
+from starmerge_models.storage.publishing import output_file, output_folder
 make, path, suffix = sys.argv[1], Path(sys.argv[2]), sys.argv[3] or None
 with output_file(path) if make == "file" else output_folder(path, suffix=suffix):
     print("in work", flush=True)
@@ -594,7 +594,7 @@ def test_a_leftover_says_its_size_and_age(tmp_path: Path) -> None:
 
 _SIGNALLED = """
 import os, signal, sys
-from starmerge.cli import main
+from starmerge_models.cli import main
 
 number = int(sys.argv.pop(1))
 armed = True
@@ -648,7 +648,7 @@ def test_a_merge_that_is_asked_to_end_keeps_what_is_done_on_sigterm_alone(
         return
     assert said.startswith(f"Stopped by {name}. The partial output is kept in {kept[0]}: run")
     again = subprocess.run(
-        [sys.executable, "-m", "starmerge", *map(str, arguments[1:])],
+        [sys.executable, "-m", "starmerge_models", *map(str, arguments[1:])],
         capture_output=True,
         text=True,
         check=True,

@@ -8,12 +8,12 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from starmerge.evaluation.evaluation import Evaluation
-from starmerge.evaluation.scoring.comparison import Difference, Interval
-from starmerge.evaluation.scoring.metrics import Prediction, Score, score
-from starmerge.recipe import make_recipe
-from starmerge.study.choose import Choice
-from starmerge.study.race import Outcome, Standing
+from starmerge_models.evaluation.evaluation import Evaluation
+from starmerge_models.evaluation.scoring.comparison import Difference, Interval
+from starmerge_models.evaluation.scoring.metrics import Prediction, Score, score
+from starmerge_models.recipe import make_recipe
+from starmerge_models.study.choose import Choice
+from starmerge_models.study.race import Outcome, Standing
 
 LONG = "organisation/" + "a-very-long-name-of-a-merged-model_" * 4
 ADVERSARIAL = (

@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-from starmerge.study.execute import run_study
-from starmerge.study.store import RUNS
-from starmerge.study.study_file import load_study
+from starmerge_models.study.execute import run_study
+from starmerge_models.study.store import RUNS
+from starmerge_models.study.study_file import load_study
 
 
 def main(study: Path, whole: Path, folder: Path, parts: int) -> int:

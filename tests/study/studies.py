@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from starmerge.study.runs import runs_of
-from starmerge.study.store import SCHEMA, Store, open_store
-from starmerge.study.study_file import Study, make_study, pool_of
+from starmerge_models.study.runs import runs_of
+from starmerge_models.study.store import SCHEMA, Store, open_store
+from starmerge_models.study.study_file import Study, make_study, pool_of
 from tests.evaluation.tiny_world import World
 
 ROWS = 12

@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from starmerge.errors import UsageError
-from starmerge.evaluation.scoring.comparison import normalised_average
-from starmerge.evaluation.scoring.metrics import METRICS, RESAMPLES, Prediction, Score, score
-from starmerge.study.averages import SPLITS, Averages
-from starmerge.study.grids import best_of_grids, best_parameters, shift_of_best
-from starmerge.study.outcome import averages_of, named_figures
-from starmerge.study.runs import Run
-from starmerge.study.store import Record, Store, line_of, load_store, open_store
-from starmerge.study.tables import by_task, grids, markdown, report
+from starmerge_models.errors import UsageError
+from starmerge_models.evaluation.scoring.comparison import normalised_average
+from starmerge_models.evaluation.scoring.metrics import METRICS, RESAMPLES, Prediction, Score, score
+from starmerge_models.study.averages import SPLITS, Averages
+from starmerge_models.study.grids import best_of_grids, best_parameters, shift_of_best
+from starmerge_models.study.outcome import averages_of, named_figures
+from starmerge_models.study.runs import Run
+from starmerge_models.study.store import Record, Store, line_of, load_store, open_store
+from starmerge_models.study.tables import by_task, grids, markdown, report
 from tests.study.studies import ROWS, head_of, written_store
 
 TASKS = ["past", "plural", "pos", "digits"]

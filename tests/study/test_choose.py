@@ -16,25 +16,25 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, ResNetConfig, ResNetForImageClassification
 
-import starmerge as sm
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.evaluation import sheets, subjects
-from starmerge.evaluation.cache import ScoreCache
-from starmerge.evaluation.runner import evaluate
-from starmerge.evaluation.scoring.comparison import Difference, Interval
-from starmerge.evaluation.settings import Settings
-from starmerge.evaluation.sheets import prepare_spare
-from starmerge.evaluation.tasks.images import ArraySource, ImageTask
-from starmerge.evaluation.tasks.lm_eval import load_tasks
-from starmerge.evaluation.tasks.sources import FileSource, Sample
-from starmerge.merging.engine import run
-from starmerge.merging.executors.threads import Threads
-from starmerge.merging.plan import make_plan
-from starmerge.recipe import make_recipe
-from starmerge.recipe_file import load_recipe, write_recipe
-from starmerge.study.candidates import candidate_name, default_candidates, named_candidates
-from starmerge.study.choose import Choice, choose
-from starmerge.study.race import Outcome, Standing
+import starmerge_models as sm
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.evaluation import sheets, subjects
+from starmerge_models.evaluation.cache import ScoreCache
+from starmerge_models.evaluation.runner import evaluate
+from starmerge_models.evaluation.scoring.comparison import Difference, Interval
+from starmerge_models.evaluation.settings import Settings
+from starmerge_models.evaluation.sheets import prepare_spare
+from starmerge_models.evaluation.tasks.images import ArraySource, ImageTask
+from starmerge_models.evaluation.tasks.lm_eval import load_tasks
+from starmerge_models.evaluation.tasks.sources import FileSource, Sample
+from starmerge_models.merging.engine import run
+from starmerge_models.merging.executors.threads import Threads
+from starmerge_models.merging.plan import make_plan
+from starmerge_models.recipe import make_recipe
+from starmerge_models.recipe_file import load_recipe, write_recipe
+from starmerge_models.study.candidates import candidate_name, default_candidates, named_candidates
+from starmerge_models.study.choose import Choice, choose
+from starmerge_models.study.race import Outcome, Standing
 from tests.evaluation.tiny_world import ALL, World, make_world
 
 RANK = Settings("rank", rows=16)

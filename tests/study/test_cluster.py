@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from starmerge.cli import app
-from starmerge.merging.executors.ray import RayExecutor
-from starmerge.study.execute import Laboratory, run_study
-from starmerge.study.store import HEAD, RUNS
-from starmerge.study.study_file import load_study
+from starmerge_models.cli import app
+from starmerge_models.merging.executors.ray import RayExecutor
+from starmerge_models.study.execute import Laboratory, run_study
+from starmerge_models.study.store import HEAD, RUNS
+from starmerge_models.study.study_file import load_study
 from tests.evaluation.tiny_world import make_world
 from tests.study.studies import study_file
 from tests.study.test_execute import lines
@@ -21,7 +21,7 @@ pytest.importorskip("ray", reason="needs the extra: ray")
 _PLUGIN = """
 import os, signal
 from pathlib import Path
-from starmerge.methods.method import Merge, method
+from starmerge_models.methods.method import Merge, method
 
 @method('unlucky')
 class Unlucky(Merge):

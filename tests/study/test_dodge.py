@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from starmerge.study.dodge import Dodge
+from starmerge_models.study.dodge import Dodge
 
 
 @pytest.mark.parametrize("curves", [1, 2, 9, 40])

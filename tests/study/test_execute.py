@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from starmerge.cli import app
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.evaluation.cache import ScoreCache
-from starmerge.evaluation.runner import evaluate
-from starmerge.merging.task_vectors import load_task_vectors
-from starmerge.study.averages import Averages
-from starmerge.study.execute import Laboratory, code_hash, duration, run_study
-from starmerge.study.store import HEAD, RUNS
-from starmerge.study.study_file import PoolModel, load_study
+from starmerge_models.cli import app
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.evaluation.cache import ScoreCache
+from starmerge_models.evaluation.runner import evaluate
+from starmerge_models.merging.task_vectors import load_task_vectors
+from starmerge_models.study.averages import Averages
+from starmerge_models.study.execute import Laboratory, code_hash, duration, run_study
+from starmerge_models.study.store import HEAD, RUNS
+from starmerge_models.study.study_file import PoolModel, load_study
 from tests.evaluation.tiny_world import World, make_world
 from tests.study.studies import ROWS, study_file
 
@@ -109,7 +109,7 @@ def test_a_run_that_fails_is_recorded_and_the_others_go_on(world: World, tmp_pat
     plugin.parent.mkdir()
     plugin.write_text(
         "from pathlib import Path\n"
-        "from starmerge.methods.method import Merge, method\n\n\n"
+        "from starmerge_models.methods.method import Merge, method\n\n\n"
         "@method('broken')\n"
         "class Broken(Merge):\n"
         "    def merge(self, deltas, tensor, survey):\n"
@@ -246,7 +246,7 @@ def test_a_study_goes_on_in_a_folder_of_its_own_name(
     # As the manual has it: starmerge study eta -o eta.
     file = study_file(world, tmp_path, numbers=["all"], methods=["average"])
     study = load_study(file)
-    monkeypatch.setattr("starmerge.study.study_file.studies", lambda: {"tiny": study})
+    monkeypatch.setattr("starmerge_models.study.study_file.studies", lambda: {"tiny": study})
     monkeypatch.chdir(tmp_path)
     command = ["study", "tiny", "-o", "tiny", "--no-cache"]
     first = CliRunner().invoke(app, command)

@@ -11,13 +11,13 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-import starmerge
-from starmerge.cli import app
-from starmerge.evaluation.runner import evaluate
-from starmerge.evaluation.tasks import find_task
-from starmerge.study.averages import Averages
-from starmerge.study.store import Record, load_store
-from starmerge.study.study_file import load_study
+import starmerge_models
+from starmerge_models.cli import app
+from starmerge_models.evaluation.runner import evaluate
+from starmerge_models.evaluation.tasks import find_task
+from starmerge_models.study.averages import Averages
+from starmerge_models.study.store import Record, load_store
+from starmerge_models.study.study_file import load_study
 from tests.oracles import star as oracle
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "images"
@@ -84,7 +84,7 @@ def test_the_study_runs_and_asks_what_an_evaluation_of_files_asks(
     models = [folder / name for name in domains]
     files = {method: tmp_path / method for method in ("average", "shares")}
     for method, output in files.items():
-        starmerge.merge(folder / "base", models, method, output=output)
+        starmerge_models.merge(folder / "base", models, method, output=output)
     tasks = [find_task(str(folder / f"{name}.yaml")) for name in domains]
     settings = load_study(folder / "images.yaml").model_copy(update={"rows": ROWS}).settings()
     scores = evaluate(folder / "base", files, tasks, settings).scores
@@ -116,8 +116,8 @@ def test_a_convolution_is_merged_as_a_matrix_and_biases_are_averaged(folder: Pat
     )
     base, *tuned = (load_file(folder / name / "model.safetensors") for name in ("base", *names))
     assert base[kernel].ndim == 4
-    vectors = starmerge.load_task_vectors(folder / "base", [folder / name for name in names])
-    update = vectors.merge(starmerge.Star(eta=60))
+    vectors = starmerge_models.load_task_vectors(folder / "base", [folder / name for name in names])
+    update = vectors.merge(starmerge_models.Star(eta=60))
     for name in (kernel, bias):
         weight = base[name].double().numpy()
         deltas = [(own[name].double().numpy() - weight).reshape(len(weight), -1) for own in tuned]

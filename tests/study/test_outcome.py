@@ -4,10 +4,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from starmerge.study.averages import Averages
-from starmerge.study.frames import best_by_number, by_number, by_parameter, one_shot, shares_by_task
-from starmerge.study.outcome import figure_entries, title_of, write_figures, write_tables
-from starmerge.study.store import Store
+from starmerge_models.study.averages import Averages
+from starmerge_models.study.frames import (
+    best_by_number,
+    by_number,
+    by_parameter,
+    one_shot,
+    shares_by_task,
+)
+from starmerge_models.study.outcome import figure_entries, title_of, write_figures, write_tables
+from starmerge_models.study.store import Store
 from tests.study.studies import written_store
 
 

@@ -1,6 +1,6 @@
 """How methods look: the same in every picture, and each in its own way."""
 
-from starmerge.study.palette import BASE_COLOUR, COLOURS, looks
+from starmerge_models.study.palette import BASE_COLOUR, COLOURS, looks
 
 
 def test_a_known_method_looks_the_same_beside_any_others() -> None:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from starmerge.evaluation.scoring.comparison import difference
-from starmerge.evaluation.scoring.metrics import Prediction, Score, score
-from starmerge.study.race import START, Outcome, race, sizes
+from starmerge_models.evaluation.scoring.comparison import difference
+from starmerge_models.evaluation.scoring.metrics import Prediction, Score, score
+from starmerge_models.study.race import START, Outcome, race, sizes
 
 Answers = Mapping[str, NDArray[np.bool_]]
 """By candidate: (tasks, rows), which it answers right."""

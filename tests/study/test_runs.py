@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starmerge.errors import UsageError
-from starmerge.study.runs import combinations, label_of, runs_of
-from starmerge.study.study_file import (
+from starmerge_models.errors import UsageError
+from starmerge_models.study.runs import combinations, label_of, runs_of
+from starmerge_models.study.study_file import (
     Study,
     find_study,
     load_study,
@@ -164,8 +164,8 @@ def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_paths_of_a_file_begin_beside_it(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "mine.py").write_text(
-        "from starmerge.methods.method import method, Merge\n"
-        "from starmerge.methods.average import Average\n\n\n"
+        "from starmerge_models.methods.method import method, Merge\n"
+        "from starmerge_models.methods.average import Average\n\n\n"
         "class Mine(Average):\n    name = 'mine'\n"
     )
     file = tmp_path / "own.yaml"

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from starmerge.study.averages import Averages
-from starmerge.study.execute import run_study
-from starmerge.study.outcome import FIGURES, write_figures, write_tables
-from starmerge.study.runs import numbers_of
-from starmerge.study.study_file import find_study, studies
+from starmerge_models.study.averages import Averages
+from starmerge_models.study.execute import run_study
+from starmerge_models.study.outcome import FIGURES, write_figures, write_tables
+from starmerge_models.study.runs import numbers_of
+from starmerge_models.study.study_file import find_study, studies
 from tests.evaluation.tiny_world import make_world
 
 NAMES = ("continent", "country", "digits", "language", "past", "plural", "pos", "sentiment")

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from starmerge.errors import Interrupted, StarmergeError, UsageError
-from starmerge.study.runs import runs_of
-from starmerge.study.store import HEAD, RUNS, load_store, open_store
-from starmerge.study.study_file import pool_of
+from starmerge_models.errors import Interrupted, StarmergeError, UsageError
+from starmerge_models.study.runs import runs_of
+from starmerge_models.study.store import HEAD, RUNS, load_store, open_store
+from starmerge_models.study.study_file import pool_of
 from tests.study.studies import head_of, written_store
 
 

@@ -9,10 +9,10 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-import starmerge as sm
-from starmerge.evaluation.tasks.sources import GeneratorSource
-from starmerge.evaluation.tasks.task import Task
-from starmerge.training.finetuning import TrainingRecipe, finetune
+import starmerge_models as sm
+from starmerge_models.evaluation.tasks.sources import GeneratorSource
+from starmerge_models.evaluation.tasks.task import Task
+from starmerge_models.training.finetuning import TrainingRecipe, finetune
 
 _COLOURS = ("red", "green", "blue", "black")
 

@@ -4,11 +4,11 @@ import numpy as np
 import torch
 from starmerge_example.methods import Median
 
-import starmerge as sm
-from starmerge.evaluation.scoring.matching import read
-from starmerge.evaluation.scoring.metrics import METRICS, Prediction, score
-from starmerge.evaluation.tasks import find_task
-from starmerge.methods import METHODS, make_method
+import starmerge_models as sm
+from starmerge_models.evaluation.scoring.matching import read
+from starmerge_models.evaluation.scoring.metrics import METRICS, Prediction, score
+from starmerge_models.evaluation.tasks import find_task
+from starmerge_models.methods import METHODS, make_method
 
 
 def test_the_median_is_numpy_s():

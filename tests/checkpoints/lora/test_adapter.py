@@ -11,13 +11,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from starmerge import merge
-from starmerge.checkpoints.base import open_base
-from starmerge.checkpoints.lora.adapter import Adapter
-from starmerge.checkpoints.lora.opening import open_adapter
-from starmerge.checkpoints.source import resolve
-from starmerge.deltas import LowRank
-from starmerge.errors import StarmergeError, UsageError
+from starmerge_models import merge
+from starmerge_models.checkpoints.base import open_base
+from starmerge_models.checkpoints.lora.adapter import Adapter
+from starmerge_models.checkpoints.lora.opening import open_adapter
+from starmerge_models.checkpoints.source import resolve
+from starmerge_models.deltas import LowRank
+from starmerge_models.errors import StarmergeError, UsageError
 from tests.conftest import MakeAdapter, edit_json
 from tests.oracles import adapters as oracle
 from tests.oracles.bounds import U32, gamma

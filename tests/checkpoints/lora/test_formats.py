@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from starmerge.checkpoints.base import open_base
-from starmerge.checkpoints.lora.adapter import Adapter
-from starmerge.checkpoints.lora.opening import open_adapter
-from starmerge.checkpoints.models import open_model
-from starmerge.checkpoints.source import resolve
-from starmerge.deltas import LowRank
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.merging.engine import merge
+from starmerge_models.checkpoints.base import open_base
+from starmerge_models.checkpoints.lora.adapter import Adapter
+from starmerge_models.checkpoints.lora.opening import open_adapter
+from starmerge_models.checkpoints.models import open_model
+from starmerge_models.checkpoints.source import resolve
+from starmerge_models.deltas import LowRank
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.merging.engine import merge
 from tests.oracles import formats as oracle
 from tests.oracles.bounds import U32
 from tests.oracles.deltas import exact

@@ -12,9 +12,9 @@ from lycoris.modules.lokr import LokrModule
 from safetensors.torch import save_file
 from torch import nn
 
-from starmerge.checkpoints.base import open_base
-from starmerge.checkpoints.lora.opening import open_adapter
-from starmerge.checkpoints.source import resolve
+from starmerge_models.checkpoints.base import open_base
+from starmerge_models.checkpoints.lora.opening import open_adapter
+from starmerge_models.checkpoints.source import resolve
 
 _LAYERS = {
     "linear": (lambda: nn.Linear(12, 16), (3, 12)),

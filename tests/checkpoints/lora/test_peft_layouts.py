@@ -31,7 +31,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-import starmerge as sm
+import starmerge_models as sm
 from tests.conftest import edit_json
 
 pytestmark = [

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from starmerge.checkpoints.opening import open_safetensors
-from starmerge.checkpoints.quantised import Dequantised, dequantised
+from starmerge_models.checkpoints.opening import open_safetensors
+from starmerge_models.checkpoints.quantised import Dequantised, dequantised
 from tests.conftest import edit_json
 from tests.oracles import quantised as oracle
 

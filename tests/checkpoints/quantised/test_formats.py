@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from starmerge.checkpoints.opening import open_checkpoint
-from starmerge.checkpoints.quantised import bitsandbytes, dequantised, packing, settings_of
-from starmerge.errors import StarmergeError, UsageError
+from starmerge_models.checkpoints.opening import open_checkpoint
+from starmerge_models.checkpoints.quantised import bitsandbytes, dequantised, packing, settings_of
+from starmerge_models.errors import StarmergeError, UsageError
 from tests.checkpoints.quantised.stored import GPTQ, gptq_layer, read
 from tests.oracles import quantised as oracle
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from starmerge.demo.run import ADAPTERS
-from starmerge.errors import UsageError
-from starmerge.evaluation.models.asking import (
+from starmerge_models.demo.run import ADAPTERS
+from starmerge_models.errors import UsageError
+from starmerge_models.evaluation.models.asking import (
     Answer,
     LocalModel,
     ask,
@@ -18,11 +18,11 @@ from starmerge.evaluation.models.asking import (
     prompter_of,
     scored,
 )
-from starmerge.evaluation.models.loading import AdapterSwitch, load_model
-from starmerge.evaluation.scoring.matching import read
-from starmerge.evaluation.tasks import find_task
-from starmerge.evaluation.tasks.sources import FileSource
-from starmerge.evaluation.tasks.task import Example, Task
+from starmerge_models.evaluation.models.loading import AdapterSwitch, load_model
+from starmerge_models.evaluation.scoring.matching import read
+from starmerge_models.evaluation.tasks import find_task
+from starmerge_models.evaluation.tasks.sources import FileSource
+from starmerge_models.evaluation.tasks.task import Example, Task
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from starmerge.evaluation.models.forward import arguments_of, cache_name
+from starmerge_models.evaluation.models.forward import arguments_of, cache_name
 from tests.evaluation.models.tiny_models import make
 
 ASKING = """
 import warnings
 warnings.filterwarnings("error", message=".*(cache|past_key_values)", category=FutureWarning)
 import sys
-from starmerge.evaluation.models.generation import generate
-from starmerge.evaluation.models.ranking import log_likelihoods
+from starmerge_models.evaluation.models.generation import generate
+from starmerge_models.evaluation.models.ranking import log_likelihoods
 from tests.evaluation.models.tiny_models import make, prompts, tokenizer
 for kind in sys.argv[1:]:
     model, rows = make(kind), prompts(4)

@@ -11,10 +11,10 @@ import transformers
 from peft import PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from starmerge.demo.run import ADAPTERS
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.evaluation.models.generation import generate
-from starmerge.evaluation.models.loading import (
+from starmerge_models.demo.run import ADAPTERS
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.evaluation.models.generation import generate
+from starmerge_models.evaluation.models.loading import (
     AdapterSwitch,
     context_length,
     device_kind,

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from starmerge.errors import UsageError
-from starmerge.evaluation.models.prompts import Prompter
-from starmerge.evaluation.tasks.sources import FileSource
-from starmerge.evaluation.tasks.task import Example, Task
+from starmerge_models.errors import UsageError
+from starmerge_models.evaluation.models.prompts import Prompter
+from starmerge_models.evaluation.tasks.sources import FileSource
+from starmerge_models.evaluation.tasks.task import Example, Task
 
 LLAMA_3_2 = (
     "{{- bos_token }}{%- if not date_string is defined %}{%- if strftime_now is defined %}"

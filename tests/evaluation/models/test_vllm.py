@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from starmerge.errors import UsageError
-from starmerge.evaluation.models.generation import generate
-from starmerge.evaluation.models.ranking import log_likelihoods
-from starmerge.evaluation.models.vllm import load_vllm, log_likelihood, room_for, text_of
+from starmerge_models.errors import UsageError
+from starmerge_models.evaluation.models.generation import generate
+from starmerge_models.evaluation.models.ranking import log_likelihoods
+from starmerge_models.evaluation.models.vllm import load_vllm, log_likelihood, room_for, text_of
 from tests.conftest import MakeAdapter, edit_json
 
 

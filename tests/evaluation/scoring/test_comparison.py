@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from starmerge.errors import UsageError
-from starmerge.evaluation.scoring.comparison import (
+from starmerge_models.errors import UsageError
+from starmerge_models.evaluation.scoring.comparison import (
     Difference,
     by_task,
     difference,
@@ -21,7 +21,7 @@ from starmerge.evaluation.scoring.comparison import (
     paired,
     perfect,
 )
-from starmerge.evaluation.scoring.metrics import RESAMPLES, Prediction, Score, score
+from starmerge_models.evaluation.scoring.metrics import RESAMPLES, Prediction, Score, score
 
 
 def _accuracy(right: Sequence[bool | int]) -> Score:

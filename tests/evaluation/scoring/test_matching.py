@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from starmerge.evaluation.scoring.matching import Reading, is_final, read
-from starmerge.evaluation.tasks.sources import FileSource
-from starmerge.evaluation.tasks.task import Task
+from starmerge_models.evaluation.scoring.matching import Reading, is_final, read
+from starmerge_models.evaluation.tasks.sources import FileSource
+from starmerge_models.evaluation.tasks.task import Task
 
 DISCO = ("pair_conn", "single_conn_inner", "single_conn_inner_anaphora", "pair_conn_anaphora")
 OPTIONS = {"1": ["(a)", "a"], "2": ["(b)", "b"], "3": ["(c)", "c"]}

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import f1_score
 
-from starmerge.errors import UsageError
-from starmerge.evaluation.scoring.metrics import (
+from starmerge_models.errors import UsageError
+from starmerge_models.evaluation.scoring.metrics import (
     RESAMPLES,
     Prediction,
     Score,

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.evaluation.scoring.matching import MATCHERS, Reading, is_final, matcher, read
-from starmerge.evaluation.tasks.files import load_task
-from starmerge.evaluation.tasks.task import Task
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.evaluation.scoring.matching import MATCHERS, Reading, is_final, matcher, read
+from starmerge_models.evaluation.tasks.files import load_task
+from starmerge_models.evaluation.tasks.task import Task
 
-HEAD = "from starmerge.evaluation.scoring.matching import matcher\n"
+HEAD = "from starmerge_models.evaluation.scoring.matching import matcher\n"
 
 
 def _task(file: Path, body: str, options: str = "", **settings: Any) -> Task:

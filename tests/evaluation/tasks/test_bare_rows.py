@@ -11,10 +11,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from starmerge.errors import UsageError
-from starmerge.evaluation.tasks import all_rows_of, find_task, task_of_rows
-from starmerge.evaluation.tasks.sources import FileSource, split_sizes
-from starmerge.evaluation.tasks.task import Task
+from starmerge_models.errors import UsageError
+from starmerge_models.evaluation.tasks import all_rows_of, find_task, task_of_rows
+from starmerge_models.evaluation.tasks.sources import FileSource, split_sizes
+from starmerge_models.evaluation.tasks.task import Task
 
 KINDS = ["jsonl", "csv", "parquet"]
 NAN = float("nan")

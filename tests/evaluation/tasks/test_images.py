@@ -26,13 +26,13 @@ from transformers import (
     ViTModel,
 )
 
-import starmerge
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.evaluation.models.classification import classify, load_image_model, predicted
-from starmerge.evaluation.models.loading import AdapterSwitch
-from starmerge.evaluation.scoring.metrics import score
-from starmerge.evaluation.tasks.images import ImageTask
-from starmerge.evaluation.tasks.task import Example
+import starmerge_models
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.evaluation.models.classification import classify, load_image_model, predicted
+from starmerge_models.evaluation.models.loading import AdapterSwitch
+from starmerge_models.evaluation.scoring.metrics import score
+from starmerge_models.evaluation.tasks.images import ImageTask
+from starmerge_models.evaluation.tasks.task import Example
 from tests.conftest import edit_json
 
 TASKS = ("plain", "inverted")
@@ -172,9 +172,9 @@ def test_fine_tunes_beat_the_base_at_their_task_and_merges_at_both(
     base = accuracy(own["base"])
     tuned = {name: accuracy(own[name])[name] for name in TASKS}
     assert all(0.3 < base[name] < tuned[name] - 0.08 for name in TASKS)
-    for method in (starmerge.Average(), starmerge.Star(eta=80)):
+    for method in (starmerge_models.Average(), starmerge_models.Star(eta=80)):
         merged = tmp_path / method.name
-        starmerge.merge(own["base"], [own[name] for name in TASKS], method, output=merged)
+        starmerge_models.merge(own["base"], [own[name] for name in TASKS], method, output=merged)
         scores = accuracy(merged)
         assert all(base[name] + 0.02 < scores[name] < tuned[name] for name in TASKS)
 
@@ -183,7 +183,9 @@ def test_a_merge_averages_batch_norm_statistics_and_leaves_counters_alone(
     models: dict[str, dict[str, Path]], tmp_path: Path
 ) -> None:
     own = models["resnet"]
-    starmerge.merge(own["base"], [own[n] for n in TASKS], "average", output=tmp_path / "merged")
+    starmerge_models.merge(
+        own["base"], [own[n] for n in TASKS], "average", output=tmp_path / "merged"
+    )
     base, *tuned = (load_file(own[n] / "model.safetensors") for n in ("base", *TASKS))
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     assert merged.keys() == base.keys()
@@ -215,7 +217,9 @@ def test_adapters_of_a_vit_are_switched_and_merged(
         with torch.no_grad():
             adapted.base_model.model.classifier.modules_to_save["default"].bias[seed] += 1
         adapted.save_pretrained(tmp_path / name)
-        starmerge.merge(base, [tmp_path / name], "average", output=tmp_path / f"{name}-merged")
+        starmerge_models.merge(
+            base, [tmp_path / name], "average", output=tmp_path / f"{name}-merged"
+        )
     model, processor = load_image_model(base)
     switch = AdapterSwitch(model, {name: tmp_path / name for name in TASKS})
     answers = {}
@@ -330,7 +334,7 @@ def test_a_merge_prepares_images_as_its_base_does(
     own = models["resnet"]
     base = shutil.copytree(own["base"], tmp_path / "base")
     ViTImageProcessorPil(size={"height": 24, "width": 24}).save_pretrained(base)
-    starmerge.merge(base, [own["plain"]], "average", output=tmp_path / "merged")
+    starmerge_models.merge(base, [own["plain"]], "average", output=tmp_path / "merged")
     processor = load_image_model(tmp_path / "merged")[1]
     assert processor.size["height"] == 24
 
@@ -463,10 +467,10 @@ def test_nan_is_refused_and_its_cause_named(
 ) -> None:
     rows = tasks["plain"].examples("test", 3)
     own = models["resnet"]
-    starmerge.merge(
+    starmerge_models.merge(
         own["base"],
         [own[name] for name in TASKS],
-        starmerge.TaskArithmetic(alpha=4),
+        starmerge_models.TaskArithmetic(alpha=4),
         output=tmp_path / "far",
     )
     with pytest.raises(

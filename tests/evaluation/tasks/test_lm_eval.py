@@ -18,15 +18,15 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-import starmerge.demo
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.evaluation.cache import Record
-from starmerge.evaluation.models.asking import LocalModel
-from starmerge.evaluation.models.loading import AdapterSwitch
-from starmerge.evaluation.scoring.metrics import Score
-from starmerge.evaluation.settings import Settings
-from starmerge.evaluation.sheets import Sheet, prepare
-from starmerge.evaluation.tasks.lm_eval import HarnessTask, load_tasks
+import starmerge_models.demo
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.evaluation.cache import Record
+from starmerge_models.evaluation.models.asking import LocalModel
+from starmerge_models.evaluation.models.loading import AdapterSwitch
+from starmerge_models.evaluation.scoring.metrics import Score
+from starmerge_models.evaluation.settings import Settings
+from starmerge_models.evaluation.sheets import Sheet, prepare
+from starmerge_models.evaluation.tasks.lm_eval import HarnessTask, load_tasks
 
 KINDS = ["an animal", "a colour", "a number"]
 QUESTIONS = [
@@ -51,7 +51,7 @@ def half_marks(doc, results):
 def many_marks(doc, results):
     return {"marks": 7}
 """
-ADAPTER = Path(starmerge.demo.__file__).parent / "adapters" / "sentiment"
+ADAPTER = Path(starmerge_models.demo.__file__).parent / "adapters" / "sentiment"
 
 
 @pytest.fixture(scope="module")

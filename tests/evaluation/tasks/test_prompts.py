@@ -7,12 +7,12 @@ from runpy import run_path
 
 import pytest
 
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.evaluation.tasks import find_task
-from starmerge.evaluation.tasks.prompts import with_prompts_of
-from starmerge.evaluation.tasks.sources import FileSource
-from starmerge.evaluation.tasks.suites import find_suite
-from starmerge.evaluation.tasks.task import Task
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.evaluation.tasks import find_task
+from starmerge_models.evaluation.tasks.prompts import with_prompts_of
+from starmerge_models.evaluation.tasks.sources import FileSource
+from starmerge_models.evaluation.tasks.suites import find_suite
+from starmerge_models.evaluation.tasks.task import Task
 
 GLUE = ("mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
 

@@ -14,11 +14,11 @@ import pytest
 import yaml
 from pyarrow import parquet
 
-from starmerge.errors import UsageError
-from starmerge.evaluation import tasks
-from starmerge.evaluation.scoring import matching
-from starmerge.evaluation.tasks.sources import HubSource, Sample
-from starmerge.evaluation.tasks.task import Example, Task
+from starmerge_models.errors import UsageError
+from starmerge_models.evaluation import tasks
+from starmerge_models.evaluation.scoring import matching
+from starmerge_models.evaluation.tasks.sources import HubSource, Sample
+from starmerge_models.evaluation.tasks.task import Example, Task
 
 Labels = Mapping[Any, str]
 """What the dataset has, with its type, and the answer in words; in the paper's order."""

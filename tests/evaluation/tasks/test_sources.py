@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from starmerge.errors import UsageError
-from starmerge.evaluation.tasks.sources import (
+from starmerge_models.errors import UsageError
+from starmerge_models.evaluation.tasks.sources import (
     FileSource,
     GeneratorSource,
     HubSource,

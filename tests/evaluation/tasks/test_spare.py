@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from starmerge.evaluation.tasks import find_task
-from starmerge.evaluation.tasks.images import ArraySource, ImageTask
-from starmerge.evaluation.tasks.sources import FileSource, Sample
-from starmerge.evaluation.tasks.spare import spare_rows
-from starmerge.evaluation.tasks.task import Task
+from starmerge_models.evaluation.tasks import find_task
+from starmerge_models.evaluation.tasks.images import ArraySource, ImageTask
+from starmerge_models.evaluation.tasks.sources import FileSource, Sample
+from starmerge_models.evaluation.tasks.spare import spare_rows
+from starmerge_models.evaluation.tasks.task import Task
 
 
 def _task(tmp_path: Path, sample: Sample, rare: int = 50, train: bool = True) -> Task:

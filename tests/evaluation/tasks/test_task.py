@@ -9,18 +9,18 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from starmerge.errors import UsageError
-from starmerge.evaluation.scoring.matching import read
-from starmerge.evaluation.tasks import (
+from starmerge_models.errors import UsageError
+from starmerge_models.evaluation.scoring.matching import read
+from starmerge_models.evaluation.tasks import (
     TASKS,
     find_task,
     folder_tasks,
     task_of_prompts,
     with_rows_of,
 )
-from starmerge.evaluation.tasks.files import as_yaml, load_task
-from starmerge.evaluation.tasks.sources import FileSource, Sample
-from starmerge.evaluation.tasks.task import Gold, Task
+from starmerge_models.evaluation.tasks.files import as_yaml, load_task
+from starmerge_models.evaluation.tasks.sources import FileSource, Sample
+from starmerge_models.evaluation.tasks.task import Gold, Task
 
 GENERATED = [name for name in TASKS if name.startswith(("demo/", "results/"))]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import cloudpickle
 
-from starmerge import plugins
-from starmerge.merging.executors.executor import Job, Result
+from starmerge_models import plugins
+from starmerge_models.merging.executors.executor import Job, Result
 
 
 class Processes:

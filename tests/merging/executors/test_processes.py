@@ -9,20 +9,20 @@ from typing import Any
 
 import pytest
 
-import starmerge as sm
-from starmerge.merging.engine import run
-from starmerge.merging.executors.threads import Threads
-from starmerge.merging.plan import Plan, make_plan
-from starmerge.merging.ranks import rank_costs
-from starmerge.recipe import make_recipe
+import starmerge_models as sm
+from starmerge_models.merging.engine import run
+from starmerge_models.merging.executors.threads import Threads
+from starmerge_models.merging.plan import Plan, make_plan
+from starmerge_models.merging.ranks import rank_costs
+from starmerge_models.recipe import make_recipe
 from tests.conftest import MakeAdapter, MakeFinetune, MakeMetric
 from tests.forks import tree
 from tests.merging.executors.processes import Processes
 
 _OWN = '''
-from starmerge.methods.method import Merge, method
-from starmerge.methods.memory import total_bytes, total_shape
-from starmerge.deltas import total
+from starmerge_models.methods.method import Merge, method
+from starmerge_models.methods.memory import total_bytes, total_shape
+from starmerge_models.deltas import total
 
 class Norm:
     def __init__(self, value): self.value = value

@@ -21,23 +21,23 @@ from typing import Any
 
 import pytest
 
-import starmerge as sm
-from starmerge.errors import Interrupted, UsageError, WorkersLostError
-from starmerge.events import Retry
-from starmerge.merging.engine import run
-from starmerge.merging.executors import ray as ray_executor
-from starmerge.merging.executors import schedule
-from starmerge.merging.executors.executor import FunctionJob
-from starmerge.merging.executors.ray import RayExecutor
-from starmerge.merging.executors.threads import Threads
-from starmerge.merging.journal import JOURNAL, fingerprint
-from starmerge.merging.plan import Plan, make_plan
-from starmerge.merging.ranks import rank_costs
-from starmerge.merging.work import LookJob
-from starmerge.recipe import make_recipe
-from starmerge.storage import Place
-from starmerge.storage.leftovers import leftovers
-from starmerge.storage.local_folder import LocalFolder
+import starmerge_models as sm
+from starmerge_models.errors import Interrupted, UsageError, WorkersLostError
+from starmerge_models.events import Retry
+from starmerge_models.merging.engine import run
+from starmerge_models.merging.executors import ray as ray_executor
+from starmerge_models.merging.executors import schedule
+from starmerge_models.merging.executors.executor import FunctionJob
+from starmerge_models.merging.executors.ray import RayExecutor
+from starmerge_models.merging.executors.threads import Threads
+from starmerge_models.merging.journal import JOURNAL, fingerprint
+from starmerge_models.merging.plan import Plan, make_plan
+from starmerge_models.merging.ranks import rank_costs
+from starmerge_models.merging.work import LookJob
+from starmerge_models.recipe import make_recipe
+from starmerge_models.storage import Place
+from starmerge_models.storage.leftovers import leftovers
+from starmerge_models.storage.local_folder import LocalFolder
 from tests.conftest import MakeAdapter, MakeFinetune
 from tests.forks import tree
 
@@ -57,9 +57,9 @@ _CASES = {
 _PLUGIN = '''
 import logging, os, signal, time
 from pathlib import Path
-from starmerge.deltas import total
-from starmerge.methods.memory import total_bytes, total_shape
-from starmerge.methods.method import Merge, method
+from starmerge_models.deltas import total
+from starmerge_models.methods.memory import total_bytes, total_shape
+from starmerge_models.methods.method import Merge, method
 
 HERE = Path(__file__).parent
 
@@ -320,7 +320,7 @@ def test_warnings_of_workers_are_logged_by_the_driver(
     workers: RayExecutor, caplog: pytest.LogCaptureFixture
 ) -> None:
     def work(number: int) -> int:
-        logging.getLogger("starmerge.device").warning("the card is full")
+        logging.getLogger("starmerge_models.device").warning("the card is full")
         warnings.warn("a library said so", stacklevel=1)
         return number
 
@@ -359,8 +359,8 @@ def test_a_machine_that_does_not_reach_the_files_is_told_at_the_start(
 
 
 def test_other_packages_are_refused(workers: RayExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = ray_executor.installed_versions()
-    monkeypatch.setattr(ray_executor, "installed_versions", lambda: ours | {"torch": "1.0"})
+    ours = ray_executor.installed_versions(ray_executor.PACKAGES)
+    monkeypatch.setattr(ray_executor, "installed_versions", lambda _: ours | {"torch": "1.0"})
     with pytest.raises(sm.StarmergeError, match=r"torch .* there and 1\.0 here"):
         list(workers.run(FunctionJob(lambda number: number, lambda number: 0), range(3)))
 
@@ -410,8 +410,8 @@ def command(plan: Plan, folder: Path, *options: str) -> subprocess.Popen[str]:
     text = (
         # A process that a shell began in the background ignores SIGINT unless told otherwise.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from starmerge.merging.executors import schedule; schedule.LEAST = 1; "
-        "from starmerge.cli import main; main()"
+        "from starmerge_models.merging.executors import schedule; schedule.LEAST = 1; "
+        "from starmerge_models.cli import main; main()"
     )
     return subprocess.Popen(
         [sys.executable, "-c", text, *arguments],

@@ -21,17 +21,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from starmerge.cli.clean import clean
-from starmerge.errors import StarmergeError, WorkersLostError
-from starmerge.events import PhaseFinished, Published
-from starmerge.merging.engine import run
-from starmerge.merging.executors import schedule
-from starmerge.merging.executors.ray import RayExecutor
-from starmerge.merging.executors.threads import Threads
-from starmerge.merging.plan import Plan, make_plan
-from starmerge.storage import requests
-from starmerge.storage.places import place_of
-from starmerge.storage.remote import remote_storage
+from starmerge_models.cli.clean import clean
+from starmerge_models.errors import StarmergeError, WorkersLostError
+from starmerge_models.events import PhaseFinished, Published
+from starmerge_models.merging.engine import run
+from starmerge_models.merging.executors import schedule
+from starmerge_models.merging.executors.ray import RayExecutor
+from starmerge_models.merging.executors.threads import Threads
+from starmerge_models.merging.plan import Plan, make_plan
+from starmerge_models.storage import requests
+from starmerge_models.storage.places import place_of
+from starmerge_models.storage.remote import remote_storage
 from tests.conftest import MakeAdapter, MakeFinetune
 from tests.merging.executors.test_ray import kept
 from tests.merging.executors.test_ray import plan_of as plan_to
@@ -197,7 +197,7 @@ def test_an_old_merge_of_the_same_sizes_is_replaced(
 
     world.theirs.plan = look
     plan = make_plan(plan_of(base, new, f"{URL}-", "model").recipe, place_of(URL), overwrite=True)
-    caplog.set_level(logging.DEBUG, "starmerge")
+    caplog.set_level(logging.DEBUG, "starmerge_models")
     run(plan, kept(world.workers))
     after = world.files("out/")
     assert len(after["model.safetensors"]) == len(before["model.safetensors"])
@@ -267,9 +267,9 @@ def test_missing_pieces_are_found_before_anything_appears(
 _PLUGIN = '''
 import os, signal
 from pathlib import Path
-from starmerge.deltas import total
-from starmerge.methods.memory import total_bytes, total_shape
-from starmerge.methods.method import Merge, method
+from starmerge_models.deltas import total
+from starmerge_models.methods.memory import total_bytes, total_shape
+from starmerge_models.methods.method import Merge, method
 
 @method("deadly")
 class Deadly(Merge):
@@ -327,9 +327,9 @@ def test_workers_go_on_with_what_threads_have_left(
     (tmp_path / "deadly").touch()
     models = [make_adapter("a")]
     text = (
-        "from starmerge.merging.engine import run\n"
-        "from starmerge.merging import journal\n"
-        "from starmerge.merging.executors.threads import Threads\n"
+        "from starmerge_models.merging.engine import run\n"
+        "from starmerge_models.merging import journal\n"
+        "from starmerge_models.merging.executors.threads import Threads\n"
         "from tests.merging.executors.test_ray_objects import plan_of\n"
         "from pathlib import Path\n"
         "journal._SECONDS = 0\n"

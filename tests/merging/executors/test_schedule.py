@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starmerge.errors import WorkersLostError
-from starmerge.merging.executors import schedule as schedules
-from starmerge.merging.executors.executor import FunctionJob
-from starmerge.merging.executors.schedule import MOST, WINDOW, Group, Schedule
+from starmerge_models.errors import WorkersLostError
+from starmerge_models.merging.executors import schedule as schedules
+from starmerge_models.merging.executors.executor import FunctionJob
+from starmerge_models.merging.executors.schedule import MOST, WINDOW, Group, Schedule
 
 
 @dataclass(frozen=True)

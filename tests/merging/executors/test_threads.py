@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from starmerge.errors import UsageError
-from starmerge.machine import usable_memory
-from starmerge.merging.executors.executor import FunctionJob
-from starmerge.merging.executors.threads import Threads, default_threads
+from starmerge_models.errors import UsageError
+from starmerge_models.machine import usable_memory
+from starmerge_models.merging.executors.executor import FunctionJob
+from starmerge_models.merging.executors.threads import Threads, default_threads
 
 
 @dataclass(frozen=True)

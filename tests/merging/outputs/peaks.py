@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from starmerge.deltas import Delta, Dense, LowRank
-from starmerge.merging.fold import Fold, fold_bytes
-from starmerge.merging.outputs.approximation import (
+from starmerge_models.deltas import Delta, Dense, LowRank
+from starmerge_models.merging.fold import Fold, fold_bytes
+from starmerge_models.merging.outputs.approximation import (
     Approximated,
     approximated,
     approximation_bytes,

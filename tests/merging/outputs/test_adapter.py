@@ -23,11 +23,11 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-import starmerge as sm
-from starmerge.merging.executors.threads import Threads
-from starmerge.merging.plan import make_plan
-from starmerge.merging.ranks import rank_costs
-from starmerge.recipe import make_recipe
+import starmerge_models as sm
+from starmerge_models.merging.executors.threads import Threads
+from starmerge_models.merging.plan import make_plan
+from starmerge_models.merging.ranks import rank_costs
+from starmerge_models.recipe import make_recipe
 from tests.conftest import MakeAdapter, MakeFinetune, edit_json
 
 pytestmark = pytest.mark.usefixtures("answers_at_once")

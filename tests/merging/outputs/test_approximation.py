@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from starmerge.deltas import LowRank
-from starmerge.merging.outputs.approximation import Approximated, distance
+from starmerge_models.deltas import LowRank
+from starmerge_models.merging.outputs.approximation import Approximated, distance
 
 
 def _made(m: int, n: int, r: int) -> Approximated:

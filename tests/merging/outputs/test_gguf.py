@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from starmerge.errors import UsageError
-from starmerge.merging.engine import merge
+from starmerge_models.errors import UsageError
+from starmerge_models.merging.engine import merge
 from tests.conftest import MakeAdapter, MakeFinetune
 from tests.oracles import formats as oracle
 from tests.oracles.deltas import exact, low_rank

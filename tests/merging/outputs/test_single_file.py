@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from starmerge.checkpoints.lora.unet_names import makers_name
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.merging.engine import merge
+from starmerge_models.checkpoints.lora.unet_names import makers_name
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.merging.engine import merge
 from tests.conftest import MakeAdapter
 from tests.oracles import formats as oracle
 from tests.oracles.deltas import exact

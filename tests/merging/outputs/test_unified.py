@@ -27,15 +27,15 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-import starmerge as sm
-from starmerge.checkpoints.base import open_base
-from starmerge.checkpoints.emr_task import pack, unpack
-from starmerge.checkpoints.models import files_of, open_model
-from starmerge.checkpoints.source import resolve
-from starmerge.merging.plan import Plan, make_plan
-from starmerge.methods import Emr, Pipeline
-from starmerge.recipe import make_recipe
-from starmerge.storage.local_folder import LocalFile, LocalFolder
+import starmerge_models as sm
+from starmerge_models.checkpoints.base import open_base
+from starmerge_models.checkpoints.emr_task import pack, unpack
+from starmerge_models.checkpoints.models import files_of, open_model
+from starmerge_models.checkpoints.source import resolve
+from starmerge_models.merging.plan import Plan, make_plan
+from starmerge_models.methods import Emr, Pipeline
+from starmerge_models.recipe import make_recipe
+from starmerge_models.storage.local_folder import LocalFile, LocalFolder
 from tests.conftest import MakeAdapter, MakeFinetune, edit_json
 from tests.oracles import bounds
 from tests.oracles import emr as oracle
@@ -529,7 +529,7 @@ def test_a_killed_merge_leaves_no_output_folder(
         tensors = {f"layers.{n}.weight": torch.full((1024, 1024), scale) for n in range(20)}
         save_file(tensors, tmp_path / name / "model.safetensors")
     script = (
-        "import signal, starmerge as sm\n"
+        "import signal, starmerge_models as sm\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "sm.merge('base', {'a': 'tuned', 'b': 'tuned'}, 'emr', output='out')\n"
     )

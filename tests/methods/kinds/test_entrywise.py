@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from starmerge import merge_state
-from starmerge.deltas import Dense, LowRank
-from starmerge.methods import make_pipeline
-from starmerge.methods.kinds import entrywise
-from starmerge.methods.kinds.entrywise import entries_of, panels, task_sum
+from starmerge_models import merge_state
+from starmerge_models.deltas import Dense, LowRank
+from starmerge_models.methods import make_pipeline
+from starmerge_models.methods.kinds import entrywise
+from starmerge_models.methods.kinds.entrywise import entries_of, panels, task_sum
 from tests.oracles import models, samples
 
 SEARCH = settings(samples.SEARCH, max_examples=15)  # for each chain

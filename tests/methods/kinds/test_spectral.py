@@ -6,10 +6,10 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from starmerge.deltas import Dense, LowRank
-from starmerge.methods import Ace, Cart, Covariance, Ctm, DcMerge, IsoC, IsoCts, Knots, TsvM
-from starmerge.methods.kinds.spectral import SpectralMerge
-from starmerge.methods.memory import DeltaShape, TensorShape
+from starmerge_models.deltas import Dense, LowRank
+from starmerge_models.methods import Ace, Cart, Covariance, Ctm, DcMerge, IsoC, IsoCts, Knots, TsvM
+from starmerge_models.methods.kinds.spectral import SpectralMerge
+from starmerge_models.methods.memory import DeltaShape, TensorShape
 from tests.oracles import bounds, linear, samples, spectral
 
 TSV = [TsvM(), TsvM(triplets="all"), TsvM(triplets=2, alpha=0.7)]

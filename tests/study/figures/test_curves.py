@@ -7,15 +7,15 @@ import pandas as pd
 import pytest
 from matplotlib.container import ErrorbarContainer
 
-from starmerge.errors import UsageError
-from starmerge.study.figures import (
+from starmerge_models.errors import UsageError
+from starmerge_models.study.figures import (
     plot_against_number,
     plot_against_parameter,
     plot_best_parameter,
     plot_grid,
     plot_heat_map,
 )
-from starmerge.study.palette import BASE_COLOUR, looks
+from starmerge_models.study.palette import BASE_COLOUR, looks
 from tests.study.drawn import ADVERSARIAL, frames, outside
 
 NUMBERS = (2, 4, 8)

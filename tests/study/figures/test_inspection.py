@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import starmerge as sm
-from starmerge.study.figures.inspection import (
+import starmerge_models as sm
+from starmerge_models.study.figures.inspection import (
     plot_conflicts,
     plot_kept,
     plot_ranks,
     plot_spectra,
     plots_of,
 )
-from starmerge.study.palette import looks
+from starmerge_models.study.palette import looks
 from tests.study.drawn import ADVERSARIAL, outside
 from tests.study.inspection.adapters import renamed, write_adapters
 

@@ -6,9 +6,9 @@ import pytest
 from matplotlib.collections import PathCollection
 from matplotlib.container import ErrorbarContainer
 
-from starmerge.errors import UsageError
-from starmerge.study.figures import plot_methods, plot_scores
-from starmerge.study.palette import BASE_COLOUR, looks
+from starmerge_models.errors import UsageError
+from starmerge_models.study.figures import plot_methods, plot_scores
+from starmerge_models.study.palette import BASE_COLOUR, looks
 from tests.study.drawn import ADVERSARIAL, evaluation_of, outside, texts
 
 TASKS = ("digits", "past", "pos")

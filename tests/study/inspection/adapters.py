@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from starmerge.study.inspection.inspection import Inspection
+from starmerge_models.study.inspection.inspection import Inspection
 from tests.oracles import samples
 
 QV = ("self_attn.q_proj", "self_attn.v_proj")

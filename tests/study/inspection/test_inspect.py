@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import starmerge as sm
-from starmerge.cli.inspect import inspect as command
-from starmerge.errors import StarmergeError, UsageError
-from starmerge.study.inspected import write_inspection
+import starmerge_models as sm
+from starmerge_models.cli.inspect import inspect as command
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.study.inspected import write_inspection
 from tests.conftest import MakeFinetune
 from tests.oracles import inspection as oracle
 from tests.study.inspection.adapters import scaled, write_adapter, write_adapters

@@ -9,15 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from starmerge.deltas import Dense, LowRank, Stored
-from starmerge.methods import make_pipeline
-from starmerge.methods.method import TensorContext
-from starmerge.study.inspection import entries as entries_room
-from starmerge.study.inspection.conflict import conflict_of
-from starmerge.study.inspection.entries import entries_of
-from starmerge.study.inspection.kept import Kept, kept_of
-from starmerge.study.inspection.places import modules
-from starmerge.study.inspection.spectrum import Spectrum, spectrum_of
+from starmerge_models.deltas import Dense, LowRank, Stored
+from starmerge_models.methods import make_pipeline
+from starmerge_models.methods.method import TensorContext
+from starmerge_models.study.inspection import entries as entries_room
+from starmerge_models.study.inspection.conflict import conflict_of
+from starmerge_models.study.inspection.entries import entries_of
+from starmerge_models.study.inspection.kept import Kept, kept_of
+from starmerge_models.study.inspection.places import modules
+from starmerge_models.study.inspection.spectrum import Spectrum, spectrum_of
 from tests.oracles import inspection as oracle
 from tests.oracles import samples, spectra
 

@@ -1,7 +1,7 @@
 """What stands on a page, for tests."""
 
-from starmerge.study.page import Chart, Page, Table
-from starmerge.study.page.charts import specification
+from starmerge_models.study.page import Chart, Page, Table
+from starmerge_models.study.page.charts import specification
 
 
 def parts_of(page: Page, kind: type) -> list:

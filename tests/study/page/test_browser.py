@@ -10,11 +10,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-import starmerge as sm
-from starmerge.evaluation.evaluation import Evaluation
-from starmerge.evaluation.scoring.metrics import Score
-from starmerge.study.averages import Averages
-from starmerge.study.page import (
+import starmerge_models as sm
+from starmerge_models.evaluation.evaluation import Evaluation
+from starmerge_models.evaluation.scoring.metrics import Score
+from starmerge_models.study.averages import Averages
+from starmerge_models.study.page import (
     Chart,
     Copy,
     KeyFigure,
@@ -27,11 +27,11 @@ from starmerge.study.page import (
     Text,
     write_page,
 )
-from starmerge.study.page.charts import curves, dots, heat_map
-from starmerge.study.page.choice import choice_page
-from starmerge.study.page.evaluation import evaluation_page
-from starmerge.study.page.inspection import inspection_page
-from starmerge.study.page.study import study_page
+from starmerge_models.study.page.charts import curves, dots, heat_map
+from starmerge_models.study.page.choice import choice_page
+from starmerge_models.study.page.evaluation import evaluation_page
+from starmerge_models.study.page.inspection import inspection_page
+from starmerge_models.study.page.study import study_page
 from tests.study.drawn import ADVERSARIAL, choice, evaluation_of, frames
 from tests.study.inspection.adapters import renamed, write_adapters
 from tests.study.studies import written_store

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from starmerge.cli import app
-from starmerge.errors import UsageError
+from starmerge_models.cli import app
+from starmerge_models.errors import UsageError
 from tests.evaluation.tiny_world import World, make_world
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-import starmerge as sm
-from starmerge.cli import app
-from starmerge.errors import UsageError
-from starmerge.study.page import Chart, Copy, KeyFigures, Notes, Provenance, Text
-from starmerge.study.page.inspection import TENSORS, inspection_page
-from starmerge.study.page.page import html
+import starmerge_models as sm
+from starmerge_models.cli import app
+from starmerge_models.errors import UsageError
+from starmerge_models.study.page import Chart, Copy, KeyFigures, Notes, Provenance, Text
+from starmerge_models.study.page.inspection import TENSORS, inspection_page
+from starmerge_models.study.page.page import html
 from tests.study.inspection.adapters import renamed, scaled, write_adapters
 from tests.study.page.shown import drawn, layers_of, parts_of, table_of
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from starmerge.errors import UsageError
-from starmerge.study.page import (
+from starmerge_models.errors import UsageError
+from starmerge_models.study.page import (
     Chart,
     Copy,
     Page,
@@ -19,11 +19,11 @@ from starmerge.study.page import (
     check_page,
     write_page,
 )
-from starmerge.study.page.charts import curves, dots, heat_map, specification
-from starmerge.study.page.choice import choice_page
-from starmerge.study.page.evaluation import evaluation_page
-from starmerge.study.page.page import html
-from starmerge.study.palette import looks
+from starmerge_models.study.page.charts import curves, dots, heat_map, specification
+from starmerge_models.study.page.choice import choice_page
+from starmerge_models.study.page.evaluation import evaluation_page
+from starmerge_models.study.page.page import html
+from starmerge_models.study.palette import looks
 from tests.study.drawn import choice, evaluation_of, frames
 from tests.study.page.shown import drawn, layers_of, parts_of, table_of
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from starmerge.study.averages import Averages
-from starmerge.study.frames import by_number, shares_by_task
-from starmerge.study.page import Chart, Copy, KeyFigures, Notes, Page, Provenance
-from starmerge.study.page.page import html
-from starmerge.study.page.study import study_page
-from starmerge.study.store import Store
+from starmerge_models.study.averages import Averages
+from starmerge_models.study.frames import by_number, shares_by_task
+from starmerge_models.study.page import Chart, Copy, KeyFigures, Notes, Page, Provenance
+from starmerge_models.study.page.page import html
+from starmerge_models.study.page.study import study_page
+from starmerge_models.study.store import Store
 from tests.study.page.shown import drawn, parts_of, table_of
 from tests.study.studies import written_store
 

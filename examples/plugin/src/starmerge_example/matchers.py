@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from starmerge.evaluation.scoring.matching import matcher
+from starmerge_models.evaluation.scoring.matching import matcher
 
 
 @matcher("last_word")

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from starmerge.methods.kinds.entrywise import EntrywiseMerge
-from starmerge.methods.method import TensorContext, method, refuse_weights
+from starmerge_models.methods.kinds.entrywise import EntrywiseMerge
+from starmerge_models.methods.method import TensorContext, method, refuse_weights
 
 
 @method("median")

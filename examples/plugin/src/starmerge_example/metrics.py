@@ -9,7 +9,7 @@ from difflib import SequenceMatcher
 import numpy as np
 from numpy.typing import NDArray
 
-from starmerge.evaluation.scoring.metrics import Prediction, metric
+from starmerge_models.evaluation.scoring.metrics import Prediction, metric
 
 
 @metric("edit_similarity")

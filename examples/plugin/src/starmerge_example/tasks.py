@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from starmerge.evaluation.tasks.sources import GeneratorSource
-from starmerge.evaluation.tasks.task import Task
+from starmerge_models.evaluation.tasks.sources import GeneratorSource
+from starmerge_models.evaluation.tasks.task import Task
 
 
 def rows(generator: random.Random) -> Iterator[dict[str, str]]:

@@ -1,5 +1,0 @@
-"""``python -m starmerge``."""
-
-from starmerge.cli import main
-
-main()

@@ -1,9 +1,0 @@
-"""What models are asked: tasks, where their rows come from, the registry of them, suites."""
-
-from starmerge.evaluation.tasks.bare_rows import task_of_rows as task_of_rows
-from starmerge.evaluation.tasks.registry import TASKS as TASKS
-from starmerge.evaluation.tasks.registry import all_rows_of as all_rows_of
-from starmerge.evaluation.tasks.registry import find_task as find_task
-from starmerge.evaluation.tasks.registry import folder_tasks as folder_tasks
-from starmerge.evaluation.tasks.registry import task_of_prompts as task_of_prompts
-from starmerge.evaluation.tasks.registry import with_rows_of as with_rows_of

@@ -1,0 +1,151 @@
+"""The tensors that a quantised weight is stored as, taken one by one out of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+
+from starmerge_models.checkpoints.experts import name_in_file, stack_of
+from starmerge_models.checkpoints.tensors import Checkpoint, Derived, TensorInfo, Way
+from starmerge_models.errors import StarmergeError, UsageError
+
+SCALES = (torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes of scales."""
+
+
+@dataclass
+class Entries:
+    """A checkpoint of quantised weights, and which of its tensors have been taken.
+
+    Args:
+        checkpoint: As the files have it.
+        settings: ``quantization_config`` of the model's config.
+        where: The model, for errors.
+    """
+
+    checkpoint: Checkpoint
+    settings: Mapping[str, Any]
+    where: str
+    _made: dict[str, TensorInfo] = field(default_factory=dict)
+    _taken: set[str] = field(default_factory=set)
+
+    def named(self, suffix: str) -> Iterator[str]:
+        """Yield the beginnings of names that end so: of "a.qweight" and ".qweight" that is "a"."""
+        for name in self.checkpoint:
+            if name.endswith(suffix):
+                yield name.removesuffix(suffix)
+
+    def find(self, name: str) -> TensorInfo | None:
+        """Return a tensor, and take it, if it is there."""
+        joined = stack_of(name)
+        if name not in self.checkpoint and joined and joined[0] in self.checkpoint:
+            # One number, or a row of them, for each of the experts.
+            self._taken.add(joined[0])
+            return self.checkpoint[joined[0]].item(name, joined[1])
+        if name not in self.checkpoint:
+            return None
+        self._taken.add(name)
+        return self.checkpoint[name]
+
+    def take(
+        self,
+        name: str,
+        dtypes: Iterable[torch.dtype],
+        shape: tuple[int, ...] | None = None,
+        *,
+        of: str,
+    ) -> TensorInfo:
+        """Take a tensor that a weight cannot be without.
+
+        Args:
+            name: The tensor.
+            dtypes: Those that it may have.
+            shape: The one that it must have.
+            of: The weight, for errors.
+
+        Raises:
+            StarmergeError: It is missing, or has another shape or dtype.
+        """
+        info = self.find(name)
+        if info is None:
+            self.fail(of, f"the tensor {name}, which belongs to it, is missing")
+        if info.dtype not in dtypes:
+            self.fail(of, f"{name} is stored in {info.dtype}")
+        if shape is not None and info.shape != shape:
+            self.fail(of, f"{name} has the shape {list(info.shape)} in place of {list(shape)}")
+        return info
+
+    def ignore(self, *suffixes: str) -> None:
+        """Take all tensors whose names end so: no weight depends on them."""
+        self._taken.update(n for n in self.checkpoint if name_in_file(n).endswith(suffixes))
+
+    def make(
+        self, first: str, name: str, shape: tuple[int, ...], parts: Iterable[Any], way: Way
+    ) -> None:
+        """Put a computed weight, of float32, in the place of the tensors it is computed of.
+
+        Args:
+            first: The tensor of the checkpoint in whose place it stands.
+            name: The weight's name.
+            shape: Its shape.
+            parts: What it is computed of.
+            way: How.
+        """
+        if name != first and name in self.checkpoint:
+            self.fail(name, f"it is stored twice, as {name} and as {first}")
+        own = tuple(parts)
+        self._made[first] = Derived(name, torch.float32, shape, own[0].file, own, way)
+
+    def result(self, *suffixes: str) -> Checkpoint:
+        """Return the checkpoint with the weights in place of what they were stored as.
+
+        Args:
+            suffixes: How names end that only tensors of quantised weights have.
+
+        Raises:
+            StarmergeError: Such a tensor belongs to no weight, or there is no quantised weight.
+        """
+        for name in self.checkpoint:
+            if name not in self._taken and name_in_file(name).endswith(suffixes):
+                self.fail(name, "it belongs to no quantised weight that is there")
+        if not self._made:
+            raise StarmergeError(
+                f"{self.where}: its config says that it is quantised, and none of its tensors is. "
+                "Remove 'quantization_config' from config.json if the weights are plain."
+            )
+        return self.checkpoint.viewed(
+            self._made.get(name) or info
+            for name, info in self.checkpoint.items()
+            if name in self._made or name not in self._taken
+        )
+
+    def setting(self, key: str, kind: type, default: Any = None) -> Any:
+        """Return a setting of the format.
+
+        Raises:
+            StarmergeError: It is missing and has no default, or has another type.
+        """
+        value = self.settings.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise StarmergeError(f"{self.where}: quantization_config of its config has no '{key}'.")
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise StarmergeError(
+                f"{self.where}: {key} of quantization_config is {value!r:.100}, and must be of the "
+                f"type {kind.__name__}."
+            )
+        return value
+
+    def fail(self, weight: str, reason: str) -> NoReturn:
+        """Refuse the checkpoint for one of its weights."""
+        raise StarmergeError(
+            f"{self.where}: the quantised weight {weight} cannot be read: {reason}. Are its files "
+            "complete, and of the format that its config names?"
+        )
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Refuse the checkpoint for its format."""
+        raise UsageError(f"{self.where} is quantised in a way that is not read: {reason}.")

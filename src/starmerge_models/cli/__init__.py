@@ -1,0 +1,289 @@
+"""The command line: one file a command; what a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import gc
+import io
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+from inspect import cleandoc
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from starmerge_models import __version__
+from starmerge_models.cli import (
+    calibrate,
+    choose,
+    clean,
+    demo,
+    evaluate,
+    finetune,
+    inspect,
+    merge,
+    methods,
+    push,
+    study,
+    suite,
+    tasks,
+    verify,
+)
+from starmerge_models.cli.commands import Command, Group, WrongCommandLine
+from starmerge_models.cli.log import Mode, Reporter
+from starmerge_models.errors import Interrupted, StarmergeError, UsageError
+from starmerge_models.progress import HEARTBEAT
+
+_EXIT_CODES = (
+    "Exit codes: 0 done; 1 an input or the machine failed, or [b]verify[/b] finds a difference; 2 "
+    "wrong usage; 128 and its number after a signal: 130 Ctrl-C, 143 SIGTERM. "
+)
+_OPTIONS_OF_ALL = (
+    "Also, before or after the command: --log auto|text|json, --quiet, --heartbeat, --debug; see "
+    "starmerge --help."
+)
+
+
+app = typer.Typer(
+    cls=Group,
+    epilog=_EXIT_CODES,
+    help="Merge fine-tuned models of one base into one multi-task model, without data and "
+    "without training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _help_of(command: Callable[..., None]) -> str:
+    """Return a command's docstring with each paragraph on one line, as typer keeps its breaks."""
+    paragraphs = cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+for _command in (
+    merge.merge,
+    inspect.inspect,
+    calibrate.calibrate,
+    evaluate.evaluate,
+    choose.choose,
+    suite.suite,
+    study.study,
+    finetune.finetune,
+    verify.verify,
+    push.push,
+    clean.clean,
+    methods.methods,
+    tasks.tasks,
+):
+    app.command(cls=Command, help=_help_of(_command), epilog=_OPTIONS_OF_ALL)(_command)
+app.add_typer(demo.app, name="demo")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    log: Annotated[
+        Mode,
+        typer.Option(
+            help="What standard error tells. [b]auto[/b]: a progress bar, or in a file a line "
+            "each half minute. [b]text[/b]: what happens, in lines with times. [b]json[/b]: "
+            "events, each tensor among them, a JSON object a line.",
+        ),
+    ] = "auto",
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet", help="Tell errors alone; results are on standard output as always."
+        ),
+    ] = False,
+    heartbeat: Annotated[
+        float,
+        typer.Option(
+            min=0.1, metavar="SECONDS", help="Time between lines that say how far a run is."
+        ),
+    ] = HEARTBEAT,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Tell debug messages, and tracebacks of errors.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None:
+    if context.obj is not None:
+        context.obj.start(context.invoked_subcommand)
+
+
+def main() -> None:
+    """Run the command line.
+
+    Exits with 2 for wrong usage, 1 for a failure, and 128 and its number after a signal: 130 after
+    Ctrl-C, 143 after SIGTERM.
+    """
+    _raise_on_signals()
+    _open_closed_streams()
+    # Idle BLAS threads otherwise spin and starve the others on a shared machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _keep_memory()
+    # At exit Python would look for garbage among all objects, for 0.4 s where torch is imported.
+    atexit.register(gc.freeze)
+    # What libraries deprecate among themselves is no news to who runs a command.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # σ and η on a terminal that knows only ASCII
+    with closing(Reporter()) as reporter:
+        sys.exit(_run(reporter))
+
+
+def _run(reporter: Reporter) -> int:
+    """Run the command of the command line; return its exit code."""
+    try:
+        result = app(standalone_mode=False, obj=reporter, prog_name="starmerge")
+    except WrongCommandLine as error:
+        if reporter.is_for_people and not error.format_message():
+            print(error.ctx.get_help())  # nothing was asked for
+        else:
+            said = _ended(error.format_message() or "No command is given.")
+            reporter.fail(f"{said}{_help_for(error.ctx)}", 2)
+        return 2
+    except typer.Abort:
+        reporter.fail("Nothing was answered, so nothing is done.", 1)
+        return 1
+    except Exception as error:
+        exit_code = 2 if isinstance(error, UsageError | ModuleNotFoundError) else 1
+        trace = traceback.format_exc() if reporter.debug else None
+        reporter.fail(_said(error), exit_code, traceback=trace)
+        return exit_code
+    except Interrupted as interruption:
+        for number in (signal.SIGINT, signal.SIGTERM):  # which would hide how this ended
+            signal.signal(number, signal.SIG_IGN)
+        exit_code = 128 + interruption.signal
+        reporter.fail(
+            f"Stopped by {_told(interruption)}",
+            exit_code,
+            signal=interruption.signal.name,
+            kept=[str(path) for path in interruption.kept],
+        )
+        return exit_code
+    except SystemExit as ending:
+        if not isinstance(ending.__context__, BrokenPipeError):
+            raise
+        reporter.fail(
+            "Nobody reads standard output any more, so the command ended when it had something to "
+            "say there. What is complete stands; run it again for the rest.",
+            1,
+        )
+        return 1
+    exit_code = result if isinstance(result, int) else 0
+    reporter.finish(exit_code)
+    return exit_code
+
+
+def _raise_on_signals() -> None:
+    """Let Ctrl-C and SIGTERM end the command by an exception, so that it takes away what it began.
+
+    A signal that the caller has this process ignore, as nohup and shells do in the background,
+    stays ignored. Processes that a library forks, and ends by SIGTERM, end as they would without.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise Interrupted(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            os.register_at_fork(
+                after_in_child=partial(signal.signal, number, signal.getsignal(number))
+            )
+            signal.signal(number, interrupt)
+
+
+def _open_closed_streams() -> None:
+    """Let standard streams that the caller has closed lead nowhere.
+
+    Their numbers would otherwise go to the next files that are opened, and what a library in C
+    writes to standard error would come to stand in an output.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _STANDARD_ERROR:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+
+
+_STANDARD_ERROR = 2
+
+
+def _told(interruption: Interrupted) -> str:
+    """Return which signal came, and what is left of the output, in a line."""
+    name = "Ctrl-C" if interruption.signal == signal.SIGINT else interruption.signal.name
+    if not interruption.kept:
+        return f"{name}. No partial output was left."
+    kept = " and ".join(map(str, interruption.kept))
+    return (
+        f"{name}. The partial output is kept in {kept}: run the same command again to go on with "
+        "it, or delete it (starmerge clean deletes what has a hidden name)."
+    )
+
+
+def _keep_memory() -> None:
+    """Make the first touch of memory cheaper, which costs a fault a page.
+
+    Torch gets large pages for large tensors; and glibc keeps some of what is freed, as panels are
+    allocated and freed all the time, in place of giving it back to the system.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:  # musl has none
+            mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
+            mallopt(_M_TRIM_THRESHOLD, 64 * 2**20)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Of malloc.h."""
+
+
+def _ended(sentence: str) -> str:
+    return sentence if sentence.endswith((".", "?", "!")) else f"{sentence}."
+
+
+def _help_for(context: Any) -> str:
+    """Say where the options of the command are explained."""
+    return "" if context is None else f" See `{context.command_path} --help`."
+
+
+def _said(error: Exception) -> str:
+    """Return what to tell the user of an error."""
+    if isinstance(error, StarmergeError | OSError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"This needs the package {error.name}, which is not installed. Install starmerge with "
+            "the extra it belongs to: eval, train, study, gguf, remote, ray or demo."
+        )
+    return (
+        f"{type(error).__name__}: {error}. This should not happen: run it again as "
+        "`starmerge --debug …` and report the traceback."
+    )

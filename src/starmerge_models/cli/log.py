@@ -1,0 +1,187 @@
+"""What a command tells on standard error: bars and notes, lines with times, or events in JSON.
+
+Python's logging carries the events of :mod:`starmerge_models.events`; the handler here is added to
+their logger when starmerge runs as a command, and only then.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from datetime import datetime, timezone
+from typing import Any, Literal, TextIO
+
+from starmerge_models import __version__, machine
+from starmerge_models.events import (
+    LOG,
+    Event,
+    Failed,
+    Finish,
+    Heartbeat,
+    Log,
+    Note,
+    Published,
+    Start,
+    Warned,
+)
+from starmerge_models.progress import set_heartbeat
+
+Mode = Literal["auto", "text", "json"]
+
+
+class Reporter(logging.StreamHandler[TextIO]):
+    """Tells on standard error what happens in the one command of this process."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self.mode: Mode = "auto"
+        self.quiet = self.debug = False
+        self._command: str | None = None
+        self._run, self._began = os.urandom(6).hex(), time.monotonic()
+        self._outputs: list[str] = []
+        LOG.addHandler(self)
+        LOG.propagate = False
+        LOG.setLevel(logging.INFO)
+        warnings.showwarning = _show_warning
+
+    def configure(self, mode: Mode, *, quiet: bool, heartbeat: float, debug: bool) -> None:
+        """Choose what is told, and how.
+
+        Args:
+            mode: "auto": bars, or heartbeats where no terminal is; notes, warnings, errors. "text":
+                events as lines with times. "json": all events, those of each tensor among them.
+            quiet: Tell errors alone.
+            heartbeat: Seconds between heartbeats.
+            debug: Tell debug messages and tracebacks, too.
+        """
+        self.mode, self.quiet, self.debug = mode, quiet, debug
+        set_heartbeat(heartbeat)
+        LOG.setLevel(logging.DEBUG if mode == "json" or debug else logging.INFO)
+        if not self.is_for_people:
+            # No bar is drawn on what is no terminal; other libraries' lines become events.
+            sys.stderr = _Lines()
+        if not self.is_for_people or not self.stream.isatty():
+            for library in ("HF_HUB", "HF_DATASETS"):
+                os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+
+    @property
+    def is_for_people(self) -> bool:
+        """Whether standard error may have whatever a person can read."""
+        return self.mode == "auto" and not self.quiet
+
+    def start(self, command: str | None) -> None:
+        """Tell that a command begins."""
+        self._command = command
+        processors, memory = machine.usable_processors(), machine.usable_memory()
+        LOG.info(Start(__version__, os.getpid(), processors, memory))
+
+    def finish(self, exit_code: int) -> None:
+        """Tell that the command has ended by itself."""
+        LOG.info(Finish(exit_code, self._seconds(), self._outputs))
+        LOG.removeHandler(self)  # a thread that is still at work has nothing to add
+
+    def fail(self, message: str, exit_code: int, **details: Any) -> None:
+        """Tell that the command has ended by an error or a signal; see :class:`Failed`."""
+        LOG.error(Failed(message, exit_code, self._seconds(), **details))
+        LOG.removeHandler(self)
+
+    def close(self) -> None:
+        """Give standard error back: the interpreter may still have something to say there."""
+        if isinstance(sys.stderr, _Lines):
+            sys.stderr.close()
+            sys.stderr = self.stream
+        super().close()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, if it is one to be told."""
+        if isinstance(record.msg, Published):
+            self._outputs.append(record.msg.path)
+        if self._is_told(record):
+            super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record as a line of text or of JSON."""
+        event = _event_of(record)
+        if self.mode != "json":
+            is_timed = self.mode == "text" or isinstance(event, Heartbeat)
+            return f"{_time(record, 'seconds')} {event}" if is_timed else str(event)
+        common = {
+            "time": _time(record, "milliseconds"),
+            "level": record.levelname.lower(),
+            "event": event.name,
+            "command": self._command,
+            "run": self._run,
+        }
+        return json.dumps(common | event.fields())
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Go on without: a run is worth more than its log, of which the reader may have ended."""
+
+    def _is_told(self, record: logging.LogRecord) -> bool:
+        event, level = record.msg, record.levelno
+        if self.quiet:
+            return level >= logging.ERROR
+        if not isinstance(event, Event):
+            return self.debug or level >= logging.WARNING
+        if self.mode == "json":
+            return True
+        if self.mode == "text":
+            return self.debug or level >= logging.INFO
+        if isinstance(event, Heartbeat):
+            return not self.stream.isatty()
+        return level >= logging.WARNING or isinstance(event, Note)
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._began
+
+
+class _Lines(io.TextIOBase):
+    """Standard error for other libraries: each line that they write becomes an event."""
+
+    def __init__(self) -> None:
+        self._rest = ""
+
+    def write(self, text: str) -> int:
+        """Take text; a line is an event when it has ended."""
+        *lines, self._rest = (self._rest + text).replace("\r", "\n").split("\n")
+        for line in lines:
+            if line.strip():
+                LOG.info(Log(line, "stderr"))
+        return len(text)
+
+    def close(self) -> None:
+        """End the last line."""
+        self.write("\n")
+
+
+def _event_of(record: logging.LogRecord) -> Event:
+    """Return the event of a record; that of a plain message is a warning or a line of a log."""
+    if isinstance(record.msg, Event):
+        return record.msg
+    if record.levelno >= logging.WARNING:
+        source = f"{record.pathname}:{record.lineno}"
+        return Warned(record.getMessage(), record.name, source)
+    return Log(record.getMessage(), record.name)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Make an event of a Python warning; see :func:`warnings.showwarning`."""
+    LOG.warning(Warned(str(message), category.__name__, f"{filename}:{lineno}"))
+
+
+def _time(record: logging.LogRecord, precision: str) -> str:
+    """Return when a record was made, as RFC 3339 in UTC: "2026-01-31T23:59:59Z"."""
+    moment = datetime.fromtimestamp(record.created, timezone.utc)
+    return moment.isoformat(timespec=precision).replace("+00:00", "Z")

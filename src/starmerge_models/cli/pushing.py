@@ -1,0 +1,147 @@
+"""Pushing to the Hub, as ``starmerge push`` and the end of ``starmerge merge --push`` do it."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from starmerge_models.cli.importing import importing
+from starmerge_models.errors import Interrupted, StarmergeError, UsageError
+from starmerge_models.events import Note, emit
+
+if TYPE_CHECKING:
+    from starmerge_models.recipe_file import Step
+
+Push = Annotated[
+    str | None,
+    typer.Option(
+        "--push",
+        metavar="ORG/NAME[@BRANCH]",
+        help="When the folder is complete, push it to this model repository of the Hub, as "
+        "[b]starmerge push[/b] does. Token and repository are checked before the merge.",
+    ),
+]
+Private = Annotated[
+    bool,
+    typer.Option("--private", help="Make the repository private, if it is not there yet."),
+]
+
+
+def begin(repo: str | None, step: Step, *, private: bool, dry_run: bool, fresh: bool) -> bool:
+    """Make sure that a merge can be pushed when it is done; push it at once if it is done.
+
+    Args:
+        repo: Where to, as on the command line; None: nowhere.
+        step: The merge.
+        private: As on the command line.
+        dry_run: Send nothing.
+        fresh: Do not look whether the merge is done.
+
+    Returns:
+        Whether the very merge stood at its output, and was pushed.
+
+    Raises:
+        UsageError: The output is no folder, or the repository may not be written to.
+        StarmergeError: The Hub fails, or cannot be reached.
+    """
+    if repo is None:
+        if private:
+            raise UsageError("--private is said of a push: give --push ORG/NAME, too.")
+        return False
+    with importing():
+        from starmerge_models.hub.target import check_target, parse_target
+        from starmerge_models.merging.outputs import is_output_file
+
+    target = parse_target(repo)
+    folder = step.output
+    if not isinstance(folder, Path):
+        raise UsageError(
+            f"{folder} is a URL, and folders of this machine are pushed. Give a folder as OUTPUT."
+        )
+    if is_output_file(step.recipe, folder):
+        raise UsageError(
+            f"{folder} is one file, without a card and a report, and folders are pushed. Give "
+            "a folder as OUTPUT: the file comes to lie in it, with both."
+        )
+    check_target(target, private=private)
+    if dry_run:
+        print(f"Push: to {target} (nothing sent)")
+    if dry_run or fresh or not _is_made(step):
+        return False
+    print(f"{folder} is there already.")
+    upload(folder, repo, private=private, is_merged_now=True)
+    return True
+
+
+def _is_made(step: Step) -> bool:
+    """Tell whether the very merge stands at its output, whole."""
+    from starmerge_models.merging.plan import make_plan
+    from starmerge_models.merging.steps import is_there
+    from starmerge_models.storage import exists
+    from starmerge_models.storage.publishing import REPORT
+
+    if not all(map(exists, (step.output / REPORT, *step.needs))):
+        return False
+    return is_there(make_plan(step.recipe, step.output, writes=False), progress=True)
+
+
+def upload(
+    folder: Path,
+    repo: str,
+    *,
+    private: bool,
+    message: str | None = None,
+    scores: Path | None = None,
+    is_merged_now: bool = False,
+) -> None:
+    """Push a folder, and print what came of it.
+
+    Args:
+        folder: The folder.
+        repo: As on the command line.
+        private: As on the command line.
+        message: As on the command line.
+        scores: As on the command line.
+        is_merged_now: Whether this run has made the folder, so that what fails is but its end.
+
+    Raises:
+        StarmergeError: The push failed; says how to go on, if the merge is done.
+    """
+    with importing():
+        from starmerge_models.hub.merged import open_merged
+        from starmerge_models.hub.push import push_merged
+
+    merged = open_merged(folder)
+    if merged.local_inputs:
+        names = ", ".join(merged.local_inputs)
+        emit(
+            Note(
+                f"card and report name folders of this machine, and are pushed as they are: "
+                f"{names}. Merges of relative paths or Hub ids name none."
+            )
+        )
+    if merged.others:
+        emit(Note(f"not pushed, as the merge did not write it: {', '.join(merged.others)}"))
+    again = ["starmerge", "push", str(folder), repo, *(["--private"] if private else [])]
+    go_on = f"{folder} is complete. To go on with the push: {shlex.join(again)}"
+    try:
+        pushed = push_merged(
+            merged, repo, private=private, message=message, scores=scores, progress=True
+        )
+    except StarmergeError as error:
+        if not is_merged_now:
+            raise
+        raise type(error)(f"{error}\n{go_on}") from error
+    except Interrupted:
+        print(go_on if is_merged_now else "To go on, push again.", file=sys.stderr)
+        raise
+    if pushed.replaced is not None:
+        print(f"The merge that lay there before is in the history, at {pushed.replaced}.")
+    if pushed.deleted:
+        print(f"Deleted with it: {', '.join(pushed.deleted)}")
+    done = "Pushed" if pushed.is_new else "There already"
+    print(f"{done}: {pushed.url} ({len(pushed.files)} files, commit {pushed.commit[:12]})")

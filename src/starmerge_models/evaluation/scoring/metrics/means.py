@@ -1,0 +1,58 @@
+"""Metrics that are a mean of what single rows earn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from starmerge_models.errors import UsageError
+from starmerge_models.evaluation.scoring.metrics.metric import Metric, Prediction, Score, Statistic
+
+
+class Credits(Metric):
+    """The mean of what the rows earn."""
+
+    def rows(self, score: Score) -> list[tuple[Any, ...]]:
+        """Return what each row earns."""
+        return [(self.credit(p),) for p in score.predictions]
+
+    def credit(self, prediction: Prediction) -> float:
+        """Return what a row earns.
+
+        Raises:
+            UsageError: It earns nothing by itself, or a number that the metric cannot use.
+        """
+        if prediction.credit is None:
+            raise self.unusable(prediction, "a number from 0 to 1")
+        return float(prediction.credit)
+
+    def unusable(self, prediction: Prediction, needed: str) -> UsageError:
+        """Return the error about a row whose credit the metric cannot use."""
+        return UsageError(
+            f"Row {prediction.id!r} has the credit {prediction.credit}, and {self.name} needs "
+            f"{needed}. Choose a metric that goes with the task's matcher."
+        )
+
+    def value(self, score: Score, rows: Sequence[tuple[Any, ...]]) -> float:
+        """Return the mean."""
+        return fmean(credit for (credit,) in rows)
+
+    def statistic(self, score: Score, rows: Sequence[tuple[Any, ...]]) -> Statistic:
+        """Return the mean as a function of the rows' counts."""
+        credits_ = np.array([credit for (credit,) in rows], np.float64)
+        return lambda counts: counts @ credits_ / counts.sum(axis=1)
+
+    def unvaried(self, score: Score) -> tuple[float, float]:
+        """Return Wilson's interval."""
+        return wilson(score.value, score.n)
+
+
+def wilson(value: float, n: int) -> tuple[float, float]:
+    """Return the 95 % Wilson interval of a share of n rows."""
+    from scipy.stats import binomtest  # noqa: PLC0415  (0.5 s that only a score needs)
+
+    interval = binomtest(round(value * n), n).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)

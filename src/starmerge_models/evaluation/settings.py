@@ -1,0 +1,46 @@
+"""How models are asked: the scorer, the rows, the device, and other choices of the user."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+from starmerge_models.errors import UsageError, nearest
+from starmerge_models.evaluation.models.asking import SCORERS
+from starmerge_models.evaluation.models.loading import Dtype
+from starmerge_models.evaluation.scoring.matching import Mode
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How models are asked."""
+
+    scorer: str = "generate"
+    """A name of :data:`starmerge_models.evaluation.models.asking.SCORERS`; for tasks of text."""
+    mode: Mode = "strict"
+    """How responses are read; "reference" for comparison with published numbers."""
+    rows: int | None = None
+    """Rows of a task, at most; None: all of its sample."""
+    batch_size: int | None = None
+    """Rows asked at once, at most; None: as many as there is room for."""
+    device: str | None = None
+    """Such as "cpu" or "cuda:1"; None: the GPU if there is one."""
+    dtype: Dtype = "auto"
+    """Of the models' weights; "auto": as they are stored, where the processor computes in it."""
+
+    backend: str = "transformers"
+    """What computes: transformers, or vllm (tasks of text, on a GPU)."""
+
+    def __post_init__(self) -> None:
+        if self.scorer not in SCORERS:
+            raise UsageError(
+                f"The scorer {self.scorer!r} is unknown.{nearest(self.scorer, SCORERS)}"
+            )
+        if self.mode not in ("strict", "reference"):
+            raise UsageError(f"Matching is strict or reference, not {self.mode!r}.")
+        if self.backend not in ("transformers", "vllm"):
+            raise UsageError(f"The backend is transformers or vllm, not {self.backend!r}.")
+        if self.dtype not in get_args(Dtype):
+            raise UsageError(
+                f"The dtype {self.dtype!r} is unknown.{nearest(self.dtype, get_args(Dtype))}"
+            )

@@ -1,0 +1,482 @@
+"""Where rows come from: Hub datasets, local files, generators; splits and samples of them."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import singledispatch
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
+
+from starmerge_models import plugins
+from starmerge_models.errors import UsageError, nearest
+from starmerge_models.parsing import parse_json
+from starmerge_models.storage import exists
+
+Split = Literal["train", "test"]
+
+DATA_SEED = 42
+"""Seed of generators, and of the share of a Hub split that is held out."""
+
+Row = tuple[str, dict[str, Any]]
+"""Where a row stands in its source, and what it holds."""
+
+_Row = TypeVar("_Row")
+
+_STEP = re.compile(r"\[(\d+)\]|\.?(\w+)")
+
+
+class Data(BaseModel):
+    """Part of a task file: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(Data):
+    """Where rows come from."""
+
+    def beside(self, folder: Path) -> Self:
+        """Return the source with its paths beginning at a folder."""
+        places: dict[str, Any] = {}
+        for key in type(self).model_fields:
+            value = getattr(self, key)
+            if isinstance(value, Path):
+                places[key] = (folder / value).absolute()
+            elif key == "generator" and isinstance(value, str):
+                places[key] = plugins.beside(value, folder.absolute())
+        return self.model_copy(update=places)
+
+    def undivided(self) -> Self:
+        """Return the source with all rows of its file to score, where a share is held out.
+
+        A source without such a file is returned itself.
+        """
+        return self
+
+
+class HubSource(Source):
+    """Rows of a dataset on the Hugging Face Hub, by the library ``datasets``."""
+
+    hub: str
+    """The dataset's id."""
+    config: str | None = None
+    split: str = "test"
+    """Of the rows to score."""
+    train_split: str | None = None
+    """Of the rows to train on."""
+    revision: str | None = None
+    """Branch, tag or commit of the dataset."""
+    data_dir: str | None = None
+    """Folder of the repository, where its parts are folders."""
+    test_share: float | None = Field(default=None, gt=0, lt=1)
+    """Score this share of ``split``, chosen by seed 42, and train on the rest."""
+    note: str | None = None
+    """What to pass instead, for a dataset that is hard to have."""
+
+
+class FileSource(Source):
+    """Rows of local files: JSONL, CSV with a header, or Parquet, told by the suffix."""
+
+    file: Path
+    """With the rows to score; a relative path begins at the task file."""
+    train_file: Path | None = None
+    """With the rows to train on."""
+    held_out: float | None = Field(default=None, gt=0, lt=1)
+    """Score this share of ``file``, chosen by a hash of ``key``, and train on the rest."""
+    key: str = "input"
+    """Field that tells rows apart where a share is held out."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Fields by the names that the task knows them by, and the file's columns that hold them."""
+
+    @model_validator(mode="after")
+    def _one_way_to_split(self) -> FileSource:
+        if self.train_file is not None and self.held_out is not None:
+            raise ValueError("give train_file or held_out, not both")
+        return self
+
+    def undivided(self) -> Self:
+        """Return the source with all rows of the file to score."""
+        return self if self.held_out is None else self.model_copy(update={"held_out": None})
+
+
+class GeneratorSource(Source):
+    """Rows that a Python function makes: it gets a ``random.Random`` and yields dictionaries."""
+
+    generator: str | Callable[..., Any]
+    """``package.module:function``, ``path/to/file.py:function``, or the function itself."""
+    held_out: float = Field(default=0.2, gt=0, lt=1)
+    """Share to score, chosen by a hash of ``key``; the rest is to train on."""
+    key: str = "input"
+    """Field that tells rows apart."""
+
+
+class Sample(Data):
+    """Which of a source's rows are asked."""
+
+    kind: Literal["all", "random", "balanced"] = "all"
+    """``balanced``: as many rows of each label, capped at the rarest."""
+    n: int | None = Field(default=None, ge=1)
+    """Rows, or rows of each label."""
+    seed: int = 42
+    """Of the order of the rows, whatever the kind."""
+
+    @model_validator(mode="after")
+    def _n_fits_the_kind(self) -> Sample:
+        if (self.n is None) != (self.kind == "all"):
+            raise ValueError("give n with random or balanced, and only with them")
+        return self
+
+    def shuffled(self, rows: Sequence[_Row]) -> list[_Row]:
+        """Return all rows in the sample's order."""
+        mixed = list(rows)
+        random.Random(self.seed).shuffle(mixed)
+        return mixed
+
+    def take(
+        self, rows: Sequence[_Row], label: Callable[[_Row], str], limit: int | None = None
+    ) -> list[_Row]:
+        """Return the sample of some rows, shuffled.
+
+        Args:
+            rows: At least one.
+            label: Tells a row's label.
+            limit: How many at most; of a balanced sample, as many of each label as fit into it,
+                but one at least.
+        """
+        mixed = self.shuffled(rows)
+        if self.kind != "balanced" or self.n is None:
+            return mixed[: self.n][:limit]
+        counts = Counter(map(label, mixed))
+        each = min(self.n, *counts.values())
+        if limit is not None:
+            each = max(1, min(each, limit // len(counts)))
+        taken: Counter[str] = Counter()
+        chosen = []
+        for row in mixed:
+            taken[label(row)] += 1
+            if taken[label(row)] <= each:
+                chosen.append(row)
+        return chosen
+
+
+def describe(source: HubSource | FileSource | GeneratorSource) -> str:
+    """Say where rows come from, for lists and errors."""
+    if isinstance(source, HubSource):
+        parts = [source.hub, source.config, source.data_dir, source.split]
+        at = f" at {source.revision}" if source.revision else ""
+        return " ".join(part for part in parts if part) + at
+    if isinstance(source, FileSource):
+        return str(source.file)
+    return function_name(source.generator)
+
+
+def function_name(generator: str | Callable[..., Any]) -> str:
+    """Return the name of a generator, package.module:function."""
+    if callable(generator):
+        return f"{generator.__module__}:{generator.__qualname__}"
+    return generator
+
+
+@singledispatch
+def read_rows(source: Any, split: Split, task: str) -> list[Row]:
+    """Read the rows of a split from a source, in its order.
+
+    Args:
+        source: The source.
+        split: Which rows.
+        task: The task's name, for errors.
+
+    Raises:
+        UsageError: They cannot be had.
+    """
+    raise NotImplementedError(type(source))
+
+
+@read_rows.register
+def _(source: HubSource, split: Split, task: str) -> list[Row]:
+    wanted = source.split
+    if split == "train" and source.test_share is None:
+        if source.train_split is None:
+            raise UsageError(f"Task {task} names no rows to train on (train_split in its source).")
+        wanted = source.train_split
+    try:
+        import datasets  # noqa: PLC0415  (slow to import)
+    except ImportError as error:
+        raise UsageError(
+            "Datasets of the Hub need the package datasets: install starmerge with its extra "
+            "'eval'."
+        ) from error
+    try:
+        rows = datasets.load_dataset(
+            source.hub,
+            source.config,
+            split=wanted,
+            revision=source.revision,
+            data_dir=source.data_dir,
+        )
+    except Exception as error:  # whatever datasets, the Hub's client and the network raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        note = f" {source.note}" if source.note else ""
+        raise UsageError(
+            f"Task {task}: the dataset {describe(source)} cannot be had: {reason.rstrip('.')}."
+            f"{note} Or pass rows with the same columns from a file: --data {task}=rows.jsonl "
+            "(.csv, .parquet)."
+        ) from error
+    if source.test_share is not None:
+        parts = rows.train_test_split(test_size=source.test_share, seed=DATA_SEED)
+        rows = parts[split]
+    return [(f"{wanted}/{number}", row) for number, row in enumerate(rows)]
+
+
+@read_rows.register
+def _(source: FileSource, split: Split, task: str) -> list[Row]:
+    file = source.file
+    if split == "train" and source.held_out is None:
+        if source.train_file is None:
+            raise UsageError(
+                f"Task {task} names no rows to train on (train_file or held_out in its source)."
+            )
+        file = source.train_file
+    named = enumerate(read_named(file, source.columns), start=1)
+    rows = [(f"{file.name}/{number}", row) for number, row in named]
+    return rows if source.held_out is None else _split(rows, source.key, source.held_out, split)
+
+
+@read_rows.register
+def _(source: GeneratorSource, split: Split, task: str) -> list[Row]:
+    function = function_of(source.generator)
+    try:
+        made = function(random.Random(DATA_SEED))
+        rows = [(str(number), dict(row)) for number, row in enumerate(made)]
+    except UsageError:
+        raise
+    except Exception as error:  # whatever the user's own function raises
+        raise UsageError(
+            f"Task {task}: the generator {describe(source)} failed: {type(error).__name__}: {error}"
+        ) from error
+    return _split(rows, source.key, source.held_out, split)
+
+
+def split_sizes(source: Any, task: str) -> tuple[int, int] | None:
+    """Return how many rows of a file are held out, and how many are left to train on.
+
+    Returns:
+        None where no share of a file is held out.
+    """
+    if not isinstance(source, FileSource) or source.held_out is None:
+        return None
+    return len(read_rows(source, "test", task)), len(read_rows(source, "train", task))
+
+
+def function_of(generator: str | Callable[..., Any]) -> Callable[[random.Random], Iterable[Any]]:
+    """Return the function that a generator source names.
+
+    Raises:
+        UsageError: It cannot be imported.
+        StarmergeError: Its file cannot be loaded.
+    """
+    if callable(generator):
+        return generator
+    module, _, name = generator.rpartition(":")
+    try:
+        if plugins.is_file_reference(generator):
+            function = getattr(plugins.load_file(Path(module)), name)
+        else:
+            function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(
+            f"The generator {generator!r} cannot be imported: {error}. Write "
+            "package.module:function, of a package that is installed or on PYTHONPATH, or "
+            "path/to/file.py:function."
+        ) from error
+    made: Callable[[random.Random], Iterable[Any]] = function
+    return made
+
+
+def _split(rows: list[Row], key: str, share: float, split: Split) -> list[Row]:
+    """Take one part of rows, of which each is taken once.
+
+    Whether a row is held out depends on a hash of its key alone, so that neither a new release of
+    what is behind a task nor another limit can move a row between the parts.
+    """
+    unique = {_text_at(row, key, place): (place, row) for place, row in rows}
+    return [row for text, row in unique.items() if (split == "test") == is_held_out(text, share)]
+
+
+def is_held_out(text: str, share: float) -> bool:
+    """Tell by the hash of a row's key whether the row is held out."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def read_file(file: Path) -> Iterator[dict[str, Any]]:
+    """Read the rows of a JSONL, CSV or Parquet file.
+
+    Raises:
+        UsageError: It is missing, of another kind, or broken; the message names the line.
+    """
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    reader = readers.get(file.suffix.lower())
+    if reader is None:
+        raise UsageError(f"{file} is neither .jsonl nor .csv nor .parquet.")
+    if not exists(file):
+        raise UsageError(f"{file} does not exist.")
+    if not file.is_file():
+        raise UsageError(f"{file} is a folder, a pipe or a device. Give a file of rows.")
+    try:
+        rows = list(reader(file))
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{file}{_place_of_fault(file)} is not UTF-8: {error}. Save it as UTF-8."
+        ) from error
+    except csv.Error as error:
+        raise UsageError(f"{file} is not a CSV file: {error}.") from error
+    if not rows:
+        raise UsageError(f"{file} has no rows.")
+    return iter(rows)
+
+
+def read_named(file: Path, columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Read the rows of a file, with some of its columns under other names, too.
+
+    Args:
+        file: JSONL, CSV or Parquet.
+        columns: By the new name, the file's.
+
+    Raises:
+        UsageError: As :func:`read_file`; or a row lacks such a column.
+    """
+    for number, row in enumerate(read_file(file), start=1):
+        for column in columns.values():
+            if column not in row:
+                raise UsageError(
+                    f"{file}, row {number}: there is no column {column!r}. It has: "
+                    f"{', '.join(row)}.{nearest(column, row)}"
+                )
+        yield {**row, **{name: row[column] for name, column in columns.items()}}
+
+
+def _place_of_fault(file: Path) -> str:
+    """Return which line or row of a file is not UTF-8, for errors; nothing where none is found."""
+    if file.suffix.lower() != ".parquet":
+        for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return f", line {number}"
+        return ""
+    from pyarrow import parquet  # noqa: PLC0415
+
+    table = parquet.read_table(file)
+    for number in range(table.num_rows):
+        try:
+            table.slice(number, 1).to_pylist()
+        except UnicodeDecodeError:
+            return f", row {number + 1}"
+    return ""
+
+
+def _read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = parse_json(line)
+            except ValueError as error:
+                raise UsageError(
+                    f"{file}, line {number}: not JSON ({error}). Mend the line, or leave it out."
+                ) from error
+            if not isinstance(row, dict):
+                raise UsageError(f"{file}, line {number}: a row is an object with fields.")
+            yield row
+
+
+_LONGEST_FIELD = 2**30
+"""Characters; the csv module's own limit is 131,072."""
+
+
+def _read_csv(file: Path) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(_LONGEST_FIELD)
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines)
+        names = list(reader.fieldnames or ())
+        if len(set(names)) < len(names):
+            raise UsageError(f"{file}: two columns have one name: {names}.")
+        for row in reader:
+            if None in row or None in row.values():
+                raise UsageError(
+                    f"{file}, line {reader.line_num}: other columns than {reader.fieldnames}."
+                )
+            yield row
+
+
+def _read_parquet(file: Path) -> Iterator[dict[str, Any]]:
+    try:
+        import pyarrow  # noqa: PLC0415
+        from pyarrow import parquet  # noqa: PLC0415
+    except ImportError as error:
+        raise UsageError(
+            f"{file}: Parquet files need the package pyarrow: install starmerge with its extra "
+            "'eval'."
+        ) from error
+    try:
+        yield from parquet.read_table(file).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UsageError(f"{file} is not a Parquet file: {error}") from error
+
+
+def look_up(fields: Mapping[str, Any], path: str) -> Any:
+    """Return what stands at a path of a row, such as ``endings[0]``.
+
+    Raises:
+        LookupError: There is no such field.
+    """
+    value: Any = fields
+    for index, name in _STEP.findall(path):
+        # A text has places too, and would give its letters.
+        if not isinstance(value, Mapping if name else Sequence) or isinstance(value, str):
+            raise LookupError(path)
+        try:
+            value = value[int(index)] if index else value[name]
+        except LookupError as error:
+            raise LookupError(path) from error
+    return value
+
+
+def absence(value: Any) -> str | None:
+    """Return what stands in a field that holds nothing, "null" or "NaN"; None if it holds some."""
+    if value is None:
+        return "null"
+    return "NaN" if isinstance(value, float) and math.isnan(value) else None
+
+
+def text_of(value: Any) -> str:
+    """Write a field of a row as text: 1.0 is "1", and None is empty."""
+    if value is None:
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def _text_at(row: dict[str, Any], key: str, place: str) -> str:
+    try:
+        text = text_of(look_up(row, key))
+        text.encode()
+        return text
+    except UnicodeEncodeError as error:
+        raise UsageError(f"Row {place}: {key!r} holds half a character: {error}.") from error
+    except LookupError as error:
+        raise UsageError(
+            f"Row {place} has no field {key!r}, by which rows are told apart."
+        ) from error

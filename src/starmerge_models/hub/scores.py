@@ -1,0 +1,106 @@
+"""Scores of an evaluation in a model card: as metadata of the Hub, and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from starmerge_models.errors import UsageError
+
+_TASK_TYPE = "text-generation"
+"""What the Hub calls what a language model is scored in."""
+
+
+def with_scores(card: str, folder: Path, results: Path, *, name: str) -> str:
+    """Return a card with the scores that an evaluation found for a merge.
+
+    The Hub reads them in the metadata, under ``model-index``; people in a table, with their 95 %
+    intervals and the base beside them.
+
+    Args:
+        card: The card, in Markdown with metadata.
+        folder: The folder of the merge.
+        results: The folder of results, of ``starmerge evaluate -o``.
+        name: The model's name in the metadata.
+
+    Raises:
+        UsageError: ``results`` is no folder of results, or has no scores of this merge: its models
+            are known by their content.
+        StarmergeError: The results are broken, or of another version.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData  # noqa: PLC0415  (slow to import)
+
+    from starmerge_models.evaluation.results import read_scores  # noqa: PLC0415  (needs an extra)
+    from starmerge_models.evaluation.subjects import BASE  # noqa: PLC0415
+
+    content = read_scores(results)
+    model = _model_of(content, folder, results)
+    scores = {
+        who: {record["task"]: record for record in content["scores"] if record["model"] == who}
+        for who in (BASE, model)
+    }
+    averages = {record["model"]: record for record in content.get("normalised_averages", ())}
+    own = {task: record for task, record in scores[model].items() if record["score"] is not None}
+    found = [
+        EvalResult(
+            task_type=_TASK_TYPE,
+            dataset_type=task,
+            dataset_name=task,
+            metric_type=record["metric"],
+            metric_value=record["score"],
+        )
+        for task, record in own.items()
+    ]
+    rows = [
+        f"| {task} | {record['n']} | {record['metric']} | "
+        f"{_cell(scores[BASE].get(task), 'score')} | {_cell(record, 'score')} |"
+        for task, record in own.items()
+    ]
+    if model in averages:
+        found.append(
+            EvalResult(
+                task_type=_TASK_TYPE,
+                dataset_type=", ".join(own),
+                dataset_name=f"{len(own)} tasks",
+                metric_type="normalised_average",
+                metric_value=averages[model]["value"],
+                metric_name="Normalised average: 1 is each task's own fine-tune",
+            )
+        )
+        rows.append(
+            f"| **normalised average** | | | {_cell(averages.get(BASE), 'value')} | "
+            f"{_cell(averages[model], 'value')} |"
+        )
+    section = (
+        "## Scores\n\n"
+        "By `starmerge evaluate`, with 95 % intervals.\n\n"
+        "| task | n | metric | base | this model |\n|---|---|---|---|---|\n" + "\n".join(rows)
+    )
+    made = ModelCard(f"{card.rstrip()}\n\n{section}\n")
+    assert isinstance(made.data, ModelCardData)  # as of any model card
+    made.data.model_name, made.data.eval_results = name, found
+    return str(made)
+
+
+def _model_of(content: Mapping[str, Any], folder: Path, results: Path) -> str:
+    """Return what the results call the merge that lies in a folder."""
+    from starmerge_models.evaluation.cache import blake3_of_model  # noqa: PLC0415
+
+    known = (content.get("provenance") or {}).get("models") or {}
+    digest = blake3_of_model(folder)
+    for name, record in known.items():
+        if record["blake3"] == digest:
+            return str(name)
+    raise UsageError(
+        f"{results} has scores of {', '.join(known) or 'no model that it could tell'}, and none of "
+        f"them has the content of {folder}. Evaluate this merge, and give the results of that."
+    )
+
+
+def _cell(record: Mapping[str, Any] | None, key: str) -> str:
+    if record is None or record[key] is None:
+        return "–"
+    low, high = record.get("low"), record.get("high")
+    interval = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
+    return f"{record[key]:.3f}{interval}"

@@ -1,0 +1,223 @@
+"""Where a merge is pushed to: a branch of a repository, and what it holds before."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.hub.talking import talking
+from starmerge_models.reading import read_json
+from starmerge_models.storage.publishing import REPORT
+from starmerge_models.versions import own_version
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import ModelInfo, RepoFile
+
+MAIN = "main"
+"""The branch that a repository shows."""
+
+_TARGET = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<branch>[\w./-]+))?", re.ASCII)
+
+_NO_CONTENT = (".gitattributes", ".gitignore", "README.md", "LICENSE*")
+"""Files that the Hub puts into a new repository, or offers to."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A branch of a repository of the Hub."""
+
+    repo_id: str
+    """``org/name``."""
+    branch: str = MAIN
+
+    def __str__(self) -> str:
+        return self.repo_id if self.branch == MAIN else f"{self.repo_id}@{self.branch}"
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a target holds before a push."""
+
+    target: Target
+    token: str
+    """Of whoever pushes."""
+    has_repo: bool
+    """Whether the repository is there."""
+    has_branch: bool
+    files: Mapping[str, RepoFile]
+    """What lies in the branch, or in the one that it will be made of, by name."""
+    merged: frozenset[str] = frozenset()
+    """Files that belong to the merge which lies there."""
+    commit: str | None = None
+    """The branch's last commit; None if there is none as yet."""
+
+    @property
+    def api(self) -> HfApi:
+        """The Hub's client, with the token."""
+        return client(self.token)
+
+    def __repr__(self) -> str:
+        return f"Held({self.target})"
+
+
+def parse_target(text: str) -> Target:
+    """Return the target that ``org/name`` or ``org/name@branch`` means.
+
+    Raises:
+        UsageError: It is neither, or the Hub has no such names.
+    """
+    from huggingface_hub.errors import HFValidationError  # noqa: PLC0415  (slow to import)
+    from huggingface_hub.utils import validate_repo_id  # noqa: PLC0415
+
+    found = _TARGET.fullmatch(text)
+    if found is None:
+        raise UsageError(
+            f"{text[:200]!r} is no repository to push to. Give ORG/NAME, such as my-name/my-merge, "
+            "or ORG/NAME@BRANCH."
+        )
+    try:
+        validate_repo_id(found["repo"])
+    except HFValidationError as error:
+        raise UsageError(f"{text!r} is no repository to push to. {error}") from error
+    return Target(found["repo"], found["branch"] or MAIN)
+
+
+def client(token: str) -> HfApi:
+    """Return the Hub's client, which says in each request that starmerge sends it."""
+    from huggingface_hub import HfApi  # noqa: PLC0415  (slow to import)
+
+    version = own_version()
+    return HfApi(token=token, library_name="starmerge", library_version=version)
+
+
+def check_target(target: Target, *, private: bool = False) -> Held:
+    """Make sure that a merge may be pushed to a target; return what it holds.
+
+    Writes nothing: a repository that is not there is made when the push begins.
+
+    Args:
+        target: Where to.
+        private: Whether the repository is to be private.
+
+    Raises:
+        UsageError: The Hub is not to be reached (HF_HUB_OFFLINE), there is no token, it may not
+            write there, or the repository holds something that is no merge.
+        StarmergeError: The Hub fails, or cannot be reached.
+    """
+    from huggingface_hub import constants, get_token  # noqa: PLC0415  (slow to import)
+
+    if constants.HF_HUB_OFFLINE:
+        raise UsageError(
+            f"{target} cannot be pushed to: HF_HUB_OFFLINE forbids to reach the Hub. Set it to 0."
+        )
+    token = get_token()
+    if token is None:
+        raise UsageError(
+            f"{target} cannot be pushed to without a token. Log in with `hf auth login`, or set "
+            "HF_TOKEN to a token with write access, of https://huggingface.co/settings/tokens."
+        )
+    api = client(token)
+    with talking(token, target.repo_id):
+        _check_namespace(target, api.whoami())
+        info, has_branch = _info(api, target)
+        if info is None:
+            return Held(target, token, has_repo=False, has_branch=target.branch == MAIN, files={})
+        if private and not info.private:
+            raise UsageError(
+                f"{target.repo_id} is on the Hub already, and public. Make it private in its "
+                "settings, or push without --private."
+            )
+        _check_may_write(api, target, has_branch)
+        files = files_of(api, target.repo_id, info.sha)
+        merged = _merged(api, target, files, info.sha)
+    return Held(target, token, True, has_branch, files, merged, info.sha)
+
+
+def files_of(api: HfApi, repo_id: str, commit: str | None) -> dict[str, RepoFile]:
+    """Return the files of a commit by their names; None: of a repository without one."""
+    from huggingface_hub.hf_api import RepoFile  # noqa: PLC0415  (slow to import)
+
+    if commit is None:
+        return {}
+    tree = api.list_repo_tree(repo_id, recursive=True, revision=commit)
+    return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+
+
+def _check_namespace(target: Target, who: Mapping[str, Any]) -> None:
+    """Make sure that a user is, or writes for, the organisation that the repository is of."""
+    org = target.repo_id.partition("/")[0]
+    roles = {found.get("name"): found.get("roleInOrg") for found in who.get("orgs") or ()}
+    known = [str(who.get("name")), *map(str, roles)]
+    if org.lower() not in map(str.lower, known):
+        raise UsageError(
+            f"The token is of {known[0]}, who may not write to {org}. Push to one of: "
+            f"{', '.join(known)}."
+        )
+    token = (who.get("auth") or {}).get("accessToken") or {}
+    if token.get("role") == "read" or roles.get(org) == "read":
+        of = "The token" if token.get("role") == "read" else f"{known[0]}'s role in {org}"
+        raise UsageError(
+            f"{of} allows to read only. Push with a token that has write access, of "
+            "https://huggingface.co/settings/tokens."
+        )
+
+
+def _info(api: HfApi, target: Target) -> tuple[ModelInfo | None, bool]:
+    """Return what the Hub says of a branch, or of the one it will be made of; and which it is."""
+    from huggingface_hub.errors import (  # noqa: PLC0415  (slow to import)
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return api.model_info(target.repo_id, revision=target.branch), True
+    except RevisionNotFoundError:
+        if target.branch == MAIN:
+            return api.model_info(target.repo_id), False
+        return api.model_info(target.repo_id, revision=MAIN), False
+    except RepositoryNotFoundError:
+        return None, False
+
+
+def _check_may_write(api: HfApi, target: Target, has_branch: bool) -> None:
+    """Ask how a small file would be uploaded: the Hub tells only those who may commit."""
+    from huggingface_hub import CommitOperationAdd  # noqa: PLC0415  (slow to import)
+
+    api.preupload_lfs_files(
+        target.repo_id,
+        [CommitOperationAdd("README.md", b"# May this be written?\n")],
+        revision=target.branch if has_branch else MAIN,
+    )
+
+
+def _merged(
+    api: HfApi, target: Target, files: Mapping[str, RepoFile], commit: str | None
+) -> frozenset[str]:
+    """Return the files of the merge that lies in a repository.
+
+    Raises:
+        UsageError: Something lies there, and it is no merge.
+    """
+    if REPORT in files:
+        with tempfile.TemporaryDirectory(prefix="starmerge-push-") as folder:
+            found = api.hf_hub_download(target.repo_id, REPORT, revision=commit, local_dir=folder)
+            try:
+                listed = read_json(Path(found)).get("files")
+            except StarmergeError:
+                listed = None
+        if isinstance(listed, list):
+            return frozenset(name for name in listed if isinstance(name, str)) | {REPORT}
+    other = [name for name in files if not any(fnmatchcase(name, own) for own in _NO_CONTENT)]
+    if other:
+        raise UsageError(
+            f"{target} holds {other[0]}, and no {REPORT}: something else than a merge of "
+            "starmerge, which is not replaced. Choose another repository or branch, or empty it."
+        )
+    return frozenset()

@@ -1,0 +1,432 @@
+"""mergekit's merge methods, with the settings that its recipes give tensor by tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, ValidationInfo, field_validator
+from torch import Tensor
+
+from starmerge_models.checkpoints.layers import is_before_layers, is_of
+from starmerge_models.deltas import Delta, Dense, LowRank, matrix_shape
+from starmerge_models.errors import UsageError
+from starmerge_models.mergekit.family import FAMILY, agree, magnitude_mask, outlier_mask
+from starmerge_models.mergekit.multislerp import multislerp
+from starmerge_models.mergekit.ram import ram
+from starmerge_models.mergekit.settings import (
+    BASE,
+    Resolved,
+    Setting,
+    Slice,
+    read_settings,
+    resolve,
+)
+from starmerge_models.mergekit.single import arcee_fusion, nearswap
+from starmerge_models.methods.dare import kept
+from starmerge_models.methods.della import as_rows, check_chances
+from starmerge_models.methods.karcher import Karcher
+from starmerge_models.methods.kinds.combination import combine_bytes
+from starmerge_models.methods.kinds.entrywise import panel_bytes, panels
+from starmerge_models.methods.kinds.masks import chances_by_rank, l1_factor
+from starmerge_models.methods.linear import Linear
+from starmerge_models.methods.memory import DeltaShape, TensorShape, dense_shape
+from starmerge_models.methods.method import (
+    Deltas,
+    Merge,
+    TensorContext,
+    method,
+    refuse_weights,
+    sums_to_zero,
+)
+from starmerge_models.methods.model_stock import ModelStock
+from starmerge_models.methods.nuslerp import NuSlerp
+from starmerge_models.methods.sce import Sce
+from starmerge_models.methods.slerp import Slerp
+
+_OF_ONE = ("nearswap", "arcee_fusion", "passthrough")
+"""Methods that take one model beside the base."""
+
+_SUMS = ("linear", "passthrough")
+"""Methods that are sums of weights."""
+
+_NATIVE = ("slerp", "nuslerp", "karcher", "model_stock", "sce")
+"""The other methods that are ours, too."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Which models are merged in a tensor, and by which settings."""
+
+    slice_number: int | None
+    models: tuple[str, ...]
+    """Their names; the base is one of them if it is merged as they are."""
+    tensor: TensorContext
+    """The tensor, with its layer within the slice."""
+
+    def weights(self, found: Resolved) -> tuple[float, ...]:
+        """Return the weights of the models, or their scale; 1 where the method knows none."""
+        return tuple(own.get("weight", own.get("scale", 1.0)) for own in found.own)
+
+    def with_weights(self, found: Resolved) -> TensorContext:
+        """Return the tensor as one of a merge of these models; the base has a delta of zero."""
+        return dataclasses.replace(self.tensor, tasks=self.models, weights=self.weights(found))
+
+    def chosen(self, deltas: Deltas) -> Deltas:
+        """Return the deltas of these models, by their numbers among them."""
+        numbers = {name: number for number, name in enumerate(self.models)}
+        return deltas.chosen(
+            {t: numbers[name] for t, name in enumerate(self.tensor.tasks) if name in numbers}
+        )
+
+
+@method("mergekit")
+class Mergekit(Merge):
+    """A merge method of mergekit, with settings that may differ between tensors.
+
+    What a recipe for mergekit is translated into: ``starmerge merge recipe.yaml`` does it. Of the
+    ``settings`` the first counts that is for the parameter, the model and the tensor: ``filter`` is
+    a part of the tensor's name, and a list of values is spread over the layers.
+
+    linear, slerp, nuslerp, karcher, model_stock and sce are the methods of these names. passthrough
+    is the base times ``scale``. multislerp takes the weighted mean of directions with the weighted
+    mean length, nearswap steps of t at most, arcee_fusion the entries of one model that matter most
+    to its softmax, ram the mean over the models that changed an entry, ramplus_tl with those of a
+    single model raised. The others are mergekit's own task arithmetic: x_i = w_i δ_i, with δ_i what
+    thinning leaves of W_i − W_0; then λ Σ x_i, over the entries with the elected sign in ties,
+    dare_ties, breadcrumbs_ties and della; divided by Σ w_i if normalised. Random draws are those of
+    ``dare`` and ``della``, by seed, model, tensor and place.
+
+    Source: mergekit 0.1.5, arXiv 2403.13257, github.com/arcee-ai/mergekit. Different from there:
+    everything is computed in float64 and rounded once; of equal magnitudes at a cut the first stay.
+    Cost: as for the methods; the task-arithmetic family holds the entries of all tasks at once.
+    When to use: a recipe that exists for mergekit.
+    """
+
+    merge_method: Annotated[
+        Literal[
+            "linear",
+            "slerp",
+            "nuslerp",
+            "karcher",
+            "model_stock",
+            "sce",
+            "multislerp",
+            "nearswap",
+            "arcee_fusion",
+            "ram",
+            "ramplus_tl",
+            "passthrough",
+            "task_arithmetic",
+            "ties",
+            "dare_linear",
+            "dare_ties",
+            "breadcrumbs",
+            "breadcrumbs_ties",
+            "della",
+            "della_linear",
+        ],
+        Field(description="mergekit's name of the method"),
+    ] = "task_arithmetic"
+    settings: Annotated[
+        tuple[Setting, ...],
+        Field(description="parameter, value, for which model, filter, slice; the first counts"),
+    ] = ()
+    with_base: Annotated[
+        bool, Field(description="whether the base is one of the models: in settings, model: base")
+    ] = False
+    of_weights: Annotated[
+        bool, Field(description="nuslerp, multislerp: of weights, though the base is no model")
+    ] = False
+    slices: Annotated[
+        tuple[Slice, ...],
+        Field(description="of runs of layers or parts of the model: models, layers, part"),
+    ] = ()
+    seed: Annotated[int, Field(ge=0, description="seed of what is dropped")] = 0
+
+    scaled_inputs = False
+
+    @field_validator("settings")
+    @classmethod
+    def _read(cls, settings: tuple[Setting, ...], info: ValidationInfo) -> tuple[Setting, ...]:
+        if "merge_method" not in info.data:
+            return settings
+        return read_settings(info.data["merge_method"], settings)
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the parameters by name, as plain data."""
+        settings = [setting.model_dump(exclude_none=True) for setting in self.settings]
+        slices = [own.model_dump(exclude_defaults=True) for own in self.slices]
+        for own in slices:
+            own["models"] = list(own["models"])
+        return super().parameters() | {"settings": settings, "slices": slices}
+
+    @property
+    def needs_base(self) -> bool:
+        """Yes, where the method works on the weights, and for the layers that settings go by."""
+        return True
+
+    def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
+        """Compare the settings with the models; see :meth:`Method.check`."""
+        refuse_weights(self, tasks, weights, "its weights stand in its settings")
+        if BASE in tasks:
+            raise UsageError(f"mergekit: {BASE!r} is the base's name. Give the model another one.")
+        groups = [own.models for own in self.slices] or [self._inputs(tasks)]
+        known = (*tasks, BASE)
+        for name in (name for group in groups for name in group):
+            if name not in known:
+                raise UsageError(
+                    f"mergekit: a slice merges {name!r}, which is none of the models: "
+                    f"{', '.join(known)}."
+                )
+        inputs = {name for group in groups for name in group}
+        for setting in self.settings:
+            if setting.model is not None and setting.model not in inputs:
+                raise UsageError(
+                    f"mergekit: the setting of {setting.parameter!r} is for {setting.model!r}, "
+                    f"which is none of the models: {', '.join(sorted(inputs))}."
+                )
+        for group in groups:
+            self._check_count(group, tensors)
+
+    def _check_count(self, models: Sequence[str], tensors: Sequence[str]) -> None:
+        """Refuse a number of models that the method does not take."""
+        counted = {"slerp": Slerp(), "nuslerp": NuSlerp(), "model_stock": ModelStock()}
+        if self.merge_method in counted:
+            counted[self.merge_method].check(models, (1.0,) * len(models), tensors)
+        if self.merge_method in _OF_ONE and len(models) != 1:
+            raise UsageError(
+                f"{self.merge_method}: there are {len(models)} models ({', '.join(models)}) beside "
+                "the base. It takes exactly one."
+            )
+
+    def check_tensors(self, merged: Sequence[TensorContext], left: Sequence[TensorContext]) -> None:
+        """Resolve the settings of all tensors; see :meth:`Method.check_tensors`."""
+        self._check_layers((*merged, *left))
+        for tensor in merged:
+            place = self._place(tensor)
+            if place is None:
+                continue
+            found = self._resolved(place)
+            for own in found.own:
+                if "epsilon" in own:
+                    check_chances(own["density"], own["epsilon"])
+            if found.shared.get("normalize_weights") and sums_to_zero(place.weights(found)):
+                raise UsageError(
+                    "multislerp: the weights sum to zero, and it divides by their sum. Change one, "
+                    "or set normalize_weights to false."
+                )
+            if self.merge_method in _SUMS:
+                self._linear(found).check_tensors([place.with_weights(found)], [])
+        if self.merge_method in _SUMS:
+            for tensor in left:
+                if (place := self._place(tensor)) is not None:
+                    found = self._resolved(place)
+                    if self.merge_method == "passthrough" and place.weights(found) != (1.0,):
+                        raise UsageError(
+                            f"passthrough: the scale of {tensor.name}, which no adapter changes, "
+                            "is not 1. Merge the adapter first, and scale what comes out of it."
+                        )
+                    self._linear(found).check_tensors([], [place.with_weights(found)])
+
+    def _check_layers(self, tensors: Sequence[TensorContext]) -> None:
+        """Make sure that the slices have as many layers as the model."""
+        for part in {own.part for own in self.slices if own.layers is not None}:
+            wanted = sum(own.layers or 0 for own in self.slices if own.part == part)
+            counts = {t.layer[1] for t in tensors if t.layer is not None and is_of(part, t.name)}
+            if counts != {wanted}:
+                raise UsageError(
+                    f"mergekit: the slices of the {part or 'model'} have {wanted} layers, and the "
+                    f"base has {' or '.join(map(str, sorted(counts))) or 'none'}."
+                )
+
+    def leaves(self, tensor: TensorContext) -> bool:
+        """Yes, where layers are passed through as they are; see :meth:`Merge.leaves`."""
+        if self.merge_method != "passthrough":
+            return False
+        place = self._place(tensor)
+        return place is None or place.weights(self._resolved(place)) == (1.0,)
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        if self.merge_method in _SUMS:
+            return tensor.held + Linear(normalize=False).memory(tensor)
+        if self.merge_method == "sce":
+            return Sce(select_topk=0.5).memory(tensor)
+        if self.merge_method == "arcee_fusion":
+            # The importance of all entries in float64, and a few panels; a vector is one.
+            return tensor.held + 12 * tensor.size + panel_bytes(tensor, 2, numbers=12)
+        if self.merge_method in ("ram", "ramplus_tl", "nearswap"):
+            # Of all task vectors the rows of a panel, where they are active, and their shares.
+            numbers = 6 * len(tensor.deltas) + 2
+            return tensor.held + 4 * tensor.size + panel_bytes(tensor, numbers=numbers)
+        if self.merge_method not in FAMILY:
+            return combine_bytes(tensor, "columns", with_base=True)
+        # A mask for each task. While one is made: all entries, in float64 first where they have
+        # factors, and what ranks and draws them, fifty bytes an entry at most.
+        thinning = 0 if FAMILY[self.merge_method].thinning == "none" else 50 * tensor.size
+        masks = len(tensor.deltas) * tensor.size
+        panels = panel_bytes(tensor, numbers=6 * len(tensor.deltas))
+        return tensor.held + masks + max(thinning, panels + 4 * tensor.size)
+
+    def result(self, tensor: TensorShape) -> DeltaShape:
+        """Tell what is made; see :meth:`Merge.result`."""
+        return dense_shape(tensor)
+
+    def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
+        """Merge one tensor; see :meth:`Merge.merge`."""
+        place = self._place(tensor)
+        nothing = _nothing(tensor)
+        if place is None:
+            return nothing
+        found = self._resolved(place)
+        inputs = place.with_weights(found)
+        own = place.chosen(deltas)
+        # None of these models may change the tensor, though one of another slice seems to.
+        own = own if len(own) else Deltas.of({0: nothing})
+        if self.merge_method in FAMILY:
+            return self._arithmetic(own, inputs, found)
+        if self.merge_method in _SUMS:
+            weighted = own.map(lambda t, delta: delta.scaled(inputs.weights[t]))
+            return self._linear(found).merge(weighted, inputs, None)
+        if self.merge_method in _NATIVE:
+            return self._native(found, place).merge(own, inputs, None)
+        return self._special(own, inputs, found, place)
+
+    def _special(
+        self, deltas: Deltas, tensor: TensorContext, found: Resolved, place: _Place
+    ) -> Delta:
+        """Merge by one of the methods that stand in this room alone."""
+        shared = found.shared
+        match self.merge_method:
+            case "multislerp":
+                normalize, eps = shared["normalize_weights"], shared["eps"]
+                of_weights = self._is_of_weights(place)
+                return multislerp(
+                    deltas, tensor, of_weights=of_weights, normalize=normalize, eps=eps
+                )
+            case "nearswap":
+                return nearswap(next(iter(deltas)), shared["t"])
+            case "arcee_fusion":
+                return arcee_fusion(next(iter(deltas)), tensor)
+            case _:
+                return ram(dict(deltas.items()), **shared)
+
+    def _inputs(self, tasks: Sequence[str]) -> tuple[str, ...]:
+        """Return the models in mergekit's sense: the base is the last, if it is one."""
+        return (*tasks, BASE) if self.with_base else tuple(tasks)
+
+    def _place(self, tensor: TensorContext) -> _Place | None:
+        """Return which models are merged in a tensor; None if it belongs to no part of them."""
+        own = [(k, each) for k, each in enumerate(self.slices) if is_of(each.part, tensor.name)]
+        if not self.slices:
+            return _Place(None, self._inputs(tensor.tasks), tensor)
+        if not own:
+            return None
+        if own[0][1].layers is None:
+            number, whole = own[0]
+            return _Place(number, whole.models, tensor)
+        if tensor.layer is None:
+            number, outside = own[0 if is_before_layers(tensor.name) else -1]
+            return _Place(number, outside.models, tensor)
+        index = tensor.layer[0]
+        for number, each in own:
+            assert each.layers is not None, "the other slices of the part have layers"
+            if index < each.layers:
+                local = dataclasses.replace(tensor, layer=(index, each.layers))
+                return _Place(number, each.models, local)
+            index -= each.layers
+        raise AssertionError(f"{tensor.name} lies beyond the slices, which were checked.")
+
+    def _resolved(self, place: _Place) -> Resolved:
+        return resolve(
+            self.merge_method, self.settings, place.models, place.tensor, place.slice_number
+        )
+
+    def _linear(self, found: Resolved) -> Linear:
+        """Return the sum of weights; passthrough is one of a single model, with its scale."""
+        return Linear(normalize=found.shared.get("normalize", False))
+
+    def _is_of_weights(self, place: _Place) -> bool:
+        return self.of_weights or BASE in place.models
+
+    def _native(self, found: Resolved, place: _Place) -> Merge:
+        """Return the method of the same name, with its parameters for one tensor."""
+        shared = found.shared
+        match self.merge_method:
+            case "slerp":
+                return Slerp(t=shared["t"])
+            case "nuslerp":
+                along: Literal["tensor", "rows", "columns"] = "rows"
+                if shared["nuslerp_flatten"]:
+                    along = "tensor"
+                elif shared["nuslerp_row_wise"]:
+                    along = "columns"
+                of_weights = self._is_of_weights(place)
+                return NuSlerp(of="weights" if of_weights else "task_vectors", along=along)
+            case "karcher":
+                return Karcher(max_iter=shared["max_iter"], tol=shared["tol"])
+            case "model_stock":
+                return ModelStock(filter_wise=shared["filter_wise"])
+            case _:
+                return Sce(select_topk=shared["select_topk"])
+
+    def _arithmetic(self, deltas: Deltas, tensor: TensorContext, found: Resolved) -> Delta:
+        held = dict(deltas.items())
+        shape = next(iter(held.values())).shape
+        weights = [own["weight"] for own in found.own]
+        masks = {t: self._mask(delta, t, tensor, found) for t, delta in held.items()}
+        factors = {
+            t: l1_factor(held[t].entries(), mask) if found.shared["rescale"] else 1.0
+            for t, mask in masks.items()
+            if mask is not None
+        }
+
+        def thinned(t: int, rows: slice) -> Tensor:
+            entries, mask = held[t].entries(rows).double(), masks[t]
+            return entries if mask is None else torch.where(mask[rows], factors[t] * entries, 0.0)
+
+        merged = torch.empty(shape, dtype=torch.float32)
+        for rows in panels(shape, len(held)):
+            merged[rows] = agree(
+                torch.stack([thinned(t, rows) for t in held]),
+                [weights[t] for t in held],
+                total_weight=sum(weights),
+                consensus=FAMILY[self.merge_method].consensus,
+                normalize=found.shared["normalize"],
+                lambda_=found.shared["lambda"],
+            ).float()
+        return Dense(merged)
+
+    def _mask(
+        self, delta: Delta, task: int, tensor: TensorContext, found: Resolved
+    ) -> Tensor | None:
+        """Return which entries of a task vector stay, (m, n) bool; None for all."""
+        own = found.own[task]
+        density = own.get("density", 1.0)
+        if density == 1 or 0 in delta.shape:
+            return None
+        if density == 0:
+            return torch.zeros(delta.shape, dtype=torch.bool)
+        entries = delta.entries()
+        match FAMILY[self.merge_method].thinning:
+            case "magnitude":
+                return magnitude_mask(entries, density)
+            case "outliers":
+                return outlier_mask(entries, density, own["gamma"])
+            case "ranked":
+                rows = entries.reshape(as_rows(tensor))
+                dropped = 1 - chances_by_rank(rows, density, own["epsilon"]).flatten()
+            case _:
+                dropped = torch.tensor(1 - density, dtype=torch.float64)
+        drawn = kept(dropped, self.seed, tensor.tasks[task], tensor.name, entries.numel())
+        return drawn.view(delta.shape)
+
+
+def _nothing(tensor: TensorContext) -> LowRank:
+    """Return an update of rank 0."""
+    m, n = matrix_shape(tensor.shape)
+    return LowRank(torch.zeros(m, 0, dtype=torch.float32), torch.zeros(0, n, dtype=torch.float32))

@@ -1,0 +1,125 @@
+"""Merging deltas that are in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
+from typing import TypeVar
+
+from starmerge_models.deltas import Delta, Dense
+from starmerge_models.errors import UsageError
+from starmerge_models.merging.checks import check_weights
+from starmerge_models.merging.executors.executor import Executor, FunctionJob
+from starmerge_models.merging.executors.threads import Threads
+from starmerge_models.methods.method import Deltas, Method, TensorContext
+from starmerge_models.methods.pipeline import Pipeline, as_pipeline
+
+_Seen = TypeVar("_Seen")
+
+
+def merge_state(
+    deltas: Sequence[Mapping[str, Delta]],
+    method: Method | Pipeline | str = "star",
+    *,
+    weights: Sequence[float] | None = None,
+    threads: int | None = None,
+) -> dict[str, Delta]:
+    """Merge deltas that are in memory.
+
+    Names mean nothing here: no tensor counts as an embedding. The result does not depend on
+    ``threads``.
+
+    Args:
+        deltas: For each model, the delta of each tensor it changes, by name.
+        method: A method, a chain of some, or a name such as "star+ties".
+        weights: Factors of the task vectors, one for each model; by default all are 1.
+        threads: How many tensors are merged at once; by default as many as for
+            :func:`starmerge_models.merge`.
+
+    Returns:
+        For each tensor that some model changes, what to add to the base. Dense results are
+        matrices (m, n); see :func:`starmerge_models.deltas.matrix_shape`.
+
+    Raises:
+        UsageError: The method needs what deltas in memory do not have, or its parameters and the
+            weights do not fit them.
+        ValueError: Two models disagree on the shape of a tensor, or one has a NaN or an infinity.
+    """
+    has_dense = any(isinstance(delta, Dense) for model in deltas for delta in model.values())
+    pipeline, _ = as_pipeline(method).chosen(has_dense=has_dense)
+    check_one_update(pipeline)
+    if pipeline.merge.needs_base:
+        raise UsageError(
+            f"{pipeline.merge.name} needs the base's weights: merge files with it, or what "
+            "load_task_vectors reads of them."
+        )
+    names = list(dict.fromkeys(name for model in deltas for name in model))
+    if not names:
+        return {}
+    for number, model in enumerate(deltas):
+        for name, delta in model.items():
+            if not delta.is_finite():
+                raise ValueError(f"Model {number}: the delta of {name} has a NaN or an infinity.")
+    tasks = tuple(str(number) for number in range(len(deltas)))
+    factors = check_weights(weights, len(deltas))
+    pipeline.check(tasks, factors, names)
+
+    def inputs(name: str) -> tuple[Deltas, TensorContext]:
+        members = {t: model[name] for t, model in enumerate(deltas) if name in model}
+        first = next(iter(members.values()))
+        if len({delta.shape for delta in members.values()}) > 1:
+            raise ValueError(
+                f"The deltas of {name} have different shapes: "
+                f"{sorted({delta.shape for delta in members.values()})}."
+            )
+        shape = first.layout if isinstance(first, Dense) else first.shape
+        context = TensorContext(name, shape, is_embedding=False, tasks=tasks, weights=factors)
+        return Deltas.of(members), context
+
+    pipeline.check_tensors([inputs(name)[1] for name in names], [])
+    with Threads(threads) as executor:
+        return merge_all(pipeline, names, inputs, executor)
+
+
+def merge_all(
+    pipeline: Pipeline,
+    names: Iterable[str],
+    inputs: Callable[[str], tuple[Deltas, TensorContext]],
+    executor: Executor,
+    memory: Callable[[str], int] = lambda name: 0,
+) -> dict[str, Delta]:
+    """Merge every tensor of a model whose deltas are in memory.
+
+    Args:
+        pipeline: The chain, of a merge that makes one update for all tasks.
+        names: Of the tensors that some model changes, in the order in which methods see them.
+        inputs: Gives the deltas of a tensor, and what the methods are told of it.
+        executor: What carries it out: threads of this process.
+        memory: Estimates the bytes that merging a tensor takes.
+    """
+    ordered = list(names)
+
+    def walk(look: Callable[[Deltas, TensorContext], _Seen]) -> Generator[_Seen]:
+        def see(number: int) -> _Seen:
+            return look(*inputs(ordered[number]))
+
+        job = FunctionJob(see, lambda number: memory(ordered[number]))
+        with closing(executor.run(job, range(len(ordered)))) as seen:
+            yield from seen
+
+    prepared = pipeline.prepare(walk)
+    with closing(walk(lambda deltas, tensor: prepared.merge(deltas, tensor).delta)) as merged:
+        return dict(zip(ordered, merged, strict=True))
+
+
+def check_one_update(pipeline: Pipeline) -> None:
+    """Make sure that a chain makes one update for all tasks.
+
+    Raises:
+        UsageError: It makes one for each.
+    """
+    if "model" not in pipeline.merge.outputs:
+        raise UsageError(
+            f"{pipeline.merge.name} makes a model for each task, not one update for all: merge "
+            f"files with it, or see starmerge_models.methods.{pipeline.merge.name}."
+        )

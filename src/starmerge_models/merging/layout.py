@@ -1,0 +1,280 @@
+"""The tensors of a merge: which there are, what changes each, and what is known of them before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from starmerge_models.checkpoints.base import Base
+from starmerge_models.checkpoints.layers import layers
+from starmerge_models.checkpoints.metric import Metric
+from starmerge_models.checkpoints.models import FineTune
+from starmerge_models.checkpoints.tensors import MERGEABLE, TensorInfo, stored_of
+from starmerge_models.deltas import matrix_shape, wide
+from starmerge_models.errors import StarmergeError
+from starmerge_models.merging.metric import inputs_of, wanted
+from starmerge_models.methods.memory import DeltaShape, InputsShape, TensorShape
+from starmerge_models.methods.method import TensorContext
+from starmerge_models.methods.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the output."""
+
+    source: TensorInfo
+    """The base's tensor."""
+    dtype: torch.dtype
+    """Its dtype in the output."""
+    models: Mapping[int, FineTune]
+    """The models that change it, by their number in the recipe."""
+    is_embedding: bool
+    layer: tuple[int, int] | None = None
+    """Which of how many layers it belongs to; see
+    :func:`starmerge_models.checkpoints.layers.layers`."""
+    metric: Metric | None = None
+    """What knows the moments of its inputs, where a method asks for them."""
+    reads_base: bool = True
+    """Whether the base's tensor is read."""
+    tied_to: str | None = None
+    """The name of the tensor that this one is tied to, by which methods know both, so that what
+    depends on a name, such as a random draw, is the same in both."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor in its dtype in the output."""
+        return self.source.size * self.dtype.itemsize
+
+    @property
+    def inputs(self) -> Iterator[TensorInfo]:
+        """What is read: the base's tensor, where it is needed, and what its deltas are made of."""
+        if self.reads_base:
+            yield self.source
+        for model in self.models.values():
+            yield from model.inputs(self.source.name)
+
+    @property
+    def stored_inputs(self) -> tuple[TensorInfo, ...]:
+        """The tensors of files that are read, each once."""
+        return stored_of(self.inputs)
+
+    @property
+    def repeats_base(self) -> bool:
+        """Whether all models that seem to change it have the very tensor of the base's files."""
+        own = replace(self.source, name="", origin=None)
+        inputs = [model.inputs(self.source.name) for model in self.models.values()]
+        return all(
+            len(read) == 1 and replace(read[0], name="", origin=None) == own for read in inputs
+        )
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Bytes of all that is read."""
+        return sum(info.bytes_read for info in self.inputs)
+
+    def context(
+        self, tasks: Sequence[str], weights: Sequence[float], base: Tensor | None
+    ) -> TensorContext:
+        """Return what the methods are told of it.
+
+        Args:
+            tasks: Names of all models of the merge.
+            weights: Their weights.
+            base: The base's tensor, if it has been read.
+        """
+        name = self.source.name
+        return TensorContext(
+            self.tied_to or name,
+            self.source.shape,
+            self.is_embedding,
+            tasks=tuple(tasks),
+            weights=tuple(weights),
+            base=base,
+            layer=self.layer,
+            inputs=None if self.metric is None else inputs_of(self.metric, name, tasks),
+        )
+
+    def is_whitened(self, pipeline: Pipeline) -> bool:
+        """Tell whether a chain asks for the moment of its inputs.
+
+        Vectors have no inputs, kernels no moments; embeddings of full fine-tunes are averaged
+        unless a method merges them.
+        """
+        if len(self.source.shape) != 2 or not self.models:
+            return False
+        users = pipeline.metric_users
+        averaged = all(getattr(step, "embeddings", None) == "average" for step in users)
+        has_dense = any(model.rank(self.source.name) is None for model in self.models.values())
+        return not (self.is_embedding and has_dense and averaged)
+
+    def memory(self, pipeline: Pipeline, tasks: Sequence[str]) -> int:
+        """Estimate the bytes in memory while its task vectors are merged.
+
+        Without the libraries, and without what the system may have back, as the windows of files.
+
+        Args:
+            pipeline: The chain.
+            tasks: Names of all models of the merge.
+        """
+        name = self.source.name
+        factors = sum(map(self._factor_bytes, self.models.values()))
+        # What a dense delta is computed of, as DoRA's is: its factors in float64.
+        computing = max(
+            8 * sum(info.nbytes for info in model.inputs(name)) if self._is_computed(model) else 0
+            for model in self.models.values()
+        )
+        derived = sum(info.bytes_computed for info in self.inputs)
+        return factors + computing + derived + pipeline.memory(self.as_read(pipeline, tasks))
+
+    def as_read(self, pipeline: Pipeline, tasks: Sequence[str]) -> TensorShape:
+        """Return what methods may know of the tensor before it is read.
+
+        Args:
+            pipeline: The chain.
+            tasks: Names of all models of the merge.
+        """
+        name, width = self.source.name, wide(self.source.dtype).itemsize
+        deltas = tuple(
+            DeltaShape(model.rank(name), width * self.source.size * self._is_computed(model))
+            for model in self.models.values()
+        )
+        return TensorShape(
+            self.source.shape,
+            self.is_embedding,
+            deltas,
+            tasks=len(tasks),
+            width=width,
+            inputs=self._inputs_shape(pipeline, tasks),
+        )
+
+    def _inputs_shape(self, pipeline: Pipeline, tasks: Sequence[str]) -> InputsShape | None:
+        if self.metric is None:
+            return None
+        name = self.source.name
+        n = self.source.shape[self.metric.side(name) == "columns"]
+        rows = {
+            task: self.metric.nbytes(name, task) // (torch.float32.itemsize * n)
+            for task in wanted(pipeline, tasks)
+        }
+        own = tuple(rows[task] for task in tasks if task in rows)
+        return InputsShape(n, rows.get(None), own)
+
+    def _factor_bytes(self, model: FineTune) -> int:
+        """Count the factors of a model's delta in memory: as stored, or made of what is stored."""
+        name = self.source.name
+        rank, stored = model.rank(name), model.inputs(name)
+        if rank is None:
+            return 0
+        entries = rank * sum(matrix_shape(self.source.shape))
+        held = sum(info.nbytes for info in stored)
+        is_made = sum(info.size for info in stored) < entries
+        return held + entries * torch.float32.itemsize * is_made
+
+    def _is_computed(self, model: FineTune) -> bool:
+        """Tell whether a dense delta is a matrix in memory, and no difference of stored tensors."""
+        name = self.source.name
+        read = [info.shape for info in model.inputs(name)]
+        return model.rank(name) is None and read != [self.source.shape]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What goes into an output."""
+
+    pipeline: Pipeline
+    base: Base
+    models: tuple[FineTune, ...]
+    tensors: tuple[PlannedTensor, ...]
+    """Those that the output has a place for, and those of them that are merged."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the models."""
+        return tuple(model.name for model in self.models)
+
+    @property
+    def merged(self) -> list[PlannedTensor]:
+        """The tensors that some model changes."""
+        return [tensor for tensor in self.tensors if tensor.models]
+
+
+class Placing(Protocol):
+    """Where the tensors of a base go: the part of an output that the layout asks."""
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether it is made of the base's weights, not of their changes alone."""
+
+    def dtype(self, source: TensorInfo, *, is_merged: bool) -> torch.dtype | None:
+        """Return the dtype of a tensor of the base in the output; None: it is not there.
+
+        Args:
+            source: The tensor.
+            is_merged: Whether some model changes it.
+        """
+
+
+class Everything:
+    """All tensors of the base, each in its own dtype: the places of a merge in memory."""
+
+    needs_base = True
+
+    def dtype(self, source: TensorInfo, *, is_merged: bool) -> torch.dtype:
+        """Return the base's own."""
+        return source.dtype
+
+
+def lay_out(
+    base: Base, models: Sequence[FineTune], placing: Placing | None = None
+) -> tuple[PlannedTensor, ...]:
+    """Lay out the tensors of the output: all of the base's, or what is merged of them.
+
+    Widest dtypes first, as safetensors writes them: so that every tensor is aligned in its file.
+
+    Args:
+        base: The base.
+        models: What is merged into it.
+        placing: Where they go; by default :class:`Everything`.
+
+    Raises:
+        StarmergeError: A model changes one end of tied tensors, or one that is quantised.
+    """
+    planned = _planned(base, models, placing or Everything())
+    return tuple(sorted(planned, key=lambda tensor: -tensor.dtype.itemsize))
+
+
+def _planned(base: Base, models: Sequence[FineTune], placing: Placing) -> Iterator[PlannedTensor]:
+    places = layers(base.checkpoint)
+    changed = [model.tensors for model in models]
+    for name in base.checkpoint:
+        source = base.checkpoint[name]
+        changing = {t: model for t, model in enumerate(models) if name in changed[t]}
+        for t, model in changing.items():
+            if name in base.tied and not changed[t].issuperset(base.tied):
+                raise StarmergeError(
+                    f"{model.source} changes {name} alone, which the base ties to other tensors "
+                    "(tie_word_embeddings in config.json). Give a model that changes all of "
+                    "them, or none."
+                )
+        if changing and source.dtype not in MERGEABLE:
+            raise StarmergeError(
+                f"{source.file}: tensor {name} is stored in {source.dtype}, which cannot be "
+                "merged. Use an unquantised base."
+            )
+        dtype = placing.dtype(source, is_merged=bool(changing))
+        if dtype is None:
+            continue
+        reads_base = placing.needs_base or any(m.needs_base(name) for m in changing.values())
+        yield PlannedTensor(
+            source,
+            dtype,
+            changing,
+            base.is_embedding(name),
+            places.get(name),
+            reads_base=reads_base,
+            tied_to=base.embedding if name in base.tied and name != base.embedding else None,
+        )

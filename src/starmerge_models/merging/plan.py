@@ -1,0 +1,341 @@
+"""The plan of a merge: everything that can be known, and go wrong, before a tensor is read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from starmerge_models.checkpoints import models as checkpoints
+from starmerge_models.checkpoints.base import Base
+from starmerge_models.checkpoints.lora.adapter import Adapter
+from starmerge_models.checkpoints.metric import Metric, open_metric
+from starmerge_models.checkpoints.models import FineTune
+from starmerge_models.checkpoints.side_files import too_long
+from starmerge_models.checkpoints.source import Source, folder_of, resolve
+from starmerge_models.checkpoints.stacked import (
+    bases_of,
+    open_referenced_base,
+    open_referenced_model,
+    parts_of,
+)
+from starmerge_models.checkpoints.tensors import MERGEABLE, Checkpoint
+from starmerge_models.checkpoints.unknown_base import unknown_base
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.merging.layout import Contents, PlannedTensor, lay_out
+from starmerge_models.merging.metric import check_metric, unused_tasks
+from starmerge_models.merging.outputs import Output, is_output_file, make_output
+from starmerge_models.merging.vocabulary import with_one_vocabulary
+from starmerge_models.methods.method import TensorContext
+from starmerge_models.methods.pipeline import Pipeline
+from starmerge_models.recipe import Recipe
+from starmerge_models.storage import FileState, Place, real, relative, storage_of
+
+
+@dataclass(frozen=True)
+class Input:
+    """Something that is merged."""
+
+    name: str
+    kind: str
+    source: Source
+    checkpoints: tuple[Checkpoint, ...] = ()
+    """Its tensors as its files have them, which are read one by one."""
+    beside: tuple[Place, ...] = ()
+    """Files that it depends on beside them, as wholes."""
+
+    @property
+    def files(self) -> list[Place]:
+        """All its files."""
+        return [*self.beside, *(file for own in self.checkpoints for file in own.files)]
+
+    def label(self, file: Place) -> str:
+        """Return how a report calls a file: relative to the input's folder."""
+        return relative(file, folder_of(self.source.path))
+
+
+@dataclass(frozen=True)
+class Plan(Contents):
+    """A merge that has been checked and can begin."""
+
+    recipe: Recipe
+    output: Output
+    """What it is written as."""
+    path: Place
+    """The folder to create."""
+    overwrite: bool
+    reason: str | None = None
+    """Why the methods are these, where the recipe left it to ``auto``."""
+    metric: Metric | None = None
+    states: Mapping[Place, FileState] = field(default_factory=dict)
+    """Of each input file, when the plan was made."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on the inputs that whoever merges them should read."""
+        return (*self.base.notes, *(note for model in self.models for note in model.notes))
+
+    @property
+    def inputs(self) -> list[Input]:
+        """What is merged: the base, if it has weights, the models, tokenizers, the metric."""
+        inputs = []
+        if self.base.has_weights:
+            bases = bases_of(self.base)
+            for base in bases:
+                name = _name_of_part("base", base.source, bases)
+                weights = (base.checkpoint.opened,)
+                inputs.append(Input(name, "base", base.source, weights, base.settings))
+        for model in self.models:
+            parts = parts_of(model)
+            for part in parts:
+                name = _name_of_part(model.name, part.source, parts)
+                own = tuple(own.opened for own in part.checkpoints), tuple(part.beside)
+                inputs.append(Input(name, part.kind, part.source, *own))
+        for file in self.base.made_of:
+            source = Source(str(file.parent), file.parent, None, None)
+            name = f"{file.parent.name}/{file.name}"
+            inputs.append(Input(name, "tokenizer", source, beside=(file,)))
+        if self.metric is not None:
+            file = self.metric.file
+            source = Source(str(file), file, None, None)
+            inputs.append(Input(file.name, "metric", source, beside=(file,)))
+        return inputs
+
+    def check_unchanged(self) -> None:
+        """Make sure that the input files are what they were when the plan was made.
+
+        Raises:
+            StarmergeError: One of them was changed, replaced or deleted.
+        """
+        for file, state in self.states.items():
+            if not storage_of(file).is_unchanged(file, state):
+                raise StarmergeError(
+                    f"{file} was changed while it was merged, so what was made of it is neither "
+                    "the old nor the new. Begin again when nothing writes there."
+                )
+
+    @property
+    def use_of_metric(self) -> str:
+        """In words, in whose inputs the merge is made."""
+        whitened = ["whitened inputs"] if self.pipeline.uses_metric else []
+        along = ", along the merge" if self.metric is not None and self.metric.along else ""
+        own = [f"the tasks' own inputs{along}"] if self.pipeline.needs_moments else []
+        return " and ".join([*whitened, *own])
+
+    @property
+    def unused_prompts(self) -> list[str]:
+        """Tasks of the metric whose prompts the chain would use, if a model had their name."""
+        return unused_tasks(self.metric, self.pipeline, self.tasks) if self.metric else []
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Bytes of all tensors that are read."""
+        return sum(tensor.bytes_to_read for tensor in self.tensors)
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Bytes of the output, at most."""
+        return self.output.bytes_to_write(self)
+
+    def memory(self, threads: int, limit: int) -> int:
+        """Estimate the peak of memory for tensors, bytes.
+
+        Args:
+            threads: How many tensors are merged at once.
+            limit: Bytes that they may take together; the largest of them may take more, alone.
+        """
+        each = sorted(map(self.memory_of, self.tensors), reverse=True)
+        return max(each[0], min(limit, sum(each[:threads]))) if each else 0
+
+    def memory_of(self, tensor: PlannedTensor) -> int:
+        """Estimate the bytes in memory while a tensor is merged and written."""
+        is_merged = bool(tensor.models)
+        reading = tensor.source.bytes_computed
+        merging = tensor.memory(self.pipeline, self.tasks) if is_merged else reading
+        return merging + self.output.memory(self, tensor)
+
+    def context(self, tensor: PlannedTensor, base: Tensor | None) -> TensorContext:
+        """Return what the methods are told of a tensor, given the base's, if it has been read."""
+        return tensor.context(self.tasks, [entry.weight for entry in self.recipe.models], base)
+
+
+def make_plan(recipe: Recipe, path: Place, *, overwrite: bool = False, writes: bool = True) -> Plan:
+    """Open everything a recipe names, check it against each other, and lay out the output.
+
+    Reads configs and headers only; with a metric, at the end, all of the base, to hash it.
+
+    Args:
+        recipe: What to merge.
+        path: The output.
+        overwrite: Whether the output may replace a merge.
+        writes: Whether it will be written there, so that the place must be free and have room.
+
+    Raises:
+        UsageError: A wrong parameter, another base, an output folder that is taken, a metric that
+            does not fit.
+        StarmergeError: A missing, unknown or misshapen tensor, a broken file, a disk too small.
+    """
+    pipeline = recipe.make_pipeline()
+    is_file = is_output_file(recipe, path)
+    if writes:
+        storage_of(path).check_output(path, overwrite=overwrite, is_file=is_file)
+    metric = None if recipe.metric is None else open_metric(recipe.metric)
+    base, models = open_models(recipe)
+    pipeline, reason = choose(pipeline, models, metric)
+    if reason is not None:
+        chosen = {"method": pipeline.name, "parameters": pipeline.parameters()}
+        recipe = recipe.model_copy(update=chosen)
+    sources = [part.source for model in models for part in parts_of(model)]
+    sources += [part.source for part in bases_of(base)] if base.has_weights else []
+    sources += [] if metric is None else [Source(str(metric.file), metric.file, None, None)]
+    for source in sources if writes else ():
+        _check_apart(path, source)
+    output = make_output(recipe, pipeline, is_file=is_file)
+    if output.needs_base:
+        base = replace(base, notes=(*base.notes, *map(_note_too_long, too_long(base.source.path))))
+    tensors = lay_out(base, models, output)
+    weights = [entry.weight for entry in recipe.models]
+    try:
+        tensors = check_merge(pipeline, base, models, weights, tensors, metric)
+    except UsageError as error:
+        if reason is None:
+            raise
+        # It may name a method that the user did not ask for.
+        raise UsageError(f"{error} ({reason})") from error
+    plan = Plan(pipeline, base, models, tensors, recipe, output, path, overwrite, reason, metric)
+    output.check(plan)
+    if writes:
+        storage_of(path).check_room(path, plan.bytes_to_write)
+    files = {file for entry in plan.inputs for file in entry.files}
+    files.update(base.made_of)
+    if output.needs_base:
+        beside = base.side_files.values()
+        files.update(file for file in beside if not isinstance(file, bytes))
+    return replace(
+        plan, states={file: storage_of(file).state(file) for file in sorted(files, key=str)}
+    )
+
+
+def open_models(recipe: Recipe) -> tuple[Base, tuple[FineTune, ...]]:
+    """Open a recipe's base and its models; reads configs, headers, and tokenizers that differ.
+
+    Raises:
+        UsageError: A model is of another base, or of a kind that cannot be merged; its tokenizer
+            does not fit the one that is wanted.
+        StarmergeError: A missing, unknown or misshapen tensor, a broken file.
+    """
+    if recipe.base is None:
+        sources = [resolve(entry.path, may_be_file=True) for entry in recipe.models]
+        base = unknown_base(sources, any_base=recipe.any_base)
+    else:
+        base = open_referenced_base(recipe.base, any_base=recipe.any_base)
+
+    def opened(base: Base) -> tuple[FineTune, ...]:
+        return tuple(
+            open_referenced_model(
+                entry.name, entry.path, base, any_base=recipe.any_base, common=recipe.common
+            )
+            for entry in recipe.models
+        )
+
+    found = checkpoints.open_models(opened, base, any_base=recipe.any_base)
+    return with_one_vocabulary(recipe, *found)
+
+
+def choose(
+    pipeline: Pipeline, models: Collection[FineTune], metric: Metric | None
+) -> tuple[Pipeline, str | None]:
+    """Return the chain that merges some models, and the reason if ``auto`` stands for it."""
+    return pipeline.chosen(
+        [model.name for model in models],
+        has_dense=any(model.rank(name) is None for model in models for name in model.tensors),
+        prompts=None if metric is None else metric.tasks,
+    )
+
+
+def check_merge(
+    pipeline: Pipeline,
+    base: Base,
+    models: Sequence[FineTune],
+    weights: Sequence[float],
+    tensors: Sequence[PlannedTensor],
+    metric: Metric | None,
+) -> tuple[PlannedTensor, ...]:
+    """Compare a chain, the models with their weights, the tensors and a metric with each other.
+
+    Returns:
+        The tensors, those whose inputs matter to the chain with the metric.
+
+    Raises:
+        UsageError: The parameters do not fit; two adapters without a base replace whole modules;
+            the metric lacks a moment, or is of another base.
+        StarmergeError: No model changes anything; the metric is damaged.
+    """
+    _check_saved_modules(models)
+    merged = [tensor for tensor in tensors if tensor.models]
+    if not merged:
+        raise StarmergeError("None of the models changes any tensor of the base.")
+    if pipeline.merge.needs_base and not base.has_weights:
+        raise UsageError(
+            f"{pipeline.merge.name} works on the base's weights. Give the base before the models."
+        )
+    tasks = [model.name for model in models]
+    pipeline.check(tasks, weights, [tensor.source.name for tensor in merged])
+    if pipeline.merge.needs_base:
+        tensors = [replace(t, reads_base=True) if t.models else t for t in tensors]
+    planned = tuple(tensors)
+    if metric is not None:
+        if not base.has_weights:
+            raise UsageError("A metric is of one base. Give the base before the models.")
+        whitened = {t.source.name: t for t in tensors if t.is_whitened(pipeline)}
+        check_metric(metric, base, pipeline, models, list(whitened))
+        planned = tuple(
+            replace(t, metric=metric) if t.source.name in whitened else t for t in tensors
+        )
+    pipeline.check_tensors(
+        [t.context(tasks, weights, None) for t in planned if t.models],
+        [
+            t.context(tasks, weights, None)
+            for t in planned
+            if not t.models and t.source.dtype in MERGEABLE
+        ],
+    )
+    return tuple(
+        replace(t, models={})
+        if t.models and t.repeats_base and pipeline.merge.leaves(t.context(tasks, weights, None))
+        else t
+        for t in planned
+    )
+
+
+def _note_too_long(name: str) -> str:
+    return (
+        f"{name} of the base is not copied: it is too long for a tokenizer's file or code, and is "
+        "taken for weights. Copy it yourself if the model needs it."
+    )
+
+
+def _name_of_part(whole: str, source: Source, parts: Collection[object]) -> str:
+    """Return what a report calls one of the models that a base or a model is made of."""
+    return whole if len(parts) == 1 else f"{whole}, {source}"
+
+
+def _check_apart(output: Place, source: Source) -> None:
+    path, place = real(source.path), real(output)
+    if place in (path, *path.parents) or path in place.parents:
+        raise UsageError(
+            f"{output} is, holds or lies in the input {source}. Choose another output folder."
+        )
+
+
+def _check_saved_modules(models: Iterable[FineTune]) -> None:
+    """Refuse several whole modules of which nothing tells what the training changed in them."""
+    saving = [model for model in models if isinstance(model, Adapter) and model.carried]
+    if len(saving) > 1:
+        raise UsageError(
+            f"{saving[0].source} and {saving[1].source} both replace whole modules "
+            f"(modules_to_save in adapter_config.json), such as {min(saving[1].saved)}, and what "
+            "the training changed in them is a difference from the base's. Give the base before "
+            "the models."
+        )

@@ -1,0 +1,182 @@
+"""The report of a merge, ``merge_report.json``: what went in, what happened to each tensor."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from starmerge_models.checkpoints.card import CARD
+from starmerge_models.checkpoints.hashing import blake3_of, blake3_of_contents
+from starmerge_models.merging.layout import PlannedTensor
+from starmerge_models.merging.outputs import Finished
+from starmerge_models.merging.plan import Plan
+from starmerge_models.methods.pipeline import Merged
+from starmerge_models.recipe import Recipe
+from starmerge_models.storage import OutputFolder
+from starmerge_models.storage.publishing import REPORT
+from starmerge_models.versions import installed_versions
+
+SCHEMA = 2
+"""Of the report: raised when a reader of an earlier one would misread it."""
+
+_PACKAGES = ("torch", "numpy")
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did; the content of ``merge_report.json``."""
+
+    content: dict[str, Any]
+
+    @property
+    def tensors(self) -> list[dict[str, Any]]:
+        """A record for each merged tensor; ``tasks`` holds a record for each model."""
+        records: list[dict[str, Any]] = self.content["tensors"]
+        return records
+
+    @property
+    def mean_rank(self) -> float | None:
+        """Mean rank kept over all tensors and tasks; None for methods that keep everything.
+
+        Zero deltas do not count.
+        """
+        tasks = [task for record in self.tensors for task in record["tasks"]]
+        ranks = [task["rank"] for task in tasks if task["nuclear_before"]]
+        return sum(ranks) / len(ranks) if ranks else None
+
+    def summary(self) -> str:
+        """Return the report in a sentence."""
+        copied = self.content["tensors_copied"]
+        left = f", {copied} left as they are" if copied else ""
+        text = f"{len(self.tensors)} tensors merged{left}"
+        metric = self.content["metric"]
+        if metric is not None:
+            text += f"; merged in {metric['use']} ({metric['file']})"
+        if self.mean_rank is not None:
+            text += f"; mean rank kept {self.mean_rank:.1f}"
+        text += f"; {self.content['output']['summary']}"
+        if self.content["reason"] is not None:
+            text += f". {self.content['reason'].removesuffix('.')}"
+        if metric is not None and metric["unused_prompts"]:
+            unused = ", ".join(metric["unused_prompts"])
+            text += f". The metric's prompts of {unused} are of no model that is merged"
+        for name in self.content["unchanged"]:
+            text += f". {name} changes nothing: all its deltas are zero, and it counts as a model"
+        return text + "."
+
+
+def versions(recipe: Recipe) -> dict[str, str]:
+    """Return the versions of what computes a merge, plug-ins of packages among it."""
+    packages = installed_versions(_PACKAGES)
+    own = {
+        plugin["package"]: plugin["version"]
+        for plugin in recipe.plugins.values()
+        if "package" in plugin
+    }
+    return packages | {"python": platform.python_version()} | own
+
+
+def tensor_record(
+    plan: Plan, tensor: PlannedTensor, stored: Mapping[str, Any], merged: Merged
+) -> dict[str, Any]:
+    """Return what the report says of one merged tensor.
+
+    Args:
+        plan: The plan.
+        tensor: The tensor.
+        stored: What the output says of it.
+        merged: What the chain made of it.
+    """
+    tasks = [
+        {"model": plan.models[task].name, **asdict(truncation)}
+        for task, truncation in sorted(merged.truncations.items())
+    ]
+    return {
+        "name": tensor.source.name,
+        "shape": list(tensor.source.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        **stored,
+        "tasks": tasks,
+    }
+
+
+def hashes_beside(folder: OutputFolder, report: Mapping[str, Any]) -> dict[str, str]:
+    """Return the BLAKE3 of the files of an output that hold no tensors, such as its config.
+
+    The card is left out: whoever publishes a model edits it.
+
+    Args:
+        folder: The output.
+        report: Its report, with the names of its files.
+    """
+    apart = {*report["digests"], REPORT, CARD}
+    return {name: blake3_of(folder.place(name)) for name in report["files"] if name not in apart}
+
+
+def hashes_of_contents(finished: Finished) -> dict[str, str]:
+    """Return the hash of the tensors in each file of an output; see :func:`blake3_of_contents`."""
+    return {file: blake3_of_contents(tensors) for file, tensors in finished.digests.items()}
+
+
+def make_report(
+    plan: Plan,
+    finished: Finished,
+    findings: Mapping[str, Any],
+    tensors: Sequence[dict[str, Any]],
+    hashes: Sequence[Mapping[str, Any]],
+    changing: Collection[int],
+) -> MergeReport:
+    """Put the report of a finished merge together.
+
+    Args:
+        plan: The plan.
+        finished: What the output says of itself.
+        findings: What the methods found in the whole model.
+        tensors: The records of the tensors.
+        hashes: Of each of the plan's inputs, as plain data.
+        changing: Numbers of the models of which some delta is not zero.
+    """
+    metric = None
+    if plan.metric is not None:
+        metric = {
+            "file": plan.metric.file.name,
+            "use": plan.use_of_metric,
+            "made_from": dict(plan.metric.made_from),
+            "unused_prompts": plan.unused_prompts,
+        }
+    return MergeReport(
+        {
+            "schema": SCHEMA,
+            "versions": versions(plan.recipe),
+            "recipe": plan.recipe.model_dump(),
+            "reason": plan.reason,
+            "notes": list(plan.notes),
+            "findings": {**findings, **finished.findings},
+            "output": {"kind": plan.output.kind, **finished.facts, "summary": finished.summary},
+            "metric": metric,
+            "unchanged": [
+                plan.models[t].name
+                for t in sorted({t for tensor in plan.tensors for t in tensor.models})
+                if t not in changing
+            ],
+            "inputs": [
+                {
+                    "name": given.name,
+                    "kind": given.kind,
+                    "reference": str(given.source),
+                    "hub_id": given.source.name,
+                    "revision": given.source.revision,
+                    **own,
+                }
+                for given, own in zip(plan.inputs, hashes, strict=True)
+            ],
+            "digests": {
+                file: {tensor.name: digest for tensor, digest in tensors}
+                for file, tensors in finished.digests.items()
+            },
+            "tensors_copied": len(plan.tensors) - len(plan.merged),
+            "tensors": list(tensors),
+        }
+    )

@@ -1,0 +1,34 @@
+"""Merges that others are made of: whether one is there already."""
+
+from __future__ import annotations
+
+from starmerge_models.errors import StarmergeError
+from starmerge_models.merging.plan import Plan
+from starmerge_models.merging.report import versions
+from starmerge_models.merging.verify import verify
+from starmerge_models.reading import read_json
+from starmerge_models.storage import exists
+from starmerge_models.storage.publishing import REPORT
+
+
+def is_there(plan: Plan, *, progress: bool = False) -> bool:
+    """Tell whether the output of a plan is there, as a merge would make it again.
+
+    Its report has the same recipe and versions; its files, and those that it was made of, have the
+    hashes in the report.
+
+    Args:
+        plan: The plan, which may write where something stands.
+        progress: Show a progress bar on standard error.
+    """
+    if not exists(plan.path / REPORT):
+        return False
+    try:
+        report = read_json(plan.path / REPORT)
+        wanted = plan.recipe.model_dump(), versions(plan.recipe)
+        if (report.get("recipe"), report.get("versions")) != wanted:
+            return False
+        verdict = verify(plan.path, progress=progress)
+    except StarmergeError:
+        return False
+    return verdict.is_right and set(verdict.inputs.values()) == {"same"}

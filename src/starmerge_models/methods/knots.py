@@ -1,0 +1,142 @@
+"""KnOTS: task vectors aligned by a joint SVD, then TIES."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from starmerge_models.deltas import Delta, Dense, LowRank, total
+from starmerge_models.methods.kinds.spectral import is_averaged, will_average
+from starmerge_models.methods.memory import DeltaShape, TensorShape, total_bytes, total_shape
+from starmerge_models.methods.method import Deltas, Merge, TensorContext, Walk, method
+from starmerge_models.methods.ties import elected_mean
+from starmerge_models.methods.trim import Percent, Scope, global_thresholds, local_threshold
+from starmerge_models.spectral import core_space, on_best_device, svd_matrix
+from starmerge_models.spectral.dense import svd_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class _Aligned:
+    """[τ_1 … τ_T] = U Σ [V_1 … V_T], of the ρ singular values that are not zero."""
+
+    U: Tensor
+    """(m, ρ) float64."""
+    S: Tensor
+    """(ρ,) float64."""
+    V: dict[int, Dense]
+    """By task, (ρ, n) float32."""
+
+
+@method("knots")
+class Knots(Merge):
+    """Express all task vectors in one basis, and merge their coordinates with TIES.
+
+    [τ_1 … τ_T] = U Σ [V_1 … V_T]; the update is λ U X, where X is what TIES makes of the Σ V_t: the
+    k % largest of each, signs elected, the mean of those that agree. ``on="v"`` trims the V_t
+    instead and multiplies by Σ then, so that small directions count as much as large ones. Where
+    entries cancel exactly, X is zero: signs of singular vectors are any, so there is no majority of
+    them.
+
+    Source: arXiv 2410.19735, which writes of the V_t; defining repository
+    github.com/gstoica27/KnOTS, which trims Σ V_t, and tunes k and λ.
+    Cost: an SVD of all task vectors together; for adapters in factor space, and X of rank ρ ≤ Σr.
+    The Σ V_t are dense: ρ·n numbers a task. With a global trim, two more passes.
+    When to use: adapters whose task vectors point into different subspaces.
+    """
+
+    k: Percent = 20.0
+    scope: Scope = "global"
+    lambda_: Annotated[float, Field(description="factor of the merged update")] = 1.0
+    on: Annotated[Literal["v", "sv"], Field(description="what is trimmed: V_t, or Σ V_t")] = "sv"
+
+    averages = True
+
+    def survey(self, walk: Walk) -> list[float] | None:
+        """Find the thresholds of the whole model; see :meth:`Merge.survey`."""
+        if self.scope == "local":
+            return None
+
+        def aligned(look: Any) -> Any:
+            def see(deltas: Deltas, tensor: TensorContext) -> Any:
+                held = dict(deltas.items())
+                if is_averaged(list(held.values()), tensor, embeddings="average"):
+                    return look(Deltas({}), tensor)
+                found = self._coordinates(self._align(held))
+                return look(Deltas.of(found), tensor)
+
+            return walk(see)
+
+        return global_thresholds(aligned, self.k)
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        if will_average(tensor, embeddings="average"):
+            return tensor.held + total_bytes(tensor)
+        space = tensor.core().whole()
+        (m, n), rho = tensor.matrix, min(sum(space.ranks), space.p)
+        # To align: all matrices side by side, LAPACK's copy of them, the SVD of what is not longer
+        # than high, and coordinates (ρ, n) that are still float64.
+        svd = svd_bytes(min(space.p, space.count * space.q), space.p)
+        aligning = space.nbytes + 2 * space.count * space.size + svd + 16 * rho * n
+        # To elect: of each task two coordinates in float32, four in float64, and two masks; six
+        # of all tasks.
+        electing = (8 + 32 + 2) * space.count * rho * n + 8 * 6 * rho * n
+        basis = 8 * 2 * rho * m
+        return tensor.held + basis + max(space.making, aligning, electing)
+
+    def result(self, tensor: TensorShape) -> DeltaShape:
+        """Tell what is made; see :meth:`Merge.result`."""
+        if will_average(tensor, embeddings="average"):
+            return total_shape(tensor)
+        space = tensor.core()
+        rho = min(sum(space.ranks), space.p)
+        return DeltaShape(rho, tensor.factors(rho, 4))
+
+    def merge(self, deltas: Deltas, tensor: TensorContext, survey: list[float] | None) -> Delta:
+        """Merge one tensor; see :meth:`Merge.merge`."""
+        held = dict(deltas.items())
+        if is_averaged(list(held.values()), tensor, embeddings="average"):
+            return total(held.values()).scaled(1 / tensor.total_weight)
+        aligned = self._align(held)
+        coordinates = self._coordinates(aligned)
+        floors = [
+            local_threshold(V_t, self.k) if survey is None else survey[t]
+            for t, V_t in coordinates.items()
+        ]
+        V = torch.stack([V_t.tensor for V_t in coordinates.values()]).double()
+        large = V.abs() >= V.new_tensor(floors)[:, None, None]
+        w = [tensor.weights[t] for t in coordinates]
+        merged = self.lambda_ * elected_mean(torch.where(large, V, 0.0), w, majority=0.0)
+        S = aligned.S if self.on == "v" else torch.ones_like(aligned.S)
+        return LowRank((aligned.U * S).float(), merged.float())
+
+    def _coordinates(self, aligned: _Aligned) -> dict[int, Dense]:
+        if self.on == "v":
+            return aligned.V
+        return {t: Dense((aligned.S[:, None] * V.tensor).float()) for t, V in aligned.V.items()}
+
+    def _align(self, deltas: dict[int, Delta]) -> _Aligned:
+        def aligned(device: torch.device) -> _Aligned:
+            space = core_space(list(deltas.values()), device).whole()
+            X = torch.cat(space.matrices, dim=1)
+            if X.shape[1] > X.shape[0]:
+                # X = Rᵀ Qᵀ has the U and Σ of Rᵀ; Σ⁻¹ Uᵀ X is V.
+                X = torch.linalg.qr(X.T, mode="r").R.T
+            joint = svd_matrix(X, space.floor)
+            V = {}
+            for t, C in zip(deltas, space.matrices, strict=True):
+                # V_t is Σ⁻¹ Uᵀ τ_t. Rounding in the rows that τ_t does not have would vote on
+                # signs: of the arithmetic, or of the entries of a dense τ_t.
+                rows = joint.U.T @ C
+                none = torch.linalg.vector_norm(rows, dim=1) <= space.noise * torch.linalg.norm(C)
+                V_t = torch.where(none, 0.0, 1 / joint.S)[:, None] * rows
+                whole = V_t if space.V is None else V_t @ space.V.T
+                V[t] = Dense(whole.float().to(space.home))
+            U = joint.U if space.U is None else space.U @ joint.U
+            return _Aligned(U.to(space.home), joint.S.to(space.home), V)
+
+        return on_best_device(list(deltas.values()), aligned)

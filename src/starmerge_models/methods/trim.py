@@ -1,0 +1,176 @@
+"""Trimming: only the largest entries of each task vector stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Annotated, Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from starmerge_models.deltas import Delta, Dense
+from starmerge_models.methods.kinds.entrywise import entries_of, panel_bytes, panels
+from starmerge_models.methods.memory import DeltaShape, TensorShape, dense_shape
+from starmerge_models.methods.method import Deltas, TensorContext, Transform, Walk, method
+from starmerge_models.selection import SAMPLE, Tally, bracket, histogram, kth_largest, share_of
+from starmerge_models.spectral import Truncation
+from starmerge_models.spectral.core_space import FLOAT64_NOISE
+
+Scope = Annotated[
+    Literal["global", "local"],
+    Field(description="whether the largest of the whole model stay, or of each tensor"),
+]
+Percent = Annotated[
+    float, Field(gt=0, le=100, description="share of the entries to keep, in percent")
+]
+
+
+@method("trim")
+class Trim(Transform):
+    """Keep the k % of each task vector's entries with the largest magnitudes, drop the rest.
+
+    An entry stays if its magnitude is at least the ⌈k %⌉-th largest; all that equal it stay. What
+    counts are all entries of the merged tensors, also those that the task leaves alone.
+
+    Source: the first step of TIES, arXiv 2306.01708. Its repository keeps one entry more.
+    Cost: two more passes over the model for the exact global threshold, one of them over every
+    17th row; the result is dense.
+    When to use: before another merge, as in ``trim+average``.
+    """
+
+    k: Percent = 20.0
+    scope: Scope = "global"
+
+    def survey(self, walk: Walk) -> Any:
+        """Find the thresholds of all tasks; see :meth:`Transform.survey`."""
+        return global_thresholds(walk, self.k) if self.scope == "global" else None
+
+    def memory(self, tensor: TensorShape) -> int:
+        """Tell the bytes needed; see :meth:`Method.memory`."""
+        return 4 * tensor.size + panel_bytes(tensor, 1, numbers=6)
+
+    def result(self, delta: DeltaShape, tensor: TensorShape) -> DeltaShape:
+        """Tell what is made; see :meth:`Transform.result`."""
+        return dense_shape(tensor)
+
+    def apply(
+        self, delta: Delta, task: int, tensor: TensorContext, survey: Any
+    ) -> tuple[Delta, Truncation | None]:
+        """Trim one delta; see :meth:`Transform.apply`."""
+        threshold = local_threshold(delta, self.k) if survey is None else survey[task]
+        left = torch.empty(delta.shape, dtype=torch.float32)
+        for rows in panels(delta.shape):
+            left[rows] = trimmed(delta.entries(rows), threshold)
+        return Dense(left), None
+
+
+def trimmed(entries: Tensor, threshold: float) -> Tensor:
+    """Return entries, float32, of which those with magnitudes below a threshold are zero.
+
+    Args:
+        entries: float32.
+        threshold: A float32 number. With 0 the entries themselves are returned.
+    """
+    if threshold == 0:
+        return entries
+    # What is shrunk are magnitudes up to a number; they are those below the next.
+    below = np.nextafter(np.float32(threshold), np.float32(0))
+    return torch.hardshrink(entries, float(below))
+
+
+def largest_entries(matrix: Tensor, count: int, noise: float) -> Tensor:
+    """Return a matrix of computed coordinates of which only the largest entries stay.
+
+    Args:
+        matrix: float64.
+        count: How many entries stay, and with them what equals the last one but for the rounding of
+            float64.
+        noise: What the rounding of the task vectors may make of a zero, as a share of the norm;
+            entries that are no larger go.
+    """
+    if not matrix.numel():
+        return matrix
+    magnitudes, norm = matrix.abs(), torch.linalg.vector_norm(matrix)
+    last = magnitudes.flatten().kthvalue(max(1, matrix.numel() - count + 1)).values
+    large = (magnitudes >= last - FLOAT64_NOISE * norm) & (magnitudes > noise * norm)
+    return torch.where(large, matrix, 0.0)
+
+
+def global_thresholds(walk: Walk, k: float) -> list[float]:
+    """Return the magnitude of the ⌈k %⌉-th largest entry of each task's whole task vector.
+
+    Goes through the model twice: over some of the rows, and over all. Where some misled, which is
+    rare, it goes twice over all.
+    """
+    for step in (SAMPLE, 1):
+        kth, between = _brackets(walk, k, step)
+        found = _between(walk, kth, between)
+        if None not in found:
+            break
+    return cast("list[float]", found)
+
+
+def local_threshold(delta: Delta, k: float) -> float:
+    """Return the magnitude of the ⌈k %⌉-th largest entry of one delta."""
+    size = delta.shape[0] * delta.shape[1]
+    return kth_largest(partial(entries_of, delta), size, share_of(size, k))
+
+
+def thresholds(
+    deltas: dict[int, Delta], k: float, survey: Sequence[float] | None
+) -> dict[int, float]:
+    """Return the thresholds of some tasks for one tensor, by task.
+
+    Args:
+        deltas: The tensor's deltas by task.
+        k: Share to keep, in percent.
+        survey: The global thresholds; None for local ones.
+    """
+    return {
+        task: local_threshold(delta, k) if survey is None else survey[task]
+        for task, delta in deltas.items()
+    }
+
+
+def _brackets(walk: Walk, k: float, step: int) -> tuple[int, list[range]]:
+    """Return ⌈k %⌉ of the model's entries, and for each task the bits where that one may lie."""
+
+    def look(
+        deltas: Deltas, tensor: TensorContext
+    ) -> tuple[int, int, dict[int, npt.NDArray[np.float64]]]:
+        counts, size = {}, 0
+        for task, delta in deltas.items():
+            size = delta.shape[0] * delta.shape[1]
+            counts[task] = histogram(entries_of(delta, step), size)
+        return len(tensor.tasks), size, counts
+
+    whole, sums = 0, dict[int, npt.NDArray[np.float64]]()
+    for tasks, size, counts in walk(look):
+        whole += size
+        sums = sums or {task: histogram([], 0) for task in range(tasks)}
+        for task, own in counts.items():
+            sums[task] += own
+    kth = share_of(whole, k)
+    return kth, [bracket(counts, kth, step) for counts in sums.values()]
+
+
+def _between(walk: Walk, kth: int, between: list[range]) -> list[float | None]:
+    """Return each task's kth largest magnitude; None where it is not between the bits."""
+
+    def look(deltas: Deltas, tensor: TensorContext) -> dict[int, Tally]:
+        tallies = {}
+        for task, delta in deltas.items():
+            tallies[task] = Tally(between[task])
+            for entries in entries_of(delta):
+                tallies[task].add(entries)
+        return tallies
+
+    sums = [Tally(bits) for bits in between]
+    for tallies in walk(look):
+        for task, own in tallies.items():
+            sums[task].merge(own)
+    return [tally.kth_largest(kth) for tally in sums]

@@ -1,0 +1,421 @@
+"""Plug-ins: methods, tasks, metrics and matchers by name, from starmerge, other packages and files.
+
+Each kind has a :class:`Registry`. A name is found there whoever defines it:
+
+- starmerge itself, under a plain name: ``star``;
+- an installed package, by an entry point of the registry's group, under a plain name too. Entry
+  points are read when a name is asked for that starmerge does not have, or all names are listed;
+- a file, under ``path/to/file.py:NAME``. Loading a file executes it, so only a file that the user
+  has named is loaded.
+
+No name has two meanings: one that two define is refused, with the origins of both.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Generic, TypeVar
+
+from blake3 import blake3
+
+from starmerge_models.errors import StarmergeError, UsageError, near, nearest
+
+_Thing = TypeVar("_Thing")
+
+_FILE = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a plug-in comes from: a package, a file, or a module of the running program."""
+
+    package: str | None = None
+    """Name of the distribution whose entry point it is."""
+    version: str | None = None
+    """The distribution's version."""
+    module: str | None = None
+    """Name of a module of the running program that is neither loaded by starmerge."""
+    file: Path | None = None
+    """The file that defines it; None for packages, and where there is no file (a notebook)."""
+    blake3: str | None = None
+    """BLAKE3 of the file."""
+
+    def __str__(self) -> str:
+        if self.package is not None:
+            return f"the package {self.package} {self.version}"
+        if self.module is not None:
+            return f"the module {self.module}"
+        return f"the file {self.file}"
+
+    def record(self) -> dict[str, str]:
+        """Return it as plain data that tells no folder: for recipes and reports."""
+        parts = {
+            "package": self.package,
+            "version": self.version,
+            "module": self.module,
+            "file": None if self.file is None else self.file.name,
+            "blake3": self.blake3,
+        }
+        return {key: value for key, value in parts.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Plugin(Generic[_Thing]):
+    """What an installed package offers, for lists."""
+
+    name: str
+    origin: Origin
+    thing: _Thing | None
+    """None if it cannot be used."""
+    fault: str | None
+    """Why it cannot be used."""
+
+
+@dataclass(frozen=True)
+class _Unloaded(Generic[_Thing]):
+    """An entry of a registry that is loaded when its name is asked for."""
+
+    load: Callable[[], _Thing]
+
+
+class Registry(Mapping[str, _Thing]):
+    """All methods, tasks, metrics or matchers that have a plain name, and the way to find others.
+
+    As a mapping it has what is defined in starmerge, in packages that are loaded, and in the
+    running program; not what files define. What starmerge itself offers by entry points is loaded
+    when its name is asked for: so rooms above a registry's own have entries in it.
+
+    Args:
+        word: What it holds, in errors: "method".
+        group: Group of entry points by which packages offer more.
+        fault: Says why an object cannot be used, if so: "it is not decorated".
+        built_in: Lists what starmerge has besides what :meth:`add` enters: a function for each
+            name, which loads it when the name is asked for. Called when anything is first asked.
+        unknown: The error about a name that is not found; it has the field ``name``.
+        listing: The command that lists all names, where they are too many for an error.
+    """
+
+    def __init__(
+        self,
+        word: str,
+        group: str,
+        *,
+        fault: Callable[[Any], str | None],
+        built_in: Callable[[], Mapping[str, Callable[[], _Thing]]] | None = None,
+        unknown: str | None = None,
+        listing: str | None = None,
+    ) -> None:
+        self.word, self.group = word, group
+        self._fault, self._list_built_in = fault, built_in
+        self._listing = listing
+        self._unknown = unknown or f"No {word} is called {{name!r}}."
+        self._is_listed = False
+        self._entered: dict[str, _Thing | _Unloaded[_Thing]] = {}
+        self._others: dict[str, _Thing] = {}
+
+    def __getitem__(self, name: str) -> _Thing:
+        found = self._ours.get(name)
+        if found is None:
+            return self._others[name]
+        if isinstance(found, _Unloaded):
+            found = self._ours[name] = found.load()
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._ours
+        yield from self._others
+
+    def __len__(self) -> int:
+        return len(self._ours) + len(self._others)
+
+    @property
+    def built_in(self) -> Mapping[str, _Thing]:
+        """What starmerge has, by name; all of it is loaded."""
+        return {name: self[name] for name in self._ours}
+
+    @property
+    def _ours(self) -> dict[str, _Thing | _Unloaded[_Thing]]:
+        """What starmerge has, by name, loaded or not yet."""
+        if not self._is_listed:
+            self._is_listed = True
+            listed = {} if self._list_built_in is None else self._list_built_in()
+            offered = {offer.name: offer.load for offer in self._entry_points(ours=True)}
+            for name, load in {**listed, **offered}.items():
+                self._entered.setdefault(name, _Unloaded(load))
+        return self._entered
+
+    def add(self, name: str, thing: _Thing) -> None:
+        """Enter what is being defined under its name; of what a file defines, nothing is entered.
+
+        Defining the same anew, as a notebook's cell does that is run again, replaces it.
+
+        Raises:
+            UsageError: Something else has the name.
+        """
+        if _module_of(thing) in _FILES:
+            return  # found by the file's name alone
+        if _is_ours(thing) and isinstance(self._ours.get(name), _Unloaded):
+            self._ours[name] = thing  # its module is being imported
+            return
+        other = self.get(name)
+        if other is not None and _place_of(other) != _place_of(thing):
+            raise UsageError(
+                f"{_place_of(thing)} calls itself {name!r}, and so does the {self.word} "
+                f"{_place_of(other)}. Give it another name."
+            )
+        if _is_ours(thing):
+            self._ours[name] = thing
+        else:
+            self._others[name] = thing
+
+    def find(self, reference: str) -> _Thing:
+        """Return what has a name, or stands in a file: ``path/to/file.py:NAME``.
+
+        Raises:
+            UsageError: There is no such name or file, it is not what is wanted, or two define it.
+            StarmergeError: The package or the file cannot be loaded.
+        """
+        named = _FILE.fullmatch(reference)
+        if named is not None:
+            return self._of_file(Path(named["file"]), named["name"], reference)
+        if reference in self:
+            return self[reference]
+        offered = self._offered()
+        if reference in offered:
+            return self._of_package(reference, offered[reference])
+        message = self._unknown.format(name=reference)
+        if reference.endswith(".py"):
+            raise UsageError(f"{message} Of a file say which: {reference}:NAME.")
+        known = {*self, *self._short(), *offered}
+        if self._listing is not None and not near(reference, known):
+            raise UsageError(f"{message} `{self._listing}` lists the {len(known)} that there are.")
+        raise UsageError(f"{message}{nearest(reference, known)}")
+
+    def plugins(self) -> list[Plugin[_Thing]]:
+        """Load all that installed packages offer; those that cannot be used have the reason."""
+        found: list[Plugin[_Thing]] = []
+        for name, offers in sorted(self._offered().items()):
+            thing: _Thing | None = None
+            fault = None
+            try:
+                thing = self._of_package(name, offers)
+            except StarmergeError as error:
+                fault = str(error)
+            found.extend(Plugin(name, _origin_of(offer), thing, fault) for offer in offers)
+        return found
+
+    def offers(self, name: str) -> bool:
+        """Tell whether an installed package offers something under a name, without loading it."""
+        return name in self._offered()
+
+    def origin(self, thing: Any) -> Origin | None:
+        """Return where something comes from that has a name; None: from starmerge itself."""
+        if _is_ours(thing):
+            return None
+        module = _module_of(thing)
+        if module in _FILES:
+            return _FILES[module]
+        for offer in self._offered().get(thing.name, ()):
+            with suppress(Exception):
+                if offer.load() is thing:
+                    return _origin_of(offer)
+        file = getattr(sys.modules.get(module), "__file__", None)
+        if file is None or not Path(file).is_file():
+            return Origin(module=module)
+        path = Path(file)
+        return Origin(module=module, file=path, blake3=blake3(path.read_bytes()).hexdigest())
+
+    def reference(self, thing: Any) -> str:
+        """Return how to name something such that :meth:`find` finds it.
+
+        A file is named relative to the current folder if it is inside, else in full.
+        """
+        origin = _FILES.get(_module_of(thing))
+        if origin is None or origin.file is None:
+            return str(thing.name)
+        place, here = origin.file, Path.cwd()
+        shown = place.relative_to(here) if place.is_relative_to(here) else place
+        return f"{shown}:{thing.__qualname__}"
+
+    def _short(self) -> list[str]:
+        """Return what follows the slash in the names that have one: ``past`` of ``demo/past``."""
+        return [name.partition("/")[2] for name in self if "/" in name]
+
+    def _offered(self) -> dict[str, list[EntryPoint]]:
+        offered: dict[str, list[EntryPoint]] = {}
+        for offer in self._entry_points(ours=False):
+            offered.setdefault(offer.name, []).append(offer)
+        return offered
+
+    def _entry_points(self, *, ours: bool) -> list[EntryPoint]:
+        """Return what starmerge offers itself, or what other packages do."""
+        return [
+            offer
+            for offer in importlib.metadata.entry_points(group=self.group)
+            if (offer.module.partition(".")[0] == "starmerge_models") == ours
+        ]
+
+    def _holders(self, name: str, offers: list[EntryPoint]) -> list[str]:
+        """Return in words all that have a name: starmerge itself, and what packages offer."""
+        ours = name in self._ours or name in self._short()
+        return [*(["starmerge"] if ours else []), *sorted(str(_origin_of(o)) for o in offers)]
+
+    def _of_package(self, name: str, offers: list[EntryPoint]) -> _Thing:
+        """Load what an entry point offers.
+
+        Raises:
+            UsageError: Others have the name too.
+            StarmergeError: It cannot be loaded, is not what is wanted, or has another name.
+        """
+        holders = self._holders(name, offers)
+        if len(holders) > 1:
+            raise UsageError(
+                f"The {self.word} {name!r} is refused: {' and '.join(holders)} have one of that "
+                "name. Uninstall or rename one."
+            )
+        where = f"The {self.word} {name!r} of {holders[0]}"
+        offer = offers[0]
+        try:
+            thing: Any = offer.load()
+        except (Exception, SystemExit) as error:  # whatever the package's own code raises
+            raise StarmergeError(
+                f"{where} cannot be loaded from {offer.value}: {_reason(error)}. Mend the package "
+                "or uninstall it."
+            ) from error
+        fault = self._fault(thing)
+        if fault is None and thing.name != name:
+            fault = f"it calls itself {thing.name!r}, and its entry point must have that name"
+        if fault is not None:
+            raise StarmergeError(f"{where} cannot be used: {offer.value}: {fault}.")
+        return thing  # type: ignore[no-any-return]
+
+    def _of_file(self, path: Path, name: str, reference: str) -> _Thing:
+        """Load what a file defines.
+
+        Raises:
+            UsageError: No such file, no such name in it, not what is wanted, or its own name is
+                that of something else.
+            StarmergeError: The file cannot be executed.
+        """
+        module = load_file(path)
+        if not hasattr(module, name):
+            known = [key for key, value in vars(module).items() if self._fault(value) is None]
+            hint = nearest(name, known) if known else f" It has no {self.word}."
+            raise UsageError(f"{path} has no {name!r}.{hint}")
+        thing = getattr(module, name)
+        fault = self._fault(thing)
+        if fault is not None:
+            raise UsageError(f"{reference} is no {self.word}: {fault}.")
+        if self.get(thing.name) is not thing:
+            holders = self._holders(thing.name, self._offered().get(thing.name, []))
+            if holders:
+                raise UsageError(
+                    f"{reference} calls itself {thing.name!r}, and so does the {self.word} of "
+                    f"{holders[0]}. Give it another name."
+                )
+        return thing  # type: ignore[no-any-return]
+
+
+def is_file_reference(reference: str) -> bool:
+    """Tell whether something is named as part of a file: ``path/to/file.py:NAME``."""
+    return _FILE.fullmatch(reference) is not None
+
+
+def beside(reference: str, folder: Path) -> str:
+    """Return a name such that a file in it begins at a folder; a plain name stays."""
+    named = _FILE.fullmatch(reference)
+    if named is None:
+        return reference
+    return f"{folder / Path(named['file']).expanduser()}:{named['name']}"
+
+
+def placed(reference: str, folder: Path) -> str:
+    """Return a name as a file in a folder must write it: the opposite of :func:`beside`.
+
+    Files within the folder are written relative to it, others in full.
+    """
+    named = _FILE.fullmatch(reference)
+    if named is None:
+        return reference
+    path = Path(named["file"]).expanduser().absolute()
+    shown = path.relative_to(folder) if path.is_relative_to(folder) else path
+    return f"{shown}:{named['name']}"
+
+
+def load_file(path: Path) -> ModuleType:
+    """Execute a Python file, once while its content stays the same; return its module.
+
+    The file stands for itself: the modules beside it cannot be imported.
+
+    Raises:
+        UsageError: There is no such file.
+        StarmergeError: It cannot be read or executed; the message names the line.
+    """
+    path = path.expanduser()
+    try:
+        source = path.read_bytes()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise UsageError(f"There is no file {path}.") from error
+    except OSError as error:
+        raise StarmergeError(f"{path} cannot be read: {error.strerror}.") from error
+    place, digest = path.resolve(), blake3(source).hexdigest()
+    name = f"_file_{place.stem}_{blake3(f'{place}{digest}'.encode()).hexdigest()[:16]}"
+    if name in _FILES:
+        return sys.modules[name]
+    module = ModuleType(name)
+    module.__file__ = str(place)
+    # Decorators and dataclasses look into both for the module in which a class is defined.
+    sys.modules[name], _FILES[name] = module, Origin(file=place, blake3=digest)
+    try:
+        exec(compile(source, str(place), "exec", dont_inherit=True), vars(module))
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises
+        del sys.modules[name], _FILES[name]
+        raise StarmergeError(f"{path} cannot be loaded: {_reason(error, place)}.") from error
+    return module
+
+
+def loaded_files() -> list[Path]:
+    """Return the files that have been loaded, for another process to load before it unpickles."""
+    return [origin.file for origin in _FILES.values() if origin.file is not None]
+
+
+_FILES: dict[str, Origin] = {}
+"""The files that have been loaded, by the names of their modules."""
+
+
+def _reason(error: BaseException, file: Path | None = None) -> str:
+    """Return what was raised, and at which line of a file."""
+    text = " ".join(str(error).split()).rstrip(".")
+    said = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if file is not None and frame.filename == str(file)
+    ]
+    return f"line {lines[-1]}: {said}" if lines else said
+
+
+def _module_of(thing: Any) -> str:
+    return str(getattr(thing, "__module__", ""))
+
+
+def _place_of(thing: Any) -> str:
+    return f"{_module_of(thing)}.{getattr(thing, '__qualname__', '')}"
+
+
+def _is_ours(thing: Any) -> bool:
+    return _module_of(thing).partition(".")[0] == "starmerge_models"
+
+
+def _origin_of(offer: EntryPoint) -> Origin:
+    # An entry point that is found has its distribution.
+    return Origin(package=offer.dist.name, version=offer.dist.version)  # type: ignore[union-attr]

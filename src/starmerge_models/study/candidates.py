@@ -1,0 +1,97 @@
+"""The candidates of a race: which take part unless others are given, and what they are called."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from starmerge_models.errors import UsageError
+from starmerge_models.merging.in_memory import check_one_update
+from starmerge_models.methods.method import Method
+from starmerge_models.methods.pipeline import Pipeline, as_pipeline, make_pipeline
+
+_DEFAULTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("auto", {}),
+    ("star", {}),
+    ("average", {}),
+    ("task_arithmetic", {"alpha": 0.2}),
+    ("task_arithmetic", {"alpha": 0.3}),
+    ("task_arithmetic", {"alpha": 0.5}),
+    ("tsv_m", {}),
+    ("covariance+own_response", {}),
+)
+"""The default candidates, in the order in which they are preferred where rows cannot tell; the
+place to add one."""
+
+
+def default_candidates() -> list[Pipeline]:
+    """Return the candidates that race unless others are given."""
+    return [make_pipeline(chain, parameters) for chain, parameters in _DEFAULTS]
+
+
+def candidate_name(pipeline: Pipeline) -> str:
+    """Return a candidate's name: its chain, and the parameters that are not the defaults.
+
+    As the command line takes it: ``star:eta=60``.
+    """
+    usual = make_pipeline(pipeline.name).parameters()
+    own = {
+        key: value if isinstance(value, str) else _as_json(value)
+        for key, value in pipeline.parameters().items()
+        if value != usual[key]
+    }
+    settings = ",".join(f"{key}={value}" for key, value in own.items())
+    return f"{pipeline.name}:{settings}" if settings else pipeline.name
+
+
+def _as_json(value: Any) -> str:
+    """Write a parameter as JSON, a number without a needless ".0"."""
+    return json.dumps(_plain(value), default=str)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    is_short = isinstance(value, float) and value.is_integer() and abs(value) < _LONG
+    return int(value) if is_short else value
+
+
+_LONG = 1e15
+"""From here on a number is written with its power of ten."""
+
+
+def named_candidates(
+    candidates: Sequence[str | Method | Pipeline] | None,
+) -> dict[str, Pipeline]:
+    """Return candidates by name, in their order; by default :func:`default_candidates`.
+
+    Raises:
+        UsageError: There are fewer than two, two are the same, one is unknown, makes a model for
+            each task or needs a metric.
+    """
+    if isinstance(candidates, str | Method | Pipeline):
+        candidates = [candidates]
+    chains = default_candidates() if candidates is None else list(map(as_pipeline, candidates))
+    found: dict[str, Pipeline] = {}
+    for chain in chains:
+        check_one_update(chain)
+        name = candidate_name(chain)
+        if chain.needs_moments:
+            raise UsageError(
+                f"The candidate {name} merges by a metric of the inputs, and a race has none. "
+                "Leave it out, or merge at once with `starmerge merge --metric`."
+            )
+        if name in found:
+            raise UsageError(
+                f"The candidate {name} is given twice: a chain with the same parameters. Leave one "
+                "out."
+            )
+        found[name] = chain
+    if len(found) < 2:
+        raise UsageError(
+            f"A race needs two candidates at least, and there is {len(found) or 'none'}"
+            f"{''.join(f' ({name})' for name in found)}. Give more, or merge at once with "
+            "`starmerge merge`."
+        )
+    return found

@@ -1,0 +1,241 @@
+"""Fine-tuning on one task: of a LoRA adapter, with PEFT, or of the whole model.
+
+The recipe is made for small models on small machines: under an adapter the base stays in the dtype
+it is stored in, all that is trained is float32, and the loss and the LM head see the answer's
+positions only.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from starmerge_models.checkpoints.side_files import side_files
+from starmerge_models.checkpoints.source import resolve_local
+from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.evaluation.models.asking import LocalModel, ask, prompter_of, scored
+from starmerge_models.evaluation.models.loading import load_model
+from starmerge_models.evaluation.scoring.metrics import Score
+from starmerge_models.evaluation.tasks.task import Task
+from starmerge_models.progress import progress_bar
+from starmerge_models.storage import copy_file
+from starmerge_models.storage.publishing import output_folder
+
+StoredDtype = Literal["float32", "bfloat16", "float16"]
+
+WARMUP = 0.06
+"""Share of the steps in which the learning rate rises."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecipe:
+    """The settings of one fine-tuning run; the defaults learn short tasks in one epoch."""
+
+    full: bool = False
+    """Whether all weights are trained; else an adapter is."""
+    rank: int = 16
+    alpha: float = 32
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    """Rank, scale and modules are the adapter's."""
+    learning_rate: float | None = None
+    """The highest; None: 1e-3 for an adapter, 5e-5 for all weights."""
+    epochs: int = 1
+    batch_size: int = 8
+    rows: int = 1000
+    """Training rows; fewer if the task has fewer."""
+    test_rows: int = 200
+    """Held-out rows scored at the end."""
+    seed: int = 0
+    """Seeds the adapter's initial A and the order of the rows."""
+    dtype: StoredDtype = "float32"
+    """Dtype in which what was trained is stored."""
+
+    @property
+    def highest_rate(self) -> float:
+        """The learning rate after the warm-up."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 5e-5 if self.full else 1e-3
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What a fine-tuning run gave."""
+
+    losses: tuple[float, ...]
+    """Mean cross-entropy (nats per answer token), step by step."""
+    score: Score
+    """By greedy generation on held-out rows, of what is stored."""
+
+
+def finetune(
+    base: Path,
+    task: Task,
+    output: Path,
+    recipe: TrainingRecipe,
+    *,
+    base_name: str | None = None,
+    command: str | None = None,
+    progress: bool = False,
+) -> Finetuned:
+    """Train on a task's training rows; save an adapter in PEFT's layout, or a whole model.
+
+    Args:
+        base: Folder of a causal language model.
+        task: The task; its test rows are never trained on.
+        output: Folder to create.
+        recipe: The settings.
+        base_name: Name of the base for the adapter's config and the card; default: the folder.
+        command: The command that repeats the run, for the card.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        UsageError: The base cannot be loaded, it has none of the target modules, or the task has
+            too few rows.
+        StarmergeError: The loss became NaN or infinite.
+    """
+    examples = task.examples("test", recipe.test_rows)
+    # The CPU's flash attention has a slow backward pass.
+    model, tokenizer = load_model(
+        base, dtype="float32" if recipe.full else "auto", attn_implementation="eager"
+    )
+    # PEFT stores this name in the adapter's config.
+    model.name_or_path = base_name or str(base)
+    torch.manual_seed(recipe.seed)
+    adapted = model if recipe.full else _adapted(model, recipe)
+    losses = _train(model, tokenizer, task, recipe, progress=progress)
+
+    stored = getattr(torch, recipe.dtype)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            rounded = parameter.data.to(stored)
+            # A whole model answers in float32, with the values that are stored.
+            parameter.data = rounded.float() if recipe.full else rounded
+    with progress_bar(f"scoring {task.name}", len(examples), show=progress) as advance:
+        answers = ask(LocalModel(adapted.eval(), tokenizer), task, examples, advance=advance)
+    score = scored(task, examples, answers)
+    result = Finetuned(tuple(losses), score)
+    with output_folder(output) as made:
+        folder = made.path
+        if recipe.full:
+            model.to(stored).save_pretrained(folder)
+            # Tokenizer and generation settings as the base has them: the model's are for asking.
+            for name, file in side_files(resolve_local(base).path).items():
+                copy_file(file, made, name)
+        else:
+            # Only the adapter: "auto" would ask the Hub for the base's vocabulary.
+            adapted.save_pretrained(folder, save_embedding_layers=False)
+        _write_card(folder, task, recipe, result, model.name_or_path, command)
+    return result
+
+
+def _adapted(model: Any, recipe: TrainingRecipe) -> Any:
+    """Put an adapter into a model, whose own weights are trained no more, and return both."""
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415
+
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        target_modules=list(recipe.targets),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UsageError(f"{model.name_or_path} cannot be adapted: {error}") from error
+
+
+def _train(
+    model: Any, tokenizer: Any, task: Task, recipe: TrainingRecipe, *, progress: bool
+) -> list[float]:
+    """Run the training loop; return the loss of each step."""
+    from transformers import get_linear_schedule_with_warmup  # noqa: PLC0415
+
+    prompter = prompter_of(LocalModel(model, tokenizer))
+    examples = task.examples("train", recipe.rows)
+    rows = [(list(prompter.prompt(task, row).ids), prompter.answer(row.label)) for row in examples]
+    steps = recipe.epochs * -(-len(rows) // recipe.batch_size)
+    optimizer = torch.optim.AdamW(
+        (parameter for parameter in model.parameters() if parameter.requires_grad),
+        lr=recipe.highest_rate,
+        weight_decay=0.0,
+    )
+    schedule = get_linear_schedule_with_warmup(optimizer, int(WARMUP * steps), steps)
+    shuffle = random.Random(recipe.seed)
+    losses: list[float] = []
+    model.train()
+    with progress_bar(f"training {task.name}", steps, show=progress) as advance:
+        for _ in range(recipe.epochs):
+            shuffle.shuffle(rows)
+            for start in range(0, len(rows), recipe.batch_size):
+                loss = _loss(model, rows[start : start + recipe.batch_size], tokenizer.pad_token_id)
+                if not torch.isfinite(loss):
+                    raise StarmergeError(
+                        f"The loss is {loss.item()} at step {len(losses) + 1} of {task.name}. "
+                        "Lower the learning rate (--lr)."
+                    )
+                loss.backward()  # type: ignore[no-untyped-call]
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+                advance(1)
+    return losses
+
+
+def _loss(model: Any, rows: Sequence[tuple[list[int], list[int]]], pad: int) -> Tensor:
+    """Return the mean cross-entropy (nats) over the answer tokens of a batch."""
+    width = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids, mask, answers = (
+        torch.full((len(rows), width), fill, device=model.device) for fill in (pad, 0, 0)
+    )
+    for row, (prompt, answer) in enumerate(rows):
+        end = len(prompt) + len(answer)
+        ids[row, :end] = torch.tensor(prompt + answer)
+        mask[row, :end] = 1
+        answers[row, len(prompt) : end] = 1
+    hidden = model.get_decoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+    # The state before each answer token predicts it.
+    logits = model.get_output_embeddings()(hidden[:, :-1][answers[:, 1:].bool()])
+    return torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][answers[:, 1:].bool()])
+
+
+def _write_card(
+    output: Path,
+    task: Task,
+    recipe: TrainingRecipe,
+    result: Finetuned,
+    base_name: str,
+    command: str | None,
+) -> None:
+    """Write a card that says how the model was made, in the place of PEFT's template."""
+    from huggingface_hub import ModelCard, ModelCardData  # noqa: PLC0415
+
+    library, tags = ("transformers", []) if recipe.full else ("peft", ["lora"])
+    data = ModelCardData(base_model=base_name, library_name=library, tags=[*tags, "starmerge"])
+    score, tail = result.score, result.losses[-20:]
+    targets = ", ".join(recipe.targets)
+    adapter = f"LoRA r {recipe.rank}, alpha {recipe.alpha:g}, on {targets}"
+    settings = "All weights" if recipe.full else adapter
+    lines = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {task.name}",
+        f"{settings}; {recipe.epochs} epoch(s), at most {recipe.rows} rows, batch "
+        f"{recipe.batch_size}, learning rate {recipe.highest_rate:g}, seed {recipe.seed}, "
+        f"stored in {recipe.dtype}.",
+        f"- Task: {task.description or task.name} (rows from {task.where})",
+        f"- Training loss over the last {len(tail)} steps: {sum(tail) / len(tail):.3f} "
+        "nats per answer token",
+        f"- Held-out {score.metric} (greedy, {task.max_new_tokens} tokens): {score.value:.3f} "
+        f"[{score.low:.3f}, {score.high:.3f}], n = {score.n}",
+    ]
+    if command is not None:
+        lines.append(f"Made with:\n\n    {command}")
+    ModelCard("\n\n".join(lines) + "\n").save(output / "README.md")
