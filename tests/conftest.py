@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +28,7 @@ from starmerge_models.checkpoints.hashing import blake3_of
 from starmerge_models.checkpoints.metric import MetricWriter
 from starmerge_models.demo.base_model import prepared_base
 from starmerge_models.spectral.moment import Side
+from tests.forks import Forks
 
 # How long an example takes depends on the machine, not on the code.
 settings.register_profile("starmerge", deadline=None)
@@ -36,6 +37,12 @@ settings.load_profile("starmerge")
 MakeAdapter = Callable[..., Path]
 MakeFinetune = Callable[..., Path]
 MakeMetric = Callable[..., Path]
+
+_LOADED = (
+    *("transformers", "peft", "pandas"),
+    *("starmerge_models.evaluation.runner", "starmerge_models.study.choose"),
+)
+"""What commands import late, beside what a merge needs."""
 
 
 @pytest.fixture(scope="session")
@@ -137,13 +144,33 @@ def smollm2() -> Path:
     return prepared_base()
 
 
-@pytest.fixture
-def starmerge() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Return a function that runs the command line as a process of its own."""
+@pytest.fixture(scope="session")
+def loaded() -> Iterator[Forks]:
+    """Return a process that runs commands in forks of itself, without importing anything again."""
+    with Forks(*_LOADED) as served:
+        yield served
 
-    def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+
+@pytest.fixture
+def starmerge(loaded: Forks) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Return a function that runs the command line in a process of its own.
+
+    It is a fork of one that has imported everything; with ``env`` or ``input`` a new one, for what
+    is read as Python starts or from standard input. ``site`` is a folder of installed packages.
+    """
+
+    def run(
+        *arguments: object, cwd: Path | None = None, site: Path | None = None, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "starmerge_models", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+        if options:
+            assert site is None
+            return subprocess.run(
+                command, capture_output=True, text=True, check=False, cwd=cwd, **options
+            )
+        path = [] if site is None else [str(site)]
+        ended = loaded.run(arguments, env=dict(os.environ), cwd=str(cwd or Path.cwd()), path=path)
+        return subprocess.CompletedProcess(command, ended.code, ended.out, ended.err)
 
     return run
 

@@ -38,6 +38,8 @@ class Run:
     argv: list[str]
     env: dict[str, str] = field(default_factory=dict)
     cwd: str | None = None
+    path: list[str] = field(default_factory=list)
+    """Folders of packages that are installed for this command alone."""
     uid: int | None = None
     """Run as this user, who has no rights of the superuser."""
     after: float = 0.0
@@ -207,6 +209,7 @@ def _prepare(run: Run) -> None:
     from starmerge_models.merging.executors import schedule, threads
 
     os.environ |= run.env
+    sys.path[:0] = run.path
     if run.cwd is not None:
         os.chdir(run.cwd)
     journal._SECONDS = 0.0  # a line after each tensor
