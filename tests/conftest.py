@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -63,19 +64,37 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def made_adapters() -> dict[str, Path]:
+    """Return where adapters of the tiny model lie that were made before, by their settings."""
+    return {}
+
+
 @pytest.fixture
-def make_adapter(tiny_base: Path, tmp_path: Path) -> MakeAdapter:
+def make_adapter(
+    tiny_base: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    made_adapters: dict[str, Path],
+) -> MakeAdapter:
     """Return a function that makes a random adapter of the tiny model with PEFT."""
 
     def make(name: str, *, seed: int = 0, base: Path = tiny_base, **options: Any) -> Path:
-        torch.manual_seed(seed)
         settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]} | options
         settings.setdefault("init_lora_weights", False)
-        model = AutoModelForCausalLM.from_pretrained(base)
-        model.name_or_path = "tests/tiny"
-        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
-        adapted.save_pretrained(tmp_path / name, save_embedding_layers=False)
-        return tmp_path / name
+        asked = repr((seed, sorted(settings.items())))
+        made = made_adapters.get(asked) if base == tiny_base else None
+        if made is None:
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_pretrained(base)
+            model.name_or_path = "tests/tiny"
+            adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+            made = tmp_path_factory.mktemp("adapter")
+            adapted.save_pretrained(made, save_embedding_layers=False)
+            if base == tiny_base:
+                made_adapters[asked] = made
+        torch.manual_seed(seed)  # as far as before, whether it was made or copied
+        return Path(shutil.copytree(made, tmp_path / name, dirs_exist_ok=True))
 
     return make
 
