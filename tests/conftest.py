@@ -45,6 +45,23 @@ _LOADED = (
 )
 """What commands import late, beside what a merge needs."""
 
+_LONG = (
+    *("merging/executors/test_ray_objects", "storage/test_objects", "test_real_model"),
+    *("merging/executors/test_ray", "methods/test_memory", "training/test_finetuning"),
+    *("evaluation/tasks/test_task", "test_operation", "evaluation/tasks/test_images"),
+    *("study/test_images_study", "study/test_execute", "cli/test_cli", "hub/test_push"),
+    *("study/page/test_browser", "soak/test_full_disk", "soak/test_fuzz", "soak/test_kills"),
+    *("merging/test_vocabulary", "calibration/test_run", "test_device", "mergekit/test_recipe"),
+)
+"""Files that take longer than others, in the order in which they begin."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let files that take long begin first, so that none keeps one process waiting at the end."""
+    folder = Path(__file__).parent
+    places = {folder / f"{name}.py": place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
