@@ -59,7 +59,6 @@ app = typer.Typer(
     help="Merge fine-tuned models of one base into one multi-task model, without data and "
     "without training.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},

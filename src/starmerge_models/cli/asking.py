@@ -258,10 +258,9 @@ def check_report(report: Path | None, *, overwrite: bool) -> None:
 
 
 def write_suite_report(result: SuiteResult, report: Path, *, overwrite: bool) -> None:
-    """Write the page of a suite, and say where it is."""
+    """Write the page of a suite."""
     from starmerge_models.study.page import write_page
     from starmerge_models.study.page.evaluation import evaluation_page
 
     page = evaluation_page(result.evaluation, title=result.title, remarks=result.remarks)
     write_page(page, report, overwrite=overwrite)
-    print(f"Report: {report}")

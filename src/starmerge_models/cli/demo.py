@@ -9,6 +9,7 @@ import typer
 
 from starmerge_models.cli import asking
 from starmerge_models.cli.commands import Command
+from starmerge_models.cli.printing import AsJson, Printer
 from starmerge_models.events import Note, emit
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ def run(
     rows: Annotated[int, typer.Option(min=1, help="Held-out rows a task.")] = 100,
     scorer: asking.Scorer = "generate",
     report: asking.Report = None,
+    as_json: AsJson = False,
     overwrite: asking.Overwrite = False,
     no_cache: asking.NoCache = False,
 ) -> None:
@@ -54,11 +56,14 @@ def run(
         overwrite=overwrite,
         progress=True,
     )
-    for name, merge in result.merges.items():
-        print(f"{name}: {merge.report.summary()}")
-    print(f"\n{result.table}\n")
-    print(f"Chart: {result.chart}")
-    for name, merge in result.merges.items():
-        print(f"Model merged with {name}: {merge.path}")
     if report is not None:
         asking.write_suite_report(result, report, overwrite=overwrite)
+    printer = Printer(as_json)
+    printer.result(result.to_json())
+    for name, merge in result.merges.items():
+        printer.text(f"{name}: {merge.report.summary()}")
+    printer.text(f"\n{result.table}\n", f"Chart: {result.chart}")
+    for name, merge in result.merges.items():
+        printer.text(f"Model merged with {name}: {merge.path}")
+    if report is not None:
+        printer.text(f"Report: {report}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ import typer
 from starmerge_models.cli import asking, resources
 from starmerge_models.cli.importing import importing
 from starmerge_models.cli.parameters import weighted
+from starmerge_models.cli.printing import AsJson, Printer
 from starmerge_models.errors import UsageError
 
 
@@ -67,9 +67,7 @@ def inspect(
             help="Folder for inspection.json, tables (CSV) and pictures (PNG, PDF).",
         ),
     ] = None,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print everything as JSON in place of the report.")
-    ] = False,
+    as_json: AsJson = False,
     threads: resources.Threads = None,
     memory: resources.Memory = None,
     report: asking.Report = None,
@@ -124,11 +122,10 @@ def inspect(
         from starmerge_models.study.page.inspection import inspection_page
 
         write_page(inspection_page(found), report, overwrite=overwrite)
-    if json:
-        print(jsonlib.dumps(found.to_json(), indent=2, ensure_ascii=False, allow_nan=False))
-        return
-    print(found.report)
+    printer = Printer(as_json)
+    printer.result(found.to_json())
+    printer.text(found.report)
     if output is not None:
-        print(f"\nInspection: {output}")
+        printer.text(f"\nInspection: {output}")
     if report is not None:
-        print(f"\nReport: {report}")
+        printer.text(f"\nReport: {report}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from starmerge_models.cli import pushing
+from starmerge_models.cli.printing import AsJson, Printer
 
 
 def push(
@@ -35,6 +37,7 @@ def push(
             help="What [b]starmerge evaluate -o[/b] wrote of this merge: the card gets its scores.",
         ),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Push a merged folder to the Hugging Face Hub, with its card and report, in one commit.
 
@@ -47,4 +50,7 @@ def push(
 
     Example: starmerge push merged my-org/my-merge@v2 --scores scores
     """
-    pushing.upload(folder, repo, private=private, message=message, scores=scores)
+    printer = Printer(as_json)
+    pushed = pushing.upload(folder, repo, private=private, message=message, scores=scores)
+    printer.result(asdict(pushed))
+    printer.text(*pushing.lines_on(pushed))

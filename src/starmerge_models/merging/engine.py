@@ -274,6 +274,8 @@ class Merging:
         """BLAKE3 of the tensors that were read, where they were asked for."""
         self.taken_up = 0
         """Tensors that an earlier run had finished."""
+        self._surveys = 0
+        """Passes over the model that the methods have begun."""
 
     def write(
         self,
@@ -340,6 +342,10 @@ class Merging:
             self._phase("surveying", size, len(numbers)) as phase,
             closing(self._executor.run(job, numbers)) as looked,
         ):
+            self._surveys += 1
+            passes = max(plan.pipeline.passes, self._surveys)
+            if passes > 1:
+                phase.waits_for(f"pass {self._surveys} of {passes}")
             for number, found in zip(numbers, looked, strict=True):
                 self._checked[number] = found.checked
                 self.changing.update(found.changing)

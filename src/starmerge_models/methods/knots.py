@@ -14,7 +14,7 @@ from starmerge_models.methods.kinds.spectral import is_averaged, will_average
 from starmerge_models.methods.memory import DeltaShape, TensorShape, total_bytes, total_shape
 from starmerge_models.methods.method import Deltas, Merge, TensorContext, Walk, method
 from starmerge_models.methods.ties import elected_mean
-from starmerge_models.methods.trim import Percent, Scope, global_thresholds, local_threshold
+from starmerge_models.methods.trim import PASSES, Percent, Scope, global_thresholds, local_threshold
 from starmerge_models.spectral import core_space, on_best_device, svd_matrix
 from starmerge_models.spectral.dense import svd_bytes
 
@@ -54,6 +54,11 @@ class Knots(Merge):
     on: Annotated[Literal["v", "sv"], Field(description="what is trimmed: V_t, or Σ V_t")] = "sv"
 
     averages = True
+
+    @property
+    def passes(self) -> int:
+        """See :attr:`Method.passes`."""
+        return PASSES if self.scope == "global" else 0
 
     def survey(self, walk: Walk) -> list[float] | None:
         """Find the thresholds of the whole model; see :meth:`Merge.survey`."""

@@ -86,6 +86,11 @@ class Lines(PostStep):
         summed = 0 if self.alpha is not None else tensor.one_by_one + total_bytes(tensor)
         return max(scaled_shape(tensor).nbytes, summed + panel_bytes(tensor, 1, numbers=4))
 
+    @property
+    def passes(self) -> int:
+        """See :attr:`Method.passes`."""
+        return 1 if self.alpha is None else 0
+
     def survey(self, walk: MergedWalk) -> Slope:
         """Find α and β; see :meth:`PostStep.survey`."""
         alpha = self._alpha(walk) if self.alpha is None else self.alpha

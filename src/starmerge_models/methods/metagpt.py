@@ -31,6 +31,11 @@ class MetaGpt(Merge):
     When to use: task vectors of different sizes, and no data to tune coefficients on.
     """
 
+    @property
+    def passes(self) -> int:
+        """See :attr:`Method.passes`."""
+        return 1
+
     def survey(self, walk: Walk) -> Coefficients:
         """Take the norms over the whole model; see :meth:`Merge.survey`."""
 

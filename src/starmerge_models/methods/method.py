@@ -138,6 +138,11 @@ class Method(ABC):
     needs_moments: ClassVar[bool] = False
     """Whether it needs a metric with moments of every task's own inputs."""
 
+    @property
+    def passes(self) -> int:
+        """How many passes over the model its ``survey`` makes, rare repetitions aside."""
+        return 0
+
     @classmethod
     def parameter_names(cls) -> dict[str, str]:
         """Return the parameters' names as users write them, with those of the fields.

@@ -78,6 +78,11 @@ class OwnResponse(PostStep):
         """Tell the bytes needed; see :meth:`Method.memory`."""
         return scaled_shape(tensor).nbytes + products_bytes(tensor)
 
+    @property
+    def passes(self) -> int:
+        """See :attr:`Method.passes`."""
+        return 1
+
     def survey(self, walk: MergedWalk) -> Response:
         """Measure the responses; see :meth:`PostStep.survey`."""
 

@@ -141,6 +141,11 @@ class Pipeline:
         return (*self.transforms, self.merge, *self.post_steps)
 
     @property
+    def passes(self) -> int:
+        """Passes over the model before the merge; see :attr:`Method.passes`."""
+        return sum(step.passes for step in self.all_steps)
+
+    @property
     def metric_users(self) -> tuple[Method, ...]:
         """The methods that work in whitened inputs or with moments of the tasks' own inputs."""
         return tuple(step for step in self.all_steps if step.uses_metric or step.needs_moments)

@@ -71,6 +71,11 @@ class Shares(CoreSpaceMerge):
         """Refuse negative weights; see :meth:`Method.check`."""
         refuse_negative(self, weights, "a share of a direction is none")
 
+    @property
+    def passes(self) -> int:
+        """See :attr:`Method.passes`."""
+        return 1
+
     def survey(self, walk: Walk) -> Response:
         """Find the factor; see :meth:`Merge.survey`."""
 

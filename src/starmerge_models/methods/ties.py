@@ -14,7 +14,14 @@ from torch import Tensor
 from starmerge_models.deltas import Delta
 from starmerge_models.methods.kinds.entrywise import EntrywiseMerge, panels, task_sum
 from starmerge_models.methods.method import Deltas, TensorContext, Walk, method
-from starmerge_models.methods.trim import Percent, Scope, global_thresholds, thresholds, trimmed
+from starmerge_models.methods.trim import (
+    PASSES,
+    Percent,
+    Scope,
+    global_thresholds,
+    thresholds,
+    trimmed,
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,11 @@ class Ties(EntrywiseMerge):
         Literal["majority", "zero"],
         Field(description="the sign of entries that cancel: the model's majority, or none"),
     ] = "majority"
+
+    @property
+    def passes(self) -> int:
+        """See :attr:`Method.passes`."""
+        return PASSES * (self.scope == "global") + (self.zero_sign == "majority")
 
     def survey(self, walk: Walk) -> TiesSurvey:
         """Find the thresholds and the majority of signs; see :meth:`Merge.survey`."""

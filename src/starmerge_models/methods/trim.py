@@ -45,6 +45,11 @@ class Trim(Transform):
     k: Percent = 20.0
     scope: Scope = "global"
 
+    @property
+    def passes(self) -> int:
+        """See :attr:`Method.passes`."""
+        return PASSES if self.scope == "global" else 0
+
     def survey(self, walk: Walk) -> Any:
         """Find the thresholds of all tasks; see :meth:`Transform.survey`."""
         return global_thresholds(walk, self.k) if self.scope == "global" else None
@@ -98,6 +103,10 @@ def largest_entries(matrix: Tensor, count: int, noise: float) -> Tensor:
     last = magnitudes.flatten().kthvalue(max(1, matrix.numel() - count + 1)).values
     large = (magnitudes >= last - FLOAT64_NOISE * norm) & (magnitudes > noise * norm)
     return torch.where(large, matrix, 0.0)
+
+
+PASSES = 2
+"""Passes over the model that :func:`global_thresholds` makes, unless it must repeat them."""
 
 
 def global_thresholds(walk: Walk, k: float) -> list[float]:

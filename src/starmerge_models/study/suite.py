@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from starmerge_models.checkpoints.source import resolve_local
 from starmerge_models.errors import UsageError
 from starmerge_models.evaluation.cache import ScoreCache
 from starmerge_models.evaluation.evaluation import Evaluation
 from starmerge_models.evaluation.flat import check_flat, write_flat
-from starmerge_models.evaluation.results import check_results, write_results
+from starmerge_models.evaluation.results import check_results, without_nan, write_results
 from starmerge_models.evaluation.runner import check, evaluate
 from starmerge_models.evaluation.settings import Settings
 from starmerge_models.evaluation.table import report
@@ -47,6 +48,21 @@ class SuiteResult:
     chart: Path
     flat: Path | None = None
     """The folder of the scores in the paper's layout, where they were wanted."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the scores and where everything lies, as plain data without NaN."""
+        return {
+            "title": self.title,
+            "merges": {
+                label: {"output": str(merge.path), "summary": merge.report.summary()}
+                for label, merge in self.merges.items()
+            },
+            "evaluation": without_nan(self.evaluation.to_json()),
+            "remarks": self.remarks,
+            "results": str(self.results),
+            "chart": str(self.chart),
+            "flat": None if self.flat is None else str(self.flat),
+        }
 
 
 def run_suite(
