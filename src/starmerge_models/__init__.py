@@ -1,6 +1,8 @@
 """Merge fine-tuned models of one base into one multi-task model.
 
-The public names are loaded when they are first used, so that ``import starmerge_models`` is quick.
+``import starmerge_models as sm``. The public interface is ``sm.__all__``, the names of this module;
+modules below it may change in any release. The names are imported when they are first used, so that
+the import itself is quick.
 """
 
 from __future__ import annotations
@@ -18,6 +20,12 @@ if TYPE_CHECKING:
     from starmerge_models.deltas import LowRank as LowRank
     from starmerge_models.errors import StarmergeError as StarmergeError
     from starmerge_models.errors import UsageError as UsageError
+    from starmerge_models.evaluation.cache import ScoreCache as ScoreCache
+    from starmerge_models.evaluation.evaluation import Evaluation as Evaluation
+    from starmerge_models.evaluation.results import Results as Results
+    from starmerge_models.evaluation.results import load_results as load_results
+    from starmerge_models.evaluation.runner import evaluate as evaluate
+    from starmerge_models.evaluation.settings import Settings as Settings
     from starmerge_models.hub.push import Pushed as Pushed
     from starmerge_models.hub.push import push as push
     from starmerge_models.mergekit.method import Mergekit as Mergekit
@@ -46,6 +54,7 @@ _HOMES = {
     "Choice": "study.choose",
     "Delta": "deltas",
     "Dense": "deltas",
+    "Evaluation": "evaluation.evaluation",
     "Inspection": "study.inspection.inspection",
     "LowRank": "deltas",
     "MergeResult": "merging.engine",
@@ -54,6 +63,9 @@ _HOMES = {
     "Metric": "checkpoints.metric",
     "Pipeline": "methods",
     "Pushed": "hub.push",
+    "Results": "evaluation.results",
+    "ScoreCache": "evaluation.cache",
+    "Settings": "evaluation.settings",
     "StarmergeError": "errors",
     "TaskVectors": "merging.task_vectors",
     "UsageError": "errors",
@@ -61,7 +73,9 @@ _HOMES = {
     "apply": "merging.apply",
     "calibrate": "calibration.run",
     "choose": "study.choose",
+    "evaluate": "evaluation.runner",
     "inspect": "study.inspection.run",
+    "load_results": "evaluation.results",
     "load_task_vectors": "merging.task_vectors",
     "merge": "merging.engine",
     "merge_state": "merging.in_memory",

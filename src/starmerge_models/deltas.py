@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from starmerge_models.device import ready
+from starmerge_models.errors import StarmergeError, UsageError
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,7 @@ class LowRank:
         scale: The factor s; for a LoRA adapter alpha/r, or alpha/√r with rsLoRA.
 
     Raises:
-        ValueError: The factors do not fit together.
+        UsageError: The factors do not fit together.
     """
 
     B: Tensor
@@ -54,7 +55,7 @@ class LowRank:
 
     def __post_init__(self) -> None:
         if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
-            raise ValueError(
+            raise UsageError(
                 f"B {tuple(self.B.shape)} and A {tuple(self.A.shape)} are no factors of a matrix."
             )
 
@@ -105,7 +106,7 @@ class LowRank:
         """Return the Frobenius inner product ⟨δ, other⟩ = tr(δᵀ other).
 
         Raises:
-            ValueError: Their shapes differ.
+            UsageError: Their shapes differ.
         """
         if isinstance(other, Dense):
             return other.inner(self)
@@ -135,7 +136,7 @@ class LowRank:
         longer side, which is 1.2e-7 for m = 4096. Factors that nearly cancel lose as many digits.
 
         Raises:
-            ValueError: A factor or the scale has a NaN, an infinity, or entries so large that their
+            StarmergeError: A factor or the scale has a NaN, an infinity, or entries so large that their
                 squares leave float64's range.
         """
         gram_b, gram_a = _gram(self.B.T), _gram(self.A)
@@ -144,11 +145,11 @@ class LowRank:
         b, a = gram_b.diagonal().sqrt(), gram_a.diagonal().sqrt()
         if not math.isfinite(float((b + a).sum()) + self.scale):
             if self.is_finite():
-                raise ValueError(
+                raise StarmergeError(
                     "The squares of a factor's entries add up to infinity in float64. Divide the "
                     "factor by a power of two, and multiply the scale of the delta by it."
                 )
-            raise ValueError("A factor or the scale of the delta has a NaN or an infinity.")
+            raise StarmergeError("A factor or the scale of the delta has a NaN or an infinity.")
         alive = (b > 0) & (a > 0)
         balance = torch.where(alive, (a / b).sqrt(), 0.0)
         inverse = torch.where(alive, (b / a).sqrt(), 0.0)
@@ -238,7 +239,7 @@ class Dense:
         """Return the Frobenius inner product ⟨δ, other⟩.
 
         Raises:
-            ValueError: Their shapes differ.
+            UsageError: Their shapes differ.
         """
         _check_same_shape(self, other)
         if isinstance(other, LowRank):
@@ -368,7 +369,7 @@ def total(deltas: Iterable[Delta]) -> Delta:
     is looked at; of the others, one float32 matrix and one more dense delta are held at a time.
 
     Raises:
-        ValueError: There is no delta, or their shapes differ.
+        UsageError: There is no delta, or their shapes differ.
     """
     low: list[LowRank] = []
     stored: list[Stored] = []
@@ -376,7 +377,7 @@ def total(deltas: Iterable[Delta]) -> Delta:
     shape: tuple[int, int] | None = None
     for delta in deltas:
         if shape is not None and delta.shape != shape:
-            raise ValueError(f"The deltas have different shapes: {shape} and {delta.shape}.")
+            raise UsageError(f"The deltas have different shapes: {shape} and {delta.shape}.")
         shape = delta.shape
         if isinstance(delta, LowRank):
             low.append(delta)
@@ -388,7 +389,7 @@ def total(deltas: Iterable[Delta]) -> Delta:
             dense += delta.matrix
         del delta  # or it would stand beside the next one
     if shape is None:
-        raise ValueError("There is no delta to add.")
+        raise UsageError("There is no delta to add.")
     if stored and not low and dense is None:
         return _side_by_side(stored)
     if stored or dense is not None:
@@ -480,7 +481,7 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def _check_same_shape(first: Delta, second: Delta) -> None:
     if first.shape != second.shape:
-        raise ValueError(f"The deltas have different shapes: {first.shape} and {second.shape}.")
+        raise UsageError(f"The deltas have different shapes: {first.shape} and {second.shape}.")
 
 
 def _gram(X: Tensor) -> Tensor:

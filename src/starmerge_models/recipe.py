@@ -274,6 +274,21 @@ def parse_models(arguments: Sequence[str]) -> list[dict[str, str]]:
     return entries
 
 
+def paths_by_name(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the paths of models by their names.
+
+    Args:
+        entries: As :func:`parse_models` returns them.
+
+    Raises:
+        UsageError: Two have the same name.
+    """
+    named = {entry["name"]: entry["path"] for entry in entries}
+    if len(named) < len(entries):
+        raise UsageError("Two models have the same name. Give each its own with NAME=PATH.")
+    return named
+
+
 _KEYS = list(Recipe.model_fields)
 
 

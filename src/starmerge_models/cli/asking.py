@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -186,21 +186,6 @@ def columns_of(columns: str | None) -> dict[str, str]:
             raise UsageError(f"--columns {name} is given twice. Leave one out.")
         found[name] = column
     return found
-
-
-def named_models(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return the paths of models by their names.
-
-    Args:
-        entries: As :func:`starmerge_models.recipe.parse_models` reads them.
-
-    Raises:
-        UsageError: Two have the same name.
-    """
-    named = {entry["name"]: entry["path"] for entry in entries}
-    if len(named) < len(entries):
-        raise UsageError("Two models have the same name. Give each its own with NAME=PATH.")
-    return named
 
 
 def tasks_of(

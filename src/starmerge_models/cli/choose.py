@@ -95,7 +95,7 @@ def choose(
     with importing():
         from starmerge_models.evaluation.settings import Settings
         from starmerge_models.methods.pipeline import as_pipeline
-        from starmerge_models.recipe import parse_models
+        from starmerge_models.recipe import parse_models, paths_by_name
         from starmerge_models.recipe_file import check_recipe_file, write_recipe
         from starmerge_models.study.candidates import default_candidates, named_candidates
         from starmerge_models.study.choose import choose as run
@@ -110,7 +110,7 @@ def choose(
         for found in (default_candidates() if text == _DEFAULTS else [as_pipeline(text)])
     ]
     named_candidates(candidates)  # before the rows of tasks are read
-    named = asking.named_models(parse_models(models))
+    named = paths_by_name(parse_models(models))
     choice = run(
         base,
         named,

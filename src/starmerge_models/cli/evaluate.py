@@ -71,7 +71,7 @@ def evaluate(
         from starmerge_models.evaluation.settings import Settings
         from starmerge_models.evaluation.table import report as reported
         from starmerge_models.evaluation.tasks.prompts import with_prompts_of
-        from starmerge_models.recipe import parse_models
+        from starmerge_models.recipe import parse_models, paths_by_name
 
     settings = Settings(scorer, matching, rows, batch_size, device, dtype, backend)  # type: ignore[arg-type]
     if predictions not in ("parquet", "jsonl"):
@@ -79,7 +79,7 @@ def evaluate(
     if output is not None:
         check_results(output, overwrite=overwrite)
     asking.check_report(report, overwrite=overwrite)
-    named = asking.named_models(parse_models(models or []))
+    named = paths_by_name(parse_models(models or []))
     check_named(base, *named.values())
     chosen, wording = asking.tasks_of(tasks, task_folder, data, columns, all_rows=all_rows), None
     if prompts is not None:

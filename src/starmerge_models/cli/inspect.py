@@ -91,7 +91,7 @@ def inspect(
     """
     with importing():
         from starmerge_models.methods.pipeline import as_pipeline
-        from starmerge_models.recipe import parse_models
+        from starmerge_models.recipe import parse_models, paths_by_name
         from starmerge_models.study.inspected import check_folder, write_inspection
         from starmerge_models.study.inspection.run import inspect as run
 
@@ -101,7 +101,7 @@ def inspect(
     if weight and not method:
         raise UsageError("--weight is for the merges of --method. Give one, or leave it out.")
     entries = weighted(parse_models(models), weight or [])
-    named = asking.named_models(entries)
+    named = paths_by_name(entries)
     found = run(
         base,
         named,

@@ -163,8 +163,8 @@ class _Content(BaseModel):
         return scores
 
 
-def load_results(folder: Path) -> Results:
-    """Read what :func:`write_results` has written.
+def load_results(folder: str | Path) -> Results:
+    """Read the folder that ``starmerge evaluate -o`` or :func:`write_results` has written.
 
     Raises:
         UsageError: ``folder`` is no results folder.
@@ -172,6 +172,7 @@ def load_results(folder: Path) -> Results:
     """
     import pandas as pd  # noqa: PLC0415
 
+    folder = Path(folder)
     content = read_scores(folder)
     scores = [
         {name: math.nan if value is None else value for name, value in record.items()}

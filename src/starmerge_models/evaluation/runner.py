@@ -17,13 +17,15 @@ from starmerge_models.evaluation.scoring.metrics import Score
 from starmerge_models.evaluation.settings import Settings
 from starmerge_models.evaluation.sheets import AnyTask, Sheet, prepare
 from starmerge_models.evaluation.subjects import BASE, Group, Update, check_backend, groups
+from starmerge_models.evaluation.tasks import find_task
 from starmerge_models.progress import SILENT, Progress, progress_bar
+from starmerge_models.recipe import model_entries, paths_by_name
 
 
 def evaluate(
     base: str | Path,
-    models: Mapping[str, str | Path | Update],
-    tasks: Sequence[AnyTask],
+    models: str | Path | Sequence[str | Path] | Mapping[str, str | Path | Update],
+    tasks: Sequence[str | AnyTask],
     settings: Settings = Settings(),  # noqa: B008  (it is frozen)
     *,
     cache: ScoreCache | None = None,
@@ -40,9 +42,10 @@ def evaluate(
 
     Args:
         base: The base: a folder or a Hub id.
-        models: What is scored, by name: folders or Hub ids of adapters and whole models, updates
-            of the base's tensors in memory.
-        tasks: The tasks.
+        models: The models to score: folders or Hub ids of adapters and whole models, named by
+            their last part or as ``NAME=PATH``; a mapping gives them names, and may hold updates of
+            the base's tensors in memory.
+        tasks: Names of tasks, task files or rows, or tasks as objects.
         settings: How they are asked.
         cache: Where answers are kept; None: nowhere.
         progress: Whether to show a progress bar.
@@ -51,8 +54,13 @@ def evaluate(
         UsageError: A model that cannot be found or loaded, a model called "base", two tasks of one
             name, a task without rows or without answers to rank, tasks of text and of images.
         StarmergeError: A model computes a NaN.
+
+    Example:
+        ``sm.evaluate("base", ["adapters/digits", "merged"], ["digits"])``
     """
     date = now()
+    if not isinstance(models, Mapping):
+        models = paths_by_name(model_entries(models))
     with progress_bar("evaluating", None, show=progress) as bar:
         sheets = check(tasks, settings, progress=bar)
         bar.waits_for("finding the models")
@@ -100,7 +108,7 @@ def evaluate(
 
 
 def check(
-    tasks: Sequence[AnyTask],
+    tasks: Sequence[str | AnyTask],
     settings: Settings,
     prepared: Callable[[AnyTask, Settings], Sheet] = prepare,
     *,
@@ -109,21 +117,22 @@ def check(
     """Read the rows of tasks, and make sure that they can be asked together.
 
     Args:
-        tasks: The tasks.
+        tasks: Names of tasks, files, or tasks as objects.
         settings: How they are asked.
         prepared: Reads the rows of a task; by default those to score.
         progress: Is told which task's rows are read.
 
     Raises:
-        UsageError: Two tasks of one name, a task without rows or without answers to rank, tasks of
-            text and of images, a backend or device that is not there.
+        UsageError: An unknown task, two tasks of one name, a task without rows or without answers
+            to rank, tasks of text and of images, a backend or device that is not there.
     """
-    names = [task.name for task in tasks]
+    found = [find_task(task) if isinstance(task, str) else task for task in tasks]
+    names = [task.name for task in found]
     twice = [task for task in names if names.count(task) > 1]
     if twice:
         raise UsageError(f"Two tasks are called {twice[0]!r}. Evaluate them one after the other.")
     sheets: dict[str, Sheet] = {}
-    for task in tasks:
+    for task in found:
         progress.waits_for(f"reading the rows of {task.name}")
         sheets[task.name] = prepared(task, settings)
     if len({sheet.kind for sheet in sheets.values()}) != 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
@@ -41,15 +42,23 @@ from starmerge_models.storage.storage import MARK
 _Seen = TypeVar("_Seen")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergeResult:
-    """A finished merge."""
+    """A finished merge. A notebook shows where it is and what it did."""
 
     path: Place
     """The folder of the merged model, or the file of an adapter."""
     report: MergeReport
     taken_up: int = 0
     """Tensors that an earlier run, which was killed, had written."""
+
+    def __repr__(self) -> str:
+        """Return the place and the report's summary."""
+        return f"MergeResult in {self.path}: {self.report!r}"
+
+    def _repr_html_(self) -> str:
+        """Return the place and the report's summary for a notebook."""
+        return f"<p><code>{html.escape(str(self.path))}</code></p>{self.report._repr_html_()}"
 
 
 def merge(

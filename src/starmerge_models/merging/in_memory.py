@@ -7,7 +7,7 @@ from contextlib import closing
 from typing import TypeVar
 
 from starmerge_models.deltas import Delta, Dense
-from starmerge_models.errors import UsageError
+from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.merging.checks import check_weights
 from starmerge_models.merging.executors.executor import Executor, FunctionJob
 from starmerge_models.merging.executors.threads import Threads
@@ -42,8 +42,8 @@ def merge_state(
 
     Raises:
         UsageError: The method needs what deltas in memory do not have, or its parameters and the
-            weights do not fit them.
-        ValueError: Two models disagree on the shape of a tensor, or one has a NaN or an infinity.
+            weights do not fit them; two models disagree on the shape of a tensor.
+        StarmergeError: A delta has a NaN or an infinity.
     """
     has_dense = any(isinstance(delta, Dense) for model in deltas for delta in model.values())
     pipeline, _ = as_pipeline(method).chosen(has_dense=has_dense)
@@ -59,7 +59,9 @@ def merge_state(
     for number, model in enumerate(deltas):
         for name, delta in model.items():
             if not delta.is_finite():
-                raise ValueError(f"Model {number}: the delta of {name} has a NaN or an infinity.")
+                raise StarmergeError(
+                    f"Model {number}: the delta of {name} has a NaN or an infinity."
+                )
     tasks = tuple(str(number) for number in range(len(deltas)))
     factors = check_weights(weights, len(deltas))
     pipeline.check(tasks, factors, names)
@@ -68,7 +70,7 @@ def merge_state(
         members = {t: model[name] for t, model in enumerate(deltas) if name in model}
         first = next(iter(members.values()))
         if len({delta.shape for delta in members.values()}) > 1:
-            raise ValueError(
+            raise UsageError(
                 f"The deltas of {name} have different shapes: "
                 f"{sorted({delta.shape for delta in members.values()})}."
             )

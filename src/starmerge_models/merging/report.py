@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import platform
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starmerge_models.checkpoints.card import CARD
 from starmerge_models.checkpoints.hashing import blake3_of, blake3_of_contents
@@ -18,15 +19,18 @@ from starmerge_models.storage import OutputFolder
 from starmerge_models.storage.publishing import REPORT
 from starmerge_models.versions import installed_versions
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 SCHEMA = 2
 """Of the report: raised when a reader of an earlier one would misread it."""
 
 _PACKAGES = ("torch", "numpy")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergeReport:
-    """What a merge did; the content of ``merge_report.json``."""
+    """What a merge did; the content of ``merge_report.json``. A notebook shows its summary."""
 
     content: dict[str, Any]
 
@@ -45,6 +49,32 @@ class MergeReport:
         tasks = [task for record in self.tensors for task in record["tasks"]]
         ranks = [task["rank"] for task in tasks if task["nuclear_before"]]
         return sum(ranks) / len(ranks) if ranks else None
+
+    def __repr__(self) -> str:
+        """Return the method and the summary."""
+        return f"MergeReport of {self.content['recipe']['method']}: {self.summary()}"
+
+    def _repr_html_(self) -> str:
+        """Return the method and the summary for a notebook."""
+        method = html.escape(self.content["recipe"]["method"])
+        return f"<p><b>{method}</b>: {html.escape(self.summary())}</p>"
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return a row for each merged tensor and, where the method truncates, each model.
+
+        Its columns are those of the tensors' records (``name``, ``shape``, ``dtype`` and what the
+        output says of the tensor) and of the models' (``model``, ``rank``, ``nuclear_before``, …).
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+        """
+        import pandas as pd  # noqa: PLC0415
+
+        rows = []
+        for record in self.tensors:
+            own = {key: value for key, value in record.items() if key != "tasks"}
+            rows += [own | task for task in record["tasks"] or [{}]]
+        return pd.DataFrame(rows)
 
     def summary(self) -> str:
         """Return the report in a sentence."""

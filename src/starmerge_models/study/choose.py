@@ -22,7 +22,6 @@ from starmerge_models.evaluation.scoring.comparison import (
 from starmerge_models.evaluation.settings import Settings
 from starmerge_models.evaluation.sheets import AnyTask, Sheet, prepare_spare
 from starmerge_models.evaluation.subjects import BASE, Group, Update, groups
-from starmerge_models.evaluation.tasks import find_task
 from starmerge_models.evaluation.tasks.spare import Origin
 from starmerge_models.merging.task_vectors import TaskVectors, load_task_vectors
 from starmerge_models.methods.method import Method
@@ -390,9 +389,8 @@ def _sheets(
         sheet, origins[task.name] = prepare_spare(task, settings)
         return sheet
 
-    found = [find_task(task) if isinstance(task, str) else task for task in tasks]
     with progress_bar("choosing", None, show=show) as bar:
-        return check(found, settings, prepared, progress=bar), origins
+        return check(tasks, settings, prepared, progress=bar), origins
 
 
 def _size(sheets: Mapping[str, Sheet], end: int) -> int:
