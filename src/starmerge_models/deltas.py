@@ -136,8 +136,8 @@ class LowRank:
         longer side, which is 1.2e-7 for m = 4096. Factors that nearly cancel lose as many digits.
 
         Raises:
-            StarmergeError: A factor or the scale has a NaN, an infinity, or entries so large that their
-                squares leave float64's range.
+            StarmergeError: A factor or the scale has a NaN, an infinity, or entries so large that
+                their squares leave float64's range.
         """
         gram_b, gram_a = _gram(self.B.T), _gram(self.A)
         # Balance the factors first, so that a column of B is never small only because its row of
