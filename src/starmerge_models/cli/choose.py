@@ -20,7 +20,7 @@ def choose(
         list[str],
         typer.Argument(
             metavar="MODEL...",
-            help="What is merged: LoRA adapters and full fine-tunes, a folder or Hub id, or "
+            help="The models to merge: LoRA adapters and full fine-tunes, a folder or Hub id, or "
             "NAME=PATH to name it. One called like a task is that task's fine-tune, the upper "
             "bound.",
         ),
@@ -35,7 +35,7 @@ def choose(
             help="A candidate: one of [b]starmerge methods[/b], FILE.py:NAME or a chain, with "
             "parameters. "
             "Repeatable; the first given is preferred where rows cannot tell. [b]defaults[/b] "
-            "stands for the default ones.",
+            "means the default ones.",
             show_default="defaults",
         ),
     ] = None,

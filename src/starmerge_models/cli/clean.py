@@ -26,7 +26,7 @@ def clean(
         ),
     ] = Path(),
     delete: Annotated[
-        bool, typer.Option("--delete", help="Delete what the list says can go, after asking.")
+        bool, typer.Option("--delete", help="Delete what is listed as left over, after asking.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")] = False,
     as_json: AsJson = False,
@@ -54,7 +54,7 @@ def clean(
     if as_json and delete and not yes:
         raise UsageError("--json asks nothing: with --delete, give --yes, too.")
     if yes and not delete:
-        raise UsageError("--yes answers what --delete asks. Give both.")
+        raise UsageError("--yes answers the question of --delete. Give both.")
     place = place_of(folder)
     found: Sequence[LeftBehind]
     if isinstance(place, RemotePlace):
@@ -90,7 +90,7 @@ def clean(
 
 _LEFT = "left over"
 _IN_WORK = "in work: a process is making it"
-_ONLY_COPY = "the only copy: nothing stands in its place. Rename it, or delete it yourself"
+_ONLY_COPY = "the only copy: its output does not exist. Rename it, or delete it yourself"
 
 
 def _state(leftover: LeftBehind) -> str:

@@ -33,7 +33,7 @@ def inspect(
             "--method",
             "-m",
             metavar="CHAIN[:KEY=VALUE,...]",
-            help="Merge in memory, and tell what is kept of each task: one of [b]starmerge "
+            help="Merge in memory, and report what is kept of each task: one of [b]starmerge "
             "methods[/b], FILE.py:NAME or a chain, with parameters. Repeatable.",
         ),
     ] = None,
@@ -80,8 +80,8 @@ def inspect(
     signs differ, what rounding eats. Nothing is run, and adapters are never blown up. The findings
     at the end say in words what stands out and what to do.
 
-    With -m or --merged it tells how much a merge keeps of each task, and what covers it: why does
-    this task suffer?
+    With -m or --merged it shows how much a merge keeps of each task, and which tasks interfere with
+    it.
 
     Example: starmerge inspect BASE adapters/*
 

@@ -65,7 +65,7 @@ def _chain(name: str) -> list[type[Method]]:
 
     parts = split_chain(name)
     if len(parts) > 1:
-        make_pipeline(name)  # which refuses what is no chain
+        make_pipeline(name)  # raises for what is no chain
     return list(map(find_method, parts))
 
 

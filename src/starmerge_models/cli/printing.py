@@ -1,4 +1,4 @@
-"""What a command prints on standard output: text for people, or one JSON value for programs."""
+"""Standard output of a command: text for people, or one JSON value for programs."""
 
 from __future__ import annotations
 

@@ -43,8 +43,9 @@ def push(
 
     Folder, token and repository are checked first. The token is that of hf auth login or of
     HF_TOKEN, and must have write access. What the Hub has already is not sent again: a push that
-    was interrupted goes on when it is run again. What belonged to a merge that lay there before
-    goes; its commit stays in the history. A repository that holds something else is not touched.
+    was interrupted goes on when it is run again. Files of a merge
+    that was there before are deleted; its commit stays in the history. A repository that holds
+    something else is not touched.
 
     Example: starmerge push merged my-name/my-merge --private
 

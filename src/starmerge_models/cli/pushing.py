@@ -67,7 +67,7 @@ def check(repo: str | None, step: Step, *, private: bool) -> None:
 
 
 def is_made(step: Step) -> bool:
-    """Tell whether the very merge stands at its output, whole."""
+    """Tell whether the output exists, complete, and is of this very merge."""
     from starmerge_models.merging.plan import make_plan
     from starmerge_models.merging.steps import is_there
     from starmerge_models.storage import exists
@@ -135,7 +135,7 @@ def lines_on(pushed: Pushed) -> list[str]:
     """Return lines for people on what a push did."""
     lines = []
     if pushed.replaced is not None:
-        lines.append(f"The merge that lay there before is in the history, at {pushed.replaced}.")
+        lines.append(f"The merge that was there before is in the history, at {pushed.replaced}.")
     if pushed.deleted:
         lines.append(f"Deleted with it: {', '.join(pushed.deleted)}")
     done = "Pushed" if pushed.is_new else "There already"

@@ -19,12 +19,12 @@ def tasks(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the tasks to fine-tune on and to evaluate, or show one as its file has it.
+    """List the tasks to fine-tune on and to evaluate, or show one as a task file.
 
     The tasks of installed packages come last, with the package.
 
-    What is shown of a task is a task file: change it, keep it, and name it wherever a task's name
-    stands. Rows (.jsonl, .csv, .parquet) with input and label are a task as they are.
+    A task is shown as its YAML file: save it, change it, and give its path where a task's name is
+    expected. Files of rows (.jsonl, .csv, .parquet) with input and label are tasks, too.
     """
     from rich.console import Console
     from rich.markup import escape
@@ -60,7 +60,7 @@ def tasks(
     table = Table(box=None, pad_edge=False)
     table.add_column("task", no_wrap=True)
     table.add_column("answers", no_wrap=True)
-    table.add_column("what")
+    table.add_column("description")
     for listed_name, task, origin in listed:
         of = "" if origin is None else f" (of {origin})"
         table.add_row(listed_name, task.answers, escape(f"{task.description}{of}"))
