@@ -283,7 +283,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
 def find_models(options: argparse.Namespace) -> tuple[Path, list[Path]]:
     """Return the folders of the base and of the adapters; exit if there are none."""
     if options.base is None:
-        from starmerge_models.checkpoints.demo_names import prepared_base  # noqa: PLC0415  (needs the demo extra)
+        from starmerge_models.demo_names import prepared_base  # noqa: PLC0415  (needs the demo extra)
 
         options.base = prepared_base()
     if options.adapters is None:

@@ -30,7 +30,7 @@ from typing import Any
 
 from common import parser_of, print_machine
 
-from starmerge_models.checkpoints.demo_names import prepared_base
+from starmerge_models.demo_names import prepared_base
 from starmerge_models.errors import StarmergeError
 from starmerge_models.evaluation.evaluation import Evaluation
 from starmerge_models.evaluation.models.asking import SCORERS

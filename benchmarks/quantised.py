@@ -21,8 +21,8 @@ from common import parser_of, print_machine
 
 import starmerge_models
 from starmerge_models.checkpoints.base import open_base
-from starmerge_models.checkpoints.demo_names import prepared_base
 from starmerge_models.checkpoints.source import resolve
+from starmerge_models.demo_names import prepared_base
 from starmerge_models.evaluation.runner import evaluate
 from starmerge_models.evaluation.settings import Settings
 from starmerge_models.evaluation.table import markdown

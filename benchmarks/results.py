@@ -40,8 +40,8 @@ from common import parser_of, print_machine
 from method_scores import Contestant
 
 from starmerge_models.calibration.text import Reading, Writer
-from starmerge_models.checkpoints.demo_names import prepared_base
 from starmerge_models.checkpoints.source import resolve
+from starmerge_models.demo_names import prepared_base
 from starmerge_models.errors import StarmergeError
 from starmerge_models.evaluation.cache import ScoreCache
 from starmerge_models.evaluation.evaluation import Evaluation

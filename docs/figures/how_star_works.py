@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=5, help="which q_proj (default: 5)")
     options = parser.parse_args()
     if options.base is None:
-        from starmerge_models.checkpoints.demo_names import prepared_base  # noqa: PLC0415  (needs the demo extra)
+        from starmerge_models.demo_names import prepared_base  # noqa: PLC0415  (needs the demo extra)
 
         options.base = prepared_base()
     if options.adapters is None:

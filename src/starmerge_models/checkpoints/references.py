@@ -17,8 +17,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from starmerge_models.checkpoints.demo_names import PREFIX
 from starmerge_models.checkpoints.source import WEIGHTS
+from starmerge_models.demo_names import PREFIX
 from starmerge_models.errors import UsageError
 from starmerge_models.storage import exists, place_of
 

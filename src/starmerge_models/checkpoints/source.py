@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from starmerge_models.checkpoints.demo_names import demo_folder, is_demo_name
 from starmerge_models.checkpoints.side_files import KEPT_BACK, PASSED_OVER, WEIGHT_FILES, parts
+from starmerge_models.demo_names import demo_folder, is_demo_name
 from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.storage import (
     Place,

@@ -13,8 +13,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from starmerge_models.checkpoints.demo_names import base_folder
 from starmerge_models.checkpoints.writer import json_bytes
+from starmerge_models.demo_names import base_folder
 from starmerge_models.errors import StarmergeError
 from starmerge_models.reading import read_json
 from starmerge_models.storage.publishing import output_folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from starmerge_models.checkpoints.demo_names import prepared_base
+from starmerge_models.demo_names import prepared_base
 from starmerge_models.evaluation.cache import ScoreCache
 from starmerge_models.evaluation.settings import Settings
 from starmerge_models.evaluation.tasks.suites import find_suite

@@ -1,7 +1,7 @@
 """Data of starmerge's demo: eight adapters of a small language model, and a table of cities.
 
-Installed by the extra ``demo`` of ``starmerge-models``, which names the adapters ``demo:digits`` and
-so on. Folders and files alone; nothing here computes.
+Installed by the extra ``demo`` of ``starmerge-models``, in which the adapters are called
+``demo:digits`` and so on. Folders and files alone; nothing here computes.
 """
 
 from pathlib import Path

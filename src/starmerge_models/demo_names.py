@@ -6,7 +6,7 @@ import importlib
 from importlib.util import find_spec
 from pathlib import Path
 
-from starmerge_models.errors import UsageError, nearest
+from starmerge_models.errors import UsageError, near
 
 PREFIX = "demo:"
 """What the names begin with; a folder whose name begins so is written ``./demo:…``."""
@@ -23,13 +23,13 @@ def is_demo_name(text: str) -> bool:
     return text.startswith(PREFIX)
 
 
-def demo_names() -> list[str]:
-    """Return the names of the demo's base and adapters, the base first.
+def adapter_names() -> list[str]:
+    """Return the names of the demo's adapters: ``demo:continent`` and so on.
 
     Raises:
         UsageError: The extra ``demo`` is not installed.
     """
-    return [PREFIX + name for name in (BASE, *_adapters())]
+    return [PREFIX + name for name in _adapters()]
 
 
 def demo_folder(name: str) -> Path:
@@ -47,10 +47,10 @@ def demo_folder(name: str) -> Path:
         return prepared_base()
     adapters = _adapters()
     if short not in adapters:
+        meant = [f" Did you mean {PREFIX}{other}?" for other in near(short, [BASE, *adapters])]
         raise UsageError(
-            f"The demo has no model {name!r}.{nearest(name, demo_names())} "
-            "`starmerge demo list` prints all names. For a folder of this name, write "
-            f"./{name}."
+            f"The demo has no model {name!r}.{''.join(meant[:1])} It has "
+            f"{PREFIX}{BASE}, {', '.join(adapter_names())}. A folder that is called so is written ./{name}."
         )
     return adapters[short]
 
