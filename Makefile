@@ -108,11 +108,11 @@ clean:
 
 # The tested version of torch first: a looser requirement would fetch whatever is newest. Of
 # fusion-bench a test reads the prompts alone, which need nothing that it depends on.
-$(VENV)/ready: pyproject.toml
+$(VENV)/ready: pyproject.toml packages/demo/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -e '.[dev]'
+	$(BIN)/pip install --quiet -e packages/demo -e '.[dev]'
 	$(BIN)/pip install --quiet --no-deps 'fusion-bench>=0.2.33'
 	touch $@
 
@@ -120,9 +120,10 @@ $(VENV)/ready: pyproject.toml
 # bring along are the newest that fit.
 $(VENV)-oldest/ready: RESOLUTION = lowest-direct
 $(VENV)-newest/ready: RESOLUTION = highest
-$(VENV)-oldest/ready $(VENV)-newest/ready: pyproject.toml
+$(VENV)-oldest/ready $(VENV)-newest/ready: pyproject.toml packages/demo/pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --upgrade pip uv
 	$(@D)/bin/uv pip install --quiet --upgrade --python $(@D)/bin/python \
-		--resolution $(RESOLUTION) -e '.[eval,study]' 'hypothesis>=6.100' 'pytest>=8.3'
+		--resolution $(RESOLUTION) -e packages/demo -e '.[eval,study]' \
+		'hypothesis>=6.100' 'pytest>=8.3'
 	touch $@

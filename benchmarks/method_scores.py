@@ -30,8 +30,7 @@ from typing import Any
 
 from common import parser_of, print_machine
 
-from starmerge_models.demo.base_model import prepared_base
-from starmerge_models.demo.run import ADAPTERS
+from starmerge_models.demo_names import prepared_base
 from starmerge_models.errors import StarmergeError
 from starmerge_models.evaluation.evaluation import Evaluation
 from starmerge_models.evaluation.models.asking import SCORERS
@@ -45,6 +44,7 @@ from starmerge_models.evaluation.tasks import find_task
 from starmerge_models.merging.engine import merge
 from starmerge_models.methods import METHODS, make_pipeline
 from starmerge_models.study.figures import plot_methods
+from starmerge_models_demo import ADAPTERS
 
 
 @dataclass(frozen=True)

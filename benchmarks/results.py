@@ -41,8 +41,7 @@ from method_scores import Contestant
 
 from starmerge_models.calibration.text import Reading, Writer
 from starmerge_models.checkpoints.source import resolve
-from starmerge_models.demo.base_model import prepared_base
-from starmerge_models.demo.run import ADAPTERS
+from starmerge_models.demo_names import prepared_base
 from starmerge_models.errors import StarmergeError
 from starmerge_models.evaluation.cache import ScoreCache
 from starmerge_models.evaluation.evaluation import Evaluation
@@ -71,6 +70,7 @@ from starmerge_models.study.figures import plot_scores
 from starmerge_models.study.figures.style import BASE_LINE, dot_of, line_of, styled
 from starmerge_models.study.palette import looks
 from starmerge_models.training.finetuning import TrainingRecipe, finetune
+from starmerge_models_demo import ADAPTERS
 
 HERE = Path(__file__).parent
 STUDY, STORE = HERE / "results.yaml", HERE / "results.jsonl"

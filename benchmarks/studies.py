@@ -18,7 +18,7 @@ from pathlib import Path
 # Must stand before torch is loaded: idle threads would spin, and take time from their neighbours.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
-from starmerge_models.demo.base_model import prepared_base
+from starmerge_models.demo_names import prepared_base
 from starmerge_models.evaluation.cache import ScoreCache
 from starmerge_models.evaluation.grids import aligned
 from starmerge_models.evaluation.scoring.comparison import LEVEL, Difference

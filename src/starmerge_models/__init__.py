@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from starmerge_models.versions import __version__ as __version__
+
 if TYPE_CHECKING:
     from starmerge_models.calibration.run import Calibrated as Calibrated
     from starmerge_models.calibration.run import calibrate as calibrate
@@ -45,8 +47,6 @@ if TYPE_CHECKING:
     from starmerge_models.study.choose import choose as choose
     from starmerge_models.study.inspection.inspection import Inspection as Inspection
     from starmerge_models.study.inspection.run import inspect as inspect
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Applied": "merging.apply",

@@ -12,12 +12,13 @@ from typing import Any
 
 from starmerge_models import plugins
 from starmerge_models.checkpoints.references import map_reference, parse_reference
+from starmerge_models.checkpoints.source import place_named
 from starmerge_models.errors import UsageError
 from starmerge_models.mergekit.recipe import is_mergekit_recipe, translate
 from starmerge_models.methods.pipeline import map_chain
 from starmerge_models.reading import read_json, read_yaml
 from starmerge_models.recipe import Recipe, make_recipe
-from starmerge_models.storage import Place, exists, is_file, place_of
+from starmerge_models.storage import Place, exists, is_file
 from starmerge_models.storage.publishing import check_output_file, output_file
 
 
@@ -138,7 +139,7 @@ def _made(content: dict[str, Any], path: Path, where: str) -> Recipe:
 
 def _base_of(folder: Path, reference: str) -> str | None:
     """Return the name of the base in the config of an adapter, if that is one and is at hand."""
-    for place in (folder / reference, place_of(reference)):
+    for place in (folder / reference, place_named(reference)):
         file = place / "adapter_config.json"
         if is_file(file):
             name = read_json(file).get("base_model_name_or_path")

@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from starmerge_models.demo.base_model import GGUF, HUB_ID
-from starmerge_models.demo.run import ADAPTERS
 from starmerge_models.evaluation.tasks import find_task
+from starmerge_models_demo import ADAPTERS
 
 _NAMES = sorted(path.name for path in ADAPTERS.iterdir())
 

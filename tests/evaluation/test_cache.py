@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 import starmerge_models
 from starmerge_models.checkpoints.hashing import remembered_blake3_of
 from starmerge_models.evaluation.cache import Record, ScoreCache, score_key
+from starmerge_models_demo import ADAPTERS
 from tests.conftest import edit_json
 
-ADAPTERS = Path(starmerge_models.__file__).parent / "demo" / "adapters"
 RECORDS: list[Record] = [
     {"response": "four", "shortened": False},
     {"response": 'a "b"\n\r\u2028 ß 四\0', "shortened": True},

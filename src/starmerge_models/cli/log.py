@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 from datetime import datetime, timezone
-from typing import Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from starmerge_models import __version__, machine
 from starmerge_models.events import (
@@ -33,8 +33,13 @@ from starmerge_models.progress import set_heartbeat
 
 Mode = Literal["auto", "text", "json"]
 
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:  # Python 3.10 does not take the type of the stream.
+    _StreamHandler = logging.StreamHandler
 
-class Reporter(logging.StreamHandler[TextIO]):
+
+class Reporter(_StreamHandler):
     """Writes the events of this process's command to standard error."""
 
     def __init__(self) -> None:

@@ -46,8 +46,8 @@ Kind: TypeAlias = Literal["threads", "ray"]
 Executor = Annotated[
     Kind,
     typer.Option(
-        help="Threads of this process, or workers of a [b]ray[/b] cluster, which must all reach the "
-        "same files.",
+        help="Threads of this process, or workers of a [b]ray[/b] cluster, all of which must reach "
+        "the same files.",
     ),
 ]
 Address = Annotated[

@@ -14,7 +14,7 @@ from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.hub.talking import talking
 from starmerge_models.reading import read_json
 from starmerge_models.storage.publishing import REPORT
-from starmerge_models.versions import own_version
+from starmerge_models.versions import __version__
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -93,8 +93,7 @@ def client(token: str) -> HfApi:
     """Return the Hub's client, which says in each request that starmerge sends it."""
     from huggingface_hub import HfApi  # noqa: PLC0415  (slow to import)
 
-    version = own_version()
-    return HfApi(token=token, library_name="starmerge", library_version=version)
+    return HfApi(token=token, library_name="starmerge", library_version=__version__)
 
 
 def check_target(target: Target, *, private: bool = False) -> Held:

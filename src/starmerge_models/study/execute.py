@@ -17,7 +17,7 @@ from typing import Any
 from blake3 import blake3
 
 from starmerge_models.checkpoints.hashing import remembered_blake3_of
-from starmerge_models.checkpoints.source import is_hub_id, resolve_local
+from starmerge_models.checkpoints.source import is_hub_id, place_named, resolve_local
 from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.evaluation.cache import ScoreCache, blake3_of_model, versions
 from starmerge_models.evaluation.models.loading import device_kind, dtype_name
@@ -432,9 +432,9 @@ def _said(error: Exception) -> str:
 
 def _public(reference: str) -> str:
     """Return a Hub id as it is, and of a folder its name: a store tells nobody's folders."""
-    return (
-        reference if is_hub_id(reference) and not Path(reference).exists() else Path(reference).name
-    )
+    if is_hub_id(reference) and not Path(reference).exists():
+        return reference
+    return place_named(reference).name
 
 
 def _now() -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from starmerge_models.demo.run import ADAPTERS
 from starmerge_models.errors import UsageError
 from starmerge_models.evaluation.models.asking import (
     Answer,
@@ -23,6 +22,7 @@ from starmerge_models.evaluation.scoring.matching import read
 from starmerge_models.evaluation.tasks import find_task
 from starmerge_models.evaluation.tasks.sources import FileSource
 from starmerge_models.evaluation.tasks.task import Example, Task
+from starmerge_models_demo import ADAPTERS
 
 
 @pytest.fixture(scope="module")

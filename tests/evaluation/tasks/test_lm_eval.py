@@ -18,7 +18,6 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-import starmerge_models.demo
 from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.evaluation.cache import Record
 from starmerge_models.evaluation.models.asking import LocalModel
@@ -27,6 +26,7 @@ from starmerge_models.evaluation.scoring.metrics import Score
 from starmerge_models.evaluation.settings import Settings
 from starmerge_models.evaluation.sheets import Sheet, prepare
 from starmerge_models.evaluation.tasks.lm_eval import HarnessTask, load_tasks
+from starmerge_models_demo import ADAPTERS
 
 KINDS = ["an animal", "a colour", "a number"]
 QUESTIONS = [
@@ -51,7 +51,7 @@ def half_marks(doc, results):
 def many_marks(doc, results):
     return {"marks": 7}
 """
-ADAPTER = Path(starmerge_models.demo.__file__).parent / "adapters" / "sentiment"
+ADAPTER = ADAPTERS / "sentiment"
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ from starmerge_models.merging.outputs.places import Where, carried, others, plac
 from starmerge_models.methods.pipeline import Merged
 from starmerge_models.recipe import Dtype
 from starmerge_models.storage import OutputFolder
-from starmerge_models.versions import own_version
+from starmerge_models.versions import __version__
 
 FACTORS = "factors"
 """Folder of the factors before all ranks are known."""
@@ -341,7 +341,7 @@ class AdapterWriting:
                 "ss_network_dim": str(r),
                 "ss_network_alpha": str(float(r)),
             }
-        made = {"version": own_version(), "recipe": self.output.recipe}
+        made = {"version": __version__, "recipe": self.output.recipe}
         return {**common, **{f"starmerge_{key}": text for key, text in made.items()}}
 
     def assemble(self, r: int) -> dict[str, list[tuple[OutputTensor, str]]]:

@@ -19,5 +19,5 @@ def package(name: str) -> ModuleType:
     except ImportError as error:
         raise UsageError(
             f"This task is made of the package {name.partition('.')[0]!r}, which is not installed. "
-            "Install starmerge with its extra 'demo'."
+            "Install the extra 'demo': pip install 'starmerge-models[demo]'."
         ) from error

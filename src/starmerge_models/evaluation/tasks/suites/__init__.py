@@ -27,8 +27,8 @@ class Suite(Data):
     """Names of the registry, such as "flan-t5/qqp", task files beside the suite's, or tasks of a
     Python file there, ``my_tasks.py:quiz``."""
     models: dict[str, str]
-    """The fine-tune of each task, by the task's name: a Hub id, or a folder that begins with a dot
-    and is relative to the suite's file."""
+    """The fine-tune of each task, by the task's name: a Hub id, ``demo:digits``, or a folder that
+    begins with a dot and is relative to the suite's file."""
     notes: str = ""
     published: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Normalised averages that were published, in percent, by what they are of and by method."""
