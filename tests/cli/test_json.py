@@ -16,8 +16,8 @@ from tests.conftest import MakeAdapter
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
-WITHOUT = {"demo prepare"}
-"""Commands whose only result is a path, which they print on a line."""
+WITHOUT = {"demo prepare", "demo list"}
+"""Commands that print nothing but a path, or names, on a line each."""
 
 
 @pytest.fixture
