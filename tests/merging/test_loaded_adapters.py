@@ -24,6 +24,8 @@ from peft import (
     inject_adapter_in_model,
 )
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -170,7 +172,7 @@ def _state(model: nn.Module) -> dict[str, Any]:
         "active": [
             (name, list(module.active_adapters))
             for name, module in model.named_modules()
-            if hasattr(module, "base_layer") or hasattr(module, "modules_to_save")
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
         ],
         "dicts": [
             (name, dict(m.r), dict(m.scaling), sorted(m.lora_dropout))
@@ -518,7 +520,8 @@ def test_models_that_hold_no_such_adapters_are_refused() -> None:
     for config in (ia3, prompts):
         with pytest.raises(sm.UsageError, match="only LORA adapters"):
             sm.merge_adapters(get_peft_model(_llama(), config, adapter_name="first"), ["first"])
-    compiled = torch.compile(_loaded(_llama(), first={}))
+    compiled = nn.Module()
+    compiled._orig_mod = _loaded(_llama(), first={})  # as in torch.compile's, slow to import
     with pytest.raises(sm.UsageError, match="_orig_mod"):
         sm.merge_adapters(compiled, ["first"])
 
@@ -578,16 +581,11 @@ def test_a_failure_half_way_takes_back_what_was_added(monkeypatch: pytest.Monkey
     sm.merge_adapters(model, ["first", "second"], "average")
 
 
-def test_tied_ends_that_are_trained_as_one_are_drawn_as_one() -> None:
-    options = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
-    model = _loaded(_llama(tie_word_embeddings=True), first=options, second=options)
-    layers = model.base_model.model.lm_head, model.base_model.model.model.embed_tokens
-    updates = [_updates(model, name, {}) for name in ("first", "second")]
-    for own in updates:
-        np.testing.assert_array_equal(own["lm_head"], own["model.embed_tokens"])
-    sm.merge_adapters(model, ["first", "second"], "dare:seed=1", rank=32)
-    head, table = (layer.get_delta_weight("merged") for layer in layers)
-    torch.testing.assert_close(head, table, rtol=1e-5, atol=1e-5)
+def test_ends_that_are_trained_as_one_are_refused() -> None:
+    options = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}
+    model = _loaded(_llama(tie_word_embeddings=True), first=options)
+    with pytest.raises(sm.UsageError, match=r"both ends.*ensure_weight_tying"):
+        sm.merge_adapters(model, ["first"], "average")
 
 
 def _pipeline() -> StableDiffusionPipeline:
@@ -730,12 +728,10 @@ def test_a_pipeline_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
         sm.merge_adapters(pipe, ["first", "second"], "average")
 
 
-def test_the_package_imports_peft_only_to_merge_in_a_model() -> None:
+def test_the_package_does_not_import_peft() -> None:
     program = (
         "import sys, starmerge_models as sm\n"
-        "sm.merge, sm.merge_state, sm.Star\n"
+        "assert 'merge_adapters' in dir(sm) and sm.merge_state and sm.Star\n"
         "assert 'peft' not in sys.modules\n"
-        "sm.merge_adapters\n"
-        "assert 'peft' in sys.modules and 'diffusers' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

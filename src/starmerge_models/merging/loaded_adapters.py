@@ -264,7 +264,7 @@ def _checked_names(
         )
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
         raise UsageError(
-            f"{name!r} cannot be the name of an adapter, which PEFT keeps in a ModuleDict of torch. "
+            f"{name!r} cannot be the name of an adapter, which PEFT keeps in a ModuleDict. "
             "Give a text without a dot that is none of its methods."
         )
     if name in loaded:
@@ -286,24 +286,16 @@ def _planned(
         if not own:
             continue
         component.check()
-        configs = {adapter: component.config(adapter) for adapter in own.values()}
-        for adapter, config in configs.items():
-            if config.modules_to_save:
-                raise UsageError(
-                    f"The adapter {adapter!r} replaces whole modules (modules_to_save: "
-                    f"{', '.join(config.modules_to_save)}), which are not merged in memory. Merge "
-                    "the saved adapters: sm.merge(base, [...], output_kind='adapter')."
-                )
-        ties = any(config.ties for config in configs.values())
+        for adapter in own.values():
+            _check_kind(component, adapter)
         for layer in component.layers.values():
             changing = {t: adapter for t, adapter in own.items() if layer.has(adapter)}
             if not changing:
                 continue
             for adapter in changing.values():
                 layer.check(adapter)
-            tied = _tied_to(component, layer) if ties else None
             context = TensorContext(
-                tied or layer.weight,
+                layer.weight,
                 layer.shape,
                 layer.is_embedding,
                 tasks=adapters,
@@ -315,13 +307,21 @@ def _planned(
     return planned
 
 
-def _tied_to(component: Component, layer: AdaptedLayer) -> str | None:
-    """Return the name of the embedding whose weight a layer shares, if it does."""
-    weight = layer.layer.get_base_layer().weight
-    for other in component.layers.values():
-        if other.module.is_embedding and other.layer.get_base_layer().weight is weight:
-            return other.weight
-    return None
+def _check_kind(component: Component, adapter: str) -> None:
+    """Make sure that an adapter is of a kind that is merged, by its config."""
+    config = component.config(adapter)
+    instead = "Merge the saved adapters: sm.merge(base, [...], output_kind='adapter')."
+    if config.modules_to_save:
+        raise UsageError(
+            f"The adapter {adapter!r} replaces whole modules (modules_to_save: "
+            f"{', '.join(config.modules_to_save)}), which are not merged in memory. {instead}"
+        )
+    tables = (layer for layer in component.layers.values() if layer.module.is_embedding)
+    if config.ties and any(layer.has(adapter) for layer in tables):
+        raise UsageError(
+            f"The adapter {adapter!r} changes both ends of tied weights as one "
+            f"(ensure_weight_tying), which would come apart in memory. {instead}"
+        )
 
 
 def _dtype(factors: Sequence[Tensor]) -> torch.dtype:
