@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +33,6 @@ from starmerge_models.merging.outputs.approximation import (
 from starmerge_models.methods.memory import DeltaShape, TensorShape
 from starmerge_models.methods.method import Deltas, Method, TensorContext
 from starmerge_models.methods.pipeline import Pipeline, as_pipeline
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ class MergedAdapter:
 
 
 def merge_adapters(
-    model: nn.Module | DiffusionPipeline,
+    model: object,
     adapters: Sequence[str],
     method: Method | Pipeline | str = "auto",
     *,
