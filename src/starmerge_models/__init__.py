@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from starmerge_models.merging.engine import MergeResult as MergeResult
     from starmerge_models.merging.engine import merge as merge
     from starmerge_models.merging.in_memory import merge_state as merge_state
+    from starmerge_models.merging.loaded_adapters import MergedAdapter as MergedAdapter
+    from starmerge_models.merging.loaded_adapters import merge_adapters as merge_adapters
     from starmerge_models.merging.task_vectors import TaskVectors as TaskVectors
     from starmerge_models.merging.task_vectors import load_task_vectors as load_task_vectors
     from starmerge_models.merging.verify import Verdict as Verdict
@@ -58,6 +60,7 @@ _HOMES = {
     "Inspection": "study.inspection.inspection",
     "LowRank": "deltas",
     "MergeResult": "merging.engine",
+    "MergedAdapter": "merging.loaded_adapters",
     "Mergekit": "mergekit.method",
     "Method": "methods",
     "Metric": "checkpoints.metric",
@@ -78,6 +81,7 @@ _HOMES = {
     "load_results": "evaluation.results",
     "load_task_vectors": "merging.task_vectors",
     "merge": "merging.engine",
+    "merge_adapters": "merging.loaded_adapters",
     "merge_state": "merging.in_memory",
     "open_metric": "checkpoints.metric",
     "push": "hub.push",

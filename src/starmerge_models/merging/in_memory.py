@@ -15,6 +15,7 @@ from starmerge_models.methods.method import Deltas, Method, TensorContext
 from starmerge_models.methods.pipeline import Pipeline, as_pipeline
 
 _Seen = TypeVar("_Seen")
+_Made = TypeVar("_Made")
 
 
 def merge_state(
@@ -99,19 +100,45 @@ def merge_all(
         executor: What carries it out: threads of this process.
         memory: Estimates the bytes that merging a tensor takes.
     """
+    return merge_each(pipeline, names, inputs, lambda name, delta: delta, executor, memory)
+
+
+def merge_each(
+    pipeline: Pipeline,
+    names: Iterable[str],
+    inputs: Callable[[str], tuple[Deltas, TensorContext]],
+    finish: Callable[[str, Delta], _Made],
+    executor: Executor,
+    memory: Callable[[str], int] = lambda name: 0,
+) -> dict[str, _Made]:
+    """Merge every tensor as :func:`merge_all` does, and keep what is made of each update alone.
+
+    Args:
+        pipeline: As for :func:`merge_all`.
+        names: Likewise.
+        inputs: Likewise.
+        finish: Makes of a tensor's merged update, by its name, what is kept.
+        executor: As for :func:`merge_all`.
+        memory: Estimates the bytes that merging a tensor, and finishing it, takes.
+    """
     ordered = list(names)
 
-    def walk(look: Callable[[Deltas, TensorContext], _Seen]) -> Generator[_Seen]:
-        def see(number: int) -> _Seen:
-            return look(*inputs(ordered[number]))
-
-        job = FunctionJob(see, lambda number: memory(ordered[number]))
+    def go_over(work: Callable[[int], _Seen]) -> Generator[_Seen]:
+        job = FunctionJob(work, lambda number: memory(ordered[number]))
         with closing(executor.run(job, range(len(ordered)))) as seen:
             yield from seen
 
+    def walk(look: Callable[[Deltas, TensorContext], _Seen]) -> Generator[_Seen]:
+        return go_over(lambda number: look(*inputs(ordered[number])))
+
     prepared = pipeline.prepare(walk)
-    with closing(walk(lambda deltas, tensor: prepared.merge(deltas, tensor).delta)) as merged:
-        return dict(zip(ordered, merged, strict=True))
+
+    def make(number: int) -> _Made:
+        name = ordered[number]
+        return finish(name, prepared.merge(*inputs(name)).delta)
+
+    with closing(go_over(make)) as made:
+        return dict(zip(ordered, made, strict=True))
 
 
 def check_one_update(pipeline: Pipeline) -> None:

@@ -23,20 +23,21 @@ from starmerge_models.checkpoints.lora.file import (
 from starmerge_models.checkpoints.opening import open_checkpoint
 from starmerge_models.checkpoints.tensors import Checkpoint, TensorInfo
 from starmerge_models.checkpoints.writer import OutputTensor, ShardWriter, json_bytes
-from starmerge_models.deltas import LowRank, is_finite, matrix_shape
+from starmerge_models.deltas import matrix_shape
 from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.merging.fold import fold
 from starmerge_models.merging.layout import Contents, PlannedTensor
 from starmerge_models.merging.outputs.approximation import (
     approximated,
     approximation_bytes,
-    distance,
     distance_bytes,
+    rounded,
 )
 from starmerge_models.merging.outputs.model import finite
 from starmerge_models.merging.outputs.output import Finished, Slot
 from starmerge_models.merging.outputs.places import Where, carried, others, places_of, style_of
-from starmerge_models.methods.pipeline import Merged
+from starmerge_models.methods.memory import TensorShape
+from starmerge_models.methods.pipeline import Merged, Pipeline
 from starmerge_models.recipe import Dtype
 from starmerge_models.storage import OutputFolder
 from starmerge_models.versions import __version__
@@ -258,27 +259,23 @@ class AdapterWriting:
             self.factors.write(place, finite(whole.weight, base, tensor))
             return {"update_norm": whole.update_norm, "stored": "whole", "error": 0.0}
         bound = self.output.bound(self.contents, tensor)
-        made = approximated(merged.delta, bound)
-        A, B = place.factors(made.left.to(tensor.dtype), made.right.to(tensor.dtype))
-        if not (is_finite(A) and is_finite(B)):
+        made = rounded(approximated(merged.delta, bound), tensor.dtype)
+        if not math.isfinite(made.error):
             raise StarmergeError(
                 f"The factors of {tensor.source.name} overflow {tensor.dtype}. Choose a wider "
                 "--dtype, or none: then it is float32."
             )
+        A, B = place.factors(made.left, made.right)
         rank = A.shape[0]
         padded = A.new_zeros(bound, A.shape[1]), B.new_zeros(B.shape[0], bound)
         padded[0][:rank], padded[1][:, :rank] = A, B
         for key, factor in zip(place.keys(), padded, strict=True):
             self.factors.write(key, factor)
-        error = made.error
-        if tensor.dtype != torch.float32:
-            right, left = place.factors(B.float(), A.float())
-            error = math.hypot(error, distance(made, LowRank(left, right)))
         return {
             "update_norm": made.norm,
             "stored": f"rank {rank}",
             "rank": rank,
-            "error": error / made.norm if made.norm else 0.0,
+            "error": made.error / made.norm if made.norm else 0.0,
         }
 
     def finish(
@@ -416,15 +413,24 @@ def overall_error(records: Sequence[Mapping[str, Any]]) -> float:
 
 
 def rank_bound(contents: Contents, tensor: PlannedTensor) -> int | None:
-    """Return the highest number of factors of a tensor's merged update; None: it has none.
+    """Return the highest number of factors of a tensor's merged update; None: it has none."""
+    known = tensor.as_read(contents.pipeline, contents.tasks)
+    return factors_made(contents.pipeline, known)
+
+
+def factors_made(pipeline: Pipeline, known: TensorShape) -> int | None:
+    """Return how many factors at most a chain makes of a tensor; None: the update has none.
 
     An update may be dense because the models' factors together are as many as the matrix has rows
     or columns: then it needs no more than these.
+
+    Args:
+        pipeline: The chain.
+        known: What is known of the tensor's task vectors.
     """
-    known = tensor.as_read(contents.pipeline, contents.tasks)
     if known.has_dense:
         return None
-    rank = contents.pipeline.result(known).rank
+    rank = pipeline.result(known).rank
     if rank is None and known.total_rank >= min(known.matrix):
         return known.total_rank
     return rank

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from starmerge_models.deltas import Delta, Dense, LowRank, total
+from starmerge_models.deltas import Delta, Dense, LowRank, is_finite, total
 from starmerge_models.merging.fold import factors_of
 from starmerge_models.spectral import svd
 from starmerge_models.spectral.gram import svd_dense_bytes
@@ -17,7 +18,7 @@ from starmerge_models.spectral.svd import SVD, certainly
 
 @dataclass(frozen=True, eq=False)
 class Approximated:
-    """An update as ``left @ right`` in float32."""
+    """An update as ``left @ right``, in float32 unless it was :func:`rounded`."""
 
     left: Tensor
     """(m, r)."""
@@ -52,6 +53,25 @@ def _composed(first: SVD, lost: float) -> Approximated:
     right = (first.V * root).T.float().contiguous()
     norm = math.sqrt(float(first.S.square().sum()) + lost)
     return Approximated(left, right, norm, math.sqrt(lost))
+
+
+def rounded(made: Approximated, dtype: torch.dtype) -> Approximated:
+    """Return an update whose factors are stored in a dtype; the error is that of both steps.
+
+    Args:
+        made: The update, its factors in float32.
+        dtype: Of the factors that are stored.
+
+    Returns:
+        The factors in that dtype; the error is infinite where they overflow it.
+    """
+    left, right = made.left.to(dtype), made.right.to(dtype)
+    if not (is_finite(left) and is_finite(right)):
+        return Approximated(left, right, made.norm, math.inf)
+    if dtype == torch.float32:
+        return made
+    apart = distance(made, LowRank(left.float(), right.float()))
+    return Approximated(left, right, made.norm, math.hypot(made.error, apart))
 
 
 def approximation_bytes(m: int, n: int, r: int | None, k: int, width: int) -> int:
