@@ -46,6 +46,7 @@ from starmerge_models.demo.run import ADAPTERS
 from starmerge_models.errors import StarmergeError
 from starmerge_models.evaluation.cache import ScoreCache
 from starmerge_models.evaluation.evaluation import Evaluation
+from starmerge_models.evaluation.model_groups import BASE, Update
 from starmerge_models.evaluation.models.loading import load_model
 from starmerge_models.evaluation.runner import evaluate
 from starmerge_models.evaluation.scoring.comparison import (
@@ -62,7 +63,6 @@ from starmerge_models.evaluation.scoring.metrics import (
     score,
 )
 from starmerge_models.evaluation.settings import Settings
-from starmerge_models.evaluation.subjects import BASE, Update
 from starmerge_models.evaluation.tasks import find_task
 from starmerge_models.merging.apply import apply
 from starmerge_models.merging.task_vectors import TaskVectors, load_task_vectors

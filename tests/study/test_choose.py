@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, ResNetConfig, ResNetForImageClass
 
 import starmerge_models as sm
 from starmerge_models.errors import StarmergeError, UsageError
-from starmerge_models.evaluation import sheets, subjects
+from starmerge_models.evaluation import model_groups, prepared_tasks
 from starmerge_models.evaluation.cache import ScoreCache
+from starmerge_models.evaluation.prepared_tasks import prepare_for_selection
 from starmerge_models.evaluation.runner import evaluate
 from starmerge_models.evaluation.scoring.comparison import Difference, Interval
 from starmerge_models.evaluation.settings import Settings
-from starmerge_models.evaluation.sheets import prepare_spare
 from starmerge_models.evaluation.tasks.images import ArraySource, ImageTask
 from starmerge_models.evaluation.tasks.lm_eval import load_tasks
 from starmerge_models.evaluation.tasks.sources import FileSource, Sample
@@ -48,14 +48,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Count the rows of each sheet that is asked; a model that is loaded counts as 0 rows."""
+    """Count the rows of each task that is asked; a model that is loaded counts as 0 rows."""
     counts: list[int] = []
-    ask, load = sheets._TextSheet.ask, subjects.load_model
+    ask, load = prepared_tasks._PreparedText.ask, model_groups.load_model
     monkeypatch.setattr(
-        sheets._TextSheet, "ask", lambda self, *rest: counts.append(self.size) or ask(self, *rest)
+        prepared_tasks._PreparedText,
+        "ask",
+        lambda self, *rest: counts.append(self.size) or ask(self, *rest),
     )
     monkeypatch.setattr(
-        subjects, "load_model", lambda path, **options: counts.append(0) or load(path, **options)
+        model_groups,
+        "load_model",
+        lambda path, **options: counts.append(0) or load(path, **options),
     )
     return counts
 
@@ -64,10 +68,10 @@ def test_averages_are_those_of_an_evaluation_on_the_same_rows(world: World, tmp_
     choice = choose(world.base, world.adapters, world.tasks, FEW, settings=RANK)
     same_rows = []
     for task in world.tasks:
-        sheet, origin = prepare_spare(task, RANK)
+        prepared, origin = prepare_for_selection(task, RANK)
         assert origin == "held out"
         scored = {row.id for row in task.examples("test")}
-        rows = sheet._examples  # type: ignore[attr-defined]
+        rows = prepared._examples  # type: ignore[attr-defined]
         assert not scored & {row.id for row in rows}
         assert len(rows) == 16
         file = tmp_path / f"{task.name}.jsonl"

@@ -76,7 +76,7 @@ def text_of_file(
 def prompts_of_task(writer: Writer, name: str, task: Task, rows: int, seed: int) -> Source:
     """Return the prompts of a task."""
     try:
-        chosen = task.questions("train", rows)
+        chosen = task.unlabelled_examples("train", rows)
     except UsageError as error:
         raise UsageError(
             f"{error} Or give prompts from a file: --prompts {name}=rows.jsonl."

@@ -31,8 +31,8 @@ def with_scores(card: str, folder: Path, results: Path, *, name: str) -> str:
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData  # noqa: PLC0415  (slow to import)
 
+    from starmerge_models.evaluation.model_groups import BASE  # noqa: PLC0415
     from starmerge_models.evaluation.results import read_scores  # noqa: PLC0415  (needs an extra)
-    from starmerge_models.evaluation.subjects import BASE  # noqa: PLC0415
 
     content = read_scores(results)
     model = _model_of(content, folder, results)

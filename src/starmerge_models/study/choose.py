@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.evaluation.cache import Record, ScoreCache
-from starmerge_models.evaluation.grids import aligned, html_table, interval_cell
-from starmerge_models.evaluation.runner import answers, check
+from starmerge_models.evaluation.model_groups import BASE, Group, Update, groups
+from starmerge_models.evaluation.prepared_tasks import AnyTask, PreparedTask, prepare_for_selection
+from starmerge_models.evaluation.runner import cached_answers, prepare_tasks
 from starmerge_models.evaluation.scoring.comparison import (
     Difference,
     Interval,
     difference,
     normalised_average,
-    perfect,
+    perfect_score,
 )
 from starmerge_models.evaluation.settings import Settings
-from starmerge_models.evaluation.sheets import AnyTask, Sheet, prepare_spare
-from starmerge_models.evaluation.subjects import BASE, Group, Update, groups
 from starmerge_models.evaluation.tasks import find_task
-from starmerge_models.evaluation.tasks.spare import Origin
+from starmerge_models.evaluation.tasks.selection import Origin
+from starmerge_models.evaluation.text_tables import html_table, interval_cell, markdown_table
 from starmerge_models.merging.task_vectors import TaskVectors, load_task_vectors
 from starmerge_models.methods.method import Method
 from starmerge_models.methods.pipeline import Pipeline
@@ -112,7 +112,7 @@ class Choice:
         head, *rows, base = self.cells()
         for row in rows:
             row[0] = f"**{row[0]}**" if row[0] == self.chosen else row[0]
-        return aligned([head, *rows, [f"*{base[0]}*", *base[1:]]])
+        return markdown_table([head, *rows, [f"*{base[0]}*", *base[1:]]])
 
     def cells(self) -> list[list[str]]:
         """Return the candidates as cells for people, the head first, the base last."""
@@ -224,8 +224,8 @@ def choose(
     nothing right, means of scores are compared instead.
 
     The rows are no part of the task's sample, which ``starmerge evaluate`` scores, wherever the
-    task has others: see :func:`starmerge_models.evaluation.tasks.spare.spare_rows`. The base is
-    loaded once, and the task vectors are read and decomposed once. The update of each candidate
+    task has others: see :func:`starmerge_models.evaluation.tasks.selection.selection_rows`. The
+    base is loaded once, and the task vectors are read and decomposed once. The update of each candidate
     stays in memory while the race goes on: little for adapters, as much as a float32 model for some
     merges of full fine-tunes.
 
@@ -258,30 +258,30 @@ def choose(
             "Candidates are added to the weights of a loaded model, which only the backend "
             "transformers allows. Leave the backend out."
         )
-    sheets, origins = _sheets(tasks, settings, show=progress)
-    ends = sizes(max(sheet.size for sheet in sheets.values()))
-    costs = [_size(sheets, end) - _size(sheets, start) for start, end in pairwise([0, *ends])]
+    prepared, origins = _prepare_tasks(tasks, settings, show=progress)
+    ends = sizes(max(task.size for task in prepared.values()))
+    costs = [_size(prepared, end) - _size(prepared, start) for start, end in pairwise([0, *ends])]
     _check_budget(budget, len(pipelines), costs[0])
     entries = model_entries(models)
     vectors = load_task_vectors(base, models, any_base=any_base)
     updates, left_out = _merged(vectors, pipelines, show=progress)
-    tuned = {task: f"{_TUNED}{task}" for task in sheets if task in vectors.names}
+    tuned = {task: f"{_TUNED}{task}" for task in prepared if task in vectors.names}
     updates |= {name: vectors.merge("average", models=[task]) for task, name in tuned.items()}
     (group,) = groups(
         base,
         updates,
-        kind=next(iter(sheets.values())).kind,
+        kind=next(iter(prepared.values())).kind,
         device=settings.device,
         dtype=settings.dtype,
         backend=settings.backend,
     )
-    asking = _Asking(group, sheets, ends, settings, cache, progress)
+    asking = _Asking(group, prepared, ends, settings, cache, progress)
     ceilings, missing = _ceilings(asking, tuned)
     racing = [name for name in pipelines if name not in left_out]
 
     def ask(names: Sequence[str], number: int) -> Mapping[str, Scores]:
         label = f"round {number + 1} of {len(ends)}: {len(names)} candidates"
-        return asking.ask({name: list(sheets) for name in names}, number, label)
+        return asking.ask({name: list(prepared) for name in names}, number, label)
 
     outcome = race(racing, ask, ceilings, costs, budget)
     chain = pipelines[outcome.chosen]
@@ -312,7 +312,7 @@ class _Asking:
 
     Args:
         group: The base, the candidates' updates and the fine-tunes'.
-        sheets: The tasks with all their rows.
+        prepared: The tasks with all their rows.
         ends: How many rows of a task have been asked after each round.
         settings: How they are asked.
         cache: Where answers are kept, those of each round by themselves.
@@ -322,16 +322,16 @@ class _Asking:
     def __init__(
         self,
         group: Group,
-        sheets: Mapping[str, Sheet],
+        prepared: Mapping[str, PreparedTask],
         ends: Sequence[int],
         settings: Settings,
         cache: ScoreCache | None,
         progress: bool,
     ) -> None:
-        self._group, self._sheets, self._ends = group, sheets, ends
+        self._group, self._tasks, self._ends = group, prepared, ends
         self._settings, self._cache, self._progress = settings, cache, progress
         self._records: dict[tuple[str, str], list[Record]] = {}
-        self.tasks, self.rounds = list(sheets), len(ends)
+        self.tasks, self.rounds = list(prepared), len(ends)
 
     def ask(
         self, tasks_of: Mapping[str, Sequence[str]], number: int, label: str
@@ -350,7 +350,7 @@ class _Asking:
         total = sum(part.size for own in parts.values() for part in own)
         with progress_bar(label, total, show=self._progress) as bar:
             for name, own in parts.items():
-                found = answers(name, self._group, own, self._settings, self._cache, bar)
+                found = cached_answers(name, self._group, own, self._settings, self._cache, bar)
                 for part, records in zip(own, found, strict=True):
                     self._records.setdefault((name, part.name), []).extend(records)
         return {name: self.scores(name, number) for name in tasks_of}
@@ -358,23 +358,23 @@ class _Asking:
     def scores(self, name: str, number: int) -> Scores:
         """Return a model's scores on all rows up to a round."""
         found = {}
-        for task, sheet in self._sheets.items():
+        for task, prepared in self._tasks.items():
             if (name, task) in self._records:
-                part = sheet.part(0, self._ends[number])
+                part = prepared.part(0, self._ends[number])
                 found[task] = part.score(self._records[name, task][: part.size])
         return found
 
-    def _left(self, name: str, task: str, number: int) -> Iterator[Sheet]:
+    def _left(self, name: str, task: str, number: int) -> Iterator[PreparedTask]:
         """Yield the parts of a task, one for each round, that a model has not been asked."""
-        sheet, asked = self._sheets[task], len(self._records.get((name, task), ()))
+        prepared, asked = self._tasks[task], len(self._records.get((name, task), ()))
         for start, end in pairwise([0, *self._ends[: number + 1]]):
-            if asked <= start < sheet.size:
-                yield sheet.part(start, end)
+            if asked <= start < prepared.size:
+                yield prepared.part(start, end)
 
 
-def _sheets(
+def _prepare_tasks(
     tasks: Sequence[str | AnyTask], settings: Settings, *, show: bool
-) -> tuple[dict[str, Sheet], dict[str, Origin]]:
+) -> tuple[dict[str, PreparedTask], dict[str, Origin]]:
     """Read the rows of the tasks, and tell where those of each come from."""
     origins: dict[str, Origin] = {}
     settings = replace(settings, rows=ROWS if settings.rows is None else settings.rows)
@@ -386,18 +386,18 @@ def _sheets(
     if not tasks:
         raise UsageError("There is no task to choose by. Give one at least.")
 
-    def prepared(task: AnyTask, settings: Settings) -> Sheet:
-        sheet, origins[task.name] = prepare_spare(task, settings)
-        return sheet
+    def prepare_one(task: AnyTask, settings: Settings) -> PreparedTask:
+        prepared, origins[task.name] = prepare_for_selection(task, settings)
+        return prepared
 
     found = [find_task(task) if isinstance(task, str) else task for task in tasks]
     with progress_bar("choosing", None, show=show) as bar:
-        return check(found, settings, prepared, progress=bar), origins
+        return prepare_tasks(found, settings, prepare_one, progress=bar), origins
 
 
-def _size(sheets: Mapping[str, Sheet], end: int) -> int:
+def _size(prepared: Mapping[str, PreparedTask], end: int) -> int:
     """Return the number of rows of all tasks, of each at most so many."""
-    return sum(min(sheet.size, end) for sheet in sheets.values())
+    return sum(min(task.size, end) for task in prepared.values())
 
 
 def _check_budget(budget: int | None, count: int, cost: int) -> None:
@@ -447,7 +447,7 @@ def _ceilings(asking: _Asking, tuned: Mapping[str, str]) -> tuple[list[Scores], 
     asking.ask({BASE: tasks, **alone}, rounds[-1], label)
     at_base = [asking.scores(BASE, number) for number in rounds]
     right: list[Scores] = [
-        {task: perfect(score) for task, score in scores.items()} for scores in at_base
+        {task: perfect_score(score) for task, score in scores.items()} for scores in at_base
     ]
     bare = [task for task in tasks if task not in tuned]
     if bare:

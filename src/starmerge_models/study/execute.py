@@ -20,10 +20,10 @@ from starmerge_models.checkpoints.hashing import remembered_blake3_of
 from starmerge_models.checkpoints.source import is_hub_id, resolve_local
 from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.evaluation.cache import ScoreCache, blake3_of_model, versions
+from starmerge_models.evaluation.model_groups import BASE, BaseGroup, groups
 from starmerge_models.evaluation.models.loading import device_kind, dtype_name
-from starmerge_models.evaluation.runner import answers, check
+from starmerge_models.evaluation.runner import cached_answers, prepare_tasks
 from starmerge_models.evaluation.settings import Settings
-from starmerge_models.evaluation.subjects import BASE, OnBase, groups
 from starmerge_models.merging.executors.executor import Executor
 from starmerge_models.merging.task_vectors import TaskVectors, load_task_vectors
 from starmerge_models.progress import SILENT, Progress, progress_bar
@@ -96,19 +96,19 @@ class Laboratory:
         self.study, self.settings = study, settings
         self.pool = pool_of(study)
         self.runs = runs_of(study, self.pool)
-        self.sheets = check(list(self.pool.tasks.values()), settings)
+        self.prepared = prepare_tasks(list(self.pool.tasks.values()), settings)
         self._cache, self._any_base = cache, any_base
         self._base = resolve_local(self.pool.base).path
         self._models = {name: resolve_local(path).path for name, path in self.pool.models.items()}
         (group,) = groups(
             self._base,
             {},
-            kind=next(iter(self.sheets.values())).kind,
+            kind=next(iter(self.prepared.values())).kind,
             device=settings.device,
             dtype=settings.dtype,
             backend=settings.backend,
         )
-        assert isinstance(group, OnBase)  # of a base without whole models beside it
+        assert isinstance(group, BaseGroup)  # of a base without whole models beside it
         self._group = group
 
     @cached_property
@@ -132,8 +132,8 @@ class Laboratory:
                 for name, path in self._models.items()
             },
             "tasks": {
-                name: {"rows": sheet.size, "asked": _hash(sheet.asked)}
-                for name, sheet in self.sheets.items()
+                name: {"rows": task.size, "asked": _hash(task.key_fields)}
+                for name, task in self.prepared.items()
             },
             "asked": {
                 "scorer": self.settings.scorer,
@@ -278,25 +278,25 @@ class Laboratory:
             update = self.vectors.merge(chain, models=run.models)
             group = group.with_updates({name: update})
         merged = time.perf_counter()
-        sheets = [self.sheets[task] for task in run.tasks]
-        found = answers(name, group, sheets, self.settings, self._cache, progress)
+        tasks = [self.prepared[task] for task in run.tasks]
+        found = cached_answers(name, group, tasks, self.settings, self._cache, progress)
         asked = time.perf_counter()
         times = {"merging": merged - begin, "asking": asked - merged, "date": _now()}
         return [
-            line_of(sheet.name, sheet.score(records)) | times
-            for sheet, records in zip(sheets, found, strict=True)
+            line_of(task.name, task.score(records)) | times
+            for task, records in zip(tasks, found, strict=True)
         ]
 
     def _size(self, run: Run) -> int:
         """Return how many rows a run asks."""
-        return sum(self.sheets[task].size for task in run.tasks)
+        return sum(self.prepared[task].size for task in run.tasks)
 
     def _measured(self, runs: Sequence[Run]) -> tuple[float, dict[str, float]]:
         """Return the seconds that a row takes, and a merge by each chain of some runs."""
-        parts = [sheet.part(0, min(_SAMPLE_ROWS, sheet.size)) for sheet in self.sheets.values()]
+        parts = [task.part(0, min(_SAMPLE_ROWS, task.size)) for task in self.prepared.values()]
         for _ in range(2):  # the first time loads the model
             begin = time.perf_counter()
-            answers(BASE, self._group, parts, self.settings, None, SILENT)
+            cached_answers(BASE, self._group, parts, self.settings, None, SILENT)
             per_row = (time.perf_counter() - begin) / sum(part.size for part in parts)
         per_merge: dict[str, float] = {}
         for run in runs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from starmerge_models.evaluation.subjects import BASE
+from starmerge_models.evaluation.model_groups import BASE
 from starmerge_models.methods.pipeline import make_pipeline
 from starmerge_models.study.averages import Averages
 from starmerge_models.study.grids import best_parameters

@@ -14,7 +14,7 @@ from starmerge_models.evaluation.scoring.comparison import (
     Difference,
     Interval,
     difference,
-    is_behind,
+    is_clearly_worse,
     mean_ratio,
     normalised_average,
 )
@@ -127,7 +127,7 @@ def race(
         best = ranked[0]
         champion = history[best][number]
         for name in ranked[1:]:
-            if is_behind(history[name][number], champion, ceiling, level=level):
+            if is_clearly_worse(history[name][number], champion, ceiling, level=level):
                 stopped[name] = "behind"
         ranked = [name for name in ranked if name not in stopped]
         rest = costs[number + 1 :]

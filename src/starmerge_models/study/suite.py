@@ -12,7 +12,7 @@ from starmerge_models.evaluation.cache import ScoreCache
 from starmerge_models.evaluation.evaluation import Evaluation
 from starmerge_models.evaluation.flat import check_flat, write_flat
 from starmerge_models.evaluation.results import check_results, write_results
-from starmerge_models.evaluation.runner import check, evaluate
+from starmerge_models.evaluation.runner import evaluate, prepare_tasks
 from starmerge_models.evaluation.settings import Settings
 from starmerge_models.evaluation.table import report
 from starmerge_models.evaluation.tasks import find_task, with_rows_of
@@ -101,7 +101,7 @@ def run_suite(
         names = [task.name for task in found]
         check_flat(flat, [*names, *pipelines], names, overwrite=overwrite)
     with progress_bar("before merging", None, show=progress) as bar:
-        check(found, settings, progress=bar)
+        prepare_tasks(found, settings, progress=bar)
     for task in found:
         if task.name not in suite.models:
             raise UsageError(f"The suite {suite.name} names no model for its task {task.name}.")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from starmerge_models.evaluation.grids import aligned, interval_cell
-from starmerge_models.evaluation.subjects import BASE, TUNED
+from starmerge_models.evaluation.model_groups import BASE, TUNED
+from starmerge_models.evaluation.text_tables import interval_cell, markdown_table
 from starmerge_models.study.averages import SPLITS, Averages, RunAverage
 from starmerge_models.study.grids import GridBest, best_of_grids
 from starmerge_models.study.store import Store
@@ -71,7 +71,7 @@ def markdown(averages: Averages) -> str:
             texts.append(text)
         rows.append([label, *texts])
     return "\n\n".join(
-        [aligned(rows), f"{LEGEND} {BOLD_LEGEND}", *([FEWER_LEGEND] if is_partial else [])]
+        [markdown_table(rows), f"{LEGEND} {BOLD_LEGEND}", *([FEWER_LEGEND] if is_partial else [])]
     )
 
 
@@ -87,7 +87,7 @@ def by_task(averages: Averages) -> str:
     for label in labels:
         own = [run for run in runs if run.label == label]
         rows.append([label, *(_score(_mean_score(own, task)) for task in tasks)])
-    return f"Scores, n = {most}:\n\n{aligned(rows)}"
+    return f"Scores, n = {most}:\n\n{markdown_table(rows)}"
 
 
 def grids(found: Sequence[GridBest]) -> str:
@@ -106,7 +106,7 @@ def grids(found: Sequence[GridBest]) -> str:
                 "" if gain is None else f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]",
             ]
         )
-    return f"{aligned(rows)}\n\n{GRID_LEGEND}"
+    return f"{markdown_table(rows)}\n\n{GRID_LEGEND}"
 
 
 def report(averages: Averages) -> str:

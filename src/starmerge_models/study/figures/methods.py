@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from starmerge_models.evaluation.evaluation import Evaluation
-from starmerge_models.evaluation.subjects import BASE
+from starmerge_models.evaluation.model_groups import BASE
 from starmerge_models.study.figures.style import (
     BASE_LINE,
     TUNED_LINE,

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from starmerge_models.evaluation.evaluation import Evaluation
+from starmerge_models.evaluation.model_groups import BASE
 from starmerge_models.evaluation.scoring.comparison import Interval
 from starmerge_models.evaluation.scoring.metrics import Score
-from starmerge_models.evaluation.subjects import BASE
 from starmerge_models.study.figures.style import (
     BASE_LINE,
     GRID,

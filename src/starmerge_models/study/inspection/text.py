@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from starmerge_models.evaluation.grids import aligned, html_table
+from starmerge_models.evaluation.text_tables import html_table, markdown_table
 from starmerge_models.study.inspection.findings import Finding
 from starmerge_models.study.inspection.totals import Record
 
@@ -70,7 +70,7 @@ def markdown(shown: Sequence[TextTable], findings: Sequence[Finding], notes: Seq
     """Return tables, findings and notes in Markdown."""
     parts = []
     for table in shown:
-        parts.append(aligned(table.rows))
+        parts.append(markdown_table(table.rows))
         parts.append(" ".join(filter(None, [table.left_out, table.legend])))
     parts.append("\n".join(f"- {finding}" for finding in findings))
     return "\n\n".join(filter(None, [*parts, *(f"Note: {note}" for note in notes)]))

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import altair as alt
 
 from starmerge_models.errors import UsageError
-from starmerge_models.evaluation.subjects import BASE, TUNED
+from starmerge_models.evaluation.model_groups import BASE, TUNED
 from starmerge_models.study.dodge import Dodge
 from starmerge_models.study.page.parts import Chart
 from starmerge_models.study.palette import (

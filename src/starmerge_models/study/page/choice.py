@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from starmerge_models.evaluation.model_groups import BASE
 from starmerge_models.evaluation.scoring.comparison import Difference, Interval
-from starmerge_models.evaluation.subjects import BASE
 from starmerge_models.study.choose import Choice
 from starmerge_models.study.names import model_name
 from starmerge_models.study.page.charts import dots

@@ -11,9 +11,9 @@ from typing import Any
 import pandas as pd
 
 from starmerge_models.evaluation.evaluation import Evaluation
+from starmerge_models.evaluation.model_groups import BASE, TUNED
 from starmerge_models.evaluation.scoring.comparison import Interval
 from starmerge_models.evaluation.scoring.metrics import Score
-from starmerge_models.evaluation.subjects import BASE, TUNED
 from starmerge_models.evaluation.table import LEGEND, differences, notes
 from starmerge_models.study.names import model_name
 from starmerge_models.study.page.charts import dots, heat_map

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from starmerge_models.evaluation.subjects import BASE
+from starmerge_models.evaluation.model_groups import BASE
 from starmerge_models.methods.pipeline import make_pipeline
 from starmerge_models.study.averages import Averages, RunAverage
 from starmerge_models.study.frames import (
