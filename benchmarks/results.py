@@ -69,7 +69,7 @@ from starmerge_models.merging.task_vectors import TaskVectors, load_task_vectors
 from starmerge_models.methods import make_pipeline
 from starmerge_models.study.figures import plot_scores
 from starmerge_models.study.figures.style import BASE_LINE, dot_of, line_of, styled
-from starmerge_models.study.palette import looks
+from starmerge_models.study.palette import plot_styles
 from starmerge_models.training.finetuning import TrainingRecipe, finetune
 
 HERE = Path(__file__).parent
@@ -617,7 +617,7 @@ def _shown(value: Interval | Difference) -> str:
 
 # --------------------------------------------------------------------------------------- Figures
 
-DRAWN = looks(["average", "star", AUTO, "tsv_m", "covariance+own_response"])
+DRAWN = plot_styles(["average", "star", AUTO, "tsv_m", "covariance+own_response"])
 """Methods with a look of their own; the others are thin and grey."""
 
 

@@ -25,7 +25,7 @@ from starmerge_models.evaluation.text_tables import markdown_table
 from starmerge_models.study.averages import Averages, RunAverage
 from starmerge_models.study.execute import run_study
 from starmerge_models.study.grids import best_of_grids, best_parameters, shift_of_best
-from starmerge_models.study.outcome import FIGURES, write_figures, write_tables
+from starmerge_models.study.outputs import FIGURES, write_figures, write_tables
 from starmerge_models.study.store import is_store, load_store
 from starmerge_models.study.study_file import find_study
 

@@ -160,7 +160,7 @@ def test_without_a_fine_tune_of_each_task_means_are_compared(world: World) -> No
     models = {"one": world.adapters["one"], "other": world.adapters["two"]}
     choice = choose(world.base, models, world.tasks, FEW, settings=RANK)
     assert not choice.is_normalised
-    assert "No model is called like the task two" in choice.report
+    assert "No model has the name of the task two" in choice.report
     assert "mean score" in choice.table
     normalised = choose(world.base, world.adapters, world.tasks, FEW, settings=RANK)
     # The fine-tunes have every row right, so the two are the same here.
@@ -262,7 +262,7 @@ def test_the_sentence_says_how_sure_the_choice_is() -> None:
         (["star", "average", sm.Star(eta=60), sm.Star(eta=60)], "star:eta=60 is given twice"),
         (["star", "averge"], "Did you mean 'average'"),
         (["star", "emr"], "emr makes a model for each task"),
-        (["star", "regmean"], r"regmean merges by a metric of the inputs.*merge --metric"),
+        (["star", "regmean"], r"regmean needs a metric of the inputs.*merge --metric"),
     ],
 )
 def test_wrong_candidates_are_refused_before_anything_is_read(
@@ -274,7 +274,9 @@ def test_wrong_candidates_are_refused_before_anything_is_read(
 
 def test_what_else_is_wrong_is_refused_before_a_model_is_opened(world: World) -> None:
     nowhere = ("no/such/base/at/all", ["nor/such/a/model"])
-    with pytest.raises(UsageError, match="7 rows of a task tell no candidates apart. Give 8"):
+    with pytest.raises(
+        UsageError, match="7 rows of a task are too few to compare candidates. Give at least 8"
+    ):
         choose(*nowhere, world.tasks, settings=Settings(rows=7))
     with pytest.raises(UsageError, match="no task to choose by"):
         choose(*nowhere, [])
@@ -282,7 +284,7 @@ def test_what_else_is_wrong_is_refused_before_a_model_is_opened(world: World) ->
         choose(*nowhere, ["pasd"])
     with pytest.raises(UsageError, match="Two tasks are called 'one'"):
         choose(*nowhere, [world.tasks[0]] * 2)
-    with pytest.raises(UsageError, match="the first round alone asks 48: 16 of each of 3"):
+    with pytest.raises(UsageError, match="the first round alone needs 48: 16 for each of 3"):
         choose(*nowhere, world.tasks, FEW, budget=47)
     with pytest.raises(UsageError, match="only the backend transformers allows"):
         choose(*nowhere, world.tasks, settings=Settings(backend="vllm"))
