@@ -52,7 +52,7 @@ def score(
         rows; see :func:`starmerge_models.evaluation.scoring.metrics.metric`.
 
     The interval of F1 and of correlations is the percentile interval of :data:`RESAMPLES` bootstrap
-    resamples of the rows, with a fixed seed. It is the percentile interval, since comparisons of two
+    resamples of the rows, with a fixed seed. It is a percentile interval, since comparisons of two
     models use the same and it allows for resamples without a value, which are ignored and counted.
     If all resamples are equal (every answer right), they give no information on other rows: a mean
     and F1 then have Wilson's interval at their value, other metrics none (NaN).
