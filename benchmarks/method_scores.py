@@ -35,7 +35,7 @@ from starmerge_models.demo.run import ADAPTERS
 from starmerge_models.errors import StarmergeError
 from starmerge_models.evaluation.evaluation import Evaluation
 from starmerge_models.evaluation.model_groups import BASE
-from starmerge_models.evaluation.models.asking import SCORERS
+from starmerge_models.evaluation.models.scorers import SCORERS
 from starmerge_models.evaluation.prepared_tasks import AnyTask
 from starmerge_models.evaluation.runner import evaluate
 from starmerge_models.evaluation.scoring.comparison import Difference, Interval

@@ -50,11 +50,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count the rows of each task that is asked; a model that is loaded counts as 0 rows."""
     counts: list[int] = []
-    ask, load = prepared_tasks._PreparedText.ask, model_groups.load_model
+    run, load = prepared_tasks._PreparedText.run, model_groups.load_model
     monkeypatch.setattr(
         prepared_tasks._PreparedText,
-        "ask",
-        lambda self, *rest: counts.append(self.size) or ask(self, *rest),
+        "run",
+        lambda self, *rest: counts.append(self.size) or run(self, *rest),
     )
     monkeypatch.setattr(
         model_groups,

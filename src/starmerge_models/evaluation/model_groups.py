@@ -15,9 +15,9 @@ from starmerge_models.checkpoints.hashing import blake3_of_update
 from starmerge_models.checkpoints.source import resolve_local
 from starmerge_models.deltas import Delta
 from starmerge_models.errors import UsageError
-from starmerge_models.evaluation.models.asking import Backend, LocalModel
 from starmerge_models.evaluation.models.classification import load_image_model
 from starmerge_models.evaluation.models.loading import AdapterSwitch, Dtype, device_of, load_model
+from starmerge_models.evaluation.models.scorers import Backend, LocalModel
 from starmerge_models.evaluation.models.vllm import check_vllm, load_vllm
 from starmerge_models.merging.apply import apply
 from starmerge_models.progress import Progress
@@ -129,7 +129,7 @@ class BaseGroup:
 
     @contextmanager
     def active(self, name: str, progress: Progress) -> Iterator[Any]:
-        """Yield the base as it is, with an update added to its weights, or with an adapter."""
+        """Yield the unchanged base, the base with an update added, or with an adapter."""
         model, second = self._loaded.get(progress)
         if name in self._adapters:
             if self._switch is None:

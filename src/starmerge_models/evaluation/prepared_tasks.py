@@ -12,14 +12,14 @@ from typing import Any, Literal, Protocol
 
 from starmerge_models.errors import UsageError
 from starmerge_models.evaluation.cache import Record
-from starmerge_models.evaluation.models.asking import (
+from starmerge_models.evaluation.models.classification import classify, predicted
+from starmerge_models.evaluation.models.scorers import (
     Answer,
     LocalModel,
-    ask,
     check_scorer,
-    scored,
+    run_scorer,
+    score_answers,
 )
-from starmerge_models.evaluation.models.classification import classify, predicted
 from starmerge_models.evaluation.scoring.matching import MATCHERS, Matcher
 from starmerge_models.evaluation.scoring.metrics import METRICS, Metric, Prediction, Score, score
 from starmerge_models.evaluation.settings import Settings
@@ -59,7 +59,7 @@ class PreparedTask(Protocol):
     def part(self, start: int, stop: int) -> PreparedTask:
         """Return the prepared task with the rows ``start`` to ``stop`` (exclusive) alone."""
 
-    def ask(self, model: Any, batch_size: int | None, advance: Progress) -> list[Record]:
+    def run(self, model: Any, batch_size: int | None, advance: Progress) -> list[Record]:
         """Evaluate a loaded model on the rows; return its responses, one record for each row."""
 
     def score(self, records: Sequence[Record]) -> Score:
@@ -144,8 +144,8 @@ class _PreparedText:
     def part(self, start: int, stop: int) -> _PreparedText:
         return _PreparedText(self._task, self._examples[start:stop], self._settings)
 
-    def ask(self, model: Any, batch_size: int | None, advance: Progress) -> list[Record]:
-        answers = ask(
+    def run(self, model: Any, batch_size: int | None, advance: Progress) -> list[Record]:
+        answers = run_scorer(
             model,
             self._task,
             self._examples,
@@ -158,7 +158,7 @@ class _PreparedText:
 
     def score(self, records: Sequence[Record]) -> Score:
         answers = [Answer(**record) for record in records]
-        return scored(
+        return score_answers(
             self._task, self._examples, answers, self._settings.scorer, self._settings.mode
         )
 
@@ -190,7 +190,7 @@ class _PreparedImages:
     def part(self, start: int, stop: int) -> _PreparedImages:
         return _PreparedImages(self._task, self._examples[start:stop])
 
-    def ask(self, model: Any, batch_size: int | None, advance: Progress) -> list[Record]:
+    def run(self, model: Any, batch_size: int | None, advance: Progress) -> list[Record]:
         classifier, processor = model
         answers = classify(
             classifier,
@@ -237,13 +237,13 @@ class _PreparedHarnessTask:
         stop = min(stop, self.size)
         return _PreparedHarnessTask(self._task, self._skipped + stop, self._skipped + start)
 
-    def ask(self, model: Any, batch_size: int | None, advance: Progress) -> list[Record]:
+    def run(self, model: Any, batch_size: int | None, advance: Progress) -> list[Record]:
         if not isinstance(model, LocalModel):
             raise UsageError(
                 f"{self.name} runs in lm-evaluation-harness, which needs the backend transformers. "
                 "Leave --backend out."
             )
-        answers = self._task.ask(
+        answers = self._task.run(
             model.model,
             model.tokenizer,
             rows=self._rows,

@@ -162,7 +162,7 @@ def cached_answers(
                     model = stack.enter_context(group.active(name, progress))
                 progress.waits_for(f"asking {name}: {task.name}")
                 try:
-                    records = task.ask(model, settings.batch_size, progress)
+                    records = task.run(model, settings.batch_size, progress)
                 except UsageError:
                     raise
                 except StarmergeError as error:  # it names the base where the model is an adapter

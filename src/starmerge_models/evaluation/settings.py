@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import get_args
 
 from starmerge_models.errors import UsageError, nearest
-from starmerge_models.evaluation.models.asking import SCORERS
 from starmerge_models.evaluation.models.loading import Dtype
+from starmerge_models.evaluation.models.scorers import SCORERS
 from starmerge_models.evaluation.scoring.matching import Mode
 
 
@@ -16,7 +16,7 @@ class Settings:
     """Settings of an evaluation."""
 
     scorer: str = "generate"
-    """A name of :data:`starmerge_models.evaluation.models.asking.SCORERS`; for tasks of text."""
+    """A name of :data:`starmerge_models.evaluation.models.scorers.SCORERS`; for tasks of text."""
     mode: Mode = "strict"
     """How responses are parsed; "reference" for comparison with published numbers."""
     rows: int | None = None

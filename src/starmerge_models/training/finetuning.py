@@ -19,8 +19,13 @@ from torch import Tensor
 from starmerge_models.checkpoints.side_files import side_files
 from starmerge_models.checkpoints.source import resolve_local
 from starmerge_models.errors import StarmergeError, UsageError
-from starmerge_models.evaluation.models.asking import LocalModel, ask, prompter_of, scored
 from starmerge_models.evaluation.models.loading import load_model
+from starmerge_models.evaluation.models.scorers import (
+    LocalModel,
+    prompter_of,
+    run_scorer,
+    score_answers,
+)
 from starmerge_models.evaluation.scoring.metrics import Score
 from starmerge_models.evaluation.tasks.task import Task
 from starmerge_models.progress import progress_bar
@@ -118,8 +123,8 @@ def finetune(
             # A whole model is scored in float32, with the stored values.
             parameter.data = rounded.float() if recipe.full else rounded
     with progress_bar(f"scoring {task.name}", len(examples), show=progress) as advance:
-        answers = ask(LocalModel(adapted.eval(), tokenizer), task, examples, advance=advance)
-    score = scored(task, examples, answers)
+        answers = run_scorer(LocalModel(adapted.eval(), tokenizer), task, examples, advance=advance)
+    score = score_answers(task, examples, answers)
     result = Finetuned(tuple(losses), score)
     with output_folder(output) as made:
         folder = made.path

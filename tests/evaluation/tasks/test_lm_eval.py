@@ -21,8 +21,8 @@ from transformers import (
 import starmerge_models.demo
 from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.evaluation.cache import Record
-from starmerge_models.evaluation.models.asking import LocalModel
 from starmerge_models.evaluation.models.loading import AdapterSwitch
+from starmerge_models.evaluation.models.scorers import LocalModel
 from starmerge_models.evaluation.prepared_tasks import PreparedTask, prepare
 from starmerge_models.evaluation.scoring.metrics import Score
 from starmerge_models.evaluation.settings import Settings
@@ -136,7 +136,7 @@ def reported(folder: Path, smollm2: Path) -> dict[str, Any]:
 
 def scored(task: HarnessTask, model: Any, tokenizer: Any, **options: Any) -> Score:
     """Ask a model a task, and score what it answers."""
-    return task.score(task.ask(model, tokenizer, **options))
+    return task.score(task.run(model, tokenizer, **options))
 
 
 def load(folder: Path, name: str) -> HarnessTask:
@@ -247,7 +247,7 @@ def test_rows_may_be_asked_part_by_part(
     assert len({json.dumps(part.key_fields) for part in (whole, *parts)}) == 4
 
     def ask(task: PreparedTask) -> list[Record]:
-        return task.ask(model, None, lambda rows: None)
+        return task.run(model, None, lambda rows: None)
 
     assert [record for part in parts for record in ask(part)] == ask(whole)
 

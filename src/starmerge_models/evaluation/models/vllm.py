@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from starmerge_models.errors import StarmergeError, UsageError
-from starmerge_models.evaluation.models.asking import Advance, Backend
 from starmerge_models.evaluation.models.loading import Dtype, dtype_name
+from starmerge_models.evaluation.models.scorers import Advance, Backend
 from starmerge_models.reading import read_json
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

@@ -80,7 +80,7 @@ class HarnessTask:
         """Return how many rows there are among the first ``rows``."""
         return sum(1 for _ in self.task.doc_iterator(limit=rows))
 
-    def ask(
+    def run(
         self,
         model: Any,
         tokenizer: Any,

@@ -266,9 +266,7 @@ def grouped_conflict(measures: Iterable[TensorMeasures]) -> float | None:
 
 
 def _place(measures: Sequence[TensorMeasures], sums: Sums) -> Record:
-    shapes = [
-        own for tensor in measures for own in tensor.spectra if own is not None and own.rank
-    ]
+    shapes = [own for tensor in measures for own in tensor.spectra if own is not None and own.rank]
     keys = ("rank", "kept", "effective_rank", "stable_rank", "top_share")
     record: Record = {
         "tensors": len(measures),

@@ -150,7 +150,7 @@ def check_scorer(scorer: str, task: Task, examples: Sequence[Example]) -> None:
                 )
 
 
-def ask(
+def run_scorer(
     model: Backend,
     task: Task,
     examples: Sequence[Example],
@@ -235,7 +235,7 @@ def predictions(
     return found
 
 
-def scored(
+def score_answers(
     task: Task,
     examples: Sequence[Example],
     answers: Sequence[Answer],
