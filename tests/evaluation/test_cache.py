@@ -307,7 +307,7 @@ def test_processes_that_write_one_file_at_once_leave_a_whole_one(tmp_path: Path)
 def test_a_disk_that_takes_nothing_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     cache = ScoreCache(tmp_path / "file" / "scores")
-    with pytest.warns(UserWarning, match=r"could not be kept in .*scores, and will be asked for"):
+    with pytest.warns(UserWarning, match=r"could not be cached in .*scores, and the next run"):
         cache.put(KEY, RECORDS)
     assert cache.get(KEY) is None
     assert cache.size == 0

@@ -76,7 +76,7 @@ def test_what_is_wrong_with_a_suite_is_said_before_anything_is_merged(tmp_path: 
         run_suite(suite, out, tasks=["sst3"])
     with pytest.raises(UsageError, match="Did you mean 'star'"):
         run_suite(suite, out, methods=["starr"])
-    with pytest.raises(UsageError, match="the dataset .* cannot be had"):
+    with pytest.raises(UsageError, match="the dataset .* cannot be loaded"):
         run_suite(suite, out, tasks=["sst2"])
     with pytest.raises(UsageError, match="Did you mean 'flan-t5'"):
         find_suite("flan-t6")

@@ -12,7 +12,7 @@ from starmerge_models.errors import UsageError
 
 if TYPE_CHECKING:
     from starmerge_models.evaluation.cache import ScoreCache
-    from starmerge_models.evaluation.sheets import AnyTask
+    from starmerge_models.evaluation.prepared_tasks import AnyTask
     from starmerge_models.study.suite import SuiteResult
 
 Tasks = Annotated[

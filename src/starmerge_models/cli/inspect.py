@@ -92,12 +92,15 @@ def inspect(
     with importing():
         from starmerge_models.methods.pipeline import as_pipeline
         from starmerge_models.recipe import parse_models, paths_by_name
-        from starmerge_models.study.inspected import check_folder, write_inspection
         from starmerge_models.study.inspection.run import inspect as run
+        from starmerge_models.study.inspection_files import (
+            check_inspection_folder,
+            write_inspection,
+        )
 
     asking.check_report(report, overwrite=overwrite)
     if output is not None:
-        check_folder(output, overwrite=overwrite)
+        check_inspection_folder(output, overwrite=overwrite)
     if weight and not method:
         raise UsageError("--weight is for the merges of --method. Give one, or leave it out.")
     entries = weighted(parse_models(models), weight or [])

@@ -118,8 +118,8 @@ def study(
     Example: starmerge study runs
     """
     with importing():
-        from starmerge_models.study.execute import Laboratory
-        from starmerge_models.study.store import check_same, is_store, load_store
+        from starmerge_models.study.execute import StudyRunner
+        from starmerge_models.study.store import check_compatible, is_store, load_store
         from starmerge_models.study.study_file import find_study, studies
 
     printer = Printer(as_json)
@@ -173,7 +173,7 @@ def study(
 
         # A model is asked by one thread at a time.
         workers = RayExecutor(address, threads=threads, places=1)
-    laboratory = Laboratory(
+    runner = StudyRunner(
         chosen,
         chosen.settings(batch_size=batch_size, device=device),
         cache=asking.cache_of(no_cache),
@@ -183,21 +183,21 @@ def study(
         known_runs = None
         if output is not None and is_store(output):
             known_runs = load_store(output)
-            check_same(output, known_runs.head, laboratory.head())
-        estimate = laboratory.estimate(known_runs)
+            check_compatible(output, known_runs.head, runner.head())
+        estimate = runner.estimate(known_runs)
         printer.result(asdict(estimate))
         printer.text(str(estimate))
         return
     assert output is not None  # or the study was shown
-    with laboratory.opened(output, retry=retry) as store:
-        laboratory.run(store, executor=workers, progress=True)
+    with runner.opened(output, retry=retry) as store:
+        runner.run(store, executor=workers, progress=True)
         _draw(store, report, printer, overwrite=overwrite)
 
 
 def _draw(store: Store, report: Path | None, printer: Printer, *, overwrite: bool) -> None:
     """Write tables, figures and page of a store, and print the tables."""
     from starmerge_models.evaluation.results import without_nan
-    from starmerge_models.study.outcome import FIGURES, averages_of, write_figures, write_tables
+    from starmerge_models.study.outputs import FIGURES, averages_of, write_figures, write_tables
 
     averages = averages_of(store)
     tables = write_tables(averages)

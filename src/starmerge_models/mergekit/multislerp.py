@@ -27,9 +27,9 @@ def multislerp(
 
     The vectors x_i are the task vectors, or the weights W_i themselves, each tensor as one vector.
     With u_i = x_i / (‖x_i‖ + ε) and the weighted mean of directions m = Σ w_i u_i, the result is
-    cos(ε) · (Σ w_i ‖x_i‖) · m / ‖m‖. mergekit writes it as an exponential map at m/‖m‖ of the
-    weighted mean of the u_i in the tangent space there, which is zero: the u_i are projected at
-    their own weighted mean. What it adds is rounding.
+    cos(ε) · (Σ w_i ‖x_i‖) · m / ‖m‖. mergekit formulates it as an exponential map at m/‖m‖ of the
+    weighted mean of the u_i in the tangent space there. This mean is zero, as the u_i are projected
+    at their own weighted mean, so the map only adds rounding errors.
 
     Source: mergekit 0.1.5, ``merge_methods/multislerp.py``; goddard.blog/posts/multislerp.
 
@@ -41,8 +41,8 @@ def multislerp(
         eps: ε.
 
     Raises:
-        StarmergeError: The directions of three or more models cancel. Those of two are added up as
-            Σ w_i x_i.
+        StarmergeError: The directions of three or more models cancel. If two models cancel, the
+            result is Σ w_i x_i.
     """
     w = torch.tensor(tensor.weights, dtype=torch.float64)
     if normalize:
@@ -58,7 +58,7 @@ def multislerp(
             if len(w) > 2 and norms.any():
                 raise StarmergeError(
                     f"multislerp: the weighted directions of the models cancel in {tensor.name}, "
-                    "so there is none between them. Change the weights a little."
+                    "so there is no mean direction. Change the weights a little."
                 )
             return w
         return math.cos(eps) * (w @ norms) / mean_norm * u
