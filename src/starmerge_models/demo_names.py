@@ -49,8 +49,8 @@ def demo_folder(name: str) -> Path:
     if short not in adapters:
         meant = [f" Did you mean {PREFIX}{other}?" for other in near(short, [BASE, *adapters])]
         raise UsageError(
-            f"The demo has no model {name!r}.{''.join(meant[:1])} It has "
-            f"{PREFIX}{BASE}, {', '.join(adapter_names())}. A folder that is called so is written ./{name}."
+            f"The demo has no model {name!r}.{''.join(meant[:1])} It has {PREFIX}{BASE}, "
+            f"{', '.join(adapter_names())}. A folder that is called so is written ./{name}."
         )
     return adapters[short]
 
