@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ROWS ?= 100
 DEMO_OUTPUT ?= demo-output
+FRESH_PYTHONS ?= $(PYTHON)
 FUZZ_MINUTES ?= 60
 FUZZ_SEED ?= 0
 KILLS ?= 500
@@ -20,7 +21,7 @@ VERSION_TESTS ?= tests/test_recipe.py tests/evaluation/models/test_forward.py \
 	tests/evaluation/tasks/test_sources.py tests/checkpoints/lora/test_adapter.py \
 	tests/merging/test_in_memory.py tests/training
 
-.PHONY: demo test test-oldest test-newest soak kills full-disk permissions bad-reads races fuzz azure lint types base docs bench clean
+.PHONY: demo test test-oldest test-newest fresh dist soak kills full-disk permissions bad-reads races fuzz azure lint types base docs bench clean
 
 # Merge the adapters that come with the package, score everything, draw the chart.
 demo: base
@@ -38,6 +39,16 @@ test-oldest: $(VENV)-oldest/ready base
 
 test-newest: $(VENV)-newest/ready base
 	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest $(VERSION_TESTS)
+
+# The wheels in fresh environments of the Pythons FRESH_PYTHONS, with all that they need from the
+# package index. Several GB each, as above.
+fresh: $(VENV)/ready
+	FRESH_PYTHONS='$(FRESH_PYTHONS)' $(BIN)/pytest tests/test_release.py
+
+# The wheels and source distributions of both packages.
+dist: $(VENV)/ready
+	$(BIN)/python -m hatchling build -d '$(abspath dist)'
+	cd packages/demo && '$(abspath $(BIN))/python' -m hatchling build -d '$(abspath dist)'
 
 # The soak: docs/reliability.md says what each promises. The suite tries a little of each, with other
 # draws by SOAK_SEED=N.

@@ -50,7 +50,7 @@ def demo_folder(name: str) -> Path:
         meant = [f" Did you mean {PREFIX}{other}?" for other in near(short, [BASE, *adapters])]
         raise UsageError(
             f"The demo has no model {name!r}.{''.join(meant[:1])} It has {PREFIX}{BASE}, "
-            f"{', '.join(adapter_names())}. Write a folder of that name as ./{name}."
+            f"{', '.join(adapter_names())}. A folder that is called so is written ./{name}."
         )
     return adapters[short]
 
