@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftMixedModel, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from starmerge_models.checkpoints.base import is_embedding_name
+from starmerge_models.checkpoints.finetuned import difference
 from starmerge_models.checkpoints.lora.config import AdapterConfig, checked_config
 from starmerge_models.checkpoints.lora.dora import dora_delta
 from starmerge_models.checkpoints.lora.file import Module, adapter_config, target_modules
@@ -67,6 +69,19 @@ class AdaptedLayer:
             return None
         return int(self.factors(adapter)[0].shape[0])
 
+    def dtype(self, adapters: Iterable[str]) -> torch.dtype:
+        """Return the narrowest dtype that holds the factors of some adapters."""
+        factors = (factor.dtype for adapter in adapters for factor in self.factors(adapter))
+        return reduce(torch.promote_types, factors)
+
+    def check_base(self, where: str) -> None:
+        """Make sure that the weight has values that can be computed with.
+
+        Raises:
+            UsageError: It is quantised or offloaded.
+        """
+        check_readable(self.layer.get_base_layer().weight, where)
+
     def base(self) -> Tensor:
         """Return the weight that the adapters are added to, on the CPU in its own dtype."""
         weight: Tensor = self.layer.get_base_layer().weight
@@ -106,9 +121,10 @@ class AdaptedLayer:
                 f"{where}, a convolution in groups. Its factors mix the groups, which the base's "
                 "weight cannot. Train without it in target_modules."
             )
-        needed = [A, B, *([] if self.rank(adapter) else [self.layer.get_base_layer().weight])]
-        for tensor in needed:
-            check_readable(tensor, where)
+        for factor in (A, B):
+            check_readable(factor, where)
+        if self.rank(adapter) is None:
+            self.check_base(where)
         now, initial = float(self.layer.scaling[adapter]), _initial_scale(self.layer, adapter)
         if not math.isclose(now, initial, rel_tol=_ROUNDING):
             raise UsageError(
@@ -116,6 +132,81 @@ class AdaptedLayer:
                 "scaled it in the model, as set_adapters does with adapter_weights. Set it back to "
                 "1, and give the factor to the merge as a weight (weights=[…])."
             )
+
+
+@dataclass(frozen=True, eq=False)
+class SavedTensor:
+    """A tensor of a module that some adapters replace whole (``modules_to_save``)."""
+
+    name: str
+    """Its name in the model; in a pipeline behind that of the component."""
+    wrapper: ModulesToSaveWrapper
+    path: str
+    """The module's name in the model."""
+    key: str
+    """The tensor's name in the module."""
+    is_embedding: bool
+
+    @property
+    def weight(self) -> str:
+        """Its name."""
+        return self.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the base's tensor."""
+        return tuple(self._base.shape)
+
+    def dtype(self, adapters: Iterable[str]) -> torch.dtype:
+        """Return the dtype of the base's tensor, which the merged one gets."""
+        return self._base.dtype
+
+    def check_base(self, where: str) -> None:
+        """Do nothing: the base's tensor is checked together with each adapter's."""
+
+    def has(self, adapter: str) -> bool:
+        """Tell whether an adapter replaces the tensor."""
+        return adapter in self.wrapper.modules_to_save
+
+    def rank(self, adapter: str) -> None:
+        """Return None: the change is dense."""
+        return
+
+    def base(self) -> Tensor:
+        """Return the tensor that the adapters replace, on the CPU in its own dtype."""
+        return self._base.detach().cpu()
+
+    def delta(self, adapter: str) -> Delta:
+        """Return the difference of an adapter's tensor from the base's, on the CPU."""
+        return difference(self._tuned(adapter).detach().cpu(), self.base())
+
+    def check(self, adapter: str) -> None:
+        """Make sure that both tensors have values that can be subtracted.
+
+        Raises:
+            UsageError: One is quantised or offloaded, or the module was resized.
+        """
+        where = f"The adapter {adapter!r} replaces {self.name}"
+        tuned = self._tuned(adapter)
+        for tensor in (tuned, self._base):
+            check_readable(tensor, where)
+        if tuned.shape != self._base.shape:
+            raise UsageError(
+                f"{where} with the shape {list(tuned.shape)}, in the base it is "
+                f"{list(self._base.shape)}. Resized modules are not merged."
+            )
+
+    def put(self, adapter: str, values: Tensor) -> None:
+        """Give an adapter's tensor its values, and let none of its module be trained."""
+        self.wrapper.modules_to_save[adapter].requires_grad_(False)
+        self._tuned(adapter).copy_(values)
+
+    @property
+    def _base(self) -> Tensor:
+        return _tensors(self.wrapper.original_module)[self.key]
+
+    def _tuned(self, adapter: str) -> Tensor:
+        return _tensors(self.wrapper.modules_to_save[adapter])[self.key]
 
 
 def check_readable(tensor: Tensor, where: str) -> None:
@@ -156,6 +247,28 @@ class Component:
             for name, module in _lora_layers(self.model, *self.configs)
         }
 
+    @cached_property
+    def saved(self) -> list[SavedTensor]:
+        """The weights of the modules that some adapter replaces whole; not counters of steps."""
+        return [
+            SavedTensor(
+                self.named(f"{name}.{key}"),
+                module,
+                name,
+                key,
+                self._is_table(f"{name}.{key}", tensor.shape, module),
+            )
+            for name, module in self.model.named_modules()
+            if isinstance(module, ModulesToSaveWrapper)
+            for key, tensor in _tensors(module.original_module).items()
+            if tensor.is_floating_point() or tensor.ndim > 0
+        ]
+
+    @property
+    def places(self) -> list[AdaptedLayer | SavedTensor]:
+        """All that adapters change."""
+        return [*self.layers.values(), *self.saved]
+
     def named(self, name: str) -> str:
         """Return a name of the model's with the component's before it."""
         return f"{self.name}.{name}" if self.name else name
@@ -188,7 +301,7 @@ class Component:
     @property
     def modules(self) -> Iterator[str]:
         """The names of the model's own modules, without what PEFT has put into them."""
-        layers = tuple(f"{name}." for name in self.layers)
+        layers = tuple(f"{name}." for name in (*self.layers, *(s.path for s in self.saved)))
         for name, _ in self.model.named_modules():
             if name and not name.startswith(layers):
                 yield name
@@ -198,6 +311,7 @@ class Component:
         adapter: str,
         r: int,
         factors: Mapping[str, tuple[Tensor, Tensor]],
+        whole: Mapping[str, Mapping[str, Tensor]],
         like: Sequence[str],
     ) -> None:
         """Add an adapter of the scale 1; if that fails, the model is as it was.
@@ -210,8 +324,9 @@ class Component:
             r: Its rank.
             factors: A and B as matrices (k, in·k') and (out, k) with k ≤ r, by the names of the
                 layers in this model.
-            like: Names of adapters on whose device the factors go, being that of the first of them
-                that changes the layer.
+            whole: Tensors of modules that it replaces, by the names of module and tensor.
+            like: Names of the merged adapters. Factors go where those of the first of them lie that
+                changes the layer.
         """
         adapted = {name: self.layers[name].module for name in factors}
         own = [self.configs[name] for name in like if name in self.configs]
@@ -220,7 +335,7 @@ class Component:
             adapted.values(),
             r=r,
             targets=target_modules(list(adapted), [n for n in self.modules if n not in adapted]),
-            saved=[],
+            saved=sorted({end for config in own for end in config.modules_to_save or ()}),
             base_name=own[0].base_model_name_or_path,
             task_type=tasks.pop() if len(tasks) == 1 else None,
         )
@@ -229,15 +344,19 @@ class Component:
             try:
                 inject_adapter_in_model(LoraConfig(**content), self.model, adapter)
                 added = {name for name, module in _lora_layers(self.model, adapter)}
-                if added != set(factors):
+                added |= {saved.path for saved in self.saved if saved.has(adapter)}
+                if added != {*factors, *whole}:
                     raise StarmergeError(
                         f"PEFT has added {adapter!r} to other layers than asked for, such as "
-                        f"{min(added ^ set(factors))}."
+                        f"{min(added ^ {*factors, *whole})}."
                     )
                 for name, pair in factors.items():
                     layer = self.layers[name]
                     device = layer.factors(next(n for n in like if layer.has(n)))[0].device
                     _put(layer.layer, adapter, [factor.to(device) for factor in pair])
+                for saved in self.saved:
+                    if saved.has(adapter):
+                        saved.put(adapter, whole[saved.path][saved.key])
             except BaseException:
                 self.remove(adapter)
                 raise
@@ -247,6 +366,8 @@ class Component:
         with _unchanged(self.model):
             for layer in self.layers.values():
                 layer.layer.delete_adapter(adapter)
+            for saved in self.saved:
+                saved.wrapper.delete_adapter(adapter, new_active_adapters=None)
             self.model.peft_config.pop(adapter, None)  # type: ignore[union-attr, operator]
 
     def _layer(self, name: str, layer: LoraLayer) -> AdaptedLayer:
@@ -257,10 +378,14 @@ class Component:
         A, B = _factors(layer, next(name for name in self.configs if _has(layer, name)))
         shape = (B.shape[0], *A.shape[1:])
         shape = shape[::-1] if module.flips else shape
+        is_table = self._is_table(name, shape, layer)
+        return AdaptedLayer(self.named(name), layer, module, shape, is_table)
+
+    def _is_table(self, name: str, shape: Sequence[int], module: nn.Module) -> bool:
+        """Tell whether each row of a weight stands for a token or a position."""
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         is_named = any(map(is_embedding_name, self.named(name).lower().split(".")))
-        is_table = len(shape) == 2 and (is_named or layer is head)
-        return AdaptedLayer(self.named(name), layer, module, shape, is_table)
+        return len(shape) == 2 and (is_named or module is head)
 
 
 def components_of(model: object) -> list[Component]:
@@ -269,19 +394,14 @@ def components_of(model: object) -> list[Component]:
     Raises:
         UsageError: Nothing does.
     """
-    if isinstance(model, PeftModel):
-        return [Component("", model.get_base_model(), model.peft_config)]
     if hasattr(model, "_orig_mod"):
         raise UsageError("The model is compiled. Give the plain one: model._orig_mod.")
-    if isinstance(model, nn.Module) and not isinstance(model, PeftMixedModel):
-        found = [Component("", model, getattr(model, "peft_config", {}))]
-    else:
-        parts = getattr(model, "components", None)
-        found = [
-            Component(name, part, getattr(part, "peft_config", {}))
-            for name, part in (parts.items() if isinstance(parts, dict) else ())
-            if isinstance(part, nn.Module)
-        ]
+    parts = {"": model} if isinstance(model, nn.Module) else getattr(model, "components", None)
+    found = [
+        _component(name, part)
+        for name, part in (parts.items() if isinstance(parts, dict) else ())
+        if isinstance(part, nn.Module)
+    ]
     holding = [component for component in found if component.configs]
     if not holding:
         raise UsageError(
@@ -290,6 +410,21 @@ def components_of(model: object) -> list[Component]:
             "adapter_name)."
         )
     return holding
+
+
+def _component(name: str, model: nn.Module) -> Component:
+    if isinstance(model, PeftMixedModel):
+        raise UsageError(
+            "A PeftMixedModel holds adapters of several kinds. Load those of LoRA into a PeftModel."
+        )
+    if isinstance(model, PeftModel):
+        return Component(name, model.get_base_model(), model.peft_config)
+    return Component(name, model, getattr(model, "peft_config", {}))
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's parameters and buffers, detached and sharing their memory, by name."""
+    return {str(name): tensor for name, tensor in module.state_dict().items()}
 
 
 def _lora_layers(model: nn.Module, *adapters: str) -> Iterator[tuple[str, LoraLayer]]:
