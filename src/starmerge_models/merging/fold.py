@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from starmerge_models.deltas import Delta, LowRank, wide
+from starmerge_models.deltas import Delta, LowRank, compute_dtype
 
 FOLD_ENTRIES = 2**19
 """Entries of a weight that are merged at once: whole rows, at least one."""
@@ -46,7 +46,7 @@ class Fold:
         weight, dtype = self._base.reshape(self._delta.shape), self._dtype
         m, n = self._delta.shape
         height = max(1, min(m, FOLD_ENTRIES // max(1, n)))
-        exact, total = torch.empty(2, height, n, dtype=wide(weight.dtype))
+        exact, total = torch.empty(2, height, n, dtype=compute_dtype(weight.dtype))
         panel = torch.empty(0 if merged is not None else height, n, dtype=dtype)
         rows_of = _rows(self._delta, height)
         # What the output's dtype makes of the base is no part of the update.

@@ -46,7 +46,7 @@ def merge_state(
         ValueError: Two models disagree on the shape of a tensor, or one has a NaN or an infinity.
     """
     has_dense = any(isinstance(delta, Dense) for model in deltas for delta in model.values())
-    pipeline, _ = as_pipeline(method).chosen(has_dense=has_dense)
+    pipeline, _ = as_pipeline(method).resolve_auto(has_dense=has_dense)
     check_one_update(pipeline)
     if pipeline.merge.needs_base:
         raise UsageError(

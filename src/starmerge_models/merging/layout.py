@@ -14,7 +14,7 @@ from starmerge_models.checkpoints.layers import layers
 from starmerge_models.checkpoints.metric import Metric
 from starmerge_models.checkpoints.models import FineTune
 from starmerge_models.checkpoints.tensors import MERGEABLE, TensorInfo, stored_of
-from starmerge_models.deltas import matrix_shape, wide
+from starmerge_models.deltas import compute_dtype, matrix_shape
 from starmerge_models.errors import StarmergeError
 from starmerge_models.merging.metric import inputs_of, wanted
 from starmerge_models.methods.memory import DeltaShape, InputsShape, TensorShape
@@ -137,7 +137,7 @@ class PlannedTensor:
             pipeline: The chain.
             tasks: Names of all models of the merge.
         """
-        name, width = self.source.name, wide(self.source.dtype).itemsize
+        name, width = self.source.name, compute_dtype(self.source.dtype).itemsize
         deltas = tuple(
             DeltaShape(model.rank(name), width * self.source.size * self._is_computed(model))
             for model in self.models.values()

@@ -247,7 +247,7 @@ def choose(
     pipeline: Pipeline, models: Collection[FineTune], metric: Metric | None
 ) -> tuple[Pipeline, str | None]:
     """Return the chain that merges some models, and the reason if ``auto`` stands for it."""
-    return pipeline.chosen(
+    return pipeline.resolve_auto(
         [model.name for model in models],
         has_dense=any(model.rank(name) is None for model in models for name in model.tensors),
         prompts=None if metric is None else metric.tasks,
@@ -303,7 +303,9 @@ def check_merge(
     )
     return tuple(
         replace(t, models={})
-        if t.models and t.repeats_base and pipeline.merge.leaves(t.context(tasks, weights, None))
+        if t.models
+        and t.repeats_base
+        and pipeline.merge.keeps_base(t.context(tasks, weights, None))
         else t
         for t in planned
     )

@@ -12,7 +12,7 @@ from starmerge_models.merging.fold import factors_of
 from starmerge_models.spectral import svd
 from starmerge_models.spectral.gram import svd_dense_bytes
 from starmerge_models.spectral.leading import leading, leading_bytes
-from starmerge_models.spectral.svd import SVD, certainly
+from starmerge_models.spectral.svd import SVD, with_exact_fallback
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ def approximated(delta: Delta, rank: int) -> Approximated:
             return Approximated(left, right, delta.frobenius(), 0.0)
         return _composed(*leading(delta, rank))
     decomposed = svd(delta)
-    first = certainly(decomposed, lambda sure: sure.first(rank))
+    first = with_exact_fallback(decomposed, lambda sure: sure.first(rank))
     return _composed(first, float(decomposed.S[len(first.S) :].square().sum()))
 
 
