@@ -250,9 +250,9 @@ def merge(
         emit(Note(left))
     started = time.monotonic()
     result = run(plan, workers, fresh=fresh, progress=True)
-    if result.taken_up:
+    if result.resumed:
         print(
-            f"{result.taken_up} of {len(plan.tensors)} tensors were there already, written by an "
+            f"{result.resumed} of {len(plan.tensors)} tensors were there already, written by an "
             "earlier run that was killed."
         )
     print(f"{plan.recipe.method}: {result.report.summary()}")
@@ -274,7 +274,7 @@ def _merge_steps(
     """Carry out the merges that the last one is made of; return whether that one can be planned."""
     from starmerge_models.merging.engine import run
     from starmerge_models.merging.plan import make_plan
-    from starmerge_models.merging.steps import is_there
+    from starmerge_models.merging.steps import is_up_to_date
     from starmerge_models.storage import exists, storage_of
 
     storage_of(output).check_output(output, overwrite=overwrite)
@@ -286,7 +286,7 @@ def _merge_steps(
         if dry_run:
             _print_plan(plan, workers)
             continue
-        if not fresh and is_there(plan, progress=True):
+        if not fresh and is_up_to_date(plan, progress=True):
             print(f"{step.name}: {step.output} is there already.")
             continue
         storage_of(step.output).check_output(step.output, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""Merging deltas that are in memory."""
+"""Merging of deltas in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starmerge_models.merging.executors.threads import Threads
 from starmerge_models.methods.method import Deltas, Method, TensorContext
 from starmerge_models.methods.pipeline import Pipeline, as_pipeline
 
-_Seen = TypeVar("_Seen")
+_Result = TypeVar("_Result")
 
 
 def merge_state(
@@ -26,23 +26,23 @@ def merge_state(
 ) -> dict[str, Delta]:
     """Merge deltas that are in memory.
 
-    Names mean nothing here: no tensor counts as an embedding. The result does not depend on
+    Names have no meaning here: no tensor is treated as an embedding. The result does not depend on
     ``threads``.
 
     Args:
-        deltas: For each model, the delta of each tensor it changes, by name.
-        method: A method, a chain of some, or a name such as "star+ties".
+        deltas: For each model, the deltas of the tensors that it changes, by name.
+        method: A method, a chain, or a name such as "star+ties".
         weights: Factors of the task vectors, one for each model; by default all are 1.
-        threads: How many tensors are merged at once; by default as many as for
+        threads: Number of tensors merged at the same time; by default as many as for
             :func:`starmerge_models.merge`.
 
     Returns:
-        For each tensor that some model changes, what to add to the base. Dense results are
+        For each tensor that some model changes, the update to add to the base. Dense results are
         matrices (m, n); see :func:`starmerge_models.deltas.matrix_shape`.
 
     Raises:
-        UsageError: The method needs what deltas in memory do not have, or its parameters and the
-            weights do not fit them.
+        UsageError: The method needs the base or a metric, or its parameters or the weights do not
+            fit the deltas.
         ValueError: Two models disagree on the shape of a tensor, or one has a NaN or an infinity.
     """
     has_dense = any(isinstance(delta, Dense) for model in deltas for delta in model.values())
@@ -91,19 +91,19 @@ def merge_all(
     """Merge every tensor of a model whose deltas are in memory.
 
     Args:
-        pipeline: The chain, of a merge that makes one update for all tasks.
-        names: Of the tensors that some model changes, in the order in which methods see them.
-        inputs: Gives the deltas of a tensor, and what the methods are told of it.
-        executor: What carries it out: threads of this process.
-        memory: Estimates the bytes that merging a tensor takes.
+        pipeline: The chain, whose merge computes one update for all tasks.
+        names: Names of the tensors that some model changes, in the order of processing.
+        inputs: Returns the deltas and the context of a tensor.
+        executor: The executor, with threads of this process.
+        memory: Estimates the memory for merging a tensor, in bytes.
     """
     ordered = list(names)
 
-    def walk(look: Callable[[Deltas, TensorContext], _Seen]) -> Generator[_Seen]:
-        def see(number: int) -> _Seen:
-            return look(*inputs(ordered[number]))
+    def walk(visit: Callable[[Deltas, TensorContext], _Result]) -> Generator[_Result]:
+        def visit_tensor(number: int) -> _Result:
+            return visit(*inputs(ordered[number]))
 
-        job = FunctionJob(see, lambda number: memory(ordered[number]))
+        job = FunctionJob(visit_tensor, lambda number: memory(ordered[number]))
         with closing(executor.run(job, range(len(ordered)))) as seen:
             yield from seen
 
@@ -113,10 +113,10 @@ def merge_all(
 
 
 def check_one_update(pipeline: Pipeline) -> None:
-    """Make sure that a chain makes one update for all tasks.
+    """Check that a chain computes one update for all tasks.
 
     Raises:
-        UsageError: It makes one for each.
+        UsageError: It computes one for each task.
     """
     if "model" not in pipeline.merge.outputs:
         raise UsageError(
