@@ -14,7 +14,7 @@ from starmerge_models.events import bytes_in_words
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from starmerge_models.storage.storage import LeftBehind
+    from starmerge_models.storage.storage import PartialOutput
 
 
 def clean(
@@ -51,7 +51,7 @@ def clean(
     if yes and not delete:
         raise UsageError("--yes answers what --delete asks. Give both.")
     place = place_of(folder)
-    found: Sequence[LeftBehind]
+    found: Sequence[PartialOutput]
     if isinstance(place, RemotePlace):
         found = storage_of(place).leftovers(place)
     elif place.is_dir():
@@ -83,13 +83,13 @@ _IN_WORK = "in work: a process is making it"
 _ONLY_COPY = "the only copy: nothing stands in its place. Rename it, or delete it yourself"
 
 
-def _state(leftover: LeftBehind) -> str:
+def _state(leftover: PartialOutput) -> str:
     if leftover.is_in_work():
         return _IN_WORK
     return _ONLY_COPY if leftover.is_only_copy() else _LEFT
 
 
-def _print(found: Sequence[LeftBehind], states: Sequence[str]) -> None:
+def _print(found: Sequence[PartialOutput], states: Sequence[str]) -> None:
     """Print a table of leftovers: the name last, so that no width cuts it."""
     now = time.time()
     for leftover, state in zip(found, states, strict=True):

@@ -246,7 +246,9 @@ def merge(
         return
     for note in plan.notes:
         emit(Note(note))
-    for left in storage_of(place).remains(place, suffix=fingerprint(plan)) if not fresh else ():
+    for left in (
+        storage_of(place).describe_leftovers(place, suffix=fingerprint(plan)) if not fresh else ()
+    ):
         emit(Note(left))
     started = time.monotonic()
     result = run(plan, workers, fresh=fresh, progress=True)

@@ -167,13 +167,13 @@ def run(
     own = fingerprint(plan)
     storage = storage_of(plan.path)
     if fresh:
-        storage.forget(plan.path, suffix=own)
+        storage.delete_partial(plan.path, suffix=own)
     with ExitStack() as opened:
         # Connect to the cluster first: if this fails, the partial output of an earlier run must
         # not be deleted.
         workers = opened.enter_context(executor)
         is_shared = workers.spans_machines
-        storage.check_room(plan.path, plan.bytes_to_write, suffix=own, is_shared=is_shared)
+        storage.check_free_space(plan.path, plan.bytes_to_write, suffix=own, is_shared=is_shared)
         publishing = storage.publish(
             plan.path,
             overwrite=plan.overwrite,

@@ -207,7 +207,7 @@ def make_plan(recipe: Recipe, path: Place, *, overwrite: bool = False, writes: b
     plan = Plan(pipeline, base, models, tensors, recipe, output, path, overwrite, reason, metric)
     output.check(plan)
     if writes:
-        storage_of(path).check_room(path, plan.bytes_to_write)
+        storage_of(path).check_free_space(path, plan.bytes_to_write)
     files = {file for entry in plan.inputs for file in entry.files}
     files.update(base.made_of)
     if output.needs_base:
