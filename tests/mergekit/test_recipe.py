@@ -21,7 +21,7 @@ from starmerge_models.merging.executors.threads import Threads
 from starmerge_models.merging.plan import make_plan
 from starmerge_models.merging.verify import verify
 from starmerge_models.methods import Sce
-from starmerge_models.methods.kinds.masks import chances_by_rank, l1_factor
+from starmerge_models.methods.kinds.masks import keep_probabilities, l1_factor
 from starmerge_models.recipe import Recipe, make_recipe
 from starmerge_models.recipe_file import load_recipe
 from tests.golden.mergekit.inputs import CONFIG, DTYPES, MODELS, model_tensors, shapes
@@ -365,7 +365,7 @@ def test_the_chances_of_della_are_mergekits(name):
             magnitudes = rows.abs().sort(1).values
             clear = (magnitudes.diff(dim=1) > 0).all(1)  # equal magnitudes: any order is right
             own = resolved(translated_alone(name), tensor)[1][model]
-            ours = chances_by_rank(rows, own["density"], own["epsilon"])
+            ours = keep_probabilities(rows, own["density"], own["epsilon"])
             if clear.any():
                 assert (
                     float((ours - theirs.double())[clear].abs().max()) < 2**-22

@@ -15,7 +15,7 @@ from starmerge_models.events import bytes_in_words
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from starmerge_models.storage.storage import LeftBehind
+    from starmerge_models.storage.storage import PartialOutput
 
 
 def clean(
@@ -56,7 +56,7 @@ def clean(
     if yes and not delete:
         raise UsageError("--yes answers the question of --delete. Give both.")
     place = place_of(folder)
-    found: Sequence[LeftBehind]
+    found: Sequence[PartialOutput]
     if isinstance(place, RemotePlace):
         found = storage_of(place).leftovers(place)
     elif place.is_dir():
@@ -93,13 +93,13 @@ _IN_WORK = "in work: a process is making it"
 _ONLY_COPY = "the only copy: its output does not exist. Rename it, or delete it yourself"
 
 
-def _state(leftover: LeftBehind) -> str:
+def _state(leftover: PartialOutput) -> str:
     if leftover.is_in_work():
         return _IN_WORK
     return _ONLY_COPY if leftover.is_only_copy() else _LEFT
 
 
-def _lines(found: Sequence[LeftBehind], states: Sequence[str]) -> list[str]:
+def _lines(found: Sequence[PartialOutput], states: Sequence[str]) -> list[str]:
     """Return a table of leftovers: the name last, so that no width cuts it."""
     now = time.time()
     return [
@@ -110,7 +110,7 @@ def _lines(found: Sequence[LeftBehind], states: Sequence[str]) -> list[str]:
 
 
 def _records(
-    found: Sequence[LeftBehind], states: Sequence[str], deleted: Sequence[LeftBehind]
+    found: Sequence[PartialOutput], states: Sequence[str], deleted: Sequence[PartialOutput]
 ) -> list[dict[str, Any]]:
     """Return leftovers as plain data, with the time of the last write in seconds since 1970."""
     return [

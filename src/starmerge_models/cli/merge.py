@@ -241,7 +241,9 @@ def merge(
     plan = make_plan(last.recipe, place, overwrite=overwrite)
     for note in plan.notes:
         emit(Note(note))
-    for left in storage_of(place).remains(place, suffix=fingerprint(plan)) if not fresh else ():
+    for left in (
+        storage_of(place).describe_leftovers(place, suffix=fingerprint(plan)) if not fresh else ()
+    ):
         emit(Note(left))
     started = time.monotonic()
     result = run(plan, workers, fresh=fresh, progress=True)
@@ -257,7 +259,7 @@ def merge(
             "output": result.path,
             "is_new": True,
             "seconds": seconds,
-            "tensors_taken_up": result.taken_up,
+            "tensors_resumed": result.resumed,
             "summary": result.report.summary(),
             "report": {name: content[name] for name in content if name not in _LONG_PARTS},
             "steps": steps,
@@ -269,9 +271,9 @@ def merge(
 def _lines_on(plan: Plan, result: MergeResult, seconds: float) -> list[str]:
     """Return lines for people on a finished merge."""
     lines = []
-    if result.taken_up:
+    if result.resumed:
         lines.append(
-            f"{result.taken_up} of {len(plan.tensors)} tensors were there already, written by an "
+            f"{result.resumed} of {len(plan.tensors)} tensors were there already, written by an "
             "earlier run that was killed."
         )
     made = {"gguf": "GGUF"}.get(plan.output.kind, plan.output.kind.capitalize())
@@ -353,7 +355,7 @@ def _carry_out(
     """Carry out the merges that the last one is made of; return a record of each."""
     from starmerge_models.merging.engine import run
     from starmerge_models.merging.plan import make_plan
-    from starmerge_models.merging.steps import is_there
+    from starmerge_models.merging.steps import is_up_to_date
     from starmerge_models.storage import storage_of
 
     if steps:
@@ -363,7 +365,7 @@ def _carry_out(
         # An earlier run may have made this merge, so only an output of another kind is refused.
         plan = make_plan(step.recipe, step.output, overwrite=True)
         record: dict[str, Any] = {"name": step.name, "output": step.output}
-        if not fresh and is_there(plan, progress=True):
+        if not fresh and is_up_to_date(plan, progress=True):
             printer.text(f"{step.name}: {step.output} is there already.")
             records.append(record | {"is_new": False})
             continue

@@ -69,13 +69,13 @@ def check(repo: str | None, step: Step, *, private: bool) -> None:
 def is_made(step: Step) -> bool:
     """Tell whether the output exists, complete, and is of this very merge."""
     from starmerge_models.merging.plan import make_plan
-    from starmerge_models.merging.steps import is_there
+    from starmerge_models.merging.steps import is_up_to_date
     from starmerge_models.storage import exists
     from starmerge_models.storage.publishing import REPORT
 
     if not all(map(exists, (step.output / REPORT, *step.needs))):
         return False
-    return is_there(make_plan(step.recipe, step.output, writes=False), progress=True)
+    return is_up_to_date(make_plan(step.recipe, step.output, writes=False), progress=True)
 
 
 def upload(

@@ -27,11 +27,11 @@ from starmerge_models.mergekit.settings import (
 )
 from starmerge_models.mergekit.single import arcee_fusion, nearswap
 from starmerge_models.methods.dare import kept
-from starmerge_models.methods.della import as_rows, check_chances
+from starmerge_models.methods.della import as_rows, check_keep_probabilities
 from starmerge_models.methods.karcher import Karcher
 from starmerge_models.methods.kinds.combination import combine_bytes
 from starmerge_models.methods.kinds.entrywise import panel_bytes, panels
-from starmerge_models.methods.kinds.masks import chances_by_rank, l1_factor
+from starmerge_models.methods.kinds.masks import keep_probabilities, l1_factor
 from starmerge_models.methods.linear import Linear
 from starmerge_models.methods.memory import DeltaShape, TensorShape, dense_shape
 from starmerge_models.methods.method import (
@@ -78,7 +78,7 @@ class _MergeContext:
     def chosen(self, deltas: Deltas) -> Deltas:
         """Return the deltas of these models, by their index in :attr:`models`."""
         numbers = {name: number for number, name in enumerate(self.models)}
-        return deltas.chosen(
+        return deltas.renumbered(
             {t: numbers[name] for t, name in enumerate(self.tensor.tasks) if name in numbers}
         )
 
@@ -214,7 +214,7 @@ class Mergekit(Merge):
             found = self._resolved(place)
             for own in found.own:
                 if "epsilon" in own:
-                    check_chances(own["density"], own["epsilon"])
+                    check_keep_probabilities(own["density"], own["epsilon"])
             if found.shared.get("normalize_weights") and sums_to_zero(place.weights(found)):
                 raise UsageError(
                     "multislerp: the weights sum to zero, and it divides by their sum. Change one, "
@@ -244,8 +244,8 @@ class Mergekit(Merge):
                     f"base has {' or '.join(map(str, sorted(counts))) or 'none'}."
                 )
 
-    def leaves(self, tensor: TensorContext) -> bool:
-        """True for layers that are passed through unchanged; see :meth:`Merge.leaves`."""
+    def keeps_base(self, tensor: TensorContext) -> bool:
+        """True for layers that are passed through unchanged; see :meth:`Merge.keeps_base`."""
         if self.merge_method != "passthrough":
             return False
         place = self._place(tensor)
@@ -254,16 +254,16 @@ class Mergekit(Merge):
     def memory(self, tensor: TensorShape) -> int:
         """Return the bytes needed; see :meth:`Method.memory`."""
         if self.merge_method in _SUMS:
-            return tensor.held + Linear(normalize=False).memory(tensor)
+            return tensor.deltas_nbytes + Linear(normalize=False).memory(tensor)
         if self.merge_method == "sce":
             return Sce(select_topk=0.5).memory(tensor)
         if self.merge_method == "arcee_fusion":
             # The importance of all entries in float64, and a few panels; a vector is a panel.
-            return tensor.held + 12 * tensor.size + panel_bytes(tensor, 2, numbers=12)
+            return tensor.deltas_nbytes + 12 * tensor.size + panel_bytes(tensor, 2, numbers=12)
         if self.merge_method in ("ram", "ramplus_tl", "nearswap"):
             # A panel of rows of all task vectors, their activity masks, and their shares.
             numbers = 6 * len(tensor.deltas) + 2
-            return tensor.held + 4 * tensor.size + panel_bytes(tensor, numbers=numbers)
+            return tensor.deltas_nbytes + 4 * tensor.size + panel_bytes(tensor, numbers=numbers)
         if self.merge_method not in FAMILY:
             return combine_bytes(tensor, "columns", with_base=True)
         # A mask for each task. While computing a mask: all entries (of factors first in float64),
@@ -271,7 +271,7 @@ class Mergekit(Merge):
         thinning = 0 if FAMILY[self.merge_method].thinning == "none" else 50 * tensor.size
         masks = len(tensor.deltas) * tensor.size
         panels = panel_bytes(tensor, numbers=6 * len(tensor.deltas))
-        return tensor.held + masks + max(thinning, panels + 4 * tensor.size)
+        return tensor.deltas_nbytes + masks + max(thinning, panels + 4 * tensor.size)
 
     def result(self, tensor: TensorShape) -> DeltaShape:
         """Return the shape of the result; see :meth:`Merge.result`."""
@@ -420,7 +420,7 @@ class Mergekit(Merge):
                 return outlier_mask(entries, density, own["gamma"])
             case "ranked":
                 rows = entries.reshape(as_rows(tensor))
-                dropped = 1 - chances_by_rank(rows, density, own["epsilon"]).flatten()
+                dropped = 1 - keep_probabilities(rows, density, own["epsilon"]).flatten()
             case _:
                 dropped = torch.tensor(1 - density, dtype=torch.float64)
         drawn = kept(dropped, self.seed, tensor.tasks[task], tensor.name, entries.numel())

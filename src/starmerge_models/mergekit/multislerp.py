@@ -12,9 +12,9 @@ from starmerge_models.errors import StarmergeError
 from starmerge_models.methods.kinds.combination import (
     base_weight,
     combine,
-    every_task,
-    lengths,
-    update,
+    deltas_of_all_tasks,
+    gram_norms,
+    task_vector_coefficients,
     weights_gram,
 )
 from starmerge_models.methods.method import Deltas, TensorContext
@@ -51,7 +51,7 @@ def multislerp(
     def solve(G: Tensor) -> Tensor:
         if len(w) == 1:
             return torch.ones(1, dtype=torch.float64)
-        norms = lengths(G)
+        norms = gram_norms(G)
         u = w / (norms + eps)
         mean_norm = float((u @ G @ u).clamp(min=0).sqrt())
         if mean_norm < eps:
@@ -63,12 +63,12 @@ def multislerp(
             return w
         return math.cos(eps) * (w @ norms) / mean_norm * u
 
-    vectors = every_task(deltas, tensor)
+    vectors = deltas_of_all_tasks(deltas, tensor)
     if not of_weights:
         return combine(vectors, solve, tensor, "tensor")
 
     def of_all(products: Tensor) -> Tensor:
         c = solve(weights_gram(products)[1:, 1:])
-        return update(torch.cat([torch.zeros(1, dtype=torch.float64), c]))
+        return task_vector_coefficients(torch.cat([torch.zeros(1, dtype=torch.float64), c]))
 
     return combine([base_weight(tensor), *vectors], of_all, tensor, "tensor")

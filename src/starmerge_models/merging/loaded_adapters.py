@@ -25,8 +25,8 @@ from starmerge_models.merging.loaded_layers import (
 )
 from starmerge_models.merging.outputs.adapter import factors_made, overall_error
 from starmerge_models.merging.outputs.approximation import (
-    Approximated,
-    approximated,
+    Approximation,
+    approximate,
     approximation_bytes,
     distance_bytes,
     rounded,
@@ -134,7 +134,7 @@ def merge_adapters(
     factors = check_weights(weights, len(names))
     planned = _planned(components, names, factors)
     dense = any(None in merging.ranks for merging in planned.values())
-    pipeline, reason = as_pipeline(method).chosen(names, has_dense=dense)
+    pipeline, reason = as_pipeline(method).resolve_auto(names, has_dense=dense)
     check_one_update(pipeline)
     contexts = [merging.context for merging in planned.values()]
     pipeline.check(names, factors, list(planned))
@@ -144,7 +144,7 @@ def merge_adapters(
     def inputs(key: str) -> tuple[Deltas, TensorContext]:
         return planned[key].inputs(needs_base=pipeline.merge.needs_base)
 
-    def finish(key: str, delta: Delta) -> Approximated | Folded:
+    def finish(key: str, delta: Delta) -> Approximation | Folded:
         return planned[key].finished(delta, bounds[key])
 
     def memory(key: str) -> int:
@@ -152,7 +152,7 @@ def merge_adapters(
 
     with Threads(threads) as executor:
         made = merge_each(pipeline, planned, inputs, finish, executor, memory)
-    r = max([1, *(own.left.shape[1] for own in made.values() if isinstance(own, Approximated))])
+    r = max([1, *(own.left.shape[1] for own in made.values() if isinstance(own, Approximation))])
     _add(components, planned, made, names, name, r)
     modules = {planned[key].place.name: _told(own) for key, own in made.items()}
     error = overall_error([{"update_norm": m.norm, "error": m.error} for m in modules.values()])
@@ -223,18 +223,18 @@ class _Merging:
         computing = 16 * known.size if known.has_dense else 0  # W and W' of DoRA in float64
         return known.factors(known.total_rank) + computing + pipeline.memory(known) + finishing
 
-    def finished(self, delta: Delta, bound: int) -> Approximated | Folded:
+    def finished(self, delta: Delta, bound: int) -> Approximation | Folded:
         """Return what the merged adapter holds of an update: its factors, or the whole tensor.
 
         Raises:
             StarmergeError: They overflow their dtype.
         """
-        made: Approximated | Folded
+        made: Approximation | Folded
         if isinstance(self.place, SavedTensor):
             made = fold(self.place.base(), delta, self.dtype)
             fits = is_finite(made.weight)
         else:
-            made = rounded(approximated(delta, bound), self.dtype)
+            made = rounded(approximate(delta, bound), self.dtype)
             fits = math.isfinite(made.error)
         if not fits:
             raise StarmergeError(
@@ -338,7 +338,7 @@ def _check_kind(component: Component, adapter: str) -> None:
         )
 
 
-def _told(made: Approximated | Folded) -> MergedModule:
+def _told(made: Approximation | Folded) -> MergedModule:
     if isinstance(made, Folded):
         return MergedModule(None, made.update_norm, 0.0)
     return MergedModule(made.left.shape[1], made.norm, made.error / made.norm if made.norm else 0.0)
@@ -347,7 +347,7 @@ def _told(made: Approximated | Folded) -> MergedModule:
 def _add(
     components: Sequence[Component],
     planned: Mapping[str, _Merging],
-    made: Mapping[str, Approximated | Folded],
+    made: Mapping[str, Approximation | Folded],
     adapters: Sequence[str],
     name: str,
     r: int,
@@ -366,7 +366,7 @@ def _add(
                     assert isinstance(own, Folded)
                     whole.setdefault(place.path, {})[place.key] = own.weight
                 else:
-                    assert isinstance(own, Approximated)
+                    assert isinstance(own, Approximation)
                     factors[place.module.name] = place.module.factors(own.left, own.right)
             if factors or whole:
                 component.add(name, r, factors, whole, adapters)

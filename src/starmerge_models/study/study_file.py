@@ -224,11 +224,15 @@ def load_study(file: Path) -> Study:
     }
     methods = tuple(
         entry.model_copy(
-            update={"method": map_chain(entry.method, lambda part: plugins.beside(part, folder))}
+            update={
+                "method": map_chain(
+                    entry.method, lambda part: plugins.absolute_reference(part, folder)
+                )
+            }
         )
         for entry in study.methods
     )
-    tasks = tuple(plugins.beside(beside(task), folder) for task in study.tasks)
+    tasks = tuple(plugins.absolute_reference(beside(task), folder) for task in study.tasks)
     places = {
         "base": None if study.base is None else beside(study.base),
         "suite": None if study.suite is None else beside(study.suite),

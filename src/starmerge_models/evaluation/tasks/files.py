@@ -65,7 +65,7 @@ def make_task(content: Mapping[str, Any], *, where: str, folder: Path = Path()) 
         raise UsageError(f"{where}: the kind {kind!r} is unknown.{nearest(kind, _KINDS)}")
     model, sources = _KINDS[kind]
     named = {
-        key: plugins.beside(content[key], folder.absolute())
+        key: plugins.absolute_reference(content[key], folder.absolute())
         for key in ("match", "metric")
         if isinstance(content.get(key), str)
     }

@@ -52,7 +52,7 @@ class Source(Data):
             if isinstance(value, Path):
                 places[key] = (folder / value).absolute()
             elif key == "generator" and isinstance(value, str):
-                places[key] = plugins.beside(value, folder.absolute())
+                places[key] = plugins.absolute_reference(value, folder.absolute())
         return self.model_copy(update=places)
 
     def with_all_rows(self) -> Self:

@@ -218,7 +218,7 @@ class _TensorReader:
         tensor = self.tensors[number]
         star = make_pipeline("star")
         merging = max(tensor.memory(chain, self._tasks) for chain in (star, *self._chains))
-        shape = tensor.as_read(star, self._tasks)
+        shape = tensor.tensor_shape(star, self._tasks)
         (m, n), p = shape.matrix, min(shape.matrix)
         ranks = [_triplets(delta, p) for delta in shape.deltas]
         dense = sum(delta.rank is None for delta in shape.deltas)

@@ -12,7 +12,14 @@ from starmerge_models.deltas import Delta, LowRank
 from starmerge_models.methods.denoise import rounding_of
 from starmerge_models.methods.kinds.spectral import is_averaged
 from starmerge_models.methods.method import TensorContext
-from starmerge_models.spectral import SVD, Decomposition, Truncation, certainly, svd, truncation_of
+from starmerge_models.spectral import (
+    SVD,
+    Decomposition,
+    Truncation,
+    svd,
+    truncation_of,
+    with_exact_fallback,
+)
 from starmerge_models.spectral.core_space import FLOAT32_NOISE
 
 LEADING = 128
@@ -118,4 +125,4 @@ def spectrum_of(delta: Delta, tensor: TensorContext, eta: float) -> Spectrum | N
         triplets = SVD(found.U.double(), found.S, found.V.double())
         return Spectrum(values, triplets, truncation, energy, rank)
 
-    return certainly(svd(delta), look)
+    return with_exact_fallback(svd(delta), look)

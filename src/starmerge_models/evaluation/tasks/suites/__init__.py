@@ -54,7 +54,7 @@ def load_suite(file: Path) -> Suite:
     tasks = tuple(
         str(file.parent / task)
         if is_file(file.parent / task)
-        else plugins.beside(task, file.parent)
+        else plugins.absolute_reference(task, file.parent)
         for task in suite.tasks
     )
     return suite.model_copy(update={"models": models, "tasks": tasks})
