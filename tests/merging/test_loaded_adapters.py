@@ -348,8 +348,21 @@ def _factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 @pytest.mark.usefixtures("answers_at_once")
-@pytest.mark.parametrize("kind", ["rslora and patterns", "embedding", "head", "dora"])
-@pytest.mark.parametrize("method", ["auto", "star+ties:eta=60", "dare:seed=3", "lines", "metagpt"])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("rslora and patterns", "auto"),
+        ("embedding", "auto"),
+        ("dora", "auto"),
+        ("head", "star+ties:eta=60"),
+        ("dora", "star+ties:eta=60"),
+        ("embedding", "dare:seed=3"),
+        ("head", "lines"),
+        ("rslora and patterns", "metagpt"),
+        ("dora of an embedding", "metagpt"),
+        ("embedding", "karcher"),
+    ],
+)
 def test_the_files_give_the_same_factors(
     tiny_base: Path, tmp_path: Path, kind: str, method: str
 ) -> None:
@@ -523,11 +536,16 @@ def test_the_base_may_be_quantised_where_factors_are_enough() -> None:
     for adapters, method in ((["first", "third"], "average"), (["first", "second"], "karcher")):
         with pytest.raises(sm.UsageError, match=r"torch\.int8.*unquantised"):
             sm.merge_adapters(model, adapters, method, name="other", rank=4)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):  # two of bitsandbytes' four-bit numbers a byte
+            weight = module.get_base_layer().weight
+            weight.data = torch.zeros(weight.numel() // 4, 1, dtype=torch.bfloat16)
+    with pytest.raises(sm.UsageError, match=r"'third'.*packed.*unquantised"):
+        sm.merge_adapters(model, ["first", "third"], "average", name="other", rank=4)
     assert "other" not in model.peft_config
 
 
-def test_every_dtype_of_config_that_add_weighted_adapter_reads_otherwise() -> None:
-    """What PEFT's own merge makes of rsLoRA and of a sum stands beside ours."""
+def test_what_add_weighted_adapter_makes_of_rslora_is_no_nearer() -> None:
     model = _loaded(_llama(), first={"use_rslora": True}, second={"use_rslora": True})
     expected = METHODS["average"](
         [_updates(model, name, {"use_rslora": True}) for name in ("first", "second")]
@@ -582,7 +600,8 @@ def test_what_no_adapter_can_be_made_of_is_refused_by_name(kind: str) -> None:
         ({"adapters": ["first", "first"]}, "Give each once"),
         ({"name": "second"}, "'second' is loaded already"),
         ({"name": "a.b"}, "without a dot"),
-        ({"name": "keys"}, "none of its methods"),
+        ({"name": "keys"}, "none of its attributes"),
+        ({"name": "training"}, "none of its attributes"),
         ({"name": ""}, "cannot be the name"),
         ({"rank": 0}, "rank is 0"),
         ({"rank": 2.5}, "rank is 2.5"),
@@ -651,6 +670,16 @@ def test_groups_experts_and_offloaded_layers_are_refused() -> None:
     model.base_model.model.model.layers[1].to("meta")
     with pytest.raises(sm.UsageError, match=r"layers\.1.*offloaded"):
         sm.merge_adapters(model, ["first"], "average")
+
+
+def test_adapters_that_change_nothing_are_told() -> None:
+    model = _loaded(_llama(), first={}, second={})
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.delete_adapter("second")
+    with pytest.raises(sm.StarmergeError, match="None of the adapters changes any layer"):
+        sm.merge_adapters(model, ["second"], "average")
+    sm.merge_adapters(model, ["first", "second"], "average")
 
 
 def test_an_adapter_that_diverged_is_told() -> None:

@@ -122,7 +122,8 @@ def merge_adapters(
         UsageError: The model holds no adapters; a name is unknown, or taken; an adapter is of a
             kind that is not merged, merged into the weights, or scaled; the method, its parameters
             or the weights do not fit; the updates have no factors, and no rank is given.
-        StarmergeError: An adapter has a NaN or an infinity; the factors overflow their dtype.
+        StarmergeError: No adapter changes anything; one has a NaN or an infinity; the factors
+            overflow their dtype.
 
     Example:
         ``sm.merge_adapters(model, ["a", "b"], "star+ties:eta=60", rank=16)``
@@ -133,6 +134,8 @@ def merge_adapters(
         raise UsageError(f"rank is {rank!r}. Give a whole number, 1 or more.")
     factors = check_weights(weights, len(names))
     planned = _planned(components, names, factors)
+    if not planned:
+        raise StarmergeError("None of the adapters changes any layer of the model.")
     dense = any(None in merging.ranks for merging in planned.values())
     pipeline, reason = as_pipeline(method).resolve_auto(names, has_dense=dense)
     check_one_update(pipeline)
@@ -274,10 +277,10 @@ def _checked_names(
             f"The adapters are {list(names)}. Give each once, and at least one; a weight lets "
             "one count more."
         )
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise UsageError(
             f"{name!r} cannot be the name of an adapter, which PEFT keeps in a ModuleDict. "
-            "Give a text without a dot that is none of its methods."
+            "Give a text without a dot that is none of its attributes."
         )
     if name in loaded:
         raise UsageError(

@@ -35,6 +35,8 @@ from starmerge_models.errors import StarmergeError, UsageError
 _ROUNDING = 1e-6
 """How much a scale may differ from the one of the adapter's config, relative to it."""
 
+_UNQUANTISED = "Load the base unquantised, or merge the saved adapters with the base's files."
+
 
 @dataclass(frozen=True, eq=False)
 class AdaptedLayer:
@@ -80,7 +82,12 @@ class AdaptedLayer:
         Raises:
             UsageError: It is quantised or offloaded.
         """
-        check_readable(self.layer.get_base_layer().weight, where)
+        weight = getattr(self.layer.get_base_layer(), "weight", None)
+        if weight is None or tuple(weight.shape) != self.shape:
+            raise UsageError(
+                f"{where}, whose weight is packed, and the merge needs its values. {_UNQUANTISED}"
+            )
+        check_readable(weight, where)
 
     def base(self) -> Tensor:
         """Return the weight that the adapters are added to, on the CPU in its own dtype."""
@@ -223,8 +230,7 @@ def check_readable(tensor: Tensor, where: str) -> None:
     if tensor.dtype not in MERGEABLE:
         raise UsageError(
             f"{where}, whose tensors are in {tensor.dtype}, and the merge needs them as "
-            "floating-point numbers. Load the base unquantised, or merge the saved adapters with "
-            "the base's files."
+            f"floating-point numbers. {_UNQUANTISED}"
         )
 
 
