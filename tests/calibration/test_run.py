@@ -471,7 +471,7 @@ def test_an_existing_file_is_replaced_only_if_asked_for_and_a_metric(tmp_path: P
     with pytest.raises(UsageError, match="m.safetensors exists. Choose another file, or replace"):
         calibrate(folder, output, **options)
     assert isinstance(calibrate(folder, output, **options, overwrite=True), Calibrated)
-    with pytest.raises(UsageError, match="is no metric file and is not overwritten"):
+    with pytest.raises(UsageError, match="is not a metric file and is not overwritten"):
         calibrate(folder, folder / "model.safetensors", **options, overwrite=True)
 
 

@@ -381,8 +381,8 @@ def test_what_is_no_whole_merge_is_refused(hub: FakeHub, merged: Path, tmp_path:
     assert "config.json: the bytes are not" in damaged(
         "d", lambda f: (f / "config.json").write_text("{}")
     )
-    assert "../other lies outside of it." in damaged("e", lists_outside)
-    assert "config.json lies outside of it." in damaged("f", links_outside)
+    assert "../other is outside of it." in damaged("e", lists_outside)
+    assert "config.json is outside of it." in damaged("f", links_outside)
     with pytest.raises(sm.UsageError, match="is a single file without a report and a card"):
         sm.push(merged / shard, REPO)
     assert hub.requests == []

@@ -410,7 +410,7 @@ TIES = {
     ("changes", "message"),
     [
         ({"modls": []}, "unknown key 'modls', which mergekit ignores. Did you mean 'models'?"),
-        ({"modules": {}}, "one of the keys 'models', 'slices' and 'modules'"),
+        ({"modules": {}}, "exactly one of 'models', 'slices' and 'modules'"),
         ({"modules": {"default": {}}, "models": None}, "the module 'default' has 'models' or"),
         ({"modules": {"decodr": {}}, "models": None}, "no module is called 'decodr'. Did you"),
         ({"modules": {"decoder": {"sclices": []}}, "models": None}, "a module has the unknown key"),
@@ -430,7 +430,7 @@ TIES = {
         ({"merge_method": "tise"}, "no merge_method is called 'tise'. Did you mean 'ties'?"),
         ({"base_model": None}, "ties needs the key 'base_model'"),
         ({"models": []}, "'models' is empty"),
-        ({"models": None}, "one of the keys 'models', 'slices' and 'modules'"),
+        ({"models": None}, "exactly one of 'models', 'slices' and 'modules'"),
         ({"models": [{"model": "org/base"}]}, "'org/base' is the only model"),
         ({"models": [{"model": "org/a"}, {"model": "org/a"}]}, "'org/a' is listed twice"),
         ({"models": [{"model": "a+b+c"}]}, "'a.b.c' is no model: one adapter may follow"),

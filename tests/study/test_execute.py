@@ -149,7 +149,7 @@ def test_a_study_that_cannot_begin_leaves_nothing(world: World, tmp_path: Path) 
             run_study(changed, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     for place in (world.base / "runs", world.adapters["one"]):
-        with pytest.raises(UsageError, match="lies in the model"):
+        with pytest.raises(UsageError, match="is inside the model"):
             run_study(study, place)
     broken = tmp_path / "broken"
     shutil.copytree(world.adapters["one"], broken)

@@ -72,7 +72,7 @@ def test_a_suite_is_merged_and_scored(smollm2: Path, tmp_path: Path) -> None:
 def test_what_is_wrong_with_a_suite_is_said_before_anything_is_merged(tmp_path: Path) -> None:
     suite = find_suite("llama-3.2")
     out = tmp_path / "out"
-    with pytest.raises(UsageError, match="'sst3' is no task of llama-3.2: .*sst2"):
+    with pytest.raises(UsageError, match="'sst3' is not a task of llama-3.2: .*sst2"):
         run_suite(suite, out, tasks=["sst3"])
     with pytest.raises(UsageError, match="Did you mean 'star'"):
         run_suite(suite, out, methods=["starr"])

@@ -413,8 +413,8 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
     check_output_file(output, overwrite=overwrite)
     if output.exists() and not is_metric(output):
         raise UsageError(
-            f"{output} is no metric file and is not overwritten. Choose another name, or delete it "
-            "yourself."
+            f"{output} is not a metric file and is not overwritten. Choose another name, or delete "
+            "it yourself."
         )
 
 

@@ -272,7 +272,7 @@ def groups(
     if backend == "vllm":
         if kind == "image" or updates or device is not None:
             raise UsageError(
-                "vLLM asks models of text that lie in folders, on the GPU that it finds. Leave "
+                "vLLM runs only text models from folders, on the GPU that it finds. Leave "
                 "--backend and --device out."
             )
         return [

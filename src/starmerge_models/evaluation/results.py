@@ -190,7 +190,7 @@ def read_scores(folder: Path) -> dict[str, Any]:
         StarmergeError: The file is broken, or another version wrote it.
     """
     if not (folder / _SCORES).is_file():
-        raise UsageError(f"{folder} holds no {_SCORES}, so it is no results folder.")
+        raise UsageError(f"{folder} holds no {_SCORES}, so it is not a results folder.")
     content = read_json(folder / _SCORES)
     version = content.get("schema_version")
     if version != SCHEMA:

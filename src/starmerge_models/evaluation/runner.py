@@ -138,7 +138,7 @@ def prepare_tasks(
         progress.waits_for(f"reading the rows of {task.name}")
         prepared[task.name] = prepare_one(task, settings)
     if len({task.kind for task in prepared.values()}) != 1:
-        raise UsageError("Give tasks, all of text or all of images: no model can do both.")
+        raise UsageError("Give only text tasks or only image tasks: no model supports both.")
     check_backend(settings.backend, settings.device)
     return prepared
 

@@ -126,7 +126,7 @@ def _as_starmerge_error(error: Exception, token: str, repo: str) -> StarmergeErr
 
 
 def _answer(error: BaseException) -> tuple[int | None, str]:
-    """Return the status of an error's HTTP response, and the name of the server."""
+    """Return the status of an error's HTTP response, and its URL."""
     for link in _chain(error):
         response = getattr(link, "response", None)
         status = getattr(response, "status_code", None)

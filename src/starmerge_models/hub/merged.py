@@ -54,7 +54,7 @@ def open_merged(path: Path) -> MergedFolder:
             "Merge again with a folder as OUTPUT, which will contain all three."
         )
     report = read_report(path)
-    wrong = [f"{name} lies outside of it." for name in report["files"] if not _is_in(path, name)]
+    wrong = [f"{name} is outside of it." for name in report["files"] if not _is_in(path, name)]
     wrong = wrong or check_files(path, report)
     if wrong:
         told = " ".join(wrong[:_MOST_TOLD])

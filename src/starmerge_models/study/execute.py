@@ -194,7 +194,7 @@ class StudyRunner:
         for place in (self._base, *self._models.values()):
             if folder.resolve().is_relative_to(place.resolve()):
                 raise UsageError(
-                    f"{folder} lies in the model {place}, whose content the runs would change. "
+                    f"{folder} is inside the model {place}, whose content the runs would change. "
                     "Give another folder."
                 )
         with open_store(folder, self.head(), retry=retry) as store:

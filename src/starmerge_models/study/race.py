@@ -24,7 +24,7 @@ FIRST_ROWS = 8
 """Rows of a task in the first round; each further round doubles the number."""
 
 TIE_LEVEL = 0.5
-"""A p-value of at least this is a tie: equally good candidates differ as much with p ≥ 0.5."""
+"""Smallest p-value of a tie: equally good candidates differ at least as much half of the time."""
 
 Scores = Mapping[str, Score]
 """Scores by task."""

@@ -226,7 +226,8 @@ def _begin(folder: Path, head: Mapping[str, Any]) -> bool:
         return False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(
-            f"{folder} exists and is no store of a study: it has no {HEAD}. Give another folder."
+            f"{folder} exists and is not the store of a study: it has no {HEAD}. Give another "
+            "folder."
         )
     _write_head(folder, head)
     return True
@@ -246,7 +247,7 @@ def _write_runs(folder: Path, records: Sequence[Record]) -> None:
 
 def _read_head(folder: Path) -> dict[str, Any]:
     if not is_store(folder):
-        raise UsageError(f"{folder} is no store of a study: it has no {HEAD}.")
+        raise UsageError(f"{folder} is not the store of a study: it has no {HEAD}.")
     head = read_json(folder / HEAD)
     if head.get("schema") != SCHEMA:
         raise StarmergeError(

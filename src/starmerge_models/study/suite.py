@@ -158,7 +158,7 @@ def _chosen(suite: Suite, names: Sequence[str] | None) -> dict[str, DataTask]:
     full = [short.get(name.strip(), name.strip()) for name in names]
     for name in full:
         if name not in tasks:
-            raise UsageError(f"{name!r} is no task of {suite.name}: {', '.join(short)}.")
+            raise UsageError(f"{name!r} is not a task of {suite.name}: {', '.join(short)}.")
     return {name: tasks[name] for name in full}
 
 

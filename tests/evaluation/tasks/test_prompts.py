@@ -81,7 +81,7 @@ def test_a_task_that_shortens_another_field_is_refused() -> None:
 
 @needs_fusion_bench
 def test_tasks_without_a_prompt_there_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"prompts for cola, .*none of these is asked"):
+    with pytest.raises(UsageError, match=r"prompts for cola, .*none of these is selected"):
         with_prompts_of("fusion-bench", [find_task("flan-t5/piqa")])
 
 

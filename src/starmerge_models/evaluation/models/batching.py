@@ -27,7 +27,7 @@ def check_prompts(prompts: Prompts) -> None:
     """
     for row, prompt in enumerate(prompts):
         if not prompt:
-            raise StarmergeError(f"Prompt {row} has no tokens. A model must be asked something.")
+            raise StarmergeError(f"Prompt {row} has no tokens. A prompt needs at least one.")
 
 
 def by_length(prompts: Prompts) -> list[int]:

@@ -67,7 +67,7 @@ class Prompter:
         if len(whole) >= limit:
             raise UsageError(
                 f"Task {task.name}, row {example.id}: the prompt has {len(ids)} tokens, "
-                f"{len(whole)} of them beside the passage, and the model takes {limit}. Shorten "
+                f"{len(whole)} of them without the passage, and the model takes {limit}. Shorten "
                 "the prompt, or name the field that may be shortened (passage)."
             )
         passage = self.tokenizer(task.passage_text(example.fields), add_special_tokens=False)

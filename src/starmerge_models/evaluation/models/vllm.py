@@ -99,9 +99,7 @@ class VllmModel:
         """
         for row, prompt in enumerate(prompts):
             if not prompt:
-                raise StarmergeError(
-                    f"Prompt {row} has no tokens. A model must be asked something."
-                )
+                raise StarmergeError(f"Prompt {row} has no tokens. A prompt needs at least one.")
         texts = [
             [*prompt, *tokens]
             for prompt, own in zip(prompts, continuations, strict=True)

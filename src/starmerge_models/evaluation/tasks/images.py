@@ -198,7 +198,7 @@ class ImageTask(Data):
             return Example(place, {"image": image}, label)
         if label not in self.labels:
             raise UsageError(
-                f"Task {self.name}, image {place}: the label {label!r} is none of the task's: "
+                f"Task {self.name}, image {place}: the label {label!r} is not one of the task's: "
                 f"{list_names(self.labels)}."
             )
         choices = tuple(words[0] for words in self.words)

@@ -62,7 +62,7 @@ def with_prompts_of(package: str, tasks: Sequence[AnyKind]) -> tuple[list[AnyKin
     if not others:
         raise UsageError(
             f"--prompts {package}: it has prompts for {', '.join(templates)}, and none of these "
-            "is asked. Leave the option out."
+            "is selected. Leave the option out."
         )
     own = [_name(task) for task, before in zip(found, tasks, strict=True) if task is before]
     version = importlib.metadata.version(package)

@@ -422,5 +422,6 @@ def _words_of(task: Task, gold: str, where: str) -> tuple[str, ...]:
         if not task.case_sensitive and value.casefold() == gold.strip().casefold():
             return words
     raise UsageError(
-        f"{where}: the label {gold!r} is none of the task's: {', '.join(map(repr, task.labels))}."
+        f"{where}: the label {gold!r} is not one of the task's: "
+        f"{', '.join(map(repr, task.labels))}."
     )

@@ -67,8 +67,8 @@ def evaluation_page(
     models, tasks = evaluation.others, evaluation.tasks
     rows = sum(score.n for score in evaluation.scores[BASE].values())
     subtitle = (
-        f"{_counted(len(tasks), 'task')}, {rows} rows, {_counted(len(models), 'model')} beside the "
-        "base, all on the same rows."
+        f"{_counted(len(tasks), 'task')}, {rows} rows, {_counted(len(models), 'model')} besides "
+        "the base, all on the same rows."
     )
     has_average = evaluation.normalised(BASE) is not None
     sections = [

@@ -53,7 +53,7 @@ def check_page(file: Path, *, overwrite: bool) -> None:
         UsageError: The name does not end in .html, or the path exists and may not be replaced.
     """
     if file.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"{file}: a report's file name must end in .html, for browsers.")
+        raise UsageError(f"{file}: a report is an HTML file, so its name ends in .html.")
     check_output_file(file, overwrite=overwrite)
 
 
