@@ -28,7 +28,13 @@ from starmerge_models.evaluation.tasks.sources import (
     function_of,
     is_held_out,
 )
-from starmerge_models.evaluation.tasks.task import Example, MetricName, as_words, check_words
+from starmerge_models.evaluation.tasks.task import (
+    Example,
+    Labels,
+    MetricName,
+    as_words,
+    check_words,
+)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 """Of the files that are taken from a class folder; others are left out."""
@@ -127,7 +133,9 @@ class ImageTask(Data):
     description: str = ""
     source: FolderSource | ArraySource | ImageGeneratorSource
     sample: Sample = Sample()
-    labels: Annotated[dict[str, tuple[str, ...]] | None, BeforeValidator(as_words)] = None
+    labels: Annotated[
+        dict[str, tuple[str, ...]] | None, BeforeValidator(as_words, json_schema_input_type=Labels)
+    ] = None
     """The classes to choose from: what the data calls one, and its names, one of which the model's
     ``id2label`` has. Where that says nothing (LABEL_0, LABEL_1 ...), the order is that of the
     outputs. Without labels, all classes of the model are there to choose from, and the data has

@@ -97,6 +97,10 @@ class Gold(Data):
         raise ValueError("needs a group, in parentheses")
 
 
+Labels = list[str | int] | dict[str, str | tuple[str, ...]] | None
+"""How a file may write labels."""
+
+
 def as_words(labels: object) -> object:
     """Bring the shorter ways to write labels into the long one: data value → its words."""
     if isinstance(labels, list | tuple):
@@ -143,7 +147,9 @@ class Task(Data):
     chat: Chat = "auto"
     gold: str | Gold = "label"
     """Field of the right answer, such as ``label`` or ``output[0]``."""
-    labels: Annotated[dict[str, tuple[str, ...]] | None, BeforeValidator(as_words)] = None
+    labels: Annotated[
+        dict[str, tuple[str, ...]] | None, BeforeValidator(as_words, json_schema_input_type=Labels)
+    ] = None
     """A closed set of answers: what the rows have in ``gold``, and the words that say so, the first
     of which is trained on and ranked. Without, any text or number may be right."""
     choices: str | None = None
