@@ -1,7 +1,7 @@
 """What the manual takes from the source: commands, parameters of methods, JSON schemas.
 
 The commands are written here, since Sphinx's extensions for command lines read click's commands,
-and typer has had commands of its own since 0.26.
+and typer 0.29 has commands of its own.
 """
 
 from __future__ import annotations
