@@ -89,7 +89,7 @@ base: $(VENV)/ready
 # The manual, into site/; a warning is an error.
 docs: $(VENV)/ready
 	$(BIN)/pip install --quiet -e '.[docs]'
-	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs site
+	$(BIN)/python -m sphinx --fresh-env --write-all --fail-on-warning --keep-going --quiet docs site
 
 # One script for each claim of docs/performance.md, small; FULL=--full for the sizes of its tables.
 # SCRATCH=DIR chooses the disk for those that write.
