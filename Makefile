@@ -97,9 +97,10 @@ types: $(VENV)/ready
 base: $(VENV)/ready
 	$(BIN)/starmerge demo prepare
 
+# The manual, into site/; a warning is an error.
 docs: $(VENV)/ready
 	$(BIN)/pip install --quiet -e '.[docs]'
-	$(BIN)/mkdocs build --strict
+	$(BIN)/python -m sphinx --fresh-env --write-all --fail-on-warning --keep-going --quiet docs site
 
 # One script for each claim of docs/performance.md, small; FULL=--full for the sizes of its tables.
 # SCRATCH=DIR chooses the disk for those that write.

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -40,6 +40,10 @@ class ModelEntry(BaseModel):
     weight: float = Field(
         default=1.0, allow_inf_nan=False, description="factor of its task vector, w_t"
     )
+
+
+_Models = Annotated[list[str | ModelEntry], Field(min_length=1)]
+"""How a file may write models."""
 
 
 class OutputEntry(BaseModel):
@@ -141,7 +145,7 @@ class Recipe(BaseModel):
         "lacks are the base's",
     )
 
-    @field_validator("models", mode="before")
+    @field_validator("models", mode="before", json_schema_input_type=_Models)
     @classmethod
     def _name_models(cls, models: Any) -> Any:
         """Convert bare paths to models, and name each model after the last part of its path."""

@@ -33,6 +33,7 @@ from starmerge_models.cli import (
     merge,
     methods,
     push,
+    schema,
     study,
     suite,
     tasks,
@@ -85,6 +86,7 @@ for _command in (
     clean.clean,
     methods.methods,
     tasks.tasks,
+    schema.schema,
 ):
     app.command(cls=Command, help=_help_of(_command), epilog=_OPTIONS_OF_ALL)(_command)
 app.add_typer(demo.app, name="demo")

@@ -143,14 +143,21 @@ class Study(Data):
     """A suite with the defaults of base, models and tasks."""
     base: str | None = None
     """The base: a folder relative to the file, or a Hub id."""
-    models: dict[str, Annotated[PoolModel, BeforeValidator(_as_model)]] = Field(
-        default_factory=dict
-    )
+    models: dict[
+        str,
+        Annotated[PoolModel, BeforeValidator(_as_model, json_schema_input_type=str | PoolModel)],
+    ] = Field(default_factory=dict)
     """The pool, by name."""
     tasks: tuple[str, ...] = ()
     """The models' tasks: names, task files, FILE.py:NAME."""
     methods: Annotated[
-        tuple[Annotated[MethodEntry, BeforeValidator(_as_entry)], ...], Field(min_length=1)
+        tuple[
+            Annotated[
+                MethodEntry, BeforeValidator(_as_entry, json_schema_input_type=str | MethodEntry)
+            ],
+            ...,
+        ],
+        Field(min_length=1),
     ]
     numbers: Annotated[
         tuple[Annotated[int, Field(ge=1, strict=True)] | Literal["all"], ...],

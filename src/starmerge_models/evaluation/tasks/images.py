@@ -30,6 +30,7 @@ from starmerge_models.evaluation.tasks.sources import (
 )
 from starmerge_models.evaluation.tasks.task import (
     Example,
+    Labels,
     MetricName,
     check_labels,
     normalise_labels,
@@ -133,7 +134,10 @@ class ImageTask(Data):
     description: str = ""
     source: FolderSource | ArraySource | ImageGeneratorSource
     sample: Sample = Sample()
-    labels: Annotated[dict[str, tuple[str, ...]] | None, BeforeValidator(normalise_labels)] = None
+    labels: Annotated[
+        dict[str, tuple[str, ...]] | None,
+        BeforeValidator(normalise_labels, json_schema_input_type=Labels),
+    ] = None
     """The classes to choose from: the label in the data, and the names of the class, one of which
     must be in the model's ``id2label``. If ``id2label`` has only placeholders (LABEL_0, LABEL_1
     ...), the labels are in the order of the outputs. Without labels, the model chooses from all of

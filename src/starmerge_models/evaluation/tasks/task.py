@@ -97,6 +97,10 @@ class Gold(Data):
         raise ValueError("needs a group, in parentheses")
 
 
+Labels = list[str | int] | dict[str, str | tuple[str, ...]] | None
+"""The notations of labels in a file."""
+
+
 def normalise_labels(labels: object) -> object:
     """Convert the shorter notations of labels into the full one: data value → its words."""
     if isinstance(labels, list | tuple):
@@ -143,7 +147,10 @@ class Task(Data):
     chat: Chat = "auto"
     gold: str | Gold = "label"
     """Field of the right answer, such as ``label`` or ``output[0]``."""
-    labels: Annotated[dict[str, tuple[str, ...]] | None, BeforeValidator(normalise_labels)] = None
+    labels: Annotated[
+        dict[str, tuple[str, ...]] | None,
+        BeforeValidator(normalise_labels, json_schema_input_type=Labels),
+    ] = None
     """A closed set of answers: the values in ``gold``, and the words for each value, the first
     of which is trained on and ranked. Without labels, any text or number may be right."""
     choices: str | None = None
