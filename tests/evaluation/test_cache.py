@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 import starmerge_models
 from starmerge_models.checkpoints.hashing import remembered_blake3_of
 from starmerge_models.evaluation.cache import Record, ScoreCache, score_key
+from starmerge_models_demo import ADAPTERS
 from tests.conftest import edit_json
 
-ADAPTERS = Path(starmerge_models.__file__).parent / "demo" / "adapters"
 RECORDS: list[Record] = [
     {"response": "four", "shortened": False},
     {"response": 'a "b"\n\r\u2028 ß 四\0', "shortened": True},
@@ -307,7 +307,7 @@ def test_processes_that_write_one_file_at_once_leave_a_whole_one(tmp_path: Path)
 def test_a_disk_that_takes_nothing_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     cache = ScoreCache(tmp_path / "file" / "scores")
-    with pytest.warns(UserWarning, match=r"could not be kept in .*scores, and will be asked for"):
+    with pytest.warns(UserWarning, match=r"could not be cached in .*scores, and the next run"):
         cache.put(KEY, RECORDS)
     assert cache.get(KEY) is None
     assert cache.size == 0

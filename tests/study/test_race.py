@@ -13,7 +13,7 @@ from scipy.stats import norm
 
 from starmerge_models.evaluation.scoring.comparison import difference
 from starmerge_models.evaluation.scoring.metrics import Prediction, Score, score
-from starmerge_models.study.race import START, Outcome, race, sizes
+from starmerge_models.study.race import FIRST_ROWS, Outcome, race, sizes
 
 Answers = Mapping[str, NDArray[np.bool_]]
 """By candidate: (tasks, rows), which it answers right."""
@@ -60,7 +60,7 @@ def _race(
 def test_rounds_double_until_the_last() -> None:
     assert sizes(64) == [8, 16, 32, 64]
     assert sizes(50) == [8, 16, 32, 50]
-    assert sizes(8) == [START] == [8]
+    assert sizes(8) == [FIRST_ROWS] == [8]
     assert sizes(3) == [3]
 
 
@@ -124,7 +124,7 @@ def test_the_order_of_candidates_decides_nothing_but_which_tie_is_first() -> Non
 @settings(max_examples=15)
 @given(
     seed=st.integers(0, 9),
-    budget=st.integers(5 * 2 * START, 700),
+    budget=st.integers(5 * 2 * FIRST_ROWS, 700),
     rows=st.sampled_from([20, 32, 48]),
 )
 def test_a_budget_is_kept_and_the_best_so_far_goes_on(seed: int, budget: int, rows: int) -> None:

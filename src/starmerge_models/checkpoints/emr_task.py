@@ -28,7 +28,7 @@ from starmerge_models.checkpoints.opening import open_checkpoint, open_safetenso
 from starmerge_models.checkpoints.source import Source
 from starmerge_models.checkpoints.tensors import MERGEABLE, Checkpoint, TensorInfo
 from starmerge_models.checkpoints.writer import OutputTensor, ShardWriter, json_bytes
-from starmerge_models.deltas import Dense, wide
+from starmerge_models.deltas import Dense, compute_dtype
 from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.reading import read_json
 from starmerge_models.storage import OutputFolder, Place, exists
@@ -102,7 +102,7 @@ class EmrTask:
         """
         tau_uni = self.unified.read(tensor)
         M = unpack(self.masks.read(tensor), tuple(tau_uni.shape))
-        scaled = tau_uni.to(wide(tau_uni.dtype)) * self.rescaler
+        scaled = tau_uni.to(compute_dtype(tau_uni.dtype)) * self.rescaler
         return Dense(scaled.masked_fill_(~M, 0.0))
 
 

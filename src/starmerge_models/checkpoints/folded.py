@@ -12,7 +12,7 @@ from starmerge_models.checkpoints.lora.file import Module
 from starmerge_models.checkpoints.models import FineTune, open_model
 from starmerge_models.checkpoints.source import Source, resolve
 from starmerge_models.checkpoints.tensors import Checkpoint, TensorInfo
-from starmerge_models.deltas import Delta, total, wide
+from starmerge_models.deltas import Delta, compute_dtype, total
 from starmerge_models.errors import UsageError
 from starmerge_models.storage import Place, real
 
@@ -102,7 +102,7 @@ class FoldedModel(Composite):
             if deltas and base is not None and part.needs_base(tensor):
                 # DoRA and whole modules depend on the weight that they are laid on.
                 added = total(deltas).to_dense().reshape(base.shape)
-                below = base.to(wide(base.dtype)) + added
+                below = base.to(compute_dtype(base.dtype)) + added
             deltas.append(part.delta(tensor, below))
         return total(deltas)
 

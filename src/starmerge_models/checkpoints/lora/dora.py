@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from starmerge_models.deltas import Delta, Dense, LowRank, wide
+from starmerge_models.deltas import Delta, Dense, LowRank, compute_dtype
 
 _PANEL = 2**22
 """Entries that are held in float64 at once."""
@@ -42,7 +42,7 @@ def dora_delta(
         The delta in the shape of W, in float32, or in float64 if W is so. With ε = 0 it has a NaN
         where a slice of W + δ is zero, and thus without a direction.
     """
-    delta = torch.empty(base.shape, dtype=wide(base.dtype))
+    delta = torch.empty(base.shape, dtype=compute_dtype(base.dtype))
     weight, target = (t.T if transposed else t for t in (base, delta))
     weight, target = _as_inputs_and_kernel(weight), _as_inputs_and_kernel(target)
     m = magnitude.double().flatten()

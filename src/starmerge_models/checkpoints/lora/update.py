@@ -16,7 +16,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from starmerge_models.deltas import Delta, Dense, LowRank, wide
+from starmerge_models.deltas import Delta, Dense, LowRank, compute_dtype
 
 Read: TypeAlias = Callable[[str], Tensor]
 """Returns a stored tensor by its key, in the dtype it is stored in."""
@@ -225,7 +225,9 @@ class Tucker:
     def delta(self, read: Read) -> LowRank:
         """Return s·B·A; A in float32 or wider, rounded once."""
         up, mid, down = read(self.up), read(self.mid), read(self.down)
-        A = _contracted(mid, down.flatten(1)).to(wide(torch.promote_types(mid.dtype, down.dtype)))
+        A = _contracted(mid, down.flatten(1)).to(
+            compute_dtype(torch.promote_types(mid.dtype, down.dtype))
+        )
         return LowRank(up.flatten(1), A, self.scale)
 
 
@@ -298,7 +300,7 @@ class Hadamard:
     def delta(self, read: Read) -> Delta:
         """Return the factors, or the dense matrix; in float32 or wider, rounded once."""
         (P1, Q1), (P2, Q2) = (half.factors(read) for half in (self.first, self.second))
-        dtype = wide(torch.promote_types(P1.dtype, P2.dtype))
+        dtype = compute_dtype(torch.promote_types(P1.dtype, P2.dtype))
         P1, Q1, P2, Q2 = (factor.double() for factor in (P1, Q1, P2, Q2))
         if self.rank is not None:
             B = (P1[:, :, None] * P2[:, None, :]).flatten(1)
@@ -343,7 +345,7 @@ class Kronecker:
     def delta(self, read: Read) -> Delta:
         """Return the factors, or the dense matrix; in float32 or wider, rounded once."""
         (P1, Q1), (P2, Q2) = (_split(part, read) for part in (self.first, self.second))
-        dtype = wide(torch.promote_types(P1.dtype, P2.dtype))
+        dtype = compute_dtype(torch.promote_types(P1.dtype, P2.dtype))
         P1, Q1, P2, Q2 = (factor.double() for factor in (P1, Q1, P2, Q2))
         if self.rank is not None:
             B, A = torch.kron(P1, P2), torch.kron(Q1, Q2)

@@ -1,6 +1,6 @@
-"""A task made ready to be asked: one way to ask each kind, and to score what was answered.
+"""Prepared tasks: tasks with their rows, behind one protocol for text, images and lm-eval.
 
-What a model answers is kept as plain records, a row each, so that it can be stored and read anew.
+A model's responses are plain records, one for each row, which the cache can store.
 """
 
 from __future__ import annotations
@@ -12,76 +12,76 @@ from typing import Any, Literal, Protocol
 
 from starmerge_models.errors import UsageError
 from starmerge_models.evaluation.cache import Record
-from starmerge_models.evaluation.models.asking import (
+from starmerge_models.evaluation.models.classification import classify, predicted
+from starmerge_models.evaluation.models.scorers import (
     Answer,
     LocalModel,
-    ask,
     check_scorer,
-    scored,
+    run_scorer,
+    score_answers,
 )
-from starmerge_models.evaluation.models.classification import classify, predicted
 from starmerge_models.evaluation.scoring.matching import MATCHERS, Matcher
 from starmerge_models.evaluation.scoring.metrics import METRICS, Metric, Prediction, Score, score
 from starmerge_models.evaluation.settings import Settings
-from starmerge_models.evaluation.tasks.images import ImageTask, described
+from starmerge_models.evaluation.tasks.images import ImageTask, describe_images
 from starmerge_models.evaluation.tasks.lm_eval import HarnessTask
+from starmerge_models.evaluation.tasks.selection import Origin, selection_rows
 from starmerge_models.evaluation.tasks.sources import describe, split_sizes
-from starmerge_models.evaluation.tasks.spare import Origin, spare_rows
 from starmerge_models.evaluation.tasks.task import Example, Task
 from starmerge_models.plugins import Registry
 from starmerge_models.progress import Progress
 
 AnyTask = Task | ImageTask | HarnessTask
-"""Every kind of task that can be asked."""
+"""Every kind of task that a model can be evaluated on."""
 
 
-class Sheet(Protocol):
-    """A task with its rows, ready to be asked."""
+class PreparedTask(Protocol):
+    """A task together with its rows, ready for evaluation."""
 
     kind: Literal["text", "image"]
-    """What kind of model can be asked."""
+    """The kind of model that the task needs."""
 
     @property
     def name(self) -> str:
-        """The task's."""
+        """The task's name."""
 
     @property
     def size(self) -> int:
         """Number of rows."""
 
     @property
-    def asked(self) -> dict[str, Any]:
-        """Return all that decides what a model is asked, for a key of answers."""
+    def key_fields(self) -> dict[str, Any]:
+        """Return everything that determines the prompts, as part of a cache key."""
 
     def record(self) -> dict[str, Any]:
-        """Return which rows these are, for a record of what was asked."""
+        """Return the provenance of the rows, the fields of a ``TaskRecord``."""
 
-    def part(self, start: int, stop: int) -> Sheet:
-        """Return a sheet of the rows from one number up to another, which it leaves out."""
+    def part(self, start: int, stop: int) -> PreparedTask:
+        """Return the prepared task with the rows ``start`` to ``stop`` (exclusive) alone."""
 
-    def ask(self, model: Any, batch_size: int | None, advance: Progress) -> list[Record]:
-        """Ask a loaded model; return what it answers, a row each."""
+    def run(self, model: Any, batch_size: int | None, advance: Progress) -> list[Record]:
+        """Evaluate a loaded model on the rows; return its responses, one record for each row."""
 
     def score(self, records: Sequence[Record]) -> Score:
-        """Score what a model answered."""
+        """Score the records of one model."""
 
 
-def prepare(task: AnyTask, settings: Settings) -> Sheet:
-    """Read the rows of a task that are to be scored, and make it ready to be asked.
+def prepare(task: AnyTask, settings: Settings) -> PreparedTask:
+    """Read the rows of a task that an evaluation scores.
 
     Raises:
         UsageError: The rows cannot be had, or the scorer cannot score them.
     """
     if isinstance(task, HarnessTask):
-        return _HarnessSheet(task, settings.rows)
-    return _sheet_of(task, task.examples("test", settings.rows), settings)
+        return _PreparedHarnessTask(task, settings.rows)
+    return _prepared(task, task.examples("test", settings.rows), settings)
 
 
-def prepare_spare(task: AnyTask, settings: Settings) -> tuple[Sheet, Origin]:
-    """Make a task ready to be asked on rows to choose by, which an evaluation does not score.
+def prepare_for_selection(task: AnyTask, settings: Settings) -> tuple[PreparedTask, Origin]:
+    """Read rows of a task to select a merge by, which an evaluation does not score.
 
-    See :func:`starmerge_models.evaluation.tasks.spare.spare_rows`. Tasks of lm-evaluation-harness
-    have no others than those that are scored.
+    See :func:`starmerge_models.evaluation.tasks.selection.selection_rows`. A task of
+    lm-evaluation-harness has only the rows that an evaluation scores.
 
     Returns:
         The task with its rows, and where they come from.
@@ -91,23 +91,23 @@ def prepare_spare(task: AnyTask, settings: Settings) -> tuple[Sheet, Origin]:
     """
     if isinstance(task, HarnessTask):
         return prepare(task, settings), "scored"
-    rows, origin = spare_rows(task, settings.rows)
-    return _sheet_of(task, rows, settings), origin
+    rows, origin = selection_rows(task, settings.rows)
+    return _prepared(task, rows, settings), origin
 
 
-def _sheet_of(task: Task | ImageTask, examples: list[Example], settings: Settings) -> Sheet:
+def _prepared(task: Task | ImageTask, examples: list[Example], settings: Settings) -> PreparedTask:
     if isinstance(task, Task):
-        return _TextSheet(task, examples, settings)
-    return _ImageSheet(task, examples)
+        return _PreparedText(task, examples, settings)
+    return _PreparedImages(task, examples)
 
 
 def _plugin(registry: Registry[Any], thing: Matcher | Metric) -> dict[str, dict[str, str]]:
-    """Return where a matcher or metric comes from, by its name; nothing if it is starmerge's."""
+    """Return the origin of a plug-in matcher or metric by its name; {} for starmerge's own."""
     origin = registry.origin(thing)
     return {} if origin is None else {thing.name: origin.record()}
 
 
-class _TextSheet:
+class _PreparedText:
     kind: Literal["text", "image"] = "text"
 
     def __init__(self, task: Task, examples: list[Example], settings: Settings) -> None:
@@ -116,11 +116,11 @@ class _TextSheet:
         self._task, self._examples, self._settings = task, examples, settings
 
     @cached_property
-    def asked(self) -> dict[str, Any]:
+    def key_fields(self) -> dict[str, Any]:
         return {
             "task": self._task.fingerprint(self._examples),
             "scorer": self._settings.scorer,
-            # Read strictly, a response ends as soon as its reading is certain.
+            # In strict mode, generation stops as soon as the parsed answer is certain.
             "mode": self._settings.mode,
         }
 
@@ -129,7 +129,7 @@ class _TextSheet:
         held_out, training = split_sizes(task.source, task.name) or (None, None)
         return {
             "source": describe(task.source),
-            "blake3": self.asked["task"],
+            "blake3": self.key_fields["task"],
             "rows": self.size,
             "held_out": held_out,
             "training": training,
@@ -141,11 +141,11 @@ class _TextSheet:
             },
         }
 
-    def part(self, start: int, stop: int) -> _TextSheet:
-        return _TextSheet(self._task, self._examples[start:stop], self._settings)
+    def part(self, start: int, stop: int) -> _PreparedText:
+        return _PreparedText(self._task, self._examples[start:stop], self._settings)
 
-    def ask(self, model: Any, batch_size: int | None, advance: Progress) -> list[Record]:
-        answers = ask(
+    def run(self, model: Any, batch_size: int | None, advance: Progress) -> list[Record]:
+        answers = run_scorer(
             model,
             self._task,
             self._examples,
@@ -158,12 +158,12 @@ class _TextSheet:
 
     def score(self, records: Sequence[Record]) -> Score:
         answers = [Answer(**record) for record in records]
-        return scored(
+        return score_answers(
             self._task, self._examples, answers, self._settings.scorer, self._settings.mode
         )
 
 
-class _ImageSheet:
+class _PreparedImages:
     kind: Literal["text", "image"] = "image"
 
     def __init__(self, task: ImageTask, examples: list[Example]) -> None:
@@ -171,14 +171,14 @@ class _ImageSheet:
         self._task, self._examples = task, examples
 
     @cached_property
-    def asked(self) -> dict[str, Any]:
+    def key_fields(self) -> dict[str, Any]:
         return {"task": self._task.fingerprint(self._examples)}
 
     def record(self) -> dict[str, Any]:
         task = self._task
         return {
-            "source": described(task.source),
-            "blake3": self.asked["task"],
+            "source": describe_images(task.source),
+            "blake3": self.key_fields["task"],
             "rows": self.size,
             "held_out": None,
             "training": None,
@@ -187,10 +187,10 @@ class _ImageSheet:
             "plugins": _plugin(METRICS, task.scored_by),
         }
 
-    def part(self, start: int, stop: int) -> _ImageSheet:
-        return _ImageSheet(self._task, self._examples[start:stop])
+    def part(self, start: int, stop: int) -> _PreparedImages:
+        return _PreparedImages(self._task, self._examples[start:stop])
 
-    def ask(self, model: Any, batch_size: int | None, advance: Progress) -> list[Record]:
+    def run(self, model: Any, batch_size: int | None, advance: Progress) -> list[Record]:
         classifier, processor = model
         answers = classify(
             classifier,
@@ -210,7 +210,7 @@ class _ImageSheet:
         return score(found, self._task.scored_by, [words[0] for words in self._task.words])
 
 
-class _HarnessSheet:
+class _PreparedHarnessTask:
     kind: Literal["text", "image"] = "text"
 
     def __init__(self, task: HarnessTask, rows: int | None, skipped: int = 0) -> None:
@@ -218,13 +218,13 @@ class _HarnessSheet:
         self.size = task.size(rows) - skipped
 
     @cached_property
-    def asked(self) -> dict[str, Any]:
+    def key_fields(self) -> dict[str, Any]:
         return {"task": self._task.fingerprint(self._rows, self._skipped)}
 
     def record(self) -> dict[str, Any]:
         return {
             "source": self.name,
-            "blake3": self.asked["task"],
+            "blake3": self.key_fields["task"],
             "rows": self.size,
             "held_out": None,
             "training": None,
@@ -233,14 +233,17 @@ class _HarnessSheet:
             "plugins": {},
         }
 
-    def part(self, start: int, stop: int) -> _HarnessSheet:
+    def part(self, start: int, stop: int) -> _PreparedHarnessTask:
         stop = min(stop, self.size)
-        return _HarnessSheet(self._task, self._skipped + stop, self._skipped + start)
+        return _PreparedHarnessTask(self._task, self._skipped + stop, self._skipped + start)
 
-    def ask(self, model: Any, batch_size: int | None, advance: Progress) -> list[Record]:
+    def run(self, model: Any, batch_size: int | None, advance: Progress) -> list[Record]:
         if not isinstance(model, LocalModel):
-            raise UsageError(f"{self.name} is asked by its harness, on transformers alone.")
-        answers = self._task.ask(
+            raise UsageError(
+                f"{self.name} runs in lm-evaluation-harness, which needs the backend transformers. "
+                "Leave --backend out."
+            )
+        answers = self._task.run(
             model.model,
             model.tokenizer,
             rows=self._rows,

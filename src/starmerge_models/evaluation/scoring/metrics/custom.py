@@ -1,4 +1,4 @@
-"""Metrics of users: a function of one row, decorated."""
+"""Custom metrics: decorated functions of one row."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def metric(
 ) -> Callable[[Callable[[Prediction], Any]], Metric]:
     """Make the decorated function of one row a metric called ``name``.
 
-    Without ``of`` the function returns what the row earns, from 0 to 1, and the score is the mean.
-    With it, the function returns some numbers, always as many; they are summed over the rows, and
-    the score is what ``of`` makes of the sums: so can scores be written that are no mean over
-    rows, such as BLEU, of counts of n-grams.
+    Without ``of`` the function returns the row's credit, from 0 to 1, and the score is the mean.
+    With ``of`` the function returns a fixed number of numbers; they are summed over the rows, and
+    ``of`` computes the score from the sums. So a metric need not be a mean over rows: BLEU, for
+    example, is computed from sums of n-gram counts.
 
-    Either way the score of right answers should be 1, and more should be better. The function sees
-    the whole :class:`Prediction`: the response, what the task's matcher read in it, and the right
-    answer.
+    The score of perfect answers should be 1, and higher should be better. The function gets the
+    whole :class:`Prediction`: the response, the answer that the task's matcher parsed, and the
+    right answer.
 
     Args:
-        name: The name, in tables and task files.
-        of: From the sums, (k,) float64, to the score; NaN where it is undefined.
+        name: The metric's name in tables and task files.
+        of: From the sums, (k,) float64, to the score; NaN if it is undefined.
 
     Raises:
-        UsageError: Another metric has the name.
+        UsageError: The name is taken.
 
     Example:
         .. code-block:: python
@@ -54,7 +54,7 @@ def metric(
 
 
 class _RowMean(Credits):
-    """The mean of what a function of one row returns."""
+    """The mean of a user's function over the rows."""
 
     def __init__(self, name: str, function: Callable[[Prediction], Any]) -> None:
         self.name, self._function = name, function
@@ -73,9 +73,9 @@ class _RowMean(Credits):
 
 
 class _RowSums(Metric):
-    """What a function makes of the sums of the numbers that another returns for each row."""
+    """A user's function of sums over the rows; another function returns each row's numbers."""
 
-    earns = False
+    has_row_credits = False
 
     def __init__(
         self,
@@ -124,10 +124,10 @@ class _RowSums(Metric):
 def _numbers_of(
     metric: Metric, function: Callable[[Prediction], Any], prediction: Prediction
 ) -> tuple[float, ...]:
-    """Return what a plug-in's function returns for a row, one number or several.
+    """Call a plug-in's function on a row and return its one or more numbers.
 
     Raises:
-        StarmergeError: It raises, or returns something else; the message names the row.
+        StarmergeError: The function raises, or returns no finite numbers; the message has the row.
     """
     try:
         returned = function(prediction)

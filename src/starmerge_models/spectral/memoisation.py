@@ -1,4 +1,4 @@
-"""What is costly to find of a delta, and kept as long as the delta itself."""
+"""A cache of results per delta, kept for the lifetime of the delta."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _Delta = TypeVar("_Delta", bound=Delta)
 _Found = TypeVar("_Found")
 
 
-def remembered(find: Callable[[_Delta], _Found]) -> Callable[[_Delta], _Found]:
-    """Make a function of a delta remember its results, each as long as its delta lives.
+def memoised(find: Callable[[_Delta], _Found]) -> Callable[[_Delta], _Found]:
+    """Cache the results of a function of a delta, each for the lifetime of the delta.
 
-    What ``find`` returns must not hold the delta, or neither is ever let go of. The delta's tensors
+    The result must not reference the delta, otherwise neither is ever freed. The delta's tensors
     must not be changed after the first call.
     """
     known: WeakKeyDictionary[_Delta, _Found] = WeakKeyDictionary()

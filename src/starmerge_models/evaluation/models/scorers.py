@@ -1,7 +1,7 @@
 """The two scorers: greedy generation and likelihood ranking of a row's answers.
 
-Each asks one model all rows of one task. What comes back is raw: a response a row, in the order of
-the rows. Reading and scoring them is another matter, so that responses can be kept.
+Each runs one model on all rows of one task and returns one raw response for each row, in order.
+Parsing and scoring are separate steps, so that the cache can hold responses.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ SCORERS = {
     "generate": "greedy generation, read by the task's matcher",
     "rank": "the answer with the highest likelihood",
 }
-"""The scorers by the name the command line gives them."""
+"""The scorers by their name on the command line."""
 
 Advance = Callable[[int], None]
-"""Is called with a number of rows that are done."""
+"""A callback that gets the number of rows that were just completed."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote when it was asked a row."""
+    """A model's response to a row."""
 
     response: str
     shortened: bool = False
-    """Whether the passage was too long for the model's context and lost its end."""
+    """Whether the passage was truncated to fit into the model's context."""
 
 
 class Backend(Protocol):
-    """A loaded model that takes and gives tokens."""
+    """A loaded model with the two operations of the scorers."""
 
     @property
     def tokenizer(self) -> Any:
-        """The model's tokenizer, of transformers."""
+        """The model's tokenizer, from transformers."""
 
     @property
     def context(self) -> int | None:
-        """Tokens that the model can attend to."""
+        """Number of tokens that the model can attend to."""
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -61,7 +61,7 @@ class Backend(Protocol):
         batch_size: int | None,
         advance: Advance,
     ) -> list[str]:
-        """Return the text that the model writes greedily after each prompt."""
+        """Return the greedy continuation of each prompt as text."""
 
     def log_likelihoods(
         self,
@@ -76,14 +76,14 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A model of transformers in this process."""
+    """A transformers model in this process."""
 
     model: Any
     tokenizer: Any
 
     @property
     def context(self) -> int | None:
-        """Tokens that the model can attend to."""
+        """Number of tokens that the model can attend to."""
         return context_length(self.model, self.tokenizer)
 
     @property
@@ -131,12 +131,12 @@ class LocalModel:
 
 
 def prompter_of(model: Backend) -> Prompter:
-    """Return what makes rows into the tokens of a model."""
+    """Return the prompter of a model."""
     return Prompter(model.tokenizer, model.context, model.is_encoder_decoder)
 
 
 def check_scorer(scorer: str, task: Task, examples: Sequence[Example]) -> None:
-    """Make sure that a scorer can score a task.
+    """Make sure that a scorer fits a task.
 
     Raises:
         UsageError: A row has no answers to rank.
@@ -150,7 +150,7 @@ def check_scorer(scorer: str, task: Task, examples: Sequence[Example]) -> None:
                 )
 
 
-def ask(
+def run_scorer(
     model: Backend,
     task: Task,
     examples: Sequence[Example],
@@ -160,25 +160,25 @@ def ask(
     batch_size: int | None = None,
     advance: Advance,
 ) -> list[Answer]:
-    """Ask a model the rows of a task.
+    """Run a model on the rows of a task.
 
-    Generation stops at the end of the text, at the task's ``max_new_tokens``, and, in the mode
-    ``strict``, as soon as nothing that may follow can change what is read. In ranking, a choice's
-    log-likelihood is the sum over its tokens and the end-of-sequence token: without the end, a
-    choice that begins another would always win against it. Of two that are equally likely, the
-    first counts.
+    Generation stops at the end-of-sequence token, at the task's ``max_new_tokens``, and, in the
+    mode ``strict``, as soon as no further text can change the parsed answer. In ranking, a choice's
+    log-likelihood is the sum over its tokens and the end-of-sequence token: without the latter, a
+    choice that is a prefix of another would always win against it. Of equally likely choices, the
+    first wins.
 
     Args:
         model: The model.
         task: The task.
-        examples: Its rows.
+        examples: The rows.
         scorer: A name of :data:`SCORERS`.
-        mode: How the responses will be read.
-        batch_size: Rows asked at once, at most; None: as many as there is room for.
-        advance: Is told of rows that are done.
+        mode: How the responses will be parsed.
+        batch_size: Most rows of a batch; None: as many as fit.
+        advance: Called with the number of rows that were just completed.
 
     Returns:
-        What the model wrote, or the choice that is most likely; a row each.
+        For each row, the generated text or the most likely choice.
     """
     prompter = prompter_of(model)
     if scorer == "rank":
@@ -216,9 +216,9 @@ def predictions(
     scorer: str = "generate",
     mode: Mode = "strict",
 ) -> list[Prediction]:
-    """Read the answers of one model to the rows of a task.
+    """Parse one model's responses to the rows of a task.
 
-    An answer of ranking is one of the choices as it stands, and is not read.
+    With the scorer ``rank`` a response is one of the choices, and is not parsed.
     """
     found = []
     for example, answer in zip(examples, answers, strict=True):
@@ -235,13 +235,13 @@ def predictions(
     return found
 
 
-def scored(
+def score_answers(
     task: Task,
     examples: Sequence[Example],
     answers: Sequence[Answer],
     scorer: str = "generate",
     mode: Mode = "strict",
 ) -> Score:
-    """Read answers and score them by the task's metric."""
+    """Parse answers and score them by the task's metric."""
     labels = [words[0] for words in task.words]
     return score(predictions(task, examples, answers, scorer, mode), task.scored_by, labels)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from starmerge_models.deltas import Stored
-from starmerge_models.spectral import remembered
+from starmerge_models.spectral import memoised
 from tests.oracles import samples
 
 
@@ -15,7 +15,7 @@ from tests.oracles import samples
 def test_a_delta_is_looked_at_once(found):
     looked = []
 
-    @remembered
+    @memoised
     def find(delta):
         """Say something."""
         looked.append(delta)
@@ -33,7 +33,7 @@ def test_what_was_found_goes_with_the_delta():
     class Found:
         pass
 
-    @remembered
+    @memoised
     def find(delta):
         return Found()
 
@@ -47,7 +47,7 @@ def test_what_was_found_goes_with_the_delta():
 
 
 def test_threads_agree_on_one_result():
-    find = remembered(lambda delta: object())
+    find = memoised(lambda delta: object())
     delta = samples.low_rank(5, 4, 2)
     with ThreadPoolExecutor(8) as pool:
         found = set(pool.map(lambda _: find(delta), range(200)))

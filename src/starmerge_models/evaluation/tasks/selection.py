@@ -1,4 +1,4 @@
-"""Rows to choose by: those of a task that nobody reports scores on, where there are any."""
+"""Rows for selecting a merge: rows of a task that an evaluation does not score, if any."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from starmerge_models.evaluation.tasks.sources import Sample
 from starmerge_models.evaluation.tasks.task import Example, Task
 
 Origin = Literal["held out", "training", "scored"]
-"""Where rows come from: held out but not in the task's sample; trained on; scored."""
+"""Origin of rows: held out but not in the task's sample; trained on; scored."""
 
 
-def spare_rows(task: Task | ImageTask, limit: int | None) -> tuple[list[Example], Origin]:
+def selection_rows(task: Task | ImageTask, limit: int | None) -> tuple[list[Example], Origin]:
     """Return rows of a task that an evaluation of it does not score.
 
-    A choice made on the rows that are reported afterwards makes the reported scores too good. So
-    the rows are, in this order:
+    Scores of a merge are biased upwards on the rows that it was selected by. So the function
+    tries, in this order:
 
-    - held-out rows that the task's sample leaves out: neither trained on nor scored;
-    - rows to train on: not scored, but the fine-tune may know them by heart;
-    - the rows that are scored.
+    - held-out rows outside the task's sample: neither trained on nor scored;
+    - training rows: not scored, but the fine-tune may have memorised them;
+    - the scored rows.
 
-    The first of these is taken that has as many rows as the task's own sample would give, and, for
-    a balanced sample, rows of the same labels.
+    It returns the first of these that has as many rows as the task's own sample, and, for a
+    balanced sample, rows of the same labels.
 
     Args:
         task: The task.
-        limit: How many rows at most; None: as many as its sample has.
+        limit: Most rows; None: as many as the task's sample has.
 
     Returns:
-        The rows, shuffled with the sample's seed, and where they come from.
+        The rows, shuffled with the sample's seed, and their origin.
 
     Raises:
         UsageError: The task has no rows to score.
@@ -60,7 +60,7 @@ def spare_rows(task: Task | ImageTask, limit: int | None) -> tuple[list[Example]
 
 
 def _training_rows(task: Task | ImageTask) -> list[Example]:
-    """Return the rows to train on; none where the task cannot give them."""
+    """Return the training rows; an empty list where the task has none."""
     try:
         return task.examples("train")
     except UsageError:

@@ -1,8 +1,8 @@
-"""Calls of the Hub's client: what may pass, what a failure means, and no secret in either.
+"""Errors and logs of the Hub's client: translation, transience, redaction of secrets.
 
-Secrets are the token, and the addresses that the Hub gives out for uploads, whose queries are
-signed: whoever has one may write there for a while. The client's errors and warnings quote such
-addresses, and a server's answer may quote anything.
+Secrets are the token, and the Hub's upload URLs, whose signed queries allow anyone to write there
+for a while. The client's errors and warnings quote such URLs, and a server's response may quote
+anything.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from starmerge_models.errors import StarmergeError, UsageError
 
 _TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 
-_PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
-"""Statuses after which the same request may succeed."""
+_TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+"""HTTP statuses after which a retry of the request may succeed."""
 
 _HTTP_LIBRARIES = frozenset({"httpx", "httpx2", "httpcore", "requests", "urllib3"})
-"""What versions of the client send requests with; their errors without a status are the network's.
-"""
+"""HTTP libraries of different versions of the client; their errors without a status are network
+errors."""
 
 _QUERY = re.compile(r"(\bhttps?://[^\s?'\"<>]+)\?[^\s'\"<>)\]]+", re.IGNORECASE)
 _LOGIN = re.compile(r"(\bhttps?://)[^\s/@'\"]+@", re.IGNORECASE)
@@ -31,11 +31,11 @@ _TOKEN = re.compile(r"\b(hf_|Bearer\s+)\w[\w.+/=-]{7,}")
 
 
 def without_secrets(text: str, token: str) -> str:
-    """Return a text without tokens, without passwords in addresses, and without their queries.
+    """Redact tokens, and passwords and queries of URLs, in a text.
 
     Args:
         text: The text.
-        token: The token of this run, whatever it looks like.
+        token: The token of this run, in any format.
     """
     text = text.replace(token, "[token]") if token else text
     text = _TOKEN.sub(r"\1[token]", text)
@@ -43,29 +43,29 @@ def without_secrets(text: str, token: str) -> str:
 
 
 def status_of(error: BaseException) -> int | None:
-    """Return the status of the HTTP response that an error, or one behind it, speaks of."""
+    """Return the status of the HTTP response of an error or of its causes."""
     return _answer(error)[0]
 
 
-def may_pass(error: BaseException) -> bool:
-    """Tell whether the same request may succeed later: the server or the network failed."""
+def is_transient(error: BaseException) -> bool:
+    """Return whether an error is transient: the server or the network failed."""
     status = status_of(error)
-    return status in _PASSING if status is not None else _is_of_network(error)
+    return status in _TRANSIENT if status is not None else _is_of_network(error)
 
 
 @contextmanager
-def talking(token: str, repo: str, *, progress: bool = False) -> Iterator[None]:
-    """Turn what the Hub's client raises into errors of this project, which quote no secrets.
+def translated_errors(token: str, repo: str, *, progress: bool = False) -> Iterator[None]:
+    """Convert the client's exceptions into errors of this project, without secrets.
 
-    ``--debug`` shows the client's traceback too, in the text of the error's cause.
+    ``--debug`` also shows the client's traceback, redacted, as the error's cause.
 
     Args:
         token: The token of this run.
-        repo: The repository that is spoken of.
-        progress: Let the client show its progress bars, where standard error is a terminal.
+        repo: The repository, for messages.
+        progress: Show the client's progress bars, if standard error is a terminal.
 
     Raises:
-        UsageError: The Hub takes the token for invalid, or forbids it to write.
+        UsageError: The Hub rejects the token, or forbids it to write.
         StarmergeError: The Hub refuses for another reason, fails, or cannot be reached.
     """
     with _bars(shown=progress and sys.stderr.isatty()), _log_without_secrets(token):
@@ -75,15 +75,17 @@ def talking(token: str, repo: str, *, progress: bool = False) -> Iterator[None]:
             raise
         except Exception as error:
             shown = "".join(traceback.format_exception(error))
-            # The error itself, with its text, would be printed if it were the cause or the context.
-            raise _told(error, token, repo) from _ClientError(without_secrets(shown, token))
+            # As the cause or context, the original error would be printed with its secrets.
+            raise _as_starmerge_error(error, token, repo) from _ClientError(
+                without_secrets(shown, token)
+            )
 
 
 class _ClientError(Exception):
-    """An error of the Hub's client: its traceback, without secrets."""
+    """The redacted traceback of an error of the Hub's client."""
 
 
-def _told(error: Exception, token: str, repo: str) -> StarmergeError:
+def _as_starmerge_error(error: Exception, token: str, repo: str) -> StarmergeError:
     status, address = _answer(error)
     said = " ".join(without_secrets(str(error) or type(error).__name__, token).split())
     if said and said[-1] not in ".!?":
@@ -92,13 +94,13 @@ def _told(error: Exception, token: str, repo: str) -> StarmergeError:
     if status == 401:
         kind = UsageError
         text = (
-            "The Hub takes the token for invalid. Log in again with `hf auth login`, or set "
-            f"HF_TOKEN to a token of {_TOKENS_PAGE}."
+            "The Hub rejects the token as invalid. Log in again with `hf auth login`, or set "
+            f"HF_TOKEN to a token from {_TOKENS_PAGE}."
         )
     elif status == 403 and "signature=" in address.lower():
         text = (
-            "The Hub's storage refused an upload, most likely because the address that the Hub "
-            "gave out for it has expired. Push again, for a new one."
+            "The Hub's storage refused an upload, probably because the upload URL has expired. "
+            "Push again to get a new one."
         )
     elif status == 403:
         kind = UsageError
@@ -108,10 +110,10 @@ def _told(error: Exception, token: str, repo: str) -> StarmergeError:
         )
     elif status in (409, 412):
         text = (
-            f"{repo} has been changed by somebody else meanwhile, and nothing was committed. Look "
-            "at it, and push again."
+            f"Somebody else has changed {repo} meanwhile, and nothing was committed. Check it, "
+            "and push again."
         )
-    elif status is not None and may_pass(error):
+    elif status is not None and is_transient(error):
         text = f"The Hub fails with status {status}; push again later."
     elif status is None and _is_of_network(error):
         text = (
@@ -124,7 +126,7 @@ def _told(error: Exception, token: str, repo: str) -> StarmergeError:
 
 
 def _answer(error: BaseException) -> tuple[int | None, str]:
-    """Return the status of the HTTP response that an error comes from, and whose answer it is."""
+    """Return the status of an error's HTTP response, and the name of the server."""
     for link in _chain(error):
         response = getattr(link, "response", None)
         status = getattr(response, "status_code", None)
@@ -142,7 +144,7 @@ def _is_of_network(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and those that it came from."""
+    """Yield an error and its causes."""
     link: BaseException | None = error
     while link is not None:
         yield link
@@ -157,14 +159,14 @@ class _Redaction(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         text = record.getMessage()
         clean = without_secrets(text, self._token)
-        if clean != text:  # events stay events
+        if clean != text:  # structured events without secrets are kept
             record.msg, record.args = clean, None
         return True
 
 
 @contextmanager
 def _log_without_secrets(token: str) -> Iterator[None]:
-    """Take secrets out of what the client and its HTTP library log, wherever it is shown."""
+    """Redact the log records of the client and its HTTP library, for all handlers."""
     names = ("huggingface_hub", *_HTTP_LIBRARIES)
     handlers = {
         *logging.getLogger().handlers,

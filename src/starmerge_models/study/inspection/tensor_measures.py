@@ -1,4 +1,4 @@
-"""All that is measured of one tensor, without its task vectors."""
+"""All measures of one tensor, which do not hold its task vectors."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from starmerge_models.study.inspection.kept import Kept, kept_of
 from starmerge_models.study.inspection.spectrum import Spectrum, spectrum_of
 
 LISTED = 128
-"""Singular values of a dense delta that are listed; of factors all are."""
+"""Number of listed singular values of a dense delta; those of factors are all listed."""
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The spectrum of one task vector of one tensor, in numbers.
+class SpectrumSummary:
+    """Numbers of the spectrum of one task vector of one tensor.
 
-    As :class:`starmerge_models.study.inspection.spectrum.Spectrum` has them.
+    Defined as in :class:`starmerge_models.study.inspection.spectrum.Spectrum`.
     """
 
     values: tuple[float, ...]
-    """Singular values, descending; of a dense delta the first :data:`LISTED`."""
+    """Singular values, descending; the first :data:`LISTED` of a dense delta."""
     nuclear: float
-    """Σσ; of what stands above the noise floor where it applies."""
+    """Σσ, above the noise floor where it applies."""
     rank: int
     kept: int
     effective_rank: float
@@ -36,16 +36,16 @@ class Shape:
     top_share: float
     top_energy: float
     above: float
-    """Σσ² of the same as ``nuclear``."""
+    """Σσ² over the same singular values as ``nuclear``."""
     noise: float
     """Share of ‖τ‖² below the noise floor."""
     floor: float | None
-    """The noise floor; None for what has none, as adapters."""
+    """The noise floor; None if there is none, as for adapters."""
     floor_applies: bool
 
     @classmethod
-    def of(cls, spectrum: Spectrum) -> Shape:
-        """Return the numbers of a spectrum."""
+    def of(cls, spectrum: Spectrum) -> SpectrumSummary:
+        """Summarise a spectrum."""
         floor = spectrum.truncation.noise
         return cls(
             values=tuple(spectrum.values[: max(LISTED, len(spectrum.svd.S))].tolist()),
@@ -64,37 +64,37 @@ class Shape:
 
 
 @dataclass(frozen=True, eq=False)
-class TensorLook:
-    """One tensor that some task changes, and what its tasks do to each other in it."""
+class TensorMeasures:
+    """The measures of one tensor that at least one task changes."""
 
     name: str
     shape: tuple[int, ...]
     layer: int | None
     """The layer's index; None outside of layers."""
     tasks: tuple[int, ...]
-    """Numbers of the tasks that change it: the places in what follows."""
+    """Indices of the tasks that change the tensor; the fields below are in this order."""
     energies: tuple[float, ...]
-    """‖τ‖² of each."""
-    spectra: tuple[Shape | None, ...]
-    """Of each; None for what spectral methods average."""
+    """‖τ‖² of each task."""
+    spectra: tuple[SpectrumSummary | None, ...]
+    """The spectrum of each task; None for tensors that spectral methods average."""
     conflict: Conflict
     entries: Entries
     kept: Mapping[str, tuple[Kept, ...]]
-    """By the name of a merge, of each task."""
+    """For each merge, by name: the comparison with each task."""
 
 
-def look_at(
+def measure_tensor(
     deltas: Mapping[int, Delta],
     merges: Mapping[str, Delta],
     tensor: TensorContext,
     eta: float,
-) -> TensorLook:
+) -> TensorMeasures:
     """Measure one tensor.
 
     Args:
-        deltas: τ by the number of the task; one or more.
-        merges: What merges add to the tensor, by the merge's name.
-        tensor: The tensor; its base has been read.
+        deltas: τ by the task's index; at least one.
+        merges: The updates of merges, by the merge's name.
+        tensor: The tensor, with its base weights.
         eta: STAR's η, in percent.
     """
     assert tensor.base is not None, "an inspection has a base"
@@ -105,19 +105,19 @@ def look_at(
         name: tuple(kept_of(M, delta, own) for delta, own in zip(held, spectra, strict=True))
         for name, M in merges.items()
     }
-    return TensorLook(
+    return TensorMeasures(
         tensor.name,
         tensor.shape,
         None if tensor.layer is None else tensor.layer[0],
         tuple(deltas),
         tuple(delta.frobenius() ** 2 for delta in held),
-        tuple(None if own is None else Shape.of(own) for own in spectra),
+        tuple(None if own is None else SpectrumSummary.of(own) for own in spectra),
         conflict,
         entries_of(held, tensor.base),
         kept,
     )
 
 
-def responses(look: TensorLook) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """Return ‖τ_i C_j^½‖² of a tensor with zeros where it is not defined, (T, T)."""
-    return np.nan_to_num(look.conflict.response)
+def responses(tensor: TensorMeasures) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """Return ‖τ_i C_j^½‖² of a tensor, (T, T); 0 if undefined."""
+    return np.nan_to_num(tensor.conflict.response)

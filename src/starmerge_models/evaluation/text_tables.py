@@ -1,4 +1,4 @@
-"""Cells in rows as a table for people: Markdown for texts, HTML for notebooks."""
+"""Tables of text cells: Markdown for terminals and files, HTML for notebooks."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from starmerge_models.evaluation.scoring.comparison import Interval
 
 
 def interval_cell(interval: Interval | None) -> str:
-    """Return an average with its interval for people, "–" where there is none."""
+    """Return an average with its interval as text; "–" for None."""
     if interval is None:
         return "–"
     return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table, the first row its head, with columns of one width."""
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table with aligned columns; the first row is the header."""
     rows = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -29,11 +29,11 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def html_table(rows: Sequence[Sequence[str]], caption: str = "") -> str:
-    """Return an HTML table, the first row its head, as pandas draws its own in a notebook.
+    """Return an HTML table in pandas' style; the first row is the header.
 
     Args:
         rows: The cells.
-        caption: A line of text above it.
+        caption: A line of text above the table.
     """
     import html  # noqa: PLC0415  (only where a notebook shows something)
 

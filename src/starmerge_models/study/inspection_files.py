@@ -1,7 +1,7 @@
-"""A folder of an inspection: JSON, tables for pandas, pictures; written whole.
+"""Folders of inspections: JSON, tables for pandas, figures; written atomically.
 
 - ``inspection.json``: everything
-- ``report.md``: what the command prints
+- ``report.md``: the report that the command prints
 - ``models.csv``, ``conflicts.csv``, ``layers.csv``, ``tensors.csv``, ``pairs.csv``,
   ``spectra.csv``, and of merges ``kept.csv`` and ``kept_tensors.csv``: the tables
 - ``ranks``, ``spectra``, ``conflicts`` and of merges ``kept``, each as ``.png`` and ``.pdf``
@@ -22,13 +22,13 @@ _MEMBERS = (_JSON, _REPORT, "*.csv", "*.png", "*.pdf", "*.html")
 _KIND = Replaceable("folder of an inspection", _JSON, _MEMBERS)
 
 
-def check_folder(folder: Path, *, overwrite: bool) -> None:
-    """Make sure that an inspection may be written to ``folder``, and its pictures drawn.
+def check_inspection_folder(folder: Path, *, overwrite: bool) -> None:
+    """Make sure that an inspection may be written to ``folder``, and its figures drawn.
 
-    To be called before the work begins.
+    The caller must check before it computes the inspection.
 
     Raises:
-        UsageError: Something stands there that may not be replaced.
+        UsageError: The path exists and may not be replaced.
         ModuleNotFoundError: matplotlib or pandas is not installed.
     """
     import matplotlib  # noqa: F401, PLC0415  (slow to import)
@@ -38,18 +38,18 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
 
 
 def write_inspection(folder: Path, inspection: Inspection, *, overwrite: bool = False) -> None:
-    """Write an inspection into a folder, which appears whole or not at all.
+    """Write an inspection into a folder, atomically.
 
     Args:
-        folder: Where to.
-        inspection: What to write.
-        overwrite: Replace the inspection that stands there.
+        folder: The output folder.
+        inspection: The inspection.
+        overwrite: Whether to replace an existing inspection.
 
     Raises:
-        UsageError: Something stands there that may not be replaced.
+        UsageError: The path exists and may not be replaced.
         StarmergeError: The disk is full, or fails otherwise.
     """
-    check_folder(folder, overwrite=overwrite)
+    check_inspection_folder(folder, overwrite=overwrite)
     from starmerge_models.study.figures.inspection import plots_of  # noqa: PLC0415  (slow to import)
 
     with output_folder(folder, overwrite=overwrite, kind=_KIND) as made:

@@ -7,22 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from starmerge_models.demo.run import ADAPTERS
 from starmerge_models.errors import UsageError
-from starmerge_models.evaluation.models.asking import (
+from starmerge_models.evaluation.models.loading import AdapterSwitch, load_model
+from starmerge_models.evaluation.models.scorers import (
     Answer,
     LocalModel,
-    ask,
     check_scorer,
     predictions,
     prompter_of,
-    scored,
+    run_scorer,
+    score_answers,
 )
-from starmerge_models.evaluation.models.loading import AdapterSwitch, load_model
 from starmerge_models.evaluation.scoring.matching import read
 from starmerge_models.evaluation.tasks import find_task
 from starmerge_models.evaluation.tasks.sources import FileSource
 from starmerge_models.evaluation.tasks.task import Example, Task
+from starmerge_models_demo import ADAPTERS
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +42,19 @@ def _ignore(_: int) -> None:
 def test_answers_do_not_depend_on_batch_and_order(language: LocalModel, scorer: str) -> None:
     task = find_task("language")
     rows = task.examples("test", 12)
-    together = ask(language, task, rows, scorer, advance=_ignore)
-    alone = [ask(language, task, [row], scorer, advance=_ignore)[0] for row in rows]
-    backwards = ask(language, task, rows[::-1], scorer, batch_size=5, advance=_ignore)
+    together = run_scorer(language, task, rows, scorer, advance=_ignore)
+    alone = [run_scorer(language, task, [row], scorer, advance=_ignore)[0] for row in rows]
+    backwards = run_scorer(language, task, rows[::-1], scorer, batch_size=5, advance=_ignore)
     assert together == alone == backwards[::-1]
-    assert scored(task, rows, together, scorer).value > 0.9
+    assert score_answers(task, rows, together, scorer).value > 0.9
 
 
 def test_generation_is_that_of_the_library_up_to_where_it_stops(language: LocalModel) -> None:
     task = find_task("language")
     rows = task.examples("test", 6)
     prompter = prompter_of(language)
-    answers = ask(language, task, rows, advance=_ignore)
-    whole = ask(language, task, rows, mode="reference", advance=_ignore)
+    answers = run_scorer(language, task, rows, advance=_ignore)
+    whole = run_scorer(language, task, rows, mode="reference", advance=_ignore)
     for row, answer, full in zip(rows, answers, whole, strict=True):
         ids = torch.tensor([prompter.prompt(task, row).ids])
         with torch.inference_mode():
@@ -71,7 +71,9 @@ def test_ranking_takes_the_choice_with_the_highest_likelihood(language: LocalMod
     task = find_task("country")  # the adapter was not made for it, so the choices are close
     rows = task.examples("test", 4)
     prompter = prompter_of(language)
-    for row, answer in zip(rows, ask(language, task, rows, "rank", advance=_ignore), strict=True):
+    for row, answer in zip(
+        rows, run_scorer(language, task, rows, "rank", advance=_ignore), strict=True
+    ):
         prompt = list(prompter.prompt(task, row).ids)
         likelihoods = {}
         for choice in row.choices:
@@ -93,7 +95,7 @@ def test_greedy_is_greedy_whatever_the_model_asks_for(smollm2: Path, tmp_path: P
     task = find_task("past")
     rows = task.examples("test", 6)
     answers = [
-        ask(LocalModel(*load_model(folder)), task, rows, advance=_ignore)
+        run_scorer(LocalModel(*load_model(folder)), task, rows, advance=_ignore)
         for folder in (smollm2, tmp_path)
     ]
     assert answers[0] == answers[1]
@@ -110,11 +112,11 @@ def test_prompts_that_lose_a_part_are_marked(language: LocalModel) -> None:
     short = LocalModel(language.model, language.tokenizer)
     language.tokenizer.model_max_length = 64
     try:
-        answers = ask(short, task, rows, advance=_ignore)
+        answers = run_scorer(short, task, rows, advance=_ignore)
     finally:
         language.tokenizer.model_max_length = 8192
     assert [answer.shortened for answer in answers] == [False, True]
-    assert scored(task, rows, answers).shortened == 1
+    assert score_answers(task, rows, answers).shortened == 1
 
 
 def test_a_prompt_leaves_room_for_the_longest_answer_to_rank(language: LocalModel) -> None:
@@ -124,10 +126,10 @@ def test_a_prompt_leaves_room_for_the_longest_answer_to_rank(language: LocalMode
     row = Example("1", {"text": "long " * 90}, "a", ("a", "many words " * 10))
     language.tokenizer.model_max_length = 130
     try:
-        (short,) = ask(
+        (short,) = run_scorer(
             language, task, [Example("2", row.fields, "a", ("a", "b"))], "rank", advance=_ignore
         )
-        (long,) = ask(language, task, [row], "rank", advance=_ignore)
+        (long,) = run_scorer(language, task, [row], "rank", advance=_ignore)
     finally:
         language.tokenizer.model_max_length = 8192
     assert (short.shortened, long.shortened) == (False, True)

@@ -1,4 +1,4 @@
-"""Where a tensor lies in a model, in words that fit a table: its layer and its module."""
+"""Short names of modules for tables."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from starmerge_models.checkpoints.layers import family_of, layer_of
 
 
-def modules(names: Iterable[str]) -> dict[str, str]:
-    """Return for each tensor's name a short one of its module, the same in all layers.
+def module_names(names: Iterable[str]) -> dict[str, str]:
+    """Return a short module name for each tensor's name, the same in all layers.
 
-    ``model.layers.3.self_attn.q_proj.weight`` becomes ``q_proj``, or as many parts more as tell the
-    modules apart; in models of several stacks of layers the stack stands before it:
-    ``encoder: SelfAttention.q``.
+    ``model.layers.3.self_attn.q_proj.weight`` becomes ``q_proj``, or longer if that is not unique;
+    in models with several stacks of layers the stack's name is prepended: ``encoder:
+    SelfAttention.q``.
     """
     names = list(names)
     families = {name: family_of(name) for name in names}
@@ -28,13 +28,13 @@ def modules(names: Iterable[str]) -> dict[str, str]:
 
 
 def _rest(name: str) -> str:
-    """Return a name without its layer, and without the word weight at its end."""
+    """Return a name without its layer prefix and without a trailing ``weight``."""
     rest = name.removeprefix(layer_of(name)).removeprefix(".") if family_of(name) else name
     return rest.removesuffix(".weight") or name
 
 
 def _stacks(families: Sequence[str]) -> Mapping[str, str]:
-    """Return for each family of layers its first word, or all of it where the word is not alone."""
+    """Return for each family of layers its first word, or its full name if that is not unique."""
     words = [family.split(".")[0] for family in families]
     return {
         family: word if words.count(word) == 1 else family
@@ -43,7 +43,7 @@ def _stacks(families: Sequence[str]) -> Mapping[str, str]:
 
 
 def _shortest(paths: Iterable[str]) -> dict[str, str]:
-    """Return for each path as few of its last parts as tell it from the others."""
+    """Return for each path its shortest unique suffix of parts."""
     split = {path: path.split(".") for path in paths}
     found = {}
     for path, parts in split.items():

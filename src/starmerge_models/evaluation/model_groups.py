@@ -1,6 +1,6 @@
-"""What is asked: a base with its adapters and updates on one loaded model, and whole models.
+"""Groups of models that share a loaded base: the base, its adapters and updates; whole models.
 
-Nothing is loaded before it is needed: a model whose answers are all known is never opened.
+Models are loaded lazily: a model whose answers are all in the cache is never loaded.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from starmerge_models.checkpoints.hashing import blake3_of_update
 from starmerge_models.checkpoints.source import resolve_local
 from starmerge_models.deltas import Delta
 from starmerge_models.errors import UsageError
-from starmerge_models.evaluation.models.asking import Backend, LocalModel
 from starmerge_models.evaluation.models.classification import load_image_model
 from starmerge_models.evaluation.models.loading import AdapterSwitch, Dtype, device_of, load_model
+from starmerge_models.evaluation.models.scorers import Backend, LocalModel
 from starmerge_models.evaluation.models.vllm import check_vllm, load_vllm
 from starmerge_models.merging.apply import apply
 from starmerge_models.progress import Progress
@@ -26,40 +26,40 @@ BASE = "base"
 """Name of the base in every evaluation."""
 
 TUNED = "fine-tuned"
-"""What the tasks' own fine-tunes are called together in tables and charts."""
+"""Name of the column of the tasks' own fine-tunes in tables and charts."""
 
 Update = Mapping[str, Delta]
-"""What a merge in memory adds to the base's tensors, by their names."""
+"""The deltas that a merge in memory adds to the base, by tensor name."""
 
 
 class Group(Protocol):
-    """Models that share what is loaded."""
+    """Models that share the loaded weights."""
 
     @property
     def names(self) -> list[str]:
-        """The models, in the order in which they are to be asked."""
+        """The models, in the order in which the caller must evaluate them."""
 
     def folders(self, name: str) -> list[Path]:
-        """Return the folders whose content makes a model, that of the loaded model first."""
+        """Return the folders whose files determine a model; the loaded model's folder is first."""
 
     def update(self, name: str) -> str | None:
-        """Return the hash of what is added to the folders' weights in memory; None: nothing."""
+        """Return the hash of the update added to the weights in memory; None: there is none."""
 
     @contextmanager
     def active(self, name: str, progress: Progress) -> Iterator[Any]:
-        """Yield a model, loaded; one at a time. The progress is told of what is loaded."""
+        """Load a model and yield it, one at a time; report the loading to ``progress``."""
 
 
 Loader = Callable[[Path], tuple[Any, Any]]
-"""Returns a model of a folder, and its tokenizer or what prepares its images."""
+"""From a model's folder to the model, and its tokenizer or image processor."""
 
 
-class _Loaded:
-    """A base that is loaded when it is first wanted.
+class _LazyBase:
+    """A base that is loaded on first use.
 
     Args:
-        path: Its folder.
-        load: Loads it.
+        path: The base's folder.
+        load: Loads the base.
     """
 
     def __init__(self, path: Path, load: Loader) -> None:
@@ -67,25 +67,25 @@ class _Loaded:
         self._parts: tuple[Any, Any] | None = None
 
     def get(self, progress: Progress) -> tuple[Any, Any]:
-        """Return the model, and its tokenizer or what prepares its images."""
+        """Return the model, and its tokenizer or image processor."""
         if self._parts is None:
             progress.waits_for(f"loading {BASE}")
             self._parts = self._load(self._path)
         return self._parts
 
 
-class OnBase:
-    """The base, then updates of it, then adapters on it: the base is loaded once.
+class BaseGroup:
+    """The base, updates of it and adapters on it: the base is loaded once.
 
-    Base and updates may be asked again and again, but not after an adapter, nor may an update
-    change while the group is in use.
+    The caller may activate the base and the updates in any order and repeatedly, but not after
+    an adapter, and must not change an update while the group is in use.
 
     Args:
-        base: Its folder.
-        updates: What is added to its weights and taken back, by name.
-        adapters: Folders by name; PEFT puts them beside the weights.
+        base: The base's folder.
+        updates: Updates by name, each added to the base's weights and removed again.
+        adapters: Adapter folders by name; PEFT adds them as separate modules.
         load: Loads the base.
-        wrap: Makes of model and tokenizer what is asked.
+        wrap: Combines model and tokenizer into the object that a prepared task takes.
     """
 
     def __init__(
@@ -98,12 +98,12 @@ class OnBase:
     ) -> None:
         self._base, self._updates, self._adapters = base, updates, adapters
         self._wrap = wrap
-        self._loaded = _Loaded(base, load)
+        self._loaded = _LazyBase(base, load)
         self._hashes: dict[str, str] = {}
         self._switch: AdapterSwitch | None = None
 
-    def with_updates(self, updates: Mapping[str, Update]) -> OnBase:
-        """Return a group of the base and other updates of it, which shares the loaded base."""
+    def with_updates(self, updates: Mapping[str, Update]) -> BaseGroup:
+        """Return a group with other updates that shares this group's loaded base."""
         group = copy.copy(self)
         group._updates, group._adapters, group._hashes = updates, {}, {}
         return group
@@ -112,23 +112,24 @@ class OnBase:
     def names(self) -> list[str]:
         """The base, the updates, the adapters.
 
-        PEFT renames the modules it adapts, so what adds to weights by their names comes before.
+        PEFT renames the modules that it adapts, and an update finds weights by name, so the
+        adapters are last.
         """
         return [BASE, *self._updates, *self._adapters]
 
     def folders(self, name: str) -> list[Path]:
-        """Return those of the base, and of an adapter."""
+        """Return the base's folder, followed by the adapter's if the model is one."""
         return [self._base, self._adapters[name]] if name in self._adapters else [self._base]
 
     def update(self, name: str) -> str | None:
-        """Return the hash of an update, which is computed once; None for the others."""
+        """Return the hash of an update, computed once; None for the base and adapters."""
         if name in self._updates and name not in self._hashes:
             self._hashes[name] = blake3_of_update(self._updates[name])
         return self._hashes.get(name)
 
     @contextmanager
     def active(self, name: str, progress: Progress) -> Iterator[Any]:
-        """Yield the base as it is, with an update added to its weights, or with an adapter."""
+        """Yield the unchanged base, the base with an update added, or with an adapter."""
         model, second = self._loaded.get(progress)
         if name in self._adapters:
             if self._switch is None:
@@ -147,14 +148,14 @@ class OnBase:
             yield self._wrap(model, second)
 
 
-class Whole:
-    """A model of its own.
+class WholeModel:
+    """A whole model, which shares nothing with the base.
 
     Args:
-        name: Its name.
-        folders: Its folder, and others that decide what it answers.
-        load: Loads it.
-        wrap: Makes of model and tokenizer what is asked.
+        name: The model's name.
+        folders: The model's folder, and others whose files determine its answers.
+        load: Loads the model.
+        wrap: Combines model and tokenizer into the object that a prepared task takes.
     """
 
     def __init__(
@@ -164,31 +165,31 @@ class Whole:
 
     @property
     def names(self) -> list[str]:
-        """The one."""
+        """The single model."""
         return [self._name]
 
     def folders(self, name: str) -> list[Path]:
-        """Return those that decide the model's answers."""
+        """Return the folders whose files determine the model's answers."""
         return self._folders
 
     def update(self, name: str) -> None:
-        """Return None: the model is as its files have it."""
+        """Return None: nothing is added to the stored weights."""
 
     @contextmanager
     def active(self, name: str, progress: Progress) -> Iterator[Any]:
-        """Yield the model, loaded."""
+        """Load the model and yield it."""
         progress.waits_for(f"loading {self._name}")
         yield self._wrap(*self._load(self._folders[0]))
 
 
-class OnVllm:
-    """A model and adapters on it, on vLLM.
+class VllmGroup:
+    """A model and adapters on it, loaded in vLLM.
 
     Args:
         name: The model's name.
-        path: Its folder.
-        adapters: Folders by name.
-        dtype: Of the weights.
+        path: The model's folder.
+        adapters: Adapter folders by name.
+        dtype: Dtype of the weights.
     """
 
     def __init__(self, name: str, path: Path, adapters: Mapping[str, Path], dtype: Dtype) -> None:
@@ -201,11 +202,11 @@ class OnVllm:
         return [self._name, *self._adapters]
 
     def folders(self, name: str) -> list[Path]:
-        """Return the model's folder, and that of an adapter."""
+        """Return the model's folder, followed by the adapter's if the model is one."""
         return [self._path, self._adapters[name]] if name in self._adapters else [self._path]
 
     def update(self, name: str) -> None:
-        """Return None: the models are as their files have them."""
+        """Return None: nothing is added to the stored weights."""
 
     @contextmanager
     def active(self, name: str, progress: Progress) -> Iterator[Any]:
@@ -217,7 +218,7 @@ class OnVllm:
 
 
 def check_backend(backend: str, device: str | None) -> None:
-    """Make sure that models can be asked on a backend and a device.
+    """Make sure that the backend and the device are usable.
 
     Raises:
         UsageError: The device cannot be used, or vLLM has no GPU or is not installed.
@@ -237,20 +238,20 @@ def groups(
     dtype: Dtype,
     backend: str,
 ) -> list[Group]:
-    """Find the models, and put those together that share the loaded base.
+    """Find the models, and group those that share the loaded base.
 
     Args:
         base: A folder or Hub id.
         models: Folders, Hub ids or updates by name.
         kind: "text" or "image".
-        device: Where models go; None: the GPU if there is one.
-        dtype: Of their weights, or "auto".
-        backend: What computes: transformers or vllm.
+        device: Device to load the models on; None: the GPU if there is one.
+        dtype: Dtype of the weights, or "auto".
+        backend: The inference library: transformers or vllm.
 
     Raises:
-        UsageError: A model is called "base" or "fine-tuned", there is none at its path, or the
-            backend cannot do what is wanted.
-        StarmergeError: A Hub repository cannot be had.
+        UsageError: A model is called "base" or "fine-tuned", its path has no model, or the
+            backend does not support the models or the device.
+        StarmergeError: A Hub repository cannot be downloaded.
     """
     for bound, owner in ((BASE, "the base's name"), (TUNED, "the name of the tasks' fine-tunes")):
         if bound in models:
@@ -275,26 +276,26 @@ def groups(
                 "--backend and --device out."
             )
         return [
-            OnVllm(BASE, start, adapters, dtype),
-            *(OnVllm(name, path, {}, dtype) for name, path in own.items()),
+            VllmGroup(BASE, start, adapters, dtype),
+            *(VllmGroup(name, path, {}, dtype) for name, path in own.items()),
         ]
     if kind == "image":
 
         def load_images(path: Path) -> tuple[Any, Any]:
             return load_image_model(path, device=device, dtype=dtype, processor_of=start)
 
-        # What prepares the base's images may prepare a fine-tune's: both decide its answers.
+        # A fine-tune may use the base's image processor, so both folders determine its answers.
         return [
-            OnBase(start, updates, adapters, load_images, _pair),
-            *(Whole(name, [path, start], load_images, _pair) for name, path in own.items()),
+            BaseGroup(start, updates, adapters, load_images, _pair),
+            *(WholeModel(name, [path, start], load_images, _pair) for name, path in own.items()),
         ]
 
     def load(path: Path) -> tuple[Any, Any]:
         return load_model(path, device=device, dtype=dtype)
 
     return [
-        OnBase(start, updates, adapters, load, LocalModel),
-        *(Whole(name, [path], load, LocalModel) for name, path in own.items()),
+        BaseGroup(start, updates, adapters, load, LocalModel),
+        *(WholeModel(name, [path], load, LocalModel) for name, path in own.items()),
     ]
 
 

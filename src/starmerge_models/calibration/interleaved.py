@@ -1,9 +1,9 @@
-"""Moments along a merge: the prompts are read by the model as far as it is merged.
+"""Moments along a merge: layer by layer, from the outputs of the layers that are already merged.
 
-A layer's inputs depend on the layers before it, and a merge changes those. So the layers are taken
-one after the other: the model reads the prompts up to a layer, the moments of the layer's inputs
-are taken, its tensors are merged by ``regmean`` with them, and the next layer's inputs come from
-that.
+A layer's inputs depend on the preceding layers, and a merge changes these. So for each layer in
+turn, the model runs the prompts up to the layer, the moments of the layer's inputs are collected,
+and its tensors are merged by ``regmean`` with these moments, before the next layer's inputs are
+computed.
 
 Source: RegMean++, arXiv 2508.03121.
 """
@@ -32,25 +32,25 @@ from starmerge_models.spectral.moment import Moment
 
 @dataclass(frozen=True)
 class Stage:
-    """A step of the merge: the modules of one layer, or one module of none."""
+    """A step of the merge: the modules of one layer, or one module outside of layers."""
 
     groups: tuple[Group, ...]
     until: nn.Module | None
-    """The layer, after which a pass need not go on; None: it must."""
+    """The layer after which a forward pass may stop; None: it must complete."""
 
 
 Read = Callable[[Stage, str], Iterator[tuple[Group, Sum]]]
-"""Has the model read a task's prompts, and yields the sums of a stage's groups."""
+"""Runs the model on a task's prompts, and yields the sums of a stage's groups."""
 
 
-class Along:
-    """A merge by ``regmean`` that goes along with a calibration.
+class InterleavedMerge:
+    """A merge by ``regmean`` interleaved with a calibration.
 
     Args:
-        model: The base, loaded; it holds the base's weights again at the end.
-        vectors: The task vectors of the models, which are named as the tasks are.
+        model: The loaded base; its weights are restored at the end.
+        vectors: The task vectors of the models, which have the names of the tasks.
         groups: The base's modules that have moments, in the model's order.
-        is_read_once: Whether each module is called once in a pass.
+        is_read_once: Whether each module is called at most once in a pass.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class Along:
             for group in groups
             for member in group.members
         }
-        # Only what a model changes is merged and needs moments; and what reads the same in several
-        # layers, as cross-attention does, is merged layer by layer all the same.
+        # Only tensors that a model changes are merged and need moments. Modules of several layers
+        # with the same input, as in cross-attention, are still merged layer by layer.
         order = {name: place for place, name in enumerate(parameters)}
         parts = [
             tuple(members)
@@ -95,16 +95,16 @@ class Along:
         ]
 
     def describe(self) -> str:
-        """Say in a line how prompts are read."""
+        """Describe the calibration in a line."""
         names = ", ".join(self._vectors.names)
-        return f"Prompts are read along a merge of {names}, in {len(self.stages)} steps"
+        return f"Prompts are read during a merge of {names}, in {len(self.stages)} steps"
 
     def moments(self, tasks: Sequence[str], read: Read) -> Iterator[tuple[str, Group, Moment]]:
-        """Yield the moments of the tasks' prompts, layer by layer, and merge each layer after it.
+        """Yield the moments of the tasks' prompts, and merge each layer after its moments.
 
         Args:
             tasks: The tasks.
-            read: Has the model read.
+            read: Runs the model on a task's prompts.
         """
         grouped = {tensor for group in self.groups for tensor in group.tensors}
         with ExitStack() as merged:
@@ -117,7 +117,7 @@ class Along:
                         moment = Moment(total.root(), total.tokens)
                         found |= {(tensor, task): moment for tensor in group.tensors}
                         yield task, group, moment
-                # What the prompts of a task do not reach stays as the base has it.
+                # Modules that the prompts of a task do not reach keep the base's weights.
                 reached = {
                     tensor
                     for group in stage.groups
@@ -130,7 +130,7 @@ class Along:
         return self._model.get_submodule(layer.removesuffix(".weight"))
 
     def _merged(self, tensors: set[str], moments: Mapping[tuple[str, str], Moment]) -> Applied:
-        """Add the merge of some tensors to the model; return what takes it back."""
+        """Add the merge of some tensors to the model; return the handle that undoes it."""
         update = {
             self._names[name]: self._merge(self._planned[name], moments)
             for name in sorted(tensors)
@@ -144,7 +144,7 @@ class Along:
         if moments:
 
             def read(task: int | None) -> Moment:
-                assert task is not None, "regmean reads the moments of tasks alone"
+                assert task is not None, "regmean reads only the moments of tasks"
                 return moments[name, tasks[task]]
 
             context = replace(context, inputs=Inputs(self._sides[name], read))

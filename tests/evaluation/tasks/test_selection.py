@@ -8,8 +8,8 @@ import pytest
 
 from starmerge_models.evaluation.tasks import find_task
 from starmerge_models.evaluation.tasks.images import ArraySource, ImageTask
+from starmerge_models.evaluation.tasks.selection import selection_rows
 from starmerge_models.evaluation.tasks.sources import FileSource, Sample
-from starmerge_models.evaluation.tasks.spare import spare_rows
 from starmerge_models.evaluation.tasks.task import Task
 
 
@@ -44,7 +44,7 @@ def test_rows_that_nobody_scores_come_first_then_those_to_train_on(
     tmp_path: Path, sample: Sample, rare: int, train: bool, origin: str
 ) -> None:
     task = _task(tmp_path, sample, rare, train)
-    rows, found = spare_rows(task, 16)
+    rows, found = selection_rows(task, 16)
     assert found == origin
     assert len(rows) == 16
     ids = {row.id for row in rows}
@@ -54,20 +54,20 @@ def test_rows_that_nobody_scores_come_first_then_those_to_train_on(
         assert ids <= {row.id for row in task.examples("train")}
     if sample.kind == "balanced":
         assert [row.label for row in rows].count("a") == 8
-    assert spare_rows(task, 16)[0] == rows
+    assert selection_rows(task, 16)[0] == rows
 
 
 def test_fewer_rows_are_the_first_of_more(tmp_path: Path) -> None:
     task = _task(tmp_path, Sample(kind="random", n=50))
-    assert spare_rows(task, 40)[0][:9] == spare_rows(task, 9)[0]
+    assert selection_rows(task, 40)[0][:9] == selection_rows(task, 9)[0]
 
 
 def test_the_tasks_of_the_demo_have_rows_that_were_never_trained_on_nor_scored() -> None:
-    rows, origin = spare_rows(find_task("sentiment"), 64)
+    rows, origin = selection_rows(find_task("sentiment"), 64)
     assert (len(rows), origin) == (64, "held out")
     # 26 of its rows are left, which are fewer than wanted.
-    assert spare_rows(find_task("country"), 64)[1] == "training"
-    assert spare_rows(find_task("country"), 16)[1] == "held out"
+    assert selection_rows(find_task("country"), 64)[1] == "training"
+    assert selection_rows(find_task("country"), 16)[1] == "held out"
 
 
 def test_images_are_chosen_by_others_than_those_scored(tmp_path: Path) -> None:
@@ -79,6 +79,6 @@ def test_images_are_chosen_by_others_than_those_scored(tmp_path: Path) -> None:
         sample=Sample(kind="balanced", n=10),
         labels={"0": "even", "1": "odd"},  # type: ignore[dict-item]
     )
-    rows, origin = spare_rows(task, 16)
+    rows, origin = selection_rows(task, 16)
     assert origin == "held out"
     assert not {row.id for row in rows} & {row.id for row in task.examples("test")}

@@ -1,4 +1,4 @@
-"""What is drawn from a study's store: tables and figures, written into its folder."""
+"""Writes the tables and figures of a study into its store's folder."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from starmerge_models.study.tables import failures, report
 TABLE, AVERAGES, FIGURES = "table.md", "averages.csv", "figures"
 
 FORMATS = (".png", ".pdf")
-"""In which each figure is written."""
+"""Suffixes of the files of each figure."""
 
 
 def averages_of(store: Store) -> Averages:
-    """Return the averages of a store, from which its tables, figures and page are made.
+    """Return the averages of a store, for its tables, figures and page.
 
     Raises:
-        UsageError: It has no merges that can be averaged yet; says which runs have failed.
+        UsageError: It has no averages yet; the message lists the failed runs.
     """
     try:
         return Averages(store)
@@ -74,14 +74,14 @@ def write_figures(averages: Averages) -> None:
 
 
 def figure_entries(averages: Averages) -> list[FigureEntry]:
-    """Return the figures that a store's study names and its runs can be drawn as."""
+    """Return the study's figures that can be drawn from the store's runs."""
     named = averages.store.head["study"]["figures"]
     entries = [FigureEntry.model_validate(entry) for entry in named]
     return [entry for entry in entries if _can_be_drawn(averages, entry)]
 
 
 def named_figures(averages: Averages) -> dict[str, FigureEntry]:
-    """Return the figures of :func:`figure_entries` by the names of their files, without suffix."""
+    """Return the figures of :func:`figure_entries` by file name, without suffix."""
     found: dict[str, FigureEntry] = {}
     for entry in figure_entries(averages):
         stem = "_".join(filter(None, [entry.figure.replace("-", "_"), entry.parameter]))
@@ -105,7 +105,7 @@ def _can_be_drawn(averages: Averages, entry: FigureEntry) -> bool:
 
 
 def title_of(store: Store, entry: FigureEntry) -> str:
-    """Return the title of a figure: the study's own words, and whose fine-tunes they are."""
+    """Return the title of a figure: the study's own, or a default with pool and base."""
     pool = f"{len(store.head['models'])} fine-tunes of {store.head['base']['name']}"
     about = _ABOUT[entry.figure].format(parameter=entry.parameter)
     return entry.title or f"{about}: {pool}"

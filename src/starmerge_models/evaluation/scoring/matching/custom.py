@@ -1,4 +1,4 @@
-"""Matchers of users: a function of a response, decorated."""
+"""Custom matchers: decorated functions that parse a response."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starmerge_models.evaluation.scoring.matching.matcher import MATCHERS, Match
 from starmerge_models.evaluation.scoring.matching.numbers import number_of
 
 Function = Callable[[str, str, tuple[str, ...]], Any]
-"""From the response, the right answer and the labels to what is read."""
+"""From the response, the right answer and the labels to the parsed answer."""
 
 
 def matcher(
@@ -20,22 +20,22 @@ def matcher(
     """Make the decorated function a matcher called ``name``.
 
     The function gets the response, the right answer of the row, and the labels of the task: the
-    first word of each, none for a task without labels. It returns what the response says, a text
-    or a number, or None where it says nothing that can be read. The row is right if that is the
-    right answer. To decide otherwise the function returns a pair: what was read, and what the row
-    earns.
+    first word of each, an empty tuple for a task without labels. It returns the parsed answer, a
+    text or a number, or None if the response is unreadable. The row's credit is 1 if the parsed
+    answer equals the right answer, else 0. To set another credit the function returns a pair: the
+    parsed answer and the credit.
 
-    Of a task with labels it must read one of these, so that scores of labels (F1) can count them.
+    For a task with labels it must return one of them, so that scores of labels (F1) can count them.
 
     Args:
-        name: The name, in task files.
-        numbers: Whether it reads numbers. The right answers of its tasks must be numbers, and
-            correlations can score them.
-        graded: Whether a row may earn part of a point: the function then returns pairs with a
-            number from 0 to 1, and metric ``f1`` is their mean.
+        name: The matcher's name in task files.
+        numbers: Whether the function parses numbers. The right answers of its tasks must then be
+            numbers, and correlations can score them.
+        graded: Whether credits may be fractional: the function then returns pairs with a credit
+            from 0 to 1, and metric ``f1`` is the mean credit.
 
     Raises:
-        UsageError: Another matcher has the name.
+        UsageError: The name is taken.
 
     Example:
         .. code-block:: python
@@ -47,15 +47,15 @@ def matcher(
     """
 
     def register(function: Function) -> Matcher:
-        made = _Own(name, function, numbers=numbers, graded=graded)
+        made = _CustomMatcher(name, function, numbers=numbers, graded=graded)
         MATCHERS.add(name, made)
         return made
 
     return register
 
 
-class _Own(Matcher):
-    """What a function reads."""
+class _CustomMatcher(Matcher):
+    """A matcher that calls a user's function."""
 
     labels = "possible"
 
@@ -89,7 +89,7 @@ class _Own(Matcher):
         return Reading(value, self._credit(float(value == right) if credit is None else credit))
 
     def _value(self, value: Any, labels: tuple[str, ...], response: str) -> str | float | None:
-        """Return what was read, if it is of the kind that the task wants."""
+        """Return the parsed answer, if it has the type that the task needs."""
         if value is None:
             return None
         if labels and value not in labels:
