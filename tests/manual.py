@@ -25,6 +25,16 @@ COMMANDS = ("starmerge", "pip", "python", "docker", "jq", "llama-quantize", "id"
 """What shell blocks call; anything else is an error."""
 
 
+_ANSWER = """answer() {
+    case "$1" in
+        "demo prepare") echo BASE ;;
+        "demo list") echo demo:digits demo:past ;;
+    esac
+}
+"""
+"""What commands print whose output a block goes on with."""
+
+
 @dataclass(frozen=True)
 class Block:
     """A block of code."""
@@ -67,11 +77,11 @@ def calls_of(block: Block, folder: Path) -> list[list[str]]:
     told.write_text("")
     tell = "".join(
         f"{name}() {{ {{ printf '%s\\x1f' {name} \"$@\"; printf '\\x1e'; }} >> .calls; "
-        f'[ "$*" != "demo prepare" ] || echo BASE; }}\n'
+        'answer "$*"; }\n'
         for name in COMMANDS
     )
     ran = subprocess.run(
-        ["/bin/bash", "-e", "-u", "-c", f"PATH=\n{tell}{block.code}"],
+        ["/bin/bash", "-e", "-u", "-c", f"PATH=\n{_ANSWER}{tell}{block.code}"],
         cwd=folder,
         capture_output=True,
         text=True,
