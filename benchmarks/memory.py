@@ -16,6 +16,7 @@ are of both numbers with ``--slack`` MB more.
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import os
 import sys
@@ -149,6 +150,7 @@ def measure(kind: str, shape: tuple[int, int], names: Sequence[str], tasks: int)
         if kind.endswith("whitened") and not chain.uses_metric:
             continue
         merge_once(chain, kind, WARM, tasks)
+        gc.freeze()  # what libraries have made is not searched again before each merge
         merges = [merge_once(chain, kind, shape, tasks) for _ in range(MERGES)]
         estimate, measured = min(merges, key=lambda merge: merge[1])
         found.append(Found(name, kind, shape, estimate, measured))

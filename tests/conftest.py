@@ -9,9 +9,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +29,7 @@ from starmerge_models.checkpoints.hashing import blake3_of
 from starmerge_models.checkpoints.metric import MetricWriter
 from starmerge_models.demo_names import prepared_base
 from starmerge_models.spectral.moment import Side
+from tests.forks import Forks
 
 # How long an example takes depends on the machine, not on the code.
 settings.register_profile("starmerge", deadline=None)
@@ -36,6 +38,29 @@ settings.load_profile("starmerge")
 MakeAdapter = Callable[..., Path]
 MakeFinetune = Callable[..., Path]
 MakeMetric = Callable[..., Path]
+
+_LOADED = (
+    *("transformers", "peft", "pandas"),
+    *("starmerge_models.evaluation.runner", "starmerge_models.study.choose"),
+)
+"""What commands import late, beside what a merge needs."""
+
+_LONG = (
+    *("merging/executors/test_ray_objects", "storage/test_objects", "test_real_model"),
+    *("merging/executors/test_ray", "methods/test_memory", "training/test_finetuning"),
+    *("evaluation/tasks/test_task", "test_operation", "evaluation/tasks/test_images"),
+    *("study/test_images_study", "study/test_execute", "cli/test_cli", "hub/test_push"),
+    *("study/page/test_browser", "soak/test_full_disk", "soak/test_fuzz", "soak/test_kills"),
+    *("merging/test_vocabulary", "calibration/test_run", "test_device", "mergekit/test_recipe"),
+)
+"""Files that take longer than others, in the order in which they begin."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let files that take long begin first, so that none keeps one process waiting at the end."""
+    folder = Path(__file__).parent
+    places = {folder / f"{name}.py": place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")
@@ -56,19 +81,37 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def made_adapters() -> dict[str, Path]:
+    """Return where adapters of the tiny model lie that were made before, by their settings."""
+    return {}
+
+
 @pytest.fixture
-def make_adapter(tiny_base: Path, tmp_path: Path) -> MakeAdapter:
+def make_adapter(
+    tiny_base: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    made_adapters: dict[str, Path],
+) -> MakeAdapter:
     """Return a function that makes a random adapter of the tiny model with PEFT."""
 
     def make(name: str, *, seed: int = 0, base: Path = tiny_base, **options: Any) -> Path:
-        torch.manual_seed(seed)
         settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]} | options
         settings.setdefault("init_lora_weights", False)
-        model = AutoModelForCausalLM.from_pretrained(base)
-        model.name_or_path = "tests/tiny"
-        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
-        adapted.save_pretrained(tmp_path / name, save_embedding_layers=False)
-        return tmp_path / name
+        asked = repr((seed, sorted(settings.items())))
+        made = made_adapters.get(asked) if base == tiny_base else None
+        if made is None:
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_pretrained(base)
+            model.name_or_path = "tests/tiny"
+            adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+            made = tmp_path_factory.mktemp("adapter")
+            adapted.save_pretrained(made, save_embedding_layers=False)
+            if base == tiny_base:
+                made_adapters[asked] = made
+        torch.manual_seed(seed)  # as far as before, whether it was made or copied
+        return Path(shutil.copytree(made, tmp_path / name, dirs_exist_ok=True))
 
     return make
 
@@ -137,13 +180,33 @@ def smollm2() -> Path:
     return prepared_base()
 
 
-@pytest.fixture
-def starmerge() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Return a function that runs the command line as a process of its own."""
+@pytest.fixture(scope="session")
+def loaded() -> Iterator[Forks]:
+    """Return a process that runs commands in forks of itself, without importing anything again."""
+    with Forks(*_LOADED) as served:
+        yield served
 
-    def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+
+@pytest.fixture
+def starmerge(loaded: Forks) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Return a function that runs the command line in a process of its own.
+
+    It is a fork of one that has imported everything; with ``env`` or ``input`` a new one, for what
+    is read as Python starts or from standard input. ``site`` is a folder of installed packages.
+    """
+
+    def run(
+        *arguments: object, cwd: Path | None = None, site: Path | None = None, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "starmerge_models", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+        if options:
+            assert site is None
+            return subprocess.run(
+                command, capture_output=True, text=True, check=False, cwd=cwd, **options
+            )
+        path = [] if site is None else [str(site)]
+        ended = loaded.run(arguments, env=dict(os.environ), cwd=str(cwd or Path.cwd()), path=path)
+        return subprocess.CompletedProcess(command, ended.code, ended.out, ended.err)
 
     return run
 

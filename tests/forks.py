@@ -18,8 +18,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +39,8 @@ class Run:
     argv: list[str]
     env: dict[str, str] = field(default_factory=dict)
     cwd: str | None = None
+    path: list[str] = field(default_factory=list)
+    """Folders of packages that are installed for this command alone."""
     uid: int | None = None
     """Run as this user, who has no rights of the superuser."""
     after: float = 0.0
@@ -46,8 +49,12 @@ class Run:
     """Seconds after which it is killed."""
     kill_before: int | None = None
     """Number of the operation on files before which it is killed."""
+    pid: str | None = None
+    """A file to write the number of its process to before it begins."""
     shard_bytes: int | None = None
     """Largest shard of the output."""
+    part_bytes: int | None = None
+    """Largest part that a file is sent to an object store in."""
     side_by_side: bool = False
     """Do not put small tensors together, so that several are worked on at once."""
     fill: tuple[str, str, int] | None = None
@@ -116,6 +123,22 @@ class Forks:
         """Run one command; the options are those of :class:`Run`."""
         (ended,) = self.at_once([Run(list(map(str, argv)), **options)])
         return ended
+
+    @contextmanager
+    def running(
+        self, argv: Sequence[object], **options: Any
+    ) -> Iterator[tuple[int, Future[Ended]]]:
+        """Run one command beside what the context does; yield its process, and how it will end.
+
+        The context waits at its end until the command has ended.
+        """
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
+            file = Path(folder) / "pid"
+            ending = pool.submit(self.run, argv, pid=str(file), **options)
+            while not file.exists():
+                assert not ending.done(), ending.result()
+                time.sleep(0.005)
+            yield int(file.read_text()), ending
 
 
 def tree(place: Path) -> dict[str, bytes]:
@@ -207,9 +230,16 @@ def _prepare(run: Run) -> None:
     from starmerge_models.merging.executors import schedule, threads
 
     os.environ |= run.env
+    # A process that a shell began in the background ignores SIGINT unless told otherwise.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.path[:0] = run.path
     if run.cwd is not None:
         os.chdir(run.cwd)
     journal._SECONDS = 0.0  # a line after each tensor
+    if run.part_bytes is not None:
+        from starmerge_models.storage import parts
+
+        parts.PART = run.part_bytes
     if run.shard_bytes is not None:
         assert ShardWriter.__init__.__kwdefaults__ is not None
         ShardWriter.__init__.__kwdefaults__["shard_bytes"] = run.shard_bytes
@@ -230,6 +260,10 @@ def _prepare(run: Run) -> None:
         _before_operations(steps)
     if run.fill is not None:
         _fill_when_opened(*run.fill)
+    if run.pid is not None:
+        written = Path(f"{run.pid}.part")
+        written.write_text(str(os.getpid()))
+        written.rename(run.pid)
 
 
 def _begin(run: Run, out: Any, err: Any) -> int:

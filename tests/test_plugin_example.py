@@ -29,13 +29,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
-@pytest.fixture
-def env(site: Path) -> dict[str, str]:
+def test_the_example_passes_its_own_tests(site: Path) -> None:
     path = [str(site), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
-
-
-def test_the_example_passes_its_own_tests(env: dict[str, str]) -> None:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(EXAMPLE)]
     finished = subprocess.run(
         command, check=False, capture_output=True, text=True, env=env, cwd=EXAMPLE
@@ -45,11 +41,14 @@ def test_the_example_passes_its_own_tests(env: dict[str, str]) -> None:
 
 
 def test_the_example_is_listed_with_its_package(
-    starmerge: Callable[..., subprocess.CompletedProcess[str]], env: dict[str, str]
+    starmerge: Callable[..., subprocess.CompletedProcess[str]],
+    site: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    methods = starmerge("methods", env=env)
+    methods = starmerge("methods", site=site)
     assert methods.returncode == 0, methods.stderr
     (line,) = (line for line in methods.stdout.splitlines() if line.startswith("  median"))
     assert line.endswith("(of the package starmerge-example 0.1.0)")
-    tasks = " ".join(starmerge("tasks", env=env | {"COLUMNS": "200"}).stdout.split())
+    monkeypatch.setenv("COLUMNS", "200")
+    tasks = " ".join(starmerge("tasks", site=site).stdout.split())
     assert "How is the word written backwards? (of the package starmerge-example 0.1.0)" in tasks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -228,25 +227,33 @@ def test_a_name_that_is_taken_is_refused_and_a_cell_may_run_again() -> None:
 
 
 _HOME = "starmerge_models.mergekit.method"
+_FIRST = {
+    "from starmerge_models.methods import METHODS; METHODS['star']; list(METHODS)": False,
+    "from starmerge_models.methods import METHODS; METHODS['mergekit']": True,
+    "from starmerge_models.mergekit.method import Mergekit": True,
+    "from starmerge_models import Mergekit": True,
+}
+"""What a program does first, and whether it loads mergekit's dialect."""
 
 
-@pytest.mark.parametrize(
-    ("first", "loaded"),
-    [
-        ("from starmerge_models.methods import METHODS; METHODS['star']; list(METHODS)", False),
-        ("from starmerge_models.methods import METHODS; METHODS['mergekit']", True),
-        ("from starmerge_models.mergekit.method import Mergekit", True),
-        ("from starmerge_models import Mergekit", True),
-    ],
-)
-def test_a_dialects_method_is_loaded_when_it_is_asked_for(first: str, loaded: bool) -> None:
+def test_a_dialects_method_is_loaded_when_it_is_asked_for() -> None:
+    """Each in a fork of a process that has imported nothing of ours, but torch."""
     code = f"""
+import os
 import sys
-{first}
-assert ({_HOME!r} in sys.modules) is {loaded}
-import starmerge_models
-from starmerge_models.methods import METHODS
-assert METHODS["mergekit"] is METHODS.built_in["mergekit"] is starmerge_models.Mergekit
+import torch
+for first, loaded in {_FIRST!r}.items():
+    assert not any(name.startswith("starmerge_models") for name in sys.modules)
+    child = os.fork()
+    if child:
+        assert os.waitpid(child, 0)[1] == 0, first
+        continue
+    exec(first)
+    assert ({_HOME!r} in sys.modules) is loaded
+    import starmerge_models
+    from starmerge_models.methods import METHODS
+    assert METHODS["mergekit"] is METHODS.built_in["mergekit"] is starmerge_models.Mergekit
+    sys.exit()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -478,11 +485,6 @@ def site(tmp_path: Path) -> Path:
     return tmp_path / "site"
 
 
-def _env(site: Path) -> dict[str, str]:
-    path = [str(site), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
-
-
 def _group(**offers: str) -> dict[str, dict[str, str]]:
     return {"starmerge_models.methods": offers}
 
@@ -493,7 +495,7 @@ def test_a_method_of_a_package_merges_and_the_report_has_its_version(
     install(site, "half-sum", {"halves": HEAD + METHOD}, _group(half_sum="halves:HalfSum"))
     one, two, out = make_adapter("one", seed=1), make_adapter("two", seed=2), tmp_path / "out"
     command = ("merge", tiny_base, one, two, "-m", "star+half_sum", "-o", out)
-    done = starmerge(*command, env=_env(site))
+    done = starmerge(*command, site=site)
     assert done.returncode == 0, done.stderr
     report = json.loads((out / "merge_report.json").read_text())
     assert report["versions"]["half-sum"] == "1.2.3"
@@ -509,14 +511,14 @@ def test_a_method_of_a_package_merges_and_the_report_has_its_version(
     (site / "half_sum-1.2.3.dist-info").rename(site / "half_sum-1.3.0.dist-info")
     metadata = site / "half_sum-1.3.0.dist-info" / "METADATA"
     metadata.write_text(metadata.read_text().replace("1.2.3", "1.3.0"))
-    newer = starmerge("merge", tmp_path / "recipe.yaml", "-o", tmp_path / "3", env=_env(site))
+    newer = starmerge("merge", tmp_path / "recipe.yaml", "-o", tmp_path / "3", site=site)
     assert newer.returncode == 2
     assert "was package half-sum, version 1.2.3 when the recipe was made" in newer.stderr
 
-    shown = starmerge("methods", "half_sum", env=_env(site)).stdout
+    shown = starmerge("methods", "half_sum", site=site).stdout
     assert "half_sum: merge, of the package half-sum 1.3.0" in shown
     assert "-p alpha=0.5 (number > 0): factor of the sum" in shown
-    listed = json.loads(starmerge("methods", "--json", env=_env(site)).stdout)
+    listed = json.loads(starmerge("methods", "--json", site=site).stdout)
     origins = {method["name"]: method["origin"] for method in listed}
     assert origins["half_sum"] == {"package": "half-sum", "version": "1.3.0"}
     assert origins["star"] is None
@@ -535,7 +537,7 @@ def test_broken_packages_are_named_and_break_nothing_else(
             broken="bad:X", gone="nowhere:X", lost="plain:Y", number="plain:X", a="other:HalfSum"
         ),
     )
-    listed = starmerge("methods", env=_env(site))
+    listed = starmerge("methods", site=site)
     assert listed.returncode == 0
     assert "half_sum" in listed.stdout
     assert "star" in listed.stdout
@@ -547,12 +549,12 @@ def test_broken_packages_are_named_and_break_nothing_else(
         ("a", "other:HalfSum: it calls itself 'b', and its entry point must have that name"),
     ):
         assert re.search(f"The method '{name}' of the package bad 1.2.3 .*{reason}", listed.stderr)
-    asked = starmerge("methods", "broken", env=_env(site))
+    asked = starmerge("methods", "broken", site=site)
     assert asked.returncode == 1
     assert "No module named 'not_there'. Mend the package or uninstall it." in asked.stderr
     assert "Traceback" not in asked.stderr
     adapter = make_adapter("adapter")
-    done = starmerge("merge", tiny_base, adapter, "-o", tmp_path / "out", env=_env(site))
+    done = starmerge("merge", tiny_base, adapter, "-o", tmp_path / "out", site=site)
     assert done.returncode == 0, done.stderr
     assert not done.stderr.count("bad")
 
@@ -565,16 +567,18 @@ def test_a_name_that_two_define_is_refused_with_both_origins(
     third = HEAD + METHOD.replace("half_sum", "star")
     install(site, "third", {"third": third}, _group(star="third:HalfSum"))
     both = "the package first 1.2.3 and the package second 1.2.3 have one of that name"
-    listed = starmerge("methods", env=_env(site))
+    listed = starmerge("methods", site=site)
     assert both in listed.stderr
     assert "'star' is refused: starmerge and the package third 1.2.3 have one" in listed.stderr
-    assert "arXiv 2502.10339" in starmerge("methods", "star", env=_env(site)).stdout
-    clash = starmerge("methods", f"{file}:HalfSum", env=_env(site))
+    assert "arXiv 2502.10339" in starmerge("methods", "star", site=site).stdout
+    clash = starmerge("methods", f"{file}:HalfSum", site=site)
     assert clash.returncode == 2
     assert "calls itself 'half_sum', and so does the method of the package first" in clash.stderr
 
 
-def test_tasks_and_metrics_of_packages(starmerge: Run, site: Path) -> None:
+def test_tasks_and_metrics_of_packages(
+    starmerge: Run, site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = (
         METRICS
         + "from starmerge_models.evaluation.tasks.task import Task\n"
@@ -587,21 +591,22 @@ def test_tasks_and_metrics_of_packages(starmerge: Run, site: Path) -> None:
         "starmerge_models.metrics": {"length": "quizzes:length"},
     }
     install(site, "quizzes", {"quizzes": source}, offers)
-    shown = starmerge("tasks", "quiz", env=_env(site))
+    shown = starmerge("tasks", "quiz", site=site)
     assert yaml.safe_load(shown.stdout)["metric"] == "length"
-    listed = starmerge("tasks", env=_env(site) | {"COLUMNS": "200"})
+    monkeypatch.setenv("COLUMNS", "200")
+    listed = starmerge("tasks", site=site)
     assert "Which? (of the package quizzes 1.2.3)" in listed.stdout
     assert "'past' is refused: starmerge and the package quizzes 1.2.3" in listed.stderr
-    assert yaml.safe_load(starmerge("tasks", "past", env=_env(site)).stdout)["description"]
+    assert yaml.safe_load(starmerge("tasks", "past", site=site).stdout)["description"]
 
 
 def test_packages_are_loaded_when_they_are_asked_for_alone(starmerge: Run, site: Path) -> None:
     source = "import pathlib\npathlib.Path(__file__).with_name('loaded').touch()\n"
     install(site, "half-sum", {"halves": HEAD + source + METHOD}, _group(half_sum="halves:HalfSum"))
     for command in (("--help",), ("methods", "star")):
-        assert starmerge(*command, env=_env(site)).returncode == 0
-    unknown = starmerge("methods", "half_sun", env=_env(site))
+        assert starmerge(*command, site=site).returncode == 0
+    unknown = starmerge("methods", "half_sun", site=site)
     assert "Did you mean 'half_sum'?" in unknown.stderr
     assert not (site / "loaded").exists()
-    assert starmerge("methods", "half_sum", env=_env(site)).returncode == 0
+    assert starmerge("methods", "half_sum", site=site).returncode == 0
     assert (site / "loaded").exists()

@@ -44,7 +44,8 @@ def test_adapter_through_peft_gives_the_logits_of_our_delta_folded_in(
     assert _relative(base, peft) > 0.05
 
 
-@pytest.mark.parametrize("method", [sm.Average(), sm.Star(), sm.TaskArithmetic(alpha=0.3)])
+# Star ends with an average, which the test above has of one adapter.
+@pytest.mark.parametrize("method", [sm.Star(), sm.TaskArithmetic(alpha=0.3)])
 def test_merged_folder_gives_the_logits_of_the_deltas_added_by_hand(
     smollm2: Path, tmp_path: Path, method: sm.Method
 ) -> None:

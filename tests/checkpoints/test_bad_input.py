@@ -8,7 +8,6 @@ import pickle
 import re
 import struct
 import subprocess
-import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -571,18 +570,11 @@ def test_an_untouched_nan_is_copied(world: World) -> None:
     assert torch.isnan(merged["model.embed.weight"][0, 0])
 
 
-def test_the_command_line_says_it_in_a_line(world: World) -> None:
+def test_the_command_line_says_it_in_a_line(
+    world: World, starmerge: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
     os.mkfifo(world.folder / "recipe.yaml")
-    command = [
-        sys.executable,
-        "-m",
-        "starmerge",
-        "merge",
-        str(world.folder / "recipe.yaml"),
-        "-o",
-        "x",
-    ]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    finished = starmerge("merge", world.folder / "recipe.yaml", "-o", "x")
     assert finished.returncode == 2
     assert finished.stderr.startswith("Error: ")
     assert "is a pipe or a device, which may never end. Save its content" in finished.stderr

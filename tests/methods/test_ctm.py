@@ -9,6 +9,7 @@ from starmerge_models.deltas import Dense, LowRank
 from starmerge_models.errors import UsageError
 from starmerge_models.methods import Ctm, make_method
 from tests.oracles import ctm, samples, spectral
+from tests.products import one_in
 
 WEIGHTS = [1.0, 0.5, -2.0, 4.0]
 """Powers of two: float32 holds the weighted deltas."""
@@ -20,13 +21,22 @@ def matrices(deltas, weights=None):
 
 
 @pytest.mark.parametrize(
-    "parameters",
-    [{}, {"rank": 3}, {"rank": 5, "beta": 1.0, "k": 60}, {"rank": 2, "rule": "sum", "beta": 0.0}],
+    ("shape", "kind", "dtype", "parameters"),
+    one_in(
+        3,
+        spectral.SHAPES,
+        samples.KINDS,
+        samples.DTYPES,
+        [
+            {},
+            {"rank": 3},
+            {"rank": 5, "beta": 1.0, "k": 60},
+            {"rank": 2, "rule": "sum", "beta": 0.0},
+        ],
+    ),
 )
-@pytest.mark.parametrize("dtype", samples.DTYPES)
-@pytest.mark.parametrize("kind", samples.KINDS)
-@pytest.mark.parametrize(("m", "n"), spectral.SHAPES)
-def test_ctm_is_the_reference(m, n, kind, dtype, parameters):
+def test_ctm_is_the_reference(shape, kind, dtype, parameters):
+    m, n = shape
     deltas = samples.task_deltas(kind, m, n, dtype=dtype)
     found = spectral.merged(Ctm(lambda_=0.7, **parameters), deltas)
     expected = ctm.ctm(matrices(deltas), lam=0.7, **parameters)

@@ -8,6 +8,7 @@ from starmerge_models.deltas import LowRank
 from starmerge_models.errors import UsageError
 from starmerge_models.methods import IsoC, IsoCts, make_method
 from tests.oracles import iso, samples, spectral, tsv_m
+from tests.products import one_in
 
 WEIGHTS = [1.0, 0.5, -2.0, 4.0]
 
@@ -32,11 +33,12 @@ def test_iso_c_is_the_reference(m, n, kind, dtype):
     spectral.assert_close(found, iso.iso_c(matrices(deltas, WEIGHTS)), deltas, times=4)
 
 
-@pytest.mark.parametrize("common", [0.0, 0.3, 0.8, 0.95, 1.0])
-@pytest.mark.parametrize("dtype", samples.DTYPES)
-@pytest.mark.parametrize("kind", samples.KINDS)
-@pytest.mark.parametrize(("m", "n"), spectral.SHAPES)
-def test_iso_cts_is_the_reference(m, n, kind, dtype, common):
+@pytest.mark.parametrize(
+    ("shape", "kind", "dtype", "common"),
+    one_in(3, spectral.SHAPES, samples.KINDS, samples.DTYPES, [0.0, 0.3, 0.8, 0.95, 1.0]),
+)
+def test_iso_cts_is_the_reference(shape, kind, dtype, common):
+    m, n = shape
     deltas = samples.task_deltas(kind, m, n, dtype=dtype)
     found = spectral.merged(IsoCts(alpha=1.3, common=common), deltas)
     spectral.assert_close(found, iso.iso_cts(matrices(deltas), 1.3, common), deltas)

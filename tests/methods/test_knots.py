@@ -11,6 +11,7 @@ from starmerge_models.merging.in_memory import merge_state
 from starmerge_models.methods import Knots, make_method
 from tests.merge_one import merge_one
 from tests.oracles import bounds, knots, samples, spectral
+from tests.products import one_in
 
 WEIGHTS = [1.0, 0.5, -2.0, 4.0]
 """Powers of two: float32 holds the weighted deltas."""
@@ -39,12 +40,12 @@ def assert_is(found, expected, deltas):
     assert error <= rounding(found, deltas)
 
 
-@pytest.mark.parametrize("on", ["v", "sv"])
-@pytest.mark.parametrize("k", [20.0, 60.0, 100.0])
-@pytest.mark.parametrize("dtype", samples.DTYPES)
-@pytest.mark.parametrize("kind", samples.KINDS)
-@pytest.mark.parametrize(("m", "n"), spectral.SHAPES)
-def test_knots_is_the_reference(m, n, kind, dtype, k, on):
+@pytest.mark.parametrize(
+    ("shape", "kind", "dtype", "k", "on"),
+    one_in(3, spectral.SHAPES, samples.KINDS, samples.DTYPES, [20.0, 60.0, 100.0], ["v", "sv"]),
+)
+def test_knots_is_the_reference(shape, kind, dtype, k, on):
+    m, n = shape
     deltas = samples.task_deltas(kind, m, n, dtype=dtype)
     found = spectral.merge(Knots(k=k, on=on, lambda_=0.6, scope="local"), deltas)
     assert_is(found, knots.knots(matrices(deltas), k, 0.6, on), deltas)

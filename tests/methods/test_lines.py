@@ -14,6 +14,7 @@ from starmerge_models.merging.executors.threads import Threads
 from starmerge_models.merging.in_memory import merge_all, merge_state
 from starmerge_models.methods import Deltas, Lines, TensorContext, make_method, make_pipeline
 from tests.oracles import bounds, lines, own_response, samples
+from tests.products import one_in
 
 LAYERS = {
     "encoder.0.q": (0, 3),
@@ -102,11 +103,17 @@ def assert_is_lines(deltas, merge, parameters, weights=None):
         assert np.all(error <= stored * np.abs(expected[name]) + alpha * unknown * np.abs(M[name]))
 
 
-@pytest.mark.parametrize("parameters", [{}, {"beta": 0.4}, {"alpha": 0.3}])
-@pytest.mark.parametrize("weights", [None, WEIGHTS])
-@pytest.mark.parametrize("dtype", samples.DTYPES)
-@pytest.mark.parametrize("kind", samples.KINDS)
-@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "weights", "merge", "parameters"),
+    one_in(
+        3,
+        samples.KINDS,
+        samples.DTYPES,
+        [None, WEIGHTS],
+        MERGES,
+        [{}, {"beta": 0.4}, {"alpha": 0.3}],
+    ),
+)
 def test_lines_is_the_reference(kind, dtype, weights, merge, parameters):
     assert_is_lines(models(kind, dtype), merge, parameters, weights)
 

@@ -11,6 +11,7 @@ from starmerge_models.errors import UsageError
 from starmerge_models.merging.in_memory import merge_state
 from starmerge_models.methods import IsoC, IsoCts, Pipeline, Svc, TaskArithmetic, make_pipeline
 from tests.oracles import samples, spectral, svc
+from tests.products import one_in
 
 MERGES = ["task_arithmetic", "average", "tsv_m", "covariance"]
 
@@ -31,12 +32,19 @@ def assert_is_svc(step, merged, deltas, alpha=None, condition=1e5):
     spectral.assert_close(found, expected, [*deltas, merged], condition=condition)
 
 
-@pytest.mark.parametrize("alpha", [None, 0.1, 1.0, 2.5])
-@pytest.mark.parametrize("dtype", samples.DTYPES)
-@pytest.mark.parametrize("kind", samples.KINDS)
-@pytest.mark.parametrize(("m", "n"), [(9, 7), (30, 20), (40, 12)])
-@pytest.mark.parametrize("merge", MERGES)
-def test_svc_is_the_reference(m, n, kind, dtype, alpha, merge):
+@pytest.mark.parametrize(
+    ("shape", "kind", "dtype", "alpha", "merge"),
+    one_in(
+        4,
+        [(9, 7), (30, 20), (40, 12)],
+        samples.KINDS,
+        samples.DTYPES,
+        [None, 0.1, 1.0, 2.5],
+        MERGES,
+    ),
+)
+def test_svc_is_the_reference(shape, kind, dtype, alpha, merge):
+    m, n = shape
     deltas = samples.task_deltas(kind, m, n, dtype=dtype)
     merged = spectral.merge(merge, deltas)
     assert_is_svc(Svc(alpha=alpha), merged, deltas, alpha)

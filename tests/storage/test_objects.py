@@ -33,6 +33,7 @@ from starmerge_models.storage.places import RemotePlace
 from starmerge_models.storage.remote import remote_storage
 from starmerge_models.storage.requests import ObjectBackend
 from tests.conftest import MakeAdapter, MakeFinetune
+from tests.forks import Forks
 from tests.storage.object_server import Fault, Proxy, Request, object_server, proxy_before
 
 SECRET, TOKEN = "SECRETSECRETSECRETSECRET", "TOKENTOKENTOKENTOKENTOKEN"
@@ -437,18 +438,10 @@ def large(base: Path, to: Path) -> Path:
     return to
 
 
-MERGE = """
-import sys
-import starmerge_models
-from starmerge_models.storage import parts
-parts.PART = 5 * 2**20
-starmerge_models.merge(sys.argv[1], sys.argv[2:-1], output=sys.argv[-1], threads=1)
-"""
-
-
 @pytest.mark.parametrize("moment", ["merging", "parts", "commits"])
 def test_killed_and_taken_up(
     moment: str,
+    loaded: Forks,
     world: World,
     tiny_base: Path,
     make_adapter: MakeAdapter,
@@ -467,21 +460,20 @@ def test_killed_and_taken_up(
         }[moment]
         if is_it:
             reached.append(request)
-        # The journal is written once a second, when the large tensor is there.
+        # So that the large tensor is there.
         slow = 1.3 if moment == "merging" else 600
         return Fault(delay=slow) if is_it else None
 
     reached: list[Request] = []
     world.proxy.plan = wait
-    program = ["-c", MERGE, *arguments]
-    if moment == "commits":
-        program = ["-m", "starmerge_models", "merge", *arguments[:-1], "-o", arguments[-1]]
-    with subprocess.Popen([sys.executable, *program], env=dict(os.environ)) as process:
-        deadline = time.monotonic() + 60
-        while len(reached) < (4 if moment == "merging" else 1) and time.monotonic() < deadline:
-            assert process.poll() is None
+    command = ["merge", *arguments[:-1], "-o", arguments[-1], "--threads", "1"]
+    size = None if moment == "commits" else PARTS
+    with loaded.running(command, env=dict(os.environ), part_bytes=size) as (process, ending):
+        while len(reached) < (4 if moment == "merging" else 1):
+            assert not ending.done(), ending.result()
             time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
+        os.kill(process, signal.SIGKILL)
+    assert ending.result().code == -signal.SIGKILL
     assert "merge_report.json" not in world.files("out")
     if moment != "commits":
         assert world.files("out") == {}

@@ -18,8 +18,8 @@ from starmerge_models.evaluation.runner import evaluate
 from starmerge_models.merging.task_vectors import load_task_vectors
 from starmerge_models.study.averages import Averages
 from starmerge_models.study.execute import StudyRunner, code_hash, duration, run_study
-from starmerge_models.study.store import HEAD, RUNS
-from starmerge_models.study.study_file import PoolModel, load_study
+from starmerge_models.study.store import HEAD, RUNS, load_store
+from starmerge_models.study.study_file import PoolModel, Study, load_study
 from tests.evaluation.tiny_world import World, make_world
 from tests.study.studies import ROWS, study_file
 
@@ -31,15 +31,25 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
+@pytest.fixture(scope="module")
+def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path]:
+    """Return a study, and the store in which all of it is done, for tests that change neither."""
+    folder = tmp_path_factory.mktemp("finished")
+    study = load_study(study_file(world, folder / "in"))
+    run_study(study, folder / "out")
+    return study, folder / "out"
+
+
 def lines(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of a store without what differs from time to time."""
     found = map(json.loads, (folder / RUNS).read_text().splitlines())
     return [{key: value for key, value in line.items() if key not in VARYING} for line in found]
 
 
-def test_a_study_asks_what_an_evaluation_asks(world: World, tmp_path: Path) -> None:
-    study = load_study(study_file(world, tmp_path / "in"))
-    store = run_study(study, tmp_path / "out")
+def test_a_study_asks_what_an_evaluation_asks(
+    world: World, finished: tuple[Study, Path], tmp_path: Path
+) -> None:
+    study, store = finished[0], load_store(finished[1])
     assert not store.failures
     assert len(store.records) == 1 + 3 + 3 * 3  # base; fine-tunes; two pairs and all three
     again = {"again": world.adapters["one"]}
@@ -69,13 +79,12 @@ def test_a_study_asks_what_an_evaluation_asks(world: World, tmp_path: Path) -> N
     assert copies.value == 1
 
 
-def test_a_finished_study_opens_no_model(world: World, tmp_path: Path) -> None:
-    study = load_study(study_file(world, tmp_path / "in"))
-    run_study(study, tmp_path / "out")
-    before = (tmp_path / "out" / RUNS).read_bytes()
+def test_a_finished_study_opens_no_model(finished: tuple[Study, Path]) -> None:
+    study, out = finished
+    before = (out / RUNS).read_bytes()
     runner = StudyRunner(study, study.settings())
-    store = run_study(study, tmp_path / "out")
-    assert (tmp_path / "out" / RUNS).read_bytes() == before
+    store = run_study(study, out)
+    assert (out / RUNS).read_bytes() == before
     assert "vectors" not in vars(runner)
     estimate = runner.estimate(store)
     assert (estimate.runs, estimate.done, estimate.rows) == (13, 13, 0)
@@ -83,9 +92,9 @@ def test_a_finished_study_opens_no_model(world: World, tmp_path: Path) -> None:
 
 
 def test_the_time_is_estimated_by_a_sample_or_by_what_was_done(
-    world: World, tmp_path: Path
+    finished: tuple[Study, Path],
 ) -> None:
-    study = load_study(study_file(world, tmp_path / "in"))
+    study, out = finished
     runner = StudyRunner(study, study.settings())
     fresh = runner.estimate(None)
     # The base and pairs of both tasks, three fine-tunes, merges of three.
@@ -93,7 +102,7 @@ def test_the_time_is_estimated_by_a_sample_or_by_what_was_done(
     assert (fresh.done, fresh.rows) == (0, asked)
     assert fresh.seconds is not None
     assert fresh.seconds > 0
-    store = run_study(study, tmp_path / "out")
+    store = load_store(out)
     grown = study.model_copy(update={"numbers": (1, 2, "all"), "combinations": 3})
     left = StudyRunner(grown, grown.settings()).estimate(store)
     assert left.done == 13

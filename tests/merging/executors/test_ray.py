@@ -396,7 +396,7 @@ def test_a_cluster_that_is_not_there_is_told_at_once(
 ) -> None:
     """Ray is not asked: it would try for ten minutes, and write lines of its own meanwhile."""
     command = ("merge", tiny_base, tiny_base, "-o", "out", "--executor", "ray", "--log", "json")
-    finished = starmerge(*command, "--address", address, timeout=100)
+    finished = starmerge(*command, "--address", address)
     last = [json.loads(line) for line in finished.stderr.splitlines()][-1]
     assert finished.returncode == last["exit_code"] == 2
     assert f"There is no Ray cluster at '{address}'" in last["message"]

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +36,7 @@ from starmerge_models.methods import Emr, Pipeline
 from starmerge_models.recipe import make_recipe
 from starmerge_models.storage.local_folder import LocalFile, LocalFolder
 from tests.conftest import MakeAdapter, MakeFinetune, edit_json
+from tests.forks import Forks
 from tests.oracles import bounds
 from tests.oracles import emr as oracle
 
@@ -520,7 +520,7 @@ def test_files_that_cannot_all_be_made_are_closed(
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_merge_leaves_no_output_folder(
-    tiny_base: Path, tmp_path: Path, how: signal.Signals
+    loaded: Forks, tiny_base: Path, tmp_path: Path, how: signal.Signals
 ) -> None:
     """Twenty tensors of 4 MB; the process is killed when the third is being written."""
     for name, scale in (("base", 0.0), ("tuned", 1.0)):
@@ -528,22 +528,16 @@ def test_a_killed_merge_leaves_no_output_folder(
         (tmp_path / name / "config.json").write_text((tiny_base / "config.json").read_text())
         tensors = {f"layers.{n}.weight": torch.full((1024, 1024), scale) for n in range(20)}
         save_file(tensors, tmp_path / name / "model.safetensors")
-    script = (
-        "import signal, starmerge_models as sm\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "sm.merge('base', {'a': 'tuned', 'b': 'tuned'}, 'emr', output='out')\n"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", script], cwd=tmp_path, stderr=subprocess.DEVNULL
-    ) as process:
 
-        def is_writing() -> bool:
-            files = list(tmp_path.glob(".out.partial-*/unified/model.safetensors"))
-            return bool(files) and files[0].stat().st_size > 9 * 2**20
+    def is_writing() -> bool:
+        files = list(tmp_path.glob(".out.partial-*/unified/model.safetensors"))
+        return bool(files) and files[0].stat().st_size > 9 * 2**20
 
+    command = ["merge", "base", "a=tuned", "b=tuned", "-m", "emr", "-o", "out"]
+    with loaded.running(command, cwd=str(tmp_path)) as (process, ending):
         _wait_for(is_writing)
-        os.kill(process.pid, how)
-    assert process.returncode != 0
+        os.kill(process, how)
+    assert ending.result().code == (-how if how == signal.SIGKILL else 130)
     assert not (tmp_path / "out").exists()
     # Only a process that may still act cleans up after itself.
     assert bool(list(tmp_path.glob(".out.partial-*"))) == (how != signal.SIGINT)

@@ -11,6 +11,7 @@ from starmerge_models.methods import Ace, Cart, Covariance, Ctm, DcMerge, IsoC, 
 from starmerge_models.methods.kinds.spectral import SpectralMerge
 from starmerge_models.methods.memory import DeltaShape, TensorShape
 from tests.oracles import bounds, linear, samples, spectral
+from tests.products import one_in
 
 TSV = [TsvM(), TsvM(triplets="all"), TsvM(triplets=2, alpha=0.7)]
 ISO = [IsoC(), IsoCts()]
@@ -177,9 +178,10 @@ DEFICIENT = {
 }
 
 
-@pytest.mark.parametrize("method", ALL, ids=names)
-@pytest.mark.parametrize("name", DEFICIENT)
-@pytest.mark.parametrize("stored", [torch.float32, None])
+@pytest.mark.parametrize(
+    ("name", "method", "stored"),
+    one_in(2, list(DEFICIENT), ALL, [torch.float32, None]),
+)
 def test_rank_deficient_deltas_give_numbers(name, method, stored):
     deltas = DEFICIENT[name]
     deltas = deltas if stored is None else spectral.as_dense(deltas, stored)
