@@ -157,9 +157,7 @@ def test_a_file_of_a_subfolder_counts(model: tuple[Path, Path]) -> None:
     assert _key(*model) != key
 
 
-@pytest.mark.parametrize(
-    "package", ["torch", "transformers", "tokenizers", "peft", "starmerge-models"]
-)
+@pytest.mark.parametrize("package", ["torch", "transformers", "tokenizers", "peft"])
 def test_another_version_of_a_package_is_a_miss(
     model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
@@ -171,10 +169,18 @@ def test_another_version_of_a_package_is_a_miss(
     assert _key(*model) != key
 
 
+def test_another_version_of_starmerge_is_a_miss(
+    model: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = _key(*model)
+    monkeypatch.setattr("starmerge_models.versions.__version__", "99.0")
+    assert _key(*model) != key
+
+
 def test_changed_code_of_the_evaluation_is_a_miss(model: tuple[Path, Path], tmp_path: Path) -> None:
     source = Path(starmerge_models.__file__).parent
     package = tmp_path / "site" / "starmerge_models"
-    shutil.copytree(source, package, ignore=shutil.ignore_patterns("adapters", "__pycache__"))
+    shutil.copytree(source, package, ignore=shutil.ignore_patterns("__pycache__"))
     key = f"score_key([Path({str(model[1])!r})], {{}}, device='cpu', dtype='float32')"
     code = f"""
 from pathlib import Path
