@@ -136,7 +136,7 @@ class ExpertProduct:
     expert: int
     experts: int
     """E."""
-    turned: bool
+    transposed: bool
     """Whether the weight's change is (B·A)ᵀ."""
     start: int = 0
     """The first row of the expert's change that is one of this weight."""
@@ -151,7 +151,7 @@ class ExpertProduct:
         A, B = read(self.a), read(self.b)
         A = A.view(self.experts, self.rank, -1)[self.expert]
         B = B.view(len(B), self.rank, self.experts)[:, :, self.expert]
-        left, right = (A.T, B.T) if self.turned else (B, A)
+        left, right = (A.T, B.T) if self.transposed else (B, A)
         return LowRank(left[self.start : self.start + self.shape[0]], right, self.scale)
 
 
@@ -232,7 +232,7 @@ class Tucker:
 
 
 @dataclass(frozen=True)
-class Half:
+class FactoredMatrix:
     """A matrix P·Q (out, in·k) of two stored tensors, with a core between them or without one.
 
     Without a core P is (out, r) and Q (r, in·k). With a core t (r, r', …) LyCORIS stores P as
@@ -258,7 +258,7 @@ class Half:
 
 
 @dataclass(frozen=True)
-class Whole:
+class StoredMatrix:
     """A matrix that is stored as it is, (out, in, …)."""
 
     key: str
@@ -281,8 +281,8 @@ class Hadamard:
     column of one and one of the other, and likewise of the rows of Q₁ and Q₂.
     """
 
-    first: Half
-    second: Half
+    first: FactoredMatrix
+    second: FactoredMatrix
     scale: float
     shape: tuple[int, ...]
 
@@ -321,8 +321,8 @@ class Kronecker:
     other, whichever is smaller.
     """
 
-    first: Half | Whole
-    second: Half | Whole
+    first: FactoredMatrix | StoredMatrix
+    second: FactoredMatrix | StoredMatrix
     scale: float
     shape: tuple[int, ...]
     sizes: tuple[tuple[int, int], tuple[int, int]]
@@ -338,7 +338,8 @@ class Kronecker:
         """The product of both ranks, where the matrix has more rows and columns."""
         parts = zip((self.first, self.second), self.sizes, strict=True)
         r = math.prod(
-            min(part.rank, *size) if isinstance(part, Half) else min(size) for part, size in parts
+            min(part.rank, *size) if isinstance(part, FactoredMatrix) else min(size)
+            for part, size in parts
         )
         return r if r < min(self.shape[0], math.prod(self.shape[1:])) else None
 
@@ -381,7 +382,7 @@ def _contracted(core: Tensor, q: Tensor) -> Tensor:
     return torch.einsum("mn...,ni->mi...", core.double(), q.double()).flatten(1)
 
 
-def _split(part: Half | Whole, read: Read) -> tuple[Tensor, Tensor]:
+def _split(part: FactoredMatrix | StoredMatrix, read: Read) -> tuple[Tensor, Tensor]:
     """Return two factors of a part, no larger than they need to be."""
     P, Q = part.factors(read)
     if Q is not None and P.shape[1] <= min(len(P), Q.shape[1]):
