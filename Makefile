@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ROWS ?= 100
 DEMO_OUTPUT ?= demo-output
+FRESH_PYTHONS ?= $(PYTHON)
 FUZZ_MINUTES ?= 60
 FUZZ_SEED ?= 0
 KILLS ?= 500
@@ -20,7 +21,7 @@ VERSION_TESTS ?= tests/test_recipe.py tests/evaluation/models/test_forward.py \
 	tests/evaluation/tasks/test_sources.py tests/checkpoints/lora/test_adapter.py \
 	tests/merging/test_in_memory.py tests/training
 
-.PHONY: demo test test-oldest test-newest soak kills full-disk permissions bad-reads races fuzz azure lint types base docs bench clean
+.PHONY: demo test test-oldest test-newest fresh dist soak kills full-disk permissions bad-reads races fuzz azure lint types base docs bench clean
 
 # Merge the adapters that come with the package, score everything, draw the chart.
 demo: base
@@ -39,6 +40,16 @@ test-oldest: $(VENV)-oldest/ready base
 
 test-newest: $(VENV)-newest/ready base
 	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest $(VERSION_TESTS)
+
+# The wheels in fresh environments of the Pythons FRESH_PYTHONS, with all that they need from the
+# package index. Several GB each, as above.
+fresh: $(VENV)/ready
+	FRESH_PYTHONS='$(FRESH_PYTHONS)' $(BIN)/pytest tests/test_release.py
+
+# The wheels and source distributions of both packages.
+dist: $(VENV)/ready
+	$(BIN)/python -m hatchling build -d '$(abspath dist)'
+	cd packages/demo && '$(abspath $(BIN))/python' -m hatchling build -d '$(abspath dist)'
 
 # The soak: docs/reliability.md says what each promises. The suite tries a little of each, with other
 # draws by SOAK_SEED=N.
@@ -87,9 +98,10 @@ types: $(VENV)/ready
 base: $(VENV)/ready
 	$(BIN)/starmerge demo prepare
 
+# The manual, into site/; a warning is an error.
 docs: $(VENV)/ready
 	$(BIN)/pip install --quiet -e '.[docs]'
-	$(BIN)/mkdocs build --strict
+	$(BIN)/python -m sphinx --fresh-env --write-all --fail-on-warning --keep-going --quiet docs site
 
 # One script for each claim of docs/performance.md, small; FULL=--full for the sizes of its tables.
 # SCRATCH=DIR chooses the disk for those that write.
@@ -109,11 +121,11 @@ clean:
 
 # The tested version of torch first: a looser requirement would fetch whatever is newest. Of
 # fusion-bench a test reads the prompts alone, which need nothing that it depends on.
-$(VENV)/ready: pyproject.toml
+$(VENV)/ready: pyproject.toml packages/demo/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -e '.[dev]'
+	$(BIN)/pip install --quiet -e packages/demo -e '.[dev]'
 	$(BIN)/pip install --quiet --no-deps 'fusion-bench>=0.2.33'
 	touch $@
 
@@ -121,9 +133,10 @@ $(VENV)/ready: pyproject.toml
 # bring along are the newest that fit.
 $(VENV)-oldest/ready: RESOLUTION = lowest-direct
 $(VENV)-newest/ready: RESOLUTION = highest
-$(VENV)-oldest/ready $(VENV)-newest/ready: pyproject.toml
+$(VENV)-oldest/ready $(VENV)-newest/ready: pyproject.toml packages/demo/pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --upgrade pip uv
 	$(@D)/bin/uv pip install --quiet --upgrade --python $(@D)/bin/python \
-		--resolution $(RESOLUTION) -e '.[eval,study]' 'hypothesis>=6.100' 'pytest>=8.3'
+		--resolution $(RESOLUTION) -e packages/demo -e '.[eval,study]' \
+		'hypothesis>=6.100' 'pytest>=8.3'
 	touch $@

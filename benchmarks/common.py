@@ -283,11 +283,11 @@ def add_models(parser: argparse.ArgumentParser) -> None:
 def find_models(options: argparse.Namespace) -> tuple[Path, list[Path]]:
     """Return the folders of the base and of the adapters; exit if there are none."""
     if options.base is None:
-        from starmerge_models.demo.base_model import prepared_base  # noqa: PLC0415  (needs the demo extra)
+        from starmerge_models.demo_names import prepared_base  # noqa: PLC0415  (needs the demo extra)
 
         options.base = prepared_base()
     if options.adapters is None:
-        from starmerge_models.demo.run import ADAPTERS  # noqa: PLC0415  (needs the demo extra)
+        from starmerge_models_demo import ADAPTERS  # noqa: PLC0415  (needs the demo extra)
 
         options.adapters = ADAPTERS
     adapters = sorted(path.parent for path in options.adapters.glob("*/adapter_config.json"))

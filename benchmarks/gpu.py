@@ -50,7 +50,7 @@ from torch import Tensor
 import starmerge_models
 from starmerge_models import device
 from starmerge_models.deltas import Dense
-from starmerge_models.spectral import SVD, Decomposition, certainly, kept_rank, svd_dense
+from starmerge_models.spectral import SVD, Decomposition, kept_rank, svd_dense, with_exact_fallback
 
 ETA = 40.0
 THREADS = 8
@@ -109,7 +109,9 @@ def matrix(m: int, n: int, seed: int = 0) -> Tensor:
 def kernel(D: Tensor) -> tuple[Decomposition, SVD]:
     """Decompose by starmerge, and return what is kept."""
     decomposed = svd_dense(Dense(D))
-    return decomposed, certainly(decomposed, lambda sure: sure.first(kept_rank(sure.S, ETA)))
+    return decomposed, with_exact_fallback(
+        decomposed, lambda sure: sure.first(kept_rank(sure.S, ETA))
+    )
 
 
 def kernel_on_cpu(D: Tensor) -> tuple[Decomposition, SVD]:

@@ -30,21 +30,21 @@ from typing import Any
 
 from common import parser_of, print_machine
 
-from starmerge_models.demo.base_model import prepared_base
-from starmerge_models.demo.run import ADAPTERS
+from starmerge_models.demo_names import prepared_base
 from starmerge_models.errors import StarmergeError
 from starmerge_models.evaluation.evaluation import Evaluation
-from starmerge_models.evaluation.models.asking import SCORERS
+from starmerge_models.evaluation.model_groups import BASE
+from starmerge_models.evaluation.models.scorers import SCORERS
+from starmerge_models.evaluation.prepared_tasks import AnyTask
 from starmerge_models.evaluation.runner import evaluate
 from starmerge_models.evaluation.scoring.comparison import Difference, Interval
 from starmerge_models.evaluation.scoring.metrics import Score
 from starmerge_models.evaluation.settings import Settings
-from starmerge_models.evaluation.sheets import AnyTask
-from starmerge_models.evaluation.subjects import BASE
 from starmerge_models.evaluation.tasks import find_task
 from starmerge_models.merging.engine import merge
 from starmerge_models.methods import METHODS, make_pipeline
 from starmerge_models.study.figures import plot_methods
+from starmerge_models_demo import ADAPTERS
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 from common import parser_of, print_machine, table, take_turns
 
 from starmerge_models import load_task_vectors, open_metric
-from starmerge_models.demo.base_model import prepared_base
-from starmerge_models.demo.run import ADAPTERS
+from starmerge_models.demo_names import prepared_base
+from starmerge_models_demo import ADAPTERS
 
 METHODS = ("star", "tsv_m", "shares", "covariance")
 

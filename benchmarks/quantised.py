@@ -22,12 +22,12 @@ from common import parser_of, print_machine
 import starmerge_models
 from starmerge_models.checkpoints.base import open_base
 from starmerge_models.checkpoints.source import resolve
-from starmerge_models.demo.base_model import prepared_base
-from starmerge_models.demo.run import ADAPTERS
+from starmerge_models.demo_names import prepared_base
 from starmerge_models.evaluation.runner import evaluate
 from starmerge_models.evaluation.settings import Settings
 from starmerge_models.evaluation.table import markdown
 from starmerge_models.evaluation.tasks import find_task
+from starmerge_models_demo import ADAPTERS
 
 FORMATS = {
     "LLM.int8": {"load_in_8bit": True},

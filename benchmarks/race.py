@@ -26,7 +26,7 @@ from scipy.stats import norm
 
 from starmerge_models.evaluation.scoring.comparison import difference
 from starmerge_models.evaluation.scoring.metrics import Prediction, Score, score
-from starmerge_models.study.race import Outcome, race, sizes
+from starmerge_models.study.race import Outcome, race, round_sizes
 
 SHARED = 0.8
 """Share of a row's difficulty that all candidates have in common."""
@@ -83,7 +83,7 @@ def scores(right: Right, candidate: int, rows: int) -> dict[str, Score]:
 
 def run(right: Right, rows: int, budget: int | None = None) -> Outcome:
     """Race the candidates over the first rows."""
-    tasks, ends = right.shape[1], sizes(rows)
+    tasks, ends = right.shape[1], round_sizes(rows)
     count = len(right) - 1
 
     def ask(names: Sequence[str], number: int) -> Mapping[str, Mapping[str, Score]]:

@@ -41,11 +41,11 @@ from method_scores import Contestant
 
 from starmerge_models.calibration.text import Reading, Writer
 from starmerge_models.checkpoints.source import resolve
-from starmerge_models.demo.base_model import prepared_base
-from starmerge_models.demo.run import ADAPTERS
+from starmerge_models.demo_names import prepared_base
 from starmerge_models.errors import StarmergeError
 from starmerge_models.evaluation.cache import ScoreCache
 from starmerge_models.evaluation.evaluation import Evaluation
+from starmerge_models.evaluation.model_groups import BASE, Update
 from starmerge_models.evaluation.models.loading import load_model
 from starmerge_models.evaluation.runner import evaluate
 from starmerge_models.evaluation.scoring.comparison import (
@@ -62,15 +62,15 @@ from starmerge_models.evaluation.scoring.metrics import (
     score,
 )
 from starmerge_models.evaluation.settings import Settings
-from starmerge_models.evaluation.subjects import BASE, Update
 from starmerge_models.evaluation.tasks import find_task
 from starmerge_models.merging.apply import apply
 from starmerge_models.merging.task_vectors import TaskVectors, load_task_vectors
 from starmerge_models.methods import make_pipeline
 from starmerge_models.study.figures import plot_scores
 from starmerge_models.study.figures.style import BASE_LINE, dot_of, line_of, styled
-from starmerge_models.study.palette import looks
+from starmerge_models.study.palette import plot_styles
 from starmerge_models.training.finetuning import TrainingRecipe, finetune
+from starmerge_models_demo import ADAPTERS
 
 HERE = Path(__file__).parent
 STUDY, STORE = HERE / "results.yaml", HERE / "results.jsonl"
@@ -617,7 +617,7 @@ def _shown(value: Interval | Difference) -> str:
 
 # --------------------------------------------------------------------------------------- Figures
 
-DRAWN = looks(["average", "star", AUTO, "tsv_m", "covariance+own_response"])
+DRAWN = plot_styles(["average", "star", AUTO, "tsv_m", "covariance+own_response"])
 """Methods with a look of their own; the others are thin and grey."""
 
 

@@ -18,14 +18,14 @@ from pathlib import Path
 # Must stand before torch is loaded: idle threads would spin, and take time from their neighbours.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
-from starmerge_models.demo.base_model import prepared_base
+from starmerge_models.demo_names import prepared_base
 from starmerge_models.evaluation.cache import ScoreCache
-from starmerge_models.evaluation.grids import aligned
 from starmerge_models.evaluation.scoring.comparison import LEVEL, Difference
+from starmerge_models.evaluation.text_tables import markdown_table
 from starmerge_models.study.averages import Averages, RunAverage
 from starmerge_models.study.execute import run_study
 from starmerge_models.study.grids import best_of_grids, best_parameters, shift_of_best
-from starmerge_models.study.outcome import FIGURES, write_figures, write_tables
+from starmerge_models.study.outputs import FIGURES, write_figures, write_tables
 from starmerge_models.study.store import is_store, load_store
 from starmerge_models.study.study_file import find_study
 
@@ -257,7 +257,7 @@ def main() -> None:
         figures()
     else:
         rows = list(claims())
-        print(aligned([("study", "claim", "measured", "here"), *rows]))
+        print(markdown_table([("study", "claim", "measured", "here"), *rows]))
         print(
             f"\n{len(rows)} claims, each with an interval of 95 % over rows: of claims without "
             "substance, one in twenty would be called clear by chance."

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from starmerge_models.checkpoints import configs, filling, names, renaming
 from starmerge_models.checkpoints.hashing import blake3_of
 from starmerge_models.checkpoints.metric import MetricWriter
-from starmerge_models.demo.base_model import prepared_base
+from starmerge_models.demo_names import prepared_base
 from starmerge_models.spectral.moment import Side
 from tests.forks import Forks
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from starmerge_models.deltas import Dense, LowRank, Stored, matrix_shape, total
+from starmerge_models.errors import StarmergeError, UsageError
 from tests.oracles import bounds, samples
 from tests.oracles import deltas as oracle
 
@@ -155,19 +156,19 @@ def test_add_is_the_sum_of_two(kind):
 
 
 def test_total_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="no delta"):
+    with pytest.raises(UsageError, match="no delta"):
         total([])
 
 
 @pytest.mark.parametrize("other", [samples.dense(4, 5), samples.low_rank(4, 5, 2)])
 @pytest.mark.parametrize("delta", [samples.dense(5, 4), samples.low_rank(5, 4, 2)])
 def test_total_of_different_shapes_is_refused(delta, other):
-    with pytest.raises(ValueError, match=r"\(5, 4\).*\(4, 5\)"):
+    with pytest.raises(UsageError, match=r"\(5, 4\).*\(4, 5\)"):
         total([delta, other])
 
 
 def test_total_of_one_row_and_a_matrix_does_not_broadcast():
-    with pytest.raises(ValueError, match="shapes"):
+    with pytest.raises(UsageError, match="shapes"):
         total([samples.dense(3, 4), samples.dense(1, 4)])
 
 
@@ -214,7 +215,7 @@ def test_low_rank_shape_and_rank():
     ("B", "A"), [((4, 3), (2, 5)), ((4,), (1, 5)), ((4, 2, 1), (2, 5)), ((4, 2), (2,))]
 )
 def test_factors_that_do_not_fit_are_refused(B, A):
-    with pytest.raises(ValueError, match="no factors"):
+    with pytest.raises(UsageError, match="no factors"):
         LowRank(torch.zeros(B), torch.zeros(A))
 
 
@@ -324,9 +325,9 @@ def test_the_order_of_the_tasks_does_not_matter(dtype):
     ],
 )
 def test_inner_product_of_different_shapes_is_refused(first, second):
-    with pytest.raises(ValueError, match="different shapes"):
+    with pytest.raises(UsageError, match="different shapes"):
         first.inner(second)
-    with pytest.raises(ValueError, match="different shapes"):
+    with pytest.raises(UsageError, match="different shapes"):
         second.inner(first)
 
 
@@ -344,7 +345,7 @@ def test_a_nan_in_a_factor_is_refused(rank, value):
         LowRank(B, torch.ones(rank, 7)),
         LowRank(torch.ones(40, rank), torch.ones(rank, 7), value),
     ):
-        with pytest.raises(ValueError, match="NaN or an infinity"):
+        with pytest.raises(StarmergeError, match="NaN or an infinity"):
             delta.nuclear()
 
 
@@ -392,7 +393,7 @@ def test_stored_differences_are_those_of_the_tensors(seed, dtype):
 def test_factors_whose_squares_overflow_are_told_from_those_with_an_infinity():
     huge = torch.full((40, 2), 1e160, dtype=torch.float64)
     for delta in (LowRank(huge, torch.ones(2, 7)), LowRank(torch.ones(7, 2), huge.T)):
-        with pytest.raises(ValueError, match="squares"):
+        with pytest.raises(StarmergeError, match="squares"):
             delta.nuclear()
 
 

@@ -143,10 +143,10 @@ def test_what_makes_the_card_ready_calls_each_routine_that_is_loaded_lazily():
 )
 def test_deltas_that_the_user_put_on_the_card_make_it_ready_too(look, put_in):
     card = Card()
-    with card.visit(1):
+    with card.reserve(1):
         delta = LowRank(torch.randn(9, 3).to(CARD), torch.randn(3, 7).to(CARD))
     put_in(card)
-    with card.visit(1):
+    with card.reserve(1):
         look(delta)
     assert len(card.calls) > CALLS_TO_BE_READY
     assert card.calls[0][1] == "_linalg_eigh"
@@ -187,7 +187,7 @@ def visitor(card, need):
     inside, leave = Event(), Event()
 
     def visit():
-        with card.visit(need):
+        with card.reserve(need):
             inside.set()
             leave.wait(60)
 
@@ -256,7 +256,7 @@ def test_small_work_does_not_pass_large_work_that_waits():
 
 def test_work_that_fails_gives_its_room_back():
     card = Room()
-    with pytest.raises(ZeroDivisionError), card.visit(700):
+    with pytest.raises(ZeroDivisionError), card.reserve(700):
         raise ZeroDivisionError
     with visitor(card, 700) as inside:
         assert gets_in(inside)
@@ -278,9 +278,9 @@ def test_what_is_merged_takes_no_more_than_was_asked_for(method, put_in):
     asked = []
 
     class Asked(Card):
-        def visit(self, need):
+        def reserve(self, need):
             asked.append(need)
-            return super().visit(need)
+            return super().reserve(need)
 
     for shape in ((130, 140), (130, 300), (300, 130)):
         card = put_in(Asked())
@@ -324,9 +324,9 @@ def test_merges_with_a_metric_give_the_same_on_the_card(method, side, shape, put
     asked = []
 
     class Asked(Card):
-        def visit(self, need):
+        def reserve(self, need):
             asked.append(need)
-            return super().visit(need)
+            return super().reserve(need)
 
     card = put_in(Asked())
     found = merge_one(method, deltas, inputs=inputs).delta

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import starmerge_models as sm
 from starmerge_models.checkpoints.base import open_base
 from starmerge_models.checkpoints.source import resolve
-from starmerge_models.demo.run import ADAPTERS
+from starmerge_models_demo import ADAPTERS
 
 _TEXT = "Write the past tense of this verb.\nswim"
 

@@ -142,11 +142,11 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=5, help="which q_proj (default: 5)")
     options = parser.parse_args()
     if options.base is None:
-        from starmerge_models.demo.base_model import prepared_base  # noqa: PLC0415  (needs the demo extra)
+        from starmerge_models.demo_names import prepared_base  # noqa: PLC0415  (needs the demo extra)
 
         options.base = prepared_base()
     if options.adapters is None:
-        from starmerge_models.demo.run import ADAPTERS  # noqa: PLC0415  (needs the demo extra)
+        from starmerge_models_demo import ADAPTERS  # noqa: PLC0415  (needs the demo extra)
 
         options.adapters = ADAPTERS
 

@@ -1,12 +1,12 @@
-"""Deltas: what a fine-tune changed in one tensor, as an operator rather than an array.
+"""Deltas: the change of one tensor by a fine-tune, as an operator rather than an array.
 
-A :class:`LowRank` delta is ``scale · B @ A`` and stays so: its norms, inner products and singular
+A :class:`LowRank` delta keeps the form ``scale · B @ A``: its norms, inner products and singular
 values are computed from Gram matrices of its factors, in float64, without forming the product. A
-:class:`Dense` delta is known entry by entry; one of a stored fine-tune (:class:`Stored`) is
-subtracted when it is looked at. Sums of low-rank deltas stay low-rank.
+:class:`Dense` delta is a full tensor; that of a stored fine-tune (:class:`Stored`) is a lazy
+difference, computed on each access. Sums of low-rank deltas stay low-rank.
 
-A tensor of more or fewer than two dimensions counts as the matrix (first dimension, all others):
-convolution kernels as (out, in·k), a vector of n entries as (n, 1).
+Tensors with more or fewer than two dimensions are treated as the matrix (first dimension, product
+of the others): convolution kernels as (out, in·k), a vector of n entries as (n, 1).
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ import torch
 from torch import Tensor
 
 from starmerge_models.device import ready
+from starmerge_models.errors import StarmergeError, UsageError
 
 
 @dataclass(frozen=True, eq=False)
 class Core:
-    """A low-rank delta in orthonormal bases of its own: δ = (B @ left) @ matrix @ (right @ A)."""
+    """A low-rank delta in orthonormal bases: δ = (B @ left) @ matrix @ (right @ A)."""
 
     matrix: Tensor
-    """(p, q) float64; has the singular values of the delta."""
+    """(p, q) float64; its singular values are those of the delta."""
     left: Tensor
     """(r, p) float64; B @ left has orthonormal columns."""
     right: Tensor
@@ -45,7 +46,7 @@ class LowRank:
         scale: The factor s; for a LoRA adapter alpha/r, or alpha/√r with rsLoRA.
 
     Raises:
-        ValueError: The factors do not fit together.
+        UsageError: The factors do not fit together.
     """
 
     B: Tensor
@@ -54,7 +55,7 @@ class LowRank:
 
     def __post_init__(self) -> None:
         if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
-            raise ValueError(
+            raise UsageError(
                 f"B {tuple(self.B.shape)} and A {tuple(self.A.shape)} are no factors of a matrix."
             )
 
@@ -65,7 +66,7 @@ class LowRank:
 
     @property
     def device(self) -> torch.device:
-        """Where the factors lie."""
+        """Device of the factors."""
         return self.B.device
 
     @property
@@ -84,8 +85,8 @@ class LowRank:
     def entries(self, rows: slice = slice(None)) -> Tensor:
         """Return rows of the matrix, (rows, n) float32: the float64 product, rounded once.
 
-        Other rows, other threads, another machine: but for the rarest ties of the second rounding
-        an entry is the same, so that thresholds and signs decide alike wherever they are looked at.
+        An entry does not depend on the choice of rows, the threads or the machine, except for very
+        rare ties in the rounding. So thresholds and signs are the same in every pass.
         """
         return (self.B[rows].double() @ self.A.double() * self.scale).float()
 
@@ -105,7 +106,7 @@ class LowRank:
         """Return the Frobenius inner product ⟨δ, other⟩ = tr(δᵀ other).
 
         Raises:
-            ValueError: Their shapes differ.
+            UsageError: Their shapes differ.
         """
         if isinstance(other, Dense):
             return other.inner(self)
@@ -130,25 +131,26 @@ class LowRank:
     def core(self) -> Core:
         """Return the delta in orthonormal bases of its column and row space.
 
-        From the float64 Gram matrices BᵀB and AAᵀ (r, r); O((m + n)r²). Directions of a factor
-        that rounding may have made are left out: those below √(√m·eps) of the largest, with m its
-        longer side, which is 1.2e-7 for m = 4096. Factors that nearly cancel lose as many digits.
+        Computed from the float64 Gram matrices BᵀB and AAᵀ (r, r); O((m + n)r²). Directions of a
+        factor that may be rounding are dropped: those below √(√m·eps) of the largest, with m its
+        longer side, which is 1.2e-7 for m = 4096. The same precision applies to factors that nearly
+        cancel.
 
         Raises:
-            ValueError: A factor or the scale has a NaN, an infinity, or entries so large that their
-                squares leave float64's range.
+            StarmergeError: A factor or the scale has a NaN, an infinity, or entries so large that
+                their squares leave float64's range.
         """
         gram_b, gram_a = _gram(self.B.T), _gram(self.A)
-        # Balance the factors first, so that a column of B is never small only because its row of
-        # A is large: deltas of very different scales may stand side by side in one sum.
+        # Balance the factors first, so that a column of B is not small only because its row of A is
+        # large: a sum may concatenate deltas of very different scales.
         b, a = gram_b.diagonal().sqrt(), gram_a.diagonal().sqrt()
         if not math.isfinite(float((b + a).sum()) + self.scale):
             if self.is_finite():
-                raise ValueError(
+                raise StarmergeError(
                     "The squares of a factor's entries add up to infinity in float64. Divide the "
                     "factor by a power of two, and multiply the scale of the delta by it."
                 )
-            raise ValueError("A factor or the scale of the delta has a NaN or an infinity.")
+            raise StarmergeError("A factor or the scale of the delta has a NaN or an infinity.")
         alive = (b > 0) & (a > 0)
         balance = torch.where(alive, (a / b).sqrt(), 0.0)
         inverse = torch.where(alive, (b / a).sqrt(), 0.0)
@@ -164,7 +166,7 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """A delta known entry by entry.
+    """A delta given as a full tensor.
 
     Args:
         tensor: Any shape, any floating dtype.
@@ -184,7 +186,7 @@ class Dense:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensor lies."""
+        """Device of the tensor."""
         return self.tensor.device
 
     @property
@@ -204,15 +206,15 @@ class Dense:
 
     @property
     def stored(self) -> torch.dtype | None:
-        """The dtype that the fine-tune was rounded to, where the delta is as it came from its file.
+        """The dtype that a stored fine-tune was rounded to; it determines the rounding noise.
 
-        It tells how much of the delta is rounding. None for what was computed.
+        None for computed deltas.
         """
         return None
 
     def scaled(self, factor: float) -> Dense:
         """Return ``factor · δ``, in float32 or wider."""
-        return Dense(self.tensor.to(wide(self.dtype)) * factor)
+        return Dense(self.tensor.to(compute_dtype(self.dtype)) * factor)
 
     def to_dense(self) -> Tensor:
         """Return the matrix (m, n) in float32."""
@@ -238,7 +240,7 @@ class Dense:
         """Return the Frobenius inner product ⟨δ, other⟩.
 
         Raises:
-            ValueError: Their shapes differ.
+            UsageError: Their shapes differ.
         """
         _check_same_shape(self, other)
         if isinstance(other, LowRank):
@@ -261,21 +263,21 @@ class Dense:
 
 
 class Stored(Dense):
-    """``factor · Σ c_k (W_k − W_base)`` of fine-tuned tensors as they are stored.
+    """The lazy ``factor · Σ c_k (W_k − W_base)`` of stored fine-tuned tensors.
 
-    Subtracted and added when and where it is looked at, so that it takes no more memory than the
-    stored tensors do, and an average of several is made panel by panel, in the processor's cache.
+    Each access computes only the requested rows, so the delta takes no memory besides the stored
+    tensors, and an average of several is computed by panels that fit into the CPU's cache.
 
     Args:
         terms: (c_k, W_k) each; the W_k in the shape of the base, any floating dtype.
         base: W_base, any floating dtype.
-        factor: Of the whole sum.
+        factor: Factor of the whole sum.
     """
 
     def __init__(
         self, terms: Sequence[tuple[float, Tensor]], base: Tensor, factor: float = 1.0
     ) -> None:
-        # The class is frozen, as all deltas are.
+        # The dataclass is frozen, like all deltas.
         object.__setattr__(self, "terms", tuple(terms))
         object.__setattr__(self, "base", base)
         object.__setattr__(self, "factor", factor)
@@ -291,24 +293,28 @@ class Stored(Dense):
 
     @property
     def dtype(self) -> torch.dtype:
-        """float32, or float64 if one of the tensors is so."""
+        """float32, or float64 if one of the tensors is float64."""
         dtypes = [self.base.dtype, *(tuned.dtype for _, tuned in self.terms)]
-        return wide(reduce(torch.promote_types, dtypes))
+        return compute_dtype(reduce(torch.promote_types, dtypes))
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors lie."""
+        """Device of the tensors."""
         return self.base.device
 
     @property
     def tensor(self) -> Tensor:
-        """The difference in :attr:`dtype`, in the shape of the base; made anew at each look."""
+        """The difference in :attr:`dtype`, in the shape of the base; computed on each access."""
         return self._difference(slice(None)).reshape(self.layout)
 
     @property
     def stored(self) -> torch.dtype | None:
-        """As for :class:`Dense`; looks at all entries of a tensor wider than bfloat16."""
-        return _grid(self.terms[0][1]) if len(self.terms) == 1 and self._is_plain else None
+        """See :class:`Dense`; reads all entries of a tensor wider than bfloat16."""
+        return (
+            _narrowest_dtype(self.terms[0][1])
+            if len(self.terms) == 1 and self._is_unscaled
+            else None
+        )
 
     def scaled(self, factor: float) -> Stored:
         """Return ``factor · δ``."""
@@ -323,7 +329,7 @@ class Stored(Dense):
         if not math.isfinite(self.factor):
             return False
         # A difference of numbers below half of the largest one cannot overflow.
-        small = self._is_plain
+        small = self._is_unscaled
         for tensor in (self.base, *(tuned for _, tuned in self.terms)):
             exponent, infinite = _largest_exponent(tensor), _EXPONENTS[tensor.dtype][1]
             if exponent == infinite:
@@ -334,16 +340,16 @@ class Stored(Dense):
 
     def is_zero(self) -> bool:
         """Tell whether all entries are zero."""
-        if len(self.terms) == 1 and self._is_plain and self.terms[0][1].dtype == self.base.dtype:
+        if len(self.terms) == 1 and self._is_unscaled and self.terms[0][1].dtype == self.base.dtype:
             return torch.equal(self.terms[0][1], self.base)
         return not self.tensor.any()
 
     @property
-    def _is_plain(self) -> bool:
+    def _is_unscaled(self) -> bool:
         return self.factor == 1 and all(c == 1 for c, _ in self.terms)
 
     def _difference(self, rows: slice) -> Tensor:
-        """Return rows of the matrix in :attr:`dtype`, in memory of their own."""
+        """Return rows of the matrix in :attr:`dtype`, in a new buffer."""
         shape, dtype = self.shape, self.dtype
         exact = self.base.reshape(shape)[rows].to(dtype)
         result: Tensor | None = None
@@ -361,14 +367,14 @@ Delta: TypeAlias = LowRank | Dense
 
 
 def total(deltas: Iterable[Delta]) -> Delta:
-    """Return the sum of one tensor's deltas, taking them one at a time.
+    """Return the sum of one tensor's deltas, loading one delta at a time.
 
-    Low-rank deltas are summed by putting their factors side by side, in float32, at rank Σr. As
-    soon as one delta is dense, so is the sum. Differences of stored tensors are added when the sum
-    is looked at; of the others, one float32 matrix and one more dense delta are held at a time.
+    A sum of low-rank deltas concatenates their factors, in float32, and has rank Σr. If one delta
+    is dense, the sum is dense. A sum of lazy differences of stored tensors is lazy too; other sums
+    hold one float32 matrix and one more dense delta at a time.
 
     Raises:
-        ValueError: There is no delta, or their shapes differ.
+        UsageError: There is no delta, or their shapes differ.
     """
     low: list[LowRank] = []
     stored: list[Stored] = []
@@ -376,7 +382,7 @@ def total(deltas: Iterable[Delta]) -> Delta:
     shape: tuple[int, int] | None = None
     for delta in deltas:
         if shape is not None and delta.shape != shape:
-            raise ValueError(f"The deltas have different shapes: {shape} and {delta.shape}.")
+            raise UsageError(f"The deltas have different shapes: {shape} and {delta.shape}.")
         shape = delta.shape
         if isinstance(delta, LowRank):
             low.append(delta)
@@ -386,27 +392,27 @@ def total(deltas: Iterable[Delta]) -> Delta:
             dense = delta.matrix.float().clone()
         else:
             dense += delta.matrix
-        del delta  # or it would stand beside the next one
+        del delta  # free it before the next one is loaded
     if shape is None:
-        raise ValueError("There is no delta to add.")
+        raise UsageError("There is no delta to add.")
     if stored and not low and dense is None:
-        return _side_by_side(stored)
+        return _sum_stored(stored)
     if stored or dense is not None:
         dense = torch.zeros(shape, dtype=torch.float32) if dense is None else dense
         if stored:
-            dense += _side_by_side(stored).matrix
+            dense += _sum_stored(stored).matrix
         for part in low:
             dense.addmm_(part.B.float(), part.A.float(), alpha=part.scale)
         return Dense(dense)
     if len(low) == 1:
         return low[0]
-    return _factors_side_by_side(low, shape)
+    return _sum_factors(low, shape)
 
 
-def _factors_side_by_side(parts: Sequence[LowRank], shape: tuple[int, int]) -> LowRank:
-    """Return the sum of low-rank deltas; it takes the memory of its own factors alone."""
+def _sum_factors(parts: Sequence[LowRank], shape: tuple[int, int]) -> LowRank:
+    """Return the sum of low-rank deltas; no other memory than for its factors is allocated."""
     (m, n), r = shape, sum(part.rank for part in parts)
-    # Row by row, since columns of a few entries are slow to put side by side.
+    # B is built transposed, because concatenating columns of few entries is slow.
     columns = torch.empty(r, m, dtype=torch.float32, device=parts[0].device)
     rows = torch.empty(r, n, dtype=torch.float32, device=parts[0].device)
     start = 0
@@ -417,7 +423,7 @@ def _factors_side_by_side(parts: Sequence[LowRank], shape: tuple[int, int]) -> L
     return LowRank(columns.T, rows)
 
 
-def _side_by_side(parts: Sequence[Stored]) -> Stored:
+def _sum_stored(parts: Sequence[Stored]) -> Stored:
     if len(parts) == 1:
         return parts[0]
     terms = [(part.factor * c, tuned) for part in parts for c, tuned in part.terms]
@@ -425,15 +431,16 @@ def _side_by_side(parts: Sequence[Stored]) -> Stored:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Tell whether a floating tensor has neither a NaN nor an infinity.
+    """Return whether a floating tensor has neither a NaN nor an infinity.
 
-    Those have an exponent of ones alone. 20 times as fast as ``torch.isfinite(tensor).all()``.
+    NaN and infinity are the numbers whose exponent bits are all 1. The test is 20 times as fast as
+    ``torch.isfinite(tensor).all()``.
     """
     return _largest_exponent(tensor) < _EXPONENTS[tensor.dtype][1]
 
 
 def _largest_exponent(tensor: Tensor) -> int:
-    """Return the largest exponent in its place among the bits; of pieces that stay in the cache."""
+    """Return the largest exponent, as bits in place; computed in pieces that fit into the cache."""
     integers, exponent = _EXPONENTS[tensor.dtype]
     bits = tensor.reshape(-1).view(integers)
     return max(
@@ -451,13 +458,13 @@ _EXPONENTS = {
     torch.float32: (torch.int32, 0x7F800000),
     torch.float64: (torch.int64, 0x7FF0000000000000),
 }
-"""For each dtype the integer of its width and the bits of the exponent."""
+"""For each dtype the integer dtype of the same width and the mask of the exponent."""
 
 _PIECE = 2**18
 
 
-def _grid(tuned: Tensor) -> torch.dtype:
-    """Return the narrowest dtype that holds all values: files are often wider than the training."""
+def _narrowest_dtype(tuned: Tensor) -> torch.dtype:
+    """Return the narrowest dtype that holds all values; files often have a wider dtype."""
     for narrow in (torch.bfloat16, torch.float16, torch.float32):
         if torch.finfo(narrow).eps > torch.finfo(tuned.dtype).eps and torch.equal(
             tuned, tuned.to(narrow).to(tuned.dtype)
@@ -466,7 +473,7 @@ def _grid(tuned: Tensor) -> torch.dtype:
     return tuned.dtype
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype to compute in: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
@@ -480,27 +487,27 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def _check_same_shape(first: Delta, second: Delta) -> None:
     if first.shape != second.shape:
-        raise ValueError(f"The deltas have different shapes: {first.shape} and {second.shape}.")
+        raise UsageError(f"The deltas have different shapes: {first.shape} and {second.shape}.")
 
 
 def _gram(X: Tensor) -> Tensor:
-    """Return X Xᵀ (r, r) of some X (r, length) in float64.
+    """Return X Xᵀ (r, r) for X (r, length) in float64.
 
-    With another number of BLAS threads the last digits differ; a merge's workers have one each.
+    The last digits depend on the number of BLAS threads; the workers of a merge use one each.
     """
     exact = X.double()
     return exact @ exact.T
 
 
 def _orthonormal(gram: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Factor G = XᵀX of some X (length, r) as G = root @ rootᵀ with X @ inverse orthonormal.
+    """Factor G = XᵀX for X (length, r) as G = root @ rootᵀ with X @ inverse orthonormal.
 
     Returns:
         root (r, p) and inverse (r, p), such that X = (X @ inverse) @ rootᵀ; p is the rank.
     """
     values, vectors = torch.linalg.eigh(ready(gram))
-    # Rounding errors of a sum of `length` products add up like a walk; measured eigenvalues of
-    # directions that are not there reach 0.14·√length·eps, whatever r, and 1·eps in small ones.
+    # Rounding errors of a sum of `length` products grow like a random walk. Measured eigenvalues of
+    # zero directions reach 0.14·√length·eps for every r, and 1·eps for short sums.
     noise = max(16.0, math.sqrt(length)) * torch.finfo(gram.dtype).eps
     rank = int((values > noise * values[-1:]).sum())  # they ascend
     sigma, kept = values[len(values) - rank :].sqrt(), vectors[:, len(values) - rank :]

@@ -1,16 +1,15 @@
-"""Where the linear algebra of dense deltas runs: on a GPU, if torch has one, else on the CPU.
+"""Choice of the device for the linear algebra of dense deltas: a GPU, if torch has one, or the CPU.
 
-:func:`run` chooses the device for a piece of work; nothing else in the package does. It settles
-three things that every call on a GPU would otherwise have to mind:
+:func:`run` chooses the device for a piece of work; no other code of the package does. It handles
+three problems of work on a GPU:
 
-- **First use.** torch loads its CUDA linear algebra when a routine of it is called for the first
-  time. A second thread that calls one meanwhile gets "lazy wrapper should be called at most once"
-  (torch 2.11). So the first thread to come calls every routine once, under a lock, and all others
-  wait for it.
-- **Memory.** A piece of work says how many bytes it needs at most. Those in work together need no
-  more than :data:`SHARE` of what is free on the card; one that needs more runs alone.
-- **Failure.** Work that fails on the card, as a rule because its memory is full, is done on the
-  CPU from the beginning.
+- **First use.** torch loads its CUDA linear algebra on the first call of a routine. A second thread
+  that calls a routine at the same time gets "lazy wrapper should be called at most once" (torch
+  2.11). So the first thread calls every routine once, under a lock, and all other threads wait.
+- **Memory.** The caller states an upper bound of the bytes that the work needs. Concurrent work
+  gets at most :data:`SHARE` of the GPU's free memory; work that needs more runs alone.
+- **Failure.** Work that fails on the GPU, usually because its memory is full, is run again on the
+  CPU.
 """
 
 from __future__ import annotations
@@ -31,11 +30,12 @@ CPU = torch.device("cpu")
 FIRST_GPU = torch.device("cuda", 0)
 
 SHARE = 0.8
-"""Share of the free memory that is given out; the rest is for what the libraries take besides."""
+"""Share of the free memory that is given to work; the rest is left for the libraries."""
 
 LARGE = 512
-"""Matrices with a shorter side below this stay on the CPU, which has them done before the copying
-and the many small launches pay. Not measured; at 1024 a card is eight times as fast as a core."""
+"""Matrices with a shorter side below this stay on the CPU, where the cost of copies and of many
+small kernel launches is saved. The value is not measured; at 1024 a GPU is eight times as fast as a
+core."""
 
 ROUTINES: tuple[Callable[[Tensor], object], ...] = (
     torch.linalg.eigh,
@@ -48,15 +48,15 @@ ROUTINES: tuple[Callable[[Tensor], object], ...] = (
     lambda matrix: torch.linalg.solve_triangular(matrix, matrix, upper=True),
     lambda matrix: matrix @ matrix,
 )
-"""What this package calls of torch's linear algebra on a GPU."""
+"""The routines of torch's linear algebra that this package calls on a GPU."""
 
 
 class Accelerator:
-    """The card, shared by the threads of this process.
+    """The GPU, shared by the threads of this process.
 
     Args:
-        device: Torch's device. By default the first GPU; CUDA_VISIBLE_DEVICES says which one that
-            is, and with an empty value that there is none.
+        device: Torch's device. By default the first GPU, which CUDA_VISIBLE_DEVICES selects; an
+            empty value of this variable hides all GPUs.
     """
 
     def __init__(self, device: torch.device = FIRST_GPU) -> None:
@@ -67,10 +67,10 @@ class Accelerator:
         self._promised = self._capacity = 0
 
     def is_usable(self) -> bool:
-        """Tell whether there is a card that works, after making it ready.
+        """Initialise the GPU if necessary, and return whether it works.
 
-        The first caller makes it ready; callers in other threads wait until it is. A card that
-        cannot be made ready is not used by this process, and the reason is logged as a warning.
+        The first caller initialises it; callers in other threads wait. If the initialisation
+        fails, this process never uses the GPU, and the reason is logged as a warning.
         """
         with self._first_use:
             if self._usable is None:
@@ -78,13 +78,13 @@ class Accelerator:
             return self._usable
 
     @contextmanager
-    def visit(self, need: int) -> Iterator[None]:
-        """Wait until the card has room for some work, and keep the room as long as it lasts.
+    def reserve(self, need: int) -> Iterator[None]:
+        """Wait until the GPU has enough free memory, and reserve it for the ``with`` block.
 
-        Threads get in one after the other, so that small work does not keep large work waiting.
+        Waiting threads are served in order, so that small work cannot starve large work.
 
         Args:
-            need: Bytes that the work takes at most.
+            need: Upper bound of the bytes that the work takes.
         """
         with self._turn, self._changed:
             self._changed.wait_for(
@@ -101,22 +101,22 @@ class Accelerator:
                 self._changed.notify_all()
 
     def exists(self) -> bool:
-        """Tell whether torch finds the card."""
+        """Return whether torch finds the GPU."""
         return torch.cuda.is_available()
 
     def make_ready(self) -> None:
         """Call each of :data:`ROUTINES` once.
 
         Raises:
-            RuntimeError: The card or its libraries do not work.
+            RuntimeError: The GPU or its libraries do not work.
         """
         matrix = torch.eye(2, dtype=torch.float64, device=self.device)
         for routine in ROUTINES:
             routine(matrix)
-        matrix.cpu()  # waits for all of them, and raises what went wrong
+        matrix.cpu()  # synchronises, and raises errors of all routines
 
     def free_memory(self) -> int:
-        """Return the bytes that are free: the driver's, and those that torch keeps unused."""
+        """Return the free bytes: those of the driver and the unused ones of torch's cache."""
         free, _ = torch.cuda.mem_get_info(self.device)
         kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return free + kept
@@ -136,29 +136,29 @@ _current = local()
 
 
 def run(work: Callable[[torch.device], _T], *, home: torch.device, need: int | None) -> _T:
-    """Return ``work(device)``, on the card if there is one, else on the CPU.
+    """Return ``work(device)``, on the GPU if there is one, else on the CPU.
 
-    The work moves its inputs to the device that it is given and its result back to ``home``, and
-    changes nothing outside: if it fails on the card, it is called again with the CPU. Work within
-    other work, in the same thread, runs where that one does, and its room is part of that one's.
+    ``work`` must move its inputs to the device and its result back to ``home``, and must have no
+    side effects: if it fails on the GPU, it is called again with the CPU. Nested work in the same
+    thread runs on the device of the outer work, which must reserve the memory for both.
 
     Args:
-        work: Is called with the device.
-        home: Where the inputs lie.
-        need: Bytes that the work takes on the card at most; None keeps it at ``home``.
+        work: Function of the device.
+        home: Device of the inputs.
+        need: Upper bound of the bytes that the work takes on the GPU; None runs it on ``home``.
     """
     here: torch.device | None = getattr(_current, "device", None)
     if here is not None:
         return work(here)
     if need is not None and ACCELERATOR.is_usable():
         try:
-            with ACCELERATOR.visit(need), _within(ACCELERATOR.device):
+            with ACCELERATOR.reserve(need), _within(ACCELERATOR.device):
                 return work(ACCELERATOR.device)
         except torch.OutOfMemoryError as error:
             _LOG.debug("Again on the CPU: %s", error)
-        except RuntimeError as error:  # of the driver, or of a library that converges differently
+        except RuntimeError as error:  # from the driver, or from a library that did not converge
             _LOG.warning("Again on the CPU: %s", error)
-        # Only here, where the error and its frames are gone, is the card's memory free again.
+        # The GPU's memory is free only now, after the error and its stack frames are deleted.
     elsewhere = home if need is None else CPU
     _make_ready(elsewhere)
     with _within(elsewhere):
@@ -166,14 +166,14 @@ def run(work: Callable[[torch.device], _T], *, home: torch.device, need: int | N
 
 
 def is_large(shape: tuple[int, int]) -> bool:
-    """Tell whether a matrix is so large that a card is faster at it; see :data:`LARGE`."""
+    """Return whether a matrix is large enough to be faster on a GPU; see :data:`LARGE`."""
     return min(shape) >= LARGE
 
 
 def ready(tensor: Tensor) -> Tensor:
-    """Return a tensor, on whose device every routine of linear algebra may be called at once.
+    """Initialise the linear algebra of the tensor's device if necessary, and return the tensor.
 
-    For callers of ``torch.linalg`` whose tensors lie where the user put them.
+    Callers of ``torch.linalg`` use this for tensors on a device that the user chose.
     """
     _make_ready(tensor.device)
     return tensor
@@ -186,7 +186,7 @@ def _make_ready(device: torch.device) -> None:
 
 @contextmanager
 def _within(device: torch.device) -> Iterator[None]:
-    """Let work within this thread's work run on the same device."""
+    """Make nested work of this thread run on the same device."""
     _current.device = device
     try:
         yield

@@ -1,7 +1,7 @@
-"""The errors starmerge raises on purpose.
+"""The exception classes of starmerge.
 
-Each message says what is wrong, where (file, tensor or key), and what to do about it. The command
-line prints the message alone; a traceback appears only with ``--debug``.
+Each message states the problem, its place (file, tensor or key), and a remedy. The command line
+prints only the message; ``--debug`` adds the traceback.
 """
 
 from __future__ import annotations
@@ -18,44 +18,49 @@ if TYPE_CHECKING:
 
 
 class StarmergeError(Exception):
-    """A run could not be finished: a broken input, a full disk. Exit code 1."""
+    """A run could not be finished, for example because of a broken input or a full disk.
+
+    The command line exits with code 1.
+    """
 
 
 class UsageError(StarmergeError):
-    """A run was asked for wrongly: an unknown parameter, a missing folder. Exit code 2."""
+    """A request is invalid, for example because of an unknown parameter or a missing folder.
+
+    The command line exits with code 2.
+    """
 
 
 class PiecesLostError(StarmergeError):
-    """Somebody has deleted from a store what a merge had sent there: it must begin anew."""
+    """Parts of a merge's output were deleted from the object store, so the merge must restart."""
 
 
 class WorkersLostError(StarmergeError):
-    """The machines that did the work are gone, and nothing is wrong with what they worked on.
+    """All workers of the cluster are lost, for reasons unrelated to the work itself.
 
-    What they had written of an output is kept as after a kill: a later run goes on with it.
+    The partial output is kept, as after a kill, and a later run resumes it.
     """
 
 
 class Interrupted(BaseException):
-    """A signal has asked the command to end: SIGINT (Ctrl-C) or SIGTERM.
+    """The command received SIGINT (Ctrl-C) or SIGTERM.
 
-    No ``Exception``, as KeyboardInterrupt is none, so that no work goes on after it. Exit code 128
-    and the signal's number.
+    Like KeyboardInterrupt it does not derive from ``Exception``, so that no handler of errors
+    continues the work. The command line exits with code 128 plus the signal's number.
     """
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.signal = signal.Signals(number)
         self.kept: list[Path] = []
-        """Partial outputs that a later run of the same command goes on with."""
+        """Partial outputs that a later run of the same command resumes."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Say which of the ``known`` names is meant by ``name``: `` Did you mean 'eta'?``.
+    """Return a suggestion for a misspelt name, such as `` Did you mean 'eta'?``.
 
-    Capital and small letters count as the same.
-
-    Returns a sentence to append to an error message; when nothing is near, the list of all names.
+    The comparison ignores case. The result is a sentence to append to an error message; without a
+    close match it lists all ``known`` names.
     """
     known = sorted(known)
     matches = near(name, known)
@@ -63,7 +68,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def near(name: str, known: Iterable[str]) -> list[str]:
-    """Return those of the ``known`` names that ``name`` may stand for, the likeliest first."""
+    """Return the ``known`` names that are close to ``name``, the closest first."""
     folded: dict[str, str] = {}
     for other in known:
         folded.setdefault(other.casefold(), other)
@@ -71,13 +76,13 @@ def near(name: str, known: Iterable[str]) -> list[str]:
 
 
 def explain(error: ValidationError, known: Iterable[str] = ()) -> str:
-    """Return pydantic's findings as one line: ``eta: Input should be greater than 0 (got -1)``.
+    """Return a validation error as one line: ``eta: Input should be greater than 0 (got -1)``.
 
-    What the alternatives of one value say is joined by "or".
+    The messages of a union's alternatives are joined by "or".
 
     Args:
-        error: The findings.
-        known: Keys that may have been meant by unknown ones.
+        error: The error.
+        known: Valid keys, for suggestions about unknown keys.
     """
     findings: dict[str, list[str]] = {}
     given: dict[str, str] = {}
@@ -100,4 +105,4 @@ def explain(error: ValidationError, known: Iterable[str] = ()) -> str:
 
 
 _ALTERNATIVE = re.compile(r"constrained-\w+|literal\[.*\]|number|list|patterns")
-"""What pydantic puts into the place of a value that may have several types."""
+"""Components that pydantic adds to the location of a value of a union type."""

@@ -1,9 +1,9 @@
-"""What happens in a run, as events: records of the logger "starmerge_models" with typed fields.
+"""Events of a run: records of the logger "starmerge_models" with typed fields.
 
-Python's own logging carries them, so that a program that uses the library sends them where it sends
-its other logs; the library adds no handler, and an event that nobody asked for costs a comparison.
-The message of a record is the event itself: ``str(record.msg)`` says it in words, and
-``record.msg.fields()`` gives its fields. The command line writes them as lines of text or of JSON.
+Events use Python's logging, so a program that uses the library routes them like its other logs. The
+library adds no handler; without a handler an event costs one comparison. The message of a log
+record is the event object: ``str(record.msg)`` is its text, and ``record.msg.fields()`` returns its
+fields. The command line writes events as lines of text or of JSON.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ LOG.addHandler(logging.NullHandler())
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened in a run; the name and the fields of each kind are public."""
+    """Base class of events; the name and the fields of each subclass are public."""
 
     name: ClassVar[str]
     level: ClassVar[int] = logging.INFO
 
     def fields(self) -> dict[str, Any]:
-        """Return the fields as JSON has them."""
+        """Return the fields as JSON values."""
         return dict(vars(self))
 
 
@@ -34,9 +34,9 @@ class Start(Event):
 
     name = "start"
     version: str
-    """Of starmerge."""
+    """Version of starmerge."""
     pid: int
-    """Number of the process."""
+    """Process id."""
     processors: float
     """Processors that the process may use, see
     :func:`starmerge_models.machine.usable_processors`."""
@@ -52,11 +52,11 @@ class Start(Event):
 
 @dataclass(frozen=True)
 class Plan(Event):
-    """A merge is planned, and begins."""
+    """A merge has been planned and begins."""
 
     name = "plan"
     base: str | None
-    """The base, as it was given; null where adapters are merged without one."""
+    """The base as given by the user; null where adapters are merged without a base."""
     models: list[str]
     """Names of the merged models."""
     method: str
@@ -64,17 +64,17 @@ class Plan(Event):
     tensors: int
     """Tensors of the output."""
     merged: int
-    """Tensors of which some model has a task vector; the others stay as they are."""
+    """Number of tensors that some model changes; the others are copied."""
     bytes_to_read: int
     bytes_to_write: int
     threads: int | None
-    """Tensors that are worked on at once; None: as many as a cluster has processors."""
+    """Number of tensors merged at the same time; null on a cluster, which uses all processors."""
     memory: int | None
-    """Bytes that the tensors in work may take together on a machine; None: a quarter of its."""
+    """Limit in bytes for all tensors in work on a machine; null for a quarter of its memory."""
     output: str
-    """Where the output will stand."""
+    """Place of the output."""
     fingerprint: str
-    """Of inputs, recipe and output: a merge that was killed goes on where this is the same."""
+    """Hash of inputs, recipe and output: a killed merge is resumed if its fingerprint is equal."""
 
     def __str__(self) -> str:
         return (
@@ -92,9 +92,9 @@ class PhaseStarted(Event):
     name = "phase_started"
     phase: str
     total: int | None
-    """Units that there are to do; null: not known yet."""
+    """Number of units to do; null if not known yet."""
     unit: str
-    """Of which ``total`` and ``done`` are numbers: "bytes" or "items" (rows, steps, tensors)."""
+    """Unit of ``total`` and ``done``: "bytes" or "items" (rows, steps, tensors)."""
 
     def __str__(self) -> str:
         amount = "" if self.total is None else f", {_amount(self.total, self.unit)}"
@@ -117,7 +117,7 @@ class PhaseFinished(Event):
 
 @dataclass(frozen=True)
 class Step(Event):
-    """Something else is done now within a phase: "loading base", "asking merged: past"."""
+    """A phase begins a new step: "loading base", "asking merged: past"."""
 
     name = "step"
     level = logging.DEBUG
@@ -136,15 +136,15 @@ class TensorDone(Event):
     level = logging.DEBUG
     phase: str
     tensor: str
-    """Its name."""
+    """Name of the tensor."""
     nbytes: int
-    """Its bytes, as the phase counts them: of the output when merging, else those read."""
+    """Bytes of the tensor: bytes written when merging, otherwise bytes read."""
     seconds: float | None
-    """Of work on it, in its thread or process; null where that is not measured."""
+    """Seconds of work in its thread or process; null if not measured."""
     count: int
-    """Tensors done in the phase, this one among them."""
+    """Number of tensors done in the phase, including this tensor."""
     total: int
-    """Tensors of the phase."""
+    """Number of tensors of the phase."""
 
     def __str__(self) -> str:
         return f"{self.phase}: {self.tensor} is done ({self.count} of {self.total})"
@@ -152,12 +152,12 @@ class TensorDone(Event):
 
 @dataclass(frozen=True)
 class Heartbeat(Event):
-    """A phase goes on; said each half minute, whether something was finished or not."""
+    """Progress of a running phase, sent each half minute, even without progress."""
 
     name = "heartbeat"
     phase: str
     step: str | None
-    """What is being done now; null where the phase does not say."""
+    """The current step; null if the phase has no steps."""
     done: int
     total: int | None
     unit: str
@@ -168,9 +168,10 @@ class Heartbeat(Event):
     elapsed: float
     """Seconds since the phase began."""
     seconds_left: float | None
-    """At the rate of the last ten heartbeats; null where it is zero or the total is not known."""
+    """Estimate from the rate of the last ten heartbeats; null if the rate is zero or the total is
+    not known."""
     memory: int | None
-    """Bytes of the process in memory (RSS); null where the system does not tell."""
+    """Resident memory of the process (RSS) in bytes; null if the system does not report it."""
 
     def __str__(self) -> str:
         parts = [_amount(self.done, self.unit)]
@@ -187,18 +188,18 @@ class Heartbeat(Event):
 
 @dataclass(frozen=True)
 class Retry(Event):
-    """Something failed and is tried again: a request to an object store, a tensor's work."""
+    """An operation failed and will be retried: a request to an object store, work on a tensor."""
 
     name = "retry"
     level = logging.WARNING
     what: str
-    """What is tried again: "GET s3://bucket/model.safetensors", "the tensor lm_head.weight"."""
+    """The operation: "GET s3://bucket/model.safetensors", "the tensor lm_head.weight"."""
     attempt: int
-    """Attempts that have failed so far."""
+    """Number of failed attempts so far."""
     wait: float
-    """Seconds until the next one."""
+    """Seconds until the next attempt."""
     reason: str
-    """Why the last one failed. Without tokens, signatures and passwords: the caller sees to it."""
+    """Reason of the last failure. The caller must remove tokens, signatures and passwords."""
 
     def __str__(self) -> str:
         return (
@@ -208,7 +209,7 @@ class Retry(Event):
 
 @dataclass(frozen=True)
 class Note(Event):
-    """Something that the user should know, and that is no fault."""
+    """Information for the user that is not a warning."""
 
     name = "note"
     message: str
@@ -219,7 +220,7 @@ class Note(Event):
 
 @dataclass(frozen=True)
 class Warned(Event):
-    """Something that may be a fault: a warning of starmerge, or of a library."""
+    """A warning of starmerge or of another library."""
 
     name = "warning"
     level = logging.WARNING
@@ -227,7 +228,7 @@ class Warned(Event):
     category: str
     """Class of a Python warning ("UserWarning"), or the logger's name."""
     source: str
-    """Where it comes from: file and line."""
+    """Origin of the warning: file and line."""
 
     def __str__(self) -> str:
         return f"Warning: {self.message}"
@@ -248,7 +249,7 @@ class Log(Event):
 
 @dataclass(frozen=True)
 class Published(Event):
-    """An output is complete and stands in its place."""
+    """An output is complete and has been moved to its final place."""
 
     name = "published"
     path: str
@@ -259,15 +260,15 @@ class Published(Event):
 
 @dataclass(frozen=True)
 class Finish(Event):
-    """The command has ended by itself; the last event, unless it is an error."""
+    """The command has ended normally; the last event, unless there is an error."""
 
     name = "finish"
     exit_code: int
-    """0; or 1 where the answer is no, as of ``starmerge verify``."""
+    """0; or 1 for a negative result, such as that of ``starmerge verify``."""
     seconds: float
     """Since the start."""
     outputs: list[str]
-    """What was published, in order; the last is the command's own output."""
+    """Published outputs in order; the last is the output of the command itself."""
 
     def __str__(self) -> str:
         made = f": {', '.join(self.outputs)}" if self.outputs else ""
@@ -276,7 +277,7 @@ class Finish(Event):
 
 @dataclass(frozen=True)
 class Failed(Event):
-    """The command has ended by an error or a signal; the last event."""
+    """The command was ended by an error or a signal; the last event."""
 
     name = "error"
     level = logging.ERROR
@@ -285,11 +286,11 @@ class Failed(Event):
     seconds: float
     """Since the start."""
     signal: str | None = None
-    """The signal that interrupted it: "SIGINT", "SIGTERM"."""
+    """The signal that ended it, "SIGINT" or "SIGTERM"."""
     kept: list[str] | None = None
-    """After a signal: partial outputs that the same command goes on with."""
+    """After a signal: partial outputs that the same command resumes."""
     traceback: str | None = None
-    """With ``--debug``."""
+    """Traceback; set only with ``--debug``."""
 
     def __str__(self) -> str:
         said = f"{'Error: ' if self.signal is None else ''}{self.message}"
@@ -297,13 +298,13 @@ class Failed(Event):
 
 
 def emit(event: Event) -> None:
-    """Give an event to whoever listens to the logger."""
+    """Send an event to the handlers of the logger."""
     if LOG.isEnabledFor(event.level):
         LOG.log(event.level, event, stacklevel=2)
 
 
 def bytes_in_words(count: float) -> str:
-    """Write a number of bytes for people: "1.25 GB", "0.3 MB"."""
+    """Return a number of bytes as readable text: "1.25 GB", "0.3 MB"."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
@@ -314,7 +315,7 @@ def _amount(count: float, unit: str) -> str:
 
 
 def _time(seconds: float) -> str:
-    """Write a time for people: "45 s", "12 min", "5.0 h"."""
+    """Return a duration as readable text: "45 s", "12 min", "5.0 h"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

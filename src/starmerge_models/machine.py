@@ -1,8 +1,8 @@
-"""What this process may take of the machine: processors and memory, as its control groups say.
+"""Limits of processors and memory of this process, read from its control groups.
 
-Containers, Kubernetes, Slurm and systemd limit a process by control groups (cgroups), which lie in
-each other: each limit on the way from the process's own group up to the root holds. Both versions
-are read, as cgroups(7) and the kernel's documents cgroup-v1 and cgroup-v2 define them:
+Containers, Kubernetes, Slurm and systemd limit a process by nested control groups (cgroups): the
+limits of all groups from the process's own up to the root apply. Both versions are supported, as
+defined in cgroups(7) and the kernel's documents cgroup-v1 and cgroup-v2:
 
 ======================  ==========================  ===================================
 limit                   version 2                   version 1
@@ -12,8 +12,8 @@ bytes of memory         ``memory.max``,             ``memory.limit_in_bytes``,
                         ``memory.high``             ``memory.stat``
 ======================  ==========================  ===================================
 
-Sets of processors (cpusets, taskset, Slurm's binding) are what the kernel says the process may run
-on. What cannot be read or understood limits nothing.
+Sets of processors (cpusets, taskset, Slurm's binding) are read from the kernel's affinity mask.
+Files that cannot be read or parsed are ignored.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 _UNLIMITED = 2**62
-"""Bytes from which on a limit is none: version 1 writes the largest number for "no limit"."""
+"""Limits from this number of bytes are ignored: version 1 writes a huge number for "no limit"."""
 
 
 def usable_processors(root: Path = Path("/")) -> float:
-    """Return how many processors this process may use; 1.5 if a quota is one and a half.
+    """Return the number of processors that this process may use; a fraction for a quota of 1.5.
 
     Args:
-        root: Folder in which ``proc`` and ``sys`` lie; another one for tests.
+        root: Folder that contains ``proc`` and ``sys``; tests pass another folder.
     """
     return min([_bound_processors(), *_quotas(root)])
 
 
 def usable_memory(root: Path = Path("/")) -> int:
-    """Return the bytes of memory of this machine, or of the group that this process runs in.
+    """Return the memory of this machine, or the limit of this process's group, in bytes.
 
     Args:
-        root: Folder in which ``proc`` and ``sys`` lie; another one for tests.
+        root: Folder that contains ``proc`` and ``sys``; tests pass another folder.
     """
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([physical, *_memory_limits(root)])
 
 
 def resident_memory() -> int | None:
-    """Return the bytes of this process in memory (RSS); None where the system does not tell."""
+    """Return the resident memory (RSS) in bytes; None if the system does not report it."""
     text = _text(Path("/proc/self/statm")).split()
     return int(text[1]) * os.sysconf("SC_PAGE_SIZE") if len(text) > 1 else None
 
@@ -78,7 +78,7 @@ def _memory_limits(root: Path) -> Iterator[int]:
         texts = [
             _text(group / file) for file in ("memory.max", "memory.high", "memory.limit_in_bytes")
         ]
-        # Version 1 tells the least limit of all groups above, some of which a container hides.
+        # Version 1 reports the lowest limit of all parent groups, some of which a container hides.
         for line in _text(group / "memory.stat").splitlines():
             if line.startswith("hierarchical_memory_limit "):
                 texts.append(line.split()[1])
@@ -91,7 +91,7 @@ def _memory_limits(root: Path) -> Iterator[int]:
 def _groups(root: Path, controller: str) -> Iterator[Path]:
     """Yield the folders of this process's groups for a controller, from its own to the outermost.
 
-    Where version 1 and 2 are mounted side by side, those of both.
+    If versions 1 and 2 are both mounted, the groups of both are yielded.
     """
     paths = dict(_paths(root))
     for version, names, mount_root, mount in _mounts(root):
@@ -101,8 +101,8 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
             path = paths.get(controller)
         else:
             continue
-        # In a container the mount's root may be the process's group, or some group above it; the
-        # path may be the host's, of which the container sees nothing but the mount.
+        # In a container the mount's root may be the process's group or a parent of it, and the path
+        # may be that on the host, of which only the mount is visible.
         inner = PurePosixPath("/")
         if path is not None and path.is_relative_to(mount_root) and ".." not in path.parts:
             inner = path.relative_to(mount_root)
@@ -112,7 +112,7 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
 
 
 def _paths(root: Path) -> Iterator[tuple[str, PurePosixPath]]:
-    """Yield the path of this process's group for each controller; "" is version 2's."""
+    """Yield the path of this process's group for each controller; "" stands for version 2."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         names, found, path = rest.partition(":")
@@ -122,10 +122,10 @@ def _paths(root: Path) -> Iterator[tuple[str, PurePosixPath]]:
 
 
 def _mounts(root: Path) -> Iterator[tuple[int, list[str], PurePosixPath, str]]:
-    """Yield each mounted tree of groups: version, controllers, group at its root, and folder.
+    """Yield version, controllers, root group and folder of each mounted tree of groups.
 
-    A line of ``mountinfo`` is, by proc(5): number, parent, device, root, folder, options, optional
-    fields, "-", type of file system, source, options of the file system.
+    A line of ``mountinfo`` has the fields (proc(5)): number, parent, device, root, folder, options,
+    optional fields, "-", type of file system, source, options of the file system.
     """
     for line in _text(root / "proc/self/mountinfo").splitlines():
         words = line.split()
@@ -139,12 +139,12 @@ def _mounts(root: Path) -> Iterator[tuple[int, list[str], PurePosixPath, str]]:
 
 
 def _unescaped(text: str) -> str:
-    r"""Return a path of ``mountinfo``, in which blanks are ``\040``."""
+    r"""Return a path of ``mountinfo`` with its escapes decoded, such as ``\040`` for a blank."""
     return text.replace("\\040", " ").replace("\\011", "\t").replace("\\134", "\\")
 
 
 def _text(file: Path) -> str:
-    """Return the text of a small file; nothing where it cannot be read."""
+    """Return the text of a small file; an empty string if it cannot be read."""
     try:
         return file.read_text(encoding="utf-8", errors="replace").strip()
     except (OSError, ValueError):

@@ -1,8 +1,8 @@
-"""What texts of other people say: JSON and YAML, strictly and within bounds.
+"""Strict and bounded parsers of JSON and YAML from untrusted sources.
 
-Two readers may understand a sloppy file differently: where a key stands twice, say. So such files
-are refused. And no text may make a reader recurse or take memory without end: it has a bounded
-number of values that are nested to a bounded depth.
+Ambiguous files, for example with a key that occurs twice, are refused, because other readers may
+understand them differently. The number of values and their nesting are bounded, so that no text
+causes endless recursion or memory use.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from typing import Any, NoReturn
 import yaml
 
 MOST_JSON_BYTES = 100 * 10**6
-"""Longest JSON file; that of the header of a safetensors file as well, by the library itself."""
+"""Longest JSON file; the safetensors library has the same limit for a file's header."""
 
 _MOST_ENTRIES = 2_000_000
-"""Most commas in a JSON text, which are counted before it takes memory."""
+"""Most commas in a JSON text, counted before it is parsed."""
 
 _MOST_VALUES = 4_000_000
-"""Most values that a file may hold; keys, lists and mappings count, and each use of an alias."""
+"""Most values in a file, including keys, lists, mappings, and each use of an alias."""
 
 _DEEPEST = 64
-"""Most lists and mappings inside each other."""
+"""Deepest nesting of lists and mappings."""
 
 _LONGEST_NUMBER = 300
-"""Most digits of a whole number, so that every one of them fits into a float."""
+"""Most digits of an integer, so that every integer fits into a float."""
 
 
 def parse_json(content: str | bytes) -> Any:
-    """Return what a JSON text says.
+    """Parse a JSON text.
 
     Args:
         content: The text; bytes are UTF-8, without a byte order mark.
 
     Raises:
-        ValueError: It is not JSON (then a :class:`json.JSONDecodeError`), or not UTF-8; a key
-            stands twice in one object; a number, the nesting or the number of values is beyond all
-            bounds; a text holds half a character (a lone surrogate). The message says which.
+        ValueError: The text is not JSON (then a :class:`json.JSONDecodeError`) or not UTF-8; a key
+            occurs twice in one object; a number, the nesting or the number of values exceeds its
+            bound; a string contains a lone surrogate. The message names the problem.
     """
     text = content if isinstance(content, str) else content.decode()
     if text.count(",") > _MOST_ENTRIES:
@@ -53,20 +53,20 @@ def parse_json(content: str | bytes) -> Any:
 
 
 def parse_yaml(text: str) -> list[Any]:
-    """Return the documents of a YAML text; an empty one has one, None.
+    """Parse the documents of a YAML text; an empty text has one document, None.
 
-    Dates are texts here. Keys are texts or whole numbers.
+    Dates are parsed as strings. Keys must be strings or integers.
 
     Raises:
-        ValueError: It is not YAML, or holds what :func:`parse_json` refuses as well. The message
-            says which.
+        ValueError: The text is not YAML, or contains something that :func:`parse_json` refuses too.
+            The message names the problem.
     """
     try:
         documents = list(yaml.load_all(text, Loader=_Loader)) or [None]
         for document in documents:
             check_content(document)
     except (yaml.YAMLError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-        # Tags that do not fit their values raise whatever Python does: `!!bool maybe` a KeyError.
+        # Tags that do not fit their values raise arbitrary errors: `!!bool maybe` a KeyError.
         raise ValueError(" ".join(str(error)[:1000].split())) from error
     except RecursionError as error:
         raise ValueError(f"{_too_deep()}.") from error
@@ -74,10 +74,10 @@ def parse_yaml(text: str) -> list[Any]:
 
 
 def check_content(content: Any) -> None:
-    """Make sure that what a file says is within bounds, and made of what JSON is made of.
+    """Check that parsed content is within the bounds and has JSON types only.
 
     Raises:
-        ValueError: It is not; the message says what is wrong.
+        ValueError: It is not; the message names the problem.
     """
     seen, level = 0, [content]
     for _ in range(_DEEPEST + 1):
@@ -86,7 +86,7 @@ def check_content(content: Any) -> None:
         seen += len(level)
         if seen > _MOST_VALUES:
             raise ValueError(f"it holds more than {_MOST_VALUES:,} values")
-        # An alias of YAML stands for all that it names, so the next level may be of any size.
+        # A YAML alias repeats all of its values, so the next level may be of any size.
         level = list(islice(chain.from_iterable(map(_members, level)), _MOST_VALUES - seen + 1))
     if level:
         raise ValueError(_too_deep())
@@ -135,14 +135,14 @@ def _too_deep() -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which takes no key twice and knows no dates and no merge keys."""
+    """PyYAML's safe loader without duplicate keys, dates and merge keys."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        """Return a mapping; refuse keys that are no texts and no numbers, and keys that recur."""
+        """Return a mapping; refuse keys other than strings and numbers, and duplicate keys."""
         seen = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if key.tag.endswith(":merge"):
-                # Of merges of merges PyYAML makes lists that double at each step.
+                # For nested merge keys PyYAML builds lists that double at each step.
                 self._refuse(key, "the merge key << is not read. Write out the keys it stands for")
             name = self.construct_object(key, deep=True)
             if not isinstance(name, str | int) or isinstance(name, bool):
@@ -157,7 +157,7 @@ class _Loader(yaml.SafeLoader):
         raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
     def construct_number(self, node: Any) -> int | float:
-        """Return a number; PyYAML takes for ever to read one of many parts, as 1:30:00 has."""
+        """Return a number; PyYAML takes very long for sexagesimal numbers such as 1:30:00."""
         if len(self.construct_scalar(node)) > _LONGEST_NUMBER:
             self._refuse(node, f"a number has more than {_LONGEST_NUMBER} digits")
         is_whole = node.tag.endswith(":int")

@@ -1,14 +1,14 @@
 """Plug-ins: methods, tasks, metrics and matchers by name, from starmerge, other packages and files.
 
-Each kind has a :class:`Registry`. A name is found there whoever defines it:
+Each kind has a :class:`Registry`. A registry finds an object by its name, from three sources:
 
-- starmerge itself, under a plain name: ``star``;
-- an installed package, by an entry point of the registry's group, under a plain name too. Entry
-  points are read when a name is asked for that starmerge does not have, or all names are listed;
-- a file, under ``path/to/file.py:NAME``. Loading a file executes it, so only a file that the user
-  has named is loaded.
+- starmerge itself, by a plain name: ``star``;
+- an installed package, by an entry point of the registry's group, with a plain name too. Entry
+  points are read when a requested name is not built in, or when all names are listed;
+- a file, by ``path/to/file.py:NAME``. Loading a file executes it, so only files that the user names
+  are loaded.
 
-No name has two meanings: one that two define is refused, with the origins of both.
+A name that two sources define is refused, and the error names both origins.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ _FILE = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a plug-in comes from: a package, a file, or a module of the running program."""
+    """Origin of a plug-in: a package, a file, or a module of the running program."""
 
     package: str | None = None
-    """Name of the distribution whose entry point it is."""
+    """Name of the distribution that defines the entry point."""
     version: str | None = None
     """The distribution's version."""
     module: str | None = None
-    """Name of a module of the running program that is neither loaded by starmerge."""
+    """Name of a module of the running program that was not loaded by starmerge."""
     file: Path | None = None
-    """The file that defines it; None for packages, and where there is no file (a notebook)."""
+    """The file that defines the plug-in; None for packages, and without a file (a notebook)."""
     blake3: str | None = None
     """BLAKE3 of the file."""
 
@@ -57,7 +57,7 @@ class Origin:
         return f"the file {self.file}"
 
     def record(self) -> dict[str, str]:
-        """Return it as plain data that tells no folder: for recipes and reports."""
+        """Return the origin as plain data without paths of folders, for recipes and reports."""
         parts = {
             "package": self.package,
             "version": self.version,
@@ -70,38 +70,39 @@ class Origin:
 
 @dataclass(frozen=True)
 class Plugin(Generic[_Thing]):
-    """What an installed package offers, for lists."""
+    """An object that an installed package offers, or the reason why it cannot be used."""
 
     name: str
     origin: Origin
     thing: _Thing | None
-    """None if it cannot be used."""
+    """The object; None if it cannot be used."""
     fault: str | None
-    """Why it cannot be used."""
+    """Reason why it cannot be used; None if it can."""
 
 
 @dataclass(frozen=True)
-class _Unloaded(Generic[_Thing]):
-    """An entry of a registry that is loaded when its name is asked for."""
+class _LazyEntry(Generic[_Thing]):
+    """An entry of a registry that is loaded on first use."""
 
     load: Callable[[], _Thing]
 
 
 class Registry(Mapping[str, _Thing]):
-    """All methods, tasks, metrics or matchers that have a plain name, and the way to find others.
+    """A registry of methods, tasks, metrics or matchers with plain names, and lookup of others.
 
-    As a mapping it has what is defined in starmerge, in packages that are loaded, and in the
-    running program; not what files define. What starmerge itself offers by entry points is loaded
-    when its name is asked for: so rooms above a registry's own have entries in it.
+    As a mapping it contains the objects of starmerge, of loaded packages, and of the running
+    program, but not those of files. Entry points of starmerge itself are loaded on first use, so
+    that packages above the registry can register entries in it.
 
     Args:
-        word: What it holds, in errors: "method".
-        group: Group of entry points by which packages offer more.
-        fault: Says why an object cannot be used, if so: "it is not decorated".
-        built_in: Lists what starmerge has besides what :meth:`add` enters: a function for each
-            name, which loads it when the name is asked for. Called when anything is first asked.
-        unknown: The error about a name that is not found; it has the field ``name``.
-        listing: The command that lists all names, where they are too many for an error.
+        word: Kind of the objects, for error messages: "method".
+        group: Group of the entry points of other packages.
+        fault: Returns the reason why an object cannot be used, such as "it is not decorated"; None
+            for a usable object.
+        built_in: Returns a loader by name for built-in objects that :meth:`add` does not register.
+            Called on the first lookup.
+        unknown: Error message for unknown names, with the field ``name``.
+        listing: The command that lists all names, if these are too many for an error message.
     """
 
     def __init__(
@@ -119,14 +120,14 @@ class Registry(Mapping[str, _Thing]):
         self._listing = listing
         self._unknown = unknown or f"No {word} is called {{name!r}}."
         self._is_listed = False
-        self._entered: dict[str, _Thing | _Unloaded[_Thing]] = {}
+        self._entered: dict[str, _Thing | _LazyEntry[_Thing]] = {}
         self._others: dict[str, _Thing] = {}
 
     def __getitem__(self, name: str) -> _Thing:
         found = self._ours.get(name)
         if found is None:
             return self._others[name]
-        if isinstance(found, _Unloaded):
+        if isinstance(found, _LazyEntry):
             found = self._ours[name] = found.load()
         return found
 
@@ -139,32 +140,32 @@ class Registry(Mapping[str, _Thing]):
 
     @property
     def built_in(self) -> Mapping[str, _Thing]:
-        """What starmerge has, by name; all of it is loaded."""
+        """The built-in objects by name, all loaded."""
         return {name: self[name] for name in self._ours}
 
     @property
-    def _ours(self) -> dict[str, _Thing | _Unloaded[_Thing]]:
-        """What starmerge has, by name, loaded or not yet."""
+    def _ours(self) -> dict[str, _Thing | _LazyEntry[_Thing]]:
+        """The built-in objects by name, or their lazy entries."""
         if not self._is_listed:
             self._is_listed = True
             listed = {} if self._list_built_in is None else self._list_built_in()
             offered = {offer.name: offer.load for offer in self._entry_points(ours=True)}
             for name, load in {**listed, **offered}.items():
-                self._entered.setdefault(name, _Unloaded(load))
+                self._entered.setdefault(name, _LazyEntry(load))
         return self._entered
 
     def add(self, name: str, thing: _Thing) -> None:
-        """Enter what is being defined under its name; of what a file defines, nothing is entered.
+        """Register an object that is being defined; objects of loaded files are not registered.
 
-        Defining the same anew, as a notebook's cell does that is run again, replaces it.
+        Defining the same object again, as by running a notebook's cell twice, replaces it.
 
         Raises:
-            UsageError: Something else has the name.
+            UsageError: Another object has the name.
         """
         if _module_of(thing) in _FILES:
-            return  # found by the file's name alone
-        if _is_ours(thing) and isinstance(self._ours.get(name), _Unloaded):
-            self._ours[name] = thing  # its module is being imported
+            return  # objects of files are only found by path
+        if _is_ours(thing) and isinstance(self._ours.get(name), _LazyEntry):
+            self._ours[name] = thing  # the lazy entry's module is being imported
             return
         other = self.get(name)
         if other is not None and _place_of(other) != _place_of(thing):
@@ -178,10 +179,11 @@ class Registry(Mapping[str, _Thing]):
             self._others[name] = thing
 
     def find(self, reference: str) -> _Thing:
-        """Return what has a name, or stands in a file: ``path/to/file.py:NAME``.
+        """Return the object of a plain name, or of ``path/to/file.py:NAME``.
 
         Raises:
-            UsageError: There is no such name or file, it is not what is wanted, or two define it.
+            UsageError: The name or file does not exist, the object is of another kind, or two
+                sources define the name.
             StarmergeError: The package or the file cannot be loaded.
         """
         named = _FILE.fullmatch(reference)
@@ -201,7 +203,7 @@ class Registry(Mapping[str, _Thing]):
         raise UsageError(f"{message}{nearest(reference, known)}")
 
     def plugins(self) -> list[Plugin[_Thing]]:
-        """Load all that installed packages offer; those that cannot be used have the reason."""
+        """Load and return all objects of installed packages, including unusable ones."""
         found: list[Plugin[_Thing]] = []
         for name, offers in sorted(self._offered().items()):
             thing: _Thing | None = None
@@ -214,11 +216,11 @@ class Registry(Mapping[str, _Thing]):
         return found
 
     def offers(self, name: str) -> bool:
-        """Tell whether an installed package offers something under a name, without loading it."""
+        """Return whether an installed package defines a name, without loading the package."""
         return name in self._offered()
 
     def origin(self, thing: Any) -> Origin | None:
-        """Return where something comes from that has a name; None: from starmerge itself."""
+        """Return the origin of a registered object; None for a built-in one."""
         if _is_ours(thing):
             return None
         module = _module_of(thing)
@@ -235,9 +237,9 @@ class Registry(Mapping[str, _Thing]):
         return Origin(module=module, file=path, blake3=blake3(path.read_bytes()).hexdigest())
 
     def reference(self, thing: Any) -> str:
-        """Return how to name something such that :meth:`find` finds it.
+        """Return the name by which :meth:`find` finds an object.
 
-        A file is named relative to the current folder if it is inside, else in full.
+        Paths of files are relative to the current folder if inside of it, else absolute.
         """
         origin = _FILES.get(_module_of(thing))
         if origin is None or origin.file is None:
@@ -247,7 +249,7 @@ class Registry(Mapping[str, _Thing]):
         return f"{shown}:{thing.__qualname__}"
 
     def _short(self) -> list[str]:
-        """Return what follows the slash in the names that have one: ``past`` of ``demo/past``."""
+        """Return the part after the slash of names with a slash: ``past`` of ``demo/past``."""
         return [name.partition("/")[2] for name in self if "/" in name]
 
     def _offered(self) -> dict[str, list[EntryPoint]]:
@@ -257,7 +259,7 @@ class Registry(Mapping[str, _Thing]):
         return offered
 
     def _entry_points(self, *, ours: bool) -> list[EntryPoint]:
-        """Return what starmerge offers itself, or what other packages do."""
+        """Return the entry points of starmerge itself, or those of other packages."""
         return [
             offer
             for offer in importlib.metadata.entry_points(group=self.group)
@@ -265,16 +267,16 @@ class Registry(Mapping[str, _Thing]):
         ]
 
     def _holders(self, name: str, offers: list[EntryPoint]) -> list[str]:
-        """Return in words all that have a name: starmerge itself, and what packages offer."""
+        """Return descriptions of all sources that define a name: starmerge and packages."""
         ours = name in self._ours or name in self._short()
         return [*(["starmerge"] if ours else []), *sorted(str(_origin_of(o)) for o in offers)]
 
     def _of_package(self, name: str, offers: list[EntryPoint]) -> _Thing:
-        """Load what an entry point offers.
+        """Load the object of an entry point.
 
         Raises:
-            UsageError: Others have the name too.
-            StarmergeError: It cannot be loaded, is not what is wanted, or has another name.
+            UsageError: Another source defines the name too.
+            StarmergeError: The object cannot be loaded, is of another kind, or has another name.
         """
         holders = self._holders(name, offers)
         if len(holders) > 1:
@@ -286,7 +288,7 @@ class Registry(Mapping[str, _Thing]):
         offer = offers[0]
         try:
             thing: Any = offer.load()
-        except (Exception, SystemExit) as error:  # whatever the package's own code raises
+        except (Exception, SystemExit) as error:  # the package's code may raise anything
             raise StarmergeError(
                 f"{where} cannot be loaded from {offer.value}: {_reason(error)}. Mend the package "
                 "or uninstall it."
@@ -299,11 +301,11 @@ class Registry(Mapping[str, _Thing]):
         return thing  # type: ignore[no-any-return]
 
     def _of_file(self, path: Path, name: str, reference: str) -> _Thing:
-        """Load what a file defines.
+        """Load an object that a file defines.
 
         Raises:
-            UsageError: No such file, no such name in it, not what is wanted, or its own name is
-                that of something else.
+            UsageError: The file or the name does not exist, the object is of another kind, or its
+                own name is already taken.
             StarmergeError: The file cannot be executed.
         """
         module = load_file(path)
@@ -326,22 +328,22 @@ class Registry(Mapping[str, _Thing]):
 
 
 def is_file_reference(reference: str) -> bool:
-    """Tell whether something is named as part of a file: ``path/to/file.py:NAME``."""
+    """Return whether a name refers to a file: ``path/to/file.py:NAME``."""
     return _FILE.fullmatch(reference) is not None
 
 
-def beside(reference: str, folder: Path) -> str:
-    """Return a name such that a file in it begins at a folder; a plain name stays."""
+def absolute_reference(reference: str, folder: Path) -> str:
+    """Resolve the path in a file reference relative to a folder; plain names are unchanged."""
     named = _FILE.fullmatch(reference)
     if named is None:
         return reference
     return f"{folder / Path(named['file']).expanduser()}:{named['name']}"
 
 
-def placed(reference: str, folder: Path) -> str:
-    """Return a name as a file in a folder must write it: the opposite of :func:`beside`.
+def relative_reference(reference: str, folder: Path) -> str:
+    """Make the path in a file reference relative to a folder: inverts :func:`absolute_reference`.
 
-    Files within the folder are written relative to it, others in full.
+    Paths outside of the folder become absolute.
     """
     named = _FILE.fullmatch(reference)
     if named is None:
@@ -352,9 +354,9 @@ def placed(reference: str, folder: Path) -> str:
 
 
 def load_file(path: Path) -> ModuleType:
-    """Execute a Python file, once while its content stays the same; return its module.
+    """Execute a Python file, unless it was executed with the same content; return its module.
 
-    The file stands for itself: the modules beside it cannot be imported.
+    The file cannot import other modules of its folder.
 
     Raises:
         UsageError: There is no such file.
@@ -373,27 +375,27 @@ def load_file(path: Path) -> ModuleType:
         return sys.modules[name]
     module = ModuleType(name)
     module.__file__ = str(place)
-    # Decorators and dataclasses look into both for the module in which a class is defined.
+    # Decorators and dataclasses look up the module of a class in both.
     sys.modules[name], _FILES[name] = module, Origin(file=place, blake3=digest)
     try:
         exec(compile(source, str(place), "exec", dont_inherit=True), vars(module))
-    except (Exception, SystemExit) as error:  # whatever the user's own code raises
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         del sys.modules[name], _FILES[name]
         raise StarmergeError(f"{path} cannot be loaded: {_reason(error, place)}.") from error
     return module
 
 
 def loaded_files() -> list[Path]:
-    """Return the files that have been loaded, for another process to load before it unpickles."""
+    """Return the loaded files, which another process must load before it unpickles objects."""
     return [origin.file for origin in _FILES.values() if origin.file is not None]
 
 
 _FILES: dict[str, Origin] = {}
-"""The files that have been loaded, by the names of their modules."""
+"""The loaded files, by the names of their modules."""
 
 
 def _reason(error: BaseException, file: Path | None = None) -> str:
-    """Return what was raised, and at which line of a file."""
+    """Return the text of an error, with the line of the file that raised it."""
     text = " ".join(str(error).split()).rstrip(".")
     said = f"{type(error).__name__}: {text}" if text else type(error).__name__
     lines = [
@@ -417,5 +419,5 @@ def _is_ours(thing: Any) -> bool:
 
 
 def _origin_of(offer: EntryPoint) -> Origin:
-    # An entry point that is found has its distribution.
+    # Entry points from importlib.metadata always have a distribution.
     return Origin(package=offer.dist.name, version=offer.dist.version)  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""What a long run tells of itself: events, heartbeats, and a bar where a person looks on."""
+"""Progress of long runs: events, heartbeats, and a progress bar on terminals."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 HEARTBEAT = 30.0
-"""Seconds between heartbeats, unless :func:`set_heartbeat` has said otherwise."""
+"""Default of the seconds between heartbeats; see :func:`set_heartbeat`."""
 
 _REMEMBERED = 10
-"""Heartbeats whose rate tells the time that is left."""
+"""Number of heartbeats over which the rate for the remaining time is averaged."""
 
 
 class Progress:
-    """What a phase of a run tells of itself: how much is done, and what is being waited for.
+    """Progress of a phase of a run: the finished units and the current step.
 
-    Called with a number of units, it moves on. One that belongs to no phase tells nothing.
+    Calling it with a number of units advances it. Without a phase it reports nothing.
 
     Args:
-        phase: What the run does: "merging".
-        total: Units in all; None: not known yet.
+        phase: Name of the phase: "merging".
+        total: Total number of units; None if not known yet.
         unit: "bytes" or "items".
-        tensors: How many tensors the phase is about.
-        bar: A bar that moves along, and its id there.
+        tensors: Number of tensors of the phase.
+        bar: A progress bar to update, and the id of its task.
     """
 
     def __init__(
@@ -63,19 +63,19 @@ class Progress:
         self._beats = deque([(self.began, 0)], maxlen=_REMEMBERED)
 
     def __call__(self, units: int) -> None:
-        """Move on by some units."""
+        """Advance by some units."""
         self.done += units
         if self._bar is not None:
             bar, task = self._bar
             bar.advance(task, units)
 
     def tensor_done(self, name: str, nbytes: int, seconds: float | None = None) -> None:
-        """Move on by the bytes of a tensor.
+        """Advance by the bytes of a finished tensor.
 
         Args:
-            name: The tensor's.
-            nbytes: Its bytes, as the phase counts them.
-            seconds: How long it was worked on; None: that was not measured.
+            name: Name of the tensor.
+            nbytes: Bytes of the tensor, as counted by the phase.
+            seconds: Seconds of work on the tensor; None if not measured.
         """
         self(nbytes)
         self._tensors_done += 1
@@ -84,14 +84,14 @@ class Progress:
             emit(TensorDone(self.phase, name, nbytes, seconds, count, self._tensors))
 
     def expects(self, total: int) -> None:
-        """Say how many units there are in all, where that was not known at the beginning."""
+        """Set the total number of units, if it was not known at the beginning."""
         self.total = total
         if self._bar is not None:
             bar, task = self._bar
             bar.update(task, total=total)
 
     def waits_for(self, what: str) -> None:
-        """Say what is being done now: "loading base", "asking merged: past"."""
+        """Set the current step: "loading base", "asking merged: past"."""
         self._step = what
         if self.phase:
             emit(Step(self.phase, what))
@@ -100,7 +100,7 @@ class Progress:
             bar.update(task, description=f"{self.phase}: {what}")
 
     def beat(self) -> None:
-        """Say how far it is."""
+        """Send a heartbeat event."""
         now, done = time.monotonic(), self.done
         (last, before), (first, long_before) = self._beats[-1], self._beats[0]
         self._beats.append((now, done))
@@ -127,13 +127,13 @@ def _rate(units: int, seconds: float) -> float:
 
 
 SILENT = Progress()
-"""Tells nothing."""
+"""A progress that reports nothing."""
 
 
-class _Pulse:
-    """A thread that lets the innermost phase say how far it is, as long as there is a phase.
+class _HeartbeatThread:
+    """A thread that sends the heartbeats of the innermost phase while any phase is active.
 
-    The time between heartbeats goes on from phase to phase: many short phases beat like a long one.
+    The interval does not restart with a phase: many short phases beat like a single long one.
     """
 
     def __init__(self) -> None:
@@ -152,7 +152,7 @@ class _Pulse:
         with self._changed:
             self._phases.append(phase)
             now = time.monotonic()
-            if now > self._next + self._interval:  # long after the last phase
+            if now > self._next + self._interval:  # the last phase ended long ago
                 self._next = now + self._interval
             if len(self._phases) == 1:
                 Thread(target=self._run, args=(phase,), name="heartbeat", daemon=True).start()
@@ -163,7 +163,7 @@ class _Pulse:
             self._changed.notify_all()
 
     def _run(self, outermost: Progress) -> None:
-        """Beat until the phase ends with which the thread began."""
+        """Send heartbeats until the outermost phase ends."""
         while True:
             with self._changed:
                 if self._phases[:1] != [outermost]:
@@ -177,11 +177,11 @@ class _Pulse:
             phase.beat()
 
 
-_PULSE = _Pulse()
+_PULSE = _HeartbeatThread()
 
 
 def set_heartbeat(seconds: float) -> None:
-    """Set the seconds between the heartbeats of this process's runs that begin from now on."""
+    """Set the seconds between heartbeats, for runs of this process that begin later."""
     _PULSE.set_interval(seconds)
 
 
@@ -189,17 +189,17 @@ def set_heartbeat(seconds: float) -> None:
 def progress_bar(
     description: str, total: int | None, *, show: bool, in_bytes: bool = False, tensors: int = 0
 ) -> Iterator[Progress]:
-    """Tell how far a phase of a run is: yield what moves it on.
+    """Report the progress of a phase: yield an object that the caller advances.
 
-    Events go to the logger "starmerge_models", if it listens. A person sees a bar on standard
-    error; in a file or a pipe, all that there is of a bar would be an empty line.
+    Events are sent to the logger "starmerge_models", if it is enabled. A bar is drawn on standard
+    error only if it is a terminal; in a file or a pipe a bar would be an empty line.
 
     Args:
-        description: What is being done.
-        total: Units in all; None: not known yet.
+        description: Name of the phase.
+        total: Total number of units; None if not known yet.
         show: Whether to show a bar on a terminal or in a notebook.
         in_bytes: Whether the units are bytes.
-        tensors: How many tensors the phase is about, if it tells of each.
+        tensors: Number of tensors of the phase, if it reports each of them.
     """
     is_heard = LOG.isEnabledFor(logging.INFO)
     if not show and not is_heard:
@@ -224,7 +224,7 @@ def progress_bar(
 def _drawn(
     description: str, total: int | None, *, in_bytes: bool, show: bool
 ) -> Iterator[tuple[Bar, TaskID] | None]:
-    """Draw a bar, where a person sees it."""
+    """Draw a bar, if standard error is a terminal or a notebook."""
     if not show:
         yield None
         return
@@ -239,7 +239,7 @@ def _drawn(
     from rich.progress import Progress as Bar  # noqa: PLC0415
 
     console = Console(stderr=True)
-    # With FORCE_COLOR, rich takes a file for a terminal.
+    # With FORCE_COLOR, rich treats a file as a terminal.
     is_seen = console.is_terminal and sys.stderr.isatty()
     if not is_seen and not console.is_jupyter:
         yield None

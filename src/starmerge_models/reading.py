@@ -1,7 +1,7 @@
-"""Reading small files of other people whole: JSON, YAML and text, within bounds.
+"""Bounded reading of small untrusted files: JSON, YAML and text.
 
-No file may make a reader wait or take memory without end: it must be a regular file of a bounded
-size.
+Only regular files of a bounded size are read, so that no file makes the reader wait forever or
+exhaust its memory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from starmerge_models.parsing import MOST_JSON_BYTES, parse_json, parse_yaml
 from starmerge_models.storage import Place, storage_of
 
 _MOST_YAML_BYTES = 2**20
-"""Longest YAML file: reading one takes seconds a megabyte."""
+"""Longest YAML file; parsing takes seconds per megabyte."""
 
 
 def read_bytes(path: Place, most: int) -> bytes:
@@ -21,7 +21,7 @@ def read_bytes(path: Place, most: int) -> bytes:
 
     Raises:
         FileNotFoundError: There is no such file.
-        StarmergeError: It is larger, no regular file, or cannot be read.
+        StarmergeError: The file is larger, not a regular file, or unreadable.
     """
     with storage_of(path).stream(path) as raw:
         try:
@@ -41,7 +41,7 @@ def read_text(path: Place, most: int = MOST_JSON_BYTES) -> str:
     """Read a regular file in UTF-8 of at most ``most`` bytes.
 
     Raises:
-        StarmergeError: It is missing, larger, no regular file, or not UTF-8.
+        StarmergeError: The file is missing, larger, not a regular file, or not UTF-8.
     """
     try:
         return read_bytes(path, most).decode()
@@ -55,7 +55,7 @@ def read_json(path: Place) -> dict[str, Any]:
     """Read a JSON object from a file, as :func:`parse_json` does.
 
     Raises:
-        StarmergeError: The file is missing, too large, or holds something else.
+        StarmergeError: The file is missing, too large, or does not contain a JSON object.
     """
     try:
         content = parse_json(read_bytes(path, MOST_JSON_BYTES))
@@ -72,7 +72,7 @@ def read_yaml(path: Place) -> list[Any]:
     """Read the documents of a YAML file, as :func:`parse_yaml` does.
 
     Raises:
-        UsageError: The file is missing, too large, no regular file, or not YAML.
+        UsageError: The file is missing, too large, not a regular file, or not YAML.
     """
     try:
         return parse_yaml(read_text(path, _MOST_YAML_BYTES))

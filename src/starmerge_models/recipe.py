@@ -1,4 +1,4 @@
-"""The recipe: what to merge, how, and in which dtype."""
+"""The recipe of a merge: models, method, parameters, dtype and output."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -42,14 +42,18 @@ class ModelEntry(BaseModel):
     )
 
 
+_Models = Annotated[list[str | ModelEntry], Field(min_length=1)]
+"""How a file may write models."""
+
+
 class OutputEntry(BaseModel):
-    """What a merge is written as."""
+    """The kind of output that a merge writes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: OutputKind | None = Field(
         default=None,
-        description="model, adapter, gguf or unified; by default what the method makes",
+        description="model, adapter, gguf or unified; by default the kind that the method makes",
     )
     rank: int | None = Field(
         default=None,
@@ -65,8 +69,8 @@ class OutputEntry(BaseModel):
     )
 
     @model_serializer
-    def _what_is_set(self) -> dict[str, Any]:
-        """Leave out what is not set: a model has no rank."""
+    def _without_unset(self) -> dict[str, Any]:
+        """Leave out fields that are not set; a model has no rank, for example."""
         return {key: value for key, value in vars(self).items() if value is not None}
 
 
@@ -86,8 +90,8 @@ class Recipe(BaseModel):
         chat_template: digits
         dtype: keep
 
-    A method that is not starmerge's own is a plug-in: of an installed package by its name, of a
-    file as ``path/to/file.py:NAME``.
+    Methods that are not built in are plug-ins: those of an installed package are given by name,
+    those of a file as ``path/to/file.py:NAME``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -107,8 +111,8 @@ class Recipe(BaseModel):
     )
     plugins: dict[str, dict[str, str]] = Field(
         default={},
-        description="by name, where the methods come from that are not starmerge's own: package "
-        "and version, or file and BLAKE3; what is given must still be so",
+        description="origins of the methods that are not built in, by name: package and version, "
+        "or file and BLAKE3; a merge refuses methods of another origin",
     )
     metric: str | None = Field(
         default=None,
@@ -141,10 +145,10 @@ class Recipe(BaseModel):
         "lacks are the base's",
     )
 
-    @field_validator("models", mode="before")
+    @field_validator("models", mode="before", json_schema_input_type=_Models)
     @classmethod
     def _name_models(cls, models: Any) -> Any:
-        """Let a model be a bare path, and name each after the last part of its path."""
+        """Convert bare paths to models, and name each model after the last part of its path."""
         if not isinstance(models, list | tuple):
             return models
         return [
@@ -156,7 +160,7 @@ class Recipe(BaseModel):
 
     @field_validator("models")
     @classmethod
-    def _names_differ(cls, models: list[ModelEntry]) -> list[ModelEntry]:
+    def _check_unique_names(cls, models: list[ModelEntry]) -> list[ModelEntry]:
         names = Counter(entry.name for entry in models)
         for entry in models:
             if names[entry.name] > 1:
@@ -175,7 +179,7 @@ class Recipe(BaseModel):
         return make_pipeline(self.method, self.parameters)
 
     def to_yaml(self) -> str:
-        """Return the recipe in YAML, from which a recipe file's reader makes the same one."""
+        """Return the recipe in YAML; reading it as a recipe file gives an equal recipe."""
         content = self.model_dump()
         for key in ("base", "plugins"):
             if not content[key]:
@@ -188,11 +192,11 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
 
     Args:
         content: The keys of :class:`Recipe`.
-        where: How error messages call it.
+        where: Name of the recipe in error messages.
 
     Raises:
-        UsageError: An unknown key, a missing one, a wrong value; a plug-in that is not the one
-            that the recipe names.
+        UsageError: A key is unknown or missing, a value is wrong, or a plug-in is not of the origin
+            that the recipe gives.
         StarmergeError: The package or the file of a method cannot be loaded.
     """
     for key in content:
@@ -228,7 +232,7 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
                 f"and is {_in_words(origins[name])} now. Restore it, or delete 'plugins' from the "
                 "recipe to take it as it is."
             )
-    # With its defaults filled in, a recipe means the same under every later version.
+    # Fill in the defaults, so that the recipe has the same meaning in later versions.
     filled = {"parameters": pipeline.parameters(), "output": output, "plugins": origins}
     return recipe.model_copy(update=filled)
 
@@ -236,10 +240,10 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
 def model_entries(
     models: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
 ) -> list[dict[str, str]]:
-    """Return models as a recipe has them: given as paths, ``NAME=PATH``, or paths by name.
+    """Return the model entries of a recipe, from paths, ``NAME=PATH`` texts, or paths by name.
 
     Raises:
-        UsageError: One is given as something else.
+        UsageError: A model is given in another form.
     """
     if isinstance(models, Mapping):
         return [{"name": name, "path": reference(path)} for name, path in models.items()]
@@ -249,10 +253,10 @@ def model_entries(
 
 
 def reference(model: str | Path) -> str:
-    """Return the folder or Hub id of a base or a model as a recipe has it.
+    """Return the folder or Hub id of a base or a model as text, for a recipe.
 
     Raises:
-        UsageError: It is something else, such as a loaded model.
+        UsageError: The argument is something else, such as a loaded model.
     """
     if not isinstance(model, str | os.PathLike):
         raise UsageError(
@@ -263,7 +267,7 @@ def reference(model: str | Path) -> str:
 
 
 def parse_models(arguments: Sequence[str]) -> list[dict[str, str]]:
-    """Read models as the command line gives them: ``PATH`` or ``NAME=PATH``."""
+    """Parse the models of a command line, each ``PATH`` or ``NAME=PATH``."""
     entries = []
     for argument in arguments:
         name, equals, path = argument.partition("=")
@@ -272,6 +276,21 @@ def parse_models(arguments: Sequence[str]) -> list[dict[str, str]]:
         else:
             entries.append({"name": name_of(argument), "path": argument})
     return entries
+
+
+def paths_by_name(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the paths of models by their names.
+
+    Args:
+        entries: As :func:`parse_models` returns them.
+
+    Raises:
+        UsageError: Two have the same name.
+    """
+    named = {entry["name"]: entry["path"] for entry in entries}
+    if len(named) < len(entries):
+        raise UsageError("Two models have the same name. Give each its own with NAME=PATH.")
+    return named
 
 
 _KEYS = list(Recipe.model_fields)

@@ -1,4 +1,4 @@
-"""Files of recipes: reading them, in whichever dialect they are, and writing ours."""
+"""Recipe files: reading them in starmerge's or mergekit's format, and writing starmerge's."""
 
 from __future__ import annotations
 
@@ -12,36 +12,37 @@ from typing import Any
 
 from starmerge_models import plugins
 from starmerge_models.checkpoints.references import map_reference, parse_reference
+from starmerge_models.checkpoints.source import place_named
 from starmerge_models.errors import UsageError
 from starmerge_models.mergekit.recipe import is_mergekit_recipe, translate
 from starmerge_models.methods.pipeline import map_chain
 from starmerge_models.reading import read_json, read_yaml
 from starmerge_models.recipe import Recipe, make_recipe
-from starmerge_models.storage import Place, exists, is_file, place_of
+from starmerge_models.storage import Place, exists, is_file
 from starmerge_models.storage.publishing import check_output_file, output_file
 
 
 @dataclass(frozen=True)
 class Step:
-    """A merge of a file of recipes, and where it goes."""
+    """A merge of a file of several recipes, with its output."""
 
     recipe: Recipe
     output: Place
     name: str | None
-    """What the recipes call it; None where it has no name."""
+    """Name by which other recipes refer to it; None for a recipe without a name."""
     needs: tuple[Place, ...] = ()
-    """The outputs of other steps that it is made of."""
+    """The outputs of the steps that must run before it."""
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a recipe from a YAML file, in our keys or in mergekit's, which are translated.
+    """Read a recipe from a YAML file in starmerge's format, or translate one of mergekit's.
 
-    Paths that exist relative to the recipe's own folder are meant so. Files of methods always begin
-    at that folder; loading the recipe executes them.
+    Paths that exist relative to the recipe's folder are resolved relative to it. Files of methods
+    are always relative to this folder, and loading the recipe executes them.
 
     Raises:
-        UsageError: The file is missing or not YAML; an unknown key, a missing one, a wrong value;
-            there are several recipes in it.
+        UsageError: The file is missing or not YAML, contains several recipes, or has an unknown
+            key, a missing key, or a wrong value.
         StarmergeError: The package or the file of a method cannot be loaded.
     """
     documents = _documents(path)
@@ -50,32 +51,34 @@ def load_recipe(path: Path) -> Recipe:
             f"{path} holds {len(documents)} recipes. `starmerge merge` runs them one after the "
             "other; here one is wanted."
         )
-    return _placed(_made(documents[0], path, str(path)), path, {})
+    return _with_resolved_paths(_recipe_of(documents[0], path, str(path)), path, {})
 
 
 def load_recipes(path: Path, output: Place) -> list[Step]:
-    """Read a file of one recipe, or of several of which some are made of others.
+    """Read a file of one or several recipes, where recipes may use the outputs of others.
 
-    The recipes are the documents of the file, or the items of its list, in our keys or in
-    mergekit's. Each has a ``name``, but for the last one, which may have none. A model or base of
-    that name is the merge of it, which goes into a folder of its own, in OUTPUT-steps.
+    The recipes are the documents of the file, or the items of its list, in starmerge's or
+    mergekit's format. Each has a ``name``; only the last may have none. A model or base of that
+    name refers to the output of the named recipe, which is written to a folder in OUTPUT-steps.
 
     Args:
         path: The file.
-        output: Where the last merge goes.
+        output: Place of the last merge's output.
 
     Returns:
-        The merges, such that each stands behind those that it is made of.
+        The merges, each after those whose outputs it uses.
 
     Raises:
-        UsageError: As for :func:`load_recipe`; two recipes have one name, none or several may be
-            the last, or they are made of each other in a circle.
+        UsageError: As for :func:`load_recipe`; two recipes have the same name, the last merge is
+            not unique, or the dependencies form a cycle.
         StarmergeError: The package or the file of a method cannot be loaded.
     """
     documents = _documents(path)
     if len(documents) == 1:
         content = {key: value for key, value in documents[0].items() if key != "name"}
-        return [Step(_placed(_made(content, path, str(path)), path, {}), output, None)]
+        return [
+            Step(_with_resolved_paths(_recipe_of(content, path, str(path)), path, {}), output, None)
+        ]
     made = dict[str | None, Recipe]()
     for number, document in enumerate(documents, 1):
         content = dict(document)
@@ -86,8 +89,8 @@ def load_recipes(path: Path, output: Place) -> list[Step]:
         if name in made:
             which = "have no name" if name is None else f"are called {name!r}"
             raise UsageError(f"{where}: two recipes {which}. Each but the last has one of its own.")
-        made[name] = _made(content, path, where)
-    named = {name: _named(recipe, path.parent) for name, recipe in made.items()}
+        made[name] = _recipe_of(content, path, where)
+    named = {name: _referenced_places(recipe, path.parent) for name, recipe in made.items()}
     needs: dict[str | None, list[str | None]] = {
         name: [other for other in made if other in named[name]] for name in made
     }
@@ -96,25 +99,25 @@ def load_recipes(path: Path, output: Place) -> list[Step]:
     except CycleError as error:
         circle = " → ".join(str(name) for name in reversed(error.args[1]))
         raise UsageError(f"{path}: recipes are made of each other: {circle}.") from error
-    last = _last(path, needs)
+    last = _output_recipe(path, needs)
     whole = output.absolute() if isinstance(output, Path) else output
     folder = whole.with_name(f"{output.name}-steps")
     places = {name: folder / name for name in made if name is not None and name != last}
     steps = [
         Step(
-            _placed(made[name], path, places),
+            _with_resolved_paths(made[name], path, places),
             output if name is None or name == last else places[name],
             name,
             tuple(places[needed] for needed in needs[name] if needed is not None),
         )
         for name in order
     ]
-    # The output may stand before merges that nothing needs.
+    # Put the output last, also after merges whose outputs are not used.
     return sorted(steps, key=lambda step: step.name == last)
 
 
 def _documents(path: Path) -> list[dict[str, Any]]:
-    """Return the recipes of a file, not yet validated."""
+    """Return the recipes of a file before validation."""
     documents = read_yaml(path)
     if len(documents) == 1 and isinstance(documents[0], list):
         documents = documents[0]
@@ -126,19 +129,21 @@ def _documents(path: Path) -> list[dict[str, Any]]:
     return documents
 
 
-def _made(content: dict[str, Any], path: Path, where: str) -> Recipe:
-    """Make a recipe of the keys of a document, with its paths as they stand there."""
+def _recipe_of(content: dict[str, Any], path: Path, where: str) -> Recipe:
+    """Return the recipe of a document, with its paths unresolved."""
     if is_mergekit_recipe(content):
         content = translate(content, where=where, base_of=partial(_base_of, path.parent))
     if isinstance(content.get("method"), str):
-        method = map_chain(content["method"], lambda part: plugins.beside(part, path.parent))
+        method = map_chain(
+            content["method"], lambda part: plugins.absolute_reference(part, path.parent)
+        )
         content = {**content, "method": method}
     return make_recipe(content, where=where)
 
 
 def _base_of(folder: Path, reference: str) -> str | None:
-    """Return the name of the base in the config of an adapter, if that is one and is at hand."""
-    for place in (folder / reference, place_of(reference)):
+    """Return the base's name from the config of a local adapter; None if it has none."""
+    for place in (folder / reference, place_named(reference)):
         file = place / "adapter_config.json"
         if is_file(file):
             name = read_json(file).get("base_model_name_or_path")
@@ -146,8 +151,8 @@ def _base_of(folder: Path, reference: str) -> str | None:
     return None
 
 
-def _placed(recipe: Recipe, path: Path, steps: Mapping[str, Place]) -> Recipe:
-    """Return a recipe with its models where they lie: steps, or relative to the recipe's file."""
+def _with_resolved_paths(recipe: Recipe, path: Path, steps: Mapping[str, Place]) -> Recipe:
+    """Return a recipe with resolved models: outputs of steps, or paths relative to the file."""
 
     def is_there(place: str) -> bool:
         return exists(path.parent / place)
@@ -167,8 +172,8 @@ def _placed(recipe: Recipe, path: Path, steps: Mapping[str, Place]) -> Recipe:
     return recipe.model_copy(update=found)
 
 
-def _named(recipe: Recipe, folder: Path) -> set[str]:
-    """Return the places that a recipe names, as a file in some folder has them."""
+def _referenced_places(recipe: Recipe, folder: Path) -> set[str]:
+    """Return the names and places that a recipe of a file in some folder refers to."""
     references = [entry.path for entry in recipe.models]
     references += [] if recipe.base is None else [recipe.base]
     tokenizers = {recipe.tokenizer, recipe.chat_template or ""} - {"base", "union"}
@@ -180,8 +185,8 @@ def _named(recipe: Recipe, folder: Path) -> set[str]:
     )
 
 
-def _last(path: Path, needs: Mapping[str | None, list[str | None]]) -> str | None:
-    """Return the recipe that is the output: the one without a name, or that none is made of."""
+def _output_recipe(path: Path, needs: Mapping[str | None, list[str | None]]) -> str | None:
+    """Return the name of the output's recipe: it has no name, or no other recipe uses it."""
     if None in needs:
         return None
     unused = [name for name in needs if not any(name in own for own in needs.values())]
@@ -201,11 +206,11 @@ def _check_step_name(name: object, where: str) -> None:
 
 
 def check_recipe_file(file: Path, *, overwrite: bool) -> None:
-    """Make sure that a recipe may be written to ``file``: to be called before long work.
+    """Check that a recipe can be written to ``file``; the caller checks this before long work.
 
     Raises:
-        UsageError: It is no YAML file by its name, something else stands there, or a file that may
-            not be replaced.
+        UsageError: The name is not that of a YAML file, the place is taken by something else, or by
+            a file that may not be replaced.
     """
     if file.suffix not in (".yaml", ".yml"):
         raise UsageError(f"{file}: a recipe's file ends in .yaml, by which a merge knows it.")
@@ -213,10 +218,10 @@ def check_recipe_file(file: Path, *, overwrite: bool) -> None:
 
 
 def write_recipe(recipe: Recipe, file: Path, *, overwrite: bool = False) -> None:
-    """Write a recipe in YAML, such that :func:`load_recipe` reads it back from anywhere.
+    """Write a recipe in YAML, so that :func:`load_recipe` reads it from any working directory.
 
-    Folders within the file's own are written relative to it, others in full. The file appears
-    whole or not at all.
+    Folders inside the file's folder are written as relative paths, others as absolute paths. The
+    file is written atomically.
 
     Raises:
         UsageError: As for :func:`check_recipe_file`.
@@ -240,7 +245,7 @@ def write_recipe(recipe: Recipe, file: Path, *, overwrite: bool = False) -> None
     places = {
         "base": base,
         "models": models,
-        "method": map_chain(recipe.method, lambda part: plugins.placed(part, folder)),
+        "method": map_chain(recipe.method, lambda part: plugins.relative_reference(part, folder)),
         "metric": metric,
         **_tokenizers(recipe, place),
     }
@@ -250,7 +255,7 @@ def write_recipe(recipe: Recipe, file: Path, *, overwrite: bool = False) -> None
 
 
 def _tokenizers(recipe: Recipe, beside: Callable[[str], str]) -> dict[str, str | None]:
-    """Return a recipe's choices of tokenizer and chat template, paths among them as placed."""
+    """Return a recipe's choices of tokenizer and chat template, with their paths resolved."""
     names = {"base", "union", *(entry.name for entry in recipe.models)}
     chosen = {"tokenizer": recipe.tokenizer, "chat_template": recipe.chat_template}
     return {

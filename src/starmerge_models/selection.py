@@ -1,9 +1,9 @@
 """Exact selection of the k-th largest magnitude among more numbers than fit into memory.
 
-Non-negative floats order as their bits do, read as integers. A histogram over the upper bits of
-some of the numbers tells between which bits the k-th largest of all should lie. Then one pass over
-all of them counts those above, and gathers the few between. Where some mislead, the histogram is
-made of all: what is found is exact in either case.
+Non-negative floats sort like their bits read as integers. A histogram over the upper bits of a
+sample brackets the k-th largest number. Then one pass over all numbers counts those above the
+bracket and collects the few inside. If the bracket of the sample misses the number, the histogram
+is computed of all numbers, so the result is exact in every case.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 
 _LOWER = 17
 BUCKETS = (0x7F80_0000 >> _LOWER) + 1
-"""Length of a histogram: the last bucket is that of infinity, and the sign has no part in it."""
+"""Length of a histogram: the last bucket is that of infinity; the sign bit is not used."""
 SAMPLE = 17
-"""Every how many numbers, or rows of them, are looked at first.
+"""Stride of the sample, over numbers or rows.
 
-Odd, so that of what comes in periods of a power of two each place has its turn.
+An odd stride samples all phases of data that is periodic in a power of two.
 """
 _MOST_ADDED = 2**18
 _FEW = 2**15
@@ -33,11 +33,11 @@ def histogram(parts: Iterable[Tensor], count: int) -> npt.NDArray[np.float64]:
 
     Args:
         parts: float32, any shape, no NaN: all of the numbers, or a sample.
-        count: How many numbers there are. Those of a sample count as many times each.
+        count: Number of all numbers. The counts of a sample are scaled to it.
 
     Returns:
-        (BUCKETS,), exact below 2⁵³ where no sample was taken. Histograms of parts add up to that
-        of the whole.
+        (BUCKETS,), exact below 2⁵³ without sampling. The histogram of a union is the sum of the
+        histograms.
     """
     counts, seen = np.zeros(BUCKETS), 0
     for part in parts:
@@ -50,19 +50,19 @@ def histogram(parts: Iterable[Tensor], count: int) -> npt.NDArray[np.float64]:
 
 
 def bracket(counts: npt.NDArray[np.float64], k: int, step: int = 1) -> range:
-    """Return the bits between which the k-th largest lies; of a sample, where it should.
+    """Return the range of bits that contains the k-th largest number; for a sample, very likely.
 
-    If there are fewer than k, those that are missing count as zeros, in bucket 0. A k of 0, as a
-    share of no numbers has it, counts as 1.
+    Missing numbers, if there are fewer than k, count as zeros, in bucket 0. A k of 0, the share of
+    no numbers, counts as 1.
 
     Args:
         counts: A histogram.
-        k: Which one, from 1.
-        step: Every how manyth of the numbers was counted, or of rows of them.
+        k: Rank of the number, from 1.
+        step: Stride of the sample, over numbers or rows.
     """
     above = counts[::-1].cumsum()
     size, k = float(above[-1]), max(k, 1)
-    # Eight standard deviations of the rank in a sample, and a bucket for rows that differ.
+    # Eight standard deviations of the rank in a sample, and one bucket for differences of rows.
     margin = 8 * math.sqrt((step - 1) * k * max(0.0, 1 - k / size)) if size else 0.0
     slack = 1 if step > 1 else 0
     places = np.searchsorted(above, [max(1.0, k - margin), k + margin])
@@ -71,25 +71,26 @@ def bracket(counts: npt.NDArray[np.float64], k: int, step: int = 1) -> range:
 
 
 class Tally:
-    """Counts the magnitudes above some bits, and each one between.
+    """Counts the magnitudes above a range of bits, and each magnitude inside the range.
 
-    Tallies of parts add up to that of the whole.
+    Tallies of parts can be merged to that of the whole.
 
     Args:
-        between: The bits.
+        between: The range of bits.
     """
 
     def __init__(self, between: range) -> None:
         self._between = between
         self._above = 0
         self._counts = [(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64))]
-        """Bits in between and how often they occur: sorted and once first, then what was added."""
+        """Arrays of bits inside the range with their counts: a sorted, unique one first, then the
+        newly added ones."""
         self._added = 0
 
     def add(self, values: Tensor) -> None:
         """Count numbers: float32, any shape, no NaN."""
         bits = _magnitudes(values)
-        # Zeros are what is missing in any case.
+        # Zeros need not be counted: missing numbers are zeros.
         inside = bits >= np.int32(max(1, self._between.start))
         above = bits >= np.int32(self._between.stop)
         inside ^= above
@@ -97,20 +98,20 @@ class Tally:
         self._gather(*np.unique(bits[np.flatnonzero(inside)], return_counts=True))
 
     def merge(self, other: Tally) -> None:
-        """Add what another tally, of the same bits, has counted."""
+        """Add the counts of another tally of the same range."""
         self._above += other._above
         for bits, counts in other._counts:
             self._gather(bits, counts)
 
     def kth_largest(self, k: int) -> float | None:
-        """Return the k-th largest magnitude, from 1; None if it is not between the bits.
+        """Return the k-th largest magnitude, k from 1; None if it is outside of the range.
 
-        If there are fewer, those that are missing are zeros. A k of 0 counts as 1.
+        Missing numbers, if there are fewer than k, are zeros. A k of 0 counts as 1.
         """
         left = max(k, 1) - self._above
         if left <= 0:
             return None
-        self._put_together()
+        self._compact()
         [(bits, counts)] = self._counts
         place = int(np.searchsorted(counts[::-1].cumsum(), left))
         if place == len(bits):
@@ -121,24 +122,24 @@ class Tally:
         self._counts.append((bits, counts))
         self._added += len(bits)
         if self._added > max(_MOST_ADDED, len(self._counts[0][0])):
-            self._put_together()
+            self._compact()
 
-    def _put_together(self) -> None:
+    def _compact(self) -> None:
         bits, counts = map(np.concatenate, zip(*self._counts, strict=True))
         once, place = np.unique(bits, return_inverse=True)
-        # In float64, as NumPy counts with weights: exact below 2⁵³.
+        # bincount sums weights in float64, which is exact below 2⁵³.
         sums = np.bincount(place, weights=counts, minlength=len(once)).astype(np.int64)
         self._counts, self._added = [(once, sums)], 0
 
 
 def kth_largest(parts: Callable[[int], Iterable[Tensor]], count: int, k: int) -> float:
-    """Return the k-th largest magnitude of numbers that come in parts.
+    """Return the k-th largest magnitude of numbers that are given in parts.
 
     Args:
-        parts: Called with a step, returns every so manyth of the numbers, or of rows of them, or
-            more; with 1, all: float32, any shape, no NaN.
-        count: How many numbers there are.
-        k: Which one, from 1. If there are fewer numbers, 0 is returned.
+        parts: Function of a stride that returns the numbers, or rows of them, with at most this
+            stride; all of them for 1: float32, any shape, no NaN.
+        count: Number of all numbers.
+        k: Rank of the number, from 1. For more than ``count``, 0 is returned.
 
     Example:
         >>> import torch
@@ -158,12 +159,12 @@ def kth_largest(parts: Callable[[int], Iterable[Tensor]], count: int, k: int) ->
         found = tally.kth_largest(k)
         if found is not None:
             break
-    assert found is not None, "a histogram of all numbers tells the bucket"
+    assert found is not None, "a histogram of all numbers brackets exactly"
     return found
 
 
 def share_of(count: int, percent: float) -> int:
-    """Return ⌈percent % of count⌉, exactly: the percentage is taken as it is written."""
+    """Return ⌈percent % of count⌉, exact in the decimal digits of the percentage."""
     return math.ceil(Fraction(str(percent)) * count / 100)
 
 

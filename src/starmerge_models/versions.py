@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterable
 
-DISTRIBUTION = "starmerge-models"
-"""starmerge's name for installers: ``starmerge`` on PyPI is another project's."""
-
-
-def own_version() -> str:
-    """Return the version of the starmerge that is installed."""
-    return importlib.metadata.version(DISTRIBUTION)
+__version__ = "0.1.0.dev0"
+"""The version of starmerge. The build reads it here; changelog and CITATION.cff have the same."""
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
@@ -23,7 +17,9 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
     Returns:
         Version by name; starmerge's own stands first, under ``starmerge``.
     """
-    found = {"starmerge": own_version()}
+    import importlib.metadata  # noqa: PLC0415  (slow to import)
+
+    found = {"starmerge": __version__}
     for name in packages:
         try:
             found[name] = importlib.metadata.version(name)

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from starmerge_models import Calibrated, Metric, StarmergeError, UsageError, calibrate, open_metric
 from starmerge_models.calibration import moments, text
-from starmerge_models.calibration.text import Reading, Writer
+from starmerge_models.calibration.text import Reading, TextGenerator
 from starmerge_models.checkpoints.base import open_base
 from starmerge_models.checkpoints.source import resolve
 from starmerge_models.evaluation.models.loading import load_text_model
@@ -54,9 +54,9 @@ def _inputs(model: Any, readings: Sequence[Reading]) -> dict[str, NDArray[np.flo
     }
 
 
-def _readings(folder: Path, *, seed: int = 0, length: int = 80) -> tuple[Any, Writer]:
+def _readings(folder: Path, *, seed: int = 0, length: int = 80) -> tuple[Any, TextGenerator]:
     model, tokenizer = load_text_model(folder, device="cpu")
-    return model, Writer(model, tokenizer, seed=seed, length=length)
+    return model, TextGenerator(model, tokenizer, seed=seed, length=length)
 
 
 def _write(file: Path, lines: list[str]) -> Path:
@@ -158,9 +158,9 @@ def test_how_much_is_read_at_once_changes_nothing_but_rounding(
     folder = store(kind, tmp_path / "base")
     files = []
     for at_once in (1, 60, 10_000):
-        monkeypatch.setattr(moments, "READ_AT_ONCE", at_once)
-        monkeypatch.setattr(text, "READ_AT_ONCE", at_once)
-        monkeypatch.setattr(text, "WRITTEN_AT_ONCE", at_once)
+        monkeypatch.setattr(moments, "READ_BATCH_TOKENS", at_once)
+        monkeypatch.setattr(text, "READ_BATCH_TOKENS", at_once)
+        monkeypatch.setattr(text, "GENERATE_BATCH_TOKENS", at_once)
         files.append(tmp_path / f"{at_once}.safetensors")
         calibrate(folder, files[-1], sequences=7, length=12, seed=5)
     contents = [_content(file) for file in files]
@@ -471,7 +471,7 @@ def test_an_existing_file_is_replaced_only_if_asked_for_and_a_metric(tmp_path: P
     with pytest.raises(UsageError, match="m.safetensors exists. Choose another file, or replace"):
         calibrate(folder, output, **options)
     assert isinstance(calibrate(folder, output, **options, overwrite=True), Calibrated)
-    with pytest.raises(UsageError, match="is no metric file and is not overwritten"):
+    with pytest.raises(UsageError, match="is not a metric file and is not overwritten"):
         calibrate(folder, folder / "model.safetensors", **options, overwrite=True)
 
 

@@ -172,8 +172,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
         (["merge", "{base}", "{adapter}", "-o", "/"], 2, "root of the file system"),
         (["nonsense"], 2, "No such command"),
         (["merge", "a", "b", "-m", "star", "-m", "ties"], 2, "Write a chain as one: -m star+ties"),
-        (["demo", "run", "--rows", "3", "--rows", "4"], 2, "--rows stands there 2 times"),
-        (["--log", "json", "merge", "a", "b", "--log", "text"], 2, "--log stands there 2 times"),
+        (["demo", "run", "--rows", "3", "--rows", "4"], 2, "--rows is given 2 times"),
+        (["--log", "json", "merge", "a", "b", "--log", "text"], 2, "--log is given 2 times"),
         (["inspect", "{base}"], 2, "See `starmerge inspect --help`"),
         (["merge", "{base}", "{adapter}", "-m", "STAR", "-o", "{out}"], 2, "Did you mean 'star'?"),
         (["merge", "{base}", "{adapter}", "-m", "dare_ties", "-o", "{out}"], 2, "'dare+ties'?"),
@@ -407,4 +407,4 @@ def test_what_may_be_repeated_still_is(starmerge: Run, tmp_path: Path) -> None:
     planned = starmerge(
         "merge", tmp_path, tmp_path, "-p", "eta=3", "-p", "rank=3", "--overwrite", "--overwrite"
     )
-    assert "stands there" not in planned.stderr
+    assert "is given" not in planned.stderr

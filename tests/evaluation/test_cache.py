@@ -17,11 +17,11 @@ from platformdirs import user_cache_path
 from safetensors.torch import load_file, save_file
 
 import starmerge_models
-from starmerge_models.checkpoints.hashing import remembered_blake3_of
+from starmerge_models.checkpoints.hashing import cached_blake3_of
 from starmerge_models.evaluation.cache import Record, ScoreCache, score_key
+from starmerge_models_demo import ADAPTERS
 from tests.conftest import edit_json
 
-ADAPTERS = Path(starmerge_models.__file__).parent / "demo" / "adapters"
 RECORDS: list[Record] = [
     {"response": "four", "shortened": False},
     {"response": 'a "b"\n\r\u2028 ß 四\0', "shortened": True},
@@ -157,9 +157,7 @@ def test_a_file_of_a_subfolder_counts(model: tuple[Path, Path]) -> None:
     assert _key(*model) != key
 
 
-@pytest.mark.parametrize(
-    "package", ["torch", "transformers", "tokenizers", "peft", "starmerge-models"]
-)
+@pytest.mark.parametrize("package", ["torch", "transformers", "tokenizers", "peft"])
 def test_another_version_of_a_package_is_a_miss(
     model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
@@ -171,10 +169,18 @@ def test_another_version_of_a_package_is_a_miss(
     assert _key(*model) != key
 
 
+def test_another_version_of_starmerge_is_a_miss(
+    model: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = _key(*model)
+    monkeypatch.setattr("starmerge_models.versions.__version__", "99.0")
+    assert _key(*model) != key
+
+
 def test_changed_code_of_the_evaluation_is_a_miss(model: tuple[Path, Path], tmp_path: Path) -> None:
     source = Path(starmerge_models.__file__).parent
     package = tmp_path / "site" / "starmerge_models"
-    shutil.copytree(source, package, ignore=shutil.ignore_patterns("adapters", "__pycache__"))
+    shutil.copytree(source, package, ignore=shutil.ignore_patterns("__pycache__"))
     key = f"score_key([Path({str(model[1])!r})], {{}}, device='cpu', dtype='float32')"
     code = f"""
 from pathlib import Path
@@ -220,7 +226,7 @@ def test_a_file_that_was_just_written_is_read_again(tmp_path: Path) -> None:
     hashes = set()
     for number in range(200):  # some within one tick of the file system's clock
         file.write_bytes(number.to_bytes(4, "big"))
-        hashes.add(remembered_blake3_of(file))
+        hashes.add(cached_blake3_of(file))
     assert len(hashes) == 200
 
 
@@ -307,7 +313,7 @@ def test_processes_that_write_one_file_at_once_leave_a_whole_one(tmp_path: Path)
 def test_a_disk_that_takes_nothing_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     cache = ScoreCache(tmp_path / "file" / "scores")
-    with pytest.warns(UserWarning, match=r"could not be kept in .*scores, and will be asked for"):
+    with pytest.warns(UserWarning, match=r"could not be cached in .*scores, and the next run"):
         cache.put(KEY, RECORDS)
     assert cache.get(KEY) is None
     assert cache.size == 0

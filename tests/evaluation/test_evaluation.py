@@ -15,11 +15,11 @@ from blake3 import blake3
 import starmerge_models as sm
 from starmerge_models.evaluation.cache import ScoreCache
 from starmerge_models.evaluation.evaluation import SCHEMA, Evaluation
+from starmerge_models.evaluation.model_groups import groups
 from starmerge_models.evaluation.results import load_results, write_results
-from starmerge_models.evaluation.runner import answers, check, evaluate
+from starmerge_models.evaluation.runner import cached_answers, evaluate, prepare_tasks
 from starmerge_models.evaluation.scoring.metrics import Prediction, score
 from starmerge_models.evaluation.settings import Settings
-from starmerge_models.evaluation.subjects import groups
 from starmerge_models.evaluation.table import markdown, notes
 from starmerge_models.evaluation.tasks import task_of_rows
 from starmerge_models.progress import Progress
@@ -164,7 +164,7 @@ class _Heard(Progress):
 
 def test_the_progress_says_what_is_waited_for(world: World, tmp_path: Path) -> None:
     heard, cache = _Heard(), ScoreCache(tmp_path / "cache")
-    sheets = check(world.tasks, RANK, progress=heard)
+    prepared = prepare_tasks(world.tasks, RANK, progress=heard)
     assert heard.said == ["reading the rows of one", "reading the rows of two"]
     (group,) = groups(
         world.base,
@@ -174,10 +174,10 @@ def test_the_progress_says_what_is_waited_for(world: World, tmp_path: Path) -> N
         dtype="auto",
         backend="transformers",
     )
-    both = list(sheets.values())
+    both = list(prepared.values())
     heard.said.clear()
     for name in ("base", "two"):
-        answers(name, group, both, RANK, cache, heard)
+        cached_answers(name, group, both, RANK, cache, heard)
     assert heard.said == [
         "hashing base",
         "loading base",
@@ -189,6 +189,6 @@ def test_the_progress_says_what_is_waited_for(world: World, tmp_path: Path) -> N
         "asking two: two",
     ]
     heard.said.clear()
-    answers("base", group, both, RANK, cache, heard)
+    cached_answers("base", group, both, RANK, cache, heard)
     assert heard.said == ["hashing base"]  # all is known
     assert heard.units == 3 * 12

@@ -146,7 +146,7 @@ def test_results_are_replaced_only_when_asked_and_as_a_whole(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["notes.txt"], "holds no scores.json, so it is no results folder"),
+        (["notes.txt"], "holds no scores.json, so it is not a results folder"),
         (["merge_report.json", "model.safetensors"], "holds no scores.json"),
         (["scores.json", "thesis.tex"], "holds thesis.tex, which is no part of the results folder"),
     ],

@@ -10,9 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import starmerge_models as sm
-from starmerge_models.demo.run import ADAPTERS
 from starmerge_models.errors import StarmergeError, UsageError
-from starmerge_models.evaluation import subjects
+from starmerge_models.evaluation import model_groups
 from starmerge_models.evaluation.cache import ScoreCache
 from starmerge_models.evaluation.evaluation import Evaluation
 from starmerge_models.evaluation.results import load_results, write_results
@@ -24,6 +23,7 @@ from starmerge_models.evaluation.tasks import find_task
 from starmerge_models.evaluation.tasks.sources import FileSource
 from starmerge_models.evaluation.tasks.task import Task
 from starmerge_models.study.figures import plot_scores
+from starmerge_models_demo import ADAPTERS
 from tests.evaluation.tiny_world import make_world
 
 FEW = Settings(rows=12)
@@ -114,9 +114,11 @@ def test_what_is_kept_is_not_asked_again_and_never_stale(
         ).scores
 
     loaded = []
-    load = subjects.load_model
+    load = model_groups.load_model
     monkeypatch.setattr(
-        subjects, "load_model", lambda path, **options: loaded.append(path) or load(path, **options)
+        model_groups,
+        "load_model",
+        lambda path, **options: loaded.append(path) or load(path, **options),
     )
     fresh = run()
     assert loaded == [smollm2]
@@ -146,9 +148,11 @@ def test_updates_in_memory_are_kept_by_their_content(
     world = make_world(tmp_path / "world")
     cache = ScoreCache(tmp_path / "cache")
     loaded = []
-    load = subjects.load_model
+    load = model_groups.load_model
     monkeypatch.setattr(
-        subjects, "load_model", lambda path, **options: loaded.append(path) or load(path, **options)
+        model_groups,
+        "load_model",
+        lambda path, **options: loaded.append(path) or load(path, **options),
     )
 
     def run(
@@ -217,7 +221,7 @@ def test_a_reader_is_told_of_short_contexts_reference_matching_and_constant_answ
     said = "\n".join(notes(result))
     assert "Matching: reference" in said
     assert "base, long: 3 of 3 prompts are longer than the model's context" in said
-    assert "the spearman of answers that are all alike is undefined" in said
+    assert "the spearman of identical answers is undefined" in said
     assert "| long (spearman) | 3 | –" in markdown(result)
 
 
@@ -254,7 +258,7 @@ def test_what_is_rewritten_while_it_is_asked_is_not_kept(
     base.mkdir()
     for file in smollm2.iterdir():
         (base / file.name).symlink_to(file)
-    load = subjects.load_model
+    load = model_groups.load_model
 
     def load_and_rewrite(path: Path, **options: object) -> object:
         loaded = load(path, **options)
@@ -266,7 +270,7 @@ def test_what_is_rewritten_while_it_is_asked_is_not_kept(
         return len(list(cache.folder.glob("*.jsonl")))
 
     with monkeypatch.context() as patch:
-        patch.setattr(subjects, "load_model", load_and_rewrite)
+        patch.setattr(model_groups, "load_model", load_and_rewrite)
         assert run() == 0
     assert run() == 1
 

@@ -23,8 +23,8 @@ from starmerge_models.checkpoints.source import resolve
 from starmerge_models.evaluation.cache import blake3_of_model
 from starmerge_models.events import Retry
 from starmerge_models.hub import push as pushing
+from starmerge_models.hub.client_errors import without_secrets
 from starmerge_models.hub.merged import open_merged
-from starmerge_models.hub.talking import without_secrets
 from tests.hub.conftest import TOKEN
 from tests.hub.fake_hub import SIGNATURE, FakeHub, Fault
 
@@ -171,7 +171,7 @@ def test_what_somebody_else_commits_meanwhile_stays(hub: FakeHub, merged: Path) 
     repo = hub.put(REPO, {})
     theirs = hub.stored({"notes.md": b"theirs"})
     hub.meanwhile = lambda: hub.commit(repo, "main", "theirs", theirs)
-    with pytest.raises(sm.StarmergeError, match="changed by somebody else"):
+    with pytest.raises(sm.StarmergeError, match="Somebody else has changed"):
         sm.push(merged, REPO)
     assert hub.files(REPO) == {"notes.md": b"theirs"}
     assert hub.messages(REPO)[-1] == "theirs"
@@ -180,16 +180,16 @@ def test_what_somebody_else_commits_meanwhile_stays(hub: FakeHub, merged: Path) 
 @pytest.mark.parametrize(
     ("fault", "error", "message"),
     [
-        (Fault("GET", "whoami", 401), sm.UsageError, "takes the token for invalid"),
+        (Fault("GET", "whoami", 401), sm.UsageError, "rejects the token as invalid"),
         (Fault("GET", "whoami", 500), sm.StarmergeError, "fails with status 500; push again later"),
         (Fault("GET", "whoami", "drop"), sm.StarmergeError, "The Hub cannot be reached"),
         (Fault("GET", "/api/models/", 403), sm.UsageError, "may not write to alice/merged"),
         (Fault("POST", "/repos/create", 409), sm.StarmergeError, "alice/merged"),
         (Fault("POST", "/commit/", 403), sm.UsageError, "may not write to alice/merged"),
         (Fault("POST", "/commit/", 404), sm.StarmergeError, "alice/merged was not pushed: .*404"),
-        (Fault("POST", "/commit/", 412), sm.StarmergeError, "changed by somebody else"),
+        (Fault("POST", "/commit/", 412), sm.StarmergeError, "Somebody else has changed"),
         (Fault("POST", "/commit/", 500), sm.StarmergeError, "fails with status 500"),
-        (Fault("PUT", "/upload/", 403), sm.StarmergeError, "address .* has expired. Push again"),
+        (Fault("PUT", "/upload/", 403), sm.StarmergeError, "upload URL has expired. Push again"),
         (Fault("POST", "/objects/batch", 400), sm.StarmergeError, "was not pushed"),
     ],
     ids=lambda value: f"{value.path}-{value.what}" if isinstance(value, Fault) else "",
@@ -277,7 +277,7 @@ def test_a_repository_that_holds_something_else_is_not_touched(
     hub: FakeHub, merged: Path, name: str
 ) -> None:
     hub.put(REPO, {"README.md": b"# Mine", name: b"x"})
-    with pytest.raises(sm.UsageError, match=rf"holds {name}, and no merge_report.json"):
+    with pytest.raises(sm.UsageError, match=rf"has {name} and no merge_report.json"):
         sm.push(merged, REPO)
     assert hub.files(REPO) == {"README.md": b"# Mine", name: b"x"}
     assert hub.uploads == []
@@ -328,16 +328,18 @@ def test_what_is_no_repository_is_refused_before_anything_is_asked(
 def test_tokens_that_cannot_push_are_refused_before_anything_is_written(
     hub: FakeHub, merged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(sm.UsageError, match="of alice, who may not write to bob.*: alice, acme"):
+    with pytest.raises(
+        sm.UsageError, match="belongs to alice, who may not write to bob.*: alice, acme"
+    ):
         sm.push(merged, "bob/merged")
-    with pytest.raises(sm.UsageError, match="alice's role in look allows to read only"):
+    with pytest.raises(sm.UsageError, match="alice's role in look only allows reading"):
         sm.push(merged, "look/merged")
     hub.role = "read"
-    with pytest.raises(sm.UsageError, match="The token allows to read only"):
+    with pytest.raises(sm.UsageError, match="The token only allows reading"):
         sm.push(merged, REPO)
     hub.role = "write"
     monkeypatch.setenv("HF_TOKEN", "another_token_5512")
-    with pytest.raises(sm.UsageError, match="takes the token for invalid") as raised:
+    with pytest.raises(sm.UsageError, match="rejects the token as invalid") as raised:
         sm.push(merged, REPO)
     assert "another_token_5512" not in "".join(traceback.format_exception(raised.value))
     monkeypatch.delenv("HF_TOKEN")
@@ -381,9 +383,9 @@ def test_what_is_no_whole_merge_is_refused(hub: FakeHub, merged: Path, tmp_path:
     assert "config.json: the bytes are not" in damaged(
         "d", lambda f: (f / "config.json").write_text("{}")
     )
-    assert "../other lies outside of it." in damaged("e", lists_outside)
-    assert "config.json lies outside of it." in damaged("f", links_outside)
-    with pytest.raises(sm.UsageError, match="is one file, without a report and a card"):
+    assert "../other is outside of it." in damaged("e", lists_outside)
+    assert "config.json is outside of it." in damaged("f", links_outside)
+    with pytest.raises(sm.UsageError, match="is a single file without a report and a card"):
         sm.push(merged / shard, REPO)
     assert hub.requests == []
 
@@ -524,5 +526,5 @@ def test_merge_asks_the_hub_first(
     command = ["merge", tiny_base, tiny_base, "-o", tmp_path / "out"]
     refused = starmerge(*command, "--push", REPO, env=environment)
     assert refused.returncode == 2
-    assert "holds model.safetensors" in refused.stderr
+    assert "has model.safetensors" in refused.stderr
     assert not (tmp_path / "out").exists()

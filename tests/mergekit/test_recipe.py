@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from starmerge_models.checkpoints.layers import layers
 from starmerge_models.deltas import Dense
 from starmerge_models.errors import UsageError
-from starmerge_models.mergekit.family import FAMILY, agree
+from starmerge_models.mergekit.family import FAMILY, merge_sparsified
 from starmerge_models.mergekit.settings import PARAMETERS, Setting, resolve
 from starmerge_models.merging.engine import run
 from starmerge_models.merging.executors.threads import Threads
 from starmerge_models.merging.plan import make_plan
 from starmerge_models.merging.verify import verify
 from starmerge_models.methods import Sce
-from starmerge_models.methods.kinds.masks import chances_by_rank, l1_factor
+from starmerge_models.methods.kinds.masks import keep_probabilities, l1_factor
 from starmerge_models.recipe import Recipe, make_recipe
 from starmerge_models.recipe_file import load_recipe
 from tests.golden.mergekit.inputs import CONFIG, DTYPES, MODELS, model_tensors, shapes
@@ -269,7 +269,7 @@ def agreed(name, label, tensor, recipe):
             delta = torch.from_numpy(deltas[list(own).index(model)])
         made.append(delta)
     factors = [parameters["weight"] for parameters in own.values()]
-    return agree(
+    return merge_sparsified(
         torch.stack(made),
         factors,
         total_weight=sum(factors),
@@ -365,7 +365,7 @@ def test_the_chances_of_della_are_mergekits(name):
             magnitudes = rows.abs().sort(1).values
             clear = (magnitudes.diff(dim=1) > 0).all(1)  # equal magnitudes: any order is right
             own = resolved(translated_alone(name), tensor)[1][model]
-            ours = chances_by_rank(rows, own["density"], own["epsilon"])
+            ours = keep_probabilities(rows, own["density"], own["epsilon"])
             if clear.any():
                 assert (
                     float((ours - theirs.double())[clear].abs().max()) < 2**-22
@@ -410,7 +410,7 @@ TIES = {
     ("changes", "message"),
     [
         ({"modls": []}, "unknown key 'modls', which mergekit ignores. Did you mean 'models'?"),
-        ({"modules": {}}, "one of the keys 'models', 'slices' and 'modules'"),
+        ({"modules": {}}, "exactly one of 'models', 'slices' and 'modules'"),
         ({"modules": {"default": {}}, "models": None}, "the module 'default' has 'models' or"),
         ({"modules": {"decodr": {}}, "models": None}, "no module is called 'decodr'. Did you"),
         ({"modules": {"decoder": {"sclices": []}}, "models": None}, "a module has the unknown key"),
@@ -421,7 +421,7 @@ TIES = {
         ({"tokenizer": {"pad_to_multiple_of": 8}}, "the key 'pad_to_multiple_of' of 'tokenizer'"),
         ({"tokenizer": {"sauce": "base"}}, "'tokenizer' has the unknown key 'sauce'"),
         ({"tokenizer": {}, "tokenizer_source": "base"}, "both choose the tokenizer"),
-        ({"chat_template": "chatml"}, "mergekit brings a template of that name"),
+        ({"chat_template": "chatml"}, "a template that only mergekit includes"),
         ({"chat_template": "auto"}, "chat_template is 'auto', which counts the models' templates"),
         ({"experts": []}, "the key 'experts' is not supported. .*mergekit-moe"),
         ({"gate_mode": "hidden"}, "the key 'gate_mode' is not supported"),
@@ -430,7 +430,7 @@ TIES = {
         ({"merge_method": "tise"}, "no merge_method is called 'tise'. Did you mean 'ties'?"),
         ({"base_model": None}, "ties needs the key 'base_model'"),
         ({"models": []}, "'models' is empty"),
-        ({"models": None}, "one of the keys 'models', 'slices' and 'modules'"),
+        ({"models": None}, "exactly one of 'models', 'slices' and 'modules'"),
         ({"models": [{"model": "org/base"}]}, "'org/base' is the only model"),
         ({"models": [{"model": "org/a"}, {"model": "org/a"}]}, "'org/a' is listed twice"),
         ({"models": [{"model": "a+b+c"}]}, "'a.b.c' is no model: one adapter may follow"),
@@ -452,9 +452,12 @@ TIES = {
         ({"parameters": {"weight": "half"}}, "weight: .*'half'"),
         ({"parameters": {"weight": None}}, "weight: .*None"),
         ({"parameters": {"weight": float("nan")}}, "weight: .*finite"),
-        ({"parameters": {"weight": []}}, "weight: An empty list"),
-        ({"parameters": {"weight": [{"filter": "mlp", "value": 1}, 2]}}, "'weight' mixes values"),
-        ({"parameters": {"weight": [{"filter": "mlp"}]}}, "'weight': a choice has a 'value'"),
+        ({"parameters": {"weight": []}}, "weight: The list is empty"),
+        (
+            {"parameters": {"weight": [{"filter": "mlp", "value": 1}, 2]}},
+            "'weight' mixes plain values",
+        ),
+        ({"parameters": {"weight": [{"filter": "mlp"}]}}, "'weight': each entry needs a 'value'"),
         ({"dtype": "bf16"}, "dtype is 'bf16'. Did you mean"),
         ({"dtype": "int64"}, "dtype is 'int64'"),
         ({"dtype": "float64"}, "float64"),
@@ -479,7 +482,7 @@ TIES = {
         ),
         (
             {"slices": [{"sources": [{"model": "a", "layer_range": [0, 8]}]}], "models": None},
-            "base_model 'org/base' is none of the sources",
+            "base_model 'org/base' is not a source of",
         ),
     ],
 )

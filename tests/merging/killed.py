@@ -36,7 +36,7 @@ def merge(task: dict[str, Any], output: Path) -> int:
         overwrite=task["overwrite"],
         threads=1,
     )
-    return result.taken_up
+    return result.resumed
 
 
 def killed_before(n: int) -> Callable[[], None]:
@@ -90,7 +90,7 @@ def main() -> None:  # noqa: PLR0915  (a story of one task)
         forked(lambda: merge(other | {"models": task["models"][:2], "overwrite": False}, old))
     before = tree(old) if task["overwrite"] else {}
     wrong: list[str] = []
-    taken_up = operations = 0
+    resumed = operations = 0
 
     def start() -> None:
         for left in output.parent.glob(f".{output.name}.*"):
@@ -100,7 +100,7 @@ def main() -> None:  # noqa: PLR0915  (a story of one task)
             (shutil.copytree if old.is_dir() else shutil.copy)(old, output)
 
     def check(where: str) -> None:
-        nonlocal taken_up
+        nonlocal resumed
         found = tree(output) if output.exists() else {}
         if without(found) not in (without(before), without(wanted)):
             wrong.append(f"{where}: a part of a folder stands under the name")
@@ -108,7 +108,7 @@ def main() -> None:  # noqa: PLR0915  (a story of one task)
         if without(found) == without(wanted):
             again = task | {"overwrite": True}
         ended, count = forked(lambda: merge(again, output))
-        taken_up += count
+        resumed += count
         if ended or without(tree(output)) != without(wanted):
             wrong.append(f"{where}: run again, it is another")
         if left := [str(p) for p in output.parent.glob(f".{output.name}.partial*")]:
@@ -144,7 +144,7 @@ def main() -> None:  # noqa: PLR0915  (a story of one task)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         check(f"at moment {moment}")
-    print(json.dumps({"operations": operations, "taken_up": taken_up, "wrong": wrong}))
+    print(json.dumps({"operations": operations, "resumed": resumed, "wrong": wrong}))
 
 
 if __name__ == "__main__":

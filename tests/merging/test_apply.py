@@ -22,8 +22,8 @@ from transformers import (
 import starmerge_models as sm
 from starmerge_models.checkpoints.tensors import raw_bytes
 from starmerge_models.deltas import Delta, Dense, LowRank
-from starmerge_models.demo.run import ADAPTERS
 from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models_demo import ADAPTERS
 from tests.conftest import MakeAdapter, MakeFinetune
 from tests.oracles import samples
 

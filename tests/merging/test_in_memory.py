@@ -6,6 +6,7 @@ import torch
 
 import starmerge_models
 from starmerge_models import Average, Dense, LowRank, Star, TaskArithmetic, merge_state
+from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.merging.fold import fold
 from tests.oracles import bounds, linear, samples, star
 from tests.oracles import deltas as oracle
@@ -97,7 +98,7 @@ def test_zero_deltas_stay_zero(method):
     ],
 )
 def test_models_that_disagree_on_a_shape_are_refused(deltas, method):
-    with pytest.raises(ValueError, match="shapes"):
+    with pytest.raises(UsageError, match="shapes"):
         merge_state([{"x": delta} for delta in deltas], METHODS[method][0])
 
 
@@ -179,5 +180,20 @@ def test_what_is_not_finite_is_refused_whatever_the_method(value, method):
     cases = [Dense(broken), LowRank(torch.ones(4, 1), torch.full((1, 5), value))]
     cases.append(LowRank(torch.ones(4, 1), torch.ones(1, 5), value))
     for case in cases:
-        with pytest.raises(ValueError, match="Model 1: the delta of x has a NaN or an infinity"):
+        with pytest.raises(
+            StarmergeError, match="Model 1: the delta of x has a NaN or an infinity"
+        ):
             merge_state([{"x": samples.dense(4, 5)}, {"x": case}], method)
+
+
+def test_reports_and_results_show_themselves(tiny_base, make_adapter, tmp_path):
+    models = [make_adapter("a", seed=1), make_adapter("<b>", seed=2)]
+    result = starmerge_models.merge(tiny_base, models, "star", output=tmp_path / "out")
+    assert repr(result).startswith(f"MergeResult in {tmp_path / 'out'}: MergeReport of star: 4 ")
+    assert len(repr(result)) < 500
+    assert "<b>star</b>: 4 tensors merged" in result._repr_html_()
+    frame = result.report.to_frame()
+    assert list(frame["model"]) == ["a", "<b>"] * 4
+    assert frame["rank"].between(1, 4).all()
+    plain = starmerge_models.merge(tiny_base, models, "average", output=tmp_path / "plain")
+    assert len(plain.report.to_frame()) == 4

@@ -91,7 +91,7 @@ def test_a_merge_killed_before_any_operation_on_files_is_whole_or_goes_on(
     print(f"{kind}: {found}")
     assert found["wrong"] == []
     assert found["operations"] > 20
-    assert found["taken_up"] > 3
+    assert found["resumed"] > 3
 
 
 def _with_experts(folder: Path) -> Path:
@@ -165,7 +165,7 @@ def test_what_lies_on_the_disk_otherwise_is_merged_again(
     content[8 + header + places[lines[3]["tensor"]]["data_offsets"][0] + 5] ^= 1
     file.write_bytes(content)
     result = run(plan, Threads(1))
-    assert result.taken_up == 11
+    assert result.resumed == 11
     assert (result.path / "model.safetensors").read_bytes() == (
         whole.path / "model.safetensors"
     ).read_bytes()
@@ -184,7 +184,7 @@ def test_another_merge_does_not_take_it_up(
     assert fingerprint(_plan(tiny_base, models, tmp_path / "out")) == fingerprint(plan)
     other = _plan(tiny_base, models, tmp_path / "out", parameters={"eta": 50})
     assert fingerprint(other) != fingerprint(plan)
-    assert run(other, Threads(1)).taken_up == 0
+    assert run(other, Threads(1)).resumed == 0
     file = models[0] / "adapter_model.safetensors"
     save_file(load_file(file), file, metadata={"format": "pt"})
     assert fingerprint(_plan(tiny_base, models, tmp_path / "new")) != fingerprint(plan)
@@ -204,7 +204,7 @@ def test_what_an_earlier_run_wrote_is_no_space_that_is_still_needed(
     _interrupted(plan, monkeypatch, after=len(plan.tensors) - 1)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda place: free)
-        assert run(_plan(tiny_base, models, output), Threads(1)).taken_up > 0
+        assert run(_plan(tiny_base, models, output), Threads(1)).resumed > 0
 
 
 def test_fresh_begins_anew(
@@ -216,7 +216,7 @@ def test_fresh_begins_anew(
     others = [tmp_path / ".out.partial-of_another", tmp_path / ".out.replaced-only_copy"]
     for other in others:
         other.mkdir()
-    assert run(plan, Threads(1), fresh=True).taken_up == 0
+    assert run(plan, Threads(1), fresh=True).resumed == 0
     assert not partial.exists()
     assert all(other.exists() for other in others)
 
@@ -260,7 +260,7 @@ def test_a_damaged_line_does_not_count(
     partial = _interrupted(plan, monkeypatch, after=9)
     lines = [text for text in (partial / JOURNAL).read_text().splitlines() if text]
     (partial / JOURNAL).write_text("\n".join([line, *lines[1:]]) + "\n")
-    assert run(plan, Threads(1)).taken_up == 8
+    assert run(plan, Threads(1)).resumed == 8
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_a_line_that_cannot_be_of_its_tensor_does_not_count(
         "\n".join([*lines[:-1], json.dumps(json.loads(lines[-1]) | damage)])
     )
     result = run(plan, Threads(1))
-    assert result.taken_up == merged[0]
+    assert result.resumed == merged[0]
     assert result.report.content == whole.report.content
 
 
@@ -305,7 +305,7 @@ def test_a_journal_of_one_line_that_was_cut_off_is_gone_on_with(
     journal.write_text(journal.read_text().strip()[:-9])
     again = _interrupted(plan, monkeypatch, after=3)
     assert again == partial
-    assert run(plan, Threads(1)).taken_up == 3
+    assert run(plan, Threads(1)).resumed == 3
 
 
 def test_a_line_is_written_after_what_it_tells_of_has_reached_the_disk(
@@ -343,4 +343,4 @@ def test_what_another_merge_has_left_is_no_room(
         patch.setattr(shutil, "disk_usage", lambda place: free)
         with pytest.raises(sm.StarmergeError, match="GB free"):
             run(other, Threads(1))
-        assert run(left, Threads(1)).taken_up == 12
+        assert run(left, Threads(1)).resumed == 12

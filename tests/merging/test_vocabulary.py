@@ -28,7 +28,7 @@ from transformers import (
 )
 
 import starmerge_models as sm
-from starmerge_models.demo.base_model import prepared_base
+from starmerge_models.demo_names import prepared_base
 from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.merging.engine import run
 from starmerge_models.merging.executors.threads import Threads

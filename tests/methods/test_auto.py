@@ -35,7 +35,7 @@ def test_in_memory_it_is_the_chain_for_the_kind_of_the_models(kind, weights):
     ],
 )
 def test_the_choice_goes_by_kind_and_metric(has_dense, prompts, chain, why):
-    found, reason = make_pipeline("auto").chosen(
+    found, reason = make_pipeline("auto").resolve_auto(
         ["a", "b", "c"], has_dense=has_dense, prompts=prompts
     )
     before = "denoise+" if has_dense and chain != "regmean" else ""
@@ -53,7 +53,7 @@ def test_the_choice_does_not_go_by_order():
 
 def test_other_chains_stay_as_they_are():
     chain = make_pipeline("star+ties")
-    assert chain.chosen(has_dense=True, prompts=[]) == (chain, None)
+    assert chain.resolve_auto(has_dense=True, prompts=[]) == (chain, None)
 
 
 @pytest.mark.parametrize("copies", [1, 2, 10])

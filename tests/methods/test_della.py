@@ -11,7 +11,7 @@ from starmerge_models.deltas import Dense
 from starmerge_models.errors import UsageError
 from starmerge_models.methods import Della, make_method, make_pipeline
 from starmerge_models.methods.kinds import entrywise
-from starmerge_models.methods.kinds.masks import chances_by_rank, l1_factor, largest, masked
+from starmerge_models.methods.kinds.masks import keep_probabilities, l1_factor, largest, masked
 from tests.oracles import bounds, dare, della, models, samples, weights
 
 
@@ -105,7 +105,7 @@ matrices = st.tuples(samples.lengths, samples.lengths, samples.seeds, samples.en
 def test_chances_are_the_reference(drawn, density, epsilon):
     m, n, seed, entries = drawn
     x = entries(m, n, seed=seed)
-    found = chances_by_rank(x, density, epsilon).numpy()
+    found = keep_probabilities(x, density, epsilon).numpy()
     np.testing.assert_allclose(found, della.chances(x.numpy(), density, epsilon), rtol=1e-14)
 
 
@@ -122,7 +122,7 @@ def test_the_largest_are_the_reference(drawn, data):
 
 def test_zeros_of_either_sign_have_the_same_rank():
     x = torch.tensor([[0.0, -0.0, 2.0**-149, -0.0, -(2.0**-149), 0.0]])
-    found = chances_by_rank(x, 0.5, 0.25).numpy()
+    found = keep_probabilities(x, 0.5, 0.25).numpy()
     np.testing.assert_allclose(found, [[0.25, 0.35, 0.65, 0.45, 0.75, 0.55]], rtol=1e-14)
 
 

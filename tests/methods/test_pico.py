@@ -28,7 +28,7 @@ def factors(delta):
 def calibrated(deltas, **context):
     """What the transform makes of each delta of one tensor."""
     tensor = spectral.context(deltas, **context)
-    found = Pico().look(as_deltas(deltas), tensor, None)
+    found = Pico().prepare_tensor(as_deltas(deltas), tensor, None)
     return [Pico().apply(delta, t, tensor, found)[0] for t, delta in enumerate(deltas)]
 
 

@@ -1,14 +1,19 @@
 """Chains: their names and parameters, their order, and what each step gets to see."""
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from starmerge_models import Average, LowRank, Star, TaskArithmetic, merge_state
+from starmerge_models import Average, Dense, LowRank, Star, TaskArithmetic, merge_state
 from starmerge_models.errors import UsageError
 from starmerge_models.mergekit.method import Mergekit
 from starmerge_models.methods import (
+    METHODS,
     Dare,
+    Deltas,
     Karcher,
     Linear,
     NuSlerp,
@@ -17,6 +22,7 @@ from starmerge_models.methods import (
     Scale,
     Slerp,
     Svc,
+    TensorContext,
     Ties,
     Trim,
     as_pipeline,
@@ -256,3 +262,27 @@ def test_a_truth_value_is_no_number():
     with pytest.raises(UsageError, match="eta: True is no number"):
         make_pipeline("star", {"eta": True})
     assert make_pipeline("star", {"rescale": False}) == Pipeline.of([Star(rescale=False)])
+
+
+_SURVEYS = [
+    *[name for name in METHODS if name not in ("auto", "mergekit")],
+    *["trim:scope=local", "ties:scope=local", "ties:zero_sign=zero", "knots:scope=local"],
+    *["lines:alpha=0.5", "trim+ties+lines"],
+]
+
+
+@pytest.mark.parametrize("chain", _SURVEYS)
+def test_a_chain_says_how_often_it_goes_through_the_model(chain: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    own = [torch.randn(6, 5, generator=generator) for _ in range(2)]
+    tensor = TensorContext("w", (6, 5), False, tasks=("a", "b"), weights=(1.0, 1.0))
+    passes = 0
+
+    def walk(look: Callable[[Deltas, TensorContext], Any]) -> Iterator[Any]:
+        nonlocal passes
+        passes += 1
+        yield look(Deltas.of(dict(enumerate(map(Dense, own)))), tensor)
+
+    pipeline = as_pipeline(chain)
+    pipeline.prepare(walk)
+    assert passes == pipeline.passes

@@ -57,8 +57,8 @@ class Card(Accelerator):
             super().make_ready()
 
     @contextmanager
-    def visit(self, need):
-        with super().visit(need), _Mode(self):
+    def reserve(self, need):
+        with super().reserve(need), _Mode(self):
             self.visits += 1
             yield
 

@@ -204,7 +204,7 @@ class _Rows(Kind):
         (file,) = folder.glob("chosen.*")
         task = task_of_rows(file)
         task.examples("test")
-        task.questions("train", 5)
+        task.unlabelled_examples("train", 5)
 
 
 class _Suite(Kind):

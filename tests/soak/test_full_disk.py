@@ -133,7 +133,7 @@ MODULES = (
     "starmerge_models.evaluation.runner",
     "starmerge_models.study.execute",
     "starmerge_models.study.figures.inspection",
-    "starmerge_models.study.inspected",
+    "starmerge_models.study.inspection_files",
     "starmerge_models.study.page.page",
     "matplotlib.pyplot",
     "pandas",

@@ -137,8 +137,8 @@ class Killing:
         ended = self._run(self._merge, self._output, other, *more)
         if ended.code or tree(self._output) != self._wanted:
             self.wrong.append(f"{said}: run again, it is another: {ended.code} {ended.err}")
-        if taken_up := re.match(r"(\d+) of \d+ tensors were there", ended.out):
-            self.counts["tensors taken up"] += int(taken_up[1])
+        if resumed := re.match(r"(\d+) of \d+ tensors were there", ended.out):
+            self.counts["tensors taken up"] += int(resumed[1])
         self._check_leftovers(said)
         return killed
 

@@ -6,7 +6,12 @@ import torch
 
 from starmerge_models.deltas import LowRank
 from starmerge_models.spectral import core_space
-from starmerge_models.spectral.coordinates import Factored, Whole, coordinates, svd_product
+from starmerge_models.spectral.coordinates import (
+    FactoredCoordinates,
+    MatrixCoordinates,
+    coordinates,
+    svd_product,
+)
 from tests.oracles import bounds, samples, spectral
 
 
@@ -47,7 +52,7 @@ def test_parallel_columns_have_no_direction_of_their_own():
     one = samples.normal(30, 1, seed=1, dtype=torch.float64)
     left = torch.cat([one, -2 * one, one], 1)
     right = samples.normal(20, 3, seed=2, dtype=torch.float64)
-    found = Factored(left, right, 1.0)
+    found = FactoredCoordinates(left, right, 1.0)
     assert len(found.svd(1e-10 * found.norm).S) == 1
     assert_is_svd(found.svd(-1.0), left, right, 1.0)
 
@@ -74,7 +79,7 @@ def test_terms_that_cancel_leave_neither_matrix_nor_triplets(others):
 def test_terms_that_nearly_cancel_leave_their_difference():
     delta = cancelling(2.0**-20)
     found = coordinates(delta.B, delta.A.T, delta.scale)
-    assert isinstance(found, Factored)
+    assert isinstance(found, FactoredCoordinates)
     assert not found.is_zero
     assert_is_svd(found.svd(-1.0), delta.B, delta.A.T, delta.scale)
 
@@ -82,8 +87,8 @@ def test_terms_that_nearly_cancel_leave_their_difference():
 @pytest.mark.parametrize("rest", [0.0, 2.0**-20, 1.0])
 def test_factors_and_their_matrix_tell_the_same(rest):
     delta = cancelling(rest)
-    factored = Factored(delta.B, delta.A.T, delta.scale)
-    whole = Whole(factored.matrix)
+    factored = FactoredCoordinates(delta.B, delta.A.T, delta.scale)
+    whole = MatrixCoordinates(factored.matrix)
     assert factored.is_zero == whole.is_zero
     size = np.linalg.norm(bounds.magnitude(delta))
     assert factored.norm == pytest.approx(whole.norm, abs=1e-14 * size)
@@ -91,8 +96,8 @@ def test_factors_and_their_matrix_tell_the_same(rest):
 
 def test_what_is_smaller_is_kept():
     B, A = samples.normal(30, 12, seed=1), samples.normal(20, 12, seed=2)
-    assert isinstance(coordinates(B[:, :11], A[:, :11], 1.0), Factored)
-    assert isinstance(coordinates(B, A, 1.0), Whole)
+    assert isinstance(coordinates(B[:, :11], A[:, :11], 1.0), FactoredCoordinates)
+    assert isinstance(coordinates(B, A, 1.0), MatrixCoordinates)
 
 
 @pytest.mark.parametrize(("m", "n"), [*spectral.SHAPES, (200, 150), (20, 100)])
@@ -100,9 +105,9 @@ def test_many_tasks_of_low_rank_keep_their_factors(m, n):
     """Below, above one, and above both of the sides, whatever the basis."""
     deltas = [samples.low_rank(m, n, 3, seed=t) for t in range(16)]
     space = core_space(deltas)
-    assert all(isinstance(task, Factored) for task in space.tasks)
-    whole = space.whole()
-    assert all(isinstance(task, Whole) for task in whole.tasks)
+    assert all(isinstance(task, FactoredCoordinates) for task in space.tasks)
+    whole = space.as_matrices()
+    assert all(isinstance(task, MatrixCoordinates) for task in whole.tasks)
     assert whole.floor == pytest.approx(space.floor, rel=1e-12)
     for task, matrix in zip(space.tasks, whole.matrices, strict=True):
         assert torch.equal(task.matrix, matrix)
@@ -115,8 +120,8 @@ def test_many_tasks_of_low_rank_keep_their_factors(m, n):
 def test_adapters_beside_full_fine_tunes_keep_their_factors_where_the_coordinates_stay():
     low, full = samples.low_rank(30, 20, 3), samples.dense(30, 20)
     tasks = core_space([low, full]).tasks
-    assert [type(task) for task in tasks] == [Factored, Whole]
+    assert [type(task) for task in tasks] == [FactoredCoordinates, MatrixCoordinates]
     low, full = samples.low_rank(100, 20, 3), samples.dense(100, 20)
     space = core_space([low, full])
     assert space.U is not None
-    assert [type(task) for task in space.tasks] == [Whole, Whole]
+    assert [type(task) for task in space.tasks] == [MatrixCoordinates, MatrixCoordinates]

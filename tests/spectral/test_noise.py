@@ -1,7 +1,6 @@
 """The noise floor: its parts against definitions, and what it finds in LoRAs that were stored."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import starmerge_models.demo
 from starmerge_models.checkpoints.base import open_base
 from starmerge_models.checkpoints.models import open_model
 from starmerge_models.checkpoints.source import resolve
@@ -20,11 +18,11 @@ from starmerge_models.spectral.noise import (
     noise_floor,
     rounding_noise,
 )
+from starmerge_models_demo import ADAPTERS
 from tests.oracles import noise as oracle
 from tests.oracles import star as star_oracle
 
 HALVES = [torch.bfloat16, torch.float16]
-ADAPTERS = Path(starmerge_models.demo.__file__).parent / "adapters"
 
 
 def normal(*shape, seed):

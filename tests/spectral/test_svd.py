@@ -14,9 +14,9 @@ from starmerge_models.spectral import (
     SVD,
     GramSVD,
     UncertainError,
-    certainly,
     svd,
     truncate_and_rescale,
+    with_exact_fallback,
 )
 from tests.oracles import samples, star
 
@@ -117,9 +117,9 @@ def test_what_is_not_certain_is_done_again_with_the_exact_svd(caplog):
             raise UncertainError("Too close to call.")
         return type(given)
 
-    assert certainly(decomposed, kind) is SVD
+    assert with_exact_fallback(decomposed, kind) is SVD
     assert caplog.messages == ["Exact SVD: Too close to call."]
-    assert certainly(decomposed, lambda given: given) is decomposed
+    assert with_exact_fallback(decomposed, lambda given: given) is decomposed
 
 
 def test_what_the_exact_svd_cannot_tell_is_an_error():
@@ -127,4 +127,4 @@ def test_what_the_exact_svd_cannot_tell_is_an_error():
         raise UncertainError("Never.")
 
     with pytest.raises(UncertainError, match=r"Never\."):
-        certainly(svd(samples.dense(9, 7)), refuse)
+        with_exact_fallback(svd(samples.dense(9, 7)), refuse)

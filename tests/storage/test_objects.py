@@ -381,7 +381,7 @@ def test_a_failed_upload_leaves_nothing_and_is_repeated_alone(
     world.proxy.plan = lambda request: None
     world.proxy.served.clear()
     result = starmerge_models.merge(world.url("base"), [world.url("a")], output=world.url("out"))
-    assert result.taken_up > 0
+    assert result.resumed > 0
     assert world.proxy.served.get("base/model.safetensors", 0) <= ranges._FIRST_BLOCK
     starmerge_models.merge(base, [model], output=tmp_path / "out")
     assert_same(world.files("out"), tmp_path / "out")
@@ -481,7 +481,7 @@ def test_killed_and_taken_up(
     clean(Path(arguments[-1]))
     assert "(left over)" in capsys.readouterr().out
     result = starmerge_models.merge(arguments[0], arguments[1:-1], output=arguments[-1], threads=1)
-    assert result.taken_up > 0
+    assert result.resumed > 0
     assert_same(world.files("out"), tmp_path / "out")
     assert world.scratch() == []
 

@@ -571,7 +571,7 @@ def test_the_only_copy_of_a_folder_is_not_deleted(starmerge: Run, tmp_path: Path
     os.utime(tmp_path / ".b.replaced-x1" / "file", (0, time.time() - 5 * 86400))
     cleaned = starmerge("clean", tmp_path, "--delete", "--yes")
     assert cleaned.returncode == 0, cleaned.stderr
-    assert ".a.replaced-x1  (the only copy: nothing stands in its place" in cleaned.stdout
+    assert ".a.replaced-x1  (the only copy: its output does not exist" in cleaned.stdout
     assert "Deleted 2" in cleaned.stdout
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {".a.replaced-x1", "b", ".d.partial", ".e", ".f.partial-x"}

@@ -11,9 +11,9 @@ from starmerge_models.evaluation.scoring.comparison import normalised_average
 from starmerge_models.evaluation.scoring.metrics import METRICS, RESAMPLES, Prediction, Score, score
 from starmerge_models.study.averages import SPLITS, Averages
 from starmerge_models.study.grids import best_of_grids, best_parameters, shift_of_best
-from starmerge_models.study.outcome import averages_of, named_figures
+from starmerge_models.study.outputs import averages_of, named_figures
 from starmerge_models.study.runs import Run
-from starmerge_models.study.store import Record, Store, line_of, load_store, open_store
+from starmerge_models.study.store import Record, Store, load_store, open_store, score_line
 from starmerge_models.study.tables import by_task, grids, markdown, report
 from tests.study.studies import ROWS, head_of, written_store
 
@@ -190,7 +190,7 @@ def test_metrics_of_all_rows_together_are_resampled_too(tmp_path: Path, metric: 
             Prediction(str(n), a, a if labels else float(a), g, float(a == g))
             for n, (a, g) in enumerate(zip(answers, gold, strict=True))
         ]
-        return {"date": "", **line_of("past", score(rows, metric, labels))}
+        return {"date": "", **score_line("past", score(rows, metric, labels))}
 
     worst = ["x"] * 6 if labels else ["3", "1", "2", "6", "4", "5"]
     merged = line(better)

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, ResNetConfig, ResNetForImageClass
 
 import starmerge_models as sm
 from starmerge_models.errors import StarmergeError, UsageError
-from starmerge_models.evaluation import sheets, subjects
+from starmerge_models.evaluation import model_groups, prepared_tasks
 from starmerge_models.evaluation.cache import ScoreCache
+from starmerge_models.evaluation.prepared_tasks import prepare_for_selection
 from starmerge_models.evaluation.runner import evaluate
 from starmerge_models.evaluation.scoring.comparison import Difference, Interval
 from starmerge_models.evaluation.settings import Settings
-from starmerge_models.evaluation.sheets import prepare_spare
 from starmerge_models.evaluation.tasks.images import ArraySource, ImageTask
 from starmerge_models.evaluation.tasks.lm_eval import load_tasks
 from starmerge_models.evaluation.tasks.sources import FileSource, Sample
@@ -48,14 +48,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Count the rows of each sheet that is asked; a model that is loaded counts as 0 rows."""
+    """Count the rows of each task that is asked; a model that is loaded counts as 0 rows."""
     counts: list[int] = []
-    ask, load = sheets._TextSheet.ask, subjects.load_model
+    run, load = prepared_tasks._PreparedText.run, model_groups.load_model
     monkeypatch.setattr(
-        sheets._TextSheet, "ask", lambda self, *rest: counts.append(self.size) or ask(self, *rest)
+        prepared_tasks._PreparedText,
+        "run",
+        lambda self, *rest: counts.append(self.size) or run(self, *rest),
     )
     monkeypatch.setattr(
-        subjects, "load_model", lambda path, **options: counts.append(0) or load(path, **options)
+        model_groups,
+        "load_model",
+        lambda path, **options: counts.append(0) or load(path, **options),
     )
     return counts
 
@@ -64,10 +68,10 @@ def test_averages_are_those_of_an_evaluation_on_the_same_rows(world: World, tmp_
     choice = choose(world.base, world.adapters, world.tasks, FEW, settings=RANK)
     same_rows = []
     for task in world.tasks:
-        sheet, origin = prepare_spare(task, RANK)
+        prepared, origin = prepare_for_selection(task, RANK)
         assert origin == "held out"
         scored = {row.id for row in task.examples("test")}
-        rows = sheet._examples  # type: ignore[attr-defined]
+        rows = prepared._examples  # type: ignore[attr-defined]
         assert not scored & {row.id for row in rows}
         assert len(rows) == 16
         file = tmp_path / f"{task.name}.jsonl"
@@ -156,7 +160,7 @@ def test_without_a_fine_tune_of_each_task_means_are_compared(world: World) -> No
     models = {"one": world.adapters["one"], "other": world.adapters["two"]}
     choice = choose(world.base, models, world.tasks, FEW, settings=RANK)
     assert not choice.is_normalised
-    assert "No model is called like the task two" in choice.report
+    assert "No model has the name of the task two" in choice.report
     assert "mean score" in choice.table
     normalised = choose(world.base, world.adapters, world.tasks, FEW, settings=RANK)
     # The fine-tunes have every row right, so the two are the same here.
@@ -258,7 +262,7 @@ def test_the_sentence_says_how_sure_the_choice_is() -> None:
         (["star", "average", sm.Star(eta=60), sm.Star(eta=60)], "star:eta=60 is given twice"),
         (["star", "averge"], "Did you mean 'average'"),
         (["star", "emr"], "emr makes a model for each task"),
-        (["star", "regmean"], r"regmean merges by a metric of the inputs.*merge --metric"),
+        (["star", "regmean"], r"regmean needs a metric of the inputs.*merge --metric"),
     ],
 )
 def test_wrong_candidates_are_refused_before_anything_is_read(
@@ -270,7 +274,9 @@ def test_wrong_candidates_are_refused_before_anything_is_read(
 
 def test_what_else_is_wrong_is_refused_before_a_model_is_opened(world: World) -> None:
     nowhere = ("no/such/base/at/all", ["nor/such/a/model"])
-    with pytest.raises(UsageError, match="7 rows of a task tell no candidates apart. Give 8"):
+    with pytest.raises(
+        UsageError, match="7 rows of a task are too few to compare candidates. Give at least 8"
+    ):
         choose(*nowhere, world.tasks, settings=Settings(rows=7))
     with pytest.raises(UsageError, match="no task to choose by"):
         choose(*nowhere, [])
@@ -278,7 +284,7 @@ def test_what_else_is_wrong_is_refused_before_a_model_is_opened(world: World) ->
         choose(*nowhere, ["pasd"])
     with pytest.raises(UsageError, match="Two tasks are called 'one'"):
         choose(*nowhere, [world.tasks[0]] * 2)
-    with pytest.raises(UsageError, match="the first round alone asks 48: 16 of each of 3"):
+    with pytest.raises(UsageError, match="the first round alone needs 48: 16 for each of 3"):
         choose(*nowhere, world.tasks, FEW, budget=47)
     with pytest.raises(UsageError, match="only the backend transformers allows"):
         choose(*nowhere, world.tasks, settings=Settings(backend="vllm"))

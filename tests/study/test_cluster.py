@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from starmerge_models.cli import app
 from starmerge_models.merging.executors.ray import RayExecutor
-from starmerge_models.study.execute import Laboratory, run_study
+from starmerge_models.study.execute import StudyRunner, run_study
 from starmerge_models.study.store import HEAD, RUNS
 from starmerge_models.study.study_file import load_study
 from tests.evaluation.tiny_world import make_world
@@ -50,13 +50,13 @@ def test_workers_make_the_runs_that_one_process_makes(
     study = load_study(file)
     local = run_study(study, tmp_path / "local")
     # The store has some of the runs already, and a worker is killed while it makes another.
-    laboratory = Laboratory(study, study.settings())
+    runner = StudyRunner(study, study.settings())
     folder = tmp_path / "far"
-    with laboratory.opened(folder) as store:
+    with runner.opened(folder) as store:
         for number in (0, 2):
-            store.add(laboratory.runs[number], laboratory.lines(number))
+            store.add(runner.runs[number], runner.lines(number))
         (tmp_path / "in" / "kill").touch()
-        laboratory.run(store, executor=RayExecutor(threads=2, places=1))
+        runner.run(store, executor=RayExecutor(threads=2, places=1))
     assert not (tmp_path / "in" / "kill").exists()
 
     def key(line: dict[str, object]) -> str:
@@ -66,8 +66,8 @@ def test_workers_make_the_runs_that_one_process_makes(
     assert len(store.failures) == len(local.failures) == 1  # slerp takes two models
     # A study that is done needs no cluster.
     before = (folder / RUNS).read_bytes()
-    with laboratory.opened(folder) as store:
-        laboratory.run(store, executor=RayExecutor("192.0.2.1:1"))
+    with runner.opened(folder) as store:
+        runner.run(store, executor=RayExecutor("192.0.2.1:1"))
     assert (folder / RUNS).read_bytes() == before
     assert (folder / HEAD).exists()
 

@@ -17,7 +17,7 @@ from starmerge_models.evaluation.cache import ScoreCache
 from starmerge_models.evaluation.runner import evaluate
 from starmerge_models.merging.task_vectors import load_task_vectors
 from starmerge_models.study.averages import Averages
-from starmerge_models.study.execute import Laboratory, code_hash, duration, run_study
+from starmerge_models.study.execute import StudyRunner, code_hash, duration, run_study
 from starmerge_models.study.store import HEAD, RUNS, load_store
 from starmerge_models.study.study_file import PoolModel, Study, load_study
 from tests.evaluation.tiny_world import World, make_world
@@ -82,35 +82,35 @@ def test_a_study_asks_what_an_evaluation_asks(
 def test_a_finished_study_opens_no_model(finished: tuple[Study, Path]) -> None:
     study, out = finished
     before = (out / RUNS).read_bytes()
-    laboratory = Laboratory(study, study.settings())
+    runner = StudyRunner(study, study.settings())
     store = run_study(study, out)
     assert (out / RUNS).read_bytes() == before
-    assert "vectors" not in vars(laboratory)
-    estimate = laboratory.estimate(store)
+    assert "vectors" not in vars(runner)
+    estimate = runner.estimate(store)
     assert (estimate.runs, estimate.done, estimate.rows) == (13, 13, 0)
-    assert str(estimate) == "13 runs, 13 of them done; 0 to do, which ask 0 rows"
+    assert str(estimate) == "13 runs, 13 of them done; 0 to do, with 0 rows"
 
 
 def test_the_time_is_estimated_by_a_sample_or_by_what_was_done(
     finished: tuple[Study, Path],
 ) -> None:
     study, out = finished
-    laboratory = Laboratory(study, study.settings())
-    fresh = laboratory.estimate(None)
+    runner = StudyRunner(study, study.settings())
+    fresh = runner.estimate(None)
     # The base and pairs of both tasks, three fine-tunes, merges of three.
-    asked = sum(len(run.tasks) for run in laboratory.runs) * ROWS
+    asked = sum(len(run.tasks) for run in runner.runs) * ROWS
     assert (fresh.done, fresh.rows) == (0, asked)
     assert fresh.seconds is not None
     assert fresh.seconds > 0
     store = load_store(out)
     grown = study.model_copy(update={"numbers": (1, 2, "all"), "combinations": 3})
-    left = Laboratory(grown, grown.settings()).estimate(store)
+    left = StudyRunner(grown, grown.settings()).estimate(store)
     assert left.done == 13
     known = [line for record in store.records for line in record.lines]
     per_row = sum(r.lines[0]["asking"] for r in store.records) / sum(o["rows"] for o in known)
     assert left.seconds is not None
     assert left.seconds >= left.rows * per_row
-    assert "to do, which ask" in str(left)
+    assert "to do, with" in str(left)
 
 
 def test_a_run_that_fails_is_recorded_and_the_others_go_on(world: World, tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_study_that_cannot_begin_leaves_nothing(world: World, tmp_path: Path) 
             run_study(changed, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     for place in (world.base / "runs", world.adapters["one"]):
-        with pytest.raises(UsageError, match="lies in the model"):
+        with pytest.raises(UsageError, match="is inside the model"):
             run_study(study, place)
     broken = tmp_path / "broken"
     shutil.copytree(world.adapters["one"], broken)
@@ -231,7 +231,7 @@ def test_the_command_runs_a_study_goes_on_with_it_and_draws_it(
     shown = said(file)
     assert "Fine-tunes: one, two, again" in shown
     assert "6 runs, 2 of them merges." in shown
-    assert "6 runs, 0 of them done; 6 to do, which ask 108 rows" in said(file, "--dry-run")
+    assert "6 runs, 0 of them done; 6 to do, with 108 rows" in said(file, "--dry-run")
     assert not out.exists()
     table = said(file, "-o", out, "--no-cache")
     assert "| *base*" in table

@@ -12,7 +12,7 @@ from starmerge_models.study.frames import (
     one_shot,
     shares_by_task,
 )
-from starmerge_models.study.outcome import figure_entries, title_of, write_figures, write_tables
+from starmerge_models.study.outputs import figure_entries, title_of, write_figures, write_tables
 from starmerge_models.study.store import Store
 from tests.study.studies import written_store
 

@@ -7,7 +7,7 @@ import yaml
 
 from starmerge_models.study.averages import Averages
 from starmerge_models.study.execute import run_study
-from starmerge_models.study.outcome import FIGURES, write_figures, write_tables
+from starmerge_models.study.outputs import FIGURES, write_figures, write_tables
 from starmerge_models.study.runs import numbers_of
 from starmerge_models.study.study_file import find_study, studies
 from tests.evaluation.tiny_world import make_world

@@ -192,11 +192,11 @@ def test_only_a_store_is_added_to(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("mine")
     with (
-        pytest.raises(UsageError, match="is no store of a study"),
+        pytest.raises(UsageError, match="is not the store of a study"),
         open_store(tmp_path / "other", head_of(study)),
     ):
         pass
-    with pytest.raises(UsageError, match="is no store of a study"):
+    with pytest.raises(UsageError, match="is not the store of a study"):
         load_store(tmp_path / "other")
     head = json.loads((tmp_path / "s" / HEAD).read_text())
     (tmp_path / "s" / HEAD).write_text(json.dumps(head | {"schema": 99}))

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from starmerge_models.demo.run import ADAPTERS
 from starmerge_models.errors import UsageError
 from starmerge_models.evaluation.results import load_results
 from starmerge_models.evaluation.settings import Settings
 from starmerge_models.evaluation.tasks import find_task
 from starmerge_models.evaluation.tasks.suites import find_suite, suites
 from starmerge_models.study.suite import run_suite
+from starmerge_models_demo import ADAPTERS
 
 
 @pytest.mark.parametrize("name", sorted(suites()))
@@ -72,11 +72,11 @@ def test_a_suite_is_merged_and_scored(smollm2: Path, tmp_path: Path) -> None:
 def test_what_is_wrong_with_a_suite_is_said_before_anything_is_merged(tmp_path: Path) -> None:
     suite = find_suite("llama-3.2")
     out = tmp_path / "out"
-    with pytest.raises(UsageError, match="'sst3' is no task of llama-3.2: .*sst2"):
+    with pytest.raises(UsageError, match="'sst3' is not a task of llama-3.2: .*sst2"):
         run_suite(suite, out, tasks=["sst3"])
     with pytest.raises(UsageError, match="Did you mean 'star'"):
         run_suite(suite, out, methods=["starr"])
-    with pytest.raises(UsageError, match="the dataset .* cannot be had"):
+    with pytest.raises(UsageError, match="the dataset .* cannot be loaded"):
         run_suite(suite, out, tasks=["sst2"])
     with pytest.raises(UsageError, match="Did you mean 'flan-t5'"):
         find_suite("flan-t6")

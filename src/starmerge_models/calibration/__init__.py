@@ -1,1 +1,1 @@
-"""Second moments of the inputs of a base, for the methods that ask what its inputs are like."""
+"""Calibration: second moments of the inputs of a base's layers, for methods that use a metric."""

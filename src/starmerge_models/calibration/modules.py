@@ -1,4 +1,4 @@
-"""Which modules of a model have moments, and what their matrices are called in the base's files."""
+"""The modules of a model that have moments, and the names of their matrices in the base's files."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ class Linear:
     tensor: str
     """Name of the matrix in the base's files."""
     side: Side
-    """Where its input lies."""
+    """The side of the matrix that multiplies the input."""
     size: int
     """n, the length of an input."""
 
 
 def linears_of(model: Any, base: Base) -> tuple[list[Linear], list[str]]:
-    """Find the linear modules of a model: ``nn.Linear``, and ``Conv1D`` as GPT-2 has it.
+    """Find the linear modules of a model: ``nn.Linear``, and GPT-2's ``Conv1D``.
 
-    Left out are matrices that the model also uses otherwise (a head that is tied to the embeddings)
-    and those that the base's files do not hold as the model does.
+    Matrices that the model also uses elsewhere (a head tied to the embeddings), and matrices that
+    have another name or shape in the base's files, are omitted.
 
     Args:
         model: The model, loaded by transformers.
         base: The base whose files it was loaded from.
 
     Returns:
-        The modules in the model's order, and notes on what is left out.
+        The modules in the model's order, and notes on omitted matrices.
     """
     from transformers.pytorch_utils import Conv1D  # noqa: PLC0415  (slow to import)
 
@@ -73,10 +73,10 @@ def linears_of(model: Any, base: Base) -> tuple[list[Linear], list[str]]:
     ]
     if fused:
         without["of several matrices in one (experts), of which no moments are taken"] = fused
-    notes = [f"{some(names)}: {reason}" for reason, names in without.items()]
+    notes = [f"{shorten(names)}: {reason}" for reason, names in without.items()]
     return linears, notes
 
 
-def some(names: list[str]) -> str:
-    """Name the first of some, and say how many there are beside it."""
+def shorten(names: list[str]) -> str:
+    """Return the first name and the number of the others, as text."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -1,8 +1,8 @@
-"""Second moments of what a model's linear modules read, summed up while it reads.
+"""Second moments of the inputs of a model's linear modules, summed during forward passes.
 
-Hooks before the modules see their inputs. Modules that read the same tensor (queries, keys and
-values; the two halves of a gated MLP) share a sum: a short pass over a few tokens tells which. In
-every pass after it that is checked, and where it was wrong, it is told and they are summed apart.
+Forward pre-hooks see the inputs of the modules. Modules with the same input tensor (queries, keys
+and values; the two halves of a gated MLP) share a sum: a short pass over a few tokens finds these
+groups. Every later pass checks them; the modules of a wrong group are summed again, separately.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from starmerge_models.calibration.modules import Linear
-from starmerge_models.calibration.text import READ_AT_ONCE, Advance, Reading, batches
+from starmerge_models.calibration.text import READ_BATCH_TOKENS, Advance, Reading, batches
 from starmerge_models.errors import StarmergeError
 from starmerge_models.evaluation.models.forward import arguments_of, last_logits
 from starmerge_models.spectral import lapack
@@ -28,18 +28,18 @@ from starmerge_models.spectral.moment import Side
 
 @dataclass(frozen=True)
 class Group:
-    """Modules that read the same tensors, of the same side."""
+    """Modules with the same input tensors, on the same side of their matrices."""
 
     members: tuple[Linear, ...]
 
     @property
     def tensors(self) -> list[str]:
-        """Names of their matrices in the base's files."""
+        """Names of the modules' matrices in the base's files."""
         return [member.tensor for member in self.members]
 
     @property
     def side(self) -> Side:
-        """Where their input lies."""
+        """The side of the matrices that multiplies the input."""
         return self.members[0].side
 
     @property
@@ -48,16 +48,16 @@ class Group:
         return self.members[0].size
 
     def sum_bytes(self, tokens: int) -> int:
-        """Return the memory that the sum over some inputs takes at the end, in bytes."""
+        """Return the final memory of the sum over a number of inputs, in bytes."""
         return 4 * tokens * self.size if tokens < self.size else 8 * self.size**2
 
     def root_bytes(self, tokens: int) -> int:
-        """Return the greatest size of the root, in bytes."""
+        """Return the largest size of the root, in bytes."""
         return 4 * min(tokens, self.size) * self.size
 
 
 class Sum:
-    """The sum Σ x xᵀ over inputs, or the inputs themselves while they are fewer than long.
+    """The sum Σ x xᵀ over inputs, or the inputs themselves while there are fewer than n.
 
     Args:
         size: n, the length of an input.
@@ -65,7 +65,7 @@ class Sum:
 
     def __init__(self, size: int) -> None:
         self.tokens = 0
-        """How many inputs there were."""
+        """Number of inputs so far."""
         self._size = size
         self._kept: list[Tensor] = []
         self._gram: Tensor | None = None
@@ -85,9 +85,9 @@ class Sum:
         self._kept.clear()
 
     def root(self) -> Tensor:
-        """Return R (k, n) float32 on the CPU with RᵀR = Σ x xᵀ / tokens; the sum is used up.
+        """Return R (k, n) float32 on the CPU with RᵀR = Σ x xᵀ / tokens; this destroys the sum.
 
-        Of fewer inputs than n they are R's rows, else k is the numerical rank.
+        With fewer than n inputs, R's rows are the scaled inputs; otherwise k is the numerical rank.
         """
         if self._gram is None:
             inputs = torch.cat(self._kept).cpu()
@@ -102,36 +102,38 @@ def _add_products(gram: Tensor, rows: Tensor) -> None:
     """Add Σ x xᵀ over rows (tokens, n), float64, to the upper triangle of a matrix (n, n)."""
     if gram.device.type == "cpu":
         n, rows = len(gram), rows.contiguous()
-        # The upper triangle by rows is the lower one by columns, as Fortran sees it.
+        # The row-major upper triangle is Fortran's column-major lower triangle.
         lapack.call("dsyrk", "L", "N", n, len(rows), 1.0, rows, n, 1.0, gram, n)
     else:
         gram.addmm_(rows.T, rows)
 
 
 @dataclass
-class _Seen:
-    """What a module has read so far."""
+class _ModuleInputs:
+    """The inputs of a module so far."""
 
     calls: list[int] = field(default_factory=list)
-    """The number of each tensor, in the order in which they first occurred."""
+    """The id of the input tensor of each call; ids are in the order of first occurrence."""
     tokens: int = 0
 
 
-class _Watch:
-    """Hooks before modules, as a context manager, that see what they read.
+class _InputObserver:
+    """Forward pre-hooks that observe modules' inputs, as a context manager.
 
     Args:
         linears: The modules.
-        saw: Called with a module and an input.
+        observe: Called with a module and an input.
     """
 
-    def __init__(self, linears: Sequence[Linear], saw: Callable[[Linear, Tensor], None]) -> None:
-        self.seen = {linear.tensor: _Seen() for linear in linears}
-        self._linears, self._saw = linears, saw
+    def __init__(
+        self, linears: Sequence[Linear], observe: Callable[[Linear, Tensor], None]
+    ) -> None:
+        self.seen = {linear.tensor: _ModuleInputs() for linear in linears}
+        self._linears, self._observe = linears, observe
         self._numbers: dict[tuple[int, int], tuple[int, weakref.ref[Tensor]]] = {}
         self._count = 0
 
-    def __enter__(self) -> _Watch:
+    def __enter__(self) -> _InputObserver:
         self._hooks = [
             linear.module.register_forward_pre_hook(self._hook(linear), with_kwargs=True)
             for linear in self._linears
@@ -148,32 +150,32 @@ class _Watch:
             seen = self.seen[linear.tensor]
             seen.calls.append(self._number(linear, inputs))
             seen.tokens += inputs.numel() // linear.size
-            self._saw(linear, inputs)
+            self._observe(linear, inputs)
 
         return look
 
     def _number(self, linear: Linear, inputs: Tensor) -> int:
-        """Return a tensor's number: the same as before only if it is the same and unchanged."""
+        """Return a tensor's id: the same as before only for the same, unmodified tensor."""
         key = id(inputs), inputs._version
         number, known = self._numbers.get(key, (0, None))
         if known is None or known() is not inputs:
             if not inputs.isfinite().all():
                 raise StarmergeError(
                     f"The input of {linear.tensor.removesuffix('.weight')} has a NaN or an "
-                    "infinity. The base's weights are broken, or too large for their dtype: look "
-                    "at them, or try --dtype float32."
+                    "infinity. The base's weights are broken, or too large for their dtype: "
+                    "check them, or try --dtype float32."
                 )
             self._count = number = self._count + 1
             self._numbers[key] = number, weakref.ref(inputs)
         return number
 
     def forget(self) -> None:
-        """Take what comes for other tensors than those before."""
+        """Treat all further inputs as new tensors."""
         self._numbers.clear()
 
 
 def find_groups(model: Any, linears: Sequence[Linear], probe: Reading) -> tuple[list[Group], int]:
-    """Tell which modules read the same tensors, by having the model read a few tokens.
+    """Find the modules with the same input tensors, by running the model on a few tokens.
 
     Args:
         model: The model.
@@ -181,20 +183,20 @@ def find_groups(model: Any, linears: Sequence[Linear], probe: Reading) -> tuple[
         probe: The tokens.
 
     Returns:
-        The groups in the order of the modules, where a module that was not reached is alone; and
-        how many inputs a module gets for each token, at most.
+        The groups in the order of the modules, with unreached modules in groups of one; and the
+        largest number of inputs of a module for each token.
 
     Raises:
         StarmergeError: An input is not finite.
     """
-    with _Watch(linears, lambda *_: None) as watch:
+    with _InputObserver(linears, lambda *_: None) as watch:
         _read(model, [probe], all_logits=True)
     longest = max(len(probe.ids), len(probe.decoder))
     most = max((seen.tokens for seen in watch.seen.values()), default=0)
     return _grouped(linears, watch), max(1, -(-most // longest))
 
 
-def _grouped(linears: Sequence[Linear], watch: _Watch) -> list[Group]:
+def _grouped(linears: Sequence[Linear], watch: _InputObserver) -> list[Group]:
     together: dict[object, list[Linear]] = defaultdict(list)
     for linear in linears:
         calls = tuple(watch.seen[linear.tensor].calls)
@@ -209,18 +211,18 @@ def collect(
     advance: Advance,
     until: nn.Module | None = None,
 ) -> tuple[list[tuple[Group, Sum]], list[Group]]:
-    """Have the model read, and sum up what modules get.
+    """Run the model, and sum the inputs of modules.
 
     Args:
         model: The model.
-        groups: The modules; each group takes one sum.
-        readings: What is read.
-        advance: Called with a number of tokens that have been read.
-        until: A part of the model after which nothing needs to be computed.
+        groups: The modules; each group has one sum.
+        readings: The sequences to run the model on.
+        advance: Called with the number of tokens that were just processed.
+        until: The submodule after which a forward pass may stop.
 
     Returns:
-        The sums of the groups that were reached, and the groups that must be summed again, being
-        parts of those whose modules have not all read the same.
+        The sums of the groups that were reached; and the groups to sum again, which are the parts
+        of groups whose modules had different inputs.
 
     Raises:
         StarmergeError: An input is not finite.
@@ -229,15 +231,15 @@ def collect(
     linears = [member for group in groups for member in group.members]
     first = {group.members[0].tensor: sums[group] for group in groups}
 
-    def saw(linear: Linear, inputs: Tensor) -> None:
+    def observe(linear: Linear, inputs: Tensor) -> None:
         if linear.tensor in first:
             first[linear.tensor].add(inputs)
 
     head = model.get_output_embeddings()
     all_logits = any(linear.module is head for linear in linears)
-    with _Watch(linears, saw) as watch:
+    with _InputObserver(linears, observe) as watch:
         lengths = [(len(each.ids), len(each.decoder)) for each in readings]
-        for rows in batches(lengths, READ_AT_ONCE):
+        for rows in batches(lengths, READ_BATCH_TOKENS):
             batch = [readings[row] for row in rows]
             _read(model, batch, all_logits=all_logits, until=until)
             watch.forget()
@@ -254,15 +256,15 @@ def collect(
     return done, again
 
 
-class _Enough(Exception):  # noqa: N818  (no error: it ends a pass)
-    """Raised after the last part of a model that is needed."""
+class _StopForward(Exception):  # noqa: N818  (no error: it ends a pass)
+    """Raised after the last submodule that is needed."""
 
 
-@torch.no_grad()  # and not inference_mode: its tensors do not tell whether they were changed
+@torch.no_grad()  # not inference_mode, whose tensors have no version counter
 def _read(
     model: Any, readings: Sequence[Reading], *, all_logits: bool, until: nn.Module | None = None
 ) -> None:
-    """Have a model read sequences of one length."""
+    """Run a model on sequences of one length."""
     ids = torch.tensor([reading.ids for reading in readings], device=model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if readings[0].decoder:
@@ -273,12 +275,12 @@ def _read(
         options["use_cache"] = False
 
     def end(*_: object) -> None:
-        raise _Enough
+        raise _StopForward
 
     hook = until.register_forward_hook(end) if until is not None else None
     try:
         model(**inputs, **options)
-    except _Enough:
+    except _StopForward:
         pass
     finally:
         if hook is not None:

@@ -1,4 +1,4 @@
-"""Calibration from one end to the other: a base reads, and its moments are written to a file."""
+"""Runs a calibration: a base processes text, and its moments are written to a file."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from starmerge_models.calibration.along import Along, Stage
-from starmerge_models.calibration.modules import linears_of, some
+from starmerge_models.calibration.interleaved import InterleavedMerge, Stage
+from starmerge_models.calibration.modules import linears_of, shorten
 from starmerge_models.calibration.moments import Group, Sum, collect, find_groups
 from starmerge_models.calibration.sources import (
     Source,
-    own_text,
+    generated_text,
     prompts_of_task,
     tasks_of,
     text_of_file,
 )
-from starmerge_models.calibration.text import Advance, Reading, Writer, texts_of
+from starmerge_models.calibration.text import Advance, Reading, TextGenerator, texts_of
 from starmerge_models.checkpoints.base import Base, open_base
-from starmerge_models.checkpoints.hashing import remembered_blake3_of
+from starmerge_models.checkpoints.hashing import cached_blake3_of
 from starmerge_models.checkpoints.metric import MetricWriter, is_metric
 from starmerge_models.checkpoints.source import resolve_local
 from starmerge_models.errors import StarmergeError, UsageError, nearest
@@ -41,40 +41,40 @@ from starmerge_models.storage.publishing import check_output_file, check_space, 
 from starmerge_models.versions import installed_versions
 
 SEQUENCES = 128
-"""Sequences that a base writes by itself, if nothing else is asked for."""
+"""Default number of sequences that a base generates."""
 
 LENGTH = 80
-"""Tokens that it writes to each."""
+"""Default number of tokens that a base generates for each sequence."""
 
 ROWS = 16
-"""Prompts of a task."""
+"""Default number of prompts of a task."""
 
 _PACKAGES = ("torch", "transformers", "tokenizers")
-"""What decides the moments, by the names of the distributions."""
+"""Distributions whose versions the file records."""
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What a calibration gave."""
+    """The result of a calibration."""
 
     path: Path
     """The metric file."""
     nbytes: int
     entries: int
-    """Roots in the file."""
+    """Number of roots in the file."""
     tensors: int
-    """Tensors of the base that have a moment of the text for all tasks."""
+    """Number of the base's tensors with a moment of the text for all tasks."""
     tasks: tuple[str, ...]
-    """Tasks that have moments of their own."""
+    """Tasks with their own moments."""
     tokens: int
-    """Tokens of the text for all tasks; those of an encoder and a decoder count alike."""
+    """Number of tokens of the text for all tasks, of encoder and decoder together."""
     seconds: float
-    """From the first token written or read to the complete file."""
+    """Time from the first generated or processed token to the complete file."""
     notes: tuple[str, ...]
-    """What has no moment, and why."""
+    """Tensors without a moment, with the reason."""
 
     def summary(self) -> str:
-        """Return the result in a sentence."""
+        """Summarise the result in a sentence."""
         tasks = f", and of the tasks {', '.join(self.tasks)}" if self.tasks else ""
         return (
             f"{self.entries} moments of {self.tensors} tensors, from {self.tokens} tokens{tasks}; "
@@ -84,7 +84,7 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class _Plan:
-    """A calibration, checked and ready to run."""
+    """A validated calibration."""
 
     output: Path
     overwrite: bool
@@ -93,19 +93,19 @@ class _Plan:
     sources: tuple[Source, ...]
     groups: tuple[Group, ...]
     calls: int
-    """How many inputs a module gets for a token, at most."""
+    """Largest number of inputs of a module for each token."""
     memory: int
-    """Bound of the sums, bytes."""
-    along: Along | None
-    """The merge that prompts are read along; None: the base reads them."""
+    """Memory limit of the sums, in bytes."""
+    interleaved: InterleavedMerge | None
+    """The merge during which prompts are read; None: the base alone reads them."""
     record: Mapping[str, Any]
-    """What the file says of how it was made."""
+    """Provenance for the file's metadata."""
     notes: tuple[str, ...]
-    """What has no moment, and why."""
+    """Tensors without a moment, with the reason."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the roots, at most."""
+        """Largest total size of the roots, in bytes."""
         return sum(
             group.root_bytes(source.tokens * self.calls)
             for source in self.sources
@@ -113,11 +113,15 @@ class _Plan:
         )
 
     def groups_of(self, source: Source) -> Sequence[Group]:
-        """Return the groups that get moments of a text."""
-        return self.groups if source.task is None or self.along is None else self.along.groups
+        """Return the groups that have moments of a text."""
+        return (
+            self.groups
+            if source.task is None or self.interleaved is None
+            else self.interleaved.groups
+        )
 
     def passes(self, source: Source, groups: Sequence[Group]) -> Iterator[list[Group]]:
-        """Yield neighbours among groups whose sums fit into the memory, one at least."""
+        """Yield consecutive groups whose sums fit into memory, at least one group."""
         part: list[Group] = []
         used = 0
         for group in groups:
@@ -131,7 +135,7 @@ class _Plan:
             yield part
 
     def describe(self) -> str:
-        """Say what will be read and how much will be written, in a few lines."""
+        """Describe the text and the size of the file, in a few lines."""
         passes = [
             (source, list(self.passes(source, self.groups_of(source)))) for source in self.sources
         ]
@@ -143,13 +147,13 @@ class _Plan:
         memory = bytes_in_words(peak)
         count = sum(len(group.members) for group in self.groups)
         most = max(len(parts) for _, parts in passes)
-        layers = [] if self.along is None else [self.along.describe()]
+        layers = [] if self.interleaved is None else [self.interleaved.describe()]
         return "\n".join(
             [
                 *(source.words for source in self.sources),
                 *layers,
                 f"Modules: {count}, with {len(self.groups)} inputs",
-                f"Sums: {memory} of memory beside the model; passes over the text: {most}",
+                f"Sums: {memory} of memory in addition to the model; passes over the text: {most}",
                 f"File: {bytes_in_words(self.nbytes)} at most",
             ]
         )
@@ -174,49 +178,48 @@ def calibrate(
     announce: Callable[[str], object] | None = None,
     progress: bool = False,
 ) -> Calibrated:
-    """Write the second moments Σ = E[x xᵀ] of what a base's linear modules read to a metric file.
+    """Write the second moments Σ = E[x xᵀ] of a base's linear modules' inputs to a metric file.
 
-    The mean goes over tokens and is not centred. The text for all tasks is that of a file, or the
-    base writes it; of the prompts of tasks, moments are kept for each task beside. The file appears
-    when it is complete.
+    The mean is over tokens and not centred. The text for all tasks comes from a file, or the base
+    generates it; the prompts of tasks give additional moments for each task. The file is written
+    atomically.
 
-    With models, the prompts are not read by the base but by the model as far as it is merged, layer
-    by layer (RegMean++, arXiv 2508.03121): :mod:`starmerge_models.calibration.along`. ``regmean``
-    with such a file keeps more, and the file serves the merge of just these models.
+    With models, the prompts are read layer by layer during the merge, not by the unmerged base
+    (RegMean++, arXiv 2508.03121): :mod:`starmerge_models.calibration.interleaved`. ``regmean`` with
+    this file keeps more of each task, but the file is only for the merge of exactly these models.
 
     Args:
-        base: A folder or Hub id; a causal or encoder-decoder language model, or an encoder of text.
+        base: A folder or Hub id of a causal or encoder-decoder language model, or a text encoder.
         output: The file to write, such as metric.safetensors.
-        models: The adapters and full fine-tunes that will be merged, named as their tasks are;
-            none: the base reads the prompts.
-        texts: File of texts to read: .txt, a line a text, or .jsonl with ``text``; None: the base
-            writes some.
-        prompts: Tasks whose prompts are read, by the name that their moments get: a task, the name
-            of one in the registry, a task file (.yaml), a folder with train.jsonl and test.jsonl,
-            or rows (.jsonl, .csv, .parquet), which need no label.
-        sequences: How many the base writes, by default 128; how many of the file's texts are read,
-            by default all.
-        length: Tokens that the base writes to a sequence (a decoder to a text or prompt), by
-            default 80; tokens that are read of each of the file's texts, by default as many as the
-            base takes.
-        rows: Prompts of each task, at most; of the rows to train on where a task tells them from
-            those to score.
-        seed: Of what the base writes.
+        models: The adapters and full fine-tunes that will be merged, with the names of their tasks;
+            empty: the base reads the prompts.
+        texts: File of texts: .txt, one text per line, or .jsonl with ``text``; None: the base
+            generates text.
+        prompts: Tasks with prompts, by the name of their moments: a task, the name of one in the
+            registry, a task file (.yaml), a folder with train.jsonl and test.jsonl, or rows
+            (.jsonl, .csv, .parquet), which need no label.
+        sequences: How many sequences the base generates, by default 128; or how many of the file's
+            texts to read, by default all.
+        length: Tokens that the base generates for each sequence (a decoder for each text or
+            prompt), by default 80; or tokens to read of each of the file's texts, by default as
+            many as the base's context has.
+        rows: Most prompts of each task, from the training rows if the task has these.
+        seed: Seed of the generated text.
         any_base: Accept adapters whose config names another base.
-        memory: Bytes for the sums, or a text such as "4GB"; where all sums take more, the base
-            reads the text several times. By default a quarter of the machine's memory, or half of
-            what is free on a GPU.
-        device: Where the base goes; None: the GPU if there is one.
-        dtype: Of its weights; "auto": as they are stored, where the device computes in it.
-        overwrite: Replace a metric file.
-        announce: Called, before the base writes or reads, with a few lines that say what it will
-            read and how large the file will be.
+        memory: Memory limit of the sums in bytes, or as a text such as "4GB"; if all sums need
+            more, the base reads the text several times. By default a quarter of the machine's
+            memory, or half of a GPU's free memory.
+        device: Device to load the base on; None: the GPU if there is one.
+        dtype: Dtype of its weights; "auto": the stored dtype if the device computes in it natively.
+        overwrite: Whether to replace an existing metric file.
+        announce: Called before the calibration with a few lines that describe the text and the
+            size of the file.
         progress: Whether to show a progress bar.
 
     Raises:
-        UsageError: The request is wrong: a file that is missing or of another kind, a base that
-            cannot write and is given no texts, a model of images, an output that is there; models
-            that are not named as the prompts are, or cannot be merged.
+        UsageError: A file is missing or of another kind, the base cannot generate text and there
+            are no texts, the model is one of images, the output exists, or the models have other
+            names than the prompts or cannot be merged.
         StarmergeError: An input or a logit of the base is not finite, or the disk is full.
     """
     output = Path(output)
@@ -236,14 +239,14 @@ def calibrate(
     opened = open_base(source)
     if opened.quantised:
         raise UsageError(
-            f"{opened.source} is quantised ({opened.quantised}): its layers are not those whose "
-            "inputs are measured. Give the unquantised model."
+            f"{opened.source} is quantised ({opened.quantised}), and calibration needs plain "
+            "linear layers. Give the unquantised model."
         )
     vectors = load_task_vectors(base, models, any_base=any_base) if names else None
     model, tokenizer = load_text_model(source.path, device=device, dtype=dtype)
-    writer = Writer(model, tokenizer, seed=seed, length=length or LENGTH)
+    writer = TextGenerator(model, tokenizer, seed=seed, length=length or LENGTH)
     if given is None:
-        common = own_text(writer, sequences or SEQUENCES, length or LENGTH, seed)
+        common = generated_text(writer, sequences or SEQUENCES, length or LENGTH, seed)
     else:
         assert texts is not None
         common = text_of_file(writer, Path(texts), given, length, seed)
@@ -261,7 +264,7 @@ def calibrate(
             f"{base}, a {type(model).__name__}, cannot read a text by itself: "
             f"{' '.join(str(error).split()) or type(error).__name__}"
         ) from error
-    along = Along(model, vectors, groups, is_read_once=calls == 1) if vectors else None
+    along = InterleavedMerge(model, vectors, groups, is_read_once=calls == 1) if vectors else None
     record = {
         **common.record,
         **({"along": hashes_of(vectors.models)} if vectors else {}),
@@ -279,7 +282,7 @@ def calibrate(
         groups=tuple(groups),
         calls=calls,
         memory=bound or _free_memory(model.device),
-        along=along,
+        interleaved=along,
         record=record,
         notes=tuple(notes),
     )
@@ -290,9 +293,9 @@ def calibrate(
 
 
 def _run(plan: _Plan, *, progress: bool) -> Calibrated:
-    """Have the base write and read, and write the file."""
+    """Generate and process the text, and write the file."""
     started = time.monotonic()
-    hashes = {file.name: remembered_blake3_of(file) for file in plan.base.checkpoint.files}
+    hashes = {file.name: cached_blake3_of(file) for file in plan.base.checkpoint.files}
     name = plan.base.source.name or real(plan.base.source.path).name
     notes = list(plan.notes)
     entries = 0
@@ -322,7 +325,7 @@ def _run(plan: _Plan, *, progress: bool) -> Calibrated:
             missing = [tensor for tensor in tensors if tensor not in reached[source.task]]
             if missing:
                 text = f"the prompts of {source.task}" if source.task else "the text"
-                notes.append(f"{some(missing)}: never reached by {text}")
+                notes.append(f"{shorten(missing)}: never reached by {text}")
     return Calibrated(
         path=plan.output,
         nbytes=plan.output.stat().st_size,
@@ -340,23 +343,23 @@ def _moments(
 ) -> Iterator[tuple[str | None, Group, Moment]]:
     """Yield the moments of all texts, each by its task."""
     for source in plan.sources:
-        if source.task is None or plan.along is None:
+        if source.task is None or plan.interleaved is None:
             what = f"reading for {source.task}" if source.task else "reading"
             passes = list(plan.passes(source, plan.groups))
             total = _length(texts[source.task]) * len(passes)
             with progress_bar(what, total, show=progress) as advance:
                 for group, found in _sums(plan, source, plan.groups, texts[source.task], advance):
                     yield source.task, group, Moment(found.root(), found.tokens)
-    if plan.along is None:
+    if plan.interleaved is None:
         return
     sources = {source.task: source for source in plan.sources if source.task is not None}
-    total = len(plan.along.stages) * sum(_length(texts[task]) for task in sources)
+    total = len(plan.interleaved.stages) * sum(_length(texts[task]) for task in sources)
     with progress_bar("reading layer by layer", total, show=progress) as advance:
 
         def read(stage: Stage, task: str) -> Iterator[tuple[Group, Sum]]:
             return _sums(plan, sources[task], stage.groups, texts[task], advance, stage.until)
 
-        yield from plan.along.moments(list(sources), read)
+        yield from plan.interleaved.moments(list(sources), read)
 
 
 def _sums(
@@ -367,7 +370,7 @@ def _sums(
     advance: Advance,
     until: nn.Module | None = None,
 ) -> Iterator[tuple[Group, Sum]]:
-    """Yield the sums of the groups that a text reaches, pass by pass."""
+    """Yield the sums of the groups that a text reaches, over one or more passes."""
     left = list(groups)
     while left:
         parts = list(plan.passes(source, left))
@@ -383,7 +386,7 @@ def _length(readings: Sequence[Reading]) -> int:
 
 
 def _check_names(models: Sequence[str], tasks: Sequence[str]) -> None:
-    """Make sure that models, if there are any, are those of the prompts.
+    """Make sure that models, if there are any, have the same names as the prompts.
 
     Raises:
         UsageError: A model has no prompts, or prompts no model.
@@ -395,28 +398,28 @@ def _check_names(models: Sequence[str], tasks: Sequence[str]) -> None:
             f"the model {name} has no prompts" if name in models else f"no model is called {name}"
         )
         raise UsageError(
-            f"The prompts are to be read along a merge of {', '.join(models)}, and {fault}. Give "
+            f"The prompts are to be read during a merge of {', '.join(models)}, and {fault}. Give "
             "each model prompts of its name (NAME=PATH, --prompts NAME=ROWS), or leave the models "
             "out."
         )
 
 
 def _check_output(output: Path, *, overwrite: bool) -> None:
-    """Make sure that the file may be written: what is replaced must be a metric.
+    """Make sure that the output does not exist, or is a metric file that may be replaced.
 
     Raises:
-        UsageError: It may not.
+        UsageError: It exists and may not be replaced.
     """
     check_output_file(output, overwrite=overwrite)
     if output.exists() and not is_metric(output):
         raise UsageError(
-            f"{output} is no metric file and is not overwritten. Choose another name, or delete it "
-            "yourself."
+            f"{output} is not a metric file and is not overwritten. Choose another name, or delete "
+            "it yourself."
         )
 
 
 def _free_memory(device: torch.device) -> int:
-    """Return the bytes that sums may take if nothing else is asked for."""
+    """Return the default memory limit of the sums, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
     return Threads().memory

@@ -1,14 +1,14 @@
-"""The text that a base reads for its moments: its own, that of a file, or prompts of tasks.
+"""Generates and tokenises calibration text.
 
-How a model writes for itself depends on its kind. A causal model goes on, token by token at
-temperature 1, from what its chat template puts before a user's message (after Magpie, arXiv
-2406.08464), or from its BOS token. An encoder-decoder model's decoder writes texts of which the
-encoder has seen nothing but an empty text; these texts are then what the encoder reads, and the
-decoder reads what it writes to them. An encoder fills masks, a tenth of them at a time in random
-order, each by sampling (after mask-predict, arXiv 1904.09324).
+How a model generates text depends on its kind. A causal model samples at temperature 1 after the
+beginning of its chat template, before a user's message (after Magpie, arXiv 2406.08464), or after
+its BOS token. An encoder-decoder model first generates texts with an empty encoder input; the
+encoder then reads these texts, and the decoder reads its own answers to them. An encoder fills
+masks, a tenth of them at a time in random order, by sampling (after mask-predict, arXiv
+1904.09324).
 
-Each random number belongs to a sequence and a place in it, so what is written does not depend on
-how many sequences are written at once.
+Each random number belongs to a sequence and a position in it, so the text does not depend on the
+batch size.
 """
 
 from __future__ import annotations
@@ -28,41 +28,41 @@ from starmerge_models.evaluation.models.prompts import Prompter
 from starmerge_models.evaluation.tasks.sources import read_file
 from starmerge_models.evaluation.tasks.task import Example, Task
 
-READ_AT_ONCE = 2048
-"""Tokens that a model reads at once, at most, unless one sequence has more."""
+READ_BATCH_TOKENS = 2048
+"""Most tokens of a batch for reading, unless one sequence has more."""
 
-WRITTEN_AT_ONCE = 8192
-"""Tokens in the memory of a model that writes; for each there are keys and values."""
+GENERATE_BATCH_TOKENS = 8192
+"""Most tokens of a batch for generation, each with keys and values in memory."""
 
 _ROUNDS = 10
 """Passes in which an encoder fills all masks of a sequence."""
 
 Advance = Callable[[int], None]
-"""Called with a number of units that are done."""
+"""A callback that gets the number of units that were just completed."""
 
 Kind = Literal["causal", "encoder-decoder", "masked", "other"]
-"""How a model of text writes; "other": not at all."""
+"""How a text model generates; "other": it cannot."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One sequence that a model reads."""
+    """One sequence of a forward pass."""
 
     ids: tuple[int, ...]
-    """Token ids; of an encoder-decoder model those that the encoder reads."""
+    """Token ids; for an encoder-decoder model, the encoder's."""
     decoder: tuple[int, ...] = ()
-    """Token ids that the decoder reads, if there is one."""
+    """Token ids of the decoder, if there is one."""
 
 
-class Writer:
-    """Makes readings of a model's own text, and of texts and prompts.
+class TextGenerator:
+    """Makes readings from generated text, given texts and prompts.
 
     Args:
         model: The model, as :func:`starmerge_models.evaluation.models.loading.load_text_model`
             loads it.
         tokenizer: Its tokenizer.
-        seed: Of what it writes.
-        length: Tokens that it writes to one sequence.
+        seed: Seed of the generated text.
+        length: Number of generated tokens of a sequence.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, seed: int, length: int) -> None:
@@ -70,20 +70,20 @@ class Writer:
         self._seed, self.length = seed, length
         self.kind = kind_of(model, tokenizer)
         self.context = context_length(model, tokenizer)
-        # An encoder of any kind gets a prompt without a line break behind it.
+        # An encoder of any kind gets a prompt without a trailing line break.
         self._prompter = Prompter(tokenizer, self.context, self.kind != "causal")
 
     def beginning(self) -> list[int]:
-        """Return the token ids that a sequence of the model's own begins with.
+        """Return the token ids at the beginning of a generated sequence.
 
         Raises:
-            UsageError: The model cannot write, there is nothing to begin with, or the model takes
-                fewer tokens than are to be written.
+            UsageError: The model cannot generate text, there is no token to begin with, or the
+                context is too short.
         """
         if self.kind == "other":
             raise UsageError(
                 f"{self._name} writes no text ({type(self._model).__name__} has no head that "
-                "predicts tokens). Give it some to read: --texts FILE."
+                "predicts tokens). Give it texts to read: --texts FILE."
             )
         if self.kind == "causal":
             tokenizer = self._tokenizer
@@ -106,22 +106,22 @@ class Writer:
         return ids
 
     def probe(self) -> Reading:
-        """Return a few tokens that show how the model reads."""
+        """Return a few tokens for finding the groups of modules."""
         ids = tuple(self._encoded("a, b and c")) or (0, 1, 2, 3)
         if self.kind != "encoder-decoder":
             return Reading(ids)
         return Reading(ids, (self._model.generation_config.decoder_start_token_id,))
 
     def own(self, sequences: int, advance: Advance) -> list[Reading]:
-        """Return sequences that the model writes by itself.
+        """Return sequences that the model generates.
 
         Args:
-            sequences: How many.
-            advance: Called with a number of sequences that are written, answers counting too.
+            sequences: Number of sequences.
+            advance: Called with the number of sequences and answers that were just completed.
 
         Raises:
             UsageError: As :meth:`beginning`.
-            StarmergeError: The model gives logits that are not finite.
+            StarmergeError: The model computes logits that are not finite.
         """
         beginning = self.beginning()
         if self.kind == "masked":
@@ -138,16 +138,16 @@ class Writer:
         return self.answered(read, advance)
 
     def answered(self, readings: Sequence[Reading], advance: Advance) -> list[Reading]:
-        """Return readings with what the decoder reads, having written to them: up to its end token.
+        """Return readings with the decoder's answers to the encoder's tokens, up to the end token.
 
-        Those of a model without a decoder are returned as they are.
+        For a model without a decoder the readings are returned unchanged.
 
         Args:
-            readings: What the encoder reads.
-            advance: Called with a number of readings that are done.
+            readings: The encoder's tokens.
+            advance: Called with the number of readings that were just completed.
 
         Raises:
-            StarmergeError: The model gives logits that are not finite.
+            StarmergeError: The model computes logits that are not finite.
         """
         if self.kind != "encoder-decoder":
             advance(len(readings))
@@ -159,17 +159,17 @@ class Writer:
         answers = []
         for reading, new in zip(readings, written, strict=True):
             end = next((place for place, id in enumerate(new) if id in ends), len(new) - 1)
-            # The last token is written, and not read.
+            # The last generated token is not an input.
             answers.append(Reading(reading.ids, (start, *new[:end])))
         return answers
 
     def texts(self, texts: Sequence[str], longest: int | None) -> list[Reading]:
-        """Return the readings of texts, with the special tokens that the tokenizer puts around.
+        """Return the readings of texts, with the tokenizer's special tokens.
 
         Args:
             texts: The texts.
-            longest: Tokens at most, of each; what follows them is cut off, as is what the model
-                cannot take.
+            longest: Most tokens of each text; longer texts are truncated, also to the model's
+                context.
 
         Raises:
             UsageError: A text has no tokens.
@@ -181,7 +181,7 @@ class Writer:
         return readings
 
     def prompts(self, task: Task, rows: Sequence[Example]) -> list[Reading]:
-        """Return the readings of a task's rows, each as it is asked in an evaluation.
+        """Return the readings of a task's rows, with the prompts of an evaluation.
 
         Raises:
             UsageError: A prompt does not fit the model, or has no tokens.
@@ -207,7 +207,7 @@ class Writer:
         return ids
 
     def _masked(self, count: int) -> list[int]:
-        """Return a text of masks, with the special tokens that the tokenizer puts around."""
+        """Return a sequence of masks, with the tokenizer's special tokens."""
         ids: list[int] = self._tokenizer(self._tokenizer.mask_token)["input_ids"]
         place = ids.index(self._tokenizer.mask_token_id)
         return [*ids[:place], *ids[place : place + 1] * count, *ids[place + 1 :]]
@@ -216,8 +216,8 @@ class Writer:
         """Return a random number for each token, (sequences, length), float64, on the device.
 
         Args:
-            sequences: How many.
-            stream: Numbers of another stream are others.
+            sequences: Number of sequences.
+            stream: Index of an independent stream of random numbers.
         """
         generator = torch.Generator().manual_seed(self._seed)
         shape = (stream + 1, sequences, self.length)
@@ -228,15 +228,17 @@ class Writer:
     def _written(
         self, prompts: Sequence[Sequence[int]], advance: Advance, *, stream: int
     ) -> list[list[int]]:
-        """Return what the model writes after prompts, ``length`` tokens of each.
+        """Return the model's continuations of prompts, ``length`` tokens each.
 
-        An end token is a token as others: the model goes on behind it.
+        Generation does not stop at an end token.
         """
         numbers = self._uniform(len(prompts), stream)
         written: list[list[int]] = [[] for _ in prompts]
-        for rows in batches([(len(prompt), self.length) for prompt in prompts], WRITTEN_AT_ONCE):
+        for rows in batches(
+            [(len(prompt), self.length) for prompt in prompts], GENERATE_BATCH_TOKENS
+        ):
             ids = torch.tensor([prompts[row] for row in rows], device=self._model.device)
-            draw = _Draw(numbers[rows], rows, self._model)
+            draw = _TokenSampler(numbers[rows], rows, self._model)
             options = self._model.generation_config
             ends, options.eos_token_id = options.eos_token_id, None
             try:
@@ -258,7 +260,7 @@ class Writer:
 
     @torch.inference_mode()
     def _filled(self, sequences: int, advance: Advance) -> list[Reading]:
-        """Return sequences whose masks the model has filled, a tenth of them at a time."""
+        """Return sequences with masks filled by the model, a tenth of them at a time."""
         tokenizer, model = self._tokenizer, self._model
         mask = tokenizer.mask_token_id
         start = torch.tensor(self._masked(self.length), device=model.device)
@@ -266,7 +268,7 @@ class Writer:
         orders, numbers = self._uniform(sequences, 0).argsort(-1), self._uniform(sequences, 1)
         special = torch.tensor(tokenizer.all_special_ids, device=model.device)
         readings = []
-        for rows in batches([(len(start),)] * sequences, READ_AT_ONCE):
+        for rows in batches([(len(start),)] * sequences, READ_BATCH_TOKENS):
             ids = start.expand(len(rows), -1).clone()
             for chosen in orders[rows].tensor_split(_ROUNDS, dim=-1):
                 if not chosen.numel():
@@ -276,35 +278,35 @@ class Writer:
                 scores = logits.gather(1, picked[..., None].expand(-1, -1, logits.shape[-1]))
                 scores[..., special] = -torch.inf
                 check_finite(scores.max(-1).values.amax(-1), rows, model)
-                ids.scatter_(1, picked, drawn(scores, numbers[rows].gather(1, chosen)))
+                ids.scatter_(1, picked, sample_tokens(scores, numbers[rows].gather(1, chosen)))
             readings += [Reading(tuple(row)) for row in ids.tolist()]
             advance(len(rows))
         return readings
 
 
-class _Draw:
-    """Chooses the next token of each row at random, as a processor of logits for ``generate``.
+class _TokenSampler:
+    """Samples the next token of each row, as a logits processor for ``generate``.
 
     Args:
         numbers: A random number for each row and step, (rows, steps), float64.
-        rows: Numbers of the rows, for errors.
+        rows: Indices of the rows, for errors.
         model: The model, for errors.
     """
 
     def __init__(self, numbers: Tensor, rows: Sequence[int], model: Any) -> None:
         self._numbers, self._rows, self._model = numbers, rows, model
         self.tokens: list[Tensor] = []
-        """Those chosen so far, step by step, (rows,)."""
+        """The tokens so far, step by step, (rows,) each."""
 
     def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
         check_finite(scores.max(-1).values, self._rows, self._model)
-        chosen = drawn(scores, self._numbers[:, len(self.tokens)])
+        chosen = sample_tokens(scores, self._numbers[:, len(self.tokens)])
         self.tokens.append(chosen)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
 
-def drawn(logits: Tensor, numbers: Tensor) -> Tensor:
-    """Return tokens of the distributions softmax(logits), by inversion.
+def sample_tokens(logits: Tensor, numbers: Tensor) -> Tensor:
+    """Sample tokens from the distributions softmax(logits), by inversion.
 
     Args:
         logits: (…, vocabulary).
@@ -317,14 +319,14 @@ def drawn(logits: Tensor, numbers: Tensor) -> Tensor:
 
 
 def batches(lengths: Sequence[tuple[int, ...]], tokens: int) -> list[list[int]]:
-    """Return the numbers of sequences that go through a model at once, all of one length.
+    """Return batches of the indices of sequences of equal length.
 
-    Sequences of one length need no padding, which would have to be kept out of every sum and would
-    change what some models compute.
+    Equal lengths need no padding, which would have to be excluded from every sum and would change
+    the results of some models.
 
     Args:
-        lengths: Of each sequence: tokens of the encoder and the decoder, or of the one there is.
-        tokens: How many at once, at most, unless one sequence has more.
+        lengths: Of each sequence, the tokens of the encoder and the decoder, or of the only one.
+        tokens: Most tokens of a batch, unless one sequence has more.
     """
     alike: dict[tuple[int, ...], list[int]] = {}
     for number, length in enumerate(lengths):
@@ -338,7 +340,7 @@ def batches(lengths: Sequence[tuple[int, ...]], tokens: int) -> list[list[int]]:
 
 
 def kind_of(model: Any, tokenizer: Any) -> Kind:
-    """Tell how a model writes."""
+    """Return how a model generates text."""
     from transformers.models.auto import modeling_auto  # noqa: PLC0415  (slow to import)
 
     if model.can_generate():
@@ -348,13 +350,13 @@ def kind_of(model: Any, tokenizer: Any) -> Kind:
 
 
 def texts_of(file: Path) -> list[str]:
-    """Read texts from a file: .txt, a line a text, or .jsonl with ``text``; no empty ones.
+    """Read the non-empty texts of a file: .txt, one text per line, or .jsonl with ``text``.
 
     Raises:
         UsageError: The file is missing, of another kind, broken, or has no text.
     """
     if file.suffix.lower() not in (".txt", ".jsonl"):
-        raise UsageError(f"{file} is neither .txt (a line a text) nor .jsonl (with 'text').")
+        raise UsageError(f"{file} is neither .txt (one text per line) nor .jsonl (with 'text').")
     if not file.is_file():
         raise UsageError(f"{file} does not exist.")
     if file.suffix.lower() == ".jsonl":

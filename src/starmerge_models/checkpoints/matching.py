@@ -71,7 +71,7 @@ def match(source: Source, own: Base, base: Base) -> Match:
             continue
         if tied and has_embedding and embedding is not None and tensor in base.token_matrices:
             found[tensor] = embedding
-        elif twin := _twin(base, tensor, found):
+        elif twin := _equal_table(base, tensor, found):
             found[tensor] = found[twin]
     head, untied = _untied_head(own, base, found) or (None, None)
     used = {(info.file, info.name) for info in stored_of(found.values())}
@@ -80,7 +80,7 @@ def match(source: Source, own: Base, base: Base) -> Match:
         for name, info in theirs.items()
         if not (head and name.rpartition(".")[0] == head.rpartition(".")[0])
         and not used.issuperset((part.file, part.name) for part in info.stored)
-        and not _twin(own, name, theirs)
+        and not _equal_table(own, name, theirs)
     )
     lacking = tuple(name for name in weights_of(base) if name not in found)
     if excess:
@@ -197,7 +197,7 @@ def _is_like_embedding(model: Base, name: str) -> bool:
     )
 
 
-def _twin(model: Base, name: str, others: Iterable[str]) -> str | None:
+def _equal_table(model: Base, name: str, others: Iterable[str]) -> str | None:
     """Return another of a model's tables over the vocabulary that holds the same values."""
     if name not in model.token_tables:
         return None
@@ -226,7 +226,11 @@ def _untied_head(own: Base, base: Base, found: Mapping[str, TensorInfo]) -> tupl
         return None
     embedding = read_tensor(own.checkpoint[own.embedding])
     for name in own.token_matrices:
-        is_end = name != own.embedding and not own.looks_up(name) and _is_like_embedding(own, name)
+        is_end = (
+            name != own.embedding
+            and not own.is_lookup_table(name)
+            and _is_like_embedding(own, name)
+        )
         if is_end and not torch.equal(read_tensor(own.checkpoint[name]), embedding):
             pairs = {info.name: tensor for tensor, info in found.items()}
             return name, pairs.get(name) or completed([name], pairs)[name]

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from torch import Tensor
 
 from starmerge_models.checkpoints.base import Base
-from starmerge_models.checkpoints.hashing import remembered_blake3_of
+from starmerge_models.checkpoints.hashing import cached_blake3_of
 from starmerge_models.checkpoints.opening import open_safetensors
 from starmerge_models.checkpoints.tensors import DTYPE_CODES, Checkpoint, raw_bytes
 from starmerge_models.errors import StarmergeError, UsageError, explain
@@ -174,7 +174,7 @@ class Metric:
         recorded = self._content.base
         files = {file.name: file for file in base.checkpoint.opened.files}
         if files.keys() != recorded.blake3.keys() or any(
-            remembered_blake3_of(file) != recorded.blake3[name] for name, file in files.items()
+            cached_blake3_of(file) != recorded.blake3[name] for name, file in files.items()
         ):
             raise UsageError(
                 f"{self.file} was made from {recorded.name}, and the weights of {base.source} are "

@@ -3,6 +3,7 @@
 ::
 
     org/model@v2                     a model or an adapter
+    demo:digits                      a model of the demo
     org/model+org/adapter            the model with the adapter folded in
     org/a[0:24],org/b[8:32]          layers 0 to 23 of a, then layers 8 to 31 of b
     org/a[encoder 0:6],org/b[decoder 0:12]    layers of one part of the model each
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from starmerge_models.checkpoints.source import WEIGHTS
+from starmerge_models.demo_names import PREFIX
 from starmerge_models.errors import UsageError
 from starmerge_models.storage import exists, place_of
 
@@ -113,11 +115,11 @@ def map_reference(
 def name_of(text: str) -> str:
     """Return what a model is called after its reference: the last parts of its paths.
 
-    Of a Hub id without the revision, of a file without its ending.
+    Of a Hub id without the revision, of a file without its ending, of ``demo:digits`` digits.
     """
 
     def last(place: str) -> str:
-        name = place.rstrip("/").rpartition("/")[2].partition("@")[0]
+        name = place.removeprefix(PREFIX).rstrip("/").rpartition("/")[2].partition("@")[0]
         ending = next((end for end in WEIGHTS if name.lower().endswith(end)), "")
         return name[: len(name) - len(ending)] or place
 

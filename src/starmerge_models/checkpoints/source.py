@@ -1,4 +1,4 @@
-"""Where a model lies: a local folder, or a repository of the Hugging Face Hub."""
+"""Where a model lies: a local folder, a repository of the Hugging Face Hub, or the demo."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from starmerge_models.checkpoints.side_files import KEPT_BACK, PASSED_OVER, WEIGHT_FILES, parts
+from starmerge_models.demo_names import demo_folder, is_demo_name
 from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.storage import (
     Place,
@@ -58,16 +59,19 @@ class LocalSource(Source):
 def resolve(reference: str | Place, *, may_be_file: bool = False) -> Source:
     """Find a model by its folder, a URL, or a Hub id ``org/name`` or ``org/name@revision``.
 
+    Or by a name of the demo's, ``demo:base`` or ``demo:digits``.
+
     A Hub repository is downloaded into the Hub's own cache, or found there: the weights at its top,
     in safetensors if it has them so, and the files that a merged model gets a copy of. Of a URL
     (``s3://``, ``gs://``, ``az://``, ``hf://``) nothing is downloaded: it is read by range.
 
     Args:
-        reference: The folder, URL or Hub id; or, where it may be, the file of an adapter.
+        reference: The folder, URL, Hub id or demo name; or, where it may be, the file of an
+            adapter.
         may_be_file: Accept a file of weights.
 
     Raises:
-        UsageError: There is no such folder, and it is no Hub id.
+        UsageError: There is no such folder, and it is no Hub id; or the demo has no such model.
         StarmergeError: The Hub has no such repository or revision, or it or a store cannot be
             reached.
     """
@@ -80,7 +84,7 @@ def resolve(reference: str | Place, *, may_be_file: bool = False) -> Source:
         raise UsageError(
             f"{text!a} is not UTF-8, which recipe and report of a merge are. Rename the folder."
         ) from error
-    path = place_of(reference)
+    path = place_named(reference)
     name = revision = None
     if isinstance(path, RemotePlace) and path.scheme == "hf":
         path, name, revision = pinned(path)
@@ -112,15 +116,28 @@ def check_named(*references: str) -> None:
     """Make sure that references name something, as far as that is known without the network.
 
     Raises:
-        UsageError: One is neither a place on this machine, nor a URL, nor a Hub id.
+        UsageError: One is neither a place on this machine, nor a URL, nor a Hub id, nor a model of
+            the demo.
     """
     for text in references:
-        is_named = is_hub_id(text) or is_url(text) or exists(place_of(text))
+        is_named = is_hub_id(text) or is_url(text) or exists(place_named(text))
         if not is_named:
             raise UsageError(
                 f"{text[:200]} does not exist. Give a folder, or a Hub id such as org/name or "
                 "org/name@revision."
             )
+
+
+def place_named(reference: str | Place) -> Place:
+    """Return the place that a reference names: a path, a URL, or a model of the demo.
+
+    Raises:
+        UsageError: The demo has no such model, or as :func:`~starmerge_models.storage.place_of`
+            says.
+    """
+    if isinstance(reference, str) and is_demo_name(reference):
+        return demo_folder(reference)
+    return place_of(reference)
 
 
 def folder_of(path: Place) -> Place:

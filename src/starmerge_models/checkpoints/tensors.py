@@ -166,7 +166,7 @@ class UnpackedTensor(TensorInfo):
         return replace(self, name=name, shape=self.shape[1:], tensor=tensor, origin=origin)
 
 
-class Way(Protocol):
+class Computation(Protocol):
     """How a derived tensor is computed; it can be pickled."""
 
     def __call__(self, *parts: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ class Derived(TensorInfo):
 
     parts: tuple[TensorInfo, ...]
     """What it is made of; :attr:`file` is that of the first."""
-    way: Way
+    computation: Computation
     is_stored = False
 
     @property
@@ -360,7 +360,7 @@ def read_tensor(info: TensorInfo, *, mapped: bool = True) -> Tensor:
     if isinstance(info, UnpackedTensor):
         return info.tensor
     if isinstance(info, Derived):
-        return info.way(*(read_tensor(part, mapped=mapped) for part in info.parts))
+        return info.computation(*(read_tensor(part, mapped=mapped) for part in info.parts))
     if not isinstance(info, StoredTensor):
         raise TypeError(f"{info.name} lies in no file.")
     if not info.size:

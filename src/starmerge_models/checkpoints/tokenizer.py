@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
 
-from starmerge_models.checkpoints.hashing import remembered_blake3_of
+from starmerge_models.checkpoints.hashing import cached_blake3_of
 from starmerge_models.checkpoints.side_files import TEMPLATES, matches, side_files
 from starmerge_models.checkpoints.writer import json_bytes
 from starmerge_models.errors import StarmergeError
@@ -142,7 +142,7 @@ class Tokenizer:
     @cached_property
     def _digests(self) -> dict[str, str]:
         """BLAKE3 of the files that say its tokens, by name."""
-        return {file.name: remembered_blake3_of(file) for file in self.token_files}
+        return {file.name: cached_blake3_of(file) for file in self.token_files}
 
     @property
     def token_files(self) -> list[Place]:

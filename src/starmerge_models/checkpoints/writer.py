@@ -16,7 +16,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from starmerge_models.checkpoints.experts import name_in_file
-from starmerge_models.checkpoints.hashing import remembered_blake3_of_tensor
+from starmerge_models.checkpoints.hashing import cached_blake3_of_tensor
 from starmerge_models.checkpoints.tensors import DTYPE_CODES, Checkpoint, raw_bytes
 from starmerge_models.storage import OutputFile, OutputFolder
 from starmerge_models.storage.storage import ShortFileError
@@ -229,7 +229,7 @@ class ShardWriter:
             self.write(name, source.read(name))
             return self.digest(name)
         place, progress = self._places[name], self._progress(name)
-        digest = remembered_blake3_of_tensor(source[name])
+        digest = cached_blake3_of_tensor(source[name])
         source.copy(name, self._file(place.shard), place.offset)
         progress.digest, progress.left = digest, 0
         self._wrote(place, place.tensor.nbytes)

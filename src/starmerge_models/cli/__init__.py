@@ -1,4 +1,4 @@
-"""The command line: one file a command; what a command needs is imported when it runs."""
+"""The command line: one file per command; heavy modules are imported when a command runs."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from starmerge_models.cli import (
     merge,
     methods,
     push,
+    schema,
     study,
     suite,
     tasks,
@@ -59,7 +60,6 @@ app = typer.Typer(
     help="Merge fine-tuned models of one base into one multi-task model, without data and "
     "without training.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -86,6 +86,7 @@ for _command in (
     clean.clean,
     methods.methods,
     tasks.tasks,
+    schema.schema,
 ):
     app.command(cls=Command, help=_help_of(_command), epilog=_OPTIONS_OF_ALL)(_command)
 app.add_typer(demo.app, name="demo")
@@ -103,25 +104,21 @@ def _options(
     log: Annotated[
         Mode,
         typer.Option(
-            help="What standard error tells. [b]auto[/b]: a progress bar, or in a file a line "
-            "each half minute. [b]text[/b]: what happens, in lines with times. [b]json[/b]: "
+            help="What is written to standard error. [b]auto[/b]: a progress bar, or in a file a "
+            "line each half minute. [b]text[/b]: what happens, in lines with times. [b]json[/b]: "
             "events, each tensor among them, a JSON object a line.",
         ),
     ] = "auto",
     quiet: Annotated[
         bool,
-        typer.Option(
-            "--quiet", help="Tell errors alone; results are on standard output as always."
-        ),
+        typer.Option("--quiet", help="Write only errors; results go to standard output as always."),
     ] = False,
     heartbeat: Annotated[
         float,
-        typer.Option(
-            min=0.1, metavar="SECONDS", help="Time between lines that say how far a run is."
-        ),
+        typer.Option(min=0.1, metavar="SECONDS", help="Time between progress lines."),
     ] = HEARTBEAT,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Tell debug messages, and tracebacks of errors.")
+        bool, typer.Option("--debug", help="Write debug messages, and tracebacks of errors.")
     ] = False,
     version: Annotated[
         bool,
@@ -147,7 +144,7 @@ def main() -> None:
     _keep_memory()
     # At exit Python would look for garbage among all objects, for 0.4 s where torch is imported.
     atexit.register(gc.freeze)
-    # What libraries deprecate among themselves is no news to who runs a command.
+    # Deprecations between libraries do not concern the user of a command.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -162,25 +159,25 @@ def _run(reporter: Reporter) -> int:
         result = app(standalone_mode=False, obj=reporter, prog_name="starmerge")
     except WrongCommandLine as error:
         if reporter.is_for_people and not error.format_message():
-            print(error.ctx.get_help())  # nothing was asked for
+            print(error.ctx.get_help())  # the command line is empty
         else:
             said = _ended(error.format_message() or "No command is given.")
             reporter.fail(f"{said}{_help_for(error.ctx)}", 2)
         return 2
     except typer.Abort:
-        reporter.fail("Nothing was answered, so nothing is done.", 1)
+        reporter.fail("The question was not answered, so nothing was changed.", 1)
         return 1
     except Exception as error:
         exit_code = 2 if isinstance(error, UsageError | ModuleNotFoundError) else 1
         trace = traceback.format_exc() if reporter.debug else None
-        reporter.fail(_said(error), exit_code, traceback=trace)
+        reporter.fail(_message_of(error), exit_code, traceback=trace)
         return exit_code
     except Interrupted as interruption:
         for number in (signal.SIGINT, signal.SIGTERM):  # which would hide how this ended
             signal.signal(number, signal.SIG_IGN)
         exit_code = 128 + interruption.signal
         reporter.fail(
-            f"Stopped by {_told(interruption)}",
+            f"Stopped by {_described(interruption)}",
             exit_code,
             signal=interruption.signal.name,
             kept=[str(path) for path in interruption.kept],
@@ -190,8 +187,8 @@ def _run(reporter: Reporter) -> int:
         if not isinstance(ending.__context__, BrokenPipeError):
             raise
         reporter.fail(
-            "Nobody reads standard output any more, so the command ended when it had something to "
-            "say there. What is complete stands; run it again for the rest.",
+            "The reader of standard output has closed it, so the command ended at its next line of "
+            "output. Finished results are kept; run the command again for the rest.",
             1,
         )
         return 1
@@ -201,10 +198,10 @@ def _run(reporter: Reporter) -> int:
 
 
 def _raise_on_signals() -> None:
-    """Let Ctrl-C and SIGTERM end the command by an exception, so that it takes away what it began.
+    """Turn Ctrl-C and SIGTERM into an exception, so that the command can clean up before it ends.
 
-    A signal that the caller has this process ignore, as nohup and shells do in the background,
-    stays ignored. Processes that a library forks, and ends by SIGTERM, end as they would without.
+    A signal that is already ignored, as nohup and shells do for background processes, stays
+    ignored. Processes that a library forks keep the default handlers.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
@@ -219,10 +216,10 @@ def _raise_on_signals() -> None:
 
 
 def _open_closed_streams() -> None:
-    """Let standard streams that the caller has closed lead nowhere.
+    """Open standard streams that the caller has closed on the null device.
 
-    Their numbers would otherwise go to the next files that are opened, and what a library in C
-    writes to standard error would come to stand in an output.
+    The next files to be opened would otherwise get their descriptors, and messages that a C library
+    writes to standard error would end up in an output.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _STANDARD_ERROR:
         pass
@@ -235,23 +232,23 @@ def _open_closed_streams() -> None:
 _STANDARD_ERROR = 2
 
 
-def _told(interruption: Interrupted) -> str:
-    """Return which signal came, and what is left of the output, in a line."""
+def _described(interruption: Interrupted) -> str:
+    """Return a line with the signal and the partial outputs that are kept."""
     name = "Ctrl-C" if interruption.signal == signal.SIGINT else interruption.signal.name
     if not interruption.kept:
         return f"{name}. No partial output was left."
     kept = " and ".join(map(str, interruption.kept))
     return (
         f"{name}. The partial output is kept in {kept}: run the same command again to go on with "
-        "it, or delete it (starmerge clean deletes what has a hidden name)."
+        "it, or delete it (starmerge clean deletes outputs with hidden names)."
     )
 
 
 def _keep_memory() -> None:
-    """Make the first touch of memory cheaper, which costs a fault a page.
+    """Reduce page faults.
 
-    Torch gets large pages for large tensors; and glibc keeps some of what is freed, as panels are
-    allocated and freed all the time, in place of giving it back to the system.
+    Torch gets huge pages for large tensors, and glibc keeps freed memory for the next allocation
+    instead of returning it to the system: panels of tensors are allocated and freed all the time.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if sys.platform == "linux":
@@ -274,14 +271,14 @@ def _help_for(context: Any) -> str:
     return "" if context is None else f" See `{context.command_path} --help`."
 
 
-def _said(error: Exception) -> str:
-    """Return what to tell the user of an error."""
+def _message_of(error: Exception) -> str:
+    """Return the message for the user."""
     if isinstance(error, StarmergeError | OSError):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         return (
             f"This needs the package {error.name}, which is not installed. Install starmerge with "
-            "the extra it belongs to: eval, train, study, gguf, remote, ray or demo."
+            "the extra it belongs to: eval, study, gguf, remote, ray or demo."
         )
     return (
         f"{type(error).__name__}: {error}. This should not happen: run it again as "

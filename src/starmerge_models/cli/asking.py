@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,7 +12,7 @@ from starmerge_models.errors import UsageError
 
 if TYPE_CHECKING:
     from starmerge_models.evaluation.cache import ScoreCache
-    from starmerge_models.evaluation.sheets import AnyTask
+    from starmerge_models.evaluation.prepared_tasks import AnyTask
     from starmerge_models.study.suite import SuiteResult
 
 Tasks = Annotated[
@@ -188,21 +188,6 @@ def columns_of(columns: str | None) -> dict[str, str]:
     return found
 
 
-def named_models(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return the paths of models by their names.
-
-    Args:
-        entries: As :func:`starmerge_models.recipe.parse_models` reads them.
-
-    Raises:
-        UsageError: Two have the same name.
-    """
-    named = {entry["name"]: entry["path"] for entry in entries}
-    if len(named) < len(entries):
-        raise UsageError("Two models have the same name. Give each its own with NAME=PATH.")
-    return named
-
-
 def tasks_of(
     tasks: Sequence[str],
     folder: Path | None,
@@ -258,10 +243,9 @@ def check_report(report: Path | None, *, overwrite: bool) -> None:
 
 
 def write_suite_report(result: SuiteResult, report: Path, *, overwrite: bool) -> None:
-    """Write the page of a suite, and say where it is."""
+    """Write the page of a suite."""
     from starmerge_models.study.page import write_page
     from starmerge_models.study.page.evaluation import evaluation_page
 
     page = evaluation_page(result.evaluation, title=result.title, remarks=result.remarks)
     write_page(page, report, overwrite=overwrite)
-    print(f"Report: {report}")

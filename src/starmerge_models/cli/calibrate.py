@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from starmerge_models.cli import asking
+from starmerge_models.cli.importing import importing
+from starmerge_models.cli.printing import AsJson, Printer
 from starmerge_models.errors import UsageError
 
 
@@ -74,6 +77,7 @@ def calibrate(
     ] = None,
     device: asking.Device = None,
     dtype: asking.Dtype = "auto",
+    as_json: AsJson = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a metric file.")] = False,
 ) -> None:
     """Measure what a base's linear modules read, for merges that ask for it.
@@ -87,8 +91,10 @@ def calibrate(
 
     Example: starmerge calibrate BASE a/pos a/past -o m.safetensors --prompts pos --prompts past
     """
-    from starmerge_models.calibration.run import calibrate as run
+    with importing():
+        from starmerge_models.calibration.run import calibrate as run
 
+    printer = Printer(as_json)
     result = run(
         base,
         output,
@@ -104,13 +110,13 @@ def calibrate(
         device=device,
         dtype=dtype,  # type: ignore[arg-type]
         overwrite=overwrite,
-        announce=print,
+        announce=printer.text,
         progress=True,
     )
+    printer.result(asdict(result))
     for note in result.notes:
-        print(f"Without a moment: {note}")
-    print(result.summary())
-    print(f"Metric: {result.path}")
+        printer.text(f"Without a moment: {note}")
+    printer.text(result.summary(), f"Metric: {result.path}")
 
 
 def _tasks(arguments: list[str]) -> dict[str, str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from starmerge_models.cli import asking
+from starmerge_models.cli.importing import importing
+from starmerge_models.cli.printing import AsJson, Printer
 
 _DEFAULTS = "defaults"
 
@@ -19,7 +20,7 @@ def choose(
         list[str],
         typer.Argument(
             metavar="MODEL...",
-            help="What is merged: LoRA adapters and full fine-tunes, a folder or Hub id, or "
+            help="The models to merge: LoRA adapters and full fine-tunes, a folder or Hub id, or "
             "NAME=PATH to name it. One called like a task is that task's fine-tune, the upper "
             "bound.",
         ),
@@ -34,7 +35,7 @@ def choose(
             help="A candidate: one of [b]starmerge methods[/b], FILE.py:NAME or a chain, with "
             "parameters. "
             "Repeatable; the first given is preferred where rows cannot tell. [b]defaults[/b] "
-            "stands for the default ones.",
+            "means the default ones.",
             show_default="defaults",
         ),
     ] = None,
@@ -69,7 +70,7 @@ def choose(
             help="File for the recipe of the chosen merge, for [b]starmerge merge[/b].",
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
+    as_json: AsJson = False,
     report: asking.Report = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the files of recipe and report.")
@@ -91,12 +92,13 @@ def choose(
 
     Then: starmerge merge recipe.yaml -o merged
     """
-    from starmerge_models.evaluation.settings import Settings
-    from starmerge_models.methods.pipeline import as_pipeline
-    from starmerge_models.recipe import parse_models
-    from starmerge_models.recipe_file import check_recipe_file, write_recipe
-    from starmerge_models.study.candidates import default_candidates, named_candidates
-    from starmerge_models.study.choose import choose as run
+    with importing():
+        from starmerge_models.evaluation.settings import Settings
+        from starmerge_models.methods.pipeline import as_pipeline
+        from starmerge_models.recipe import parse_models, paths_by_name
+        from starmerge_models.recipe_file import check_recipe_file, write_recipe
+        from starmerge_models.study.candidates import default_candidates, named_candidates
+        from starmerge_models.study.choose import choose as run
 
     settings = Settings(scorer, matching, rows, batch_size, device, dtype)  # type: ignore[arg-type]
     if output is not None:
@@ -108,7 +110,7 @@ def choose(
         for found in (default_candidates() if text == _DEFAULTS else [as_pipeline(text)])
     ]
     named_candidates(candidates)  # before the rows of tasks are read
-    named = asking.named_models(parse_models(models))
+    named = paths_by_name(parse_models(models))
     choice = run(
         base,
         named,
@@ -128,11 +130,10 @@ def choose(
 
         page = choice_page(choice, title=choice_title(base, choice))
         write_page(page, report, overwrite=overwrite)
-    if json:
-        print(jsonlib.dumps(choice.to_json(), indent=2, ensure_ascii=False))
-        return
-    print(choice.report)
+    printer = Printer(as_json)
+    printer.result(choice.to_json())
+    printer.text(choice.report)
     if output is not None:
-        print(f"\nRecipe: {output}. Merge with: starmerge merge {output} -o FOLDER")
+        printer.text(f"\nRecipe: {output}. Merge with: starmerge merge {output} -o FOLDER")
     if report is not None:
-        print(f"\nReport: {report}")
+        printer.text(f"\nReport: {report}")

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from starmerge_models.cli.printing import AsJson, Printer
 from starmerge_models.errors import UsageError
 from starmerge_models.events import bytes_in_words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from starmerge_models.storage.storage import LeftBehind
+    from starmerge_models.storage.storage import PartialOutput
 
 
 def clean(
@@ -25,9 +26,10 @@ def clean(
         ),
     ] = Path(),
     delete: Annotated[
-        bool, typer.Option("--delete", help="Delete what the list says can go, after asking.")
+        bool, typer.Option("--delete", help="Delete what is listed as left over, after asking.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List what killed runs have left, and delete it with --delete.
 
@@ -48,10 +50,13 @@ def clean(
     from starmerge_models.storage import RemotePlace, place_of, storage_of
     from starmerge_models.storage.leftovers import leftovers_in
 
+    printer = Printer(as_json)
+    if as_json and delete and not yes:
+        raise UsageError("--json asks nothing: with --delete, give --yes, too.")
     if yes and not delete:
-        raise UsageError("--yes answers what --delete asks. Give both.")
+        raise UsageError("--yes answers the question of --delete. Give both.")
     place = place_of(folder)
-    found: Sequence[LeftBehind]
+    found: Sequence[PartialOutput]
     if isinstance(place, RemotePlace):
         found = storage_of(place).leftovers(place)
     elif place.is_dir():
@@ -59,42 +64,65 @@ def clean(
     else:
         raise UsageError(f"{place} is no folder. Give the folder in which outputs stand.")
     if not found:
-        print(f"Nothing is left over in {place}.")
+        printer.result([])
+        printer.text(f"Nothing is left over in {place}.")
         return
     states = [_state(leftover) for leftover in found]
-    _print(found, states)
+    printer.text(*_lines(found, states))
     old = [leftover for leftover, state in zip(found, states, strict=True) if state == _LEFT]
+    records = _records(found, states, deleted=old if delete else [])
     if not old:
+        printer.result(records)
         return
     size = bytes_in_words(sum(leftover.nbytes for leftover in old))
     if not delete:
-        print(f"To delete what is left over, {size}: give --delete.")
+        printer.result(records)
+        printer.text(f"To delete what is left over, {size}: give --delete.")
         return
     noun = "it" if len(old) == 1 else f"the {len(old)} that are left over"
     if not yes and not typer.confirm(f"Delete {noun}, {size}?"):
         return
     for leftover in old:
         leftover.delete()
-    print(f"Deleted {len(old)}, {size}.")
+    printer.result(records)
+    printer.text(f"Deleted {len(old)}, {size}.")
 
 
 _LEFT = "left over"
 _IN_WORK = "in work: a process is making it"
-_ONLY_COPY = "the only copy: nothing stands in its place. Rename it, or delete it yourself"
+_ONLY_COPY = "the only copy: its output does not exist. Rename it, or delete it yourself"
 
 
-def _state(leftover: LeftBehind) -> str:
+def _state(leftover: PartialOutput) -> str:
     if leftover.is_in_work():
         return _IN_WORK
     return _ONLY_COPY if leftover.is_only_copy() else _LEFT
 
 
-def _print(found: Sequence[LeftBehind], states: Sequence[str]) -> None:
-    """Print a table of leftovers: the name last, so that no width cuts it."""
+def _lines(found: Sequence[PartialOutput], states: Sequence[str]) -> list[str]:
+    """Return a table of leftovers: the name last, so that no width cuts it."""
     now = time.time()
-    for leftover, state in zip(found, states, strict=True):
-        age = _age(now - leftover.written)
-        print(f"{bytes_in_words(leftover.nbytes):>10}  {age:>8} old  {leftover.path}  ({state})")
+    return [
+        f"{bytes_in_words(leftover.nbytes):>10}  {_age(now - leftover.written):>8} old  "
+        f"{leftover.path}  ({state})"
+        for leftover, state in zip(found, states, strict=True)
+    ]
+
+
+def _records(
+    found: Sequence[PartialOutput], states: Sequence[str], deleted: Sequence[PartialOutput]
+) -> list[dict[str, Any]]:
+    """Return leftovers as plain data, with the time of the last write in seconds since 1970."""
+    return [
+        {
+            "path": leftover.path,
+            "bytes": leftover.nbytes,
+            "written": leftover.written,
+            "state": state,
+            "deleted": leftover in deleted,
+        }
+        for leftover, state in zip(found, states, strict=True)
+    ]
 
 
 def _age(seconds: float) -> str:

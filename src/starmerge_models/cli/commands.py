@@ -1,4 +1,4 @@
-"""How a command line is read: common options anywhere, and nothing that is asked for dropped."""
+"""Parsing the command line: common options in any place, and no repeated option in silence."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ WrongCommandLine: Any = typer.BadParameter.__mro__[1]
 """Click's UsageError; newer releases of typer have a click of their own."""
 
 _SEVERAL = {"--method": "Write a chain as one: -m star+ties."}
-"""How to say several things by an option that stands once."""
+"""For options with one value: how to express what a repetition may have meant."""
 
 
 def _check_once(command: Any, context: Any, args: Sequence[str]) -> None:
-    """Refuse an option that has one value and stands twice, of which one would not count."""
+    """Refuse a repeated option of one value, of which the parser would drop all but the last."""
     found = Counter(command.make_parser(context).parse_args(args=list(args))[2])
     for option, count in found.items():
         if count > 1 and option.param_type_name == "option" and not _may_repeat(option):
             name = max(option.opts, key=len)
             hint = _SEVERAL.get(name, "Give it once.")
-            raise WrongCommandLine(f"{name} stands there {count} times. {hint}", ctx=context)
+            raise WrongCommandLine(f"{name} is given {count} times. {hint}", ctx=context)
 
 
 def _may_repeat(option: Any) -> bool:
@@ -34,7 +34,7 @@ def _may_repeat(option: Any) -> bool:
 
 
 class Command(TyperCommand):
-    """A command whose options stand once, unless they have several values."""
+    """A command that refuses a repeated option, unless the option has several values."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the command line."""
@@ -43,16 +43,16 @@ class Command(TyperCommand):
 
 
 class Group(TyperGroup):
-    """The commands; their common options may stand after a command, too."""
+    """The group of all commands; their common options are accepted after a command, too."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Take the common options from wherever they stand, and do at once as they say."""
+        """Find the common options in any place, and apply them before the command runs."""
         args = self._common_first(args)
         try:
             _check_once(self, ctx, args)
             rest = super().parse_args(ctx, list(args))
         except WrongCommandLine:
-            ctx.resilient_parsing = True  # what is wrong is left out: the error is told as asked
+            ctx.resilient_parsing = True  # skips wrong options: the error is logged as asked for
             super().parse_args(ctx, list(args))
             self._configure(ctx)
             raise
@@ -60,7 +60,7 @@ class Group(TyperGroup):
         return rest
 
     def _configure(self, ctx: Any) -> None:
-        if ctx.obj is not None:  # a program that calls the app itself decides what is told
+        if ctx.obj is not None:  # a program that calls the app configures its own log
             options = {name: value for name, value in ctx.params.items() if value is not None}
             ctx.obj.configure(
                 options.get("log", "auto"),

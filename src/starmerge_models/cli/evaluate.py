@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from starmerge_models.cli import asking
+from starmerge_models.cli.importing import importing
+from starmerge_models.cli.printing import AsJson, Printer
 from starmerge_models.errors import UsageError
 
 
@@ -47,6 +49,7 @@ def evaluate(
     ] = "parquet",
     report: asking.Report = None,
     flat: asking.Flat = None,
+    as_json: AsJson = False,
     overwrite: asking.Overwrite = False,
     no_cache: asking.NoCache = False,
 ) -> None:
@@ -60,14 +63,15 @@ def evaluate(
 
     Example: starmerge evaluate BASE merged -t mail.csv --columns input=text,label=kind --all-rows
     """
-    from starmerge_models.checkpoints.source import check_named
-    from starmerge_models.evaluation.flat import check_flat, write_flat
-    from starmerge_models.evaluation.results import check_results, write_results
-    from starmerge_models.evaluation.runner import evaluate as run
-    from starmerge_models.evaluation.settings import Settings
-    from starmerge_models.evaluation.table import report as reported
-    from starmerge_models.evaluation.tasks.prompts import with_prompts_of
-    from starmerge_models.recipe import parse_models
+    with importing():
+        from starmerge_models.checkpoints.source import check_named
+        from starmerge_models.evaluation.flat import check_flat, write_flat
+        from starmerge_models.evaluation.results import check_results, without_nan, write_results
+        from starmerge_models.evaluation.runner import evaluate as run
+        from starmerge_models.evaluation.settings import Settings
+        from starmerge_models.evaluation.table import report as reported
+        from starmerge_models.evaluation.tasks.prompts import with_prompts_of
+        from starmerge_models.recipe import parse_models, paths_by_name
 
     settings = Settings(scorer, matching, rows, batch_size, device, dtype, backend)  # type: ignore[arg-type]
     if predictions not in ("parquet", "jsonl"):
@@ -75,7 +79,7 @@ def evaluate(
     if output is not None:
         check_results(output, overwrite=overwrite)
     asking.check_report(report, overwrite=overwrite)
-    named = asking.named_models(parse_models(models or []))
+    named = paths_by_name(parse_models(models or []))
     check_named(base, *named.values())
     chosen, wording = asking.tasks_of(tasks, task_folder, data, columns, all_rows=all_rows), None
     if prompts is not None:
@@ -84,7 +88,9 @@ def evaluate(
         check_flat(flat, named, [task.name for task in chosen], overwrite=overwrite)
     result = run(base, named, chosen, settings, cache=asking.cache_of(no_cache), progress=True)
     table = "\n\n".join([reported(result), *([wording] if wording else [])])
-    print(table)
+    printer = Printer(as_json)
+    printer.result(without_nan(result.to_json()))
+    printer.text(table)
     if output is not None:
         write_results(
             output,
@@ -93,7 +99,7 @@ def evaluate(
             predictions=predictions,  # type: ignore[arg-type]
             overwrite=overwrite,
         )
-        print(f"\nResults: {output}")
+        printer.text(f"\nResults: {output}")
     if report is not None:
         from starmerge_models.study.page import write_page
         from starmerge_models.study.page.evaluation import evaluation_page, evaluation_title
@@ -102,6 +108,6 @@ def evaluate(
         remarks = [wording] if wording else []
         page = evaluation_page(result, title=title, remarks=remarks)
         write_page(page, report, overwrite=overwrite)
-        print(f"\nReport: {report}")
+        printer.text(f"\nReport: {report}")
     if flat is not None:
-        print(f"Flat: {write_flat(flat, result, overwrite=overwrite)}")
+        printer.text(f"Flat: {write_flat(flat, result, overwrite=overwrite)}")

@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from starmerge_models.cli import asking
+from starmerge_models.cli.importing import importing
+from starmerge_models.cli.printing import AsJson, Printer
 
 
 def finetune(
@@ -47,6 +49,7 @@ def finetune(
     dtype: Annotated[
         str, typer.Option(help="Dtype to store what is trained in: float32, bfloat16 or float16.")
     ] = "float32",
+    as_json: AsJson = False,
 ) -> None:
     """Train a LoRA adapter, or all weights, on a task and score the result on held-out rows.
 
@@ -56,12 +59,14 @@ def finetune(
 
     Example: starmerge finetune HuggingFaceTB/SmolLM2-135M-Instruct -t digits -o adapters/digits
     """
-    from starmerge_models.checkpoints.source import resolve_local
-    from starmerge_models.errors import UsageError
-    from starmerge_models.evaluation.tasks.task import Task
-    from starmerge_models.storage.publishing import check_output
-    from starmerge_models.training.finetuning import StoredDtype, TrainingRecipe
-    from starmerge_models.training.finetuning import finetune as train
+    with importing():
+        from starmerge_models.checkpoints.source import resolve_local
+        from starmerge_models.errors import UsageError
+        from starmerge_models.evaluation.results import without_nan
+        from starmerge_models.evaluation.tasks.task import Task
+        from starmerge_models.storage.publishing import check_output
+        from starmerge_models.training.finetuning import StoredDtype, TrainingRecipe
+        from starmerge_models.training.finetuning import finetune as train
 
     known = StoredDtype.__args__  # type: ignore[attr-defined]
     if dtype not in known:
@@ -109,9 +114,16 @@ def finetune(
         progress=True,
     )
     tail = result.losses[-20:]
-    print(
+    printer = Printer(as_json)
+    score = {name: getattr(result.score, name) for name in ("metric", "value", "low", "high", "n")}
+    printer.result(
+        without_nan(
+            {"output": output, "task": chosen.name, "score": score, "losses": result.losses}
+        )
+    )
+    printer.text(
         f"{chosen.name}: training loss {sum(tail) / len(tail):.3f} over the last {len(tail)} "
         f"steps, held-out {result.score.metric} {result.score.value:.3f} "
-        f"[{result.score.low:.3f}, {result.score.high:.3f}], n = {result.score.n}"
+        f"[{result.score.low:.3f}, {result.score.high:.3f}], n = {result.score.n}",
+        f"{'Model' if full else 'Adapter'}: {output}",
     )
-    print(f"{'Model' if full else 'Adapter'}: {output}")

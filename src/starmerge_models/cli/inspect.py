@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ import typer
 from starmerge_models.cli import asking, resources
 from starmerge_models.cli.importing import importing
 from starmerge_models.cli.parameters import weighted
+from starmerge_models.cli.printing import AsJson, Printer
 from starmerge_models.errors import UsageError
 
 
@@ -33,7 +33,7 @@ def inspect(
             "--method",
             "-m",
             metavar="CHAIN[:KEY=VALUE,...]",
-            help="Merge in memory, and tell what is kept of each task: one of [b]starmerge "
+            help="Merge in memory, and report what is kept of each task: one of [b]starmerge "
             "methods[/b], FILE.py:NAME or a chain, with parameters. Repeatable.",
         ),
     ] = None,
@@ -67,9 +67,7 @@ def inspect(
             help="Folder for inspection.json, tables (CSV) and pictures (PNG, PDF).",
         ),
     ] = None,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print everything as JSON in place of the report.")
-    ] = False,
+    as_json: AsJson = False,
     threads: resources.Threads = None,
     memory: resources.Memory = None,
     report: asking.Report = None,
@@ -82,8 +80,8 @@ def inspect(
     signs differ, what rounding eats. Nothing is run, and adapters are never blown up. The findings
     at the end say in words what stands out and what to do.
 
-    With -m or --merged it tells how much a merge keeps of each task, and what covers it: why does
-    this task suffer?
+    With -m or --merged it shows how much a merge keeps of each task, and which tasks interfere with
+    it.
 
     Example: starmerge inspect BASE adapters/*
 
@@ -93,17 +91,20 @@ def inspect(
     """
     with importing():
         from starmerge_models.methods.pipeline import as_pipeline
-        from starmerge_models.recipe import parse_models
-        from starmerge_models.study.inspected import check_folder, write_inspection
+        from starmerge_models.recipe import parse_models, paths_by_name
         from starmerge_models.study.inspection.run import inspect as run
+        from starmerge_models.study.inspection_files import (
+            check_inspection_folder,
+            write_inspection,
+        )
 
     asking.check_report(report, overwrite=overwrite)
     if output is not None:
-        check_folder(output, overwrite=overwrite)
+        check_inspection_folder(output, overwrite=overwrite)
     if weight and not method:
         raise UsageError("--weight is for the merges of --method. Give one, or leave it out.")
     entries = weighted(parse_models(models), weight or [])
-    named = asking.named_models(entries)
+    named = paths_by_name(entries)
     found = run(
         base,
         named,
@@ -124,11 +125,10 @@ def inspect(
         from starmerge_models.study.page.inspection import inspection_page
 
         write_page(inspection_page(found), report, overwrite=overwrite)
-    if json:
-        print(jsonlib.dumps(found.to_json(), indent=2, ensure_ascii=False, allow_nan=False))
-        return
-    print(found.report)
+    printer = Printer(as_json)
+    printer.result(found.to_json())
+    printer.text(found.report)
     if output is not None:
-        print(f"\nInspection: {output}")
+        printer.text(f"\nInspection: {output}")
     if report is not None:
-        print(f"\nReport: {report}")
+        printer.text(f"\nReport: {report}")

@@ -1,4 +1,4 @@
-"""What a command tells on standard error: bars and notes, lines with times, or events in JSON.
+"""Standard error of a command: bars and notes, lines with times, or events in JSON.
 
 Python's logging carries the events of :mod:`starmerge_models.events`; the handler here is added to
 their logger when starmerge runs as a command, and only then.
@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 from datetime import datetime, timezone
-from typing import Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from starmerge_models import __version__, machine
 from starmerge_models.events import (
@@ -33,9 +33,14 @@ from starmerge_models.progress import set_heartbeat
 
 Mode = Literal["auto", "text", "json"]
 
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:  # Python 3.10 does not take the type of the stream.
+    _StreamHandler = logging.StreamHandler
 
-class Reporter(logging.StreamHandler[TextIO]):
-    """Tells on standard error what happens in the one command of this process."""
+
+class Reporter(_StreamHandler):
+    """Writes the events of this process's command to standard error."""
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
@@ -50,20 +55,20 @@ class Reporter(logging.StreamHandler[TextIO]):
         warnings.showwarning = _show_warning
 
     def configure(self, mode: Mode, *, quiet: bool, heartbeat: float, debug: bool) -> None:
-        """Choose what is told, and how.
+        """Choose which events are written, and in which form.
 
         Args:
             mode: "auto": bars, or heartbeats where no terminal is; notes, warnings, errors. "text":
                 events as lines with times. "json": all events, those of each tensor among them.
-            quiet: Tell errors alone.
+            quiet: Write only errors.
             heartbeat: Seconds between heartbeats.
-            debug: Tell debug messages and tracebacks, too.
+            debug: Write debug messages and tracebacks, too.
         """
         self.mode, self.quiet, self.debug = mode, quiet, debug
         set_heartbeat(heartbeat)
         LOG.setLevel(logging.DEBUG if mode == "json" or debug else logging.INFO)
         if not self.is_for_people:
-            # No bar is drawn on what is no terminal; other libraries' lines become events.
+            # A stream that is no terminal gets no bar; lines of other libraries become events.
             sys.stderr = _Lines()
         if not self.is_for_people or not self.stream.isatty():
             for library in ("HF_HUB", "HF_DATASETS"):
@@ -71,37 +76,37 @@ class Reporter(logging.StreamHandler[TextIO]):
 
     @property
     def is_for_people(self) -> bool:
-        """Whether standard error may have whatever a person can read."""
+        """Whether standard error is free text for people."""
         return self.mode == "auto" and not self.quiet
 
     def start(self, command: str | None) -> None:
-        """Tell that a command begins."""
+        """Log that a command begins."""
         self._command = command
         processors, memory = machine.usable_processors(), machine.usable_memory()
         LOG.info(Start(__version__, os.getpid(), processors, memory))
 
     def finish(self, exit_code: int) -> None:
-        """Tell that the command has ended by itself."""
+        """Log that the command has ended by itself."""
         LOG.info(Finish(exit_code, self._seconds(), self._outputs))
-        LOG.removeHandler(self)  # a thread that is still at work has nothing to add
+        LOG.removeHandler(self)  # threads that are still running must not add events
 
     def fail(self, message: str, exit_code: int, **details: Any) -> None:
-        """Tell that the command has ended by an error or a signal; see :class:`Failed`."""
+        """Log that an error or a signal has ended the command; see :class:`Failed`."""
         LOG.error(Failed(message, exit_code, self._seconds(), **details))
         LOG.removeHandler(self)
 
     def close(self) -> None:
-        """Give standard error back: the interpreter may still have something to say there."""
+        """Restore standard error, to which the interpreter may still write."""
         if isinstance(sys.stderr, _Lines):
             sys.stderr.close()
             sys.stderr = self.stream
         super().close()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record, if it is one to be told."""
+        """Write a record, if its level and kind are to be written."""
         if isinstance(record.msg, Published):
             self._outputs.append(record.msg.path)
-        if self._is_told(record):
+        if self._is_written(record):
             super().emit(record)
 
     def format(self, record: logging.LogRecord) -> str:
@@ -120,9 +125,9 @@ class Reporter(logging.StreamHandler[TextIO]):
         return json.dumps(common | event.fields())
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Go on without: a run is worth more than its log, of which the reader may have ended."""
+        """Ignore a failed write: the run goes on, even if the reader of its log has ended."""
 
-    def _is_told(self, record: logging.LogRecord) -> bool:
+    def _is_written(self, record: logging.LogRecord) -> bool:
         event, level = record.msg, record.levelno
         if self.quiet:
             return level >= logging.ERROR
@@ -141,13 +146,13 @@ class Reporter(logging.StreamHandler[TextIO]):
 
 
 class _Lines(io.TextIOBase):
-    """Standard error for other libraries: each line that they write becomes an event."""
+    """A replacement of standard error that makes an event of each line of other libraries."""
 
     def __init__(self) -> None:
         self._rest = ""
 
     def write(self, text: str) -> int:
-        """Take text; a line is an event when it has ended."""
+        """Buffer text; emit an event for each finished line."""
         *lines, self._rest = (self._rest + text).replace("\r", "\n").split("\n")
         for line in lines:
             if line.strip():
@@ -155,12 +160,12 @@ class _Lines(io.TextIOBase):
         return len(text)
 
     def close(self) -> None:
-        """End the last line."""
+        """Emit the last, unfinished line."""
         self.write("\n")
 
 
 def _event_of(record: logging.LogRecord) -> Event:
-    """Return the event of a record; that of a plain message is a warning or a line of a log."""
+    """Return the event of a record; a plain message becomes a warning or a line of a log."""
     if isinstance(record.msg, Event):
         return record.msg
     if record.levelno >= logging.WARNING:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from starmerge_models.cli import asking, pushing, resources
+from starmerge_models.cli import asking, plans, pushing, resources
 from starmerge_models.cli.importing import importing
 from starmerge_models.cli.parameters import weighted
+from starmerge_models.cli.printing import AsJson, Printer
 from starmerge_models.errors import UsageError
-from starmerge_models.events import Note, bytes_in_words, emit
+from starmerge_models.events import Note, emit
 
 if TYPE_CHECKING:
+    from starmerge_models.merging.engine import MergeResult
     from starmerge_models.merging.plan import Plan
-    from starmerge_models.merging.ranks import RankCost
     from starmerge_models.recipe_file import Step
     from starmerge_models.storage import Place
 
@@ -164,6 +165,7 @@ def merge(
     ] = False,
     push: pushing.Push = None,
     private: pushing.Private = False,
+    as_json: AsJson = False,
 ) -> None:
     """Merge fine-tunes of one base into a model that transformers loads, or into an adapter.
 
@@ -192,7 +194,6 @@ def merge(
         from starmerge_models.merging.engine import run
         from starmerge_models.merging.journal import fingerprint
         from starmerge_models.merging.plan import make_plan
-        from starmerge_models.merging.ranks import rank_costs
         from starmerge_models.methods.notation import read_parameters, split_settings
         from starmerge_models.recipe import make_recipe, parse_models
         from starmerge_models.recipe_file import Step, load_recipes
@@ -200,16 +201,10 @@ def merge(
 
     place = place_of(output)
     if Path(base).suffix in (".yaml", ".yml") and not Path(base).is_dir():
-        options = (
+        _check_alone(
             *(models, method, parameter, weight, metric, tokenizer, chat_template),
-            *(dtype, kind, rank, max_error),
+            *(dtype, kind, rank, max_error, any_base or None, common or None),
         )
-        if any(option is not None for option in options) or any_base or common:
-            raise UsageError(
-                "A recipe says everything itself: give it without models and without --method, "
-                "--parameter, --weight, --metric, --tokenizer, --chat-template, --dtype, --as, "
-                "--rank, --max-error, --any-base and --common."
-            )
         *before, last = load_recipes(Path(base), place)
     else:
         entries = parse_models(models or [])
@@ -230,72 +225,155 @@ def merge(
         content["models"] = weighted(entries, weight or [])
         content["parameters"] = read_parameters([*own, *(parameter or [])], where="-p ")
         before, last = [], Step(make_recipe(content, where="The command line"), place, None)
-    recipe = last.recipe
-    if pushing.begin(push, last, private=private, dry_run=dry_run, fresh=fresh):
+    printer = Printer(as_json)
+    pushing.check(push, last, private=private)
+    if push is not None and not dry_run and not fresh and pushing.is_made(last):
+        printer.text(f"{output} is there already.")
+        pushed = pushing.upload(output, push, private=private, is_merged_now=True)
+        printer.result({"output": output, "is_new": False, "pushed": asdict(pushed)})
+        printer.text(*pushing.lines_on(pushed))
         return
     workers = resources.workers_of(executor, address, threads, memory)
-    if before and not _merge_steps(
-        before, place, workers, dry_run=dry_run, overwrite=overwrite, fresh=fresh
-    ):
-        return
-    plan = make_plan(recipe, place, overwrite=overwrite)
     if dry_run:
-        _print_plan(plan, workers)
-        if plan.output.kind in ("adapter", "gguf"):
-            _print_ranks(rank_costs(plan, workers, progress=True))
+        _plan(before, last, workers, printer, overwrite=overwrite, push=push)
         return
+    steps = _carry_out(before, place, workers, printer, overwrite=overwrite, fresh=fresh)
+    plan = make_plan(last.recipe, place, overwrite=overwrite)
     for note in plan.notes:
         emit(Note(note))
-    for left in storage_of(place).remains(place, suffix=fingerprint(plan)) if not fresh else ():
+    for left in (
+        storage_of(place).describe_leftovers(place, suffix=fingerprint(plan)) if not fresh else ()
+    ):
         emit(Note(left))
     started = time.monotonic()
     result = run(plan, workers, fresh=fresh, progress=True)
-    if result.taken_up:
-        print(
-            f"{result.taken_up} of {len(plan.tensors)} tensors were there already, written by an "
+    seconds = time.monotonic() - started
+    printer.text(*_lines_on(plan, result, seconds))
+    sent = None
+    if push is not None:
+        sent = pushing.upload(output, push, private=private, is_merged_now=True)
+        printer.text(*pushing.lines_on(sent))
+    content = result.report.content
+    printer.result(
+        {
+            "output": result.path,
+            "is_new": True,
+            "seconds": seconds,
+            "tensors_resumed": result.resumed,
+            "summary": result.report.summary(),
+            "report": {name: content[name] for name in content if name not in _LONG_PARTS},
+            "steps": steps,
+            "pushed": None if sent is None else asdict(sent),
+        }
+    )
+
+
+def _lines_on(plan: Plan, result: MergeResult, seconds: float) -> list[str]:
+    """Return lines for people on a finished merge."""
+    lines = []
+    if result.resumed:
+        lines.append(
+            f"{result.resumed} of {len(plan.tensors)} tensors were there already, written by an "
             "earlier run that was killed."
         )
-    print(f"{plan.recipe.method}: {result.report.summary()}")
     made = {"gguf": "GGUF"}.get(plan.output.kind, plan.output.kind.capitalize())
-    print(f"{made}: {result.path} ({time.monotonic() - started:.1f} s)")
+    lines.append(f"{plan.recipe.method}: {result.report.summary()}")
+    return [*lines, f"{made}: {result.path} ({seconds:.1f} s)"]
+
+
+_LONG_PARTS = ("tensors", "digests", "contents", "blake3")
+"""Parts of a report with an entry for each tensor or file: they are in the output's own report."""
+
+
+def _check_alone(*options: object) -> None:
+    """Make sure that a recipe is given without options that it has fields for.
+
+    Raises:
+        UsageError: One of the options is given.
+    """
+    if any(option is not None for option in options):
+        raise UsageError(
+            "A recipe says everything itself: give it without models and without --method, "
+            "--parameter, --weight, --metric, --tokenizer, --chat-template, --dtype, --as, "
+            "--rank, --max-error, --any-base and --common."
+        )
+
+
+def _plan(
+    before: Sequence[Step],
+    last: Step,
+    workers: resources.Workers,
+    printer: Printer,
+    *,
+    overwrite: bool,
+    push: str | None,
+) -> None:
+    """Print the plans of a merge and of the merges that it is made of, and carry out none."""
+    from starmerge_models.merging.plan import make_plan
+    from starmerge_models.merging.ranks import rank_costs
+    from starmerge_models.storage import exists, storage_of
+
+    storage_of(last.output).check_output(last.output, overwrite=overwrite)
+    steps: list[dict[str, Any]] = []
+    for step in before:
+        if all(map(exists, step.needs)):
+            # An earlier run may have made this merge: what exists there is not refused yet.
+            planned = plans.planned(make_plan(step.recipe, step.output, overwrite=True), workers)
+            steps.append({"name": step.name} | planned)
+            if not printer.as_json:
+                plans.print_plan(planned)
+    missing = [str(step.name) for step in before if not exists(step.output)]
+    if missing:
+        names = ", ".join(missing)
+        printer.text(f"Merges that are made of others, {names} among them, have no plan yet.")
+        printer.result({"steps": steps, "without_plan": [*missing, last.name]})
+        return
+    plan = make_plan(last.recipe, last.output, overwrite=overwrite)
+    planned = plans.planned(plan, workers)
+    if not printer.as_json:
+        plans.print_plan(planned)
+    costs = None
+    if plan.output.kind in ("adapter", "gguf"):
+        costs = rank_costs(plan, workers, progress=True)
+        if not printer.as_json:
+            plans.print_ranks(costs)
     if push is not None:
-        pushing.upload(output, push, private=private, is_merged_now=True)
+        printer.text(f"Push: to {push} (nothing sent)")
+    ranks = None if costs is None else [asdict(cost) | {"kept": cost.kept} for cost in costs]
+    printer.result(planned | {"ranks": ranks, "push": push, "steps": steps})
 
 
-def _merge_steps(
+def _carry_out(
     steps: Sequence[Step],
     output: Place,
     workers: resources.Workers,
+    printer: Printer,
     *,
-    dry_run: bool,
     overwrite: bool,
     fresh: bool,
-) -> bool:
-    """Carry out the merges that the last one is made of; return whether that one can be planned."""
+) -> list[dict[str, Any]]:
+    """Carry out the merges that the last one is made of; return a record of each."""
     from starmerge_models.merging.engine import run
     from starmerge_models.merging.plan import make_plan
-    from starmerge_models.merging.steps import is_there
-    from starmerge_models.storage import exists, storage_of
+    from starmerge_models.merging.steps import is_up_to_date
+    from starmerge_models.storage import storage_of
 
-    storage_of(output).check_output(output, overwrite=overwrite)
+    if steps:
+        storage_of(output).check_output(output, overwrite=overwrite)
+    records: list[dict[str, Any]] = []
     for step in steps:
-        if dry_run and not all(map(exists, step.needs)):
-            continue
-        # What stands there may be this merge, so only what is no merge is refused.
+        # An earlier run may have made this merge, so only an output of another kind is refused.
         plan = make_plan(step.recipe, step.output, overwrite=True)
-        if dry_run:
-            _print_plan(plan, workers)
-            continue
-        if not fresh and is_there(plan, progress=True):
-            print(f"{step.name}: {step.output} is there already.")
+        record: dict[str, Any] = {"name": step.name, "output": step.output}
+        if not fresh and is_up_to_date(plan, progress=True):
+            printer.text(f"{step.name}: {step.output} is there already.")
+            records.append(record | {"is_new": False})
             continue
         storage_of(step.output).check_output(step.output, overwrite=overwrite)
-        result = run(plan, workers, fresh=fresh, progress=True)
-        print(f"{step.name}: {result.report.summary()}")
-    left = [str(step.name) for step in steps if dry_run and not exists(step.output)]
-    if left:
-        print(f"Merges that are made of others, {', '.join(left)} among them, have no plan yet.")
-    return not left
+        summary = run(plan, workers, fresh=fresh, progress=True).report.summary()
+        printer.text(f"{step.name}: {summary}")
+        records.append(record | {"is_new": True, "summary": summary})
+    return records
 
 
 def _is_adapter(argument: str) -> bool:
@@ -306,64 +384,3 @@ def _is_adapter(argument: str) -> bool:
 
     (entry,) = parse_models([argument])
     return is_adapter(resolve(entry["path"], may_be_file=True))
-
-
-def _print_ranks(costs: Sequence[RankCost]) -> None:
-    """Print the rank that each error costs."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("rank", "relative error", "of the update kept", title="Ranks of the adapter")
-    for cost in costs:
-        table.add_row(str(cost.rank), f"{cost.error:.3g}", f"{cost.kept:.2%}")
-    Console().print(table)
-
-
-def _print_plan(plan: Plan, workers: resources.Workers) -> None:
-    """Print what a merge would do."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from starmerge_models.merging.executors.threads import Threads
-    from starmerge_models.storage import storage_of
-
-    console = Console()
-    headers = ("model", "weight", "kind", "tensors", "rank", "read")
-    table = Table(*headers, title=f"Plan: {plan.recipe.method}")
-    for entry, model in zip(plan.recipe.models, plan.models, strict=True):
-        ranks = {model.rank(tensor) for tensor in model.tensors}
-        read = sum(info.nbytes for tensor in model.tensors for info in model.inputs(tensor))
-        bounds = sorted(rank for rank in ranks if rank is not None)
-        shown = "full" if not bounds else "–".join(map(str, dict.fromkeys((bounds[0], bounds[-1]))))
-        count = str(len(model.tensors))
-        weight = f"{entry.weight:g}"
-        table.add_row(escape(model.name), weight, model.kind, count, shown, bytes_in_words(read))
-    console.print(table)
-    for key, value in plan.recipe.parameters.items():
-        console.print(f"{key}: {json.dumps(value, ensure_ascii=False)}", markup=False)
-    for name, origin in plan.pipeline.plugins.items():
-        console.print(f"{name}: of {origin}", markup=False)
-    if plan.reason is not None:
-        console.print(plan.reason, markup=False)
-    if plan.metric is not None:
-        file = plan.metric.file
-        size = bytes_in_words(storage_of(file).state(file).size)
-        console.print(f"Metric: {file} ({size}); merged in {plan.use_of_metric}", markup=False)
-        if plan.unused_prompts:
-            unused = ", ".join(plan.unused_prompts)
-            console.print(f"Note: its prompts of {unused} are of no model.", markup=False)
-    for note in plan.notes:
-        console.print(f"Note: {note}", markup=False)
-    merged = len(plan.merged)
-    console.print(f"Tensors: {merged} merged, {len(plan.tensors) - merged} left as they are")
-    console.print(
-        f"Read: {bytes_in_words(plan.bytes_to_read)}; write: {bytes_in_words(plan.bytes_to_write)}"
-    )
-    if isinstance(workers, Threads):
-        peak = bytes_in_words(plan.memory(workers.threads, workers.memory))
-        console.print(f"Memory for tensors: about {peak}; threads: {workers.threads}")
-    else:
-        largest = bytes_in_words(plan.memory(1, 0))
-        console.print(f"Memory for tensors: a worker needs about {largest} for the largest")
-    console.print(f"Output: {plan.path} (nothing written)")

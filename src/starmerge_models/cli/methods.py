@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import json as jsonlib
+import json
 import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from starmerge_models.cli.importing import importing
+from starmerge_models.cli.printing import AsJson, Printer
 from starmerge_models.events import Note, emit
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def methods(
         str | None,
         typer.Argument(help="Say all about this one, or a chain; FILE.py:NAME for one in a file."),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the merging methods, or explain one, or a chain: definition, source, cost, parameters.
 
@@ -39,9 +40,8 @@ def methods(
 
     plugins = METHODS.plugins() if name is None else []
     chosen = [METHODS[key] for key in sorted(METHODS)] if name is None else _chain(name)
-    if json:
-        described = [_described(method) for method in chosen]
-        print(jsonlib.dumps(described, indent=2, ensure_ascii=False))
+    if as_json:
+        Printer(as_json).result([_described(method) for method in chosen])
     elif name is None:
         print("A merge is a chain: transforms, one merge, post-steps, as in star+ties+svc.")
         for kind in ("transform", "merge", "post-step"):
@@ -65,7 +65,7 @@ def _chain(name: str) -> list[type[Method]]:
 
     parts = split_chain(name)
     if len(parts) > 1:
-        make_pipeline(name)  # which refuses what is no chain
+        make_pipeline(name)  # raises for what is no chain
     return list(map(find_method, parts))
 
 
@@ -80,7 +80,7 @@ def _explained(method: type[Method]) -> str:
     if method.uses_metric:
         lines.append("With --metric FILE (of starmerge calibrate) it works in whitened inputs.\n")
     for parameter in described["parameters"]:
-        default = jsonlib.dumps(parameter.get("default"))
+        default = json.dumps(parameter.get("default"))
         shown = "" if default == "null" else f"={default.strip(chr(34))}"
         allowed = _allowed(parameter)
         about = parameter.get("description", "")

@@ -8,7 +8,7 @@ from starmerge_models.errors import UsageError, nearest
 
 
 def parameters_of(method: str, given: dict[str, Any], methods: list[str]) -> dict[str, Any]:
-    """Return what is given for one of several methods.
+    """Return the parameters that are given for one of several methods.
 
     Args:
         method: The method, or a chain.

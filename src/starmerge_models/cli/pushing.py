@@ -14,6 +14,7 @@ from starmerge_models.errors import Interrupted, StarmergeError, UsageError
 from starmerge_models.events import Note, emit
 
 if TYPE_CHECKING:
+    from starmerge_models.hub.push import Pushed
     from starmerge_models.recipe_file import Step
 
 Push = Annotated[
@@ -31,18 +32,13 @@ Private = Annotated[
 ]
 
 
-def begin(repo: str | None, step: Step, *, private: bool, dry_run: bool, fresh: bool) -> bool:
-    """Make sure that a merge can be pushed when it is done; push it at once if it is done.
+def check(repo: str | None, step: Step, *, private: bool) -> None:
+    """Make sure that a merge can be pushed when it is done.
 
     Args:
         repo: Where to, as on the command line; None: nowhere.
         step: The merge.
         private: As on the command line.
-        dry_run: Send nothing.
-        fresh: Do not look whether the merge is done.
-
-    Returns:
-        Whether the very merge stood at its output, and was pushed.
 
     Raises:
         UsageError: The output is no folder, or the repository may not be written to.
@@ -51,7 +47,7 @@ def begin(repo: str | None, step: Step, *, private: bool, dry_run: bool, fresh: 
     if repo is None:
         if private:
             raise UsageError("--private is said of a push: give --push ORG/NAME, too.")
-        return False
+        return
     with importing():
         from starmerge_models.hub.target import check_target, parse_target
         from starmerge_models.merging.outputs import is_output_file
@@ -68,25 +64,18 @@ def begin(repo: str | None, step: Step, *, private: bool, dry_run: bool, fresh: 
             "a folder as OUTPUT: the file comes to lie in it, with both."
         )
     check_target(target, private=private)
-    if dry_run:
-        print(f"Push: to {target} (nothing sent)")
-    if dry_run or fresh or not _is_made(step):
-        return False
-    print(f"{folder} is there already.")
-    upload(folder, repo, private=private, is_merged_now=True)
-    return True
 
 
-def _is_made(step: Step) -> bool:
-    """Tell whether the very merge stands at its output, whole."""
+def is_made(step: Step) -> bool:
+    """Tell whether the output exists, complete, and is of this very merge."""
     from starmerge_models.merging.plan import make_plan
-    from starmerge_models.merging.steps import is_there
+    from starmerge_models.merging.steps import is_up_to_date
     from starmerge_models.storage import exists
     from starmerge_models.storage.publishing import REPORT
 
     if not all(map(exists, (step.output / REPORT, *step.needs))):
         return False
-    return is_there(make_plan(step.recipe, step.output, writes=False), progress=True)
+    return is_up_to_date(make_plan(step.recipe, step.output, writes=False), progress=True)
 
 
 def upload(
@@ -97,8 +86,8 @@ def upload(
     message: str | None = None,
     scores: Path | None = None,
     is_merged_now: bool = False,
-) -> None:
-    """Push a folder, and print what came of it.
+) -> Pushed:
+    """Push a folder.
 
     Args:
         folder: The folder.
@@ -139,9 +128,16 @@ def upload(
     except Interrupted:
         print(go_on if is_merged_now else "To go on, push again.", file=sys.stderr)
         raise
+    return pushed
+
+
+def lines_on(pushed: Pushed) -> list[str]:
+    """Return lines for people on what a push did."""
+    lines = []
     if pushed.replaced is not None:
-        print(f"The merge that lay there before is in the history, at {pushed.replaced}.")
+        lines.append(f"The merge that was there before is in the history, at {pushed.replaced}.")
     if pushed.deleted:
-        print(f"Deleted with it: {', '.join(pushed.deleted)}")
+        lines.append(f"Deleted with it: {', '.join(pushed.deleted)}")
     done = "Pushed" if pushed.is_new else "There already"
-    print(f"{done}: {pushed.url} ({len(pushed.files)} files, commit {pushed.commit[:12]})")
+    size = f"{len(pushed.files)} files, commit {pushed.commit[:12]}"
+    return [*lines, f"{done}: {pushed.url} ({size})"]

@@ -1,4 +1,4 @@
-"""Options of the commands that do much work: who does it, and what it may take of the machine."""
+"""Options of long-running commands: threads or a cluster, and the memory they may use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from starmerge_models.merging.executors.threads import Threads as LocalThreads
 
     Workers: TypeAlias = LocalThreads | RayExecutor
-    """What does the work on tensors."""
+    """The executors of the work on tensors."""
 
 Threads = Annotated[
     int | None,
@@ -38,7 +38,7 @@ Memory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Memory for tensors in work, such as 4GB; one that needs more is taken alone.",
+        help="Memory for tensors in work, such as 4GB; one that needs more is merged alone.",
         show_default="a quarter of the machine's",
     ),
 ]
@@ -46,8 +46,8 @@ Kind: TypeAlias = Literal["threads", "ray"]
 Executor = Annotated[
     Kind,
     typer.Option(
-        help="Who does the work: threads of this process, or the workers of a [b]ray[/b] cluster, "
-        "which all reach the same files; see docs/cluster.md.",
+        help="Threads of this process, or workers of a [b]ray[/b] cluster, all of which must reach "
+        "the same files.",
     ),
 ]
 Address = Annotated[
@@ -61,10 +61,10 @@ Address = Annotated[
 
 
 def check_address(executor: Kind, address: str | None) -> None:
-    """Make sure that a cluster is named only where it is used.
+    """Make sure that a cluster is given only with ``--executor ray``.
 
     Raises:
-        UsageError: It is not used.
+        UsageError: A cluster is given without it.
     """
     if address is not None and executor != "ray":
         raise UsageError("--address names a Ray cluster. Add --executor ray.")
@@ -73,7 +73,7 @@ def check_address(executor: Kind, address: str | None) -> None:
 def workers_of(
     executor: Kind, address: str | None, threads: int | None, memory: str | None
 ) -> Workers:
-    """Return what does the work on tensors.
+    """Return the executor of the work on tensors.
 
     Raises:
         UsageError: Ray is not installed, or the options do not fit each other.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from starmerge_models.cli import asking, resources
+from starmerge_models.cli.importing import importing
+from starmerge_models.cli.printing import AsJson, Printer
 from starmerge_models.errors import UsageError
 
 if TYPE_CHECKING:
@@ -92,6 +95,7 @@ def study(
     executor: resources.Executor = "threads",
     address: resources.Address = None,
     threads: resources.Runs = None,
+    as_json: AsJson = False,
 ) -> None:
     """Merge some fine-tunes in many ways, score every merge, and draw what comes out.
 
@@ -113,14 +117,17 @@ def study(
 
     Example: starmerge study runs
     """
-    from starmerge_models.study.execute import Laboratory
-    from starmerge_models.study.store import check_same, is_store, load_store
-    from starmerge_models.study.study_file import find_study, studies
+    with importing():
+        from starmerge_models.study.execute import StudyRunner
+        from starmerge_models.study.store import check_compatible, is_store, load_store
+        from starmerge_models.study.study_file import find_study, studies
 
+    printer = Printer(as_json)
     if name is None:
+        printer.result([known.model_dump(mode="json") for known in studies().values()])
         for known in studies().values():
             about = f"{known.description}{f' ({known.paper})' if known.paper else ''}"
-            print(f"{known.name:<12} {about}")
+            printer.text(f"{known.name:<12} {about}")
         return
     asking.check_report(report, overwrite=overwrite)
     resources.check_address(executor, address)
@@ -139,7 +146,7 @@ def study(
                 dtype=dtype,
                 retry=retry or None,
             )
-            _draw(load_store(Path(name)), report, overwrite=overwrite)
+            _draw(load_store(Path(name)), report, printer, overwrite=overwrite)
             return
         if name not in studies():
             raise UsageError(
@@ -158,7 +165,7 @@ def study(
     )
     if output is None and not dry_run:
         _check_unused("To run the study, give --output FOLDER", report=report, retry=retry or None)
-        _show(chosen)
+        _show(chosen, printer)
         return
     workers = None
     if executor == "ray":
@@ -166,7 +173,7 @@ def study(
 
         # A model is asked by one thread at a time.
         workers = RayExecutor(address, threads=threads, places=1)
-    laboratory = Laboratory(
+    runner = StudyRunner(
         chosen,
         chosen.settings(batch_size=batch_size, device=device),
         cache=asking.cache_of(no_cache),
@@ -176,29 +183,42 @@ def study(
         known_runs = None
         if output is not None and is_store(output):
             known_runs = load_store(output)
-            check_same(output, known_runs.head, laboratory.head())
-        print(laboratory.estimate(known_runs))
+            check_compatible(output, known_runs.head, runner.head())
+        estimate = runner.estimate(known_runs)
+        printer.result(asdict(estimate))
+        printer.text(str(estimate))
         return
     assert output is not None  # or the study was shown
-    with laboratory.opened(output, retry=retry) as store:
-        laboratory.run(store, executor=workers, progress=True)
-        _draw(store, report, overwrite=overwrite)
+    with runner.opened(output, retry=retry) as store:
+        runner.run(store, executor=workers, progress=True)
+        _draw(store, report, printer, overwrite=overwrite)
 
 
-def _draw(store: Store, report: Path | None, *, overwrite: bool) -> None:
+def _draw(store: Store, report: Path | None, printer: Printer, *, overwrite: bool) -> None:
     """Write tables, figures and page of a store, and print the tables."""
-    from starmerge_models.study.outcome import FIGURES, averages_of, write_figures, write_tables
+    from starmerge_models.evaluation.results import without_nan
+    from starmerge_models.study.outputs import FIGURES, averages_of, write_figures, write_tables
 
     averages = averages_of(store)
-    print(write_tables(averages))
+    tables = write_tables(averages)
     write_figures(averages)
-    print(f"\nFigures: {store.folder / FIGURES}")
+    printer.result(
+        {
+            "study": store.head["study"]["name"],
+            "folder": store.folder,
+            "runs": store.head.get("planned"),
+            "done": len(store.records),
+            "averages": without_nan(averages.to_frame().to_dict("records")),
+            "figures": store.folder / FIGURES,
+        }
+    )
+    printer.text(tables, f"\nFigures: {store.folder / FIGURES}")
     if report is not None:
         from starmerge_models.study.page import write_page
         from starmerge_models.study.page.study import study_page
 
         write_page(study_page(averages), report, overwrite=overwrite)
-        print(f"Report: {report}")
+        printer.text(f"Report: {report}")
 
 
 def _check_unused(remark: str, **options: object) -> None:
@@ -226,7 +246,7 @@ def _number(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
-def _show(study: Study) -> None:
+def _show(study: Study, printer: Printer) -> None:
     """Print what a study is and how to run it."""
     from starmerge_models.study.runs import runs_of
     from starmerge_models.study.study_file import pool_of
@@ -234,16 +254,19 @@ def _show(study: Study) -> None:
     pool = pool_of(study)
     runs = runs_of(study, pool)
     merges = [run for run in runs if run.kind == "merge"]
-    numbers = ", ".join(str(n) for n in dict.fromkeys(len(run.models) for run in merges))
-    print(f"{study.name}: {study.description}")
+    numbers = list(dict.fromkeys(len(run.models) for run in merges))
+    labels = list(dict.fromkeys(run.label for run in merges))
+    printer.result(
+        study.model_dump(mode="json")
+        | {"base": str(pool.base), "runs": len(runs), "merges": len(merges), "labels": labels}
+    )
+    printer.text(f"{study.name}: {study.description}")
     if study.paper:
-        print(f"In arXiv 2502.10339: {study.paper}")
-    print(f"Base: {pool.base}\nFine-tunes: {', '.join(pool.models)}")
-    print(f"Merged at once: {numbers}")
-    print("Methods:")
-    for label in dict.fromkeys(run.label for run in merges):
-        print(f"  {label}")
-    print(f"{len(runs)} runs, {len(merges)} of them merges.")
+        printer.text(f"In arXiv 2502.10339: {study.paper}")
+    printer.text(f"Base: {pool.base}", f"Fine-tunes: {', '.join(pool.models)}")
+    printer.text(f"Merged at once: {', '.join(map(str, numbers))}", "Methods:")
+    printer.text(*(f"  {label}" for label in labels))
+    printer.text(f"{len(runs)} runs, {len(merges)} of them merges.")
     if study.notes:
-        print(study.notes)
-    print("To time it, add --dry-run to this command; to run it, -o FOLDER.")
+        printer.text(study.notes)
+    printer.text("To time it, add --dry-run to this command; to run it, -o FOLDER.")

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from starmerge_models.cli import asking
+from starmerge_models.cli.importing import importing
 from starmerge_models.cli.parameters import parameters_of
+from starmerge_models.cli.printing import AsJson, Printer
 
 
 def suite(
@@ -62,6 +64,7 @@ def suite(
     backend: asking.BackendName = "transformers",
     report: asking.Report = None,
     flat: asking.Flat = None,
+    as_json: AsJson = False,
     overwrite: asking.Overwrite = False,
     no_cache: asking.NoCache = False,
 ) -> None:
@@ -72,22 +75,27 @@ def suite(
 
     Example: starmerge suite llama-3.2 -m average -m star --output llama
     """
-    from starmerge_models.evaluation.settings import Settings
-    from starmerge_models.evaluation.tasks.suites import find_suite, suites
-    from starmerge_models.methods.notation import read_parameters
-    from starmerge_models.methods.pipeline import make_pipeline
-    from starmerge_models.study.suite import run_suite
+    with importing():
+        from starmerge_models.evaluation.settings import Settings
+        from starmerge_models.evaluation.tasks.suites import find_suite, suites
+        from starmerge_models.methods.notation import read_parameters
+        from starmerge_models.methods.pipeline import make_pipeline
+        from starmerge_models.study.suite import run_suite
 
+    printer = Printer(as_json)
     if name is None:
+        printer.result([known.model_dump(mode="json") for known in suites().values()])
         for known in suites().values():
-            print(f"{known.name:<12} {known.description} {len(known.tasks)} tasks, {known.base}")
+            about = f"{known.description} {len(known.tasks)} tasks, {known.base}"
+            printer.text(f"{known.name:<12} {about}")
         return
     chosen = find_suite(name)
     if output is None:
-        print(f"{chosen.name}: {chosen.description}\nBase: {chosen.base}")
+        printer.result(chosen.model_dump(mode="json"))
+        printer.text(f"{chosen.name}: {chosen.description}\nBase: {chosen.base}")
         for task in chosen.tasks:
-            print(f"  {task:<24} {chosen.models.get(task.rpartition('/')[2], '')}")
-        print(f"{chosen.notes}\nRun it: starmerge suite {name} --output FOLDER")
+            printer.text(f"  {task:<24} {chosen.models.get(task.rpartition('/')[2], '')}")
+        printer.text(f"{chosen.notes}\nRun it: starmerge suite {name} --output FOLDER")
         return
     asking.check_report(report, overwrite=overwrite)
     methods = method or ["average", "star", "auto"]
@@ -106,12 +114,13 @@ def suite(
         overwrite=overwrite,
         progress=True,
     )
-    for label, merged in result.merges.items():
-        print(f"{label}: {merged.report.summary()}")
-    print(f"\n{result.table}\n")
-    print(f"Results: {result.results}")
-    print(f"Chart: {result.chart}")
-    if result.flat is not None:
-        print(f"Flat: {result.flat}")
     if report is not None:
         asking.write_suite_report(result, report, overwrite=overwrite)
+    printer.result(result.to_json())
+    for label, merged in result.merges.items():
+        printer.text(f"{label}: {merged.report.summary()}")
+    printer.text(f"\n{result.table}\n", f"Results: {result.results}", f"Chart: {result.chart}")
+    if result.flat is not None:
+        printer.text(f"Flat: {result.flat}")
+    if report is not None:
+        printer.text(f"Report: {report}")

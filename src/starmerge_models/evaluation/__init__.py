@@ -1,1 +1,1 @@
-"""Asking models what they can do."""
+"""Evaluation of models on tasks: prompts, inference, scoring, comparison."""

@@ -1,6 +1,6 @@
-"""Answers kept on disk by all that decides them, so that no model is asked twice.
+"""An on-disk cache of model responses, keyed by a hash of everything that determines them.
 
-What is kept is what the model wrote, not what was read in it: readings and scores are made anew.
+The cache holds raw responses. Parsed answers and scores are recomputed on every run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from blake3 import blake3
 
 from starmerge_models import deltas
-from starmerge_models.checkpoints.hashing import remembered_blake3_of
+from starmerge_models.checkpoints.hashing import cached_blake3_of
 from starmerge_models.merging import apply, fold
 from starmerge_models.storage.publishing import REPORT
 from starmerge_models.versions import installed_versions
@@ -34,9 +34,9 @@ _PACKAGES = (
     "pillow",
     "vllm",
 )
-"""What computes answers, by the names of the distributions."""
+"""Distributions whose versions are part of the cache key."""
 
-_NO_PART = (
+_IGNORED_FILES = (
     ".*",
     "*.md",
     "checkpoint-*",
@@ -44,24 +44,24 @@ _NO_PART = (
     "NOTICE*",
     "README*",
     REPORT,
-    # what a training run leaves
+    # written by training runs
     "optimizer.*",
     "rng_state*",
     "scheduler.*",
     "trainer_state.json",
     "training_args.bin",
 )
-"""Files of a model's folder that have no part in its answers; what is not known has one."""
+"""Files of a model's folder that do not affect its answers; every other file counts."""
 
-_ADDING = (deltas, fold, apply)
-"""What adds an update to the weights of a loaded model."""
+_UPDATE_CODE = (deltas, fold, apply)
+"""Modules that add an update to the weights of a loaded model."""
 
 _NAME = re.compile(r"[0-9a-f]{64}\.jsonl")
 _PARTIAL = ".partial-"
 
 
 Record = Mapping[str, Any]
-"""What a model answered to a row, as JSON can hold it."""
+"""A model's answer to a row, as JSON-serialisable data."""
 
 
 def score_key(
@@ -72,21 +72,19 @@ def score_key(
     dtype: str,
     update: str | None = None,
 ) -> str:
-    """Return a hash of all that decides a model's answers to a task.
+    """Return the cache key of a model's answers to a task: a hash of everything they depend on.
 
-    These are the content of the model's files, but not their place, and of what is added to its
-    weights in memory; what is asked, device and dtype, as they are given; the versions of the
-    packages that compute; and the code of :mod:`starmerge_models.evaluation` itself, so that
-    nothing is stale between two releases either. Of an update in memory the content decides,
-    whatever merged it, and the code that adds it to the weights.
+    The hash covers the content of the model's files (not their paths); the update added to its
+    weights in memory (its content, not the method that produced it) and the code that adds it;
+    task, device and dtype; the versions of the packages that compute; and the code of
+    :mod:`starmerge_models.evaluation`, so that no entry is stale after a change of the code.
 
     Args:
-        folders: What makes the model: a whole model's folder, a base's and its adapter's.
-        asked: What is asked and how: task, rows, scorer and its settings. JSON must be able to
-            hold it.
+        folders: The folders of the model: a whole model's, or a base's and its adapter's.
+        asked: Task, rows, scorer and its settings, JSON-serialisable.
         device: Kind of the device, such as "cpu".
-        dtype: Of the weights as they are computed with, such as "bfloat16".
-        update: The hash of what is added to the model's weights in memory, by
+        dtype: Dtype that the weights are loaded in, such as "bfloat16".
+        update: The hash of the update in memory, by
             :func:`starmerge_models.checkpoints.hashing.blake3_of_update`.
     """
     content = {
@@ -96,26 +94,26 @@ def score_key(
         "device": device,
         "dtype": dtype,
         "versions": versions(),
-        "code": _code(*([] if update is None else _ADDING)),
+        "code": _code(*([] if update is None else _UPDATE_CODE)),
     }
     return blake3(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class ScoreCache:
-    """A folder of answers; several processes may read and write it at once.
+    """A folder of answers, safe for concurrent readers and writers.
 
-    It has a JSONL file for each key: a line with a checksum, then a record a line. A file appears
-    whole; one that is torn or damaged all the same counts as absent.
+    Each key has a JSONL file: a line with a checksum, then one record per line. Files are renamed
+    into place, and a file whose checksum does not match is treated as missing.
 
     Args:
-        folder: Where the files lie; by default in the user's cache.
+        folder: The folder; by default one in the user's cache directory.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = _user_folder() if folder is None else folder
 
     def get(self, key: str) -> list[Record] | None:
-        """Return the records kept under a key of :func:`score_key`, in their order, or None."""
+        """Return the records stored under a key of :func:`score_key`, in order, or None."""
         try:
             head, _, body = self._file(key).read_bytes().partition(b"\n")
         except OSError:
@@ -125,9 +123,9 @@ class ScoreCache:
         return [json.loads(line) for line in body.splitlines()]
 
     def put(self, key: str, records: Sequence[Record]) -> None:
-        """Keep records under a key, in place of what is there.
+        """Store records under a key, replacing an existing entry.
 
-        If the disk does not take them, that is a warning: they are worth more than the cache.
+        A failed write is a warning, not an error, so that the answers are not lost.
         """
         body = b"".join(json.dumps(record).encode() + b"\n" for record in records)
         try:
@@ -140,18 +138,18 @@ class ScoreCache:
                 partial.replace(self._file(key))
         except OSError as error:
             warnings.warn(
-                f"The answers could not be kept in {self.folder}, and will be asked for again next "
-                f"time: {error}",
+                f"The answers could not be cached in {self.folder}, and the next run will compute "
+                f"them again: {error}",
                 stacklevel=2,
             )
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """Total size of the entries in bytes."""
         return sum(file.stat().st_size for file in self._files())
 
     def clear(self) -> int:
-        """Delete all files, and what killed processes left; return how many files went."""
+        """Delete all entries and the partial files of killed processes; return how many entries."""
         files = self._files()
         for file in files:
             file.unlink(missing_ok=True)
@@ -167,38 +165,38 @@ class ScoreCache:
 
 
 def blake3_of_model(folder: Path) -> str:
-    """Return one hash of all files of a folder that have a part in a model's answers.
+    """Return one hash of all files of a folder that affect a model's answers.
 
-    That of a JSON object of their hashes by name; where the folder lies does not count.
+    It is the hash of a JSON object of the files' hashes by name; the folder's path does not count.
     """
     return blake3(json.dumps(_model_files(folder), sort_keys=True).encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that compute answers, of those that are installed."""
+    """Return the versions of the installed packages that compute answers."""
     return installed_versions(_PACKAGES)
 
 
 def _head(key: str, body: bytes) -> bytes:
-    """Return a file's first line; the key has a part in it, so that no file passes for another."""
+    """Return a file's first line: a checksum over key and body, so that a renamed file fails."""
     return json.dumps({"blake3": blake3(key.encode() + body).hexdigest()}).encode()
 
 
 def _model_files(folder: Path) -> dict[str, str]:
-    """Return the hashes of what has a part in a model's answers, by file name."""
+    """Return the hashes of the files that affect a model's answers, by file name."""
     files = {file.relative_to(folder): file for file in folder.rglob("*") if file.is_file()}
     return {
-        path.as_posix(): remembered_blake3_of(file)
+        path.as_posix(): cached_blake3_of(file)
         for path, file in files.items()
-        if not any(fnmatchcase(part, pattern) for part in path.parts for pattern in _NO_PART)
+        if not any(fnmatchcase(part, pattern) for part in path.parts for pattern in _IGNORED_FILES)
     }
 
 
 def _code(*modules: ModuleType) -> list[str]:
-    """Return the hashes of the files of this package, and of some modules."""
+    """Return the hashes of the source files of this package and of some other modules."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
     others = [Path(str(module.__file__)) for module in modules]
-    return [remembered_blake3_of(file) for file in [*files, *others]]
+    return [cached_blake3_of(file) for file in [*files, *others]]
 
 
 def _user_folder() -> Path:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from starmerge_models.evaluation.grids import html_table, interval_cell
+from starmerge_models.evaluation.model_groups import BASE, TUNED
 from starmerge_models.evaluation.provenance import Provenance
 from starmerge_models.evaluation.scoring.comparison import (
     Difference,
@@ -20,19 +20,19 @@ from starmerge_models.evaluation.scoring.comparison import (
     normalised_average,
 )
 from starmerge_models.evaluation.scoring.metrics import DEFAULT, Score
-from starmerge_models.evaluation.subjects import BASE, TUNED
+from starmerge_models.evaluation.text_tables import html_table, interval_cell
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = 1
-"""Version of what :meth:`Evaluation.to_json` returns; a change of meaning raises it."""
+"""Version of the output of :meth:`Evaluation.to_json`; incremented when its meaning changes."""
 
 AVERAGE = "normalised average"
-"""What the last row of the cells is called."""
+"""Label of the last row of the cells."""
 
 _SHOWN = 8
-"""Models, and tasks, that ``repr`` names at most."""
+"""Most models and most tasks that ``repr`` lists."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,11 +42,11 @@ class Evaluation:
     scorer: str
     mode: str
     scores: Mapping[str, Mapping[str, Score]]
-    """By model, the base first, and task."""
+    """By model (the base first), then by task."""
     tuned: Mapping[str, Score]
-    """By task, the score of its own fine-tune: the adapter or model called like the task."""
+    """By task, the score of its own fine-tune: the adapter or model with the task's name."""
     provenance: Provenance | None = None
-    """Which models and rows these were; None for scores that no :func:`evaluate` has made."""
+    """Provenance of models and rows; None for scores not computed by :func:`evaluate`."""
 
     @property
     def tasks(self) -> list[str]:
@@ -71,7 +71,7 @@ class Evaluation:
         return by_task(self.scores[first], self.scores[second])
 
     def __repr__(self) -> str:
-        """Return a few lines: the tasks, and each model with its average."""
+        """Return a few lines: the tasks, and each model with its average score."""
         tuned, others = len(self.tuned), self.others
         lines = [
             f"Evaluation: {len(self.scores)} models, {len(self.tasks)} tasks "
@@ -85,7 +85,7 @@ class Evaluation:
         return "\n".join(lines)
 
     def _average(self, model: str) -> str:
-        """Return a model's average in words, normalised where that is defined."""
+        """Return a model's average as text: the normalised average where it is defined."""
         value = mean_ratio(self.scores[model], self.tuned)
         if value is not None:
             return f"normalised average {value:.3f}"
@@ -97,10 +97,10 @@ class Evaluation:
         return html_table(self.cells())
 
     def cells(self) -> list[list[str]]:
-        """Return the scores as cells for people: a row for each task, a column for each model.
+        """Return the scores as text cells: a row for each task, a column for each model.
 
-        The first row is the head. The tasks' own fine-tunes share the column "fine-tuned". The last
-        row has the normalised averages, if every task has a fine-tune.
+        The first row is the header. The tasks' own fine-tunes share the column "fine-tuned". The
+        last row has the normalised averages, if every task has a fine-tune.
         """
         columns: dict[str, dict[str, str]] = {}
         columns[BASE] = {task: _cell(score) for task, score in self.scores[BASE].items()}
@@ -128,7 +128,7 @@ class Evaluation:
         return pd.DataFrame(self.to_records())
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return a flat record for each score, as plain data."""
+        """Return a flat JSON-serialisable record for each score."""
         return [
             {
                 "model": model,
@@ -148,7 +148,7 @@ class Evaluation:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Return all but the single predictions for a JSON file; intervals are of 95 %."""
+        """Return everything except the predictions as JSON data, with 95 % intervals."""
         averages = {model: self.normalised(model) for model in (BASE, *self.others)}
         pairs = [(a, b) for n, a in enumerate(self.others) for b in self.others[:n]]
         return {
@@ -190,7 +190,7 @@ def _comparison(model: str, other: str, task: str | None, found: Difference) -> 
 
 
 def shortened(names: Sequence[str]) -> str:
-    """Return some names for people, the first of them where there are many."""
+    """Return names as text: the first eight and the number of the others."""
     shown = ", ".join(names[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown} … and {len(names) - _SHOWN} more"
 

@@ -1,8 +1,8 @@
 """Scores in the layout of the scripts of arXiv 2502.10339: a JSON file for each method.
 
-Each holds ``{task: score}`` and lies in a folder for its set of tasks, so that files of one folder
-can be compared. The base is ``pretrained.json`` and the fine-tunes, each on its own task,
-``lora.json``, as in https://github.com/IBM/STAR; every other model has the file of its name.
+Each file holds ``{task: score}`` and is in a folder for its set of tasks, so that the files of a
+folder are comparable. As in https://github.com/IBM/STAR, ``pretrained.json`` is the base and
+``lora.json`` the fine-tunes, each on its own task; every other model has a file of its own name.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from blake3 import blake3
 from starmerge_models.checkpoints.writer import json_bytes
 from starmerge_models.errors import UsageError
 from starmerge_models.evaluation.evaluation import Evaluation
+from starmerge_models.evaluation.model_groups import BASE
 from starmerge_models.evaluation.results import without_nan
 from starmerge_models.evaluation.scoring.metrics import Score
-from starmerge_models.evaluation.subjects import BASE
 from starmerge_models.storage.publishing import check_output_file, output_file
 
 _PRETRAINED, _TUNED = "pretrained", "lora"
 
 _LONGEST = 200
-"""Characters of a folder's name; file systems allow 255 bytes."""
+"""Longest folder name in bytes; file systems allow 255."""
 
 
 def task_set(tasks: Iterable[str]) -> str:
@@ -41,16 +41,16 @@ def task_set(tasks: Iterable[str]) -> str:
 def check_flat(
     folder: Path, models: Iterable[str], tasks: Sequence[str], *, overwrite: bool
 ) -> None:
-    """Make sure that the files may be written: to be called before models are asked.
+    """Make sure that the files may be written; the caller must check before it runs models.
 
     Args:
-        folder: Where to.
+        folder: The output folder.
         models: The names of all models but the base.
         tasks: The names of the tasks.
-        overwrite: Replace files that stand there.
+        overwrite: Whether to replace existing files.
 
     Raises:
-        UsageError: A model has a name that no file can have, or a file stands there.
+        UsageError: A model's name cannot be a file name, or a file exists already.
     """
     others = [name for name in models if name not in tasks]
     for name in others:
@@ -66,14 +66,14 @@ def check_flat(
 
 
 def write_flat(folder: Path, evaluation: Evaluation, *, overwrite: bool = False) -> Path:
-    """Write the scores, each file whole or not at all; files of other methods stay.
+    """Write the scores, each file atomically; files of other methods are kept.
 
-    Scores are rounded to four decimals, as by the scripts; null where one is undefined.
+    Scores are rounded to four decimals, as by the scripts; an undefined score is null.
 
     Args:
-        folder: Where to.
-        evaluation: What to write.
-        overwrite: Replace files that stand there.
+        folder: The output folder.
+        evaluation: The scores.
+        overwrite: Whether to replace existing files.
 
     Returns:
         The folder of the set of tasks.

@@ -1,4 +1,4 @@
-"""Where scores come from: the models and rows by their content, and what computed the answers."""
+"""Provenance of scores: hashes of models and rows, versions of the packages, the device."""
 
 from __future__ import annotations
 
@@ -10,69 +10,69 @@ from typing import Any
 
 from starmerge_models.checkpoints.source import LocalSource
 from starmerge_models.evaluation.cache import blake3_of_model, versions
+from starmerge_models.evaluation.model_groups import Group
 from starmerge_models.evaluation.models.loading import device_kind, device_name, dtype_name
+from starmerge_models.evaluation.prepared_tasks import PreparedTask
 from starmerge_models.evaluation.settings import Settings
-from starmerge_models.evaluation.sheets import Sheet
-from starmerge_models.evaluation.subjects import Group
 
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """Which model was asked."""
+    """Provenance of a model."""
 
     path: str | None
-    """Hub id, or the folder as it was given; None: an update of the base in memory."""
+    """Hub id, or the folder as the caller gave it; None: an update of the base in memory."""
     revision: str | None
-    """Commit of a Hub repository, where that is known."""
+    """Commit of a Hub repository, if known."""
     blake3: str
-    """Of the content of all files that have a part in its answers (for an adapter, its own files),
-    or of the update."""
+    """Hash of all files that affect its answers (for an adapter, the adapter's own files), or of
+    the update."""
     dtype: str
-    """Of the weights that computed the answers."""
+    """Dtype of the weights during the evaluation."""
 
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """Which rows were asked."""
+    """Provenance of a task's rows."""
 
     source: str
-    """Where the rows come from: a dataset, a file, a generator."""
+    """The dataset, file or generator."""
     blake3: str
-    """Of the rows and of all that decides how they are asked and read."""
+    """Hash of the rows and of everything that determines prompts and parsing."""
     rows: int
     """Rows that were scored."""
     held_out: int | None
-    """Rows of a file that a hash holds out for scoring; None where rows are split otherwise."""
+    """Rows of a file held out for scoring by hash; None where rows are split in another way."""
     training: int | None
-    """Rows of that file that count as training rows."""
+    """Rows of the file that count as training rows."""
     match: str | None
-    """The matcher; None for images and tasks of a harness."""
+    """The matcher; None for images and tasks of lm-evaluation-harness."""
     metric: str
     plugins: Mapping[str, Mapping[str, str]]
-    """Where matcher and metric come from, by name; empty where they are starmerge's."""
+    """Origin of matcher and metric by name, where they are plug-ins."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """All that is needed to repeat an evaluation, or to tell that another was of something else."""
+    """Everything needed to repeat an evaluation, or to see how two evaluations differ."""
 
     date: str
-    """When the evaluation began: UTC, ISO 8601."""
+    """Start of the evaluation: UTC, ISO 8601."""
     models: Mapping[str, ModelRecord]
     """By name, the base first."""
     tasks: Mapping[str, TaskRecord]
     """By name."""
     rows: int | None
-    """Rows of a task at most, as asked for; None: all of its sample."""
+    """The requested limit on the rows of a task; None: the whole sample."""
     batch_size: int | None
     device: str
     """"cpu", or the name of the GPU."""
     backend: str
     versions: Mapping[str, str]
-    """Of Python and of the packages that compute answers."""
+    """Versions of Python and of the packages that compute answers."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything as plain data."""
+        """Return the fields as JSON-serialisable data."""
         return asdict(self)
 
 
@@ -81,16 +81,16 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def record_of(
+def model_record(
     name: str, source: LocalSource | None, group: Group, settings: Settings
 ) -> ModelRecord:
-    """Return the record of a model that is about to be asked; its files are hashed.
+    """Hash a model's files and return its record, before the model runs.
 
     Args:
-        name: Its name.
-        source: Where it lies; None: an update of the base in memory.
-        group: The group that it is asked in.
-        settings: How it is asked.
+        name: The model's name.
+        source: The model's location; None: an update of the base in memory.
+        group: The model's group.
+        settings: Device and dtype.
     """
     device = device_kind(settings.device)
     dtype = dtype_name(group.folders(name)[0], settings.dtype, device)
@@ -102,17 +102,17 @@ def record_of(
     return ModelRecord(path, source.revision, blake3_of_model(source.path), dtype)
 
 
-def gathered(
+def make_provenance(
     date: str,
     models: Mapping[str, ModelRecord],
-    sheets: Mapping[str, Sheet],
+    prepared: Mapping[str, PreparedTask],
     settings: Settings,
 ) -> Provenance:
-    """Put the provenance of an evaluation together."""
+    """Build the provenance of an evaluation."""
     return Provenance(
         date=date,
         models=dict(models),
-        tasks={name: TaskRecord(**sheet.record()) for name, sheet in sheets.items()},
+        tasks={name: TaskRecord(**task.record()) for name, task in prepared.items()},
         rows=settings.rows,
         batch_size=settings.batch_size,
         device=device_name(settings.device),

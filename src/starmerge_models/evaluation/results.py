@@ -1,14 +1,14 @@
-"""A folder of results: scores, every prediction, the table; written whole, read by pandas.
+"""Results folders: scores, every prediction and the table; written atomically, read by pandas.
 
-- ``scores.json``: all scores, averages and differences, null where one is undefined, and the
-  provenance of them: models and rows by their content, device, versions, date
+- ``scores.json``: all scores, averages and differences (null where undefined), and their
+  provenance: hashes of models and rows, device, versions, date
 - ``scores.csv``: the scores, one a line
-- ``predictions.parquet`` or ``predictions.jsonl``: each row of each task, as each model answered it
-- ``table.md``: the table for people
+- ``predictions.parquet`` or ``predictions.jsonl``: every model's answer to every row
+- ``table.md``: the scores as a Markdown table
 
-The columns of the predictions are ``model``, ``task``, ``id``, ``response``, ``value`` (what was
-read in the response, as text; null where nothing could be), ``number`` (the same, where it is a
-number), ``gold``, ``credit`` and ``shortened``.
+The columns of the predictions are ``model``, ``task``, ``id``, ``response``, ``value`` (the answer
+parsed from the response, as text; null if unreadable), ``number`` (the same as a number, where it
+is one), ``gold``, ``credit`` and ``shortened``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _RESULTS = Replaceable("results folder", _SCORES, _MEMBERS)
 
 @dataclass(frozen=True, repr=False)
 class Results:
-    """What stands in a results folder: ``scores, predictions = load_results(folder)``.
+    """The content of a results folder: ``scores, predictions = load_results(folder)``.
 
     A notebook shows the scores as a table.
     """
@@ -53,9 +53,9 @@ class Results:
     scores: pd.DataFrame
     """A row for each model and task."""
     predictions: pd.DataFrame
-    """A row for each row of a task, task and model."""
+    """A row for each model, task and row of the task."""
     provenance: dict[str, Any] | None
-    """Which models and rows these were, and what computed the answers: the plain data of
+    """Provenance of models and rows, as JSON data of
     :class:`starmerge_models.evaluation.provenance.Provenance`."""
 
     def __iter__(self) -> Iterator[pd.DataFrame]:
@@ -65,13 +65,13 @@ class Results:
 
     @property
     def table(self) -> pd.DataFrame:
-        """The scores with a row for each task and a column for each model, in their order."""
+        """The scores with a row for each task and a column for each model, in the file's order."""
         order = {name: list(dict.fromkeys(self.scores[name])) for name in ("task", "model")}
         wide = self.scores.pivot(index="task", columns="model", values="score")
         return wide.reindex(index=order["task"], columns=order["model"])
 
     def __repr__(self) -> str:
-        """Return a few lines: how much there is, when it was made, the tasks and the models."""
+        """Return a few lines: the number of scores, the date, the tasks and the models."""
         made = "" if self.provenance is None else f", {self.provenance['date']}"
         return "\n".join(
             [
@@ -88,11 +88,11 @@ class Results:
 
 
 def check_results(folder: Path, *, overwrite: bool) -> None:
-    """Make sure that results may be written to ``folder``: to be called before models are asked.
+    """Make sure that results may be written to ``folder``; callers check before they run models.
 
     Raises:
-        UsageError: Something stands there that may not be replaced. Only a results folder is, and
-            only if it holds nothing else.
+        UsageError: The path exists and may not be replaced. Only a results folder without other
+            files is ever replaced.
     """
     check_output(folder, overwrite=overwrite, kind=_RESULTS)
 
@@ -105,17 +105,17 @@ def write_results(
     predictions: Literal["parquet", "jsonl"] = "parquet",
     overwrite: bool = False,
 ) -> None:
-    """Write an evaluation into a folder, which appears whole or not at all.
+    """Write an evaluation into a folder, atomically.
 
     Args:
-        folder: Where to.
-        evaluation: What to write.
-        table: Its table, in Markdown.
+        folder: The output folder.
+        evaluation: The scores and predictions.
+        table: The scores as a Markdown table.
         predictions: Format of the predictions.
-        overwrite: Replace the results that stand there.
+        overwrite: Whether to replace existing results.
 
     Raises:
-        UsageError: Something stands there that may not be replaced.
+        UsageError: The path exists and may not be replaced.
         StarmergeError: The disk is full, or fails otherwise.
     """
     import pyarrow as pa  # noqa: PLC0415
@@ -137,7 +137,7 @@ def write_results(
 
 
 class _Score(BaseModel):
-    """What tells the scores of a file from each other."""
+    """The fields that identify a score in a file."""
 
     model_config = ConfigDict(strict=True)
     task: str
@@ -150,7 +150,7 @@ class _Provenance(BaseModel):
 
 
 class _Content(BaseModel):
-    """The parts of ``scores.json`` that are looked at."""
+    """The parts of ``scores.json`` that the loader validates."""
 
     scores: list[_Score] = Field(min_length=1)
     provenance: _Provenance | None = None
@@ -163,8 +163,8 @@ class _Content(BaseModel):
         return scores
 
 
-def load_results(folder: Path) -> Results:
-    """Read what :func:`write_results` has written.
+def load_results(folder: str | Path) -> Results:
+    """Read the folder that ``starmerge evaluate -o`` or :func:`write_results` has written.
 
     Raises:
         UsageError: ``folder`` is no results folder.
@@ -172,6 +172,7 @@ def load_results(folder: Path) -> Results:
     """
     import pandas as pd  # noqa: PLC0415
 
+    folder = Path(folder)
     content = read_scores(folder)
     scores = [
         {name: math.nan if value is None else value for name, value in record.items()}
@@ -182,14 +183,14 @@ def load_results(folder: Path) -> Results:
 
 
 def read_scores(folder: Path) -> dict[str, Any]:
-    """Read ``scores.json`` of a results folder, as it stands there: null for what is undefined.
+    """Read ``scores.json`` of a results folder unchanged: an undefined value is None.
 
     Raises:
         UsageError: ``folder`` is no results folder.
         StarmergeError: The file is broken, or another version wrote it.
     """
     if not (folder / _SCORES).is_file():
-        raise UsageError(f"{folder} holds no {_SCORES}, so it is no results folder.")
+        raise UsageError(f"{folder} holds no {_SCORES}, so it is not a results folder.")
     content = read_json(folder / _SCORES)
     version = content.get("schema_version")
     if version != SCHEMA:

@@ -1,4 +1,4 @@
-"""An evaluation: a base, its fine-tunes and its merges, each asked the same rows."""
+"""Runs an evaluation: a base, its fine-tunes and its merges on the same rows."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from starmerge_models.checkpoints.source import resolve_local
 from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.evaluation.cache import Record, ScoreCache, score_key
 from starmerge_models.evaluation.evaluation import Evaluation
+from starmerge_models.evaluation.model_groups import BASE, Group, Update, check_backend, groups
 from starmerge_models.evaluation.models.loading import device_kind, device_name, dtype_name
-from starmerge_models.evaluation.provenance import ModelRecord, gathered, now, record_of
+from starmerge_models.evaluation.prepared_tasks import AnyTask, PreparedTask, prepare
+from starmerge_models.evaluation.provenance import ModelRecord, make_provenance, model_record, now
 from starmerge_models.evaluation.scoring.metrics import Score
 from starmerge_models.evaluation.settings import Settings
-from starmerge_models.evaluation.sheets import AnyTask, Sheet, prepare
-from starmerge_models.evaluation.subjects import BASE, Group, Update, check_backend, groups
+from starmerge_models.evaluation.tasks import find_task
 from starmerge_models.progress import SILENT, Progress, progress_bar
+from starmerge_models.recipe import model_entries, paths_by_name
 
 
 def evaluate(
     base: str | Path,
-    models: Mapping[str, str | Path | Update],
-    tasks: Sequence[AnyTask],
+    models: str | Path | Sequence[str | Path] | Mapping[str, str | Path | Update],
+    tasks: Sequence[str | AnyTask],
     settings: Settings = Settings(),  # noqa: B008  (it is frozen)
     *,
     cache: ScoreCache | None = None,
@@ -31,30 +33,37 @@ def evaluate(
 ) -> Evaluation:
     """Score a base, adapters on it, updates of it and whole models on the same rows of some tasks.
 
-    A model called like one of the tasks is that task's own fine-tune, the upper bound of the
-    normalised average, and is asked that task only. Every other model is asked all tasks.
+    A model with the same name as a task is that task's own fine-tune, the upper bound of the
+    normalised average, and is evaluated on that task only. Every other model is evaluated on all
+    tasks.
 
-    The base is loaded once: adapters are switched on and off by PEFT, updates in memory are added
-    to its weights and taken back. What the cache knows is not asked again. The files of each model
-    are hashed: the result says by their content which models and rows these were.
+    The base is loaded once: PEFT switches adapters on and off, and updates in memory are added to
+    the base's weights and removed again. Cached answers are reused. The result identifies models
+    and rows by the hashes of their content.
 
     Args:
         base: The base: a folder or a Hub id.
-        models: What is scored, by name: folders or Hub ids of adapters and whole models, updates
-            of the base's tensors in memory.
-        tasks: The tasks.
-        settings: How they are asked.
-        cache: Where answers are kept; None: nowhere.
+        models: The models to score: folders or Hub ids of adapters and whole models, named by
+            their last part or as ``NAME=PATH``; a mapping gives them names, and may hold updates of
+            the base's tensors in memory.
+        tasks: Names of tasks, task files or rows, or tasks as objects.
+        settings: Scorer, rows, device and other choices.
+        cache: Cache of answers; None: no caching.
         progress: Whether to show a progress bar.
 
     Raises:
-        UsageError: A model that cannot be found or loaded, a model called "base", two tasks of one
-            name, a task without rows or without answers to rank, tasks of text and of images.
+        UsageError: A model cannot be found or loaded or is called "base", two tasks have the same
+            name, a task has no rows or no answers to rank, or text and image tasks are mixed.
         StarmergeError: A model computes a NaN.
+
+    Example:
+        ``sm.evaluate("base", ["adapters/digits", "merged"], ["digits"])``
     """
     date = now()
+    if not isinstance(models, Mapping):
+        models = paths_by_name(model_entries(models))
     with progress_bar("evaluating", None, show=progress) as bar:
-        sheets = check(tasks, settings, progress=bar)
+        prepared = prepare_tasks(tasks, settings, progress=bar)
         bar.waits_for("finding the models")
         start = resolve_local(base)
         sources = {
@@ -65,7 +74,7 @@ def evaluate(
         subjects = groups(
             start.path,
             {**models, **{name: source.path for name, source in sources.items()}},
-            kind=next(iter(sheets.values())).kind,
+            kind=next(iter(prepared.values())).kind,
             device=settings.device,
             dtype=settings.dtype,
             backend=settings.backend,
@@ -73,115 +82,117 @@ def evaluate(
         sources[BASE] = start
         names = [BASE, *models]
         asked = {
-            name: [sheet for task, sheet in sheets.items() if name == task or name not in sheets]
+            name: [one for task, one in prepared.items() if name == task or name not in prepared]
             for name in names
         }
         scores: dict[str, dict[str, Score]] = {}
         records: dict[str, ModelRecord] = {}
-        bar.expects(sum(sheet.size for own in asked.values() for sheet in own))
+        bar.expects(sum(task.size for own in asked.values() for task in own))
         while subjects:
-            group = subjects.pop(0)  # what the one before has loaded goes with it
-            gc.collect()  # models hold themselves in circles
+            group = subjects.pop(0)  # drops the last reference to the previous group's model
+            gc.collect()  # models contain reference cycles
             for name in group.names:
                 bar.waits_for(f"hashing {name}")
-                records[name] = record_of(name, sources.get(name), group, settings)
-                found = answers(name, group, asked[name], settings, cache, bar)
+                records[name] = model_record(name, sources.get(name), group, settings)
+                found = cached_answers(name, group, asked[name], settings, cache, bar)
                 scores[name] = {
-                    sheet.name: sheet.score(answered)
-                    for sheet, answered in zip(asked[name], found, strict=True)
+                    task.name: task.score(answered)
+                    for task, answered in zip(asked[name], found, strict=True)
                 }
     return Evaluation(
         settings.scorer,
         settings.mode,
         {name: scores[name] for name in names},
-        {name: scores[name][name] for name in models if name in sheets},
-        gathered(date, {name: records[name] for name in names}, sheets, settings),
+        {name: scores[name][name] for name in models if name in prepared},
+        make_provenance(date, {name: records[name] for name in names}, prepared, settings),
     )
 
 
-def check(
-    tasks: Sequence[AnyTask],
+def prepare_tasks(
+    tasks: Sequence[str | AnyTask],
     settings: Settings,
-    prepared: Callable[[AnyTask, Settings], Sheet] = prepare,
+    prepare_one: Callable[[AnyTask, Settings], PreparedTask] = prepare,
     *,
     progress: Progress = SILENT,
-) -> dict[str, Sheet]:
-    """Read the rows of tasks, and make sure that they can be asked together.
+) -> dict[str, PreparedTask]:
+    """Read the rows of tasks, and make sure that one model can be evaluated on all of them.
 
     Args:
-        tasks: The tasks.
-        settings: How they are asked.
-        prepared: Reads the rows of a task; by default those to score.
-        progress: Is told which task's rows are read.
+        tasks: Names of tasks, files, or tasks as objects.
+        settings: Scorer, rows, device and other choices.
+        prepare_one: Reads the rows of a task; by default the rows to score.
+        progress: Reports the task whose rows are being read.
 
     Raises:
-        UsageError: Two tasks of one name, a task without rows or without answers to rank, tasks of
-            text and of images, a backend or device that is not there.
+        UsageError: A task is unknown, two tasks have the same name, a task has no rows or no
+            answers to rank, text and image tasks are mixed, or the backend or device is
+            unavailable.
     """
-    names = [task.name for task in tasks]
+    found = [find_task(task) if isinstance(task, str) else task for task in tasks]
+    names = [task.name for task in found]
     twice = [task for task in names if names.count(task) > 1]
     if twice:
         raise UsageError(f"Two tasks are called {twice[0]!r}. Evaluate them one after the other.")
-    sheets: dict[str, Sheet] = {}
-    for task in tasks:
+    prepared: dict[str, PreparedTask] = {}
+    for task in found:
         progress.waits_for(f"reading the rows of {task.name}")
-        sheets[task.name] = prepared(task, settings)
-    if len({sheet.kind for sheet in sheets.values()}) != 1:
-        raise UsageError("Give tasks, all of text or all of images: no model can do both.")
+        prepared[task.name] = prepare_one(task, settings)
+    if len({task.kind for task in prepared.values()}) != 1:
+        raise UsageError("Give only text tasks or only image tasks: no model supports both.")
     check_backend(settings.backend, settings.device)
-    return sheets
+    return prepared
 
 
-def answers(
+def cached_answers(
     name: str,
     group: Group,
-    sheets: Sequence[Sheet],
+    tasks: Sequence[PreparedTask],
     settings: Settings,
     cache: ScoreCache | None,
     progress: Progress,
 ) -> list[list[Record]]:
-    """Return what one model answers to some sheets: from the cache, or by asking it.
+    """Return one model's answers to some tasks, from the cache or by running the model.
 
-    The progress moves on by rows, and is told what is waited for.
+    The progress advances by rows and names the step that is running.
 
     Raises:
-        UsageError: The model cannot be loaded, or the sheet does not fit it.
-        StarmergeError: It computes a NaN.
+        UsageError: The model cannot be loaded, or a task does not fit it.
+        StarmergeError: The model computes a NaN.
     """
     found = []
     if cache is not None:
         progress.waits_for(f"hashing {name}")
-    keys = [_key(name, group, sheet, settings) if cache is not None else None for sheet in sheets]
+    keys = [_key(name, group, task, settings) if cache is not None else None for task in tasks]
     with ExitStack() as stack:
         model = None
-        for sheet, key in zip(sheets, keys, strict=True):
+        for task, key in zip(tasks, keys, strict=True):
             records = cache.get(key) if cache is not None and key is not None else None
             if records is None:
                 if model is None:
                     model = stack.enter_context(group.active(name, progress))
-                progress.waits_for(f"asking {name}: {sheet.name}")
+                progress.waits_for(f"asking {name}: {task.name}")
                 try:
-                    records = sheet.ask(model, settings.batch_size, progress)
+                    records = task.run(model, settings.batch_size, progress)
                 except UsageError:
                     raise
-                except StarmergeError as error:  # a NaN, for example: adapters bear the base's name
-                    raise StarmergeError(f"Model {name}, task {sheet.name}: {error}") from error
-                # What was rewritten while it was asked is kept under no key.
-                if cache is not None and key and key == _key(name, group, sheet, settings):
+                except StarmergeError as error:  # it names the base where the model is an adapter
+                    raise StarmergeError(f"Model {name}, task {task.name}: {error}") from error
+                # If the model's files changed during the run, the answers belong to no cache key.
+                if cache is not None and key and key == _key(name, group, task, settings):
                     cache.put(key, records)
             else:
-                progress(sheet.size)
+                progress(task.size)
             found.append(records)
     return found
 
 
-def _key(name: str, group: Group, sheet: Sheet, settings: Settings) -> str:
-    """Return the key of a model's answers to a task."""
+def _key(name: str, group: Group, task: PreparedTask, settings: Settings) -> str:
+    """Return the cache key of a model's answers to a task."""
     folders = group.folders(name)
     device = device_kind(settings.device)
     return score_key(
         folders,
-        {**sheet.asked, "backend": settings.backend},
+        {**task.key_fields, "backend": settings.backend},
         device=device_name(settings.device),
         dtype=dtype_name(folders[0], settings.dtype, device),
         update=group.update(name),

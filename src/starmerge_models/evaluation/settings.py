@@ -1,4 +1,4 @@
-"""How models are asked: the scorer, the rows, the device, and other choices of the user."""
+"""Settings of an evaluation: the scorer, the rows, the device and other choices of the user."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ from dataclasses import dataclass
 from typing import get_args
 
 from starmerge_models.errors import UsageError, nearest
-from starmerge_models.evaluation.models.asking import SCORERS
 from starmerge_models.evaluation.models.loading import Dtype
+from starmerge_models.evaluation.models.scorers import SCORERS
 from starmerge_models.evaluation.scoring.matching import Mode
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How models are asked."""
+    """Settings of an evaluation."""
 
     scorer: str = "generate"
-    """A name of :data:`starmerge_models.evaluation.models.asking.SCORERS`; for tasks of text."""
+    """A name of :data:`starmerge_models.evaluation.models.scorers.SCORERS`; for tasks of text."""
     mode: Mode = "strict"
-    """How responses are read; "reference" for comparison with published numbers."""
+    """How responses are parsed; "reference" for comparison with published numbers."""
     rows: int | None = None
-    """Rows of a task, at most; None: all of its sample."""
+    """Most rows of a task; None: the whole sample."""
     batch_size: int | None = None
-    """Rows asked at once, at most; None: as many as there is room for."""
+    """Most rows of a batch; None: as many as fit."""
     device: str | None = None
     """Such as "cpu" or "cuda:1"; None: the GPU if there is one."""
     dtype: Dtype = "auto"
-    """Of the models' weights; "auto": as they are stored, where the processor computes in it."""
+    """Dtype of the weights; "auto": the stored dtype if the device computes in it natively."""
 
     backend: str = "transformers"
-    """What computes: transformers, or vllm (tasks of text, on a GPU)."""
+    """The inference library: transformers, or vllm (text tasks, on a GPU)."""
 
     def __post_init__(self) -> None:
         if self.scorer not in SCORERS:

@@ -1,14 +1,14 @@
-"""An evaluation as a table that people read, in Markdown."""
+"""An evaluation as a Markdown table, with the sentences that explain it."""
 
 from __future__ import annotations
 
 import math
 
 from starmerge_models.evaluation.evaluation import AVERAGE, Evaluation
-from starmerge_models.evaluation.grids import aligned
+from starmerge_models.evaluation.model_groups import BASE
 from starmerge_models.evaluation.provenance import TaskRecord
 from starmerge_models.evaluation.scoring.comparison import in_words
-from starmerge_models.evaluation.subjects import BASE
+from starmerge_models.evaluation.text_tables import markdown_table
 
 LEGEND = (
     "Scores with their 95 % intervals; u = share of responses without a readable answer (they "
@@ -21,13 +21,13 @@ def markdown(evaluation: Evaluation) -> str:
     *rows, last = evaluation.cells()
     if last[0] == AVERAGE:
         last = [f"**{cell}**" if cell else "" for cell in last]
-    return aligned([*rows, last])
+    return markdown_table([*rows, last])
 
 
 def differences(evaluation: Evaluation) -> list[str]:
-    """Return a sentence for each pair of merged models: which is better, if the rows can tell.
+    """Return a sentence for each pair of merged models: which is better, or no clear difference.
 
-    One of the normalised averages, where there are such, and of the tasks that differ clearly.
+    It covers the normalised averages, where defined, and the tasks with a clear difference.
     """
     sentences = []
     for number, first in enumerate(evaluation.others):
@@ -47,13 +47,13 @@ def differences(evaluation: Evaluation) -> list[str]:
 
 
 def notes(evaluation: Evaluation) -> list[str]:
-    """Return what a reader must know of the scores beside their intervals."""
+    """Return the caveats that a reader of the scores needs."""
     found = []
     if evaluation.mode == "reference":
         found.append(
-            "Matching: reference. Responses were read as the scripts of arXiv 2502.10339 read "
-            "them, by the first substring, for comparison with published numbers; that rule finds "
-            "answers that are none."
+            "Matching: reference. Responses were parsed like in the scripts of arXiv 2502.10339, "
+            "by the first substring, for comparison with published numbers; that rule also finds "
+            "answers that the model did not give."
         )
     if evaluation.provenance is not None:
         found += [
@@ -66,30 +66,30 @@ def notes(evaluation: Evaluation) -> list[str]:
             if score.shortened:
                 found.append(
                     f"{model}, {task}: {score.shortened} of {score.n} prompts are longer than the "
-                    "model's context; their passages lost their ends."
+                    "model's context; their passages were truncated."
                 )
             if math.isnan(score.value):
                 found.append(
-                    f"{model}, {task}: the {score.metric} of answers that are all alike is "
+                    f"{model}, {task}: the {score.metric} of identical answers is "
                     "undefined; it counts as 0 in a normalised average."
                 )
     for model in (BASE, *evaluation.others):
         average = evaluation.normalised(model)
         if average is not None and average.high - average.low < 1e-9:
             found.append(
-                f"{model}: all rows of a task were answered alike, so its normalised average has "
-                "an interval without width. It says nothing of other rows."
+                f"{model}: all rows of each task have the same score, so the interval of its "
+                "normalised average has no width. It says nothing about other rows."
             )
     return found
 
 
 def report(evaluation: Evaluation) -> str:
-    """Return the table with all that belongs under it, in Markdown."""
+    """Return the table with legend, differences and caveats, in Markdown."""
     return "\n\n".join([markdown(evaluation), LEGEND, *differences(evaluation), *notes(evaluation)])
 
 
 def _split(task: str, record: TaskRecord) -> str | None:
-    """Say how many rows of a file were left out since they count as training rows."""
+    """Return a sentence on the rows of a file left out because they count as training rows."""
     if not record.training or record.held_out is None:
         return None
     others = "the others" if record.rows == record.held_out else f"{record.training} of the others"

@@ -1,1 +1,1 @@
-"""Merged folders to the Hugging Face Hub: whole, in one commit, and resumably."""
+"""Pushes merged folders to the Hugging Face Hub: complete, in one commit, resumable."""

@@ -1,4 +1,4 @@
-"""A folder that may be pushed: a merge that is whole."""
+"""Checks that a folder is a complete merge, which may be pushed."""
 
 from __future__ import annotations
 
@@ -13,48 +13,48 @@ from starmerge_models.storage import is_url, place_of
 from starmerge_models.storage.local_folder import LocalFolder
 
 _MOST_TOLD = 5
-"""Faults that an error names."""
+"""Most faults that an error message lists."""
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergedFolder:
     """The folder of a merge."""
 
     path: Path
     report: Mapping[str, Any]
     files: tuple[str, ...]
-    """What is pushed, relative to the folder, sorted."""
+    """The files to push, relative to the folder, sorted."""
     others: tuple[str, ...]
-    """What else lies there, and is not pushed: hidden files, and those that the report lacks."""
+    """Files that are not pushed: hidden files, and those missing in the report."""
 
     @property
     def local_inputs(self) -> list[str]:
-        """Folders of this machine that report and card name by their whole path, sorted."""
+        """Local folders that report and card name by their absolute path, sorted."""
         named = {str(entry["reference"]) for entry in self.report["inputs"]}
         return sorted(name for name in named if name.startswith(("/", "~")))
 
 
-def open_merged(path: Path) -> Merged:
-    """Open the folder of a merge, and make sure that it is whole.
+def open_merged(path: Path) -> MergedFolder:
+    """Open the folder of a merge, and make sure that it is complete.
 
-    Names, sizes, headers, and the bytes of all files without tensors are compared with the report;
-    the tensors are not read (``starmerge verify`` does that).
+    The check compares names, sizes, headers, and the bytes of all files without tensors with the
+    report; it does not read the tensors (``starmerge verify`` does).
 
     Raises:
-        UsageError: It is no folder that a merge wrote.
-        StarmergeError: Something in it is missing, or is not what the report says.
+        UsageError: The folder was not written by a merge.
+        StarmergeError: A file is missing, or differs from the report.
     """
     if is_url(path):
         raise UsageError(
-            f"{place_of(path)} is a URL, and a folder of this machine is pushed. Copy it here."
+            f"{place_of(path)} is a URL, and only a local folder can be pushed. Copy it here."
         )
     if path.is_file():
         raise UsageError(
-            f"{path} is one file, without a report and a card, and folders are pushed. Merge again "
-            "with a folder as OUTPUT: the file comes to lie in it, with both."
+            f"{path} is a single file without a report and a card, and only folders can be pushed. "
+            "Merge again with a folder as OUTPUT, which will contain all three."
         )
     report = read_report(path)
-    wrong = [f"{name} lies outside of it." for name in report["files"] if not _is_in(path, name)]
+    wrong = [f"{name} is outside of it." for name in report["files"] if not _is_in(path, name)]
     wrong = wrong or check_files(path, report)
     if wrong:
         told = " ".join(wrong[:_MOST_TOLD])
@@ -62,11 +62,11 @@ def open_merged(path: Path) -> Merged:
         raise StarmergeError(f"{path} is not the merge that its report describes: {told}{more}")
     files = sorted(name for name in report["files"] if not _is_hidden(name))
     others = [name for name in LocalFolder(path).names() if name not in files]
-    return Merged(path, report, tuple(files), tuple(others))
+    return MergedFolder(path, report, tuple(files), tuple(others))
 
 
 def _is_in(folder: Path, name: str) -> bool:
-    """Tell whether a file of a report lies in its folder, whatever links lead there."""
+    """Return whether a file of a report is inside its folder, with all links resolved."""
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts:
         return False

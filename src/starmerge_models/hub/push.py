@@ -1,9 +1,9 @@
-"""Pushing a merge: one commit, in which all of it appears or nothing.
+"""Pushes a merge in one atomic commit.
 
-The client's own ways to upload a folder (``upload_folder``, ``upload_large_folder``) may make
-several commits of it, so that a repository shows half a model for a while. ``preupload_lfs_files``
-sends what is large without a commit, and ``create_commit`` then makes all of it appear: files that
-the Hub has are not sent again (with hf_xet: pieces of files), which is what makes a push resumable.
+The client's functions for folders (``upload_folder``, ``upload_large_folder``) may make several
+commits, so that a repository temporarily has an incomplete model. ``preupload_lfs_files`` uploads
+large files without a commit, and ``create_commit`` then commits all files at once. Files that the
+Hub already has (with hf_xet: chunks of files) are not sent again, so a push is resumable.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from typing import TYPE_CHECKING
 from starmerge_models.checkpoints.card import CARD
 from starmerge_models.errors import StarmergeError
 from starmerge_models.events import Retry, emit
-from starmerge_models.hub.merged import Merged, open_merged
+from starmerge_models.hub.client_errors import is_transient, translated_errors
+from starmerge_models.hub.merged import MergedFolder, open_merged
 from starmerge_models.hub.scores import with_scores
-from starmerge_models.hub.talking import may_pass, talking
-from starmerge_models.hub.target import MAIN, Held, check_target, files_of, parse_target
+from starmerge_models.hub.target import MAIN, TargetState, check_target, files_of, parse_target
 from starmerge_models.reading import read_text
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
 _WAITS = (1.0, 2.0, 4.0, 8.0)
-"""Seconds between two tries of a commit. The client itself tries uploads again."""
+"""Seconds between attempts of a commit. The client itself retries uploads."""
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """A merge that lies on the Hub."""
+    """A merge on the Hub."""
 
     url: str
-    """Of the model's page, or of the branch."""
+    """URL of the model's page, or of the branch."""
     commit: str
     files: tuple[str, ...]
-    """Names of what was pushed."""
+    """Names of the pushed files."""
     deleted: tuple[str, ...]
-    """Names of what belonged to the merge that lay there before, and not to this one."""
+    """Names of files of the previous merge that are not in this one."""
     is_new: bool
-    """Whether a commit was made; if not, all of it lay there already."""
+    """Whether there was a commit; if not, the branch already had exactly this merge."""
     replaced: str | None
-    """The commit with the merge that lay there before, if it was another."""
+    """The commit of the previous merge, if it was a different one."""
 
 
 def push(
@@ -58,22 +58,21 @@ def push(
 ) -> Pushed:
     """Push the folder of a merge to the Hugging Face Hub.
 
-    All of it appears in one commit. What belonged to a merge that lay there before, and not to this
-    one, goes in the same commit; files that others added stay. A push that was interrupted is
-    resumed by pushing again.
+    All files are pushed in one commit, which also deletes the files of a previous merge that are
+    not in this one; files that others added are kept. To resume an interrupted push, push again.
 
     Args:
         path: The folder.
-        repo: ``org/name``, or ``org/name@branch``; both are made if they are not there.
-        private: Make the repository private, if it is made.
-        message: The commit's; by default it says what was merged.
+        repo: ``org/name``, or ``org/name@branch``; both are created if they do not exist.
+        private: Create a new repository as private.
+        message: The commit message; by default it describes the merge.
         scores: A results folder of ``starmerge evaluate``, for the card.
         progress: Show the client's progress bars on standard error.
 
     Raises:
-        UsageError: The folder is no merge; the Hub cannot be asked, the token may not write there,
-            or something else lies there.
-        StarmergeError: The merge is not whole; the Hub fails, or cannot be reached.
+        UsageError: The folder is not a merge; the Hub is offline by configuration; the token may
+            not write there; or the repository has other content.
+        StarmergeError: The merge is incomplete; the Hub fails, or cannot be reached.
 
     Example:
         ``sm.push("merged", "my-name/my-merge", private=True)``
@@ -89,7 +88,7 @@ def push(
 
 
 def push_merged(
-    merged: Merged,
+    merged: MergedFolder,
     repo: str,
     *,
     private: bool = False,
@@ -97,7 +96,7 @@ def push_merged(
     scores: Path | None = None,
     progress: bool = False,
 ) -> Pushed:
-    """Push a merge that was found to be whole; see :func:`push`."""
+    """Push a merge that was checked by :func:`open_merged`; see :func:`push`."""
     from huggingface_hub import (  # noqa: PLC0415  (slow to import)
         CommitOperationAdd,
         CommitOperationDelete,
@@ -108,28 +107,28 @@ def push_merged(
     if scores is not None:
         name = target.repo_id.partition("/")[2]
         card = with_scores(card, merged.path, scores, name=name)
-    held = check_target(target, private=private)
-    api = held.api
-    with talking(held.token, target.repo_id, progress=progress):
-        parent = held.commit
-        if not held.has_repo:
+    state = check_target(target, private=private)
+    api = state.api
+    with translated_errors(state.token, target.repo_id, progress=progress):
+        parent = state.commit
+        if not state.has_repo:
             api.create_repo(target.repo_id, private=private or None, exist_ok=True)
-        if not held.has_branch:
+        if not state.has_branch:
             api.create_branch(target.repo_id, branch=target.branch, exist_ok=True)
-        if not (held.has_repo and held.has_branch):
+        if not (state.has_repo and state.has_branch):
             parent = api.model_info(target.repo_id, revision=target.branch).sha
         additions = [
             CommitOperationAdd(name, card.encode() if name == CARD else merged.path / name)
             for name in merged.files
         ]
-        deleted = sorted((held.merged & held.files.keys()) - {*merged.files})
+        deleted = sorted((state.merged & state.files.keys()) - {*merged.files})
         deletions = [CommitOperationDelete(name) for name in deleted]
-        commit = _commit(held, additions, deletions, parent, message or _message(merged))
-        wrong = _wrong(held, additions, commit)
+        commit = _commit(state, additions, deletions, parent, message or _message(merged))
+        wrong = _mismatches(state, additions, commit)
     if wrong:
         raise StarmergeError(
-            f"{target} does not show this merge, though the Hub took it: {wrong[0]} Was it changed "
-            "by somebody else meanwhile, or does a .gitignore leave files out?"
+            f"{target} does not have this merge, although the Hub accepted it: {wrong[0]} Did "
+            "somebody else change it meanwhile, or does a .gitignore exclude files?"
         )
     url = f"{api.endpoint}/{target.repo_id}"
     return Pushed(
@@ -138,28 +137,28 @@ def push_merged(
         merged.files,
         tuple(deleted),
         is_new=commit != parent,
-        replaced=held.commit if held.merged and commit != parent else None,
+        replaced=state.commit if state.merged and commit != parent else None,
     )
 
 
-def _message(merged: Merged) -> str:
+def _message(merged: MergedFolder) -> str:
     recipe = merged.report["recipe"]
     return f"Merge of {len(recipe['models'])} models by {recipe['method']}"
 
 
 def _commit(
-    held: Held,
+    state: TargetState,
     additions: Sequence[CommitOperationAdd],
     deletions: Sequence[CommitOperationDelete],
     parent: str | None,
     message: str,
 ) -> str:
-    """Upload, commit on top of ``parent``, and return the commit at which the branch is then.
+    """Upload, commit on top of ``parent``, and return the branch's last commit afterwards.
 
-    The Hub refuses a commit if the branch is not at ``parent`` any more, so that one that was made,
-    and of which the answer was lost, is not made twice.
+    The Hub refuses a commit if the branch is no longer at ``parent``, so a commit whose response
+    was lost is not repeated.
     """
-    api, repo_id, branch = held.api, held.target.repo_id, held.target.branch
+    api, repo_id, branch = state.api, state.target.repo_id, state.target.branch
     api.preupload_lfs_files(repo_id, additions, revision=branch, free_memory=False)
     for attempt, wait in enumerate((*_WAITS, None), start=1):
         try:
@@ -173,17 +172,19 @@ def _commit(
                 parent_commit=parent,
             ).oid
         except Exception as error:
-            if wait is None or not may_pass(error):
+            if wait is None or not is_transient(error):
                 raise
-            emit(Retry(f"the commit to {held.target}", attempt, wait, type(error).__name__))
+            emit(Retry(f"the commit to {state.target}", attempt, wait, type(error).__name__))
             time.sleep(wait)
-    # The commit was made, and the answer was lost; or somebody else made one.
+    # The commit succeeded and its response was lost, or somebody else has committed.
     return str(api.model_info(repo_id, revision=branch).sha)
 
 
-def _wrong(held: Held, additions: Sequence[CommitOperationAdd], commit: str) -> list[str]:
-    """Return what a commit shows otherwise than it was sent, each in a sentence."""
-    files = files_of(held.api, held.target.repo_id, commit)
+def _mismatches(
+    state: TargetState, additions: Sequence[CommitOperationAdd], commit: str
+) -> list[str]:
+    """Return a sentence for each file of a commit that differs from the sent one."""
+    files = files_of(state.api, state.target.repo_id, commit)
     wrong = []
     for sent in additions:
         found = files.get(sent.path_in_repo)

@@ -1,4 +1,4 @@
-"""Scores of an evaluation in a model card: as metadata of the Hub, and as a table."""
+"""Adds the scores of an evaluation to a model card, as Hub metadata and as a table."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from starmerge_models.errors import UsageError
 
 _TASK_TYPE = "text-generation"
-"""What the Hub calls what a language model is scored in."""
+"""The Hub's task type for language models."""
 
 
 def with_scores(card: str, folder: Path, results: Path, *, name: str) -> str:
-    """Return a card with the scores that an evaluation found for a merge.
+    """Return a card with the scores of a merge.
 
-    The Hub reads them in the metadata, under ``model-index``; people in a table, with their 95 %
-    intervals and the base beside them.
+    The metadata has the scores under ``model-index``, for the Hub; a table has them with their 95 %
+    intervals and the base's scores, for readers.
 
     Args:
         card: The card, in Markdown with metadata.
@@ -25,14 +25,14 @@ def with_scores(card: str, folder: Path, results: Path, *, name: str) -> str:
         name: The model's name in the metadata.
 
     Raises:
-        UsageError: ``results`` is no folder of results, or has no scores of this merge: its models
-            are known by their content.
+        UsageError: ``results`` is not a results folder, or has no model with the content of this
+            merge.
         StarmergeError: The results are broken, or of another version.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData  # noqa: PLC0415  (slow to import)
 
+    from starmerge_models.evaluation.model_groups import BASE  # noqa: PLC0415
     from starmerge_models.evaluation.results import read_scores  # noqa: PLC0415  (needs an extra)
-    from starmerge_models.evaluation.subjects import BASE  # noqa: PLC0415
 
     content = read_scores(results)
     model = _model_of(content, folder, results)
@@ -78,13 +78,13 @@ def with_scores(card: str, folder: Path, results: Path, *, name: str) -> str:
         "| task | n | metric | base | this model |\n|---|---|---|---|---|\n" + "\n".join(rows)
     )
     made = ModelCard(f"{card.rstrip()}\n\n{section}\n")
-    assert isinstance(made.data, ModelCardData)  # as of any model card
+    assert isinstance(made.data, ModelCardData)  # for every model card
     made.data.model_name, made.data.eval_results = name, found
     return str(made)
 
 
 def _model_of(content: Mapping[str, Any], folder: Path, results: Path) -> str:
-    """Return what the results call the merge that lies in a folder."""
+    """Return the results' name of the merge in a folder, found by its content."""
     from starmerge_models.evaluation.cache import blake3_of_model  # noqa: PLC0415
 
     known = (content.get("provenance") or {}).get("models") or {}
@@ -93,8 +93,8 @@ def _model_of(content: Mapping[str, Any], folder: Path, results: Path) -> str:
         if record["blake3"] == digest:
             return str(name)
     raise UsageError(
-        f"{results} has scores of {', '.join(known) or 'no model that it could tell'}, and none of "
-        f"them has the content of {folder}. Evaluate this merge, and give the results of that."
+        f"{results} has scores of {', '.join(known) or 'no identifiable model'}, and none of them "
+        f"has the content of {folder}. Evaluate this merge, and give its results."
     )
 
 

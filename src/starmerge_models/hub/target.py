@@ -1,4 +1,4 @@
-"""Where a merge is pushed to: a branch of a repository, and what it holds before."""
+"""The target of a push: a branch of a repository, and its content before the push."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starmerge_models.errors import StarmergeError, UsageError
-from starmerge_models.hub.talking import talking
+from starmerge_models.hub.client_errors import translated_errors
 from starmerge_models.reading import read_json
 from starmerge_models.storage.publishing import REPORT
-from starmerge_models.versions import own_version
+from starmerge_models.versions import __version__
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo, RepoFile
 
 MAIN = "main"
-"""The branch that a repository shows."""
+"""The default branch of a repository."""
 
 _TARGET = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<branch>[\w./-]+))?", re.ASCII)
 
 _NO_CONTENT = (".gitattributes", ".gitignore", "README.md", "LICENSE*")
-"""Files that the Hub puts into a new repository, or offers to."""
+"""Files that the Hub adds to a new repository, or offers to add."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A branch of a repository of the Hub."""
+    """A branch of a Hub repository."""
 
     repo_id: str
     """``org/name``."""
@@ -42,21 +42,21 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Held:
-    """What a target holds before a push."""
+class TargetState:
+    """The state of a target before a push."""
 
     target: Target
     token: str
-    """Of whoever pushes."""
+    """The token of the push."""
     has_repo: bool
-    """Whether the repository is there."""
+    """Whether the repository exists."""
     has_branch: bool
     files: Mapping[str, RepoFile]
-    """What lies in the branch, or in the one that it will be made of, by name."""
+    """The files of the branch, or of the branch that it will be created from, by name."""
     merged: frozenset[str] = frozenset()
-    """Files that belong to the merge which lies there."""
+    """The files of the previous merge."""
     commit: str | None = None
-    """The branch's last commit; None if there is none as yet."""
+    """The branch's last commit; None if there is none yet."""
 
     @property
     def api(self) -> HfApi:
@@ -64,14 +64,14 @@ class Held:
         return client(self.token)
 
     def __repr__(self) -> str:
-        return f"Held({self.target})"
+        return f"TargetState({self.target})"
 
 
 def parse_target(text: str) -> Target:
-    """Return the target that ``org/name`` or ``org/name@branch`` means.
+    """Parse ``org/name`` or ``org/name@branch``.
 
     Raises:
-        UsageError: It is neither, or the Hub has no such names.
+        UsageError: The text has another form, or the Hub does not allow the name.
     """
     from huggingface_hub.errors import HFValidationError  # noqa: PLC0415  (slow to import)
     from huggingface_hub.utils import validate_repo_id  # noqa: PLC0415
@@ -90,32 +90,31 @@ def parse_target(text: str) -> Target:
 
 
 def client(token: str) -> HfApi:
-    """Return the Hub's client, which says in each request that starmerge sends it."""
+    """Return the Hub's client with starmerge's user agent."""
     from huggingface_hub import HfApi  # noqa: PLC0415  (slow to import)
 
-    version = own_version()
-    return HfApi(token=token, library_name="starmerge", library_version=version)
+    return HfApi(token=token, library_name="starmerge", library_version=__version__)
 
 
-def check_target(target: Target, *, private: bool = False) -> Held:
-    """Make sure that a merge may be pushed to a target; return what it holds.
+def check_target(target: Target, *, private: bool = False) -> TargetState:
+    """Make sure that a merge may be pushed to a target; return the target's state.
 
-    Writes nothing: a repository that is not there is made when the push begins.
+    The check writes nothing: the push itself creates a missing repository.
 
     Args:
-        target: Where to.
-        private: Whether the repository is to be private.
+        target: The target.
+        private: Whether the repository must be private.
 
     Raises:
-        UsageError: The Hub is not to be reached (HF_HUB_OFFLINE), there is no token, it may not
-            write there, or the repository holds something that is no merge.
+        UsageError: HF_HUB_OFFLINE is set, there is no token, the token may not write there, or the
+            repository has content other than a merge.
         StarmergeError: The Hub fails, or cannot be reached.
     """
     from huggingface_hub import constants, get_token  # noqa: PLC0415  (slow to import)
 
     if constants.HF_HUB_OFFLINE:
         raise UsageError(
-            f"{target} cannot be pushed to: HF_HUB_OFFLINE forbids to reach the Hub. Set it to 0."
+            f"{target} cannot be pushed to: HF_HUB_OFFLINE forbids access to the Hub. Set it to 0."
         )
     token = get_token()
     if token is None:
@@ -124,11 +123,13 @@ def check_target(target: Target, *, private: bool = False) -> Held:
             "HF_TOKEN to a token with write access, of https://huggingface.co/settings/tokens."
         )
     api = client(token)
-    with talking(token, target.repo_id):
+    with translated_errors(token, target.repo_id):
         _check_namespace(target, api.whoami())
         info, has_branch = _info(api, target)
         if info is None:
-            return Held(target, token, has_repo=False, has_branch=target.branch == MAIN, files={})
+            return TargetState(
+                target, token, has_repo=False, has_branch=target.branch == MAIN, files={}
+            )
         if private and not info.private:
             raise UsageError(
                 f"{target.repo_id} is on the Hub already, and public. Make it private in its "
@@ -137,11 +138,11 @@ def check_target(target: Target, *, private: bool = False) -> Held:
         _check_may_write(api, target, has_branch)
         files = files_of(api, target.repo_id, info.sha)
         merged = _merged(api, target, files, info.sha)
-    return Held(target, token, True, has_branch, files, merged, info.sha)
+    return TargetState(target, token, True, has_branch, files, merged, info.sha)
 
 
 def files_of(api: HfApi, repo_id: str, commit: str | None) -> dict[str, RepoFile]:
-    """Return the files of a commit by their names; None: of a repository without one."""
+    """Return the files of a commit by name; ``commit`` is None for an empty repository."""
     from huggingface_hub.hf_api import RepoFile  # noqa: PLC0415  (slow to import)
 
     if commit is None:
@@ -151,26 +152,26 @@ def files_of(api: HfApi, repo_id: str, commit: str | None) -> dict[str, RepoFile
 
 
 def _check_namespace(target: Target, who: Mapping[str, Any]) -> None:
-    """Make sure that a user is, or writes for, the organisation that the repository is of."""
+    """Make sure that the user owns the repository's namespace or may write to it."""
     org = target.repo_id.partition("/")[0]
     roles = {found.get("name"): found.get("roleInOrg") for found in who.get("orgs") or ()}
     known = [str(who.get("name")), *map(str, roles)]
     if org.lower() not in map(str.lower, known):
         raise UsageError(
-            f"The token is of {known[0]}, who may not write to {org}. Push to one of: "
+            f"The token belongs to {known[0]}, who may not write to {org}. Push to one of: "
             f"{', '.join(known)}."
         )
     token = (who.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read" or roles.get(org) == "read":
         of = "The token" if token.get("role") == "read" else f"{known[0]}'s role in {org}"
         raise UsageError(
-            f"{of} allows to read only. Push with a token that has write access, of "
+            f"{of} only allows reading. Push with a token that has write access, from "
             "https://huggingface.co/settings/tokens."
         )
 
 
 def _info(api: HfApi, target: Target) -> tuple[ModelInfo | None, bool]:
-    """Return what the Hub says of a branch, or of the one it will be made of; and which it is."""
+    """Return the Hub's info on a branch or the default branch; and whether the branch exists."""
     from huggingface_hub.errors import (  # noqa: PLC0415  (slow to import)
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -187,7 +188,7 @@ def _info(api: HfApi, target: Target) -> tuple[ModelInfo | None, bool]:
 
 
 def _check_may_write(api: HfApi, target: Target, has_branch: bool) -> None:
-    """Ask how a small file would be uploaded: the Hub tells only those who may commit."""
+    """Check write access by a request for an upload mode, which the Hub answers only to writers."""
     from huggingface_hub import CommitOperationAdd  # noqa: PLC0415  (slow to import)
 
     api.preupload_lfs_files(
@@ -200,10 +201,10 @@ def _check_may_write(api: HfApi, target: Target, has_branch: bool) -> None:
 def _merged(
     api: HfApi, target: Target, files: Mapping[str, RepoFile], commit: str | None
 ) -> frozenset[str]:
-    """Return the files of the merge that lies in a repository.
+    """Return the files of the merge in a repository.
 
     Raises:
-        UsageError: Something lies there, and it is no merge.
+        UsageError: The repository has content other than a merge.
     """
     if REPORT in files:
         with tempfile.TemporaryDirectory(prefix="starmerge-push-") as folder:
@@ -217,7 +218,7 @@ def _merged(
     other = [name for name in files if not any(fnmatchcase(name, own) for own in _NO_CONTENT)]
     if other:
         raise UsageError(
-            f"{target} holds {other[0]}, and no {REPORT}: something else than a merge of "
-            "starmerge, which is not replaced. Choose another repository or branch, or empty it."
+            f"{target} has {other[0]} and no {REPORT}, so it is not a merge of starmerge and is "
+            "not replaced. Choose another repository or branch, or empty it."
         )
     return frozenset()

@@ -1,1 +1,1 @@
-"""The dialect of mergekit: its recipes, translated into ours, and the method that runs them."""
+"""Support for mergekit's recipes: their translation, and the method that executes them."""

@@ -1,12 +1,12 @@
-"""mergekit's task-arithmetic family: thin out, weight, agree on signs, normalise, scale.
+"""mergekit's task-arithmetic family: sparsify, weight, elect signs, normalise, scale.
 
-In this order, tensor by tensor, with d_i = W_i − W_0: δ_i is what is left of d_i after the family
-member's way of thinning; x_i = w_i δ_i; with consensus, σ is the sign of Σ x_i, + where it is zero,
-and only entries with sgn x_i = σ count; the update is λ Σ x_i, or λ Σ x_i / Σ w_i where it is
-normalised, over those that count.
+In this order, for each tensor, with d_i = W_i − W_0: δ_i is d_i after the method's sparsification;
+x_i = w_i δ_i; with consensus, σ is the sign of Σ x_i (+ for zero), and only entries with
+sgn x_i = σ count; the update is λ Σ x_i, or with normalisation λ Σ x_i / Σ w_i, over the counted
+entries.
 
-The definitions are those of mergekit 0.1.5, which differ from the papers': densities are per
-tensor, rescaling keeps the L1 norm, signs are elected after weighting.
+The definitions are mergekit 0.1.5's, which differ from the papers': densities are per tensor,
+rescaling keeps the L1 norm, signs are elected after weighting.
 """
 
 from __future__ import annotations
@@ -23,44 +23,44 @@ from starmerge_models.methods.kinds.masks import largest
 
 
 @dataclass(frozen=True)
-class Member:
+class FamilyMember:
     """One of the family's methods."""
 
     thinning: Literal["none", "magnitude", "outliers", "random", "ranked"]
-    """What stays: everything, the largest, all but small and outliers, a draw, a draw by rank."""
+    """Kept entries: all, the largest, all but the smallest and outliers, random, random by rank."""
     consensus: bool
     """Whether entries must have the elected sign."""
 
 
 FAMILY = {
-    "task_arithmetic": Member("none", consensus=False),
-    "ties": Member("magnitude", consensus=True),
-    "dare_linear": Member("random", consensus=False),
-    "dare_ties": Member("random", consensus=True),
-    "breadcrumbs": Member("outliers", consensus=False),
-    "breadcrumbs_ties": Member("outliers", consensus=True),
-    "della": Member("ranked", consensus=True),
-    "della_linear": Member("ranked", consensus=False),
+    "task_arithmetic": FamilyMember("none", consensus=False),
+    "ties": FamilyMember("magnitude", consensus=True),
+    "dare_linear": FamilyMember("random", consensus=False),
+    "dare_ties": FamilyMember("random", consensus=True),
+    "breadcrumbs": FamilyMember("outliers", consensus=False),
+    "breadcrumbs_ties": FamilyMember("outliers", consensus=True),
+    "della": FamilyMember("ranked", consensus=True),
+    "della_linear": FamilyMember("ranked", consensus=False),
 }
 
 
 def magnitude_mask(delta: Tensor, density: float) -> Tensor:
-    """Keep the max(1, ⌊density · n⌋) largest of n entries; none with density 0.
+    """Keep the max(1, ⌊density · n⌋) largest of n entries; no entry with density 0.
 
     Args:
         delta: (m, n) float32.
         density: Share to keep.
 
     Returns:
-        (m, n) bool. Of equal magnitudes the first stay, in row-major order.
+        (m, n) bool. Of equal magnitudes the first are kept, in row-major order.
     """
     return largest(delta, max(1, int(density * delta.numel())) if density > 0 else 0)
 
 
 def outlier_mask(delta: Tensor, density: float, gamma: float) -> Tensor:
-    """Drop the ⌊gamma · n⌋ largest of n entries and keep the ⌊density · n⌋ largest of the rest.
+    """Drop the ⌊gamma · n⌋ largest of n entries and keep the ⌊density · n⌋ largest of the others.
 
-    Where these are more than the rest, less is dropped.
+    If there are fewer others, fewer outliers are dropped.
 
     Args:
         delta: (m, n) float32.
@@ -76,7 +76,7 @@ def outlier_mask(delta: Tensor, density: float, gamma: float) -> Tensor:
     return largest(delta, top + keep) & ~largest(delta, top)
 
 
-def agree(
+def merge_sparsified(
     delta: Tensor,
     weights: Sequence[float],
     *,
@@ -85,14 +85,14 @@ def agree(
     normalize: bool,
     lambda_: float,
 ) -> Tensor:
-    """Merge task vectors that have been thinned out.
+    """Merge sparsified task vectors.
 
     Args:
         delta: (T', ...) float64, δ_i of the tasks that change the tensor.
         weights: (T',) w_i.
         total_weight: Σ w_i over all tasks.
         consensus: Whether entries must have the elected sign.
-        normalize: Whether to divide by the weights of those that count; not if these are zero.
+        normalize: Whether to divide by the sum of the counted weights, unless it is zero.
         lambda_: The factor λ.
 
     Returns:

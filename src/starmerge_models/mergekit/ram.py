@@ -1,7 +1,7 @@
-"""Reinforced agent merging: the mean over the models that changed an entry.
+"""Reinforced agent merging: the mean of each entry over the models that changed it.
 
-Source: arXiv 2601.13572; mergekit 0.1.5, ``merge_methods/ram.py``, where the shares of ramplus_tl
-are counted in each tensor by itself.
+Source: arXiv 2601.13572; mergekit 0.1.5, ``merge_methods/ram.py``, which counts the shares of
+ramplus_tl separately in each tensor.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ def ram(
 ) -> Dense:
     """Merge one tensor.
 
-    An entry is active in model t where |d_t| > ε. Where it is so in several models, the update is
-    their mean there, over those models; where it is in one alone, λ_t d_t. With s_t entries of
-    model t that others share, and u_t that it has alone, λ_t = 1 + r · min(s_t / u_t, α).
+    An entry is active in model t if |d_t| > ε. If it is active in several models, the update is
+    their mean; if it is active in a single model, the update is λ_t d_t. With s_t the number of
+    model t's active entries that other models share, and u_t the number of the others,
+    λ_t = 1 + r · min(s_t / u_t, α).
 
     Args:
         deltas: The task vectors d_t of the models that change the tensor.
         epsilon: ε, at least 0.
-        r: How much the entries of a single model are raised. 0 is ram.
-        alpha: α, the largest share that counts.
+        r: Amplification of the entries of a single model; 0 is ram.
+        alpha: α, the upper limit of s_t / u_t.
     """
     shape = next(iter(deltas.values())).shape
     boosts = torch.ones(len(deltas), 1, 1, dtype=torch.float64)
@@ -39,7 +40,7 @@ def ram(
             _, active, count = _active(deltas, rows, epsilon)
             shared += (active & (count > 1)).sum((1, 2))
             alone += (active & (count == 1)).sum((1, 2))
-        # Of a model without entries of its own the factor meets nothing.
+        # The factor is unused for a model without entries of its own.
         boosts[:, 0, 0] = 1 + r * (shared / alone.clamp(min=1)).clamp(max=alpha)
     merged = torch.empty(shape, dtype=torch.float32)
     for rows in panels(shape, len(deltas)):
@@ -52,7 +53,7 @@ def ram(
 def _active(
     deltas: Mapping[int, Delta], rows: slice, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return some rows of all task vectors, where they are active, and in how many models.
+    """Return some rows of all task vectors, their activity masks, and the number of active models.
 
     Returns:
         (T', rows, n) float64, (T', rows, n) bool, (rows, n) int64.

@@ -1,6 +1,6 @@
-"""Recipes of mergekit, translated into recipes of our own.
+"""Translates mergekit's recipes into starmerge's.
 
-Read as mergekit 0.1.5 reads them, with one difference: what it ignores is an error here.
+Recipes have the semantics of mergekit 0.1.5, except that keys which mergekit ignores are errors.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from starmerge_models.mergekit.schema import (
 from starmerge_models.mergekit.settings import BASE, Setting, read_settings
 
 _MARKS = {"merge_method", "base_model", "slices", "modules", *REFUSED} - {"tasks"}
-"""Keys that no recipe of our own has."""
+"""Keys that occur only in mergekit's recipes."""
 
 _NO_BASE = {"linear", "nuslerp", "karcher", "multislerp", "passthrough"}
 """Methods that need no base model."""
 
 _BASE_JOINS = {"linear", "karcher"}
-"""Methods for which a base model that is given is one of the models to merge."""
+"""Methods for which a given base model is also one of the models to merge."""
 
 _PARTS = {
     "default": "",
@@ -44,11 +44,11 @@ _PARTS = {
     "vision_model": "vision",
     "multi_modal_projector": "projector",
 }
-"""The parts of a model by mergekit's names of modules."""
+"""Parts of a model, by mergekit's module names."""
 
 
 def is_mergekit_recipe(content: Mapping[str, Any]) -> bool:
-    """Tell whether a recipe is one for mergekit or its sister tools."""
+    """Return whether a recipe is for mergekit or its sister tools."""
     return not _MARKS.isdisjoint(content) and "method" not in content
 
 
@@ -58,51 +58,51 @@ def translate(
     where: str,
     base_of: Callable[[str], str | None] = lambda reference: None,
 ) -> dict[str, Any]:
-    """Return the keys of a :class:`starmerge_models.recipe.Recipe` that does what mergekit's would.
+    """Return the keys of an equivalent :class:`starmerge_models.recipe.Recipe`.
 
     Args:
         content: The keys of mergekit's recipe.
-        where: How error messages call it.
-        base_of: Returns the name of the base that an adapter's config tells; None for what is no
-            adapter, or not at hand.
+        where: Name of the recipe in error messages.
+        base_of: Returns the base's name in an adapter's config; None if the reference is not a
+            local adapter.
 
     Raises:
-        UsageError: It asks for what does not run here, or for what mergekit would ignore. All that
-            is found is listed.
+        UsageError: The recipe has unsupported keys, or keys that mergekit ignores. The message
+            lists all problems.
     """
     recipe, problems = read_recipe(content)
-    problems.stop(where)
+    problems.raise_if_any(where)
     assert recipe is not None, "otherwise there was a problem"
     translation = _Translation(recipe, problems, base_of)
     translated: dict[str, Any] = {}
-    with problems.noting():
+    with problems.collecting():
         translated = translation.keys()
-    problems.stop(where)
+    problems.raise_if_any(where)
     return translated
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Models that are merged with each other: of a slice, a module, or the whole model."""
+    """Models that are merged with each other: in a slice, a module, or the whole model."""
 
     entries: Sequence[Model]
     base: str | None
-    """The base model that is given for it."""
+    """The group's base model in the recipe."""
     part: str
     parameters: Sequence[Mapping[str, Any] | None]
-    """Those of the slice and of the module, the nearer ones first."""
+    """Parameters of the slice and of the module, the inner level first."""
     is_slice: bool
 
 
 @dataclass(frozen=True)
 class _Merged:
-    """What a group comes to here."""
+    """The translation of a group."""
 
     base: Piece
     others: Mapping[str, Piece]
-    """The models beside the base, by what the recipe calls them."""
+    """The models besides the base, by their reference in the recipe."""
     joins: bool
-    """Whether the base is one of the models."""
+    """Whether the base is one of the models to merge."""
 
 
 class _Translation:
@@ -110,7 +110,7 @@ class _Translation:
 
     Args:
         recipe: mergekit's recipe.
-        problems: Where to note what is wrong.
+        problems: Collects the problems.
         base_of: As for :func:`translate`.
     """
 
@@ -122,7 +122,7 @@ class _Translation:
         self._base = None if recipe.base_model is None else reference_of(recipe.base_model)
 
     def keys(self) -> dict[str, Any]:
-        """Return the keys of our recipe."""
+        """Return the keys of starmerge's recipe."""
         groups = self._groups()
         merged = [self._merged(group) for group in groups]
         called = list(dict.fromkeys(name for own in merged for name in own.others))
@@ -143,7 +143,7 @@ class _Translation:
         settings += self._settings(self._recipe.parameters, None, None)
         is_cut = any(group.is_slice for group in groups)
         if is_cut:
-            # Where a model is not merged, its stack has the base's layers.
+            # In slices where a model is not merged, its stack has the base's layers.
             paths = {name: spell([m.others.get(name, m.base) for m in merged]) for name in called}
             base = spell([own.base for own in merged])
         else:
@@ -165,10 +165,10 @@ class _Translation:
         }
 
     def _tokenizer(self, names: Mapping[str, str], base: Piece) -> dict[str, str]:
-        """Return our keys for tokenizer and chat template.
+        """Return starmerge's keys for tokenizer and chat template.
 
         Args:
-            names: The names of the models beside the base, by what the recipe calls them.
+            names: The names of the models besides the base, by their reference in the recipe.
             base: The base of the first layers, whose tokenizer is the base's.
         """
         chosen, template = self._recipe.tokenizer_source, self._recipe.chat_template
@@ -183,12 +183,12 @@ class _Translation:
         return {"tokenizer": names.get(reference, reference.partition("+")[0]), **keys}
 
     def _groups(self) -> list[_Group]:
-        """Return the groups of models that are merged, in the order of the output."""
+        """Return the groups of models to merge, in the order of the output."""
         recipe = self._recipe
         given = [key for key in ("models", "slices", "modules") if getattr(recipe, key) is not None]
         if len(given) != 1:
             raise UsageError(
-                "one of the keys 'models', 'slices' and 'modules' says what is merged. Give one."
+                "the models to merge must be in exactly one of 'models', 'slices' and 'modules'."
             )
         if recipe.modules is None:
             modules = {"default": Module(models=recipe.models, slices=recipe.slices)}
@@ -219,7 +219,7 @@ class _Translation:
         return groups
 
     def _merged(self, group: _Group) -> _Merged:
-        """Find the base of a group, and the models beside it."""
+        """Find the base of a group, and its other models."""
         method, place = self._method, "the slice" if group.is_slice else "the recipe"
         called = [reference_of(entry.model) for entry in group.entries]
         for reference, times in Counter(called).items():
@@ -244,16 +244,16 @@ class _Translation:
         is_listed = base in called
         if group.is_slice and base is not None and not is_listed and method not in _NO_BASE:
             raise UsageError(
-                f"base_model {base!r} is none of the sources of {place}. List it there, or write "
+                f"base_model {base!r} is not a source of {place}. List it there, or write "
                 "'models' instead of 'slices'."
             )
         if base is None or (group.is_slice and not is_listed):
-            # The differences from the first model are as good as any: it is one of the models,
-            # unless it stands there with an adapter, or is one.
+            # Any model may be the reference of the differences: the first is taken. It is one of
+            # the models, unless it has an adapter or is an adapter.
             base = self._base_of(called[0]) or called[0].partition("+")[0]
             joins = base in called
         elif method in _BASE_JOINS:
-            # Where no weight reaches a base that is not listed, mergekit stops.
+            # mergekit fails if a base that is not listed has no weight.
             levels = (*group.parameters, self._recipe.parameters)
             joins = is_listed or method != "linear" or any("weight" in (p or {}) for p in levels)
         else:
@@ -267,7 +267,7 @@ class _Translation:
         return _Merged(Piece((base,), own_cut), pieces, joins)
 
     def _passed(self, group: _Group, called: Sequence[str], cuts: Sequence[Cut]) -> _Merged:
-        """Find the model that a group passes through: it is merged into itself."""
+        """Find the model that a group passes through, which is both base and model."""
         if len(called) != 1:
             raise UsageError(
                 f"passthrough: there are {len(called)} models in a slice ({', '.join(called)}). "
@@ -276,8 +276,8 @@ class _Translation:
         model, *adapters = called[0].split("+")
         if group.base not in (None, model):
             raise UsageError(
-                f"passthrough: the base_model {group.base!r} is none of the models. Leave it out: "
-                "config and tokenizer are those of the first slice."
+                f"passthrough: the base_model {group.base!r} is not one of the models. Leave it "
+                "out: config and tokenizer are those of the first slice."
             )
         cut = cuts[0] if cuts else None
         piece = Piece(tuple(adapters) or (model,), cut)
@@ -296,7 +296,7 @@ class _Translation:
     def _settings_of(
         self, group: _Group, own: _Merged, names: Mapping[str, str], number: int | None
     ) -> list[dict[str, Any]]:
-        """Return the settings of a group's models and of its own levels."""
+        """Return the settings of a group's models and of its levels."""
         settings = list[dict[str, Any]]()
         for entry in group.entries:
             reference = reference_of(entry.model)
@@ -316,20 +316,20 @@ class _Translation:
     def _settings(
         self, parameters: Mapping[str, Any] | None, model: str | None, number: int | None
     ) -> list[dict[str, Any]]:
-        """Return the parameters of one level of a recipe as settings, in their order."""
+        """Return the parameters of one level of a recipe as settings, in order."""
         settings = list[dict[str, Any]]()
         for name, value in (parameters or {}).items():
-            with self._problems.noting():
+            with self._problems.collecting():
                 settings += _read(self._method, name, value, model, number)
         return settings
 
 
 _PASSED = "layers"
-"""What the model of a stack of layers that are passed through is called."""
+"""Name of the model of a stack of passed-through layers."""
 
 
 def _piece(reference: str, cut: Cut | None, base: str, base_cut: Cut | None) -> Piece:
-    """Return a model beside a base; of an adapter on the base, the adapter alone is wanted."""
+    """Return a model besides the base; for an adapter on this base, the adapter alone."""
     model, *adapters = reference.split("+")
     is_adapter = bool(adapters) and model == base and cut == base_cut
     return Piece(tuple(adapters) if is_adapter else (model, *adapters), cut)
@@ -346,11 +346,11 @@ def _read(
     for choice in conditional:
         if not isinstance(choice, dict):
             raise UsageError(
-                f"{name!r} mixes values with filters. For the tensors that no filter matches, "
-                f"write '- value: {choice}'."
+                f"{name!r} mixes plain values with filters. For the tensors that no filter "
+                f"matches, write '- value: {choice}'."
             )
         if "value" not in choice or not choice.keys() <= {"filter", "value"}:
-            raise UsageError(f"{name!r}: a choice has a 'value', and may have a 'filter'.")
+            raise UsageError(f"{name!r}: each entry needs a 'value', and may have a 'filter'.")
         matching = None if choice.get("filter") == "*" else choice.get("filter")
         settings.append(
             Setting(
@@ -365,7 +365,7 @@ def _read(
 
 
 def _names(references: Sequence[str]) -> list[str]:
-    """Name models after the last part of their paths, or after the path where that is taken."""
+    """Name models after the last part of their paths, or after the full path if that is taken."""
     names: dict[str, None] = {}
     for reference in references:
         last = reference.rstrip("/").rpartition("/")[2].partition("@")[0]
@@ -375,7 +375,7 @@ def _names(references: Sequence[str]) -> list[str]:
 
 
 def _dtype(recipe: Recipe) -> str:
-    """Return the output's dtype. What mergekit computes in, ``dtype``, decides it by itself."""
+    """Return the output's dtype; ``dtype``, mergekit's compute dtype, is the default."""
     chosen = recipe.out_dtype or recipe.dtype
     if chosen is None:
         return "keep"

@@ -1,4 +1,4 @@
-"""The keys of mergekit's recipes, as mergekit 0.1.5 reads them, and which do not run here."""
+"""The schema of mergekit 0.1.5's recipes, and its unsupported keys."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ REFUSED = {
     "genome": _SEARCH,
     "tasks": _SEARCH,
 }
-"""Keys that mergekit's tools know, and what to do about them."""
+"""Unsupported keys of mergekit's tools, with advice."""
 
 
 class Keys(BaseModel):
-    """Some keys of a recipe; that there are no others is checked before."""
+    """A mapping of a recipe; unknown keys are reported before validation."""
 
     model_config = ConfigDict(extra="ignore")
 
 
 class Model(Keys):
-    """A model, with parameters of its own."""
+    """A model, with its own parameters."""
 
     model: str | dict[str, Any]
     parameters: dict[str, Any] | None = None
 
 
 class Source(Model):
-    """Some layers of a model, from the first to the one after the last."""
+    """A range of layers of a model; the end is exclusive."""
 
     layer_range: tuple[int, int]
 
 
 class Slice(Keys):
-    """Layers of the output, and what they are merged of."""
+    """Layers of the output, and their sources."""
 
     sources: list[Source] = Field(min_length=1)
     base_model: str | dict[str, Any] | None = None
@@ -56,7 +56,7 @@ class Slice(Keys):
 
 
 class Module(Keys):
-    """A part of a model with several stacks of layers, and what it is merged of."""
+    """A part of a model with several stacks of layers, and its sources."""
 
     models: list[Model] | None = None
     slices: list[Slice] | None = None
@@ -87,13 +87,13 @@ class Recipe(Keys):
 
 @dataclass
 class Problems:
-    """What is wrong with a recipe, all of it."""
+    """Collects all problems of a recipe."""
 
     found: list[str] = field(default_factory=list)
 
     @contextmanager
-    def noting(self) -> Iterator[None]:
-        """Note what is raised, and go on after it."""
+    def collecting(self) -> Iterator[None]:
+        """Collect a raised error, and continue after the block."""
         try:
             yield
         except UsageError as error:
@@ -101,11 +101,11 @@ class Problems:
         except ValidationError as error:
             self.found.append(explain(error))
 
-    def stop(self, where: str) -> None:
-        """Raise what has been found.
+    def raise_if_any(self, where: str) -> None:
+        """Raise an error with all problems, if there are any.
 
         Raises:
-            UsageError: There is something.
+            UsageError: There is a problem.
         """
         found = list(dict.fromkeys(self.found))
         if len(found) == 1:
@@ -115,35 +115,35 @@ class Problems:
 
 
 def read_recipe(content: Mapping[str, Any]) -> tuple[Recipe | None, Problems]:
-    """Return a recipe of mergekit, and all that is wrong with it.
+    """Validate a mergekit recipe.
 
     Args:
         content: Its keys.
 
     Returns:
-        The recipe; None where values have other types than mergekit's. The problems: what does not
-        run here, and what mergekit would ignore.
+        The recipe, None if values have wrong types; and the problems: unsupported keys, and keys
+        that mergekit ignores.
     """
     problems = Problems()
     _check_keys(content, problems)
     recipe = None
-    with problems.noting():
+    with problems.collecting():
         recipe = Recipe.model_validate(dict(content))
     method = content.get("merge_method")
     if isinstance(method, str) and method not in PARAMETERS:
         problems.found.append(f"no merge_method is called {method!r}.{nearest(method, PARAMETERS)}")
     problems.found += _of_tokenizer(content)
     for model in _references(content):
-        with problems.noting():
+        with problems.collecting():
             reference_of(model)
     for key in ("dtype", "out_dtype"):
-        with problems.noting():
+        with problems.collecting():
             _check_dtype(key, content.get(key))
     return recipe, problems
 
 
 def _check_keys(content: Mapping[str, Any], problems: Problems) -> None:
-    """Note the keys that do not run here, and those that mergekit ignores."""
+    """Collect unsupported keys, and keys that mergekit ignores."""
     refused = dict[str, list[str]]()
     for key in (key for key in content if key in REFUSED):
         refused.setdefault(REFUSED[key], []).append(repr(key))
@@ -180,11 +180,11 @@ _TOKENIZER_KEYS = {
     "tokens": "each new token has the row of the model that has it, or the mean of several",
     "pad_to_multiple_of": "the tables are as long as the tokens need, or as the base's",
 }
-"""Keys of mergekit's tokenizer that do not run, and what is done instead."""
+"""Unsupported keys of mergekit's tokenizer, and the behaviour instead."""
 
 
 def _of_tokenizer(content: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what does not run of the tokenizer and the chat template that a recipe asks for."""
+    """Yield problems with a recipe's tokenizer and chat template."""
     tokenizer, template = content.get("tokenizer"), content.get("chat_template")
     if tokenizer is not None and content.get("tokenizer_source") is not None:
         yield "'tokenizer' and 'tokenizer_source' both choose the tokenizer. Leave one out."
@@ -199,13 +199,13 @@ def _of_tokenizer(content: Mapping[str, Any]) -> Iterator[str]:
         )
     elif isinstance(template, str) and "{" not in template:
         yield (
-            f"chat_template is {template!r}: mergekit brings a template of that name, and here is "
-            "none. Give the Jinja text of it."
+            f"chat_template is {template!r}, a template that only mergekit includes. Give its "
+            "Jinja text."
         )
 
 
 def _references(content: Any) -> Iterator[str | dict[str, Any]]:
-    """Yield all models that a recipe names."""
+    """Yield all model references of a recipe."""
     if isinstance(content, dict):
         for key, value in content.items():
             if key in ("model", "base_model") or (
@@ -221,14 +221,14 @@ def _references(content: Any) -> Iterator[str | dict[str, Any]]:
 
 
 _SOURCES = ("base", "union")
-"""Tokenizers that are no model's."""
+"""Values of the tokenizer source that are not models."""
 
 
 def reference_of(model: str | dict[str, Any]) -> str:
-    """Return a model's path or Hub id, with its revision; and its adapter's behind a ``+``.
+    """Return a model's path or Hub id with its revision, and its adapter's after a ``+``.
 
     Raises:
-        UsageError: It is none, or has an architecture of its own.
+        UsageError: It is not a model reference, or overrides the architecture.
     """
     if isinstance(model, str):
         if model.count("+") > 1 or not all(model.split("+")):
@@ -248,7 +248,7 @@ def reference_of(model: str | dict[str, Any]) -> str:
 
 
 def _path(place: Any, model: Mapping[str, Any]) -> str:
-    """Return a path or Hub id with its revision, as a mapping of a model gives them."""
+    """Return a path or Hub id with its revision, from a model's mapping."""
     if isinstance(place, str):
         return place
     if not isinstance(place, dict) or not isinstance(place.get("path"), str):
@@ -273,5 +273,5 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def _dicts(content: object) -> list[dict[str, Any]]:
-    """Return the mappings of a list; what is wrong with the others, validation says."""
+    """Return the mappings in a list; validation reports other entries."""
     return [item for item in content if isinstance(item, dict)] if isinstance(content, list) else []

@@ -1,4 +1,4 @@
-"""The settings of mergekit's recipes: which there are, and what they come to for one tensor."""
+"""The parameters of mergekit's methods, and the resolution of settings for one tensor."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from starmerge_models.errors import UsageError, explain, nearest
 from starmerge_models.methods.method import TensorContext
 
 BASE = "base"
-"""How settings call the base where it is one of the models to merge."""
+"""Name of the base in settings, if it is one of the models to merge."""
 
 _Value = bool | int | float
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter that a merge method of mergekit has."""
+    """A parameter of a mergekit method."""
 
     type: Any
-    """Its type, with its range."""
+    """Type, with its range."""
     default: _Value | None = None
-    """None: it must be given."""
-    of_each_model: bool = False
-    """Whether each model has its own."""
+    """Default; None: the parameter is required."""
+    per_model: bool = False
+    """Whether each model has its own value."""
 
     def read(self, value: object) -> _Value | list[_Value]:
-        """Return a value, or the values of a list, in the parameter's type.
+        """Convert a value, or the values of a list, to the parameter's type.
 
-        As mergekit does, numbers may be written as text, which YAML takes ``1e-3`` for.
+        As in mergekit, numbers may be strings, since YAML parses ``1e-3`` as a string.
 
         Raises:
-            ValueError: A value is of another type or out of its range; a list is empty.
+            ValueError: A value has the wrong type or is out of range, or a list is empty.
         """
         if isinstance(value, list | tuple):
             if not value:
-                raise ValueError("An empty list says nothing. Leave it out.")
-            # What a list of whole numbers comes to between them is seen when it is resolved.
+                raise ValueError("The list is empty. Leave it out.")
+                # Interpolated values of a list of integers are checked when they are resolved.
             return [self._read_one(item) for item in value]
         return self._read_one(value)
 
     def at(self, value: _Value | Sequence[_Value], layer: tuple[int, int] | None) -> _Value:
-        """Return what a value comes to in a layer: lists are spread over the layers.
+        """Return the value for a layer: lists are interpolated over the layers.
 
-        Of m values at depth t, from 0 in the first layer to 1 in the last, it is the one at
-        t(m − 1), between two values by linear interpolation; of booleans the one before. A single
-        layer is the last; a tensor outside of layers has the first value.
+        With m values, at depth t from 0 in the first layer to 1 in the last, it is the value at
+        position t(m − 1), by linear interpolation; for booleans the preceding one. A single layer
+        has the last value; a tensor outside of layers has the first.
         """
         if not isinstance(value, Sequence):
             return value
@@ -73,11 +73,11 @@ class Parameter:
         return read
 
 
-_WEIGHT = Parameter(float, of_each_model=True)
+_WEIGHT = Parameter(float, per_model=True)
 _SHARE = Annotated[float, Field(ge=0, le=1)]
-_DENSITY = Parameter(_SHARE, 1.0, of_each_model=True)
-_GAMMA = Parameter(_SHARE, 0.01, of_each_model=True)
-_EPSILON = Parameter(_SHARE, 0.15, of_each_model=True)
+_DENSITY = Parameter(_SHARE, 1.0, per_model=True)
+_GAMMA = Parameter(_SHARE, 0.01, per_model=True)
+_EPSILON = Parameter(_SHARE, 0.15, per_model=True)
 _OFF, _ON = Parameter(bool, False), Parameter(bool, True)
 _POSITIVE = Annotated[float, Field(gt=0)]
 _AT_LEAST_0 = Annotated[float, Field(ge=0)]
@@ -113,7 +113,7 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
         "r": Parameter(float, 0.1),
         "alpha": Parameter(_AT_LEAST_0, 0.2),
     },
-    "passthrough": {"scale": Parameter(float, 1.0, of_each_model=True)},
+    "passthrough": {"scale": Parameter(float, 1.0, per_model=True)},
     "model_stock": {"filter_wise": _OFF},
     "sce": {"select_topk": Parameter(_SHARE, 1.0), "int8_mask": _OFF},
     "task_arithmetic": _arithmetic(normalize=_OFF),
@@ -125,53 +125,53 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
     "della": _arithmetic(normalize=_ON, rescale=_ON, density=_DENSITY, epsilon=_EPSILON),
     "della_linear": _arithmetic(normalize=_OFF, rescale=_ON, density=_DENSITY, epsilon=_EPSILON),
 }
-"""The parameters of mergekit's methods, with its defaults. int8_mask changes no result."""
+"""The parameters of mergekit's methods, with their defaults. int8_mask does not affect results."""
 
 
 class Setting(BaseModel):
-    """A value of a parameter, for some of the tensors and models."""
+    """A value of a parameter, for some tensors and models."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     parameter: str
     value: Any
-    """A number or a truth value, or a list of them over the layers."""
+    """A number or a boolean, or a list of them to interpolate over the layers."""
     model: str | None = None
-    """The model it is for; None for all."""
+    """The model; None: all."""
     filter: str | None = None
-    """What a tensor's name must contain; None for all."""
+    """Substring of the tensors' names; None: all tensors."""
     slice: Annotated[int, Field(ge=0)] | None = None
-    """The number of the slice it is for; None for all."""
+    """Index of the slice; None: all."""
 
 
 class Slice(BaseModel):
-    """Layers that are merged of the same models, or a part of the model that is."""
+    """Layers, or a part of the model, that are merged from the same models."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     models: tuple[str, ...] = Field(min_length=1)
-    """The models that are merged there, the base among them if it counts as one."""
+    """The merged models, including the base if it counts as one."""
     layers: Annotated[int, Field(ge=1)] | None = None
-    """How many layers there are; None: all."""
+    """Number of layers; None: all."""
     part: str = ""
-    """The part of the model that it is of: decoder, vision, …; empty: the whole."""
+    """Part of the model: decoder, vision, …; empty: the whole model."""
 
 
 def read_settings(method: str, settings: Iterable[Setting]) -> tuple[Setting, ...]:
-    """Return settings with their values in the parameters' types.
+    """Convert the values of settings to the parameters' types.
 
     Raises:
-        ValueError: The method has no such parameter, or not of each model; a wrong value.
+        ValueError: The method has no such parameter, or not for each model, or a value is invalid.
     """
     read = []
     for setting in settings:
         name, known = setting.parameter, PARAMETERS[method]
         if name not in known:
             raise ValueError(f"{method} does not use the parameter {name!r}.{nearest(name, known)}")
-        if setting.model is not None and not known[name].of_each_model:
+        if setting.model is not None and not known[name].per_model:
             raise ValueError(
-                f"{name!r} of the model {setting.model!r} would be ignored: it is one for all "
-                "models. Move it to the recipe's own parameters."
+                f"{name!r} of the model {setting.model!r} would be ignored: all models share it. "
+                "Move it to the recipe's own parameters."
             )
         try:
             value = known[name].read(setting.value)
@@ -183,11 +183,11 @@ def read_settings(method: str, settings: Iterable[Setting]) -> tuple[Setting, ..
 
 @dataclass(frozen=True)
 class Resolved:
-    """What all parameters come to for one tensor."""
+    """The values of all parameters for one tensor."""
 
     shared: dict[str, Any]
     own: list[dict[str, Any]]
-    """Those that each model has its own of, by model."""
+    """Parameters of each model, in the models' order."""
 
 
 def resolve(
@@ -197,20 +197,20 @@ def resolve(
     tensor: TensorContext,
     slice_number: int | None = None,
 ) -> Resolved:
-    """Return what all parameters come to for one tensor.
+    """Resolve all parameters for one tensor.
 
-    The first setting counts that is for the parameter, for the model or for all, for the slice or
-    for all, and whose filter the tensor's name contains; without one, the default.
+    The first setting applies that matches the parameter, the model, the slice, and whose filter is
+    in the tensor's name; without a match, the default applies.
 
     Args:
         method: mergekit's name of the method.
         settings: The settings of the recipe.
-        models: The models that are merged.
-        tensor: The tensor; its layer is that within the slice.
-        slice_number: The number of the slice; None where there are none.
+        models: The models to merge.
+        tensor: The tensor, with its layer index within the slice.
+        slice_number: The index of the slice; None without slices.
 
     Raises:
-        UsageError: A parameter without a default has no value, or an interpolated one is wrong.
+        UsageError: A required parameter has no value, or an interpolated value is invalid.
     """
 
     def value(name: str, model: str | None) -> _Value:
@@ -235,15 +235,15 @@ def resolve(
                 )
             raise UsageError(
                 f"{method}: the parameter {name!r}{whose} is missing for the tensor {tensor.name}, "
-                "and has no default. Give it, for all tensors: the last filter may be '*'."
+                "and has no default. Give it for all tensors: the last filter may be '*'."
             )
         return parameter.default
 
     known = PARAMETERS[method].items()
     return Resolved(
-        {name: value(name, None) for name, parameter in known if not parameter.of_each_model},
+        {name: value(name, None) for name, parameter in known if not parameter.per_model},
         [
-            {name: value(name, model) for name, parameter in known if parameter.of_each_model}
+            {name: value(name, model) for name, parameter in known if parameter.per_model}
             for model in models
         ],
     )

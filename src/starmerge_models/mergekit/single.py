@@ -15,19 +15,19 @@ from starmerge_models.methods.kinds.entrywise import panels
 from starmerge_models.methods.method import TensorContext
 
 _SMALLEST = 1e-6
-"""Differences below this count as it, where t is divided by them."""
+"""Lower limit of differences as divisors of t."""
 
 _EPSILON = 1e-8
-"""What is added to each probability."""
+"""Constant that is added to each probability."""
 
 
 def nearswap(delta: Delta, t: float) -> Dense:
-    """Go from the base to the model by t in each entry at most: the update is sgn(d) · min(|d|, t).
+    """Move each entry of the base towards the model by at most t: sgn(d) · min(|d|, t).
 
-    In mergekit's words min(1, t / max(|d|, 1e-6)) · d, which leaves less of differences between t
-    and 1e-6.
+    mergekit computes min(1, t / max(|d|, 1e-6)) · d, which is smaller for differences between t and
+    1e-6.
 
-    Source: mergekit 0.1.5, ``merge_methods/nearswap.py``; made up for QuartetAnemoi-70B by its
+    Source: mergekit 0.1.5, ``merge_methods/nearswap.py``; invented for QuartetAnemoi-70B by its
     author, alchemonaut.
 
     Args:
@@ -42,22 +42,22 @@ def nearswap(delta: Delta, t: float) -> Dense:
 
 
 def arcee_fusion(delta: Delta, tensor: TensorContext) -> Dense:
-    """Take the model's entries where they are important, the base's elsewhere.
+    """Take the model's important entries, and the base's other entries.
 
     The importance of an entry is |d| · KL(p ‖ q), with p and q the softmax of its row (last axis)
-    in the model and in the base, 1e-8 added to each probability. It is important from
-    median + 1.5 · (third quartile − first quartile) on, each the ⌊q(n − 1)⌋-th smallest importance
-    of the tensor, counted from 0.
+    in the model and in the base, and 1e-8 added to each probability. An entry is important if this
+    is at least median + 1.5 · (third quartile − first quartile), where a quantile q is the ⌊q(n −
+    1)⌋-th smallest importance of the tensor, counted from 0.
 
     Source: mergekit 0.1.5, ``merge_methods/arcee_fusion.py``, which computes in the models' dtype,
-    and takes the quartiles of a million entries, drawn at random, where there are more.
+    and in larger tensors uses the quartiles of a million random entries.
 
     Args:
         delta: d = W − W_0.
         tensor: The tensor, with the base.
     """
     base = base_weight(tensor)
-    # A vector is one row. Rows of kernels are shorter than those of their matrix.
+    # A vector is one row. The last axis of a kernel is shorter than a row of its matrix.
     length = prod(tensor.shape) if len(tensor.shape) < 2 else tensor.shape[-1]
 
     def parts() -> Iterator[tuple[slice, Tensor]]:
@@ -85,7 +85,7 @@ def arcee_fusion(delta: Delta, tensor: TensorContext) -> Dense:
 
 
 def _threshold(importance: np.ndarray) -> float:
-    """Return from where on entries are important; brings them into another order."""
+    """Return the threshold of importance; reorders ``importance`` in place."""
     places = [int(q * (len(importance) - 1)) for q in (0.25, 0.5, 0.75)]
     importance.partition(places)
     first, median, third = (float(importance[place]) for place in places)

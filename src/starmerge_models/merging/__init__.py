@@ -1,1 +1,1 @@
-"""Planning a merge and carrying it out."""
+"""Planning and running merges."""

@@ -1,4 +1,4 @@
-"""Adding a merged update to a loaded model, and taking it back."""
+"""Adding a merged update to a loaded model, and removing it again."""
 
 from __future__ import annotations
 
@@ -25,30 +25,29 @@ from starmerge_models.merging.fold import fold
 def apply(model: nn.Module, update: Mapping[str, Delta], *, threads: int | None = None) -> Applied:
     """Add an update to the weights of a loaded model, in place.
 
-    The weights become those that :func:`starmerge_models.merge` writes in the model's dtype, bit
-    for bit, if that is the dtype of the base's files or a wider one. Every parameter stays the
-    object it is, and what has several names, being tied, is changed once. If something is wrong,
-    nothing is changed. That the model holds the base's weights is not checked, only the shapes are.
-    The originals of the changed tensors are kept in the CPU's memory, and the update is added
-    there, wherever the model is.
+    The resulting weights are bit for bit those that :func:`starmerge_models.merge` writes in the
+    model's dtype, if that is the dtype of the base's files or a wider one. Parameters keep their
+    identity, and a tied tensor with several names is changed once. After an error no tensor is
+    changed. Shapes are checked, but not whether the model has the base's weights. The original
+    values of the changed tensors are kept in the CPU's memory, and the update is added on the CPU,
+    for models on any device.
 
     Args:
         model: The base, loaded; on any device.
-        update: What to add, by the names of the model's parameters and buffers, or by those in the
-            files of a model whose tensors transformers renames when it loads them; of one that
-            holds all experts of a layer, ``NAME[3]`` is that of expert 3.
-        threads: How many tensors are added to at once; by default as many as for
+        update: Deltas by the names of the model's parameters and buffers, or by the names in its
+            files if transformers renames them when it loads the model. In a tensor that holds all
+            experts of a layer, ``NAME[3]`` refers to expert 3.
+        threads: Number of tensors that are changed at the same time; by default as many as for
             :func:`starmerge_models.merge`. The result does not depend on it.
 
     Returns:
-        What takes the update back: by ``restore()``, or at the end of a ``with`` block. If nobody
-        keeps it, the update stays.
+        A handle that removes the update: by ``restore()``, or at the end of a ``with`` block. If
+        the handle is discarded, the update is permanent.
 
     Raises:
-        UsageError: The update is no mapping of deltas; the model lacks a tensor, or has it in
-            another shape, without values, quantised, or tied to another that the update changes
-            otherwise.
-        StarmergeError: A tensor has a NaN or an infinity, or would get one.
+        UsageError: The update is not a mapping of deltas; the model lacks a tensor, or has it in
+            another shape, without values, quantised, or tied to a tensor with a different update.
+        StarmergeError: A tensor has a NaN or an infinity, before or after the update.
 
     Example:
         ``with sm.apply(model, vectors.merge(sm.Star(eta=20))): evaluate(model)``
@@ -59,11 +58,11 @@ def apply(model: nn.Module, update: Mapping[str, Delta], *, threads: int | None 
             "merge() of task vectors returns them."
         )
     tensors = _tensors(model)
-    update = _named_as_in(model, tensors, update)
+    update = _with_model_names(model, tensors, update)
     targets = {name: _target(name, tensors) for name in update}
     for name, delta in update.items():
         _check_target(name, targets[name], delta)
-    places = _by_place({name: target.values for name, target in targets.items()})
+    places = _by_memory({name: target.values for name, target in targets.items()})
 
     def work(number: int) -> tuple[_Changed, Tensor]:
         names = places[number]
@@ -86,10 +85,10 @@ def apply(model: nn.Module, update: Mapping[str, Delta], *, threads: int | None 
                     changed.append(change)
                     change.target.values.copy_(weight)
         except BaseException:
-            applied._put_back()
+            applied._restore_originals()
             raise
     for change in changed:
-        change.note()
+        change.record_version()
     return applied
 
 
@@ -101,46 +100,46 @@ class _Target:
     """The model's name of the tensor."""
     tensor: Tensor
     expert: int | None = None
-    """Which entry of its first dimension is meant; None: the whole."""
+    """Index in the first dimension; None for the whole tensor."""
 
     @property
     def values(self) -> Tensor:
-        """The tensor, or the part, sharing its memory."""
+        """The tensor, or a view of the expert's part."""
         own = self.tensor.detach()
         return own if self.expert is None else own[self.expert]
 
 
 @dataclass(eq=False)
 class _Changed:
-    """What an update was added to."""
+    """A tensor that an update has changed."""
 
     target: _Target
     original: Tensor
-    """What it held before; on the CPU."""
+    """The values before the update, on the CPU."""
     version: int | None = None
-    """How often it had been written to when it was last as we left it."""
+    """Torch's version counter of the tensor after our last write."""
 
-    def note(self) -> None:
-        """Note that the tensor is as it should be."""
+    def record_version(self) -> None:
+        """Record the tensor's version counter after our own write."""
         self.version = _version(self.target.tensor)
 
     @property
     def is_intact(self) -> bool:
-        """Whether nobody has written to the tensor since."""
+        """Whether no other code has written to the tensor since our last write."""
         return self.version == _version(self.target.tensor)
 
 
 class Applied:
-    """An update that stands in a model; made by :func:`apply`.
+    """An update that has been added to a model by :func:`apply`.
 
-    Updates may be added on top of each other. They are taken back in the opposite order.
+    Several updates can be added on top of each other; they must be removed in reverse order.
     """
 
     def __init__(self, model: nn.Module, changed: list[_Changed]) -> None:
         self._model = model
         self._changed = changed
         self._number = next(_numbers)
-        _standing.add(self)
+        _active.add(self)
 
     def __enter__(self) -> Applied:
         return self
@@ -154,14 +153,14 @@ class Applied:
         self.restore()
 
     def restore(self) -> None:
-        """Give every changed tensor the values it had, bit for bit; a second time does nothing.
+        """Restore the original values of all changed tensors, bit for bit; idempotent.
 
         Raises:
-            UsageError: A later update of the same tensors stands, or a tensor was converted,
-                replaced or written to meanwhile. Nothing is restored.
+            UsageError: A later update of the same tensors has not been removed, or a tensor was
+                converted, replaced or written to meanwhile. Nothing is restored.
         """
         mine = self._storages()
-        for other in _standing:
+        for other in _active:
             if other._number > self._number and not mine.isdisjoint(other._storages()):
                 raise UsageError(
                     "Another update was added to the same weights later, and still stands. Restore "
@@ -181,55 +180,55 @@ class Applied:
                     "other weights into it."
                 )
         with _writing():
-            self._put_back()
+            self._restore_originals()
 
-    def _put_back(self) -> None:
+    def _restore_originals(self) -> None:
         for changed in self._changed:
             changed.target.values.copy_(changed.original)
         self._changed.clear()
 
     def _storages(self) -> set[int]:
         tensors = [changed.target.tensor for changed in self._changed]
-        # What is empty has no place: its address is 0.
+        # Skip empty tensors, whose address is 0.
         return {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
 
 
 _numbers = count()
-_standing: WeakSet[Applied] = WeakSet()
-"""The updates that somebody may still take back, of all models."""
+_active: WeakSet[Applied] = WeakSet()
+"""The updates of all models that can still be removed."""
 
 
 @contextmanager
 def _writing() -> Iterator[None]:
-    """Let what is written to tensors be no change by others, in the eyes of updates that stand."""
-    intact = [changed for other in _standing for changed in other._changed if changed.is_intact]
+    """Exempt our own writes from the check of active updates for foreign writes."""
+    intact = [changed for other in _active for changed in other._changed if changed.is_intact]
     try:
         with torch.no_grad():
             yield
     finally:
         for changed in intact:
-            changed.note()
+            changed.record_version()
 
 
 def _version(tensor: Tensor) -> int | None:
-    """Return how often a tensor was written to; None where torch does not count it."""
+    """Return torch's version counter of a tensor; None if it has none."""
     return None if tensor.is_inference() else tensor._version
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's parameters and buffers by all their names."""
+    """Return a model's parameters and buffers, tied ones under each of their names."""
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors.update(model.named_buffers(remove_duplicate=False))
     return tensors
 
 
-def _named_as_in(
+def _with_model_names(
     model: nn.Module, tensors: Mapping[str, Tensor], update: Mapping[str, Delta]
 ) -> Mapping[str, Delta]:
-    """Return an update by the names that a model of transformers has for the tensors of its files.
+    """Rename an update from the names in files to those of the loaded model of transformers.
 
-    Names that the model has, those of tensors that transformers joins or splits, and unknown ones
-    stay as they are.
+    Names that the model already has, those of tensors that transformers joins or splits, and
+    unknown names are unchanged.
     """
     unknown = [name for name in update if _find(name, tensors) is None]
     if not unknown:
@@ -251,10 +250,10 @@ def _named_as_in(
 
 
 def _target(name: str, tensors: Mapping[str, Tensor]) -> _Target:
-    """Return what an update's name means in a model.
+    """Return the target in a model that an update's name refers to.
 
     Raises:
-        UsageError: The model has nothing of that name.
+        UsageError: The model has no tensor of that name.
     """
     found = _find(name, tensors)
     if found is None:
@@ -263,7 +262,7 @@ def _target(name: str, tensors: Mapping[str, Tensor]) -> _Target:
 
 
 def _find(name: str, tensors: Mapping[str, Tensor]) -> _Target | None:
-    """Return what an update's name means in a model; None if the model has nothing of that name."""
+    """Return the target that an update's name refers to; None if the model has no such tensor."""
     if name in tensors:
         return _Target(name, tensors[name])
     stack, expert = stack_of(name) or ("", 0)
@@ -273,7 +272,7 @@ def _find(name: str, tensors: Mapping[str, Tensor]) -> _Target | None:
 
 
 def _check_target(name: str, target: _Target, delta: Delta) -> None:
-    """Make sure that a delta can be added to a tensor of a model."""
+    """Check that a delta can be added to a tensor of a model."""
     tensor = target.tensor
     if not isinstance(delta, LowRank | Dense):
         raise UsageError(
@@ -304,8 +303,8 @@ def _check_target(name: str, target: _Target, delta: Delta) -> None:
         )
 
 
-def _by_place(tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    """Return the names of tensors, those of one and the same tensor together.
+def _by_memory(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """Group names of tensors by the tensor that they refer to.
 
     Raises:
         UsageError: Two tensors share a part of their memory, or all of it in different shapes.
@@ -334,7 +333,7 @@ def _by_place(tensors: Mapping[str, Tensor]) -> list[list[str]]:
 
 
 def _folded(names: Sequence[str], original: Tensor, update: Mapping[str, Delta]) -> Tensor:
-    """Return the new values of a tensor, which may have several names."""
+    """Return the updated values of a tensor, which may have several names."""
     name, *others = names
     weight = fold(original, update[name], original.dtype).weight
     if not is_finite(weight):
@@ -354,7 +353,7 @@ def _folded(names: Sequence[str], original: Tensor, update: Mapping[str, Delta])
 
 
 def _remedy(name: str, known: Collection[str]) -> str:
-    """Say what to do about a name that a model does not have."""
+    """Return advice to the user about a name that a model does not have."""
     module, _, leaf = f".{name}".rpartition(".")
     for other in known:
         if other.endswith(f".{name}"):

@@ -1,4 +1,4 @@
-"""The chat template of a merge: the base's, that of one of the models, or another."""
+"""The chat template of a merge: that of the base, of one of the models, or of a file."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _MOST_BYTES = 2**20
 def with_chat_template(
     recipe: Recipe, base: Base, models: Sequence[FineTune], chosen: Tokenizer | None
 ) -> Base:
-    """Return the base with the chat template that a recipe names, and note other ones.
+    """Return the base with the chat template of a recipe, and notes on models with other templates.
 
     Args:
-        recipe: What is merged.
-        base: The base, with the files that the output gets.
+        recipe: The recipe.
+        base: The base, with the side files of the output.
         models: The models.
-        chosen: The output's tokenizer, where that is neither the base's nor a union.
+        chosen: The output's tokenizer, if it is neither the base's nor a union.
 
     Raises:
-        UsageError: No such chat template is found.
-        StarmergeError: A file of one is broken.
+        UsageError: The chat template is not found.
+        StarmergeError: A file with a chat template is broken.
     """
     wanted = recipe.chat_template
     if wanted is None or (wanted == "base" and chosen is None):
@@ -41,19 +41,19 @@ def with_chat_template(
     templates, files = _found(wanted, base, models)
     changed = with_templates(base.side_files, templates)
     made_of = tuple(dict.fromkeys((*base.made_of, *files)))
-    return replace(base, beside={**base.beside, **changed}, made_of=made_of)
+    return replace(base, replaced_files={**base.replaced_files, **changed}, made_of=made_of)
 
 
 def folder_named(reference: str, what: str, models: Sequence[FineTune]) -> Place:
-    """Return the folder of one of the models by its name, or of what a path or a Hub id means.
+    """Return the folder of a model of the merge by its name, or of a path or Hub id.
 
     Args:
         reference: The name, path or id.
-        what: What is looked for there, for errors.
-        models: The models.
+        what: Purpose of the folder, for error messages.
+        models: The models of the merge.
 
     Raises:
-        UsageError: It is none of these.
+        UsageError: The reference is none of these.
     """
     known = {model.name: model.source.path for model in models}
     if reference in known:
@@ -70,7 +70,7 @@ def folder_named(reference: str, what: str, models: Sequence[FineTune]) -> Place
 def _found(
     wanted: str, base: Base, models: Sequence[FineTune]
 ) -> tuple[Mapping[str, str], list[Place]]:
-    """Return chat templates by name, and the files that have them."""
+    """Return chat templates by name, and the files that contain them."""
     if "{%" in wanted or "{{" in wanted:
         return {"default": wanted}, []
     is_model = wanted == "base" or wanted in {model.name for model in models}
@@ -88,7 +88,7 @@ def _found(
 
 
 def _notes(base: Base, models: Sequence[FineTune], chosen: Tokenizer | None) -> list[str]:
-    """Return sentences on the models whose chat template is not the output's."""
+    """Return notes on the models whose chat template differs from the output's."""
     output = chosen or open_tokenizer(base.source.path)
     try:
         ours = output.templates if output is not None else {}

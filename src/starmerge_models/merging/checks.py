@@ -1,4 +1,4 @@
-"""Checks that merges of files and merges in memory share."""
+"""Checks for merges of files and in memory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from starmerge_models.errors import StarmergeError, UsageError
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    """Return one weight for each of ``count`` models; without any, all are 1.
+    """Return one weight for each of ``count`` models; all are 1 by default.
 
     Raises:
-        UsageError: They are no list of numbers, more or fewer than models, or one is not finite.
+        UsageError: The weights are not a list of numbers, not one per model, or not finite.
     """
     if weights is None:
         return (1.0,) * count
@@ -36,30 +36,31 @@ def check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, .
 
 
 def check_base(tensor: TensorInfo, base: Tensor) -> None:
-    """Make sure that a tensor of the base has neither a NaN nor an infinity.
+    """Check that a tensor of the base has neither a NaN nor an infinity.
 
     Args:
-        tensor: What its file's header says of it.
-        base: The same as it was read.
+        tensor: The tensor's entry in the header of its file.
+        base: The tensor's values.
 
     Raises:
-        StarmergeError: It has one.
+        StarmergeError: It has a NaN or an infinity.
     """
     if not is_finite(base):
         raise StarmergeError(f"{tensor.file}: tensor {tensor.name} has a NaN or an infinity.")
 
 
 def check_delta(delta: Delta, model: FineTune, tensor: TensorInfo, base: Tensor | None) -> None:
-    """Make sure that a delta has neither a NaN nor an infinity.
+    """Check that a delta has neither a NaN nor an infinity.
 
     Args:
         delta: The delta.
-        model: Whose it is.
-        tensor: The base's tensor, as its file's header has it.
-        base: The same as it was read; None where it is not needed.
+        model: The model that the delta belongs to.
+        tensor: The entry of the base's tensor in the header of its file.
+        base: The values of the base's tensor; None if they were not needed.
 
     Raises:
-        StarmergeError: It has one; the message says whose fault that is.
+        StarmergeError: It has a NaN or an infinity; the message names the base or the model as the
+            cause.
     """
     if delta.is_finite():
         return

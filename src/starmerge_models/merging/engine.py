@@ -1,7 +1,8 @@
-"""The merge itself: a walk over the base's tensors, some at a time, from files to files."""
+"""The merge of files: a pass over the base's tensors, several at the same time."""
 
 from __future__ import annotations
 
+import html
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
@@ -28,7 +29,7 @@ from starmerge_models.merging.report import (
     hashes_of_contents,
     make_report,
 )
-from starmerge_models.merging.work import Done, LookJob, WriteJob
+from starmerge_models.merging.work import SurveyJob, TensorResult, WriteJob
 from starmerge_models.methods.method import Deltas, Method, TensorContext
 from starmerge_models.methods.pipeline import Pipeline, as_pipeline
 from starmerge_models.progress import Progress, progress_bar
@@ -38,18 +39,26 @@ from starmerge_models.storage import Place, place_of, storage_of
 from starmerge_models.storage.publishing import REPORT, printable
 from starmerge_models.storage.storage import MARK
 
-_Seen = TypeVar("_Seen")
+_Result = TypeVar("_Result")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergeResult:
-    """A finished merge."""
+    """A finished merge. A notebook shows where it is and what it did."""
 
     path: Place
     """The folder of the merged model, or the file of an adapter."""
     report: MergeReport
-    taken_up: int = 0
-    """Tensors that an earlier run, which was killed, had written."""
+    resumed: int = 0
+    """Number of tensors that an earlier, killed run had written."""
+
+    def __repr__(self) -> str:
+        """Return the place and the report's summary."""
+        return f"MergeResult in {self.path}: {self.report!r}"
+
+    def _repr_html_(self) -> str:
+        """Return the place and the report's summary for a notebook."""
+        return f"<p><code>{html.escape(str(self.path))}</code></p>{self.report._repr_html_()}"
 
 
 def merge(
@@ -80,10 +89,11 @@ def merge(
 
     Args:
         base: The base model: a folder, a URL such as ``s3://bucket/model``, or a Hub id
-            ``org/name`` or ``org/name@revision``. None: adapters alone are merged into an adapter.
+            ``org/name`` or ``org/name@revision``. None merges adapters into an adapter without the
+            base.
         models: LoRA adapters and full fine-tunes, as folders, files of adapters, URLs or Hub ids;
             a mapping gives them names.
-        method: A method such as ``Star(eta=40)``, a chain of some, or a name such as "star+ties".
+        method: A method such as ``Star(eta=40)``, a chain, or a name such as "star+ties".
         output: The folder to create, or its URL in an object store; a file, ending in .safetensors
             or .gguf, for adapters of diffusion models and of llama.cpp.
         weights: Factors of the task vectors, one for each model; by default all are 1.
@@ -91,30 +101,31 @@ def merge(
             merge in whitened inputs.
         tokenizer: The output's: "base"; "union", which adds the tokens of all models; the name of
             a model, or a folder or Hub id with a tokenizer.
-        chat_template: The output's: "base", the name of a model, a Jinja file, or a folder or Hub
-            id with a tokenizer; by default the tokenizer's own.
-        dtype: Dtype of the floating-point tensors; "keep" keeps each as it is.
-        output_kind: "model"; "adapter" for a LoRA adapter in PEFT's layout or, of diffusion models,
-            in that of the merged adapters; "gguf" for one for llama.cpp; by default a model, or of
-            ``emr`` its unified vector with masks.
+        chat_template: The output's chat template: "base", the name of a model, a Jinja file, or a
+            folder or Hub id with a tokenizer; by default that of the output's tokenizer.
+        dtype: Dtype of the floating-point tensors; "keep" keeps the dtype of each tensor.
+        output_kind: "model"; "adapter" for a LoRA adapter in PEFT's layout or, for diffusion
+            models, in that of the merged adapters; "gguf" for an adapter for llama.cpp; by default
+            a model, or for ``emr`` its unified vector with masks.
         rank: The highest rank of an adapter; by default as high as its updates need.
-        max_error: Refuse an adapter whose update is farther from the merge's, in the Frobenius norm
-            relative to it.
+        max_error: Refuse an adapter whose relative error of the update, in the Frobenius norm, is
+            larger.
         any_base: Accept models whose config names another base, or differs from the base's.
-        common: Merge what the models share with the base: heads and towers that one side lacks are
-            the base's.
-        overwrite: Replace what stands at ``output``.
-        fresh: Begin anew. By default the merge goes on where one of the same inputs, recipe and
-            output was killed, with the tensors that it had written; the bytes are the same.
-        threads: How many tensors are merged at once, each by one thread; by default as many as
-            there are processors, or as OMP_NUM_THREADS says.
-        memory: Bytes that the tensors that are merged at once may take, or a text such as "4GB";
-            by default a quarter of the machine's memory. A tensor that needs more is merged alone.
+        common: Merge only the tensors that models and base have in common; heads and towers that
+            only one of them has are those of the base.
+        overwrite: Replace an existing output.
+        fresh: Restart. By default the merge resumes a killed merge of the same inputs, recipe and
+            output, and keeps the tensors that it had written; the resulting bytes are the same.
+        threads: Number of tensors that are merged at the same time, each by one thread; by default
+            the number of processors, or OMP_NUM_THREADS.
+        memory: Limit in bytes for all tensors that are merged at the same time, or a text such as
+            "4GB"; by default a quarter of the machine's memory. A tensor that needs more is merged
+            alone.
         progress: Show a progress bar on standard error.
 
     Raises:
-        UsageError: Something was asked for wrongly; nothing was read or written.
-        StarmergeError: An input is broken or does not fit; nothing is left at ``output``.
+        UsageError: An argument is wrong; nothing was read or written.
+        StarmergeError: An input is broken or does not fit; no output is left.
 
     Example:
         ``sm.merge("base", ["a", "b"], sm.Star(eta=40), output="merged")``
@@ -150,28 +161,28 @@ def run(
     fresh: bool = False,
     progress: bool = False,
 ) -> MergeResult:
-    """Carry out a plan; see :func:`merge`.
+    """Run a plan; see :func:`merge`.
 
     Args:
         plan: The plan.
-        executor: What does the work on tensors; it is opened and closed here.
-        fresh: Begin anew, instead of going on with what a killed run has left.
+        executor: The executor of the work on tensors; this function opens and closes it.
+        fresh: Restart instead of resuming a killed run.
         progress: Show progress bars on standard error.
 
     Raises:
         StarmergeError: A NaN or an infinity, in an input or by overflow of the output's dtype; a
-            file that is shorter than it was. Nothing is left at the plan's output.
+            file that has become shorter. No output is left.
     """
     own = fingerprint(plan)
     storage = storage_of(plan.path)
     if fresh:
-        storage.forget(plan.path, suffix=own)
+        storage.delete_partial(plan.path, suffix=own)
     with ExitStack() as opened:
-        # A cluster that cannot be reached must not end the output, of which an earlier run may
-        # have written a part.
+        # Connect to the cluster first: if this fails, the partial output of an earlier run must
+        # not be deleted.
         workers = opened.enter_context(executor)
         is_shared = workers.spans_machines
-        storage.check_room(plan.path, plan.bytes_to_write, suffix=own, is_shared=is_shared)
+        storage.check_free_space(plan.path, plan.bytes_to_write, suffix=own, is_shared=is_shared)
         publishing = storage.publish(
             plan.path,
             overwrite=plan.overwrite,
@@ -184,8 +195,8 @@ def run(
         if folder.is_complete:
             report = MergeReport(read_json(folder.place(REPORT)))
             return MergeResult(plan.path, report, len(plan.tensors))
-        emit(_planned(plan, workers, own))
-        merging = Merging(plan, workers, progress)
+        emit(_plan_event(plan, workers, own))
+        merging = MergeRun(plan, workers, progress)
         if is_shared:
             folder = folder.shared()
         writing = plan.output.lay_out(plan, folder)
@@ -215,22 +226,22 @@ def run(
         report.content["blake3"] = hashes_beside(folder, report.content)
         folder.put(REPORT, json_bytes(report.content))
         journal.end()
-    return MergeResult(plan.path, report, merging.taken_up)
+    return MergeResult(plan.path, report, merging.resumed)
 
 
 def _distribute(
     workers: Executor, work: Callable[[int], None], memory: Sequence[int]
 ) -> Iterator[None]:
-    """Have workers do what a storage wants done; see :data:`Distribute`."""
+    """Run a storage's work on the workers; see :data:`Distribute`."""
     return workers.run(FunctionJob(work, memory.__getitem__), range(len(memory)))
 
 
-def _planned(plan: Plan, workers: Executor, own: str) -> events.Plan:
-    """Return what is told of a plan when it is carried out.
+def _plan_event(plan: Plan, workers: Executor, own: str) -> events.Plan:
+    """Return the event that announces a plan.
 
     Args:
         plan: The plan.
-        workers: What carries it out.
+        workers: The executor of the plan.
         own: The plan's fingerprint.
     """
     return events.Plan(
@@ -248,12 +259,12 @@ def _planned(plan: Plan, workers: Executor, own: str) -> events.Plan:
     )
 
 
-class Merging:
-    """A plan being carried out.
+class MergeRun:
+    """The state of a running plan.
 
     Args:
         plan: The plan.
-        executor: What carries it out.
+        executor: The executor of the plan.
         progress: Show progress bars on standard error.
     """
 
@@ -263,17 +274,19 @@ class Merging:
         self._mark: tuple[Place, str] | None = None
         """See :class:`~starmerge_models.merging.work.TensorJob`."""
         self.changing: set[int] = set()
-        """Numbers of the models of which some task vector that was read is not zero."""
+        """Numbers of the models with a nonzero task vector among those read so far."""
         self.findings: dict[str, Any] = {}
-        """What the methods found in the whole model."""
+        """The methods' surveys of the whole model."""
         self.records: list[dict[str, Any]] = []
-        """Of the tensors that are merged, in the order of the plan."""
+        """Records of the merged tensors, in the order of the plan."""
         self.digests: dict[str, list[str]] = {}
-        """BLAKE3 of what lies in the slots of each tensor, by the tensor's name."""
+        """BLAKE3 of the content of each tensor's slots, by the tensor's name."""
         self.input_digests: dict[Key, str] = {}
-        """BLAKE3 of the tensors that were read, where they were asked for."""
-        self.taken_up = 0
-        """Tensors that an earlier run had finished."""
+        """BLAKE3 of the tensors that were read, if requested."""
+        self.resumed = 0
+        """Number of tensors that an earlier run had finished."""
+        self._surveys = 0
+        """Passes over the model that the methods have begun."""
 
     def write(
         self,
@@ -288,11 +301,12 @@ class Merging:
 
         Args:
             writing: The output.
-            journal: Knows what an earlier run has written, and is told what is.
-            mark: Where other machines fill the output, too: a file in it, and a text in that.
-            numbers: Of some of the plan's tensors; by default all. Methods see the whole model in
-                any case.
-            hashes_inputs: Hash the inputs as they are read.
+            journal: Journal with the tensors of an earlier run, to which finished tensors are
+                added.
+            mark: For outputs that several machines write: a file of the output, and its text.
+            numbers: Numbers of the tensors to merge; by default all. Surveys of methods cover the
+                whole model in any case.
+            hashes_inputs: Hash the inputs when they are read.
         """
         plan = self._plan
         self._mark = mark
@@ -316,34 +330,38 @@ class Merging:
             for number, done in zip(wanted, written, strict=True):
                 tensor = plan.tensors[number]
                 self._note(tensor, done)
-                if journal is not None and not done.taken_up:
+                if journal is not None and not done.resumed:
                     journal.add(tensor, done)
                 phase.tensor_done(tensor.source.name, plan.output.nbytes(tensor), done.seconds)
 
-    def _note(self, tensor: PlannedTensor, done: Done) -> None:
+    def _note(self, tensor: PlannedTensor, done: TensorResult) -> None:
         self.changing.update(done.changing)
         self.digests[tensor.source.name] = done.digests
-        self.taken_up += done.taken_up
+        self.resumed += done.resumed
         if done.record is not None:
             self.records.append(done.record)
         if done.inputs:
             keys = map(key_of, tensor.stored_inputs)
             self.input_digests.update(zip(keys, done.inputs, strict=True))
 
-    def _walk(self, look: Callable[[Deltas, TensorContext], _Seen]) -> Iterator[_Seen]:
-        """Yield what ``look`` returns for each tensor that some model changes."""
+    def _walk(self, visit: Callable[[Deltas, TensorContext], _Result]) -> Iterator[_Result]:
+        """Yield ``visit(deltas, tensor)`` for each tensor that some model changes."""
         plan = self._plan
-        job = LookJob(plan, dict(self._checked), mark=self._mark, look=look)
+        job = SurveyJob(plan, dict(self._checked), mark=self._mark, visit=visit)
         numbers = [number for number, tensor in enumerate(plan.tensors) if tensor.models]
         size = sum(map(job.nbytes, numbers))
         with (
             self._phase("surveying", size, len(numbers)) as phase,
             closing(self._executor.run(job, numbers)) as looked,
         ):
+            self._surveys += 1
+            passes = max(plan.pipeline.passes, self._surveys)
+            if passes > 1:
+                phase.waits_for(f"pass {self._surveys} of {passes}")
             for number, found in zip(numbers, looked, strict=True):
                 self._checked[number] = found.checked
                 self.changing.update(found.changing)
-                yield found.seen
+                yield found.value
                 name = plan.tensors[number].source.name
                 phase.tensor_done(name, job.nbytes(number), found.seconds)
 

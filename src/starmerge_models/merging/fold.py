@@ -11,22 +11,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from starmerge_models.deltas import Delta, LowRank, wide
+from starmerge_models.deltas import Delta, LowRank, compute_dtype
 
 FOLD_ENTRIES = 2**19
-"""Entries of a weight that are merged at once: whole rows, at least one."""
+"""Entries of a weight in one panel, which has whole rows and at least one."""
 
 
 class Fold:
-    """A delta being added to a weight in float32, rounded once to the output's dtype.
+    """Adds a delta to a weight in float32 and rounds once to the output's dtype.
 
-    A float64 weight is added to in float64. Works through panels of rows, about
-    :data:`FOLD_ENTRIES` each, in buffers that are used again and stay in the processor's cache.
-    The panels depend on the shape alone.
+    For a float64 weight the sum is float64. The weight is processed in panels of rows, about
+    :data:`FOLD_ENTRIES` entries each, in reused buffers that fit into the CPU's cache. The panels
+    depend on the shape alone.
 
     Args:
         base: The base's tensor, any shape and floating dtype.
-        delta: The merged delta, of the same shape as a matrix.
+        delta: The merged delta, of the same matrix shape.
         dtype: Dtype of the result.
     """
 
@@ -37,19 +37,19 @@ class Fold:
         self._update_energy = self._error_energy = 0.0
 
     def panels(self, merged: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
-        """Yield the merged weight panel by panel: the number of its first entry, its rows.
+        """Yield the panels of the merged weight, each with the index of its first entry.
 
         Args:
-            merged: (m, n) in the output's dtype, to be filled; without, a panel is overwritten by
-                the next.
+            merged: Buffer (m, n) in the output's dtype for the result; without it, each panel
+                overwrites the one before.
         """
         weight, dtype = self._base.reshape(self._delta.shape), self._dtype
         m, n = self._delta.shape
         height = max(1, min(m, FOLD_ENTRIES // max(1, n)))
-        exact, total = torch.empty(2, height, n, dtype=wide(weight.dtype))
+        exact, total = torch.empty(2, height, n, dtype=compute_dtype(weight.dtype))
         panel = torch.empty(0 if merged is not None else height, n, dtype=dtype)
         rows_of = _rows(self._delta, height)
-        # What the output's dtype makes of the base is no part of the update.
+        # Rounding of the base itself to the output's dtype is not part of the update.
         is_exact = torch.promote_types(weight.dtype, dtype) == dtype
         for start in range(0, m, height):
             rows = slice(start, min(start + height, m))
@@ -68,14 +68,15 @@ class Fold:
 
     @property
     def update_norm(self) -> float:
-        """Frobenius norm ‖Δ‖ of the delta, as far as it was added."""
+        """Frobenius norm ‖Δ‖ of the delta, over the panels so far."""
         return math.sqrt(self._update_energy)
 
     @property
     def survived(self) -> float:
         """Share of the update that survives the rounding to the output's dtype.
 
-        1 − ‖e‖²/‖Δ‖², where e is what rounding changed of it; not below 0, and 1 for a zero delta.
+        It is 1 − ‖e‖²/‖Δ‖², where e is the rounding error of the update; at least 0, and 1 for a
+        zero delta.
         """
         if not self._update_energy:
             return 1.0
@@ -83,23 +84,23 @@ class Fold:
 
 
 def fold_bytes(m: int, n: int, r: int = 0) -> int:
-    """Return the bytes that :class:`Fold` takes for a weight (m, n), beside the delta, at most.
+    """Return an upper bound of the bytes of :class:`Fold` for a weight (m, n), without the delta.
 
-    Of each entry of a panel: the weight, the sum, what is added (each float32, or float64 for a
-    float64 weight), and the rounded sum. Of a low-rank delta the factors in float32, and once more
-    while those that are zero are left out.
+    Each entry of a panel takes the weight, the sum, the added value (each float32, or float64 for a
+    float64 weight), and the rounded sum. A low-rank delta takes its factors in float32, and a
+    second copy while zero factors are removed.
 
     Args:
         m: Rows of the weight.
-        n: Its columns.
-        r: Factors of the delta, at most; 0 for a dense one.
+        n: Columns of the weight.
+        r: Upper bound of the delta's number of factors; 0 for a dense delta.
     """
     return (3 * 8 + 4) * min(m * n, max(FOLD_ENTRIES, n)) + 8 * r * (m + n)
 
 
 @dataclass(frozen=True)
 class Folded:
-    """A weight with a delta added, and what :class:`Fold` found."""
+    """A weight with an added delta, and the statistics of :class:`Fold`."""
 
     weight: Tensor
     """The merged tensor, in the output's dtype."""
@@ -109,22 +110,23 @@ class Folded:
 
 def fold(base: Tensor, delta: Delta, dtype: torch.dtype) -> Folded:
     """Add a delta to a weight in memory; see :class:`Fold`."""
-    merged, adding = _new(*delta.shape, dtype), Fold(base, delta, dtype)
+    merged, adding = _allocated(*delta.shape, dtype), Fold(base, delta, dtype)
     for _ in adding.panels(merged):
         pass
     return Folded(merged.reshape(base.shape), adding.update_norm, adding.survived)
 
 
-def _new(m: int, n: int, dtype: torch.dtype) -> Tensor:
-    """Return a tensor (m, n) to be filled, in large pages where the system has them.
+def _allocated(m: int, n: int, dtype: torch.dtype) -> Tensor:
+    """Return an uninitialised tensor (m, n), in huge pages if the system supports them.
 
-    The first touch of memory costs a fault a page; with small pages these take a quarter of a fold.
+    The first access to a page causes a page fault; with small pages the faults take a quarter of
+    the time of a fold.
     """
     nbytes = m * n * dtype.itemsize
     if nbytes < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(m, n, dtype=dtype)
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel that was built without them
+    with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(m, n)
 
@@ -135,8 +137,8 @@ _LARGE = 2**22
 def factors_of(delta: LowRank) -> tuple[Tensor, Tensor]:
     """Return the factors whose product is added to a weight: (m, r) and (r, n), float32.
 
-    Without those that are zero, and each contiguous, so that an adapter that was padded to a higher
-    rank, or is read from a file, adds the same bytes.
+    Zero factors are removed and the others made contiguous, so that an adapter gives the same bytes
+    if it is padded to a higher rank or read from a file.
     """
     left = torch.empty(delta.B.shape, dtype=torch.float32, device=delta.device)
     left.copy_(delta.B).mul_(delta.scale)
@@ -148,7 +150,7 @@ def factors_of(delta: LowRank) -> tuple[Tensor, Tensor]:
 
 
 def _rows(delta: Delta, height: int) -> Callable[[slice], Tensor]:
-    """Return what gives up to ``height`` rows of a delta in float32, until it is called again."""
+    """Return a function of up to ``height`` rows of a delta in float32, in a reused buffer."""
     if not isinstance(delta, LowRank):
         return delta.entries
     left, right = factors_of(delta)
@@ -159,12 +161,13 @@ def _rows(delta: Delta, height: int) -> Callable[[slice], Tensor]:
 def _energy(panel: Tensor, scratch: Tensor) -> float:
     """Return the sum of squares of a panel's entries, to about 1e-8 of it.
 
-    In float32 for 1024 entries each, whose sums are added in float64: three times as fast as
-    float64 throughout, which serves where squares may underflow or overflow.
+    Blocks of 1024 entries are summed in float32, and the sums of blocks in float64, which is three
+    times as fast as float64 throughout. If squares may underflow or overflow, float64 is used
+    throughout.
 
     Args:
         panel: (rows, n) float32 or float64.
-        scratch: (rows, n) float32 or float64, is overwritten.
+        scratch: Buffer (rows, n) float32 or float64, which is overwritten.
     """
     squares = torch.mul(panel, panel, out=scratch).view(-1)
     whole = len(squares) // 1024 * 1024

@@ -1,4 +1,4 @@
-"""Merging deltas that are in memory."""
+"""Merging of deltas in memory."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from contextlib import closing
 from typing import TypeVar
 
 from starmerge_models.deltas import Delta, Dense
-from starmerge_models.errors import UsageError
+from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.merging.checks import check_weights
 from starmerge_models.merging.executors.executor import Executor, FunctionJob
 from starmerge_models.merging.executors.threads import Threads
 from starmerge_models.methods.method import Deltas, Method, TensorContext
 from starmerge_models.methods.pipeline import Pipeline, as_pipeline
 
-_Seen = TypeVar("_Seen")
+_Result = TypeVar("_Result")
+_Kept = TypeVar("_Kept")
 
 
 def merge_state(
@@ -26,27 +27,27 @@ def merge_state(
 ) -> dict[str, Delta]:
     """Merge deltas that are in memory.
 
-    Names mean nothing here: no tensor counts as an embedding. The result does not depend on
+    Names have no meaning here: no tensor is treated as an embedding. The result does not depend on
     ``threads``.
 
     Args:
-        deltas: For each model, the delta of each tensor it changes, by name.
-        method: A method, a chain of some, or a name such as "star+ties".
+        deltas: For each model, the deltas of the tensors that it changes, by name.
+        method: A method, a chain, or a name such as "star+ties".
         weights: Factors of the task vectors, one for each model; by default all are 1.
-        threads: How many tensors are merged at once; by default as many as for
+        threads: Number of tensors merged at the same time; by default as many as for
             :func:`starmerge_models.merge`.
 
     Returns:
-        For each tensor that some model changes, what to add to the base. Dense results are
+        For each tensor that some model changes, the update to add to the base. Dense results are
         matrices (m, n); see :func:`starmerge_models.deltas.matrix_shape`.
 
     Raises:
-        UsageError: The method needs what deltas in memory do not have, or its parameters and the
-            weights do not fit them.
-        ValueError: Two models disagree on the shape of a tensor, or one has a NaN or an infinity.
+        UsageError: The method needs the base or a metric, or its parameters or the weights do not
+            fit the deltas; two models disagree on the shape of a tensor.
+        StarmergeError: A delta has a NaN or an infinity.
     """
     has_dense = any(isinstance(delta, Dense) for model in deltas for delta in model.values())
-    pipeline, _ = as_pipeline(method).chosen(has_dense=has_dense)
+    pipeline, _ = as_pipeline(method).resolve_auto(has_dense=has_dense)
     check_one_update(pipeline)
     if pipeline.merge.needs_base:
         raise UsageError(
@@ -59,7 +60,9 @@ def merge_state(
     for number, model in enumerate(deltas):
         for name, delta in model.items():
             if not delta.is_finite():
-                raise ValueError(f"Model {number}: the delta of {name} has a NaN or an infinity.")
+                raise StarmergeError(
+                    f"Model {number}: the delta of {name} has a NaN or an infinity."
+                )
     tasks = tuple(str(number) for number in range(len(deltas)))
     factors = check_weights(weights, len(deltas))
     pipeline.check(tasks, factors, names)
@@ -68,7 +71,7 @@ def merge_state(
         members = {t: model[name] for t, model in enumerate(deltas) if name in model}
         first = next(iter(members.values()))
         if len({delta.shape for delta in members.values()}) > 1:
-            raise ValueError(
+            raise UsageError(
                 f"The deltas of {name} have different shapes: "
                 f"{sorted({delta.shape for delta in members.values()})}."
             )
@@ -91,32 +94,58 @@ def merge_all(
     """Merge every tensor of a model whose deltas are in memory.
 
     Args:
-        pipeline: The chain, of a merge that makes one update for all tasks.
-        names: Of the tensors that some model changes, in the order in which methods see them.
-        inputs: Gives the deltas of a tensor, and what the methods are told of it.
-        executor: What carries it out: threads of this process.
-        memory: Estimates the bytes that merging a tensor takes.
+        pipeline: The chain, whose merge computes one update for all tasks.
+        names: Names of the tensors that some model changes, in the order of processing.
+        inputs: Returns the deltas and the context of a tensor.
+        executor: The executor, with threads of this process.
+        memory: Estimates the memory for merging a tensor, in bytes.
+    """
+    return merge_each(pipeline, names, inputs, lambda name, delta: delta, executor, memory)
+
+
+def merge_each(
+    pipeline: Pipeline,
+    names: Iterable[str],
+    inputs: Callable[[str], tuple[Deltas, TensorContext]],
+    finish: Callable[[str, Delta], _Kept],
+    executor: Executor,
+    memory: Callable[[str], int] = lambda name: 0,
+) -> dict[str, _Kept]:
+    """Merge every tensor as :func:`merge_all` does, and return a function's results of the updates.
+
+    Args:
+        pipeline: As for :func:`merge_all`.
+        names: As for :func:`merge_all`.
+        inputs: As for :func:`merge_all`.
+        finish: Called with the name and the merged update of each tensor.
+        executor: As for :func:`merge_all`.
+        memory: Estimates the bytes that merging a tensor, and finishing it, takes.
     """
     ordered = list(names)
 
-    def walk(look: Callable[[Deltas, TensorContext], _Seen]) -> Generator[_Seen]:
-        def see(number: int) -> _Seen:
-            return look(*inputs(ordered[number]))
+    def run_all(work: Callable[[int], _Result]) -> Generator[_Result]:
+        job = FunctionJob(work, lambda number: memory(ordered[number]))
+        with closing(executor.run(job, range(len(ordered)))) as results:
+            yield from results
 
-        job = FunctionJob(see, lambda number: memory(ordered[number]))
-        with closing(executor.run(job, range(len(ordered)))) as seen:
-            yield from seen
+    def walk(visit: Callable[[Deltas, TensorContext], _Result]) -> Generator[_Result]:
+        return run_all(lambda number: visit(*inputs(ordered[number])))
 
     prepared = pipeline.prepare(walk)
-    with closing(walk(lambda deltas, tensor: prepared.merge(deltas, tensor).delta)) as merged:
-        return dict(zip(ordered, merged, strict=True))
+
+    def merge_tensor(number: int) -> _Kept:
+        name = ordered[number]
+        return finish(name, prepared.merge(*inputs(name)).delta)
+
+    with closing(run_all(merge_tensor)) as results:
+        return dict(zip(ordered, results, strict=True))
 
 
 def check_one_update(pipeline: Pipeline) -> None:
-    """Make sure that a chain makes one update for all tasks.
+    """Check that a chain computes one update for all tasks.
 
     Raises:
-        UsageError: It makes one for each.
+        UsageError: It computes one for each task.
     """
     if "model" not in pipeline.merge.outputs:
         raise UsageError(

@@ -1,10 +1,10 @@
-"""What a merge has finished, so that the next run takes it up after this one was killed.
+"""The journal of finished tensors, from which a later run resumes a killed merge.
 
-The journal, ``journal.jsonl``, lies in the hidden folder that the merge is made in, and is deleted
-when the merge is complete. A line says of one tensor what the report will say of it, with the
-BLAKE3 of its bytes in the output and of what it was made of. A line is written after the tensor's
-bytes have reached the disk, and counts only if the bytes that are found have that hash, and if the
-line has its own.
+The journal, ``journal.jsonl``, is in the hidden folder of the partial output, and is deleted when
+the merge is complete. Each line holds the report's record of one tensor, with the BLAKE3 of its
+bytes in the output and of its inputs. A line is written after the tensor's bytes have been synced
+to the disk. A later run uses a line only if the bytes in the output have the hash, and if the
+line's own checksum is right.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from starmerge_models.merging.layout import PlannedTensor
 from starmerge_models.merging.outputs import Writing
 from starmerge_models.merging.plan import Plan
 from starmerge_models.merging.report import versions
-from starmerge_models.merging.work import Done
+from starmerge_models.merging.work import TensorResult
 from starmerge_models.storage import OutputFolder, Place, is_file, real, storage_of
 
 JOURNAL = "journal.jsonl"
 
 _KEPT = ("record", "digests", "inputs", "changing")
-"""Fields of what is said of a tensor."""
+"""Fields of a :class:`TensorResult` that are stored."""
 
 _CHECK = "blake3"
-"""The key of a line's own hash."""
+"""The key of a line's own checksum."""
 
 _SECONDS = 1.0
-"""Between two times that what was written is flushed to the disk."""
+"""Seconds between two syncs of written data to the disk."""
 
 
 def fingerprint(plan: Plan) -> str:
-    """Return a hash of all that decides the bytes of a merge, 32 hexadecimal digits.
+    """Return a hash of everything that determines the bytes of a merge, 32 hexadecimal digits.
 
-    The recipe, the versions of the packages that compute, whether there is a GPU to compute on, and
-    the input files, each by its place and its identity, which changes with its content.
+    It covers the recipe, the versions of the packages that compute, whether a GPU is used, and the
+    input files, each by its place and its identity, which changes with its content.
     """
     files = sorted((str(real(file)), *state.identity) for file, state in plan.states.items())
     content = [plan.recipe.model_dump(), versions(plan.recipe), ACCELERATOR.exists(), files]
@@ -51,18 +51,18 @@ def fingerprint(plan: Plan) -> str:
 
 
 class Journal:
-    """The journal of a merge; to be used as a context manager.
+    """The journal of a merge, used as a context manager.
 
     Args:
         folder: The output.
-        writing: What is written into it.
+        writing: The writer of the output.
     """
 
     def __init__(self, folder: OutputFolder, writing: Writing) -> None:
         self._folder, self._writing = folder, writing
         self.known = _read(folder.place(JOURNAL))
-        """What an earlier run said of the tensors that it had written, by their names."""
-        # The last line of an earlier run may have been cut off.
+        """Results of the tensors that an earlier run has written, by name."""
+        # Begin a new line, because the last line of an earlier run may be truncated.
         self._fresh = ["\n"]
         self._touched: dict[ShardWriter, set[str]] = {}
         self._flushed = time.monotonic()
@@ -77,14 +77,14 @@ class Journal:
         trace: TracebackType | None,
     ) -> None:
         try:
-            # A disk that is full says so again, which must not hide why the merge ended.
+            # A full disk raises the same error again, which must not hide the first one.
             with suppress(*(() if kind is None else (OSError,))):
                 self._flush()
         finally:
             self._writing.close(flush=kind is None)
 
-    def add(self, tensor: PlannedTensor, done: Done) -> None:
-        """Note that a tensor was written."""
+    def add(self, tensor: PlannedTensor, done: TensorResult) -> None:
+        """Add the result of a written tensor."""
         said = {name: getattr(done, name) for name in _KEPT}
         line = {"tensor": tensor.source.name, **said}
         self._fresh.append(json.dumps({**line, _CHECK: _checksum(line)}) + "\n")
@@ -108,8 +108,8 @@ class Journal:
         self._flushed = time.monotonic()
 
 
-def _read(file: Place) -> dict[str, Done]:
-    """Return the entries of a journal; lines that are damaged do not count."""
+def _read(file: Place) -> dict[str, TensorResult]:
+    """Return the entries of a journal; damaged lines are skipped."""
     entries = {}
     if is_file(file):
         with storage_of(file).stream(file) as stream:
@@ -119,12 +119,12 @@ def _read(file: Place) -> dict[str, Done]:
                 content = json.loads(line)
                 if content.pop(_CHECK) != _checksum(content):
                     continue
-                entries[content.pop("tensor")] = Done(**content)
+                entries[content.pop("tensor")] = TensorResult(**content)
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 continue
     return entries
 
 
 def _checksum(line: dict[str, Any]) -> str:
-    """Return the BLAKE3 of what a line says: a disk may have changed a letter of it."""
+    """Return the BLAKE3 of a line's content, which detects damage on the disk."""
     return blake3(json.dumps(line).encode()).hexdigest()

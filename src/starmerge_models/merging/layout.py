@@ -1,4 +1,4 @@
-"""The tensors of a merge: which there are, what changes each, and what is known of them before."""
+"""The tensors of a merge: their sources, the models that change them, and memory estimates."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from starmerge_models.checkpoints.layers import layers
 from starmerge_models.checkpoints.metric import Metric
 from starmerge_models.checkpoints.models import FineTune
 from starmerge_models.checkpoints.tensors import MERGEABLE, TensorInfo, stored_of
-from starmerge_models.deltas import matrix_shape, wide
+from starmerge_models.deltas import compute_dtype, matrix_shape
 from starmerge_models.errors import StarmergeError
-from starmerge_models.merging.metric import inputs_of, wanted
+from starmerge_models.merging.metric import inputs_of, needed_moments
 from starmerge_models.methods.memory import DeltaShape, InputsShape, TensorShape
 from starmerge_models.methods.method import TensorContext
 from starmerge_models.methods.pipeline import Pipeline
@@ -29,29 +29,29 @@ class PlannedTensor:
     source: TensorInfo
     """The base's tensor."""
     dtype: torch.dtype
-    """Its dtype in the output."""
+    """Dtype in the output."""
     models: Mapping[int, FineTune]
-    """The models that change it, by their number in the recipe."""
+    """The models that change the tensor, by their number in the recipe."""
     is_embedding: bool
     layer: tuple[int, int] | None = None
-    """Which of how many layers it belongs to; see
+    """(layer, number of layers) of the tensor; see
     :func:`starmerge_models.checkpoints.layers.layers`."""
     metric: Metric | None = None
-    """What knows the moments of its inputs, where a method asks for them."""
+    """The metric with the moments of its inputs, if a method uses them."""
     reads_base: bool = True
     """Whether the base's tensor is read."""
     tied_to: str | None = None
-    """The name of the tensor that this one is tied to, by which methods know both, so that what
-    depends on a name, such as a random draw, is the same in both."""
+    """The name of the tensor to which this one is tied. Methods get this name for both, so that
+    results that depend on the name, such as random draws, are the same."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole tensor in its dtype in the output."""
+        """Bytes of the whole tensor in the output's dtype."""
         return self.source.size * self.dtype.itemsize
 
     @property
     def inputs(self) -> Iterator[TensorInfo]:
-        """What is read: the base's tensor, where it is needed, and what its deltas are made of."""
+        """The tensors to read: the base's, if it is needed, and the sources of the deltas."""
         if self.reads_base:
             yield self.source
         for model in self.models.values():
@@ -59,12 +59,12 @@ class PlannedTensor:
 
     @property
     def stored_inputs(self) -> tuple[TensorInfo, ...]:
-        """The tensors of files that are read, each once."""
+        """The stored tensors to read, without duplicates."""
         return stored_of(self.inputs)
 
     @property
     def repeats_base(self) -> bool:
-        """Whether all models that seem to change it have the very tensor of the base's files."""
+        """Whether all models that contain the tensor read it from the base's own file."""
         own = replace(self.source, name="", origin=None)
         inputs = [model.inputs(self.source.name) for model in self.models.values()]
         return all(
@@ -73,18 +73,18 @@ class PlannedTensor:
 
     @property
     def bytes_to_read(self) -> int:
-        """Bytes of all that is read."""
+        """Bytes of all tensors to read."""
         return sum(info.bytes_read for info in self.inputs)
 
     def context(
         self, tasks: Sequence[str], weights: Sequence[float], base: Tensor | None
     ) -> TensorContext:
-        """Return what the methods are told of it.
+        """Return the context of the tensor for the methods.
 
         Args:
             tasks: Names of all models of the merge.
             weights: Their weights.
-            base: The base's tensor, if it has been read.
+            base: The values of the base's tensor, if it has been read.
         """
         name = self.source.name
         return TensorContext(
@@ -99,10 +99,10 @@ class PlannedTensor:
         )
 
     def is_whitened(self, pipeline: Pipeline) -> bool:
-        """Tell whether a chain asks for the moment of its inputs.
+        """Return whether a chain uses the moment of the tensor's inputs.
 
-        Vectors have no inputs, kernels no moments; embeddings of full fine-tunes are averaged
-        unless a method merges them.
+        Vectors have no inputs, and kernels have no moments; embeddings of full fine-tunes are
+        averaged unless a method merges them.
         """
         if len(self.source.shape) != 2 or not self.models:
             return False
@@ -112,9 +112,10 @@ class PlannedTensor:
         return not (self.is_embedding and has_dense and averaged)
 
     def memory(self, pipeline: Pipeline, tasks: Sequence[str]) -> int:
-        """Estimate the bytes in memory while its task vectors are merged.
+        """Estimate the memory for merging the tensor's task vectors, in bytes.
 
-        Without the libraries, and without what the system may have back, as the windows of files.
+        The estimate does not contain the libraries, nor memory that the system can reclaim, such as
+        memory-mapped files.
 
         Args:
             pipeline: The chain.
@@ -122,22 +123,22 @@ class PlannedTensor:
         """
         name = self.source.name
         factors = sum(map(self._factor_bytes, self.models.values()))
-        # What a dense delta is computed of, as DoRA's is: its factors in float64.
+        # Computed dense deltas, such as those of DoRA, need their factors in float64.
         computing = max(
             8 * sum(info.nbytes for info in model.inputs(name)) if self._is_computed(model) else 0
             for model in self.models.values()
         )
         derived = sum(info.bytes_computed for info in self.inputs)
-        return factors + computing + derived + pipeline.memory(self.as_read(pipeline, tasks))
+        return factors + computing + derived + pipeline.memory(self.tensor_shape(pipeline, tasks))
 
-    def as_read(self, pipeline: Pipeline, tasks: Sequence[str]) -> TensorShape:
-        """Return what methods may know of the tensor before it is read.
+    def tensor_shape(self, pipeline: Pipeline, tasks: Sequence[str]) -> TensorShape:
+        """Return the shapes and ranks of the tensor, which are known before it is read.
 
         Args:
             pipeline: The chain.
             tasks: Names of all models of the merge.
         """
-        name, width = self.source.name, wide(self.source.dtype).itemsize
+        name, width = self.source.name, compute_dtype(self.source.dtype).itemsize
         deltas = tuple(
             DeltaShape(model.rank(name), width * self.source.size * self._is_computed(model))
             for model in self.models.values()
@@ -158,13 +159,13 @@ class PlannedTensor:
         n = self.source.shape[self.metric.side(name) == "columns"]
         rows = {
             task: self.metric.nbytes(name, task) // (torch.float32.itemsize * n)
-            for task in wanted(pipeline, tasks)
+            for task in needed_moments(pipeline, tasks)
         }
         own = tuple(rows[task] for task in tasks if task in rows)
         return InputsShape(n, rows.get(None), own)
 
     def _factor_bytes(self, model: FineTune) -> int:
-        """Count the factors of a model's delta in memory: as stored, or made of what is stored."""
+        """Return the bytes of the factors of a model's delta, as stored or computed."""
         name = self.source.name
         rank, stored = model.rank(name), model.inputs(name)
         if rank is None:
@@ -175,7 +176,7 @@ class PlannedTensor:
         return held + entries * torch.float32.itemsize * is_made
 
     def _is_computed(self, model: FineTune) -> bool:
-        """Tell whether a dense delta is a matrix in memory, and no difference of stored tensors."""
+        """Return whether a dense delta is a matrix in memory, not a lazy difference."""
         name = self.source.name
         read = [info.shape for info in model.inputs(name)]
         return model.rank(name) is None and read != [self.source.shape]
@@ -183,13 +184,13 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Contents:
-    """What goes into an output."""
+    """The content of an output."""
 
     pipeline: Pipeline
     base: Base
     models: tuple[FineTune, ...]
     tensors: tuple[PlannedTensor, ...]
-    """Those that the output has a place for, and those of them that are merged."""
+    """The tensors of the output, merged and copied ones."""
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -202,15 +203,15 @@ class Contents:
         return [tensor for tensor in self.tensors if tensor.models]
 
 
-class Placing(Protocol):
-    """Where the tensors of a base go: the part of an output that the layout asks."""
+class Placement(Protocol):
+    """The part of the output's interface that decides which tensors it contains."""
 
     @property
     def needs_base(self) -> bool:
-        """Whether it is made of the base's weights, not of their changes alone."""
+        """Whether the output contains the base's weights, not only their changes."""
 
     def dtype(self, source: TensorInfo, *, is_merged: bool) -> torch.dtype | None:
-        """Return the dtype of a tensor of the base in the output; None: it is not there.
+        """Return the dtype of a base's tensor in the output; None if the output lacks it.
 
         Args:
             source: The tensor.
@@ -218,36 +219,36 @@ class Placing(Protocol):
         """
 
 
-class Everything:
-    """All tensors of the base, each in its own dtype: the places of a merge in memory."""
+class AllTensors:
+    """The placement of a merge in memory: all tensors of the base, each in its own dtype."""
 
     needs_base = True
 
     def dtype(self, source: TensorInfo, *, is_merged: bool) -> torch.dtype:
-        """Return the base's own."""
+        """Return the base's dtype."""
         return source.dtype
 
 
 def lay_out(
-    base: Base, models: Sequence[FineTune], placing: Placing | None = None
+    base: Base, models: Sequence[FineTune], placing: Placement | None = None
 ) -> tuple[PlannedTensor, ...]:
-    """Lay out the tensors of the output: all of the base's, or what is merged of them.
+    """Lay out the tensors of the output: all tensors of the base, or only the merged ones.
 
-    Widest dtypes first, as safetensors writes them: so that every tensor is aligned in its file.
+    The widest dtypes come first, as in files of safetensors, so that every tensor is aligned.
 
     Args:
         base: The base.
-        models: What is merged into it.
-        placing: Where they go; by default :class:`Everything`.
+        models: The models to merge.
+        placing: The placement of the tensors; by default :class:`AllTensors`.
 
     Raises:
         StarmergeError: A model changes one end of tied tensors, or one that is quantised.
     """
-    planned = _planned(base, models, placing or Everything())
+    planned = _planned(base, models, placing or AllTensors())
     return tuple(sorted(planned, key=lambda tensor: -tensor.dtype.itemsize))
 
 
-def _planned(base: Base, models: Sequence[FineTune], placing: Placing) -> Iterator[PlannedTensor]:
+def _planned(base: Base, models: Sequence[FineTune], placing: Placement) -> Iterator[PlannedTensor]:
     places = layers(base.checkpoint)
     changed = [model.tensors for model in models]
     for name in base.checkpoint:

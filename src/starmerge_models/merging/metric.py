@@ -1,11 +1,11 @@
-"""The metric of a merge: whether it fits methods, models and base, and what methods get of it."""
+"""The metric of a merge: its checks against methods, models and base, and access to its moments."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 from starmerge_models.checkpoints.base import Base
-from starmerge_models.checkpoints.hashing import remembered_blake3_of
+from starmerge_models.checkpoints.hashing import cached_blake3_of
 from starmerge_models.checkpoints.metric import Metric
 from starmerge_models.checkpoints.models import FineTune, files_of
 from starmerge_models.errors import UsageError
@@ -15,7 +15,7 @@ from starmerge_models.spectral.metric import Inputs
 from starmerge_models.spectral.moment import Moment
 
 _SHOWN = 3
-"""Tensors that an error message names."""
+"""Number of tensors that an error message names."""
 
 
 def check_metric(
@@ -25,20 +25,21 @@ def check_metric(
     models: Sequence[FineTune],
     tensors: Sequence[str],
 ) -> None:
-    """Compare a metric with the merge that it is given to.
+    """Check a metric against the merge.
 
-    Reads nothing but the base's weights, at the end, to hash them; those only once a process.
+    The only data that is read are the base's weights, at the end, to hash them once per process.
 
     Args:
         metric: The metric.
         base: The base.
         pipeline: The chain.
         models: The models.
-        tensors: Names of the tensors of whose inputs the chain asks for the moment.
+        tensors: Names of the tensors whose inputs' moments the chain uses.
 
     Raises:
-        UsageError: No method of the chain uses a metric; it lacks the moments of a tensor or of a
-            model's own task; it was made along a merge of other models; it is of another base.
+        UsageError: No method of the chain uses a metric; the metric lacks the moments of a tensor
+            or of a model's own task; it was computed along a merge of other models, or for another
+            base.
         StarmergeError: A moment does not fit its tensor.
     """
     if not pipeline.metric_users:
@@ -53,7 +54,7 @@ def check_metric(
     if pipeline.needs_moments:
         _check_tasks(metric, pipeline, tasks)
         _check_along(metric, models)
-    for task in wanted(pipeline, tasks):
+    for task in needed_moments(pipeline, tasks):
         lacking = [name for name in tensors if not metric.has(name, task)]
         if lacking:
             shown = ", ".join(lacking[:_SHOWN])
@@ -68,8 +69,8 @@ def check_metric(
     metric.check_base(base)
 
 
-def wanted(pipeline: Pipeline, tasks: Sequence[str]) -> Iterator[str | None]:
-    """Yield whose moments a chain asks for: None for the text for all tasks, or a task's name."""
+def needed_moments(pipeline: Pipeline, tasks: Sequence[str]) -> Iterator[str | None]:
+    """Yield the moments that a chain uses: None for the shared moment, or the name of a task."""
     if pipeline.uses_metric:
         yield None
     if pipeline.needs_moments:
@@ -77,20 +78,20 @@ def wanted(pipeline: Pipeline, tasks: Sequence[str]) -> Iterator[str | None]:
 
 
 def hashes_of(models: Sequence[FineTune]) -> dict[str, dict[str, str]]:
-    """Return the BLAKE3 of the models' files, by model and file: of which merge a metric is."""
+    """Return the BLAKE3 of the models' files, by model and file, to identify a metric's merge."""
     return {
-        model.name: {file.name: remembered_blake3_of(file) for file in files_of(model)}
+        model.name: {file.name: cached_blake3_of(file) for file in files_of(model)}
         for model in models
     }
 
 
 def unused_tasks(metric: Metric, pipeline: Pipeline, tasks: Sequence[str]) -> list[str]:
-    """Return the tasks of a metric whose prompts a chain would use, if a model had their name."""
+    """Return the tasks of a metric whose prompts a chain could use but that name no model."""
     return [t for t in metric.tasks if t not in tasks] if pipeline.needs_moments else []
 
 
 def inputs_of(metric: Metric, tensor: str, tasks: Sequence[str]) -> Inputs:
-    """Return what a metric knows of the inputs of a tensor, to be read when it is asked for."""
+    """Return the lazily read moments of a tensor's inputs from a metric."""
 
     def read(task: int | None) -> Moment:
         return metric.moment(tensor, None if task is None else tasks[task])

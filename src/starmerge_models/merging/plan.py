@@ -1,4 +1,4 @@
-"""The plan of a merge: everything that can be known, and go wrong, before a tensor is read."""
+"""The plan of a merge: everything that is checked before a tensor is read."""
 
 from __future__ import annotations
 
@@ -35,50 +35,50 @@ from starmerge_models.storage import FileState, Place, real, relative, storage_o
 
 @dataclass(frozen=True)
 class Input:
-    """Something that is merged."""
+    """An input of a merge."""
 
     name: str
     kind: str
     source: Source
     checkpoints: tuple[Checkpoint, ...] = ()
-    """Its tensors as its files have them, which are read one by one."""
-    beside: tuple[Place, ...] = ()
-    """Files that it depends on beside them, as wholes."""
+    """Checkpoints whose tensors are read one by one."""
+    other_files: tuple[Place, ...] = ()
+    """Other files of the input, which are read whole."""
 
     @property
     def files(self) -> list[Place]:
-        """All its files."""
-        return [*self.beside, *(file for own in self.checkpoints for file in own.files)]
+        """All files of the input."""
+        return [*self.other_files, *(file for own in self.checkpoints for file in own.files)]
 
     def label(self, file: Place) -> str:
-        """Return how a report calls a file: relative to the input's folder."""
+        """Return the name of a file in reports: its path relative to the input's folder."""
         return relative(file, folder_of(self.source.path))
 
 
 @dataclass(frozen=True)
 class Plan(Contents):
-    """A merge that has been checked and can begin."""
+    """A checked merge that can be run."""
 
     recipe: Recipe
     output: Output
-    """What it is written as."""
+    """The kind of output."""
     path: Place
     """The folder to create."""
     overwrite: bool
     reason: str | None = None
-    """Why the methods are these, where the recipe left it to ``auto``."""
+    """The reason for the chain, if ``auto`` has chosen it."""
     metric: Metric | None = None
     states: Mapping[Place, FileState] = field(default_factory=dict)
-    """Of each input file, when the plan was made."""
+    """State of each input file at the time of planning."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences on the inputs that whoever merges them should read."""
+        """Notes on the inputs for the user."""
         return (*self.base.notes, *(note for model in self.models for note in model.notes))
 
     @property
     def inputs(self) -> list[Input]:
-        """What is merged: the base, if it has weights, the models, tokenizers, the metric."""
+        """All inputs: the base, if it has weights, the models, tokenizers, and the metric."""
         inputs = []
         if self.base.has_weights:
             bases = bases_of(self.base)
@@ -90,23 +90,23 @@ class Plan(Contents):
             parts = parts_of(model)
             for part in parts:
                 name = _name_of_part(model.name, part.source, parts)
-                own = tuple(own.opened for own in part.checkpoints), tuple(part.beside)
+                own = tuple(own.opened for own in part.checkpoints), tuple(part.other_files)
                 inputs.append(Input(name, part.kind, part.source, *own))
         for file in self.base.made_of:
             source = Source(str(file.parent), file.parent, None, None)
             name = f"{file.parent.name}/{file.name}"
-            inputs.append(Input(name, "tokenizer", source, beside=(file,)))
+            inputs.append(Input(name, "tokenizer", source, other_files=(file,)))
         if self.metric is not None:
             file = self.metric.file
             source = Source(str(file), file, None, None)
-            inputs.append(Input(file.name, "metric", source, beside=(file,)))
+            inputs.append(Input(file.name, "metric", source, other_files=(file,)))
         return inputs
 
     def check_unchanged(self) -> None:
-        """Make sure that the input files are what they were when the plan was made.
+        """Check that the input files have not changed since planning.
 
         Raises:
-            StarmergeError: One of them was changed, replaced or deleted.
+            StarmergeError: A file was changed, replaced or deleted.
         """
         for file, state in self.states.items():
             if not storage_of(file).is_unchanged(file, state):
@@ -117,7 +117,7 @@ class Plan(Contents):
 
     @property
     def use_of_metric(self) -> str:
-        """In words, in whose inputs the merge is made."""
+        """Description of the inputs whose moments the merge uses."""
         whitened = ["whitened inputs"] if self.pipeline.uses_metric else []
         along = ", along the merge" if self.metric is not None and self.metric.along else ""
         own = [f"the tasks' own inputs{along}"] if self.pipeline.needs_moments else []
@@ -125,7 +125,7 @@ class Plan(Contents):
 
     @property
     def unused_prompts(self) -> list[str]:
-        """Tasks of the metric whose prompts the chain would use, if a model had their name."""
+        """Tasks of the metric whose prompts the chain could use but that name no model."""
         return unused_tasks(self.metric, self.pipeline, self.tasks) if self.metric else []
 
     @property
@@ -135,46 +135,47 @@ class Plan(Contents):
 
     @property
     def bytes_to_write(self) -> int:
-        """Bytes of the output, at most."""
+        """Upper bound of the output's bytes."""
         return self.output.bytes_to_write(self)
 
     def memory(self, threads: int, limit: int) -> int:
-        """Estimate the peak of memory for tensors, bytes.
+        """Estimate the peak memory for tensors, in bytes.
 
         Args:
-            threads: How many tensors are merged at once.
-            limit: Bytes that they may take together; the largest of them may take more, alone.
+            threads: Number of tensors merged at the same time.
+            limit: Limit in bytes for concurrent tensors; a single larger tensor may exceed it.
         """
         each = sorted(map(self.memory_of, self.tensors), reverse=True)
         return max(each[0], min(limit, sum(each[:threads]))) if each else 0
 
     def memory_of(self, tensor: PlannedTensor) -> int:
-        """Estimate the bytes in memory while a tensor is merged and written."""
+        """Estimate the memory for merging and writing a tensor, in bytes."""
         is_merged = bool(tensor.models)
         reading = tensor.source.bytes_computed
         merging = tensor.memory(self.pipeline, self.tasks) if is_merged else reading
         return merging + self.output.memory(self, tensor)
 
     def context(self, tensor: PlannedTensor, base: Tensor | None) -> TensorContext:
-        """Return what the methods are told of a tensor, given the base's, if it has been read."""
+        """Return a tensor's context for the methods, with the base's values if they were read."""
         return tensor.context(self.tasks, [entry.weight for entry in self.recipe.models], base)
 
 
 def make_plan(recipe: Recipe, path: Place, *, overwrite: bool = False, writes: bool = True) -> Plan:
-    """Open everything a recipe names, check it against each other, and lay out the output.
+    """Open all inputs of a recipe, check them, and lay out the output.
 
-    Reads configs and headers only; with a metric, at the end, all of the base, to hash it.
+    Only configs and headers are read; with a metric also the whole base, at the end, to hash it.
 
     Args:
-        recipe: What to merge.
+        recipe: The recipe.
         path: The output.
-        overwrite: Whether the output may replace a merge.
-        writes: Whether it will be written there, so that the place must be free and have room.
+        overwrite: Whether the output may replace an earlier merge.
+        writes: Whether the output will be written, so that its place must be free and have space.
 
     Raises:
-        UsageError: A wrong parameter, another base, an output folder that is taken, a metric that
-            does not fit.
-        StarmergeError: A missing, unknown or misshapen tensor, a broken file, a disk too small.
+        UsageError: A parameter is wrong, a model has another base, the output's place is taken, or
+            the metric does not fit.
+        StarmergeError: A tensor is missing, unknown or has a wrong shape, a file is broken, or the
+            disk is too small.
     """
     pipeline = recipe.make_pipeline()
     is_file = is_output_file(recipe, path)
@@ -201,12 +202,12 @@ def make_plan(recipe: Recipe, path: Place, *, overwrite: bool = False, writes: b
     except UsageError as error:
         if reason is None:
             raise
-        # It may name a method that the user did not ask for.
+        # Add the reason, because the error may name a method that auto has chosen.
         raise UsageError(f"{error} ({reason})") from error
     plan = Plan(pipeline, base, models, tensors, recipe, output, path, overwrite, reason, metric)
     output.check(plan)
     if writes:
-        storage_of(path).check_room(path, plan.bytes_to_write)
+        storage_of(path).check_free_space(path, plan.bytes_to_write)
     files = {file for entry in plan.inputs for file in entry.files}
     files.update(base.made_of)
     if output.needs_base:
@@ -218,12 +219,12 @@ def make_plan(recipe: Recipe, path: Place, *, overwrite: bool = False, writes: b
 
 
 def open_models(recipe: Recipe) -> tuple[Base, tuple[FineTune, ...]]:
-    """Open a recipe's base and its models; reads configs, headers, and tokenizers that differ.
+    """Open a recipe's base and models; reads configs, headers, and tokenizers that differ.
 
     Raises:
-        UsageError: A model is of another base, or of a kind that cannot be merged; its tokenizer
-            does not fit the one that is wanted.
-        StarmergeError: A missing, unknown or misshapen tensor, a broken file.
+        UsageError: A model has another base, or is of a kind that cannot be merged, or its
+            tokenizer does not fit that of the output.
+        StarmergeError: A tensor is missing, unknown or has a wrong shape, or a file is broken.
     """
     if recipe.base is None:
         sources = [resolve(entry.path, may_be_file=True) for entry in recipe.models]
@@ -246,8 +247,8 @@ def open_models(recipe: Recipe) -> tuple[Base, tuple[FineTune, ...]]:
 def choose(
     pipeline: Pipeline, models: Collection[FineTune], metric: Metric | None
 ) -> tuple[Pipeline, str | None]:
-    """Return the chain that merges some models, and the reason if ``auto`` stands for it."""
-    return pipeline.chosen(
+    """Return the chain for some models, and the reason if ``auto`` has chosen it."""
+    return pipeline.resolve_auto(
         [model.name for model in models],
         has_dense=any(model.rank(name) is None for model in models for name in model.tensors),
         prompts=None if metric is None else metric.tasks,
@@ -262,15 +263,15 @@ def check_merge(
     tensors: Sequence[PlannedTensor],
     metric: Metric | None,
 ) -> tuple[PlannedTensor, ...]:
-    """Compare a chain, the models with their weights, the tensors and a metric with each other.
+    """Check a chain, the models with their weights, the tensors and a metric against each other.
 
     Returns:
-        The tensors, those whose inputs matter to the chain with the metric.
+        The tensors, with the metric set for those whose inputs the chain uses.
 
     Raises:
         UsageError: The parameters do not fit; two adapters without a base replace whole modules;
             the metric lacks a moment, or is of another base.
-        StarmergeError: No model changes anything; the metric is damaged.
+        StarmergeError: No model changes any tensor; the metric is damaged.
     """
     _check_saved_modules(models)
     merged = [tensor for tensor in tensors if tensor.models]
@@ -303,7 +304,9 @@ def check_merge(
     )
     return tuple(
         replace(t, models={})
-        if t.models and t.repeats_base and pipeline.merge.leaves(t.context(tasks, weights, None))
+        if t.models
+        and t.repeats_base
+        and pipeline.merge.keeps_base(t.context(tasks, weights, None))
         else t
         for t in planned
     )
@@ -317,7 +320,7 @@ def _note_too_long(name: str) -> str:
 
 
 def _name_of_part(whole: str, source: Source, parts: Collection[object]) -> str:
-    """Return what a report calls one of the models that a base or a model is made of."""
+    """Return the name in reports of one of the models of which a base or a model is composed."""
     return whole if len(parts) == 1 else f"{whole}, {source}"
 
 
@@ -330,7 +333,7 @@ def _check_apart(output: Place, source: Source) -> None:
 
 
 def _check_saved_modules(models: Iterable[FineTune]) -> None:
-    """Refuse several whole modules of which nothing tells what the training changed in them."""
+    """Refuse whole modules in several adapters without a base, whose changes are unknown."""
     saving = [model for model in models if isinstance(model, Adapter) and model.carried]
     if len(saving) > 1:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""What a merge was made of: hashes of its inputs, of each tensor as it is read."""
+"""Provenance of a merge: hashes of its inputs, computed when the tensors are read."""
 
 from __future__ import annotations
 
@@ -9,45 +9,45 @@ from typing import Any, TypeAlias
 
 from starmerge_models.checkpoints.hashing import (
     blake3_of_contents,
-    remembered_blake3_of,
-    remembered_blake3_of_tensor,
+    cached_blake3_of,
+    cached_blake3_of_tensor,
 )
 from starmerge_models.checkpoints.tensors import Checkpoint, TensorInfo, prefetch, stored_of
 from starmerge_models.merging.executors.executor import Executor
 from starmerge_models.merging.plan import Input, Plan
-from starmerge_models.merging.work import check_reached
+from starmerge_models.merging.work import check_reachable
 from starmerge_models.progress import progress_bar
 from starmerge_models.storage import Place
 
 Key: TypeAlias = tuple[Place, str]
-"""A tensor: its file, and its name there."""
+"""Key of a tensor: its file, and its name in the file."""
 
 Hashes: TypeAlias = Mapping[Key, str]
-"""BLAKE3 of the bytes of tensors, row after row."""
+"""BLAKE3 of the bytes of tensors, in row-major order."""
 
 
 def key_of(info: TensorInfo) -> Key:
-    """Return what a tensor is known by."""
+    """Return the key of a tensor."""
     return info.file, info.name
 
 
 @dataclass(frozen=True)
 class HashJob:
-    """Hashing tensors.
+    """A job that hashes tensors.
 
     Args:
-        tensors: Their places.
+        tensors: Entries of the tensors in their files' headers.
     """
 
     tensors: tuple[TensorInfo, ...]
 
     @contextmanager
     def open(self) -> Iterator[Callable[[int], str]]:
-        """Yield what hashes one."""
-        yield lambda number: remembered_blake3_of_tensor(self.tensors[number])
+        """Yield a function that hashes the tensor of a number."""
+        yield lambda number: cached_blake3_of_tensor(self.tensors[number])
 
     def memory(self, number: int) -> int:
-        """Return 0: a tensor is mapped into memory."""
+        """Return 0, because tensors are memory-mapped."""
         return 0
 
     def nbytes(self, number: int) -> int:
@@ -55,13 +55,13 @@ class HashJob:
         return self.tensors[number].nbytes
 
     def announce(self, number: int) -> None:
-        """Read a tensor ahead."""
+        """Prefetch a tensor."""
         prefetch(self.tensors[number])
 
     def check(self) -> None:
-        """Make sure, on another machine, that the files are there."""
+        """Check, on another machine, that the files are reachable."""
         for file in {info.file for info in self.tensors}:
-            check_reached(file)
+            check_reachable(file)
 
     def label(self, number: int) -> str:
         """Return the tensor's name."""
@@ -73,21 +73,21 @@ def input_hashes(
 ) -> list[dict[str, Any]]:
     """Return the hashes of each input of a plan, by the names of its files.
 
-    ``tensors`` has those of checkpoints, see :func:`blake3_of_contents`; ``blake3`` those of other
-    files, of all their bytes. What the merge has not hashed is read. But a base of which nothing
-    was read does not matter to the merge, and has no hashes.
+    ``tensors`` contains the hashes of checkpoints, see :func:`blake3_of_contents`; ``blake3``
+    contains those of whole other files. Tensors that the merge has not hashed are read now. A base
+    of which no tensor was read does not affect the merge and has no hashes.
 
     Args:
         plan: The plan.
-        executor: What carries the hashing out.
-        known: What was hashed while it was merged.
+        executor: The executor of the hashing.
+        known: Hashes that the merge has computed.
         progress: Show a progress bar on standard error.
     """
     inputs = plan.inputs
     wanted = {
         key_of(info): info
         for given in inputs
-        for checkpoint in _that_matter(given, known)
+        for checkpoint in _relevant_checkpoints(given, known)
         for info in stored_of(checkpoint.values())
     }
     left = tuple(info for key, info in wanted.items() if key not in known)
@@ -105,10 +105,10 @@ def input_hashes(
                 phase.tensor_done(info.name, info.nbytes)
     return [
         {
-            "blake3": {given.label(file): remembered_blake3_of(file) for file in given.beside},
+            "blake3": {given.label(file): cached_blake3_of(file) for file in given.other_files},
             "tensors": {
                 given.label(file): digest
-                for checkpoint in _that_matter(given, known)
+                for checkpoint in _relevant_checkpoints(given, known)
                 for file, digest in contents_of(checkpoint, found).items()
             },
         }
@@ -124,7 +124,7 @@ def contents_of(checkpoint: Checkpoint, hashes: Hashes) -> dict[Place, str]:
     return {file: blake3_of_contents(tensors) for file, tensors in stored.items()}
 
 
-def _that_matter(given: Input, known: Hashes) -> list[Checkpoint]:
+def _relevant_checkpoints(given: Input, known: Hashes) -> list[Checkpoint]:
     return [
         own
         for own in given.checkpoints

@@ -1,4 +1,4 @@
-"""Which error each rank of a merged adapter costs, before one is written."""
+"""The error of a merged adapter at each rank, computed before an adapter is written."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from torch import Tensor
 
 from starmerge_models.checkpoints.lora.file import Module
 from starmerge_models.deltas import Dense, LowRank
-from starmerge_models.merging.engine import Merging
+from starmerge_models.merging.engine import MergeRun
 from starmerge_models.merging.executors.executor import Executor
 from starmerge_models.merging.layout import PlannedTensor
 from starmerge_models.merging.outputs import Finished, Slot
 from starmerge_models.merging.outputs.adapter import AdapterOutput
-from starmerge_models.merging.outputs.places import Where, places_of
+from starmerge_models.merging.outputs.places import AdapterPlace, places_of
 from starmerge_models.merging.plan import Plan
 from starmerge_models.methods.pipeline import Merged
 from starmerge_models.spectral import svd
 
 ERRORS = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
-"""Errors whose ranks are told, relative to the norm of the update."""
+"""Relative errors for which the ranks are computed."""
 
 
 @dataclass(frozen=True)
 class RankCost:
-    """What an adapter of some rank costs."""
+    """The error of an adapter of a given rank."""
 
     rank: int
     error: float
@@ -37,16 +37,16 @@ class RankCost:
 
     @property
     def kept(self) -> float:
-        """Share of the update's energy that is kept, 1 − error²."""
+        """Kept share of the update's energy, 1 − error²."""
         return 1 - self.error**2
 
 
 def rank_costs(
     plan: Plan, executor: AbstractContextManager[Executor], *, progress: bool = False
 ) -> list[RankCost]:
-    """Merge without writing anything, and tell the lowest rank for each of :data:`ERRORS`.
+    """Merge without writing an output, and return the lowest rank for each of :data:`ERRORS`.
 
-    Costs what the merge costs, and the singular values of every update.
+    Cost: that of the merge, and the singular values of every update.
 
     Args:
         plan: A plan of an adapter.
@@ -54,17 +54,17 @@ def rank_costs(
         progress: Show a progress bar on standard error.
 
     Returns:
-        One cost a rank, ascending; the last is the lowest rank at which nothing more is gained.
+        One entry per rank, ascending; the last is the lowest rank of the smallest possible error.
         Errors that no rank reaches, because of vectors and tied embeddings, are left out.
 
     Raises:
         StarmergeError: As for :func:`starmerge_models.merging.engine.run`.
     """
     assert isinstance(plan.output, AdapterOutput)
-    # What is measured does not depend on a rank, and all singular values are wanted.
-    measuring = AdapterOutput(plan.output.wanted)
+    # The measurement needs all singular values, so the output has no limit of the rank.
+    measuring = AdapterOutput(plan.output.wanted_dtype)
     with executor as workers:
-        merging = Merging(replace(plan, output=measuring), workers, progress)
+        merging = MergeRun(replace(plan, output=measuring), workers, progress)
         merging.write(_Spectra(places_of(plan)))
     return _costs(merging.records)
 
@@ -76,7 +76,7 @@ def _costs(records: Sequence[Mapping[str, Any]]) -> list[RankCost]:
     for S in spectra:
         energies[: len(S)] += S.square()
     outside = math.fsum(r["update_norm"] ** 2 for r in records if r["is_left_out"])
-    # What is lost at each rank, summed from the small values on.
+    # The lost energy at each rank, summed from the smallest values.
     lost = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)]) + outside
     whole = math.fsum(r["update_norm"] ** 2 for r in records if r["is_whole"])
     if not float(lost[0]) + whole:
@@ -89,25 +89,25 @@ def _costs(records: Sequence[Mapping[str, Any]]) -> list[RankCost]:
 
 @dataclass(frozen=True)
 class _Spectra:
-    """Takes the place of an adapter that is written, and keeps the spectra alone."""
+    """A writer that records the spectra of updates instead of writing an adapter."""
 
-    where: Mapping[str, Where]
+    where: Mapping[str, AdapterPlace]
 
     def slots(self, tensor: PlannedTensor) -> list[Slot]:
-        """Return none."""
+        """Return no slots."""
         return []
 
     def leave(self, tensor: PlannedTensor) -> str:
-        """Never called: what no model changes has no place."""
+        """Never called: an adapter does not contain unchanged tensors."""
         raise AssertionError(f"{tensor.source.name} has no place in an adapter.")
 
     def put(self, tensor: PlannedTensor, base: Tensor | None, merged: Merged) -> dict[str, Any]:
-        """Return the singular values of an update that gets factors, and the norm of any."""
+        """Return the norm of an update, and its singular values if it is stored as factors."""
         place = self.where[tensor.source.name]
         if isinstance(place, Module):
             update = merged.delta
             if isinstance(update, LowRank) and update.rank > min(update.shape):
-                update = Dense(update.entries())  # is smaller than so many factors
+                update = Dense(update.entries())  # takes less memory than that many factors
             S = svd(update).S
             spectrum, norm = S.tolist(), float(S.norm())
         else:
@@ -122,7 +122,7 @@ class _Spectra:
     def finish(
         self, records: Sequence[Mapping[str, Any]], digests: Mapping[str, Sequence[str]]
     ) -> Finished:
-        """Say nothing."""
+        """Return an empty result."""
         return Finished("")
 
     def close(self, *, flush: bool) -> None:

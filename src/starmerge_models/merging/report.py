@@ -1,11 +1,12 @@
-"""The report of a merge, ``merge_report.json``: what went in, what happened to each tensor."""
+"""The report of a merge, ``merge_report.json``, with its inputs and a record of each tensor."""
 
 from __future__ import annotations
 
+import html
 import platform
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starmerge_models.checkpoints.card import CARD
 from starmerge_models.checkpoints.hashing import blake3_of, blake3_of_contents
@@ -18,33 +19,62 @@ from starmerge_models.storage import OutputFolder
 from starmerge_models.storage.publishing import REPORT
 from starmerge_models.versions import installed_versions
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 SCHEMA = 2
-"""Of the report: raised when a reader of an earlier one would misread it."""
+"""Version of the report's schema, incremented for changes that break readers."""
 
 _PACKAGES = ("torch", "numpy")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergeReport:
-    """What a merge did; the content of ``merge_report.json``."""
+    """The record of a merge: ``merge_report.json``. A notebook shows its summary."""
 
     content: dict[str, Any]
 
     @property
     def tensors(self) -> list[dict[str, Any]]:
-        """A record for each merged tensor; ``tasks`` holds a record for each model."""
+        """A record for each merged tensor, with a record for each model in ``tasks``."""
         records: list[dict[str, Any]] = self.content["tensors"]
         return records
 
     @property
     def mean_rank(self) -> float | None:
-        """Mean rank kept over all tensors and tasks; None for methods that keep everything.
+        """Mean kept rank over all tensors and tasks, without zero deltas.
 
-        Zero deltas do not count.
+        None for methods that do not truncate.
         """
         tasks = [task for record in self.tensors for task in record["tasks"]]
         ranks = [task["rank"] for task in tasks if task["nuclear_before"]]
         return sum(ranks) / len(ranks) if ranks else None
+
+    def __repr__(self) -> str:
+        """Return the method and the summary."""
+        return f"MergeReport of {self.content['recipe']['method']}: {self.summary()}"
+
+    def _repr_html_(self) -> str:
+        """Return the method and the summary for a notebook."""
+        method = html.escape(self.content["recipe"]["method"])
+        return f"<p><b>{method}</b>: {html.escape(self.summary())}</p>"
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return a row for each merged tensor and, where the method truncates, each model.
+
+        Its columns are those of the tensors' records (``name``, ``shape``, ``dtype`` and what the
+        output says of the tensor) and of the models' (``model``, ``rank``, ``nuclear_before``, …).
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+        """
+        import pandas as pd  # noqa: PLC0415
+
+        rows = []
+        for record in self.tensors:
+            own = {key: value for key, value in record.items() if key != "tasks"}
+            rows += [own | task for task in record["tasks"] or [{}]]
+        return pd.DataFrame(rows)
 
     def summary(self) -> str:
         """Return the report in a sentence."""
@@ -68,7 +98,7 @@ class MergeReport:
 
 
 def versions(recipe: Recipe) -> dict[str, str]:
-    """Return the versions of what computes a merge, plug-ins of packages among it."""
+    """Return the versions of the packages that compute a merge, including plug-ins."""
     packages = installed_versions(_PACKAGES)
     own = {
         plugin["package"]: plugin["version"]
@@ -81,13 +111,13 @@ def versions(recipe: Recipe) -> dict[str, str]:
 def tensor_record(
     plan: Plan, tensor: PlannedTensor, stored: Mapping[str, Any], merged: Merged
 ) -> dict[str, Any]:
-    """Return what the report says of one merged tensor.
+    """Return the record of one merged tensor.
 
     Args:
         plan: The plan.
         tensor: The tensor.
-        stored: What the output says of it.
-        merged: What the chain made of it.
+        stored: The output's entries for the tensor.
+        merged: The result of the chain.
     """
     tasks = [
         {"model": plan.models[task].name, **asdict(truncation)}
@@ -103,9 +133,9 @@ def tensor_record(
 
 
 def hashes_beside(folder: OutputFolder, report: Mapping[str, Any]) -> dict[str, str]:
-    """Return the BLAKE3 of the files of an output that hold no tensors, such as its config.
+    """Return the BLAKE3 of an output's files without tensors, such as the config.
 
-    The card is left out: whoever publishes a model edits it.
+    The model card is left out, because users edit it before they publish a model.
 
     Args:
         folder: The output.
@@ -128,15 +158,15 @@ def make_report(
     hashes: Sequence[Mapping[str, Any]],
     changing: Collection[int],
 ) -> MergeReport:
-    """Put the report of a finished merge together.
+    """Assemble the report of a finished merge.
 
     Args:
         plan: The plan.
-        finished: What the output says of itself.
-        findings: What the methods found in the whole model.
+        finished: The result of the output.
+        findings: The methods' surveys of the whole model.
         tensors: The records of the tensors.
-        hashes: Of each of the plan's inputs, as plain data.
-        changing: Numbers of the models of which some delta is not zero.
+        hashes: The hashes of each input of the plan, as plain data.
+        changing: Numbers of the models with a nonzero delta.
     """
     metric = None
     if plan.metric is not None:

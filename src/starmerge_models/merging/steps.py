@@ -1,4 +1,4 @@
-"""Merges that others are made of: whether one is there already."""
+"""Steps of a recipe file: the check whether a step's output is up to date."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from starmerge_models.storage import exists
 from starmerge_models.storage.publishing import REPORT
 
 
-def is_there(plan: Plan, *, progress: bool = False) -> bool:
-    """Tell whether the output of a plan is there, as a merge would make it again.
+def is_up_to_date(plan: Plan, *, progress: bool = False) -> bool:
+    """Return whether the output of a plan exists and a new merge would give the same bytes.
 
-    Its report has the same recipe and versions; its files, and those that it was made of, have the
-    hashes in the report.
+    The report must have the same recipe and versions, and the files of the output and of the inputs
+    must have the hashes in the report.
 
     Args:
-        plan: The plan, which may write where something stands.
+        plan: The plan, which may allow overwriting.
         progress: Show a progress bar on standard error.
     """
     if not exists(plan.path / REPORT):

@@ -1,4 +1,4 @@
-"""The task vectors of models, read from their files once and merged many times."""
+"""The task vectors of models, read once from files and merged many times in memory."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def load_task_vectors(
     any_base: bool = False,
     common: bool = False,
 ) -> TaskVectors:
-    """Read the task vectors of fine-tunes of one base, to merge them again and again.
+    """Read the task vectors of fine-tunes of one base, for repeated merges.
 
-    Adapters stay factors; full fine-tunes, and the base's tensors that they change, are held in
-    memory as they are stored: as many bytes as in their files. The files are not needed again but
-    by methods that want the base, which read those of its tensors that are not held yet, once.
-    Everything is checked as :func:`starmerge_models.merge` does.
+    Adapters are held as factors; full fine-tunes, and the base's tensors that they change, are held
+    in memory in their stored dtype: as many bytes as in their files. The files are not read again,
+    except by methods that need the base, which read the remaining base tensors once. The same
+    checks are made as by :func:`starmerge_models.merge`.
 
     Args:
         base: The base model: a folder, or a Hub id ``org/name`` or ``org/name@revision``.
         models: LoRA adapters in PEFT's layout and full fine-tunes, as folders or Hub ids; a mapping
             gives them names.
         any_base: Accept models whose config names another base, or differs from the base's.
-        common: Take what the models share with the base.
+        common: Read only the tensors that models and base have in common.
 
     Raises:
-        UsageError: Something was asked for wrongly.
+        UsageError: An argument is wrong.
         StarmergeError: An input is broken, does not fit, or has a NaN or an infinity.
 
     Example:
@@ -70,13 +70,13 @@ def load_task_vectors(
         for model in tensor.models.values():
             delta = model.delta(name, weight)
             if isinstance(delta, Stored):
-                # What is read of a model is a window of its file, which takes a file descriptor
-                # as long as it is held, and must not be looked at once the file was shortened.
+                # Copy the tensor: a memory-mapped tensor keeps a file descriptor open, and reading
+                # it after the file was truncated would crash the process.
                 if name not in bases:
                     bases[name] = weight.clone()
                 terms = [(c, tuned.clone()) for c, tuned in delta.terms]
                 delta = Stored(terms, bases[name], delta.factor)
-            elif isinstance(delta, LowRank):  # whose factors are mapped too in a .bin file
+            elif isinstance(delta, LowRank):  # factors of a .bin file are memory-mapped too
                 delta = LowRank(delta.B.clone(), delta.A.clone(), delta.scale)
             check_delta(delta, model, tensor.source, weight)
             deltas[model.name][name] = delta
@@ -87,17 +87,17 @@ def load_task_vectors(
 class TaskVectors:
     """The task vectors of some fine-tunes of one base, in memory.
 
-    Made by :func:`load_task_vectors`. What is costly to find of a task vector, its SVD, is found
-    once and kept as long as this object lives: a sweep over parameters, methods and subsets of the
-    models pays for it once.
+    Created by :func:`load_task_vectors`. The SVD of each task vector is cached for the lifetime of
+    this object, so that a sweep over parameters, methods and subsets of the models computes it
+    once.
     """
 
     base: Base
     models: tuple[FineTune, ...]
     deltas: Mapping[str, Mapping[str, Delta]]
-    """By the model's name and the tensor's."""
+    """Deltas by the model's name and the tensor's name."""
     _bases: dict[str, Tensor]
-    """The base's tensors that are needed, by name."""
+    """The base's tensors that were needed so far, by name."""
 
     def __repr__(self) -> str:
         tensors = {name for deltas in self.deltas.values() for name in deltas}
@@ -117,27 +117,27 @@ class TaskVectors:
         metric: str | Path | Metric | None = None,
         threads: int | None = None,
     ) -> dict[str, Delta]:
-        """Merge all models or some, as :func:`starmerge_models.merge` does with their files.
+        """Merge all or some models, with the result of :func:`starmerge_models.merge` for files.
 
         The result does not depend on ``threads``.
 
         Args:
-            method: A method, a chain of some, or a name such as "star+ties".
+            method: A method, a chain, or a name such as "star+ties".
             models: Names of the models to merge, in this order; by default all.
-            weights: Factors of the task vectors, one for each model merged; by default all are 1.
+            weights: Factors of the task vectors, one for each merged model; by default all are 1.
             metric: A metric of the base, or its file: spectral methods then merge in whitened
-                inputs. The base's files are hashed, once a process.
-            threads: How many tensors are merged at once; by default as many as for
+                inputs. The base's files are hashed once per process.
+            threads: Number of tensors merged at the same time; by default as many as for
                 :func:`starmerge_models.merge`.
 
         Returns:
-            For each tensor that some model changes, what to add to the base:
-            :func:`starmerge_models.apply` does so. Dense results are matrices (m, n).
+            For each tensor that some model changes, the update, which
+            :func:`starmerge_models.apply` adds to a model. Dense results are matrices (m, n).
 
         Raises:
-            UsageError: A model that is not there, or there twice; the method, its parameters, the
+            UsageError: A model is unknown or given twice; or the method, its parameters, the
                 weights or the metric do not fit.
-            StarmergeError: None of the models changes anything; the metric is damaged.
+            StarmergeError: None of the models changes any tensor; the metric is damaged.
         """
         chosen = self.models if models is None else self._chosen(models)
         opened = open_metric(metric) if isinstance(metric, str | Path) else metric
@@ -163,7 +163,7 @@ class TaskVectors:
             return merge_all(pipeline, planned, inputs, executor, memory)
 
     def _chosen(self, names: Sequence[str]) -> tuple[FineTune, ...]:
-        """Return some of the models by their names."""
+        """Return the models of the given names."""
         if isinstance(names, str):
             raise UsageError(f"models is the text {names!r}. Give a list of names.")
         ours = {model.name: model for model in self.models}

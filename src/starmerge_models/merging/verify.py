@@ -1,4 +1,4 @@
-"""Whether a merge is what its report says: its files, what it was made of, and the merge itself."""
+"""Verification of a merge against its report: its files, its inputs, and a repeated merge."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from starmerge_models.checkpoints.opening import open_safetensors, open_weights
 from starmerge_models.checkpoints.source import folder_of, resolve
 from starmerge_models.checkpoints.tensors import TensorInfo, read_tensor
 from starmerge_models.errors import StarmergeError, UsageError
-from starmerge_models.merging.engine import Merging
+from starmerge_models.merging.engine import MergeRun
 from starmerge_models.merging.executors.threads import Threads
 from starmerge_models.merging.outputs.output import digests_by_file
 from starmerge_models.merging.plan import Plan, make_plan
@@ -33,7 +33,7 @@ from starmerge_models.storage.publishing import REPORT
 Repeat = Literal["none", "sample", "all"]
 
 _SAMPLE = 8
-"""Merged tensors of a sample, and as many that are copied."""
+"""Number of merged tensors in a sample, and of copied ones."""
 
 
 class _Input(BaseModel):
@@ -44,7 +44,7 @@ class _Input(BaseModel):
 
 
 class _Report(BaseModel):
-    """The parts of a report that are looked at."""
+    """The parts of a report that verification reads."""
 
     files: list[str]
     digests: dict[str, dict[str, str]]
@@ -56,28 +56,28 @@ class _Report(BaseModel):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a merge was found to be."""
+    """The result of a verification."""
 
     path: str
     tensors: int
-    """Tensors whose bytes have been compared with the report."""
+    """Number of tensors whose bytes have been compared with the report."""
     wrong: list[str] = field(default_factory=list)
-    """Files and tensors of the merge that are not what the report says, each in a sentence."""
+    """A sentence for each file or tensor of the merge that differs from the report."""
     inputs: dict[str, str] = field(default_factory=dict)
-    """For each input file "same", "changed" or "missing"; empty if they were not looked at."""
+    """For each input file "same", "changed" or "missing"; empty if inputs were not checked."""
     repeated: int = 0
-    """Tensors that were merged again."""
+    """Number of tensors that were merged again."""
     different: list[str] = field(default_factory=list)
-    """Those of them that come out otherwise; of all tensors, those too that the merge does not
-    make."""
+    """Names of the repeated tensors with other bytes; if all were repeated, also of tensors that
+    the repeated merge lacks."""
     unlisted: list[str] = field(default_factory=list)
-    """Files in the folder that the report does not list: they came later, from others."""
+    """Files in the folder that are not in the report, because they were added later."""
     not_repeated: str | None = None
-    """Why nothing was merged again, though it was asked for."""
+    """The reason why the requested repetition was not possible."""
 
     @property
     def is_right(self) -> bool:
-        """Whether nothing speaks against it: neither inputs that are gone nor new files do."""
+        """Whether the merge is as reported; missing inputs and additional files are allowed."""
         changed = "changed" in self.inputs.values()
         return not (self.wrong or self.different or changed or self.not_repeated)
 
@@ -95,13 +95,14 @@ def verify(
     memory: int | str | None = None,
     progress: bool = False,
 ) -> Verdict:
-    """Compare a merged folder with its report, byte by byte; its card may be edited.
+    """Compare a merged folder with its report, byte by byte; the model card may be edited.
 
     Args:
         path: The folder.
-        inputs: Hash the input files too, where they are found under the names in the report.
-        repeat: Merge again and compare: "sample" some tensors, drawn at random, "all" all of them.
-            Methods that look at the whole model do so in both. Of an adapter "sample" means all.
+        inputs: Hash the input files too, if they exist under the names in the report.
+        repeat: Merge again and compare: "sample" repeats some randomly drawn tensors, "all" repeats
+            all. Surveys of methods cover the whole model in both. For an adapter "sample" repeats
+            all tensors.
         threads: As for :func:`starmerge_models.merge`.
         memory: As for :func:`starmerge_models.merge`.
         progress: Show a progress bar on standard error.
@@ -123,7 +124,7 @@ def verify(
     if repeat == "none":
         return verdict
     try:
-        repeated, different = _merged_again(
+        repeated, different = _repeat_merge(
             report, folder, repeat, Threads(threads, memory), progress
         )
     except StarmergeError as error:
@@ -157,10 +158,10 @@ def read_report(folder: Place) -> dict[str, Any]:
 
 
 def check_files(folder: Place, report: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with the files of a merged folder, without reading the tensors.
+    """Return a sentence for each wrong file of a merged folder, without reading the tensors.
 
-    Files that are missing or cut short, that hold other tensors, dtypes or shapes, and files
-    without tensors whose bytes are others; each in a sentence.
+    Wrong files are missing or truncated files, files with other tensors, dtypes or shapes, and
+    files without tensors whose bytes differ.
 
     Args:
         folder: The folder.
@@ -195,12 +196,12 @@ def check_files(folder: Place, report: Mapping[str, Any]) -> list[str]:
 def _check_output(
     folder: Place, report: Mapping[str, Any], progress: bool
 ) -> tuple[int, list[str]]:
-    """Return how many tensors were compared, and what is wrong."""
+    """Return the number of compared tensors, and a sentence for each difference."""
     wrong, checked = check_files(folder, report), 0
     for name, digests in report["digests"].items():
         try:
             stored = open_safetensors(folder / name) if is_file(folder / name) else {}
-        except StarmergeError:  # of which check_files has told
+        except StarmergeError:  # check_files has reported it
             continue
         for tensor, digest in _hashed(stored.values(), progress):
             if digests.get(tensor.name, digest) != digest:
@@ -243,29 +244,29 @@ def _check_inputs(report: Mapping[str, Any], progress: bool) -> Iterator[tuple[s
                     continue
                 try:
                     is_same = hashed(file) == digest
-                except StarmergeError as error:  # it is no checkpoint any more
+                except StarmergeError as error:  # the file is not a checkpoint any more
                     if isinstance(error.__cause__, OSError):
                         raise
                     is_same = False
                 yield label, "same" if is_same else "changed"
 
 
-def _merged_again(
+def _repeat_merge(
     report: Mapping[str, Any], folder: Place, repeat: Repeat, pool: Threads, progress: bool
 ) -> tuple[int, list[str]]:
-    """Return how many tensors were merged again, and those that come out otherwise."""
+    """Return the number of repeated tensors, and the names of those with other bytes."""
     content = dict(report["recipe"])
     recipe = make_recipe(content, where=f"The recipe in {folder / REPORT}")
     plan = make_plan(recipe, folder, writes=False)
     with tempfile.TemporaryDirectory(prefix="starmerge-verify-") as scratch, pool as executor:
-        merging = Merging(plan, executor, progress)
+        merging = MergeRun(plan, executor, progress)
         if plan.output.is_assembled:
             writing = plan.output.lay_out(plan, LocalFolder(Path(scratch)))
             merging.write(writing)
             again = writing.finish(merging.records, merging.digests).digests
         else:
             numbers = _sample(plan) if repeat == "sample" else range(len(plan.tensors))
-            writing = plan.output.lay_out(plan, _Nowhere())
+            writing = plan.output.lay_out(plan, _NullFolder())
             merging.write(writing, numbers=numbers)
             tensors = [plan.tensors[number] for number in numbers]
             again = digests_by_file(writing, tensors, merging.digests)
@@ -276,18 +277,18 @@ def _merged_again(
     return len(found), sorted(key[1] for key in compared if found.get(key) != known.get(key))
 
 
-class _Nowhere:
-    """An output folder that keeps nothing: of what is written, the hashes alone are wanted."""
+class _NullFolder:
+    """An output folder that discards all data, for merges of which only the hashes are needed."""
 
     is_complete = False
 
-    def shared(self) -> _Nowhere:
-        """Return it."""
+    def shared(self) -> _NullFolder:
+        """Return this folder."""
         return self
 
-    def open(self, name: str, size: int) -> _NoFile:
-        """Return a file that keeps nothing."""
-        return _NoFile()
+    def open(self, name: str, size: int) -> _NullFile:
+        """Return a file that discards all data."""
+        return _NullFile()
 
     def put(self, name: str, content: bytes) -> None:
         """Do nothing."""
@@ -295,22 +296,22 @@ class _Nowhere:
     append = put
 
     def mark(self, text: str) -> Place:
-        """Refuse: no other machine sees it."""
+        """Raise: other machines cannot see this folder."""
         raise RuntimeError("Nothing is kept.")
 
     def delete(self, name: str) -> None:
         """Do nothing."""
 
     def names(self) -> list[str]:
-        """Return none."""
+        """Return an empty list."""
         return []
 
     def place(self, name: str) -> Place:
-        """Refuse: nothing lies anywhere."""
+        """Raise: the folder has no files."""
         raise RuntimeError(f"{name} was not kept.")
 
 
-class _NoFile:
+class _NullFile:
     def write(self, content: memoryview, offset: int, *, more: bool = False) -> None:
         """Do nothing."""
 
@@ -318,7 +319,7 @@ class _NoFile:
         """Do nothing."""
 
     def read(self, offset: int, length: int) -> memoryview:
-        """Refuse."""
+        """Raise: the data was discarded."""
         raise RuntimeError("What was written was not kept.")
 
     def sync(self) -> None:
@@ -328,7 +329,7 @@ class _NoFile:
 
 
 def _by_tensor(digests: Mapping[str, Mapping[str, str]]) -> dict[tuple[str, str], str]:
-    """Return digests by folder and tensor: in which shard a tensor lies hangs on the others."""
+    """Return digests by folder and tensor, because the shard of a tensor depends on the others."""
     return {
         (str(Path(file).parent), tensor): digest
         for file, own in digests.items()
@@ -337,7 +338,7 @@ def _by_tensor(digests: Mapping[str, Mapping[str, str]]) -> dict[tuple[str, str]
 
 
 def _sample(plan: Plan) -> list[int]:
-    """Return the numbers of some tensors, drawn: of those that are merged, and of the others."""
+    """Return the numbers of randomly drawn tensors, some merged and some copied."""
     draw = random.SystemRandom()
     sample: list[int] = []
     for is_merged in (True, False):

@@ -1,9 +1,9 @@
-"""One vocabulary for all models of a merge: the output's tokenizer, and the rows that belong to it.
+"""One vocabulary for all models of a merge: the output's tokenizer, and the rows of its tokens.
 
 The rules are those of mergekit's ``tokenizer_source`` (github.com/arcee-ai/mergekit): rows of the
-base's tokens are merged, a model without one of them counting as unchanged; a new token takes the
-row of the model that has it, or the mean of several. Methods see tables with the same rows for all
-models, in which rows of new tokens are changed by none.
+base's tokens are merged, and a model without a token counts as unchanged in its row; a new token
+gets the row of the model that has it, or the mean of several. Methods process tables with the same
+rows for all models, in which no model changes the rows of new tokens.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ from starmerge_models.storage import Place, is_file
 _UNION = "--tokenizer union (tokenizer: union in a recipe)"
 
 _MOST_COMPARED = 1000
-"""Most tokens whose rows are compared, of those that several models add."""
+"""Most tokens added by several models whose rows are compared."""
 
 _ROLES = {"bos_token_id": "bos_token", "eos_token_id": "eos_token", "pad_token_id": "pad_token"}
-"""Keys of configs that hold the id of a token with a purpose, and a tokenizer's key for it."""
+"""Config keys of special tokens' ids, with the tokenizer's key of the token."""
 
 
 @dataclass(frozen=True)
@@ -58,40 +58,41 @@ class _Target:
     """The tokens of the output."""
 
     tokens: Mapping[str, int]
-    """Their ids."""
+    """Ids by token."""
     size: int
-    """Rows of its tables."""
+    """Number of rows of the output's tables."""
     new: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
-    """Tokens that the base does not have; for each the models that do, and its row there."""
+    """For each token that the base lacks, the numbers of the models that have it, and its rows in
+    them."""
 
 
 def with_one_vocabulary(
     recipe: Recipe, base: Base, models: Sequence[FineTune]
 ) -> tuple[Base, tuple[FineTune, ...]]:
-    """Bring base and models to the tokens of the output.
+    """Rearrange the tables of base and models to the tokens of the output.
 
     Args:
-        recipe: What is merged; ``tokenizer`` and ``chat_template`` choose the output's.
+        recipe: The recipe; ``tokenizer`` and ``chat_template`` choose those of the output.
         base: The base.
         models: The models, whose tables may have other numbers of rows than the base's.
 
     Returns:
         Base and models with tables of the same rows; the base has the output's tokenizer files and
-        config, and notes on what is lost.
+        config, and notes on lost tokens.
 
     Raises:
-        UsageError: The rows of a model cannot be told; a vocabulary is another, not one with more
-            tokens; no such tokenizer or chat template is found.
-        StarmergeError: A tokenizer that is needed is broken.
+        UsageError: The tokens of a model's rows are unknown; a vocabulary differs in more than
+            added tokens; the tokenizer or chat template is not found.
+        StarmergeError: A required tokenizer is broken.
     """
     if not base.has_weights:
         return base, tuple(models)
     merging = _Vocabularies(recipe, base, models)
     if recipe.tokenizer == "base":
-        made, settled = merging.on_the_base()
+        made, settled = merging.with_base_tokenizer()
     else:
-        target = merging.union() if recipe.tokenizer == "union" else merging.of_another()
-        made, settled = merging.on(target)
+        target = merging.union_target() if recipe.tokenizer == "union" else merging.chosen_target()
+        made, settled = merging.with_tokens_of(target)
     made = replace(made, notes=(*made.notes, *merging.notes))
     return with_chat_template(recipe, made, models, merging.chosen), settled
 
@@ -114,14 +115,14 @@ class _Vocabularies:
         own = [base.checkpoint[name].shape[0] for name in base.token_tables]
         self._size = own[0] if own else 0
         self.chosen: Tokenizer | None = None
-        """The output's, where that is neither the base's nor a union."""
+        """The output's tokenizer, if it is neither the base's nor a union."""
         self._files: dict[str, Place | bytes | None] = {}
         self._read: list[Place] = []
 
     # The base's tokenizer
 
-    def on_the_base(self) -> tuple[Base, tuple[FineTune, ...]]:
-        """Return base and models as they are, but for models with another number of rows."""
+    def with_base_tokenizer(self) -> tuple[Base, tuple[FineTune, ...]]:
+        """Return base and models unchanged, except for models with another number of rows."""
         settled = []
         lost: dict[tuple[str, ...], list[str]] = {}
         for model, theirs, count in zip(self._models, self._theirs, self._rows, strict=True):
@@ -129,7 +130,7 @@ class _Vocabularies:
                 lacking = self._lacking(theirs)
                 moved = self._moved(theirs)
             except StarmergeError as error:
-                # Read, the files might say that the rows are in another order.
+                # Ignore an unreadable tokenizer only if the number of rows is the base's.
                 if count not in (None, self._size) or isinstance(error.__cause__, OSError):
                     raise
                 self.notes.append(f"The tokenizer of {model.name} was not compared: {error}")
@@ -161,7 +162,7 @@ class _Vocabularies:
         lacking: Collection[str],
         moved: Collection[str],
     ) -> FineTune:
-        """Return a model whose rows are not the base's with the base's."""
+        """Return a model whose tables are rearranged to the base's rows."""
         is_lost = bool(lacking) and count > self._size
         is_known = self._ours is not None and theirs is not None and self._ours.tells(theirs)
         if self._recipe.common and isinstance(model, FinetunedModel) and (is_lost or not is_known):
@@ -202,12 +203,11 @@ class _Vocabularies:
 
     # Another tokenizer
 
-    def union(self) -> _Target:
-        """Return the base's tokens and those that models add, and put the tokenizer together.
+    def union_target(self) -> _Target:
+        """Return the base's tokens and those that models add, and assemble the tokenizer.
 
-        A token keeps the id that it has in a model where that id follows on the base's tokens and
-        no other new token has it; else it gets another: the tokenizers library numbers added tokens
-        one after the other.
+        Added tokens are numbered consecutively, as the tokenizers library does. A token keeps its
+        id from a model if that id is the next free one and no other new token has it.
         """
         ours = self._known()
         found: dict[str, list[tuple[int, int]]] = {}
@@ -221,7 +221,7 @@ class _Vocabularies:
                 entries.setdefault(token, theirs.added[token])
         tokens = dict(ours.tokens)
         following = max([len(ours.vocabulary), *(own["id"] + 1 for own in ours.added.values())])
-        # By the id that the first model gives it; if two have one, the first model's comes first.
+        # In the order of the ids in the first model that has the token, then of the models.
         for token in sorted(found, key=lambda token: (found[token][0][1], found[token][0][0])):
             tokens[token] = following
             following += 1
@@ -249,8 +249,8 @@ class _Vocabularies:
         size = max(self._size, following) if found else self._size
         return _Target(tokens, size, found)
 
-    def of_another(self) -> _Target:
-        """Return the tokens of the tokenizer that the recipe names, and take its files."""
+    def chosen_target(self) -> _Target:
+        """Return the tokens of the tokenizer that the recipe names, and use its files."""
         ours = self._known()
         folder = folder_named(self._recipe.tokenizer, "tokenizer", self._models)
         chosen = open_tokenizer(folder)
@@ -298,8 +298,8 @@ class _Vocabularies:
         self._read += [*files_of(folder).values(), *ours.token_files]
         return _Target(chosen.tokens, size, found)
 
-    def on(self, target: _Target) -> tuple[Base, tuple[FineTune, ...]]:
-        """Return base and models with tables whose rows are those of the target."""
+    def with_tokens_of(self, target: _Target) -> tuple[Base, tuple[FineTune, ...]]:
+        """Return base and models with tables rearranged to the tokens of the target."""
         ours, names = self._known(), self._base.token_tables
         if not names:
             raise UsageError(
@@ -327,7 +327,7 @@ class _Vocabularies:
             self._base,
             checkpoint=checkpoint,
             config=config,
-            beside=files,
+            replaced_files=files,
             made_of=tuple(dict.fromkeys(self._read)),
         )
         settled = []
@@ -347,7 +347,7 @@ class _Vocabularies:
         return made, tuple(settled)
 
     def _donors(self, name: str, target: _Target) -> Iterator[tuple[TensorInfo, Tensor]]:
-        """Yield the tables that new tokens take their rows from, with the row for each id."""
+        """Yield the tables that provide rows of new tokens, with the row for each id."""
         for t, model in enumerate(self._models):
             wanted = {
                 target.tokens[token]: number
@@ -362,7 +362,7 @@ class _Vocabularies:
                 yield part, rows
 
     def _compare(self, target: _Target) -> None:
-        """Note the new tokens that several models have with different rows."""
+        """Add a note on new tokens for which several models have different rows."""
         several = {token: having for token, having in target.new.items() if len(having) > 1}
         if not several:
             return
@@ -417,7 +417,7 @@ class _Vocabularies:
         return self._ours.moved(theirs)
 
     def _additions(self, name: str, theirs: Tokenizer) -> dict[str, int]:
-        """Return the tokens that a tokenizer has beside the base's, which must be added ones."""
+        """Return the tokens of a tokenizer that the base's lacks; all must be added tokens."""
         lacking = self._known().lacks(theirs)
         other = [token for token in lacking if token not in theirs.added]
         if other:
@@ -430,10 +430,10 @@ class _Vocabularies:
         return lacking
 
     def _rows_of(self, target: _Target, theirs: Tokenizer, count: int) -> Tensor:
-        """Return a model's row for each row of the output, :data:`ABSENT` where it is not its own.
+        """Return a model's row for each row of the output, or :data:`ABSENT`.
 
-        Rows that stand for no token, here and there, keep their places. Rows of new tokens are the
-        base's to give.
+        Rows without a token in both keep their index. Rows of new tokens are taken from the base,
+        so they are absent.
         """
         own = torch.full((target.size,), ABSENT, dtype=torch.int64)
         common = min(count, target.size)
@@ -455,7 +455,7 @@ class _Vocabularies:
         return own
 
     def _config(self, base: Mapping[str, Any], target: _Target) -> dict[str, Any]:
-        """Return the output's config, with its number of rows and the ids of its tokens."""
+        """Return the output's config, with its number of rows and its special tokens' ids."""
         config = dict(base)
         for part in (config, config.get("text_config")):
             if isinstance(part, dict) and part.get("vocab_size") == self._size:
@@ -471,9 +471,10 @@ class _Vocabularies:
         return self._with_ids(config, target.tokens)
 
     def _with_ids(self, config: Mapping[str, Any], tokens: Mapping[str, int]) -> dict[str, Any]:
-        """Return a config in which the ids of tokens are those of the chosen tokenizer.
+        """Return a config with the special tokens' ids of the chosen tokenizer.
 
-        An id follows its token. But what begins, ends and pads a text is told by the tokenizer.
+        Ids are mapped to the new id of the same token, but the tokens for begin, end and padding
+        are those of the chosen tokenizer.
         """
         assert self.chosen is not None
         by_id = {number: token for token, number in self._known().tokens.items()}
@@ -501,5 +502,5 @@ def _counted(tokens: Collection[str]) -> str:
 
 
 def _is_identity(rows: Tensor, count: int) -> bool:
-    """Tell whether rows are those of a table of some length, in their order."""
+    """Return whether rows are 0, 1, … count − 1."""
     return len(rows) == count and torch.equal(rows, torch.arange(count))

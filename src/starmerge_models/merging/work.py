@@ -1,7 +1,7 @@
 """The work on the tensors of a merge, as jobs for an executor.
 
-A job is a plan and what earlier passes over the model found. The number of a tensor is its place in
-the plan.
+A job holds a plan and the results of earlier passes over the model. The number of a tensor is its
+index in the plan.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
-from starmerge_models.checkpoints.hashing import remembered_blake3_of_tensor
+from starmerge_models.checkpoints.hashing import cached_blake3_of_tensor
 from starmerge_models.checkpoints.tensors import prefetch
 from starmerge_models.deltas import Delta
 from starmerge_models.errors import StarmergeError
@@ -30,18 +30,18 @@ from starmerge_models.methods.method import Deltas, TensorContext
 from starmerge_models.methods.pipeline import Prepared
 from starmerge_models.storage import Place, storage_of
 
-Seen = TypeVar("Seen")
+Value = TypeVar("Value")
 
 
-class _Reading:
-    """The task vectors of a tensor, which are checked when they are read for the first time.
+class _CheckedDeltas:
+    """The task vectors of a tensor, which are checked when they are first read.
 
     Args:
         tensor: The tensor.
-        base: The base's, where it is read.
-        checked: Numbers of the models whose task vectors need no check.
-        changing: Numbers of models of which some task vector is known not to be zero; others that
-            are found are added.
+        base: The values of the base's tensor, if it is read.
+        checked: Numbers of the models whose task vectors were checked before.
+        changing: Numbers of the models with a known nonzero task vector; newly found ones are
+            added.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class _Reading:
         self.checked = set(checked)
 
     def deltas(self) -> Deltas:
-        """Return the task vectors, which are read when they are asked for."""
+        """Return the lazy task vectors."""
         return Deltas({t: partial(self._load, t) for t in self._tensor.models})
 
     def _load(self, t: int) -> Delta:
@@ -70,48 +70,48 @@ class _Reading:
 
 
 @dataclass(frozen=True)
-class Looked(Generic[Seen]):
-    """What came of looking at one tensor."""
+class SurveyResult(Generic[Value]):
+    """The result of a method's survey for one tensor."""
 
-    seen: Seen
-    """What the method found."""
+    value: Value
+    """The result of the method's function."""
     checked: frozenset[int]
-    """Numbers of the models whose task vectors of the tensor were read, and are finite."""
+    """Numbers of the models whose task vectors of the tensor were read and are finite."""
     changing: frozenset[int]
-    """Numbers of models of which some task vector was found not to be zero."""
+    """Numbers of the models with a nonzero task vector."""
     seconds: float = field(compare=False)
-    """How long that took."""
+    """Seconds of work."""
 
 
 @checked_dataclass(frozen=True, config=ConfigDict(strict=True))
-class Done:
-    """What a merge says of one tensor that it has written: plain data, as the journal keeps it."""
+class TensorResult:
+    """The result of merging and writing one tensor: plain data, stored in the journal."""
 
     record: dict[str, Any] | None
-    """What the report says of it; None if no model changes it."""
+    """The report's record of the tensor; None if no model changes it."""
     digests: list[str]
-    """BLAKE3 of what lies in its slots of the output."""
+    """BLAKE3 of the content of the tensor's slots in the output."""
     inputs: list[str]
-    """BLAKE3 of what it was made of, in the order of :attr:`PlannedTensor.stored_inputs`; none
-    where they are not wanted."""
+    """BLAKE3 of the inputs, in the order of :attr:`PlannedTensor.stored_inputs`; empty if not
+    requested."""
     changing: list[int]
-    """Numbers of models of which some task vector was found not to be zero."""
-    taken_up: bool = False
-    """Whether an earlier run had written it."""
+    """Numbers of the models with a nonzero task vector."""
+    resumed: bool = False
+    """Whether an earlier run had written the tensor."""
     seconds: float = field(default=0.0, compare=False)
-    """How long it was worked on."""
+    """Seconds of work."""
 
 
 @dataclass(frozen=True)
 class TensorJob:
-    """Work on the tensors of a plan.
+    """Base class of jobs on the tensors of a plan.
 
     Args:
         plan: The plan.
-        checked: For each tensor, by its number, the models whose task vectors earlier passes have
+        checked: For each tensor, by number, the models whose task vectors earlier passes have
             checked.
-        mark: A file in the output, and a text in it, by which other machines know that they see the
-            same output; None: it is not looked for.
+        mark: A file of the output and its text, by which other machines check that they reach the
+            same output; None for no check.
     """
 
     plan: Plan
@@ -119,30 +119,30 @@ class TensorJob:
     mark: tuple[Place, str] | None = field(default=None, kw_only=True)
 
     def memory(self, number: int) -> int:
-        """Estimate the bytes in memory while a tensor is worked on."""
+        """Estimate the memory for the work on a tensor, in bytes."""
         return self.plan.memory_of(self.plan.tensors[number])
 
     def nbytes(self, number: int) -> int:
-        """Return how many bytes are read for a tensor."""
+        """Return the bytes that are read for a tensor."""
         return self.plan.tensors[number].bytes_to_read
 
     def announce(self, number: int) -> None:
-        """Read ahead what a tensor is made of."""
+        """Prefetch the inputs of a tensor."""
         for info in self.plan.tensors[number].inputs:
             prefetch(info)
 
     def check(self) -> None:
-        """Make sure, on another machine, that inputs and output are there.
+        """Check, on another machine, that inputs and output are reachable.
 
-        Inputs may be copies: their sizes are compared, and the report has the hashes of what was
-        read.
+        Inputs may be copies, so only their sizes are compared; the report contains the hashes of
+        the data that was read.
         """
         for file, state in self.plan.states.items():
-            check_reached(file, size=state.size)
+            check_reachable(file, size=state.size)
         if self.mark is None:
             return
         file, text = self.mark
-        check_reached(file)
+        check_reachable(file)
         with storage_of(file).stream(file) as stream:
             is_same = text.encode() in stream.readall()
         if not is_same:
@@ -155,55 +155,55 @@ class TensorJob:
         return f"the tensor {self.plan.tensors[number].source.name}"
 
     def base_of(self, tensor: PlannedTensor) -> Tensor | None:
-        """Return the base's tensor, where it is read."""
+        """Return the values of the base's tensor; None if it is not read."""
         return self.plan.base.checkpoint.read(tensor.source.name) if tensor.reads_base else None
 
 
 @dataclass(frozen=True)
-class LookJob(TensorJob, Generic[Seen]):
-    """A method's look at each tensor that some model changes.
+class SurveyJob(TensorJob, Generic[Value]):
+    """A pass of a method's survey over the tensors that some model changes.
 
     Args:
-        look: The method's function.
+        visit: The method's function of a tensor's deltas and context.
     """
 
-    look: Callable[[Deltas, TensorContext], Seen] = field(kw_only=True)
+    visit: Callable[[Deltas, TensorContext], Value] = field(kw_only=True)
 
     @contextmanager
-    def open(self) -> Iterator[Callable[[int], Looked[Seen]]]:
-        """Yield the look at a tensor."""
+    def open(self) -> Iterator[Callable[[int], SurveyResult[Value]]]:
+        """Yield a function that surveys the tensor of a number."""
         yield partial(self._work, set())
 
-    def _work(self, changing: set[int], number: int) -> Looked[Seen]:
+    def _work(self, changing: set[int], number: int) -> SurveyResult[Value]:
         began = time.monotonic()
         tensor = self.plan.tensors[number]
         base = self.base_of(tensor)
-        reading = _Reading(tensor, base, self.checked.get(number, frozenset()), changing)
-        seen = self.look(reading.deltas(), self.plan.context(tensor, base))
+        reading = _CheckedDeltas(tensor, base, self.checked.get(number, frozenset()), changing)
+        seen = self.visit(reading.deltas(), self.plan.context(tensor, base))
         seconds = time.monotonic() - began
-        return Looked(seen, frozenset(reading.checked), frozenset(changing), seconds)
+        return SurveyResult(seen, frozenset(reading.checked), frozenset(changing), seconds)
 
 
 @dataclass(frozen=True)
 class WriteJob(TensorJob):
-    """Merging and writing each tensor.
+    """A pass that merges and writes each tensor.
 
     Args:
-        prepared: The chain, whose methods have looked at the model.
-        writing: The output.
-        known: What an earlier run said of tensors that it had written, by their names. It counts
-            if their bytes lie in the output.
-        hashes_inputs: Whether the inputs are hashed as they are read.
+        prepared: The chain with the surveys of its methods.
+        writing: The writer of the output.
+        known: Results of an earlier run, by tensor. A result is used if the tensor's bytes are in
+            the output.
+        hashes_inputs: Whether the inputs are hashed when they are read.
     """
 
     prepared: Prepared = field(kw_only=True)
     writing: Writing = field(kw_only=True)
-    known: Mapping[str, Done] = field(default_factory=dict, kw_only=True)
+    known: Mapping[str, TensorResult] = field(default_factory=dict, kw_only=True)
     hashes_inputs: bool = field(default=False, kw_only=True)
 
     @contextmanager
-    def open(self) -> Iterator[Callable[[int], Done]]:
-        """Yield the merge of a tensor; close the output at the end."""
+    def open(self) -> Iterator[Callable[[int], TensorResult]]:
+        """Yield a function that merges the tensor of a number; close the output at the end."""
         try:
             yield partial(self._work, set())
         except BaseException:
@@ -211,22 +211,28 @@ class WriteJob(TensorJob):
             raise
         self.writing.close(flush=True)
 
-    def _work(self, changing: set[int], number: int) -> Done:
+    def _work(self, changing: set[int], number: int) -> TensorResult:
         began = time.monotonic()
-        done = self._written(changing, number)
+        done = self._merge_and_write(changing, number)
         return replace(done, seconds=time.monotonic() - began)
 
-    def _written(self, changing: set[int], number: int) -> Done:
+    def _merge_and_write(self, changing: set[int], number: int) -> TensorResult:
         tensor = self.plan.tensors[number]
         known = self.known.get(tensor.source.name)
-        if known is not None and self._fits(tensor, known) and self._holds(tensor, known.digests):
-            return Done(known.record, known.digests, known.inputs, known.changing, taken_up=True)
+        if (
+            known is not None
+            and self._matches_plan(tensor, known)
+            and self._has_digests(tensor, known.digests)
+        ):
+            return TensorResult(
+                known.record, known.digests, known.inputs, known.changing, resumed=True
+            )
         if not tensor.models:
             digest = self.writing.leave(tensor)
             hashes = [digest] if tensor.source.is_stored else self._hashes(tensor)
             return self._done(tensor, None, changing, hashes if self.hashes_inputs else [])
         base = self.base_of(tensor)
-        reading = _Reading(tensor, base, self.checked.get(number, frozenset()), changing)
+        reading = _CheckedDeltas(tensor, base, self.checked.get(number, frozenset()), changing)
         merged = self.prepared.merge(
             reading.deltas(),
             self.plan.context(tensor, base),
@@ -237,16 +243,16 @@ class WriteJob(TensorJob):
         return self._done(tensor, record, changing, self._hashes(tensor))
 
     def _hashes(self, tensor: PlannedTensor) -> list[str]:
-        """Return the BLAKE3 of each tensor of a file that was read.
+        """Return the BLAKE3 of each stored tensor that was read.
 
-        It is asked for after the merge: a storage that fetches tensors hashes them as they come,
-        and the pages of a mapped file are in memory by then.
+        Called after the merge of the tensor, when a remote storage has hashed the fetched data
+        already, and the pages of a memory-mapped file are in the page cache.
         """
         inputs = tensor.stored_inputs if self.hashes_inputs else ()
-        return [remembered_blake3_of_tensor(info) for info in inputs]
+        return [cached_blake3_of_tensor(info) for info in inputs]
 
-    def _fits(self, tensor: PlannedTensor, known: Done) -> bool:
-        """Tell whether something can have been said of a tensor: a journal may be damaged."""
+    def _matches_plan(self, tensor: PlannedTensor, known: TensorResult) -> bool:
+        """Return whether a journal's entry is valid for a tensor; the journal may be damaged."""
         return (
             len(known.digests) == len(self.writing.slots(tensor))
             and len(known.inputs) == len(tensor.stored_inputs) * self.hashes_inputs
@@ -254,8 +260,8 @@ class WriteJob(TensorJob):
             and set(known.changing) <= set(range(len(self.plan.models)))
         )
 
-    def _holds(self, tensor: PlannedTensor, digests: list[str]) -> bool:
-        """Tell whether the bytes of these hashes lie in the slots of a tensor."""
+    def _has_digests(self, tensor: PlannedTensor, digests: list[str]) -> bool:
+        """Return whether the slots of a tensor contain bytes of these hashes."""
         slots = self.writing.slots(tensor)
         return all(
             writer.holds(name, digest)
@@ -268,23 +274,23 @@ class WriteJob(TensorJob):
         record: dict[str, Any] | None,
         changing: set[int],
         inputs: list[str],
-    ) -> Done:
+    ) -> TensorResult:
         digests = [writer.digest(name) for writer, name in self.writing.slots(tensor)]
-        return Done(record, digests, inputs, sorted(changing))
+        return TensorResult(record, digests, inputs, sorted(changing))
 
 
 _SHARE = "Machines that merge together need storage that all of them reach under the same path."
 
 
-def check_reached(file: Place, *, size: int | None = None) -> None:
-    """Make sure, on another machine than the one that planned, that a file is there.
+def check_reachable(file: Place, *, size: int | None = None) -> None:
+    """Check, on a machine other than the planner's, that a file is reachable.
 
     Args:
         file: The file.
-        size: Its bytes; None: any number.
+        size: Expected size in bytes; None for any size.
 
     Raises:
-        StarmergeError: It is not, or has another size.
+        StarmergeError: The file is not reachable, or has another size.
     """
     try:
         found = storage_of(file).state(file).size

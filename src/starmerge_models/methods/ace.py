@@ -27,17 +27,18 @@ class Ace(SpectralMerge):
 
     W̃_t = τ_t − 1 μ_tᵀ with the column means μ_t = τ_tᵀ1/m; Ŝ_t = W̃_tᵀW̃_t. The tasks count as
     heterogeneous if Var[log‖τ_t‖²]/(E[log‖τ_t‖²])² > γ. Then S̃_t = Ŝ_t/tr Ŝ_t, with ε/tr Ŝ_t on
-    the diagonal of S_t, and the prior is divided by the mean ‖τ_t‖²; else S̃_t = Ŝ_t with ε. The
-    prior C has in every row the mean of the rows of ΣS̃_t. W = (Σ W̃_t S_t)(Σ S_t + C)⁻¹.
-    Heterogeneous tasks also get a spectral refinement: of W + Σ τ_t(S̃_t − S̄) the first 30 % of
-    the triplets, all with their mean σ, are added to W.
+    the diagonal of S_t, and the prior is divided by the mean ‖τ_t‖²; else S̃_t = Ŝ_t with ε. Every
+    row of the prior C is the mean of the rows of ΣS̃_t. W = (Σ W̃_t S_t)(Σ S_t + C)⁻¹.
+    For heterogeneous tasks a spectral refinement follows: the first 30 % of the triplets of
+    W + Σ τ_t(S̃_t − S̄), all with their mean σ, are added to W.
 
-    Source: arXiv 2603.02945, equations 5 to 19, after its repository github.com/unravel-xu/
-    ACE-Merging, whose variance is the unbiased one. Different from there: tasks whose rows are all
-    equal are left out, and the share of the triplets is one of those that there are.
-    Not scale-free: ε is absolute, so that of small updates it is nearly the average of W̃_t.
-    Cost: a solve and an SVD a tensor, in Core Space for adapters.
-    When to use: to compare with; ``covariance`` is the same idea without its absolute scales.
+    Source: arXiv 2603.02945, equations 5 to 19, following its repository github.com/unravel-xu/
+    ACE-Merging, which uses the unbiased variance. Differences: tasks whose rows are all equal are
+    left out, and the share of the triplets refers to the nonzero ones.
+    The method depends on the scale of the weights: ε is absolute, so that for small updates the
+    result is nearly the average of W̃_t.
+    Cost: one linear solve and one SVD per tensor, in Core Space for adapters.
+    When to use: for comparison; ``covariance`` has the same objective without absolute scales.
     """
 
     gamma: Annotated[
@@ -48,27 +49,27 @@ class Ace(SpectralMerge):
         float, Field(ge=0, le=1, description="share of the triplets in the spectral refinement")
     ] = 0.3
 
-    # The prior is taken along the vector of ones, which a rotation of the inputs does not leave
-    # alone: other roots of Σ would give other merges.
+    # The prior depends on the vector of ones, which rotations of the inputs change: another square
+    # root of Σ would give another merge.
     uses_metric = False
 
     def space(
         self, deltas: Sequence[Delta], device: torch.device, whitening: Whitening | None
     ) -> CoreSpace:
-        """Return a space that holds the vectors of ones too; the means are taken along them."""
+        """Return a space that also contains the vectors of ones, which the means need."""
         m, n = deltas[0].shape
         one_m, one_n = (torch.ones(shape, dtype=torch.float32) for shape in ((m, 1), (1, n)))
-        space = core_space([*deltas, LowRank(one_m, one_n)], device, whitening).whole()
+        space = core_space([*deltas, LowRank(one_m, one_n)], device, whitening).as_matrices()
         return replace(space, tasks=space.tasks[:-1])
 
     def core_shape(self, tensor: TensorShape) -> CoreShape:
         """Return the sizes of the space with the vectors of ones; see :meth:`space`."""
-        return tensor.core(DeltaShape(1)).whole()
+        return tensor.core(DeltaShape(1)).as_matrices()
 
     def matrix_memory(self, space: CoreShape) -> int:
-        """Tell the bytes needed; see :meth:`SpectralMerge.matrix_memory`."""
-        # Centred matrices, their products with the covariances, and the task vectors' with them;
-        # of covariances three for each task, and six to add up, to invert and to put together.
+        """Return the peak memory in bytes; see :meth:`SpectralMerge.matrix_memory`."""
+        # Centred matrices, and the products of these and of the task vectors with the covariances;
+        # three covariances for each task, and six for sums, the solver and the prior.
         covariances = 8 * (3 * space.count + 6) * space.q**2
         matrices = (3 * space.count + 6) * space.size
         return matrices + covariances + svd_bytes(space.p, space.q) + space.vectors

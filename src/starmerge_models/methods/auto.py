@@ -1,4 +1,4 @@
-"""The merge that starmerge takes by itself, by the kind of the models."""
+"""The default method: a chain chosen by the kind of the models and the metric."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from starmerge_models.methods.tsv_m import TsvM
 
 @dataclass(frozen=True)
 class Choice:
-    """The chain that :class:`Auto` stands for, and why."""
+    """The chain that :class:`Auto` chooses, with the reason."""
 
     steps: tuple[Method, ...]
     reason: str
-    """One sentence, for terminal, report and card."""
+    """One sentence, shown on the terminal, in the report and on the model card."""
 
 
 @method("auto")
 class Auto(Merge):
-    """Take the merge that keeps most, as far as starmerge knows, for the models at hand.
+    """Choose the chain that keeps most of the tasks, by measurements, for the given models.
 
-    For adapters that is ``shares``, for full fine-tunes ``denoise+shares``; with a metric of the
-    inputs ``tsv_m+own_response``, and with one that has prompts of every task ``regmean``.
-    docs/results.md has the evidence. How much of each direction is whose, and by how much the merge
-    must be scaled down, these methods find in the task vectors. A merge with ``auto`` is one with
-    that chain: report and card name the chain, and not ``auto``.
+    The choice is ``shares`` for adapters and ``denoise+shares`` for full fine-tunes;
+    ``tsv_m+own_response`` with a metric of the inputs, and ``regmean`` with a metric that has
+    prompts of every task. docs/results.md has the evidence. These methods compute the shares of the
+    tasks in each direction, and the scale of the merge, from the task vectors. Report and card name
+    the chosen chain, not ``auto``.
 
     Source: our own.
     Cost: that of the chain.
-    When to use: always, to begin with.
+    When to use: as the first choice.
     """
 
     def choose(
@@ -48,7 +48,8 @@ class Auto(Merge):
         Args:
             models: Their names.
             has_dense: Whether one of them is a full fine-tune.
-            prompts: Those of whose prompts the metric has moments; None: there is no metric.
+            prompts: Names of the models whose prompts the metric has moments of; None for a merge
+                without a metric.
         """
         before: tuple[Method, ...] = (Denoise(),) if has_dense else ()
         kind = "models that hold whole tensors" if has_dense else "adapters alone"
@@ -65,9 +66,9 @@ class Auto(Merge):
         return Choice(steps, f"auto takes {name}: there are {kind}, and {why}.")
 
     def memory(self, tensor: TensorShape) -> int:
-        """Never called: the chain that is chosen tells what it needs."""
+        """Never called: a merge runs the chosen chain."""
         raise AssertionError("a merge begins with the chain that auto chooses")
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
-        """Never called: the chain that is chosen merges."""
+        """Never called: a merge runs the chosen chain."""
         raise AssertionError("a merge begins with the chain that auto chooses")

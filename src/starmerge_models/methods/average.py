@@ -14,14 +14,14 @@ class Average(Merge):
     """The mean of the fine-tunes: base + Σ w_t δ_t / Σ w_t.
 
     Source: model soups, arXiv 2203.05482, the uniform soup, written with deltas.
-    Cost: one addition a tensor and task.
-    When to use: two or three close models; as the line that other methods must beat.
+    Cost: one addition per tensor and task.
+    When to use: two or three close models; as the baseline for other methods.
     """
 
     averages = True
 
     def memory(self, tensor: TensorShape) -> int:
-        """Tell the bytes needed; see :meth:`Method.memory`."""
+        """Return the peak memory in bytes; see :meth:`Method.memory`."""
         return total_bytes(tensor)
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:

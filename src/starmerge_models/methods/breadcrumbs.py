@@ -25,14 +25,15 @@ class Breadcrumbs(EntrywiseMerge):
     """Drop both tails of each task vector's magnitudes, tensor by tensor; then scale the sum.
 
     Of the n entries of a tensor the ⌊β %⌋ smallest and the ⌊(100 − γ) %⌋ largest are dropped,
-    except for those that equal the last one kept; the update is α times the sum of what is left.
+    except for entries that equal the last kept one; the update is α times the sum of the kept
+    entries.
 
     Source: arXiv 2312.06795, with β and γ as percentiles of the magnitudes; defining repository
-    github.com/rezazzr/breadcrumbs, whose beta is the share kept at the top and gamma the share
-    dropped there, row by row. mergekit's gamma is (100 − γ) % and its density (γ − β) %.
+    github.com/rezazzr/breadcrumbs, in which beta is the share kept at the top and gamma the share
+    dropped at the top, in each row. mergekit's gamma is (100 − γ) % and its density (γ − β) %.
     Cost: three passes over the entries of all tasks, two of them for order statistics; adapters
-    become dense panel by panel.
-    When to use: many tasks; robust against the choice of α.
+    are expanded to dense panels of rows.
+    When to use: many tasks, when α cannot be tuned; the method is robust against its choice.
     """
 
     beta: Annotated[
@@ -44,17 +45,17 @@ class Breadcrumbs(EntrywiseMerge):
     alpha: Annotated[float, Field(description="factor of the summed task vectors")] = 0.3
 
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
-        """Compare the percentiles with each other; see :meth:`Method.check`."""
+        """Check that beta is below gamma; see :meth:`Method.check`."""
         if self.beta >= self.gamma:
             raise UsageError(
                 f"breadcrumbs: beta is {self.beta:g} and gamma {self.gamma:g}, so nothing would be "
                 "left. Choose beta below gamma."
             )
 
-    def look(
+    def prepare_tensor(
         self, deltas: dict[int, Delta], tensor: TensorContext, survey: Any
     ) -> list[tuple[float, float]]:
-        """Return the least and the largest magnitude kept of each task."""
+        """Return the smallest and the largest magnitude to keep, for each task."""
         return [self._bounds(tau_t) for tau_t in deltas.values()]
 
     def merge_entries(
@@ -62,7 +63,7 @@ class Breadcrumbs(EntrywiseMerge):
     ) -> Tensor:
         """Merge some entries; see :meth:`EntrywiseMerge.merge_entries`."""
         left = (
-            # Less the outliers, which hardshrink leaves.
+            # Subtract the outliers, which are the entries that hardshrink keeps.
             trimmed(tau_t, least) - torch.hardshrink(tau_t, largest)
             for tau_t, (least, largest) in zip(tau, local, strict=True)
         )

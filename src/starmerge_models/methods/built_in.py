@@ -1,7 +1,7 @@
-"""The methods that come with starmerge: the one list of them.
+"""The list of all built-in methods.
 
-A new method is a line here. ``import X as X`` tells type checkers that the name is public. The
-method of mergekit's recipes rests on these and stands in a room above,
+To add a method, add a line here. ``import X as X`` marks the name as public for type checkers. The
+method for mergekit's recipes uses these methods and is in a higher package,
 ``starmerge_models.mergekit``.
 """
 

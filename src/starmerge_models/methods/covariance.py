@@ -18,26 +18,28 @@ from starmerge_models.spectral.core_space import CoreShape
 
 @method("covariance")
 class Covariance(SpectralMerge):
-    """Let each task decide most where its own update says that its inputs lie.
+    """Weight the tasks in each direction by covariances estimated from their own updates.
 
     M minimises Σ_t w_t ‖(M − τ_t) C_t^½‖², with C_t = τ_tᵀτ_t/‖τ_t‖² in place of the covariance of
     the task's inputs: M = (Σ w_t τ_t C_t)(Σ w_t C_t + ρ c I)⁻¹, c being the mean eigenvalue of
-    Σ w_t C_t. That is the input side; the output side takes C_t = τ_tτ_tᵀ/‖τ_t‖² from the left.
-    ``side="auto"`` takes, tensor by tensor, the side on which the tasks overlap more: where the
-    mean cosine of pairs of C_t is larger.
+    Σ w_t C_t. That is the input side; the output side uses C_t = τ_tτ_tᵀ/‖τ_t‖² from the left.
+    ``side="auto"`` chooses for each tensor the side on which the tasks overlap more, that is where
+    the mean cosine of pairs of C_t is larger.
 
-    Source: the objective is arXiv 2503.08099's, the closed form is RegMean's (arXiv 2212.09849),
-    found again in arXiv 2603.02945 and 2604.01329; ridge and choice of side are our own.
-    Cost: an eigendecomposition a tensor, in Core Space for adapters.
-    When to use: adapters of any origin, with ``own_response`` after it; the first to try.
+    Source: the objective is that of arXiv 2503.08099, the closed form that of RegMean (arXiv
+    2212.09849), rediscovered in arXiv 2603.02945 and 2604.01329; ridge and choice of side are our
+    own.
+    Cost: one eigendecomposition per tensor, in Core Space for adapters.
+    When to use: adapters of any origin, followed by ``own_response``.
     """
 
     side: Annotated[
         Literal["auto", "input", "output"],
-        Field(description="the side whose covariance is stood in for"),
+        Field(description="side of the weights whose covariance is estimated"),
     ] = "auto"
     ridge: Annotated[
-        float, Field(ge=0, description="ρ, as a share of the mean eigenvalue; 0: pseudo-inverse")
+        float,
+        Field(ge=0, description="ρ, as a share of the mean eigenvalue; 0 takes the pseudo-inverse"),
     ] = 0.1
 
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
@@ -45,10 +47,10 @@ class Covariance(SpectralMerge):
         refuse_negative(self, weights, "the method minimises a weighted sum of squares")
 
     def matrix_memory(self, space: CoreShape) -> int:
-        """Tell the bytes needed; see :meth:`SpectralMerge.matrix_memory`."""
-        # A matrix of norm 1 for each task; the sum of the products and the last of them, and the
-        # result by its eigenvectors, as products come and go. On the chosen side: a covariance,
-        # their sum, and the three matrices that LAPACK's dsyevd takes.
+        """Return the peak memory in bytes; see :meth:`SpectralMerge.matrix_memory`."""
+        # A normalised matrix for each task; the sum of the products, the last product, and
+        # temporaries of the result. On the chosen side: a covariance, the sum of covariances, and
+        # three matrices for LAPACK's dsyevd.
         sides = {"input": space.q, "output": space.p, "auto": max(space.p, space.q)}
         return (space.count + 5) * space.size + 8 * 5 * sides[self.side] ** 2
 
@@ -62,7 +64,7 @@ class Covariance(SpectralMerge):
         return self._solve(tau, weights, space.shape[1])
 
     def _solve(self, tau: list[Tensor], weights: list[float], n: int) -> Tensor:
-        """Return M for the input side; tau carry their weights, n is the true width."""
+        """Return M for the input side; tau are multiplied by weights, n is the tensor's width."""
         size = tau[0].shape[1]
         G, right = tau[0].new_zeros(size, size), torch.zeros_like(tau[0])
         for w, tau_t in zip(weights, tau, strict=True):
@@ -72,7 +74,7 @@ class Covariance(SpectralMerge):
             right.addmm_(tau_t, C_t)
         values, Q = torch.linalg.eigh(G)
         ridge = self.ridge * float(G.trace()) / n
-        # What no task has stays without, also when there is no ridge.
+        # Drop directions that no task uses, also without a ridge.
         inverse = torch.where(values > 1e-12 * values.max(), 1 / (values + ridge), 0.0)
         merged: Tensor = (right @ Q * inverse) @ Q.T
         return merged
@@ -81,7 +83,7 @@ class Covariance(SpectralMerge):
 def overlapping_side(tau: list[Tensor]) -> Literal["input", "output"]:
     """Return the side on which the tasks overlap more; see :class:`Covariance`.
 
-    Overlaps that differ by rounding alone are equal, and then it is the input side.
+    If the overlaps are equal up to rounding, it is the input side.
     """
     unit = [tau_t / torch.linalg.vector_norm(tau_t) for tau_t in tau]
     of_inputs, of_outputs = mean_cosine(unit), mean_cosine([tau_t.T for tau_t in unit])
@@ -104,7 +106,7 @@ def mean_cosine(unit: list[Tensor]) -> float:
             C_t = tau_t.T @ tau_t
             summed += C_t / torch.linalg.vector_norm(C_t)
         return (float(summed.square().sum()) - T) / (T * (T - 1))
-    # ⟨C_s, C_t⟩ = ‖τ_s τ_tᵀ‖², of smaller matrices.
+    # ⟨C_s, C_t⟩ = ‖τ_s τ_tᵀ‖² uses smaller matrices.
     size = [float(torch.linalg.vector_norm(tau_t @ tau_t.T)) for tau_t in unit]
     cosines = [
         float((unit[s] @ unit[t].T).square().sum()) / (size[s] * size[t])

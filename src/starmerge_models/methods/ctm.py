@@ -21,43 +21,43 @@ from starmerge_models.spectral.dense import svd_bytes
 
 _MOST_ITERATIONS = 1000
 _TOLERANCE = 1e-6
-"""The iteration ends when the relative error of the approximation changes by less."""
+"""The iteration ends when the relative error of the approximation changes by less than this."""
 
 
 @method("ctm")
 class Ctm(SpectralMerge):
-    """Find r-dimensional bases that serve all tasks, and merge the tasks' r × r coordinates.
+    """Find r-dimensional bases common to all tasks, and merge the tasks' r × r coordinates.
 
     U (m, r) and V (n, r) are orthonormal and minimise Σ_t ‖X_t − U Uᵀ X_t V Vᵀ‖² for
     X_t = λ_t τ_t/‖τ_t‖ with λ_t = β ‖τ_t‖ + (1 − β) mean_s ‖τ_s‖: with β = 1 large task vectors
-    decide, with β = 0 all count alike. This is a Tucker-2 decomposition, found by HOOI from HOSVD.
-    The coordinates O_t = Uᵀ τ_t V of the task vectors themselves are merged by ``rule``: by TIES,
-    the k % largest of each, signs elected, the mean of those that agree; or by their sum or mean.
-    The update is λ U Ō Vᵀ, of rank r by construction: nothing need be cut off to store it as an
-    adapter.
+    dominate, with β = 0 all have the same weight. This is a Tucker-2 decomposition, computed by
+    HOOI from HOSVD. The coordinates O_t = Uᵀ τ_t V of the task vectors are merged by ``rule``: by
+    TIES (the k % largest entries of each are kept, signs are elected, and the entries that agree
+    are averaged), or by their sum or mean. The update is λ U Ō Vᵀ. It has rank r by construction,
+    so it is stored as an adapter without a truncation.
 
-    Where entries cancel exactly, Ō is zero: signs of singular vectors are any, so there is no
-    majority of them.
+    Where entries cancel exactly, Ō is zero: the signs of singular vectors are arbitrary, so a
+    majority of signs has no meaning.
 
-    Source: arXiv 2606.03723 (Compress then Merge); defining repository
-    github.com/ZhengbaoHe/compress-then-merge, from which the formulas, the iteration and its
-    tolerance 1e-6 are. β = 0.25 is that of its published command, and values from 0 to 0.75 are
-    said to serve alike; k and λ are tuned on validation data there, and here those of TIES.
-    Different from there: a threshold that keeps ⌈k %⌉ entries, not one more; without a rank the
-    largest rank of the tensor's task vectors; adapters of different ranks, and full fine-tunes,
-    which are compressed only if a rank is given.
-    Cost: an SVD a task, and two in each of three or more iterations, in Core Space for adapters.
-    For full fine-tunes one SVD of all task vectors side by side and small ones, if a rank is given;
-    without, several of that size.
-    When to use: adapters, where the result must be one of low rank.
+    Source: arXiv 2606.03723 (Compress then Merge); the formulas, the iteration and its tolerance
+    1e-6 are those of the defining repository github.com/ZhengbaoHe/compress-then-merge. β = 0.25 is
+    that of its published command; values from 0 to 0.75 are reported as equally good. The
+    repository tunes k and λ on validation data; the defaults here are those of TIES.
+    Differences: the threshold keeps ⌈k %⌉ entries, not one more; the default rank is the largest
+    rank of the tensor's task vectors; adapters may have different ranks; full fine-tunes are
+    supported, and compressed only if a rank is given.
+    Cost: one SVD per task, and two in each of three or more iterations, in Core Space for adapters.
+    For full fine-tunes with a rank, one SVD of all task vectors concatenated, and small ones;
+    without a rank, several SVDs of that size.
+    When to use: adapters, where the result must have a low rank.
     """
 
     rank: Annotated[
         int | None,
-        Field(ge=1, description="rank r of the update; without a value the largest of the tasks'"),
+        Field(ge=1, description="rank r of the update; by default the largest rank of the tasks"),
     ] = None
     beta: Annotated[
-        float, Field(ge=0, le=1, description="how much large task vectors decide on the bases")
+        float, Field(ge=0, le=1, description="how much the norms of task vectors weight the bases")
     ] = 0.25
     rule: Annotated[
         Literal["ties", "sum", "mean"], Field(description="how the coordinates are merged")
@@ -66,9 +66,10 @@ class Ctm(SpectralMerge):
     lambda_: Annotated[float, Field(description="factor of the merged update")] = 1.0
 
     def matrix_memory(self, space: CoreShape) -> int:
-        """Tell the bytes needed; see :meth:`SpectralMerge.matrix_memory`."""
-        # Scaled matrices, those side by side, LAPACK's copy of them, and products with the bases;
-        # the SVD of what is not longer than high; r × r coordinates, stacked, and six to elect in.
+        """Return the peak memory in bytes; see :meth:`SpectralMerge.matrix_memory`."""
+        # Scaled matrices, their concatenation, LAPACK's copy of it, and products with the bases;
+        # the SVD of a matrix with no more columns than rows; r × r coordinates, stacked, and six
+        # temporaries for the election.
         side = max(space.p, space.q)
         r = min(self.rank or max(space.ranks), side)
         coordinates = 8 * (2 * space.count + 6) * r * r
@@ -90,7 +91,7 @@ class Ctm(SpectralMerge):
         return U, self.lambda_ * V @ merged.T
 
     def _bases(self, tau: list[Tensor], r: int, noise: float) -> tuple[Tensor, Tensor]:
-        """Return U (p, r) and V (q, r); of fewer columns where the task vectors have no more."""
+        """Return U (p, r) and V (q, r), with fewer columns if the task vectors have lower rank."""
         norms = [float(torch.linalg.vector_norm(tau_t)) for tau_t in tau]
         mean = math.fsum(norms) / len(norms)
         lambdas = [self.beta * norm + (1 - self.beta) * mean for norm in norms]
@@ -109,7 +110,7 @@ class Ctm(SpectralMerge):
 
 
 def _leading(blocks: list[Tensor], r: int, floor: float) -> Tensor:
-    """Return the first r left singular vectors of matrices (p, ·) side by side, float64."""
+    """Return the first r left singular vectors of the concatenation of (p, ·) matrices, float64."""
     X = torch.cat(blocks, dim=1)
     if X.shape[1] > X.shape[0]:
         # X = Rᵀ Qᵀ has the left singular vectors of Rᵀ.

@@ -20,29 +20,30 @@ from starmerge_models.spectral import Truncation
 
 @method("dare")
 class Dare(Transform):
-    """Drop entries of each task vector at random, scale up the rest.
+    """Drop entries of each task vector at random, and scale up the rest.
 
-    Each entry is dropped with probability p, and divided by 1 − p if it stays, so that the
-    expected task vector is what it was. Then any merge: ``dare+ties``, ``dare+task_arithmetic``.
+    Each entry is dropped with probability p, and divided by 1 − p if it is kept, so that the
+    expected task vector is unchanged. Any merge can follow: ``dare+ties``,
+    ``dare+task_arithmetic``.
 
-    What is dropped depends on the seed, the model's name, the tensor's name and the entry's place
-    alone: a model keeps its entries whichever others it is merged with, in any order, on any
+    The choice of dropped entries depends only on the seed, the model's name, the tensor's name and
+    the entry's index. It is the same in a merge with other models, in another order, and on another
     machine.
 
     Source: arXiv 2311.03099; defining repository github.com/yule-BUAA/MergeLM.
-    Cost: one random number an entry; the result is dense.
+    Cost: one random number per entry; the result is dense.
     When to use: full fine-tunes with large, redundant task vectors.
     """
 
     p: Annotated[float, Field(ge=0, lt=1, description="probability of dropping an entry")] = 0.5
-    seed: Annotated[int, Field(ge=0, description="seed of what is dropped")] = 0
+    seed: Annotated[int, Field(ge=0, description="seed of the random choice of entries")] = 0
 
     def memory(self, tensor: TensorShape) -> int:
-        """Tell the bytes needed; see :meth:`Method.memory`."""
+        """Return the peak memory in bytes; see :meth:`Method.memory`."""
         return 4 * tensor.size + panel_bytes(tensor, 1, numbers=6)
 
     def result(self, delta: DeltaShape, tensor: TensorShape) -> DeltaShape:
-        """Tell what is made; see :meth:`Transform.result`."""
+        """Return the shape of the result; see :meth:`Transform.result`."""
         return dense_shape(tensor)
 
     def apply(
@@ -61,9 +62,9 @@ class Dare(Transform):
 
 
 class Draws:
-    """The random numbers of a tensor's entries, one after the other.
+    """The stream of random numbers for a tensor's entries, in row-major order.
 
-    They are the 32-bit words of the counter-based generator Philox4x64, whose key is a digest of
+    The numbers are the 32-bit words of the counter-based generator Philox4x64, keyed by a digest of
     the arguments.
 
     Args:
@@ -79,11 +80,11 @@ class Draws:
         self._left = np.empty(0, dtype="<u4")
 
     def kept(self, p: float | Tensor, count: int) -> Tensor:
-        """Return which of the next entries stay, (count,) bool.
+        """Return a mask of the kept ones among the next entries, (count,) bool.
 
         Args:
-            p: Probability of dropping an entry; one for all, or (count,) float64.
-            count: How many entries are next.
+            p: Probability of dropping an entry; a number for all, or (count,) float64.
+            count: Number of entries to draw for.
         """
         words = self._left
         if len(words) < count:
@@ -96,13 +97,13 @@ class Draws:
 
 
 def kept(p: float | Tensor, seed: int, task: str, tensor: str, count: int) -> Tensor:
-    """Return which of ``count`` entries stay, (count,) bool; see :meth:`Draws.kept`.
+    """Return a mask of the kept ones of ``count`` entries, (count,) bool; see :meth:`Draws.kept`.
 
     Args:
-        p: Probability of dropping an entry; one for all, or (count,) float64.
+        p: Probability of dropping an entry; a number for all, or (count,) float64.
         seed: The seed.
         task: The task's name.
         tensor: The tensor's name.
-        count: How many entries there are.
+        count: Number of entries.
     """
     return Draws(seed, task, tensor).kept(p, count)

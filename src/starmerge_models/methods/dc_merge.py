@@ -1,4 +1,4 @@
-"""DC-Merge: balanced task vectors, merged in orthonormal bases that cover all of them."""
+"""DC-Merge: merge balanced task vectors in orthonormal bases of the span of all tasks."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from starmerge_models.spectral.dense import polar_bytes
 
 @method("dc_merge")
 class DcMerge(CoreSpaceMerge):
-    """Balance the energy of each task's directions, merge in a basis that covers all of them.
+    """Balance the energy of each task's directions, and merge in a basis that covers all of them.
 
-    Of τ_t = U_t Σ_t V_tᵀ the first r_t triplets stay, and their singular values are smoothed at
-    constant sum: ``average`` makes all equal; ``linear`` lets them fall linearly from the first to
-    the last, at the ratio min(ρ, σ_1/σ_r); ``none`` leaves them. Ũ and Ṽ, the cover space, are the
-    polar factors of [U_1 … U_T] and [V_1 … V_T]. There the task vectors are M_t = Ũᵀ τ_t Ṽ, of
-    which the k % largest entries stay, at least r_t; M̄ is what TIES makes of them: signs elected,
-    the mean of the entries that agree. Its blocks on the diagonal stay, one for each task's r_t
-    directions: the update is α Ũ (mask ∘ M̄) Ṽᵀ.
+    The first r_t triplets of τ_t = U_t Σ_t V_tᵀ are kept, and their singular values are smoothed at
+    constant sum: ``average`` makes all equal; ``linear`` replaces them by a linear decrease from
+    the first to the last, of the ratio min(ρ, σ_1/σ_r); ``none`` does not change them. Ũ and Ṽ, the
+    cover space, are the polar factors of [U_1 … U_T] and [V_1 … V_T]. In these bases the task
+    vectors are M_t = Ũᵀ τ_t Ṽ, of which the k % largest entries are kept, at least r_t. TIES merges
+    them to M̄: signs are elected, and the entries that agree are averaged. Of M̄ the diagonal blocks
+    are kept, one for the r_t directions of each task: the update is α Ũ (mask ∘ M̄) Ṽᵀ.
 
-    ``triplets="all"`` keeps all triplets of a task, as the repository does for adapters;
-    ``"share"`` at most ⌊min(m, n)/T⌋, as it does for full fine-tunes, which it does not smooth: use
-    ``triplets=share smoothing=none``.
+    ``triplets="all"`` keeps all triplets of a task, as the repository does for adapters.
+    ``"share"`` keeps at most ⌊min(m, n)/T⌋, as the repository does for full fine-tunes. It does not
+    smooth these: use ``triplets=share smoothing=none``.
 
-    Source: arXiv 2603.06242; defining repository github.com/Tobeginwith/DC-Merge, from which the
-    formulas and the defaults are. Its α is tuned on validation data, from 0.1 to 3; 1 is neutral.
-    Different from there: at least r_t entries of M_t stay where the repository keeps at least one.
-    For the weights in its experiments, 8 to 20 tasks, that is the same; of two adapters of rank 16,
-    k = 0.1 % is one entry. Directions that no task has are left out, where LAPACK's choice of them
-    came in.
-    Cost: an SVD a task and two of all kept vectors; for adapters in Core Space, the former from
-    their factors.
+    Source: arXiv 2603.06242; the formulas and defaults are those of the defining repository
+    github.com/Tobeginwith/DC-Merge. Its α is tuned on validation data, from 0.1 to 3; 1 is neutral.
+    Differences: at least r_t entries of M_t are kept, where the repository keeps at least one.
+    For the weights in its experiments, 8 to 20 tasks, that is the same; for two adapters of rank
+    16, k = 0.1 % is one entry. Directions that no task has are dropped, where the repository
+    includes arbitrary ones chosen by LAPACK.
+    Cost: one SVD per task, from the factors for adapters, and two of all kept vectors, in Core
+    Space for adapters.
     When to use: adapters with steep spectra, of which a sum keeps little but the first directions;
-    with ``own_response`` after it, which finds the factor that α should be.
+    followed by ``own_response``, which finds the factor that α should be.
     """
 
     alpha: Annotated[float, Field(description="factor of the merged update")] = 1.0
@@ -71,15 +71,15 @@ class DcMerge(CoreSpaceMerge):
         return 8 * (2 * len(deltas) + 8) * sum(delta.rank for delta in deltas) ** 2
 
     def matrix_memory(self, space: CoreShape) -> int:
-        """Tell the bytes needed; see :meth:`CoreSpaceMerge.matrix_memory`."""
+        """Return the peak memory in bytes; see :meth:`CoreSpaceMerge.matrix_memory`."""
         # As for tsv_m; and in the cover space of c dimensions a matrix for each task, all of them
-        # stacked, and eight to elect signs and take the mean in.
+        # stacked, and eight temporaries for the election and the mean.
         c = sum(min(rank, self._kept(space.shape, space.count)) for rank in space.ranks)
         bases = 8 * 3 * c * (space.p + space.q)
         covers = 8 * (2 * space.count + 8) * c * c
         side = max(space.p, space.q)
         work = bases + space.size + max(covers, polar_bytes(side, c))
-        return space.svds + max(space.svd_making, work)
+        return space.svds + max(space.svd_peak_bytes, work)
 
     def merge_coordinates(
         self,
@@ -114,7 +114,7 @@ class DcMerge(CoreSpaceMerge):
         return int(share.get(str(self.triplets), self.triplets))
 
     def _smoothed(self, S: Tensor) -> Tensor:
-        """Return singular values (r,) of the same sum, balanced."""
+        """Return smoothed singular values (r,) of the same sum."""
         if self.smoothing == "none" or len(S) == 0:
             return S
         linear = self.smoothing == "linear"

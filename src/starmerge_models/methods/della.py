@@ -1,4 +1,4 @@
-"""DELLA: drop at random, the small entries rather than the large ones, and rescale."""
+"""DELLA: drop entries at random, small ones more often than large ones, and rescale."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starmerge_models.deltas import Delta, Dense
 from starmerge_models.errors import UsageError
 from starmerge_models.methods.dare import Draws
 from starmerge_models.methods.kinds.entrywise import absolute_sum, panel_bytes, panels
-from starmerge_models.methods.kinds.masks import chances_by_rank, l1_ratio, masked
+from starmerge_models.methods.kinds.masks import keep_probabilities, l1_ratio, masked
 from starmerge_models.methods.memory import DeltaShape, TensorShape, dense_shape
 from starmerge_models.methods.method import TensorContext, Transform, method
 from starmerge_models.spectral import Truncation
@@ -22,43 +22,53 @@ from starmerge_models.spectral import Truncation
 class Della(Transform):
     """Drop entries of each task vector at random, by the rank of their magnitude in their row.
 
-    The entry of rank r = 0 … n − 1 of a row stays with probability
-    density − ε + 2ε r / (n − 1); a vector is one row. The rest is scaled up: by
-    Σ|τ| / Σ|what stays| over the tensor (``rescale=l1``), or each entry by one over its probability
-    (``rescale=probability``). Then any merge: ``della+ties`` with k=100 elects signs as the paper
-    does. What is dropped depends on seed, model, tensor and place alone, as for ``dare``.
+    The entry of rank r = 0 … n − 1 of a row is kept with probability
+    density − ε + 2ε r / (n − 1); a vector is one row. The kept entries are scaled up: by
+    Σ|τ| / Σ|kept τ| over the tensor (``rescale=l1``), or each by one over its probability
+    (``rescale=probability``). Any merge can follow: ``della+ties`` with k=100 elects signs as in
+    the paper. The choice of dropped entries depends only on seed, model, tensor and index, as for
+    ``dare``.
 
-    Source: arXiv 2406.11617 (MagPrune), whose drop rate is 1 − density, whose ε is twice this one,
-    and which rescales by probability; mergekit's della, whose ε is this one and which rescales
-    by l1.
-    Cost: a sort of each row and one random number an entry; the result is dense.
+    Source: arXiv 2406.11617 (MagPrune), in which the drop rate is 1 − density, ε is twice the ε
+    here, and entries are rescaled by probability; mergekit's della, which has the same ε as here
+    and rescales by l1.
+    Cost: a sort of each row and one random number per entry; the result is dense.
     When to use: full fine-tunes with large task vectors, instead of ``dare``.
     """
 
     density: Annotated[
-        float, Field(gt=0, le=1, description="share of the entries that stay; with 1 all do")
+        float, Field(gt=0, le=1, description="mean share of entries that are kept; 1 keeps all")
     ] = 0.5
     epsilon: Annotated[
-        float, Field(ge=0, lt=0.5, description="what the largest of a row gain, and the least lose")
+        float,
+        Field(
+            ge=0,
+            lt=0.5,
+            description="added to the keep probability of a row's largest entry, subtracted from "
+            "that of its smallest",
+        ),
     ] = 0.15
-    seed: Annotated[int, Field(ge=0, description="seed of what is dropped")] = 0
+    seed: Annotated[int, Field(ge=0, description="seed of the random choice of entries")] = 0
     rescale: Annotated[
         Literal["l1", "probability"],
-        Field(description="scale the tensor to its L1 norm, or each entry by its probability"),
+        Field(
+            description="scale the tensor to its former L1 norm, or each entry by the inverse of "
+            "its keep probability"
+        ),
     ] = "l1"
 
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
-        """Compare density and ε with each other; see :meth:`Method.check`."""
-        check_chances(self.density, self.epsilon)
+        """Check density against ε; see :meth:`Method.check`."""
+        check_keep_probabilities(self.density, self.epsilon)
 
     def memory(self, tensor: TensorShape) -> int:
-        """Tell the bytes needed; see :meth:`Method.memory`."""
-        # A vector is one row, of whose entries keys, order, chances and draws are made.
+        """Return the peak memory in bytes; see :meth:`Method.memory`."""
+        # A vector is one row: its keys, order, probabilities and draws are computed at once.
         panel = panel_bytes(tensor, 1) if len(tensor.shape) > 1 else 80 * tensor.size
         return 4 * tensor.size + panel
 
     def result(self, delta: DeltaShape, tensor: TensorShape) -> DeltaShape:
-        """Tell what is made; see :meth:`Transform.result`."""
+        """Return the shape of the result; see :meth:`Transform.result`."""
         return dense_shape(tensor)
 
     def apply(
@@ -70,11 +80,11 @@ class Della(Transform):
         draws = Draws(self.seed, tensor.tasks[task], tensor.name)
         left = torch.empty(delta.shape, dtype=torch.float32)
         norm = left_norm = 0.0
-        # A vector is one row: its entries go by their ranks among all of them.
+        # A vector is one row: its entries are ranked among all of them, so it is one panel.
         whole = [slice(None)] if len(tensor.shape) < 2 else panels(delta.shape)
         for rows in whole:
             entries = delta.entries(rows)
-            p = chances_by_rank(entries.reshape(as_rows(tensor)), self.density, self.epsilon)
+            p = keep_probabilities(entries.reshape(as_rows(tensor)), self.density, self.epsilon)
             m = draws.kept(1 - p.flatten(), p.numel()).view(entries.shape)
             if self.rescale == "l1":
                 left[rows] = masked(entries, m)
@@ -90,12 +100,12 @@ class Della(Transform):
 
 
 def as_rows(tensor: TensorContext) -> tuple[int, int]:
-    """Return the shape of a tensor as rows along its last axis; a vector is one row."""
+    """Return the matrix shape of a tensor with rows along its last axis; a vector is one row."""
     return (-1, tensor.shape[-1]) if len(tensor.shape) > 1 else (1, -1)
 
 
-def check_chances(density: float, epsilon: float) -> None:
-    """Refuse chances that are none.
+def check_keep_probabilities(density: float, epsilon: float) -> None:
+    """Refuse a density and ε that give probabilities outside of 0 to 1.
 
     Raises:
         UsageError: density − ε or density + ε is not between 0 and 1.

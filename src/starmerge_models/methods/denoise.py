@@ -1,4 +1,4 @@
-"""The noise floor of stored fine-tunes, cut off."""
+"""Denoising: drop the singular values below the rounding noise of stored fine-tunes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from starmerge_models.spectral import (
     Decomposition,
     Rounding,
     Truncation,
-    certainly,
     floor_of,
-    remembered,
+    memoised,
     rounding_noise,
     svd,
+    with_exact_fallback,
 )
 from starmerge_models.spectral.gram import svd_dense_bytes
 from starmerge_models.spectral.noise import noise_bytes
@@ -24,32 +24,33 @@ from starmerge_models.spectral.noise import noise_bytes
 
 @method("denoise")
 class Denoise(Transform):
-    """Drop the singular values that the rounding of a stored fine-tune explains.
+    """Drop the singular values that are explained by the rounding of a stored fine-tune.
 
-    A fine-tune stored in bfloat16 or float16 has rounded weights, and its δ a floor of noise of
-    full rank. Methods that raise small singular values, such as ``iso_c`` and ``tsv_m``, raise the
-    noise with them. Here every triplet below the floor goes, and the others stay as they are, as
-    factors where they are few, so that a spectral merge after it works in their Core Space;
-    adapters, whose factors have no such noise, and deltas of which the floor explains less than
-    half stay whole. ``star`` does the same by itself.
+    A fine-tune stored in bfloat16 or float16 has rounded weights, which add full-rank noise to its
+    δ. Methods that raise small singular values, such as ``iso_c`` and ``tsv_m``, raise the noise
+    with them. This step drops every singular triplet below the noise floor and leaves the others
+    unchanged. Few remaining triplets are returned as factors, so that a spectral merge after this
+    step works in their Core Space. Adapters, whose factors have no such noise, and deltas of which
+    the floor explains less than half are not changed. ``star`` contains this step.
 
     Source: the edge of a random matrix (arXiv 1408.6185) with the hard threshold of arXiv
     1305.5870, for variances predicted from the base's weights:
     :mod:`starmerge_models.spectral.noise`. Cost: an SVD of each dense delta.
-    When to use: full fine-tunes of low-rank updates, before a spectral merge: ``denoise+tsv_m``.
+    When to use: full fine-tunes whose update has a low rank, before a spectral merge, as in
+    ``denoise+tsv_m``.
     """
 
     def memory(self, tensor: TensorShape) -> int:
-        """Tell the bytes needed; see :meth:`Method.memory`."""
+        """Return the peak memory in bytes; see :meth:`Method.memory`."""
         if not tensor.has_dense or will_average(tensor, embeddings="average"):
             return 0
         m, n = tensor.matrix
-        # The vectors that are kept, no more entries than the matrix has; or the matrix of them.
+        # The kept vectors, of at most as many entries as the matrix, or the matrix itself.
         kept = 8 * tensor.size + 4 * tensor.size
         return rounding_bytes(tensor) + svd_dense_bytes(m, n, tensor.width) + kept
 
     def result(self, delta: DeltaShape, tensor: TensorShape) -> DeltaShape:
-        """Tell what is made; see :meth:`Transform.result`."""
+        """Return the shape of the result; see :meth:`Transform.result`."""
         if delta.rank is not None or will_average(tensor, embeddings="average"):
             return delta
         return DeltaShape(None, max(delta.nbytes, 8 * tensor.size))
@@ -57,7 +58,7 @@ class Denoise(Transform):
     def apply(
         self, delta: Delta, task: int, tensor: TensorContext, survey: Any
     ) -> tuple[Delta, Truncation | None]:
-        """Cut off the floor of one delta; see :meth:`Transform.apply`."""
+        """Drop the noise of one delta; see :meth:`Transform.apply`."""
         if isinstance(delta, LowRank) or is_averaged([delta], tensor, embeddings="average"):
             return delta, None
         rounding = rounding_of(delta, tensor)
@@ -65,11 +66,11 @@ class Denoise(Transform):
 
 
 def above_floor(delta: Delta, rounding: Rounding) -> tuple[Delta, Truncation]:
-    """Return what is left of a dense delta above its floor, and what was done.
+    """Return a dense delta without the triplets below its noise floor, and a record of the cut.
 
     Args:
         delta: The delta.
-        rounding: The noise in it.
+        rounding: The rounding noise in the delta.
     """
 
     def cut(decomposed: Decomposition) -> tuple[Delta, Truncation]:
@@ -84,7 +85,7 @@ def above_floor(delta: Delta, rounding: Rounding) -> tuple[Delta, Truncation]:
         after = float(above.S.sum())
         return kept, Truncation(floor.above, float(S.sum()), after, 1.0, floor)
 
-    return certainly(svd(delta), cut)
+    return with_exact_fallback(svd(delta), cut)
 
 
 def rounding_of(delta: Delta, tensor: TensorContext) -> Rounding | None:
@@ -92,10 +93,10 @@ def rounding_of(delta: Delta, tensor: TensorContext) -> Rounding | None:
 
     Args:
         delta: The delta.
-        tensor: The tensor, whose base tells how the weights were rounded.
+        tensor: The tensor; the values of its base determine the step of the rounding.
 
     Returns:
-        None for deltas that have none: adapters, what was computed, and zeros.
+        None for deltas without such noise: adapters, computed deltas, and zeros.
     """
     if isinstance(delta, LowRank) or tensor.base is None:
         return None
@@ -103,11 +104,11 @@ def rounding_of(delta: Delta, tensor: TensorContext) -> Rounding | None:
 
 
 def rounding_bytes(tensor: TensorShape) -> int:
-    """Return the bytes that finding the rounding noise of a stored fine-tune takes."""
-    return noise_bytes(*tensor.matrix) + tensor.looked_at
+    """Return the peak bytes of estimating the rounding noise of a stored fine-tune."""
+    return noise_bytes(*tensor.matrix) + tensor.difference_nbytes
 
 
-@remembered
+@memoised
 def _rounding(delta: Dense) -> Rounding | None:
     if not isinstance(delta, Stored) or delta.stored is None or delta.is_zero():
         return None

@@ -19,29 +19,30 @@ from starmerge_models.methods.method import Deltas, TensorContext, method
 
 @method("emr")
 class Emr(EntrywiseMerge):
-    """A model for each task, of one vector that all share, a mask and a number.
+    """Compute one vector for all tasks, and a mask and a factor for each task's model.
 
     γ_uni = sgn(Σ_t τ_t); ε_uni is the largest |τ_t| among the tasks with sgn τ_t = γ_uni;
     τ_uni = γ_uni ⊙ ε_uni. Task t has the mask M_t = [τ_t ⊙ τ_uni > 0] and the rescaler
     λ_t = Σ|τ_t| / Σ|M_t ⊙ τ_uni|, sums over the whole model; its model is base + λ_t · M_t ⊙ τ_uni,
-    an update as large as τ_t in the L1 norm. A task that agrees nowhere has λ_t = 0: the base.
+    an update of the same L1 norm as τ_t. A task that agrees with τ_uni nowhere has λ_t = 0, so its
+    model is the base.
 
-    The output is no model: the folder holds τ_uni in ``unified``, in float32 unless a dtype is
-    chosen, and a folder with mask and rescaler for each task, one bit an entry. Such a folder is a
-    model to merge; merged alone, it gives the task's model:
+    The output is not one model: the folder contains τ_uni in ``unified``, in float32 unless a dtype
+    is chosen, and for each task a folder with its mask, one bit per entry, and its rescaler. A
+    task's folder can be merged like a model; merged alone, it gives the task's model:
     ``starmerge merge BASE OUT/digits -m average -o digits``.
 
     Source: arXiv 2405.17461; defining repository github.com/harveyhuang18/EMR_Merging. Different
     from there, as in the paper: λ_t sums entries, where the repository sums the means of tensors;
-    γ_uni = 0 where entries cancel, where the repository takes −1.
-    Cost: one pass; adapters become dense panel by panel.
-    When to use: one task at a time is wanted, known beforehand, for a fraction of T models' size.
+    γ_uni = 0 where entries cancel, where the repository uses −1.
+    Cost: one pass; adapters are expanded to dense panels of rows.
+    When to use: the task of each request is known, and T whole models would take too much space.
     """
 
     outputs = ("unified",)
 
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
-        """Refuse weights: a task's model has the size of its own; see :meth:`Method.check`."""
+        """Refuse weights: λ_t restores the norm of each task; see :meth:`Method.check`."""
         for task, weight in zip(tasks, weights, strict=True):
             if weight != 1:
                 raise UsageError(
@@ -54,14 +55,14 @@ class Emr(EntrywiseMerge):
     ) -> Tensor:
         """Return some entries of τ_uni; see :meth:`EntrywiseMerge.merge_entries`."""
         gamma_uni = task_sum(tau).sign_().float()
-        # Where γ_uni is not zero, some task has its sign: the largest of the products is of those.
+        # Where γ_uni ≠ 0, some task has its sign, so the largest product belongs to such a task.
         epsilon_uni = reduce(torch.maximum, (gamma_uni * tau_t for tau_t in tau))
         return epsilon_uni.mul_(gamma_uni)
 
 
 @dataclass(frozen=True, eq=False)
 class Masked:
-    """What a task keeps of τ_uni in one tensor."""
+    """The mask of one task and tensor, with the sums for the task's rescaler."""
 
     M: Tensor
     """(m, n) bool."""
@@ -73,12 +74,12 @@ class Masked:
 
 @dataclass(frozen=True, eq=False)
 class Unified:
-    """What EMR-Merging leaves of deltas in memory."""
+    """The result of EMR-Merging for deltas in memory."""
 
     tau_uni: dict[str, Tensor]
     """(m, n) float32 for each tensor that some task changes."""
     masks: list[dict[str, Tensor]]
-    """For each task, M_t of the tensors that it changes, (m, n) bool; it is zero elsewhere."""
+    """For each task, M_t of the tensors that it changes, (m, n) bool; M_t is zero elsewhere."""
     rescalers: list[float]
     """λ_t."""
 
@@ -108,11 +109,11 @@ def emr(deltas: Sequence[Mapping[str, Delta]]) -> Unified:
 
 
 def masks_of(deltas: Deltas, tau_uni: Tensor) -> Iterator[tuple[int, Masked]]:
-    """Compare each task's delta of one tensor with τ_uni, one after the other.
+    """Compute the mask of each task for one tensor, lazily, one task at a time.
 
     Args:
         deltas: τ_t of the tasks that change the tensor.
-        tau_uni: (m, n), rounded as it is stored.
+        tau_uni: (m, n), rounded to its stored dtype.
 
     Yields:
         Each task's number and its mask.
@@ -122,7 +123,7 @@ def masks_of(deltas: Deltas, tau_uni: Tensor) -> Iterator[tuple[int, Masked]]:
         norm = masked_norm = 0.0
         for rows in panels(tau_t.shape, len(deltas)):
             mine, unified = tau_t.entries(rows), tau_uni[rows].float()
-            # By their signs: the product of two small entries is zero.
+            # Compare signs, because the product of two small entries may underflow to zero.
             x, y = mine.numpy(), unified.numpy()
             M[rows] = torch.from_numpy((x > 0) & (y > 0) | (x < 0) & (y < 0))
             norm += absolute_sum(mine)
@@ -131,10 +132,10 @@ def masks_of(deltas: Deltas, tau_uni: Tensor) -> Iterator[tuple[int, Masked]]:
 
 
 class Rescalers:
-    """The sums over the whole model that give the rescalers.
+    """Accumulators of the sums over the whole model that determine the rescalers.
 
     Args:
-        tasks: How many tasks there are.
+        tasks: Number of tasks.
     """
 
     def __init__(self, tasks: int) -> None:
@@ -142,7 +143,7 @@ class Rescalers:
         self._masked_norms = [0.0] * tasks
 
     def add(self, task: int, norm: float, masked_norm: float) -> None:
-        """Count what became of one tensor for a task: Σ|τ_t| and Σ|M_t ⊙ τ_uni|."""
+        """Add Σ|τ_t| and Σ|M_t ⊙ τ_uni| of one tensor to a task's sums."""
         self._norms[task] += norm
         self._masked_norms[task] += masked_norm
 

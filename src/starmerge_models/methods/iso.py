@@ -1,4 +1,4 @@
-"""Isotropic merging: a flat spectrum for the sum of the task vectors."""
+"""Isotropic merging: sum the task vectors and make all singular values equal."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ Alpha = Annotated[float, Field(description="factor of the merged update")]
 
 @method("iso_c")
 class IsoC(SpectralMerge):
-    """Sum the task vectors and give all directions of the sum the same strength.
+    """Sum the task vectors and replace all singular values of the sum by their mean.
 
-    Σ_t τ_t = U Σ Vᵀ; the update is α σ̄ U Vᵀ with σ̄ the mean of the singular values. Directions are
-    those that the sum has: of adapters, whose sum has a low rank, only these are raised and only
-    their σ count in the mean.
+    Σ_t τ_t = U Σ Vᵀ; the update is α σ̄ U Vᵀ with σ̄ the mean of the nonzero singular values. For
+    adapters, whose sum has a low rank, the directions with zero singular values stay zero and do
+    not count in the mean.
 
     Source: arXiv 2502.04959 (Iso-C); defining repository github.com/danielm1405/iso-merging.
-    The same where the sum has full rank.
-    Cost: an SVD, in Core Space for adapters.
-    When to use: with ``own_response`` after it, which finds the factor that α should be.
+    Equal to the source where the sum has full rank.
+    Cost: one SVD, in Core Space for adapters.
+    When to use: followed by ``own_response``, which finds the factor that α should be.
     """
 
     alpha: Alpha = 1.0
 
     def matrix_memory(self, space: CoreShape) -> int:
-        """Tell the bytes needed; see :meth:`SpectralMerge.matrix_memory`."""
-        # The sum; its vectors, those that are scaled, and the result.
+        """Return the peak memory in bytes; see :meth:`SpectralMerge.matrix_memory`."""
+        # The sum, its singular vectors, the scaled vectors, and the result.
         return 2 * space.size + space.vectors + svd_bytes(space.p, space.q)
 
     def merge_matrices(
@@ -48,18 +48,18 @@ class IsoC(SpectralMerge):
 
 @method("iso_cts")
 class IsoCts(SpectralMerge):
-    """Flatten the spectrum of a common subspace and of a few directions of each task.
+    """Flatten the spectrum of a common subspace and of s directions of each task.
 
-    Of the R directions of Σ_t τ_t = U Σ Vᵀ, the s least of each task's share are replaced: the
-    first R − T s stay as the common subspace, and each task gives the first s triplets of
-    τ_t − U_c U_cᵀ τ_t. All together are made orthogonal by their polar factors and get the mean of
-    their singular values: α σ̄ U⊥ V⊥ᵀ. With k_0 = ⌊R · common⌋, s is (R − k_0)/T, rounded, and at
-    most ⌊R/T⌋.
+    Of the R directions of Σ_t τ_t = U Σ Vᵀ, the first R − T s are the common subspace U_c, and the
+    last T s are replaced: each task contributes the first s triplets of τ_t − U_c U_cᵀ τ_t. The
+    vectors of all these triplets are made orthogonal by their polar factors, and the singular
+    values are replaced by their mean: the update is α σ̄ U⊥ V⊥ᵀ. With k_0 = ⌊R · common⌋, s is
+    (R − k_0)/T, rounded, and at most ⌊R/T⌋.
 
     Source: arXiv 2502.04959 (Iso-CTS), with its common = 0.8; defining repository
     github.com/danielm1405/iso-merging, where R is min(m, n).
-    Cost: an SVD a task and three more, in Core Space for adapters.
-    When to use: as ``iso_c``, for many tasks.
+    Cost: one SVD per task and three more, in Core Space for adapters.
+    When to use: instead of ``iso_c`` for many tasks.
     """
 
     alpha: Alpha = 1.0
@@ -68,9 +68,9 @@ class IsoCts(SpectralMerge):
     ] = 0.8
 
     def matrix_memory(self, space: CoreShape) -> int:
-        """Tell the bytes needed; see :meth:`SpectralMerge.matrix_memory`."""
-        # The sum, the residuals and the result; the vectors of the sum and of each residual, those
-        # that are put side by side, and their polar factors.
+        """Return the peak memory in bytes; see :meth:`SpectralMerge.matrix_memory`."""
+        # The sum, the residuals and the result; the vectors of the sum and of each residual, their
+        # concatenation, and its polar factors.
         matrices, vectors = space.count + 3, space.count + 3
         sides = polar_bytes(space.p, min(space.p, space.q)), polar_bytes(space.q, space.p)
         work = max(svd_bytes(space.p, space.q), *sides)
@@ -94,7 +94,7 @@ class IsoCts(SpectralMerge):
 
 
 def sum_of(tau: list[Tensor]) -> Tensor:
-    """Return Σ_t τ_t, adding in place."""
+    """Return Σ_t τ_t, accumulated in one buffer."""
     summed = tau[0].clone()
     for tau_t in tau[1:]:
         summed += tau_t

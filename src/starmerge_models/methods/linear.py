@@ -24,14 +24,14 @@ from starmerge_models.methods.method import Deltas, Merge, TensorContext, method
 
 @method("linear")
 class Linear(Merge):
-    """The weighted mean of the models: Σ w_t W_t / Σ w_t, over the base too if it has a weight.
+    """The weighted mean of the models, Σ w_t W_t / Σ w_t, including the base if it has a weight.
 
     With ``base_weight`` 0 this is ``average``. Without ``normalize`` it is Σ w_t W_t, which changes
     the scale of the weights unless their factors sum to 1.
 
     Source: model soups, arXiv 2203.05482; mergekit's linear.
-    Cost: one addition a tensor and task.
-    When to use: close models, or checkpoints of one run, when the base shall count as one of them.
+    Cost: one addition per tensor and task.
+    When to use: close models, or checkpoints of one run, when the base counts as one of them.
     """
 
     normalize: Annotated[bool, Field(description="whether to divide by the sum of the weights")] = (
@@ -43,7 +43,7 @@ class Linear(Merge):
 
     @property
     def needs_base(self) -> bool:
-        """The sum of weights is no longer near the base."""
+        """Whether the sum of weights is used, which is not near the base."""
         return not self.normalize
 
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
@@ -51,7 +51,7 @@ class Linear(Merge):
         self._check_sum(weights)
 
     def check_tensors(self, merged: Sequence[TensorContext], left: Sequence[TensorContext]) -> None:
-        """Refuse to leave tensors as they are in a sum; see :meth:`Method.check_tensors`."""
+        """Refuse sums in which unmerged tensors change; see :meth:`Method.check_tensors`."""
         for tensor in merged:
             self._check_sum(tensor.weights)
         for tensor in left:
@@ -63,12 +63,12 @@ class Linear(Merge):
                 )
 
     def memory(self, tensor: TensorShape) -> int:
-        """Tell the bytes needed; see :meth:`Method.memory`."""
-        # The sum; the result, where the base is added to it panel by panel.
+        """Return the peak memory in bytes; see :meth:`Method.memory`."""
+        # The sum, and the result if the base is added to it in panels.
         return total_bytes(tensor) + (4 * tensor.size if self.needs_base else 0)
 
     def result(self, tensor: TensorShape) -> DeltaShape:
-        """Tell what is made; see :meth:`Merge.result`."""
+        """Return the shape of the result; see :meth:`Merge.result`."""
         return dense_shape(tensor) if self.needs_base else total_shape(tensor)
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:

@@ -32,35 +32,35 @@ class Slope:
 
 @method("lines")
 class Lines(PostStep):
-    """Scale the merged update by depth: little in the first layers, most in the last.
+    """Scale the merged update by depth: least in the first layers, most in the last.
 
-    The update of layer l of L, counted from 0, is multiplied by α + β l/(L − 1); what belongs to
-    no layer (embeddings, the last norm, the output head) by α. The first layers hold general
-    features, which a task changes to little use and other tasks need as they were.
+    The update of layer l of L, counted from 0, is multiplied by α + β l/(L − 1), and that of
+    tensors outside of layers (embeddings, the last norm, the output head) by α. The first layers
+    hold general features: changing them helps one task little and harms the other tasks.
 
-    Without values, both come from the task vectors: α = ‖Σ τ_t‖₁/(T ‖M‖₁), norms over the whole
-    model, so that the first layers have the strength of the average whatever the merge's own is;
-    β = 1 − α, at least 0, so that the last layer keeps the merge. After ``average`` that changes
-    nothing: give β there, or an α below 1.
+    By default both come from the task vectors. α = ‖Σ τ_t‖₁/(T ‖M‖₁), with norms over the whole
+    model, gives the first layers the strength of an average, whatever the scale of the merge.
+    β = 1 − α, but at least 0, leaves the last layer unchanged. After ``average`` these defaults
+    change nothing: set β, or an α below 1.
 
     Source: arXiv 2410.17146, the scaling and α; defining repository github.com/wang-kee/LiNeS.
-    Different from there: it tunes β on validation data where several tasks are merged, and sets
-    β = 1 − α for one model alone; that rule is the default here. Σ w_t τ_t and Σ w_t stand for
-    Σ τ_t and T. Stacks of layers, such as an encoder's and a decoder's, have an L each, and a stack
+    Differences: the repository tunes β on validation data for merges of several tasks, and sets
+    β = 1 − α for a single model; that rule is the default here. Σ w_t τ_t and Σ w_t replace
+    Σ τ_t and T. Each stack of layers, such as an encoder and a decoder, has its own L, and a stack
     of one layer has the factor α.
-    Cost: the merge is made twice, once to look, and then each of its entries and of the sum's is
-    looked at; with α given, none. What is low-rank stays so.
-    When to use: after sums and ``ties``, for many tasks; to give a fine-tune's general abilities
-    back, merge it alone with an α below 1.
+    Cost: the merge runs twice, the first time to compute α from all entries of the merge and of
+    the sum; no extra cost with α given. Low-rank updates stay low-rank.
+    When to use: after sums and ``ties``, for many tasks; to restore the general abilities of one
+    fine-tune, merge it alone with an α below 1.
     """
 
     alpha: Annotated[
         float | None,
-        Field(ge=0, description="factor of the first layer; without a value from the norms"),
+        Field(ge=0, description="factor of the first layer; by default computed from the norms"),
     ] = None
     beta: Annotated[
         float | None,
-        Field(ge=0, description="what the last layer has more; without a value 1 − α, at least 0"),
+        Field(ge=0, description="added to α in the last layer; by default 1 − α, at least 0"),
     ] = None
 
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
@@ -81,13 +81,18 @@ class Lines(PostStep):
             )
 
     def memory(self, tensor: TensorShape) -> int:
-        """Tell the bytes needed; see :meth:`Method.memory`."""
-        # The sum of the task vectors, each scaled before it is added, to compare with.
-        summed = 0 if self.alpha is not None else tensor.one_by_one + total_bytes(tensor)
+        """Return the peak memory in bytes; see :meth:`Method.memory`."""
+        # The sum of the task vectors, each of them scaled before it is added.
+        summed = 0 if self.alpha is not None else tensor.largest_delta_nbytes + total_bytes(tensor)
         return max(scaled_shape(tensor).nbytes, summed + panel_bytes(tensor, 1, numbers=4))
 
+    @property
+    def passes(self) -> int:
+        """See :attr:`Method.passes`."""
+        return 1 if self.alpha is None else 0
+
     def survey(self, walk: MergedWalk) -> Slope:
-        """Find α and β; see :meth:`PostStep.survey`."""
+        """Compute α and β; see :meth:`PostStep.survey`."""
         alpha = self._alpha(walk) if self.alpha is None else self.alpha
         return Slope(alpha, max(0.0, 1 - alpha) if self.beta is None else self.beta)
 
@@ -98,7 +103,7 @@ class Lines(PostStep):
             return mean, _one_norm(merged)
 
         of_mean, of_merged = (sum(found) for found in zip(*walk(norms), strict=True))
-        # Of a merge that is zero any factor will do.
+        # The factor of a zero merge is arbitrary.
         return of_mean / of_merged if of_merged else 1.0
 
     def apply(self, merged: Delta, deltas: Deltas, tensor: TensorContext, survey: Slope) -> Delta:

@@ -21,18 +21,23 @@ class Coefficients:
 
 @method("metagpt")
 class MetaGpt(Merge):
-    """Weigh each task vector by its share of the squared norms.
+    """Weight each task vector by its share of the squared norms.
 
     The update is Σ λ_t τ_t with λ_t = ‖τ_t‖²/Σ_k ‖τ_k‖², norms over the whole model.
 
     Source: arXiv 2406.11385, its closed form for λ_t. A weight w_t counts in both places: it
     multiplies τ_t first.
-    Cost: the norms, in factor space for adapters, and one addition a tensor and task.
+    Cost: the norms, in factor space for adapters, and one addition per tensor and task.
     When to use: task vectors of different sizes, and no data to tune coefficients on.
     """
 
+    @property
+    def passes(self) -> int:
+        """See :attr:`Method.passes`."""
+        return 1
+
     def survey(self, walk: Walk) -> Coefficients:
-        """Take the norms over the whole model; see :meth:`Merge.survey`."""
+        """Compute the norms over the whole model; see :meth:`Merge.survey`."""
 
         def energies(deltas: Deltas, tensor: TensorContext) -> torch.Tensor:
             found = torch.zeros(len(tensor.tasks), dtype=torch.float64)
@@ -45,10 +50,10 @@ class MetaGpt(Merge):
         return Coefficients((energy / whole).tolist() if whole else energy.tolist())
 
     def memory(self, tensor: TensorShape) -> int:
-        """Tell the bytes needed; see :meth:`Method.memory`."""
-        # A task vector is scaled before it is added; the norms come before.
+        """Return the peak memory in bytes; see :meth:`Method.memory`."""
+        # A task vector is scaled before it is added; the survey computed the norms before.
         norms = (inner_bytes(tensor, [delta]) for delta in tensor.deltas)
-        return max(tensor.one_by_one + total_bytes(tensor), *norms)
+        return max(tensor.largest_delta_nbytes + total_bytes(tensor), *norms)
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Coefficients) -> Delta:
         """Merge one tensor; see :meth:`Merge.merge`."""

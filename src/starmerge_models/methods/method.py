@@ -1,8 +1,8 @@
-"""What a merging method is, and the registry of all of them.
+"""Base classes of merging methods, and the registry of all methods.
 
 A merge is a chain (:mod:`starmerge_models.methods.pipeline`): transforms, each of which changes
-every task vector; one merge, which makes a single update of them; post-steps, which change that
-update. All three are methods, made by the decorator :func:`method`.
+every task vector; one merge, which combines them into a single update; post-steps, which change
+that update. All three are methods, made by the decorator :func:`method`.
 """
 
 from __future__ import annotations
@@ -37,37 +37,38 @@ from starmerge_models.spectral.metric import Inputs
 
 @dataclass(frozen=True)
 class TensorContext:
-    """What a method may know of the tensor it merges, besides its deltas."""
+    """Properties of the tensor to merge, besides its deltas."""
 
     name: str
     shape: tuple[int, ...]
     is_embedding: bool
-    """Whether each row belongs to an entry of a vocabulary or to a position."""
+    """Whether each row belongs to a token of a vocabulary or to a position."""
     tasks: tuple[str, ...]
     """Names of all models of the merge, T of them, whether or not they change this tensor."""
     weights: tuple[float, ...]
     """Their weights w_t."""
     base: Tensor | None = field(default=None, repr=False)
-    """The base's tensor, where there is one: deltas in memory have none."""
+    """The base's tensor; None where deltas in memory are merged without a base."""
     layer: tuple[int, int] | None = None
-    """Which of how many layers it belongs to, counted from 0; None outside of layers."""
+    """(layer, number of layers), the layer counted from 0; None outside of layers."""
     inputs: Inputs | None = field(default=None, repr=False)
-    """What a metric says of its inputs, where the merge has one."""
+    """The metric's moments of the tensor's inputs; None for a merge without a metric."""
 
     @property
     def total_weight(self) -> float:
-        """Σ w_t over all T tasks: what an average divides by."""
+        """Σ w_t over all T tasks, the divisor of an average."""
         return math.fsum(self.weights)
 
 
 class Deltas:
-    """The task vectors of one tensor: of the tasks that change it, in their order.
+    """Lazy task vectors of one tensor, one for each task that changes it, in task order.
 
-    They are read when they are taken, and anew each time they are gone through: who lets go of each
-    holds one at a time, who needs them side by side makes a list of them.
+    Each iteration loads them again, one at a time, so a loop holds a single delta in memory. Call
+    ``list()`` to hold all of them at once.
 
     Args:
-        loaders: For each task that changes the tensor, by its number t, what reads its delta.
+        loaders: For each task that changes the tensor, by its number t, a function that loads its
+            delta.
     """
 
     def __init__(self, loaders: Mapping[int, Callable[[], Delta]]) -> None:
@@ -82,8 +83,8 @@ class Deltas:
 
     @classmethod
     def of(cls, deltas: Mapping[int, Delta]) -> Deltas:
-        """Return the task vectors that are in memory, by task."""
-        return cls({task: partial(_given, delta) for task, delta in deltas.items()})
+        """Return task vectors that are in memory already, by task."""
+        return cls({task: partial(_constant, delta) for task, delta in deltas.items()})
 
     @property
     def tasks(self) -> tuple[int, ...]:
@@ -96,35 +97,35 @@ class Deltas:
             yield task, load()
 
     def map(self, change: Callable[[int, Delta], Delta]) -> Deltas:
-        """Return these deltas, each changed when it is read."""
+        """Return these deltas with ``change(task, delta)`` applied lazily, on each load."""
 
         def changed(task: int, load: Callable[[], Delta]) -> Callable[[], Delta]:
             return lambda: change(task, load())
 
         return Deltas({task: changed(task, load) for task, load in self._loaders.items()})
 
-    def chosen(self, numbers: Mapping[int, int]) -> Deltas:
-        """Return some of these deltas under other numbers.
+    def renumbered(self, numbers: Mapping[int, int]) -> Deltas:
+        """Return a subset of these deltas under new task numbers.
 
         Args:
-            numbers: The new number of each task that stays, by its number here.
+            numbers: The new number of each task in the subset, by its present number.
         """
         own = {t: load for t, load in self._loaders.items() if t in numbers}
         return Deltas({numbers[t]: own[t] for t in sorted(own, key=lambda t: numbers[t])})
 
 
-def _given(delta: Delta) -> Delta:
+def _constant(delta: Delta) -> Delta:
     return delta
 
 
-_Seen = TypeVar("_Seen")
+_Result = TypeVar("_Result")
 
 
 class Walk(Protocol):
-    """A walk over the model, for a method that must know all of it before it can begin."""
+    """A pass over all tensors, for methods that need statistics of the whole model first."""
 
-    def __call__(self, look: Callable[[Deltas, TensorContext], _Seen]) -> Iterator[_Seen]:
-        """Yield what ``look`` returns for each tensor that some model changes."""
+    def __call__(self, visit: Callable[[Deltas, TensorContext], _Result], /) -> Iterator[_Result]:
+        """Yield ``visit(deltas, tensor)`` for each tensor that some model changes."""
 
 
 class Method(ABC):
@@ -134,15 +135,20 @@ class Method(ABC):
     """"transform", "merge" or "post-step"."""
     name: ClassVar[str]
     uses_metric: ClassVar[bool] = False
-    """Whether it works in whitened inputs where the merge has a metric."""
+    """Whether the method works in whitened inputs when the merge has a metric."""
     needs_moments: ClassVar[bool] = False
-    """Whether it needs a metric with moments of every task's own inputs."""
+    """Whether the method needs a metric with moments of every task's own inputs."""
+
+    @property
+    def passes(self) -> int:
+        """How many passes over the model its ``survey`` makes, rare repetitions aside."""
+        return 0
 
     @classmethod
     def parameter_names(cls) -> dict[str, str]:
-        """Return the parameters' names as users write them, with those of the fields.
+        """Return the field name of each parameter, by the name that users write.
 
-        They differ where Python has the word for itself: ``lambda`` is the field ``lambda_``.
+        The two differ for Python keywords: ``lambda`` is the field ``lambda_``.
         """
         fields = dataclasses.fields(cls)  # type: ignore[arg-type]
         return {field.name.rstrip("_"): field.name for field in fields}
@@ -152,24 +158,24 @@ class Method(ABC):
         return {name: getattr(self, field) for name, field in self.parameter_names().items()}
 
     def memory(self, tensor: TensorShape) -> int:
-        """Tell how many bytes the method needs at most for one tensor.
+        """Return an upper bound of the method's peak memory for one tensor, in bytes.
 
-        At the peak of all that it does with the tensor, surveys included, beyond the task vectors
-        as they are stored; those that it holds are part of it (:attr:`TensorShape.held`), and so is
-        what it returns. The chain counts a metric's whitening, and the update that a post-step is
-        given.
+        The peak is taken over everything that the method does with the tensor, surveys included. It
+        contains the task vectors that the method holds (:attr:`TensorShape.deltas_nbytes`) and the
+        result that it returns, but not the task vectors as they are stored. The chain adds the
+        whitening of a metric and the update that is passed to a post-step.
 
-        By default as if it held all task vectors as matrices in float32 (float64 where stored
-        tensors are), and four more: enough for most methods, and far too much for those that stay
-        in factors.
+        The default counts all task vectors as dense float32 matrices (float64 where stored tensors
+        are) and four matrices more: enough for most methods, and far too much for methods that keep
+        the factors of adapters.
 
         Args:
-            tensor: What is known of the tensor before it is read.
+            tensor: Shapes and ranks of the tensor, known before its data is read.
         """
-        return tensor.held + (len(tensor.deltas) + 4) * tensor.width * tensor.size
+        return tensor.deltas_nbytes + (len(tensor.deltas) + 4) * tensor.width * tensor.size
 
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:  # noqa: B027
-        """Compare the parameters with what is to be merged, before anything is read.
+        """Check the parameters against the models and weights, before any tensor is read.
 
         Args:
             tasks: Names of the models.
@@ -177,21 +183,21 @@ class Method(ABC):
             tensors: Names of the tensors that some model changes.
 
         Raises:
-            UsageError: They do not fit.
+            UsageError: The parameters do not fit.
         """
 
     def check_tensors(  # noqa: B027
         self, merged: Sequence[TensorContext], left: Sequence[TensorContext]
     ) -> None:
-        """Compare the parameters with each tensor, before anything is read.
+        """Check the parameters against each tensor, before any tensor is read.
 
         Args:
             merged: The tensors that some model changes, without their values.
-            left: Those of the base, of a dtype that could be merged, which no model changes: they
-                stay as they are. None of them is known where deltas in memory are merged.
+            left: The base's tensors that no model changes and that are copied, of dtypes that could
+                be merged. Empty where deltas in memory are merged.
 
         Raises:
-            UsageError: They do not fit.
+            UsageError: The parameters do not fit.
         """
 
 
@@ -201,42 +207,42 @@ class Transform(Method):
     kind = "transform"
 
     def survey(self, walk: Walk) -> Any:
-        """Go through the model before the merge; what is returned comes back in :meth:`look`."""
+        """Compute statistics of the whole model; :meth:`prepare_tensor` receives the result."""
         return None
 
-    def look(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Any:
-        """Look at all task vectors of one tensor; what is returned comes back in :meth:`apply`.
+    def prepare_tensor(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Any:
+        """Compute statistics of all task vectors of one tensor; :meth:`apply` receives the result.
 
-        By default what the survey found: most transforms change each task vector by itself.
+        The default returns ``survey``: most transforms change each task vector independently.
 
         Args:
-            deltas: τ_t of the tasks that change the tensor, as the steps before leave them.
+            deltas: τ_t of the tasks that change the tensor, after the previous steps of the chain.
             tensor: The tensor.
-            survey: What :meth:`survey` found.
+            survey: The result of :meth:`survey`.
         """
         return survey
 
-    def kept(self, tensor: TensorShape) -> int:
-        """Tell how many bytes what :meth:`look` returns takes as long as the tensor is in work.
+    def prepared_bytes(self, tensor: TensorShape) -> int:
+        """Return the size in bytes of the result of :meth:`prepare_tensor`.
 
-        They are a part of :meth:`memory`, too.
+        The chain holds it until the tensor is merged. :meth:`memory` contains it too.
 
         Args:
-            tensor: What is known of the tensor before it is read.
+            tensor: Shapes and ranks of the tensor, known before its data is read.
         """
         return 0
 
     def result(self, delta: DeltaShape, tensor: TensorShape) -> DeltaShape:
-        """Tell what :meth:`apply` makes of a task vector, before it is there; by default a matrix.
+        """Return the shape of the task vector that :meth:`apply` returns; by default a matrix.
 
         Args:
-            delta: The task vector, as the steps before leave it.
+            delta: The task vector after the previous steps of the chain.
             tensor: The tensor.
         """
         return dense_shape(tensor)
 
-    def after(self, tensor: TensorShape) -> TensorShape:
-        """Return what is known of a tensor whose task vectors have been transformed."""
+    def transformed_shape(self, tensor: TensorShape) -> TensorShape:
+        """Return the shapes of a tensor after its task vectors have been transformed."""
         deltas = tuple(self.result(delta, tensor) for delta in tensor.deltas)
         return dataclasses.replace(tensor, deltas=deltas)
 
@@ -250,47 +256,48 @@ class Transform(Method):
             delta: The task vector.
             task: The task's number t.
             tensor: The tensor.
-            survey: What :meth:`look` found in it, by default what :meth:`survey` did.
+            survey: The result of :meth:`prepare_tensor`; by default that of :meth:`survey`.
 
         Returns:
-            The new task vector, of the same shape, and what was done where it was truncated.
+            The new task vector, of the same shape, and a record of its truncation, if any.
         """
 
 
 class Merge(Method):
-    """The step that makes one update of all task vectors."""
+    """The step that combines all task vectors into one update."""
 
     kind = "merge"
     outputs: ClassVar[tuple[str, ...]] = ("model", "adapter")
-    """Kinds of output that its update can be written as, the usual one first. Without "model" the
-    update is a vector of which each task's model has a part, and no post-step follows."""
+    """Kinds of output that the update can be written as, the default first. Without "model" the
+    update is a vector of which each task's model has a part, and post-steps are refused."""
     averages: ClassVar[bool] = False
-    """Whether it divides by the sum of the weights, which then must not be zero."""
+    """Whether the method divides by the sum of the weights, which must then not be zero."""
     scaled_inputs: ClassVar[bool] = True
-    """Whether the task vectors come multiplied by their weights; else the method reads those."""
+    """Whether the chain multiplies the task vectors by their weights; else the method does."""
 
     @property
     def needs_base(self) -> bool:
-        """Whether it works on the weights themselves, not on their differences from the base.
+        """Whether the method merges the weights themselves, not their differences from the base.
 
-        What it adds to the base holds parts of the base then, and no post-step follows.
+        The update then contains parts of the base, so post-steps are refused.
         """
         return False
 
     def survey(self, walk: Walk) -> Any:
-        """Go through the model before the merge; what is returned comes back in :meth:`merge`."""
+        """Compute statistics of the whole model before the merge; :meth:`merge` receives them."""
         return None
 
-    def leaves(self, tensor: TensorContext) -> bool:
-        """Tell whether it adds nothing to a tensor of which all models have the base's values.
+    def keeps_base(self, tensor: TensorContext) -> bool:
+        """Return whether a tensor with the base's values in all models stays exactly unchanged.
 
-        It is asked where that is known before anything is read: the tensor is copied then, and not
-        merged. By default no: the weights may have been scaled.
+        The planner calls this for tensors that are known to be equal before any is read. It copies
+        such tensors instead of merging them. The default is False: the weights may have been
+        scaled.
         """
         return False
 
     def result(self, tensor: TensorShape) -> DeltaShape:
-        """Tell what :meth:`merge` returns, before it is there; by default what a sum is."""
+        """Return the shape of the update that :meth:`merge` returns; by default that of a sum."""
         return total_shape(tensor)
 
     @abstractmethod
@@ -301,10 +308,10 @@ class Merge(Method):
             deltas: w_t · τ_t (τ_t if not :attr:`scaled_inputs`) of the tasks that change the
                 tensor, at least one; the other ones of the T tasks count as zero.
             tensor: The tensor.
-            survey: What :meth:`survey` found.
+            survey: The result of :meth:`survey`.
 
         Returns:
-            What to add to the base, of the same shape.
+            The update to add to the base, of the same shape.
         """
 
 
@@ -314,36 +321,36 @@ class PostStep(Method):
     kind = "post-step"
 
     def survey(self, walk: MergedWalk) -> Any:
-        """Go through the merged model; what is returned comes back in :meth:`apply`."""
+        """Compute statistics of the merged model; :meth:`apply` receives the result."""
         return None
 
     def check_merge(self, merge: Merge) -> None:
-        """Compare the step with the merge of its chain.
+        """Check that the step is defined after the merge of its chain.
 
         Raises:
-            UsageError: After that merge it is not defined.
+            UsageError: It is not.
         """
 
     def check_before(self, steps: Sequence[PostStep]) -> None:
-        """Compare the step with the post-steps before it in its chain.
+        """Check that the step does not undo a post-step before it in the chain.
 
         Raises:
-            UsageError: It takes away what one of them does.
+            UsageError: It would undo one of them.
         """
 
     def result(self, tensor: TensorShape) -> DeltaShape:
-        """Tell what :meth:`apply` returns, before it is there; by default a scaled update."""
+        """Return the shape of the update that :meth:`apply` returns; by default a scaled update."""
         return scaled_shape(tensor)
 
     @abstractmethod
     def apply(self, merged: Delta, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
-        """Change what was merged of one tensor.
+        """Change the merged update of one tensor.
 
         Args:
-            merged: The merged update so far.
-            deltas: The task vectors τ_t as the models have them.
+            merged: The update so far.
+            deltas: The task vectors τ_t of the models, not transformed and not weighted.
             tensor: The tensor.
-            survey: What :meth:`survey` found.
+            survey: The result of :meth:`survey`.
 
         Returns:
             The new update, of the same shape.
@@ -351,14 +358,16 @@ class PostStep(Method):
 
 
 class MergedWalk(Protocol):
-    """A walk over the model as it is merged so far."""
+    """A pass over all tensors with the merged update so far."""
 
-    def __call__(self, look: Callable[[Delta, Deltas, TensorContext], _Seen]) -> Iterator[_Seen]:
-        """Yield what ``look`` returns for the merged update and the deltas of each tensor."""
+    def __call__(
+        self, visit: Callable[[Delta, Deltas, TensorContext], _Result], /
+    ) -> Iterator[_Result]:
+        """Yield ``visit(merged, deltas, tensor)`` for each tensor that some model changes."""
 
 
 def _fault(thing: Any) -> str | None:
-    """Return why something is no method that can be used."""
+    """Return the reason why an object is not a usable method; None for a usable one."""
     if not isinstance(thing, type):
         return f"it is of the type {type(thing).__name__}, and a method is a class"
     if not issubclass(thing, Transform | Merge | PostStep):
@@ -370,7 +379,7 @@ def _fault(thing: Any) -> str | None:
 
 
 METHODS: Registry[type[Method]] = Registry("method", "starmerge_models.methods", fault=_fault)
-"""Every method by name; other packages and files have more."""
+"""All methods by name, including those of other packages and files."""
 
 _Method = TypeVar("_Method", bound=Method)
 
@@ -397,15 +406,15 @@ def method(name: str) -> Callable[[type[_Method]], type[_Method]]:
             ),
         )
         made.name = name
-        _refuse_plainly(made)
+        _raise_usage_errors(made)
         METHODS.add(name, made)
         return made
 
     return register
 
 
-def _refuse_plainly(made: type[Method]) -> None:
-    """Let a method's constructor raise a UsageError for whatever it refuses."""
+def _raise_usage_errors(made: type[Method]) -> None:
+    """Make a method's constructor raise UsageError in place of pydantic's errors."""
     construct: Callable[..., None] = made.__init__
 
     @wraps(construct)
@@ -434,9 +443,9 @@ def _schema(made: type[Method]) -> dict[str, Any]:
 
 
 def sums_to_zero(weights: Sequence[float]) -> bool:
-    """Tell whether weights sum to zero but for rounding: what is divided by the sum means nothing.
+    """Return whether the sum of weights is zero up to rounding, so that no average exists.
 
-    |Σ w_t| ≤ 1e-9 · Σ |w_t|: 0.1 + 0.2 − 0.3 is zero too.
+    The test is |Σ w_t| ≤ 1e-9 · Σ |w_t|, which holds for 0.1 + 0.2 − 0.3 too.
     """
     return abs(math.fsum(weights)) <= 1e-9 * sum(map(abs, weights))
 
@@ -444,7 +453,7 @@ def sums_to_zero(weights: Sequence[float]) -> bool:
 def refuse_weights(
     method: Method, tasks: Sequence[str], weights: Sequence[float], reason: str
 ) -> None:
-    """Refuse weights other than 1, for methods that they mean nothing to.
+    """Refuse weights other than 1, for methods in which weights have no meaning.
 
     Raises:
         UsageError: A model has a weight.
@@ -458,7 +467,7 @@ def refuse_weights(
 
 
 def refuse_negative(method: Method, weights: Sequence[float], reason: str) -> None:
-    """Refuse negative weights, for methods whose sums they would break.
+    """Refuse negative weights, for methods whose sums must be positive.
 
     Raises:
         UsageError: A weight is negative.

@@ -1,4 +1,4 @@
-"""A chain and its parameters in one text, as people write it: ``star+ties:star.eta=60,k=30``."""
+"""Parser of a chain and its parameters in one string, such as ``star+ties:star.eta=60,k=30``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from starmerge_models.errors import UsageError
 
 _NEXT = re.compile(r",(?=[\w.]+=)")
-"""A comma after which a parameter begins; those of a list or mapping are none."""
+"""A comma before the next parameter; commas inside a list or mapping do not match."""
 
 _SETTINGS = re.compile(r"(?<!\.py):")
-"""The colon after which a chain's parameters begin; that of my.py:Mine is none."""
+"""The colon before a chain's parameters; the colon of my.py:Mine does not match."""
 
 
 def split_settings(text: str) -> tuple[str, list[str]]:
-    """Return the name of a chain and its parameters as they stand in ``CHAIN[:KEY=VALUE,...]``.
+    """Split ``CHAIN[:KEY=VALUE,...]`` into the name of the chain and its unparsed parameters.
 
     Raises:
         UsageError: Nothing follows the colon.
@@ -29,7 +29,7 @@ def split_settings(text: str) -> tuple[str, list[str]]:
 
 
 def read_chain(text: str) -> tuple[str, dict[str, Any]]:
-    """Return the name of a chain and its parameters, of ``CHAIN[:KEY=VALUE,...]``.
+    """Parse ``CHAIN[:KEY=VALUE,...]`` into the name of the chain and its parameters.
 
     Raises:
         UsageError: A parameter has no value, or is given twice.
@@ -39,14 +39,14 @@ def read_chain(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def read_parameters(texts: Sequence[str], *, where: str) -> dict[str, Any]:
-    """Read parameters that are given as KEY=VALUE, the value as JSON where it is some.
+    """Parse parameters of the form KEY=VALUE; a value that is not JSON is a string.
 
     Args:
         texts: The parameters.
-        where: What errors begin with: "-p ".
+        where: Prefix of error messages, such as "-p ".
 
     Raises:
-        UsageError: One has no value, or is given twice.
+        UsageError: A parameter has no value, or is given twice.
     """
     from starmerge_models.parsing import parse_json  # noqa: PLC0415  (imports yaml, for a few texts)
 

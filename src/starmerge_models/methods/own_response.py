@@ -1,4 +1,4 @@
-"""The own-response scale: a factor that tunes itself to the task vectors."""
+"""The own-response scale: a factor computed from the tasks' responses to the merge."""
 
 from __future__ import annotations
 
@@ -29,45 +29,46 @@ from starmerge_models.spectral.coordinates import CANCELLED
 
 @dataclass(frozen=True)
 class Response:
-    """How much of the task vectors a merge has."""
+    """The tasks' responses to a merge, and the factor that normalises them."""
 
     responses: list[float]
     """By task, ⟨M, τ_t⟩/‖τ_t‖²; 0 for a zero task vector."""
     factor: float
-    """What the update is multiplied by."""
+    """The factor that multiplies the update."""
 
 
 LARGEST = 10.0
-"""No factor makes a merge so many times as large as all task vectors together."""
+"""Upper bound of the norm of the scaled merge, as a multiple of the sum of all tasks' norms."""
 
 
 @method("own_response")
 class OwnResponse(PostStep):
     """Scale the whole merge so that the tasks' own responses have the mean c.
 
-    The response of task t is r_t = ⟨M, τ_t⟩/‖τ_t‖² over the whole model: 1 if M does to the task's
-    direction what its fine-tune did. The update becomes c · M / r̄ with
-    r̄ = Σ_t w_t⟨M, τ_t⟩ / Σ_t |w_t|‖τ_t‖², the mean of the r_t for tasks of one size and weight. The
-    r_t of a small task vector means little, as the large ones do much to its direction.
+    The response of task t is r_t = ⟨M, τ_t⟩/‖τ_t‖² over the whole model: 1 if M changes the task's
+    direction as much as its fine-tune did. The update becomes c · M / r̄ with
+    r̄ = Σ_t w_t⟨M, τ_t⟩ / Σ_t |w_t|‖τ_t‖², the mean of the r_t for tasks of equal norm and weight.
+    The r_t of a small task vector is unreliable, because large ones contribute much in its
+    direction.
 
     By default c = n^(−1/8) for n tasks whose task vector is not zero: 1 for one, 0.92 for two, 0.77
-    for eight, 0.71 for sixteen. The more tasks, the more of an update is interference, and the less
-    of it serves.
+    for eight, 0.71 for sixteen. With more tasks, a larger part of the update is interference, so a
+    smaller scale is better.
 
     Source: our own; the rule is a fit to merges of 2 to 16 adapters (docs/results.md).
-    Cost: the merge is made twice, once to look.
-    When to use: after ``iso_c`` and ``covariance``, whose scale means nothing by itself. Refused
-    after ``scale``. Tasks that cancel each other end the merge with an error.
+    Cost: the merge runs twice, the first time to measure the responses.
+    When to use: after ``iso_c`` and ``covariance``, whose scale is arbitrary. Refused after
+    ``scale``. Tasks that cancel each other end the merge with an error.
     """
 
     c: Annotated[
         Literal["auto"] | Annotated[float, Field(gt=0)],
-        Field(description="mean response after the step; auto: by the number of tasks"),
+        Field(description="mean response after the step; auto depends on the number of tasks"),
     ] = "auto"
 
     def check_before(self, steps: Sequence[PostStep]) -> None:
-        """Refuse a factor that this step would take away; see :meth:`PostStep.check_before`."""
-        # Between the two, svc would see the factor f as a least response of α/f.
+        """Refuse a factor that this step would cancel; see :meth:`PostStep.check_before`."""
+        # With svc between the two, a factor f would act like a least response of α/f.
         if any(isinstance(step, Scale) for step in steps):
             raise UsageError(
                 "own_response: it finds the factor of the whole merge by itself, so a scale before "
@@ -75,8 +76,13 @@ class OwnResponse(PostStep):
             )
 
     def memory(self, tensor: TensorShape) -> int:
-        """Tell the bytes needed; see :meth:`Method.memory`."""
+        """Return the peak memory in bytes; see :meth:`Method.memory`."""
         return scaled_shape(tensor).nbytes + products_bytes(tensor)
+
+    @property
+    def passes(self) -> int:
+        """See :attr:`Method.passes`."""
+        return 1
 
     def survey(self, walk: MergedWalk) -> Response:
         """Measure the responses; see :meth:`PostStep.survey`."""
@@ -97,7 +103,7 @@ class OwnResponse(PostStep):
 
 @dataclass(frozen=True, eq=False)
 class OwnProducts:
-    """What the own responses are made of, over some tensors."""
+    """Inner products that determine the own responses, summed over some tensors."""
 
     inner: Tensor
     """⟨M, τ_t⟩ by task, (T,) float64."""
@@ -121,14 +127,14 @@ class OwnProducts:
         """
         inner, energy = torch.zeros(2, len(tensor.tasks), dtype=torch.float64)
         weights = torch.tensor(tensor.weights, dtype=torch.float64)
-        if isinstance(merged, Dense):  # widened once for all tasks
+        if isinstance(merged, Dense):  # convert to float64 once for all tasks
             merged = Dense(merged.matrix.double())
         for t, tau_t in deltas:
             inner[t], energy[t] = merged.inner(tau_t), tau_t.frobenius() ** 2
         return cls(inner, energy, weights, merged.frobenius() ** 2)
 
     def __add__(self, other: OwnProducts) -> OwnProducts:
-        """Return the products over the tensors of both, which are of the same tasks."""
+        """Return the products summed over the tensors of both; the tasks must be the same."""
         return OwnProducts(
             self.inner + other.inner,
             self.energy + other.energy,
@@ -138,29 +144,29 @@ class OwnProducts:
 
     @cached_property
     def counts(self) -> Tensor:
-        """Which tasks count: their weight is not zero, their task vector no rounding, (T,) bool.
+        """Mask of the tasks with nonzero weight and a task vector above rounding, (T,) bool.
 
-        Factors whose terms cancel leave rounding, to which any merge responds without measure.
+        Factors whose terms cancel leave rounding, whose response to a merge has no meaning.
         """
         known = (self.energy > 0) & (self.energy > CANCELLED**2 * self.energy.max())
         return known & (self.weights != 0)
 
     @property
     def responses(self) -> list[float]:
-        """r_t = ⟨M, τ_t⟩/‖τ_t‖² by task; 0 for one that does not count."""
+        """r_t = ⟨M, τ_t⟩/‖τ_t‖² by task; 0 for tasks that do not count."""
         found = self.inner / torch.where(self.counts, self.energy, 1.0)
         return torch.where(self.counts, found, 0.0).tolist()
 
     def factor_to(self, c: float, name: str, remedy: str) -> float:
-        """Return the factor that makes Σ_t w_t⟨M, τ_t⟩ / Σ_t |w_t|‖τ_t‖² a number.
+        """Return the factor of M that makes Σ_t w_t⟨M, τ_t⟩ / Σ_t |w_t|‖τ_t‖² equal to c.
 
         Args:
-            c: The number.
+            c: The mean response to reach.
             name: The method, for the error message.
-            remedy: A way out, for the error message.
+            remedy: Advice to the user, for the error message.
 
         Raises:
-            StarmergeError: There is no such positive factor, or it would make the merge
+            StarmergeError: There is no such positive factor, or the scaled merge would be more than
                 :data:`LARGEST` times as large as all task vectors together.
         """
         inner, energy, weights = (
@@ -186,5 +192,5 @@ class OwnProducts:
 
 
 def total_products(products: Iterable[OwnProducts]) -> OwnProducts:
-    """Return the products over all tensors of a model; there is one at least."""
+    """Return the products summed over all tensors of a model, of which there is at least one."""
     return reduce(operator.add, products)

@@ -1,4 +1,4 @@
-"""Pico: output directions that the adapters share, scaled down before a merge."""
+"""Pico: scale down the output directions that adapters share, before a merge."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class _Calibration:
     cholesky: Tensor
     """(m, m) or (R, R) float64, lower triangle."""
     B: Tensor | None
-    """(m, R) float64, for the second; else None."""
+    """(m, R) float64 if the factor is that of I + c BᵀB; else None."""
 
     def to(self, device: torch.device) -> _Calibration:
-        """Return S on a device."""
+        """Return a copy on a device."""
         B = None if self.B is None else self.B.to(device)
         return _Calibration(self.c, self.cholesky.to(device), B)
 
@@ -49,59 +49,62 @@ class _Calibration:
 
 @method("pico")
 class Pico(Transform):
-    """Scale down the output directions that the tasks share; then any merge, then ``mean_norm``.
+    """Scale down the output directions that the tasks share, before a merge and ``mean_norm``.
 
     τ_t = B_t A_t; [B_1 … B_T] = U Σ Vᵀ, and direction u_j has the share s_j = σ_j²/Σσ² of all
     outputs. The calibrated task vector is τ̃_t = S τ_t with S = I + U diag(α_j − 1) Uᵀ and
-    α_j = 1/(1 + (T − 1) s_j): a direction that has everything becomes 1/T of it, one that no task
-    has stays. T are the tasks that change the tensor; one alone stays as it is. In the paper the
-    merged update is then scaled to the mean norm of the τ_t, so the method as published is
-    ``pico+task_arithmetic+mean_norm``, ``pico+ties+mean_norm``, ``pico+tsv_m+mean_norm``.
+    α_j = 1/(1 + (T − 1) s_j): a direction of share 1 is divided by T, a direction of share 0 is
+    unchanged. T is the number of tasks that change the tensor; for T = 1 the task vector is
+    unchanged. In the paper the merged update is then scaled to the mean norm of the τ_t, so the
+    method as published is ``pico+task_arithmetic+mean_norm``, ``pico+ties+mean_norm`` or
+    ``pico+tsv_m+mean_norm``.
 
-    B_t is the adapter's own, times its scale alpha/r, or what a transform before this one made of
-    it. A full fine-tune counts with B_t = τ_t and A_t = I. Vectors and embeddings are left as they
-    are: the rows of an embedding are tokens, not outputs.
+    B_t is the B of the adapter times its scale alpha/r, or the B that an earlier transform of the
+    chain returned. A full fine-tune has B_t = τ_t and A_t = I. Vectors and embeddings are
+    unchanged: the rows of an embedding are tokens, not outputs.
 
-    Source: arXiv 2604.16826; defining repository github.com/yixuantt/Pico, from which the formulas
-    are. Computed without an SVD, as S = (I + (T − 1) B Bᵀ/‖B‖²)⁻¹.
-    Different from there: full fine-tunes, and T tensor by tensor, where the repository leaves
-    layers alone that an adapter lacks. Its command line restores the norm of each adapter by
-    itself, in place of the norm of the merge.
+    Source: arXiv 2604.16826; the formulas are those of the defining repository
+    github.com/yixuantt/Pico. Computed without an SVD, as S = (I + (T − 1) B Bᵀ/‖B‖²)⁻¹.
+    Differences: full fine-tunes are supported, and T is counted for each tensor, where the
+    repository skips layers that an adapter lacks. Its command line restores the norm of each
+    adapter instead of the norm of the merge.
     Cost: O((m + n)R²) for adapters of R = Σr; for full fine-tunes a Cholesky factor of m × m. The
     task vectors of a tensor are read twice.
     When to use: adapters whose merge is dominated by a few common directions.
     """
 
     def memory(self, tensor: TensorShape) -> int:
-        """Tell the bytes needed; see :meth:`Method.memory`."""
+        """Return the peak memory in bytes; see :meth:`Method.memory`."""
         if len(tensor.shape) < 2 or tensor.is_embedding:
             return 0
         m, R = tensor.matrix[0], tensor.total_rank
-        # All B side by side, and again while they are put there or scaled. Of their products, the
-        # Cholesky factor of S, LAPACK's copy, and the matrix itself.
+        # All B concatenated, and a copy while they are concatenated or scaled; the matrix I + c G,
+        # its Cholesky factor, and LAPACK's copy.
         factor = 8 * 3 * min(R, m) ** 2 if not tensor.has_dense else 8 * 3 * m * m
         sides = 8 * 4 * R * m
-        # Of a dense task vector: in float64, multiplied, and both solutions with the factor.
-        changed = 8 * 4 * tensor.size + tensor.looked_at if tensor.has_dense else 0
-        return tensor.held + factor + sides + changed
+        # For a dense task vector: its float64 copy, the product, and two triangular solves.
+        changed = 8 * 4 * tensor.size + tensor.difference_nbytes if tensor.has_dense else 0
+        return tensor.deltas_nbytes + factor + sides + changed
 
-    def kept(self, tensor: TensorShape) -> int:
-        """Tell the bytes of S; see :meth:`Transform.kept`."""
+    def prepared_bytes(self, tensor: TensorShape) -> int:
+        """Return the bytes of S; see :meth:`Transform.prepared_bytes`."""
         m, R = tensor.matrix[0], tensor.total_rank
         if len(tensor.shape) < 2 or tensor.is_embedding:
             return 0
         return 8 * m * m if tensor.has_dense or m <= R else 8 * R * (R + m)
 
     def result(self, delta: DeltaShape, tensor: TensorShape) -> DeltaShape:
-        """Tell what is made; see :meth:`Transform.result`."""
+        """Return the shape of the result; see :meth:`Transform.result`."""
         if len(tensor.shape) < 2 or tensor.is_embedding:
             return delta
         if delta.rank is None:
             return dense_shape(tensor)
         return DeltaShape(delta.rank, max(delta.nbytes, tensor.factors(delta.rank, 4)))
 
-    def look(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> _Calibration | None:
-        """Find S of one tensor, None for the identity; see :meth:`Transform.look`."""
+    def prepare_tensor(
+        self, deltas: Deltas, tensor: TensorContext, survey: Any
+    ) -> _Calibration | None:
+        """Compute S for one tensor, None for the identity; see :meth:`Transform.prepare_tensor`."""
         if len(tensor.shape) < 2 or tensor.is_embedding:
             return None
         held = [tau_t for tau_t in deltas if not tau_t.is_zero()]
@@ -128,7 +131,7 @@ class Pico(Transform):
 
 
 def _calibration(held: Sequence[Delta], device: torch.device) -> _Calibration:
-    """Find S of the task vectors that are not zero; it lies where they do."""
+    """Compute S from the nonzero task vectors, on their device."""
     T, m = len(held), held[0].shape[0]
     if all(isinstance(tau_t, LowRank) for tau_t in held):
         B = torch.cat([_output_factor(tau_t).to(device).double() for tau_t in held], dim=1)
@@ -160,18 +163,18 @@ def _cholesky(G: Tensor, c: float) -> Tensor:
 class MeanNorm(PostStep):
     """Scale the update of each tensor to the mean norm of its task vectors.
 
-    M becomes γ M with γ = mean_t ‖τ_t‖/‖M‖, Frobenius norms of the task vectors as the models have
-    them. The mean is weighted by |w_t| and over the tasks whose task vector is not zero. A merge of
-    which only rounding is left, ‖M‖ ≤ 1e-6 Σ |w_t| ‖τ_t‖, stays as it is.
+    M becomes γ M with γ = mean_t ‖τ_t‖/‖M‖, with the Frobenius norms of the models' task vectors
+    before any transform. The mean is weighted by |w_t| and taken over the tasks whose task vector
+    is not zero. A merge that is only rounding, ‖M‖ ≤ 1e-6 Σ |w_t| ‖τ_t‖, is unchanged.
 
     Source: arXiv 2604.16826, the last step of Pico.
     Cost: the norms, in factor space for adapters.
-    When to use: after ``pico``; after any merge whose scale means nothing by itself. Refused after
-    ``scale`` and ``own_response``, whose factors it would take away.
+    When to use: after ``pico``; after any merge whose scale is arbitrary. Refused after ``scale``
+    and ``own_response``, whose factors it would cancel.
     """
 
     def check_before(self, steps: Sequence[PostStep]) -> None:
-        """Refuse factors that this step would take away; see :meth:`PostStep.check_before`."""
+        """Refuse factors that this step would cancel; see :meth:`PostStep.check_before`."""
         for step in steps:
             if isinstance(step, Scale | OwnResponse):
                 raise UsageError(
@@ -180,7 +183,7 @@ class MeanNorm(PostStep):
                 )
 
     def memory(self, tensor: TensorShape) -> int:
-        """Tell the bytes needed; see :meth:`Method.memory`."""
+        """Return the peak memory in bytes; see :meth:`Method.memory`."""
         return scaled_shape(tensor).nbytes + products_bytes(tensor)
 
     def apply(self, merged: Delta, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:

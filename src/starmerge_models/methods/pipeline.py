@@ -30,19 +30,19 @@ from starmerge_models.methods.notation import read_chain
 from starmerge_models.plugins import Origin, is_file_reference
 from starmerge_models.spectral import Truncation
 
-_Seen = TypeVar("_Seen")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What a chain made of one tensor."""
+    """The result of a chain for one tensor."""
 
     delta: Delta
-    """What is added to the base."""
+    """The update to add to the base."""
     truncations: Mapping[int, Truncation]
-    """By task, what a transform kept; of several, the last."""
+    """By task, the record of the last truncation by a transform."""
     inputs: Deltas
-    """The task vectors as the merge got them."""
+    """The task vectors that the merge received: transformed and weighted."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class Pipeline:
 
     @classmethod
     def of(cls, steps: Sequence[Method]) -> Pipeline:
-        """Return the chain of some methods.
+        """Return the chain of the given methods.
 
         Raises:
-            UsageError: What is given is no method, there are two merges, the order is wrong, or a
+            UsageError: An argument is not a method, there are two merges, the order is wrong, or a
                 post-step does not fit.
         """
         for step in steps:
@@ -103,15 +103,18 @@ class Pipeline:
             step.check_before(post_steps[:number])
         return cls(tuple(step for step in steps if isinstance(step, Transform)), merge, post_steps)
 
-    def chosen(
+    def resolve_auto(
         self, models: Sequence[str] = (), *, has_dense: bool, prompts: Collection[str] | None = None
     ) -> tuple[Pipeline, str | None]:
-        """Return the chain to merge with, and the reason if it is one that ``auto`` stands for.
+        """Replace ``auto`` by the chain that it chooses, and return it with the reason.
+
+        Any other chain is returned unchanged, with None.
 
         Args:
             models: Names of the models.
             has_dense: Whether one of them is a full fine-tune.
-            prompts: Those of whose prompts the metric has moments; None: there is no metric.
+            prompts: Names of the models whose prompts the metric has moments of; None for a merge
+                without a metric.
         """
         if not isinstance(self.merge, Auto):
             return self, None
@@ -120,7 +123,7 @@ class Pipeline:
 
     @property
     def steps(self) -> tuple[Method, ...]:
-        """All methods in their order; a merge by average is not told beside other methods."""
+        """The methods in order, without the implicit ``average`` at the end of other methods."""
         others = bool(self.transforms) and self.merge == Average()
         return (*self.transforms, *(() if others else (self.merge,)), *self.post_steps)
 
@@ -131,14 +134,19 @@ class Pipeline:
 
     @property
     def plugins(self) -> dict[str, Origin]:
-        """Where the methods come from that are not starmerge's own, by name."""
+        """The origin of each method that is not built in, by name."""
         origins = {step.name: METHODS.origin(type(step)) for step in self.steps}
         return {name: origin for name, origin in origins.items() if origin is not None}
 
     @property
     def all_steps(self) -> tuple[Method, ...]:
-        """All methods in their order, a merge by average too."""
+        """All methods in order, including an implicit ``average``."""
         return (*self.transforms, self.merge, *self.post_steps)
+
+    @property
+    def passes(self) -> int:
+        """Passes over the model before the merge; see :attr:`Method.passes`."""
+        return sum(step.passes for step in self.all_steps)
 
     @property
     def metric_users(self) -> tuple[Method, ...]:
@@ -156,22 +164,22 @@ class Pipeline:
         return any(step.needs_moments for step in self.steps)
 
     def memory(self, tensor: TensorShape) -> int:
-        """Tell how many bytes merging one tensor takes at most, beyond what is stored.
+        """Return an upper bound of the memory that merging one tensor takes, in bytes.
 
-        While a transform works, the merge holds the task vectors that it has got before, or their
-        float32 sum. Post-steps begin when it has let go of them. The whitening of a metric stays as
-        long as the tensor is in work.
+        The stored task vectors are not counted. While a transform runs, the merge holds the task
+        vectors that were transformed before, or their float32 sum. It frees them before the
+        post-steps run. The whitening of a metric is held until the tensor is done.
 
         Args:
-            tensor: What is known of the tensor before it is read.
+            tensor: Shapes and ranks of the tensor, known before its data is read.
         """
         given, transforming, kept = tensor, 0, 0
         for transform in self.transforms:
-            transforming += tensor.one_by_one + transform.memory(tensor)
-            kept += transform.kept(tensor)
-            tensor = transform.after(tensor)
+            transforming += tensor.largest_delta_nbytes + transform.memory(tensor)
+            kept += transform.prepared_bytes(tensor)
+            tensor = transform.transformed_shape(tensor)
         merging = self.merge.memory(tensor)
-        beside = min(merging, tensor.held + (4 * tensor.size if tensor.has_dense else 0))
+        beside = min(merging, tensor.deltas_nbytes + (4 * tensor.size if tensor.has_dense else 0))
         peak = max(transforming + beside, kept + merging)
         merged = self.merge.result(tensor)
         for step in self.post_steps:
@@ -181,14 +189,14 @@ class Pipeline:
         return peak + tensor.whitening
 
     def result(self, tensor: TensorShape) -> DeltaShape:
-        """Tell what is made of one tensor, before it is there.
+        """Return the shape of the chain's result for one tensor.
 
         Args:
-            tensor: What is known of the tensor before it is read.
+            tensor: Shapes and ranks of the tensor, known before its data is read.
         """
         given = tensor
         for transform in self.transforms:
-            tensor = transform.after(tensor)
+            tensor = transform.transformed_shape(tensor)
         merged = self.merge.result(tensor)
         for step in self.post_steps:
             merged = step.result(dataclasses.replace(given, merged=merged))
@@ -205,10 +213,10 @@ class Pipeline:
         }
 
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
-        """Compare the parameters with what is to be merged; see :meth:`Method.check`.
+        """Check the parameters against the models and weights; see :meth:`Method.check`.
 
         Raises:
-            UsageError: They do not fit, or an average's weights sum to zero.
+            UsageError: They do not fit, or the weights of an average sum to zero.
         """
         if self.merge.averages and sums_to_zero(weights):
             raise UsageError(
@@ -219,7 +227,7 @@ class Pipeline:
             step.check(tasks, weights, tensors)
 
     def check_tensors(self, merged: Sequence[TensorContext], left: Sequence[TensorContext]) -> None:
-        """Compare the parameters with each tensor; see :meth:`Method.check_tensors`.
+        """Check the parameters against each tensor; see :meth:`Method.check_tensors`.
 
         Raises:
             UsageError: They do not fit.
@@ -228,10 +236,10 @@ class Pipeline:
             step.check_tensors(merged, left)
 
     def prepare(self, walk: Walk) -> Prepared:
-        """Let each method go through the model that its predecessors leave it.
+        """Run the survey of each method, in order, on the output of the methods before it.
 
         Args:
-            walk: Goes over the models' own task vectors.
+            walk: A pass over the models' own task vectors.
         """
         surveys: list[Any] = []
         for number, transform in enumerate(self.transforms):
@@ -252,15 +260,15 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A chain whose methods know the whole model: it merges one tensor at a time."""
+    """A chain with the surveys of its methods, ready to merge one tensor at a time."""
 
     pipeline: Pipeline
     surveys: Sequence[Any]
-    """What each method found, in the order of the chain."""
+    """The survey of each method, in the order of the chain."""
 
     @property
     def findings(self) -> dict[str, Any]:
-        """What the methods that looked at the whole model found, by method, as plain data."""
+        """The surveys that are not None, by method, as plain data."""
         return {
             method.name: asdict(found) if is_dataclass(found) else found  # type: ignore[arg-type]
             for method, found in zip(self.pipeline.all_steps, self.surveys, strict=True)
@@ -271,10 +279,10 @@ class Prepared:
         """Merge the task vectors of one tensor.
 
         Args:
-            deltas: τ_t of the tasks that change it, as the models have them.
+            deltas: τ_t of the tasks that change the tensor, not transformed and not weighted.
             tensor: The tensor.
-            holds_inputs: Whether what the merge gets is held in memory, so that the caller may look
-                at it again without the transforms' work.
+            holds_inputs: Whether to hold the inputs of the merge in memory, so that the caller can
+                read them again without running the transforms again.
         """
         truncations: dict[int, Truncation] = {}
         chain, count = self.pipeline, len(self.pipeline.transforms)
@@ -295,9 +303,9 @@ class Prepared:
         *,
         weighted: bool,
     ) -> Deltas:
-        """Return the task vectors as the merge gets them: transformed, then weighted.
+        """Return the lazy inputs of the merge: the task vectors transformed, then weighted.
 
-        What the transforms kept of each is put into ``truncations`` when it is read.
+        Each load puts the record of its truncation, if any, into ``truncations``.
         """
 
         def apply(transform: Transform, local: Any, task: int, delta: Delta) -> Delta:
@@ -311,7 +319,7 @@ class Prepared:
             return delta if weight == 1 else delta.scaled(weight)
 
         for transform, survey in zip(self.pipeline.transforms, self.surveys, strict=False):
-            local = transform.look(deltas, tensor, survey)
+            local = transform.prepare_tensor(deltas, tensor, survey)
             deltas = deltas.map(partial(apply, transform, local))
         return deltas.map(weigh)
 
@@ -320,8 +328,8 @@ def make_pipeline(name: str, parameters: Mapping[str, Any] | None = None) -> Pip
     """Return a chain by its name, such as ``star+ties``, its parameters validated.
 
     Args:
-        name: Names of methods, joined by ``+``; of a method in a file ``path/to/file.py:NAME``.
-        parameters: Each as ``key`` where one method of the chain has it, or as ``method.key``.
+        name: Names of methods, joined by ``+``; a method in a file is ``path/to/file.py:NAME``.
+        parameters: Values by ``key`` where one method of the chain has it, or by ``method.key``.
 
     Raises:
         UsageError: No such method or parameter, a value out of its range, a wrong order.
@@ -355,7 +363,7 @@ def make_pipeline(name: str, parameters: Mapping[str, Any] | None = None) -> Pip
 def split_chain(name: str) -> list[str]:
     """Return the methods of a chain: ``star+my.py:Mine`` has ``star`` and ``my.py:Mine``.
 
-    A folder may have a ``+`` in its name if a slash stands before it, as in ``./a+b/my.py:Mine``.
+    A folder's name may contain a ``+`` after a slash, as in ``./a+b/my.py:Mine``.
     """
     parts: list[str] = []
     for piece in name.split("+"):
@@ -372,10 +380,10 @@ def map_chain(name: str, change: Callable[[str], str]) -> str:
 
 
 def _check_distinct(name: str, methods: Sequence[type[Method]]) -> None:
-    """Make sure that each method stands in a chain once, and that no two have one name.
+    """Check that each method occurs once in a chain, and that no two have the same name.
 
     Raises:
-        UsageError: One stands there twice, or shares its name.
+        UsageError: A method occurs twice, or two have the same name.
     """
     for number, method in enumerate(methods):
         for other in methods[:number]:
@@ -389,7 +397,7 @@ def _check_distinct(name: str, methods: Sequence[type[Method]]) -> None:
 
 
 def as_pipeline(method: Method | Pipeline | str) -> Pipeline:
-    """Return a chain: of one method, of a text such as ``star+ties:eta=60``, or as it is.
+    """Return the chain of one method or of a text such as ``star+ties:eta=60``; chains unchanged.
 
     Raises:
         UsageError: There is no method of that name; or as for :func:`make_pipeline`.
@@ -407,20 +415,20 @@ _ORDER = ["transform", "merge", "post-step"]
 def _transformed_walk(
     walk: Walk,
     chain: Prepared,
-    look: Callable[[Deltas, TensorContext], _Seen],
+    visit_tensor: Callable[[Deltas, TensorContext], _Result],
     *,
     weighted: bool = False,
-) -> Iterator[_Seen]:
-    def see(deltas: Deltas, tensor: TensorContext) -> _Seen:
-        return look(chain.transformed(deltas, tensor, {}, weighted=weighted), tensor)
+) -> Iterator[_Result]:
+    def visit(deltas: Deltas, tensor: TensorContext) -> _Result:
+        return visit_tensor(chain.transformed(deltas, tensor, {}, weighted=weighted), tensor)
 
-    return walk(see)
+    return walk(visit)
 
 
 def _merged_walk(
-    walk: Walk, chain: Prepared, look: Callable[[Delta, Deltas, TensorContext], _Seen]
-) -> Iterator[_Seen]:
-    def see(deltas: Deltas, tensor: TensorContext) -> _Seen:
-        return look(chain.merge(deltas, tensor).delta, deltas, tensor)
+    walk: Walk, chain: Prepared, visit_tensor: Callable[[Delta, Deltas, TensorContext], _Result]
+) -> Iterator[_Result]:
+    def visit(deltas: Deltas, tensor: TensorContext) -> _Result:
+        return visit_tensor(chain.merge(deltas, tensor).delta, deltas, tensor)
 
-    return walk(see)
+    return walk(visit)

@@ -1,4 +1,4 @@
-"""RegMean: regression mean, by the inputs of each task's own prompts."""
+"""RegMean: regression mean, computed from the moments of inputs on each task's prompts."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from starmerge_models.spectral.moment import Moment, Side
 
 @method("regmean")
 class RegMean(Merge):
-    """Let each task decide where its own inputs lie: the least squares of all tasks' outputs.
+    """Fit the outputs of every task on its own inputs, by least squares.
 
     M minimises Σ_t w_t E‖(M − τ_t) x_t‖² over the inputs x_t of each task's prompts:
 
         M = (Σ_t w_t τ_t Σ_t')(Σ_t w_t Σ_t')⁻¹,
 
     where Σ_t' is E[x_t x_tᵀ], divided by its trace, its off-diagonal entries multiplied by
-    ``off_diagonal``, with ``ridge`` times its mean eigenvalue on the diagonal. All T tasks count:
-    one that leaves a tensor alone has τ_t = 0 and asks that its inputs find no change.
+    ``off_diagonal``, with ``ridge`` times its mean eigenvalue added to the diagonal. All T tasks
+    count: a task that does not change a tensor has τ_t = 0, so the fit penalises any change of the
+    outputs on its inputs.
 
-    Needs a metric with prompts of every task (``starmerge calibrate --prompts``), named as the
-    models are; labels are not needed. Vectors, kernels, and embeddings of full fine-tunes unless
-    ``embeddings`` says "merge", are averaged.
+    The method needs a metric with prompts of every task (``starmerge calibrate --prompts``) under
+    the names of the models; labels are not needed. Vectors, kernels, and embeddings of full
+    fine-tunes unless ``embeddings`` is "merge", are averaged.
 
     Source: arXiv 2212.09849, section 3; defining repository github.com/bloomberg/
-    dataless-model-merging. Different from there: the inputs are those of the base on the task's
-    prompts, not of each fine-tune on its training data; each Σ_t is divided by its trace, so that a
-    task with large inputs does not count more; and the ridge, without which directions that no
-    prompt reaches would leave M open.
-    Cost: where the prompts have k tokens together and an input n entries, O(n k²) a tensor for
-    k < n, else O(n³); an adapter's update stays low-rank. The moments of all tasks are held.
-    When to use: whenever a handful of prompts of each task can be had. With a metric that was made
-    along the merge (``starmerge calibrate BASE MODELS``) it is RegMean++ (arXiv 2508.03121), which
-    takes a layer's inputs from the model as merged so far, and keeps more.
+    dataless-model-merging. Differences: the inputs are those of the base on the task's prompts, not
+    of each fine-tune on its training data; each Σ_t is divided by its trace, so that tasks with
+    large inputs do not count more; and the ridge makes M unique in directions that no prompt has.
+    Cost: for prompts of k tokens together and inputs of n entries, O(n k²) per tensor for k < n,
+    else O(n³); an adapter's update stays low-rank. The moments of all tasks are held in memory.
+    When to use: whenever a handful of prompts of each task is available. With a metric computed
+    along the merge (``starmerge calibrate BASE MODELS``) this is RegMean++ (arXiv 2508.03121),
+    which takes a layer's inputs from the model merged up to that layer, and keeps more.
     """
 
     off_diagonal: Annotated[
@@ -55,7 +55,7 @@ class RegMean(Merge):
     ] = 1e-6
     embeddings: Annotated[
         Literal["average", "merge"],
-        Field(description="what is done with embeddings of full fine-tunes"),
+        Field(description="how embeddings of full fine-tunes are merged: averaged, or as matrices"),
     ] = "average"
 
     averages = True
@@ -75,18 +75,21 @@ class RegMean(Merge):
             )
 
     def memory(self, tensor: TensorShape) -> int:
-        """Tell the bytes needed; see :meth:`Method.memory`."""
+        """Return the peak memory in bytes; see :meth:`Method.memory`."""
         if tensor.inputs is None or will_average(tensor, embeddings=self.embeddings):
-            return tensor.held + total_bytes(tensor)
+            return tensor.deltas_nbytes + total_bytes(tensor)
         n, rows = tensor.inputs.size, tensor.inputs.own
         k = sum(rows)
-        # Of each root float32, float64 and, of one, a softened copy. To solve: the roots side by
-        # side, C, its copy and P; or, where there are more rows than columns, three squares.
+        # Each root in float32 and float64, and for one root a copy with the ridge. The solver holds
+        # the concatenated roots, C, its copy and P; or three squares if there are more rows than
+        # columns.
         roots = 12 * k * n + 16 * max(rows) * n
         solving = 8 * (3 * k * n + 3 * k * k) if k < n else 8 * (3 * n * n + max(rows) * n)
-        # Right sides: a matrix, its product with a moment, their sum, and what is solved for.
-        right = 40 * tensor.size + tensor.looked_at if tensor.has_dense else 0
-        return tensor.held + roots + solving + right + 6 * tensor.factors(tensor.total_rank)
+        # Right-hand sides: a matrix, its product with a moment, their sum, and the solution.
+        right = 40 * tensor.size + tensor.difference_nbytes if tensor.has_dense else 0
+        return (
+            tensor.deltas_nbytes + roots + solving + right + 6 * tensor.factors(tensor.total_rank)
+        )
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Merge one tensor; see :meth:`Merge.merge`."""
@@ -107,7 +110,7 @@ class RegMean(Merge):
         R = moment.root.to(device).double()
         n, diagonal = moment.size, R.square().sum(0)
         trace = float(diagonal.sum())
-        if trace == 0:  # inputs of zeros say nothing: all directions count alike
+        if trace == 0:  # all inputs are zero: use the identity
             return _Softened(R, torch.full_like(diagonal, 1 / n))
         a = self.off_diagonal
         return _Softened(R * (a / trace) ** 0.5, diagonal * ((1 - a) / trace) + self.ridge / n)
@@ -123,7 +126,7 @@ class _Softened:
     """(n,) float64, positive."""
 
     def times(self, X: Tensor) -> Tensor:
-        """Return Σ' X of some X (n, r)."""
+        """Return Σ' X for X (n, r)."""
         return (self.R.T @ (self.R @ X)).addcmul_(self.d[:, None], X)
 
 
@@ -133,9 +136,9 @@ def _merged(
     weights: Sequence[float],
     side: Side,
 ) -> Delta:
-    """Return M where the deltas lie, in float32; they come multiplied by their weights."""
+    """Return M in float32 on the device of the deltas, which are multiplied by their weights."""
     home, device = next(iter(deltas.values())).device, moments[0].d.device
-    # Transposed where need be, so that the input lies on the rows: Σ_t' τ_tᵀ is N_t Y_tᵀ for an
+    # Transpose if necessary, so that the inputs are on the rows: Σ_t' τ_tᵀ is N_t Y_tᵀ for an
     # adapter, N_t for a dense delta.
     factors: list[tuple[Tensor, Tensor]] = []
     dense: Tensor | None = None
@@ -161,9 +164,9 @@ def _merged(
 def _solve(moments: Sequence[_Softened], weights: Sequence[float], X: Tensor) -> Tensor:
     """Return G⁻¹ X for G = Σ_t w_t Σ_t', with X (n, r).
 
-    G = KᵀK + diag(g), where K (k, n) has the rows of all √w_t R_t. By D = diag(g)^(-½),
+    G = KᵀK + diag(g), where K (k, n) has the rows of all √w_t R_t. With D = diag(g)^(-½),
     G⁻¹ = D (I + DKᵀKD)⁻¹ D. For k < n the inverse is I − PᵀP with P = C⁻¹KD and C Cᵀ = I + KD²Kᵀ
-    (Woodbury), else it comes from Cholesky's decomposition.
+    (Woodbury), else it is computed by a Cholesky decomposition.
     """
     weighted = list(zip(weights, moments, strict=True))
     D = torch.stack([w * moment.d for w, moment in weighted]).sum(0).rsqrt()

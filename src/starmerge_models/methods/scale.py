@@ -1,4 +1,4 @@
-"""A factor on the merged update."""
+"""Scaling of the merged update by a constant factor."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Scale(PostStep):
 
     Source: the scaling coefficient of arXiv 2212.04089, for any merge of task vectors.
     Cost: none.
-    When to use: to strengthen or weaken a merge; ``own_response`` finds a factor by itself.
+    When to use: to strengthen or weaken a merge; ``own_response`` computes a factor by itself.
     """
 
-    factor: Annotated[float, Field(description="what the update is multiplied by")] = 1.0
+    factor: Annotated[float, Field(description="the factor of the update")] = 1.0
 
     def memory(self, tensor: TensorShape) -> int:
-        """Tell the bytes needed; see :meth:`Method.memory`."""
+        """Return the peak memory in bytes; see :meth:`Method.memory`."""
         return scaled_shape(tensor).nbytes
 
     def apply(self, merged: Delta, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:

@@ -1,4 +1,4 @@
-"""SCE: select what differs between the models, calculate their shares, erase minorities."""
+"""SCE: select the entries that differ between models, calculate shares, erase minority signs."""
 
 from __future__ import annotations
 
@@ -19,29 +19,31 @@ from starmerge_models.methods.memory import DeltaShape, TensorShape, dense_shape
 from starmerge_models.methods.method import Deltas, Merge, TensorContext, method, refuse_weights
 
 _LEAST_MASS = 1e-6
-"""What the agreeing shares are not taken below."""
+"""Lower bound of the sum of agreeing shares, to avoid a division by zero."""
 
 
 @method("sce")
 class Sce(Merge):
     """Keep the entries that vary most between the tasks, and average those of the elected sign.
 
-    Tensor by tensor: of the entries whose variance over the T tasks is not zero, the share
-    ``select_topk`` with the largest variance stays (with 1, everything); of equal ones the first.
-    Task t has the share ω_t ∝ mean(τ_t²) of what stays; γ is the sign of Σ_t τ_t, + where it is
-    zero; the update is Σ_{t ∈ A} ω_t τ_t / Σ_{t ∈ A} ω_t over the tasks A with sgn τ_t = γ.
+    In each tensor, of the entries whose variance over the T tasks is not zero, the share
+    ``select_topk`` with the largest variance is kept (with 1, all entries); ties go to the first.
+    Task t has the share ω_t ∝ mean(τ_t²) over the kept entries; γ is the sign of Σ_t τ_t, + where
+    the sum is zero; the update is Σ_{t ∈ A} ω_t τ_t / Σ_{t ∈ A} ω_t over the tasks A with
+    sgn τ_t = γ.
 
-    Source: FuseChat-3.0's SCE, arXiv 2408.07990; mergekit's sce. As there, all ω_t are 1/T where
-    Σ_t mean(τ_t²) is below a ``floor``, which holds for most fine-tunes; the paper has none (0).
-    Cost: three passes over the entries of all tasks; adapters become dense panel by panel.
+    Source: FuseChat-3.0's SCE, arXiv 2408.07990; mergekit's sce. As in mergekit, all ω_t are 1/T
+    where Σ_t mean(τ_t²) is below a ``floor``, which holds for most fine-tunes; the paper has no
+    floor (0).
+    Cost: three passes over the entries of all tasks; adapters are expanded to dense panels of rows.
     When to use: full fine-tunes that learned different things.
     """
 
     select_topk: Annotated[
-        float, Field(ge=0, le=1, description="share of the entries that differ to keep")
+        float, Field(ge=0, le=1, description="share to keep of the entries that differ")
     ] = 1.0
     floor: Annotated[
-        float, Field(ge=0, description="sum of mean squares below which all tasks count alike")
+        float, Field(ge=0, description="sum of mean squares below which all shares are equal")
     ] = 1e-6
 
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
@@ -49,13 +51,13 @@ class Sce(Merge):
         refuse_weights(self, tasks, weights, "the tasks' shares come from their energies")
 
     def memory(self, tensor: TensorShape) -> int:
-        """Tell the bytes needed; see :meth:`Method.memory`."""
-        # The result; where entries are selected, the variance, its magnitudes and two masks.
+        """Return the peak memory in bytes; see :meth:`Method.memory`."""
+        # The result; if entries are selected, also the variance, its magnitudes and two masks.
         selecting = 0 if self.select_topk == 1 else 10 * tensor.size
-        return tensor.held + panel_bytes(tensor) + 4 * tensor.size + selecting
+        return tensor.deltas_nbytes + panel_bytes(tensor) + 4 * tensor.size + selecting
 
     def result(self, tensor: TensorShape) -> DeltaShape:
-        """Tell what is made; see :meth:`Merge.result`."""
+        """Return the shape of the result; see :meth:`Merge.result`."""
         return dense_shape(tensor)
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
@@ -79,9 +81,10 @@ class Sce(Merge):
         return Dense(merged)
 
     def _selected(self, deltas: list[Delta], count: int) -> Tensor | None:
-        """Return where the variance over ``count`` tasks is among the largest, (m, n) bool.
+        """Return a mask of the entries with the largest variance over ``count`` tasks.
 
-        None for everywhere.
+        Returns:
+            (m, n) bool; None if all entries are kept.
         """
         if self.select_topk == 1:
             return None
@@ -91,7 +94,7 @@ class Sce(Merge):
             tau = [delta.entries(rows) for delta in deltas]
             mean = task_sum(tau).div_(count)
             squares = task_sum((tau_t - mean).square_() for tau_t in tau)
-            # The other tasks leave the tensor alone: their entries are zero.
+            # The entries of tasks that do not change the tensor are zero.
             squares += mean.square_().mul_(count - len(deltas))
             variance[rows] = squares.div_(count)
         different = int(torch.count_nonzero(variance))
@@ -112,7 +115,7 @@ def _energy(entries: Tensor) -> float:
 
 def _agreeing_mean(tau: list[Tensor], omega: list[float]) -> Tensor:
     """Return Σ_{t ∈ A} ω_t τ_t / Σ_{t ∈ A} ω_t, for tau (rows, n) float32 each."""
-    # The sign of the sum; + where that is zero.
+    # The sign of the sum; + where the sum is zero.
     gamma = task_sum(tau).sign_().float().mul_(2).add_(1).sign_()
     whole = torch.zeros(gamma.shape, dtype=torch.float64)
     mass = torch.zeros(gamma.shape, dtype=torch.float64)

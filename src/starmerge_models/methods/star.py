@@ -22,8 +22,8 @@ from starmerge_models.spectral.gram import svd_dense_bytes
 Percent = Annotated[float, Field(gt=0, le=100)]
 
 
-def _form(eta: object) -> str:
-    """Tell in which form η is given, so that an error speaks of that form alone."""
+def _eta_kind(eta: object) -> str:
+    """Return the form in which η is given; pydantic then validates and reports that form alone."""
     return "list" if isinstance(eta, list) else "patterns" if isinstance(eta, dict) else "number"
 
 
@@ -31,7 +31,7 @@ Eta = Annotated[
     Annotated[Percent, Tag("number")]
     | Annotated[list[Percent], Tag("list")]
     | Annotated[dict[str, Percent], Tag("patterns")],
-    Discriminator(_form),
+    Discriminator(_eta_kind),
 ]
 
 
@@ -40,27 +40,29 @@ class Star(Transform):
     """Truncate each task's spectrum, restore its nuclear norm; then average.
 
     For each task: δ = Σ σ_k u_k v_kᵀ; keep the smallest r with σ_1 + … + σ_r ≥ η % of Σσ; rescale
-    the kept σ by Σσ / Σ_{k≤r}σ. Dropping the small singular values removes much of what interferes
+    the kept σ by Σσ / Σ_{k≤r}σ. Dropping the small singular values removes much of the interference
     with other tasks and little of the task itself. Alone, ``star`` takes the mean over tasks as in
     the paper; ``star+ties`` and other chains merge the truncated task vectors in another way.
 
-    A vector (a norm's weight, a bias) has one singular value, so it is left as it is. So are
-    embeddings of full fine-tunes, unless ``embeddings`` says "merge": their rows are tokens, not
+    A vector (the weight of a norm, a bias) has one singular value, so it stays unchanged. So do
+    embeddings of full fine-tunes, unless ``embeddings`` is "merge": their rows are tokens, not
     directions, and their SVD is the largest of the model.
 
     The weights of a fine-tune stored in bfloat16 or float16 are rounded, and the rounding adds a
-    floor of noise to the spectrum, which would inflate the nuclear norm and the rank. Singular
-    values below it are dropped first (:mod:`starmerge_models.spectral.noise`); adapters have none.
+    noise floor to the spectrum, which would inflate the nuclear norm and the rank. Singular values
+    below the floor are dropped first (:mod:`starmerge_models.spectral.noise`). Adapters have no
+    such noise.
 
-    With a metric the spectrum is that of the task vector in whitened inputs
-    (:mod:`starmerge_models.spectral.metric`), where the noise would have another shape: what lies
-    below its floor is dropped before.
+    With a metric, the method truncates the spectrum of the task vector in whitened inputs
+    (:mod:`starmerge_models.spectral.metric`). Whitening would change the shape of the rounding
+    noise, so singular values below the noise floor are dropped before whitening.
 
     Source: arXiv 2502.10339, its rank rule and its default η = 40; defining repository
-    github.com/IBM/STAR. Different from there: an all-zero delta stays zero instead of NaN, and
-    adapters are decomposed exactly, not by a randomised SVD.
-    Cost: for adapters O((m + n)r²) a tensor and task; for full fine-tunes an SVD each.
-    When to use: several models, when averages get blurred; nothing to tune.
+    github.com/IBM/STAR. Differences: an all-zero delta stays zero instead of NaN, and adapters are
+    decomposed exactly, not by a randomised SVD.
+    Cost: O((m + n)r²) per tensor and task for adapters; one SVD per tensor and task for full
+    fine-tunes.
+    When to use: several models whose average loses too much of each; there is nothing to tune.
     """
 
     eta: Annotated[
@@ -80,19 +82,19 @@ class Star(Transform):
     noise_floor: Annotated[
         Literal["auto", "off"],
         Field(
-            description="whether singular values of full fine-tunes that the rounding of the "
-            "stored weights explains are dropped before eta is applied"
+            description="whether singular values of full fine-tunes below the noise of the stored "
+            "weights' rounding are dropped before eta is applied"
         ),
     ] = "auto"
     embeddings: Annotated[
         Literal["average", "merge"],
-        Field(description="what is done with embeddings of full fine-tunes"),
+        Field(description="how embeddings of full fine-tunes are merged: averaged, or as matrices"),
     ] = "average"
 
     uses_metric = True
 
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
-        """Compare a list or patterns of η with the models and tensors; see :meth:`Method.check`."""
+        """Check a list or patterns of η against models and tensors; see :meth:`Method.check`."""
         if isinstance(self.eta, list) and len(self.eta) != len(tasks):
             raise UsageError(
                 f"star: eta has {len(self.eta)} numbers for {len(tasks)} models. Give one for each."
@@ -110,29 +112,29 @@ class Star(Transform):
                     )
 
     def memory(self, tensor: TensorShape) -> int:
-        """Tell the bytes needed; see :meth:`Method.memory`."""
+        """Return the peak memory in bytes; see :meth:`Method.memory`."""
         m, n = tensor.matrix
-        # Of factors: both in float64, the kept vectors, and these with their values.
+        # For factors: float64 copies of both, the kept vectors, and the vectors times the values.
         low = 4 * tensor.factors(max(delta.rank or 0 for delta in tensor.deltas))
         if not tensor.has_dense or will_average(tensor, embeddings=self.embeddings):
             return low
-        # Whitened, and the noise taken off, a matrix becomes float64.
+        # Whitening and denoising convert a matrix to float64.
         width = 8 if tensor.whitening else tensor.width
         whitened = 24 * tensor.size if tensor.whitening else 0
-        # The kept vectors once more, with their values; and the matrix of them.
-        k = self._most(min(m, n))
+        # The kept vectors times their values, and the matrix of their product.
+        k = self._max_rank(min(m, n))
         kept = tensor.factors(k) + 4 * tensor.size
         work = svd_dense_bytes(m, n, width, k) + whitened + kept
         return max(low, rounding_bytes(tensor) + work)
 
     def result(self, delta: DeltaShape, tensor: TensorShape) -> DeltaShape:
-        """Tell what is made; see :meth:`Transform.result`."""
+        """Return the shape of the result; see :meth:`Transform.result`."""
         if delta.rank is not None:
-            rank = self._most(delta.rank)
+            rank = self._max_rank(delta.rank)
             return DeltaShape(rank, tensor.factors(rank))
         if will_average(tensor, embeddings=self.embeddings):
             return delta
-        # What is above the noise, in whitened inputs, may be factors of as many float64 entries.
+        # In whitened inputs, the result may have float64 factors of as many entries as the matrix.
         return DeltaShape(None, 8 * tensor.size) if tensor.whitening else dense_shape(tensor)
 
     def apply(
@@ -151,11 +153,11 @@ class Star(Transform):
                 floor = cut.noise
             kept, truncation = self._truncated(whitening.whiten(delta), task, tensor, None)
             kept, truncation = whitening.restore(kept), replace(truncation, noise=floor)
-        # What is kept of a full matrix may have more factor entries than the matrix itself.
+        # The kept factors of a full matrix may have more entries than the matrix itself.
         return kept if isinstance(delta, LowRank) else Dense(kept.to_dense()), truncation
 
-    def _most(self, rank: int) -> int:
-        """Return the highest rank that may be kept of one.
+    def _max_rank(self, rank: int) -> int:
+        """Return an upper bound of the kept rank of a matrix of the given rank.
 
         The first r of k descending numbers are at least r/k of their sum.
         """

@@ -1,4 +1,4 @@
-"""Subspace Boosting: small singular values of a merged update, lifted."""
+"""Subspace Boosting: raise the small singular values of a merged update."""
 
 from __future__ import annotations
 
@@ -21,30 +21,33 @@ from starmerge_models.spectral.dense import svd_bytes
 
 @method("subspace_boosting")
 class SubspaceBoosting(PostStep):
-    """Lift the small singular values of a merge, where sums bury the tasks' own directions.
+    """Raise the small singular values of a merge, which hold the tasks' own directions.
 
-    M = U Σ Vᵀ is what was merged, and r the least with σ_1 + … + σ_r ≥ β Σσ; every σ_k becomes
-    max(σ_k, σ_r). What the tasks share adds up in a sum and what is one task's own does not, so
-    that few directions are left of many models (rank collapse).
+    M = U Σ Vᵀ is the merged update, and r the least with σ_1 + … + σ_r ≥ β Σσ; every σ_k becomes
+    max(σ_k, σ_r). Directions that tasks share add up in a sum, and directions of one task do not,
+    so that a sum of many models is dominated by few directions (rank collapse).
 
-    The published β is small: where σ_1 alone is that share of Σσ, as in any merge of adapters of
-    less than 1/β directions, all singular values become σ_1. A larger β lifts less, β = 1 nothing.
+    The published β is small: where σ_1 alone is that share of Σσ, as in any merge of adapters with
+    fewer than 1/β directions, all singular values become σ_1. A larger β raises less, β = 1
+    nothing.
 
-    Directions that M does not have, σ ≤ 1e-6 ‖M‖, stay away: adapters' sums have a low rank, and
-    beyond it the vectors are any. Vectors, and embeddings of full fine-tunes, are left as they are.
+    Singular values σ ≤ 1e-6 ‖M‖ are dropped instead of raised: sums of adapters have a low rank,
+    and the singular vectors beyond it are arbitrary. Vectors, and embeddings of full fine-tunes,
+    are unchanged.
 
     Source: arXiv 2506.16506; defining repository github.com/ronskoro/Subspace-Boosting; the rule
-    and β = 0.01 as github.com/tanganke/fusion_bench has them. Different from there: directions that
-    M does not have are not lifted, query, key and value in one matrix are not taken apart, and all
-    matrices are boosted, not those of attention and MLP alone.
-    Cost: an SVD a tensor, of factors where the merge is low-rank.
-    When to use: after sums such as ``task_arithmetic``, for many tasks, with ``own_response`` after
-    it, since it makes the update larger. Refused after ``iso_c`` and ``iso_cts``, which leave
-    nothing to lift.
+    and β = 0.01 are those of github.com/tanganke/fusion_bench. Differences: zero singular values
+    are not raised, query, key and value in one matrix are not separated, and all matrices are
+    boosted, not only those of attention and MLP.
+    Cost: one SVD per tensor, from the factors if the merge is low-rank.
+    When to use: after sums such as ``task_arithmetic``, for many tasks, followed by
+    ``own_response``, because the step makes the update larger. Refused after ``iso_c`` and
+    ``iso_cts``, whose singular values are all equal.
     """
 
     beta: Annotated[
-        float, Field(gt=0, le=1, description="share of Σσ, β, up to which none is lifted")
+        float,
+        Field(gt=0, le=1, description="β, the share of Σσ whose singular values are not raised"),
     ] = 0.01
 
     def check_merge(self, merge: Merge) -> None:
@@ -56,25 +59,25 @@ class SubspaceBoosting(PostStep):
             )
 
     def memory(self, tensor: TensorShape) -> int:
-        """Tell the bytes needed; see :meth:`Method.memory`."""
-        seen = self._seen(tensor)
+        """Return the peak memory in bytes; see :meth:`Method.memory`."""
+        seen = self._of_update(tensor)
         if will_average(seen, embeddings="average"):
             return 0
         space = seen.core()
-        # The SVD of the update; its vectors with other values, and the result.
+        # The SVD of the update, its vectors times the new values, and the result.
         work = svd_bytes(space.p, space.q) + space.vectors + space.size
-        return max(space.making, space.nbytes + work + space.leaving)
+        return max(space.construction_bytes, space.nbytes + work + space.result_peak_bytes)
 
     def result(self, tensor: TensorShape) -> DeltaShape:
-        """Tell what is made; see :meth:`PostStep.result`."""
-        seen = self._seen(tensor)
+        """Return the shape of the result; see :meth:`PostStep.result`."""
+        seen = self._of_update(tensor)
         if will_average(seen, embeddings="average"):
             return scaled_shape(tensor)
         space = seen.core()
         return DeltaShape(space.rank, space.result)
 
     def apply(self, merged: Delta, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
-        """Lift one tensor's singular values; see :meth:`PostStep.apply`."""
+        """Raise the singular values of one tensor; see :meth:`PostStep.apply`."""
         if is_averaged([merged], tensor, embeddings="average"):
             return merged
 
@@ -89,6 +92,6 @@ class SubspaceBoosting(PostStep):
 
         return on_best_device([merged], boosted)
 
-    def _seen(self, tensor: TensorShape) -> TensorShape:
-        """Return the tensor with all that is looked at: the update alone."""
+    def _of_update(self, tensor: TensorShape) -> TensorShape:
+        """Return the shapes of a tensor whose only delta is the update."""
         return replace(tensor, deltas=(scaled_shape(tensor),))

@@ -1,4 +1,4 @@
-"""SVC: singular value calibration of a merged update."""
+"""SVC: calibration of the singular values of a merged update."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from starmerge_models.spectral.dense import svd_bytes
 
 @method("svc")
 class Svc(PostStep):
-    """Lower the directions of a merge that several tasks have pushed at once.
+    """Lower the singular values of directions in which the updates of several tasks add up.
 
-    M = U Σ Vᵀ is what was merged; along its r-th left singular vector, s_r^t =
-    ⟨u_rᵀM, u_rᵀτ_t⟩/‖u_rᵀτ_t‖² tells how much of task t's own response M has. Then σ_r becomes
-    γ_r σ_r with γ_r = T/Σ_t max(α, s_r^t). A task without a response there has s_r^t = 0: u_r is
-    known to float32, so a response of up to 1e-6 ‖τ_t‖ is none.
+    M = U Σ Vᵀ is the merged update; along its r-th left singular vector, s_r^t =
+    ⟨u_rᵀM, u_rᵀτ_t⟩/‖u_rᵀτ_t‖² is the share of task t's own response that M has. Then σ_r becomes
+    γ_r σ_r with γ_r = T/Σ_t max(α, s_r^t). A task without a response along u_r has s_r^t = 0. u_r
+    is accurate to float32, so responses up to 1e-6 ‖τ_t‖ count as zero.
 
-    With α = 1 singular values only ever shrink, which is always safe; the paper uses α = 1/T.
-    Vectors, and embeddings of full fine-tunes, are left as they are.
+    With α = 1 singular values never grow, which is always safe; the paper uses α = 1/T. Vectors,
+    and embeddings of full fine-tunes, are unchanged.
 
     Source: arXiv 2602.05536, Algorithm 1; defining repository github.com/lyymuwu/SVC.
-    Cost: an SVD a tensor, in Core Space where the merge and all task vectors are low-rank.
+    Cost: one SVD per tensor, in Core Space where the merge and all task vectors are low-rank.
     When to use: after sums such as ``task_arithmetic``. Refused after ``iso_c``, ``iso_cts`` and
-    ``subspace_boosting``: where singular values are equal, the directions are any.
+    ``subspace_boosting``: directions of equal singular values are arbitrary.
     """
 
     alpha: Annotated[
-        float | None, Field(gt=0, description="least response counted, α; without a value 1/T")
+        float | None, Field(gt=0, description="α, lower bound of a task's response; by default 1/T")
     ] = None
 
     def check_merge(self, merge: Merge) -> None:
@@ -60,18 +60,20 @@ class Svc(PostStep):
             )
 
     def memory(self, tensor: TensorShape) -> int:
-        """Tell the bytes needed; see :meth:`Method.memory`."""
-        seen = self._seen(tensor)
+        """Return the peak memory in bytes; see :meth:`Method.memory`."""
+        seen = self._with_update(tensor)
         if will_average(seen, embeddings="average"):
-            return tensor.held
-        space = seen.core().whole()
-        # The SVD of the update, a response to each direction, the vectors with other values.
+            return tensor.deltas_nbytes
+        space = seen.core().as_matrices()
+        # The SVD of the update, the responses of a task, the vectors times the new values.
         work = svd_bytes(space.p, space.q) + space.vectors + space.size
-        return tensor.held + max(space.making, space.nbytes + work + space.leaving)
+        return tensor.deltas_nbytes + max(
+            space.construction_bytes, space.nbytes + work + space.result_peak_bytes
+        )
 
     def result(self, tensor: TensorShape) -> DeltaShape:
-        """Tell what is made; see :meth:`PostStep.result`."""
-        seen = self._seen(tensor)
+        """Return the shape of the result; see :meth:`PostStep.result`."""
+        seen = self._with_update(tensor)
         if will_average(seen, embeddings="average"):
             return scaled_shape(tensor)
         space = seen.core()
@@ -86,7 +88,7 @@ class Svc(PostStep):
         alpha = self.alpha or 1 / T
 
         def calibrated(device: torch.device) -> Delta:
-            space = core_space([merged, *held], device).whole()
+            space = core_space([merged, *held], device).as_matrices()
             M, *tau = space.matrices
             svd = svd_matrix(M, space.noise * float(torch.linalg.vector_norm(M)))
             total = torch.full_like(svd.S, (T - len(tau)) * alpha)
@@ -100,6 +102,6 @@ class Svc(PostStep):
 
         return on_best_device([merged, *held], calibrated)
 
-    def _seen(self, tensor: TensorShape) -> TensorShape:
-        """Return the tensor with all that is looked at: the update and the task vectors."""
+    def _with_update(self, tensor: TensorShape) -> TensorShape:
+        """Return the shapes of a tensor whose deltas are the update and the task vectors."""
         return replace(tensor, deltas=(scaled_shape(tensor), *tensor.deltas))

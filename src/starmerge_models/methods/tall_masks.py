@@ -20,29 +20,31 @@ class TallMasks(EntrywiseMerge):
     """Task arithmetic on the entries that several tasks need.
 
     Task t needs an entry if |τ_t| > λ |τ_MTL − τ_t|, where τ_MTL = Σ τ_t. Entries that fewer than
-    ``min_tasks`` tasks need are dropped: those that none needs, and those that one alone needs. The
-    update is α Σ τ_t on the rest.
+    ``min_tasks`` tasks need are dropped: by default those that no task or a single task needs. The
+    update is α Σ τ_t on the remaining entries.
 
-    ``mtl="scaled"`` takes τ_MTL = α Σ τ_t, as in STAR's scripts, which keeps nearly everything.
+    ``mtl="scaled"`` uses τ_MTL = α Σ τ_t, as in STAR's scripts, which keeps nearly all entries.
 
     Source: arXiv 2405.07813 (Consensus Task Arithmetic); defining repository
     github.com/nik-dim/tall_masks, where λ is chosen for each task on validation data, from 0.2 to
     0.6, and α too.
-    Cost: one pass; adapters become dense panel by panel.
-    When to use: many tasks, of which some use entries that harm the others.
+    Cost: one pass; adapters are expanded to dense panels of rows.
+    When to use: many tasks, some of which change entries to the harm of the others.
     """
 
     lambda_: Annotated[
-        float, Field(ge=0, description="how much of the rest an entry must outweigh")
+        float, Field(ge=0, description="λ, the share of the other tasks' sum an entry must exceed")
     ] = 0.4
     alpha: Annotated[float, Field(description="factor of the summed task vectors")] = 0.4
-    min_tasks: Annotated[int, Field(ge=1, description="tasks that must need an entry")] = 2
+    min_tasks: Annotated[
+        int, Field(ge=1, description="least number of tasks that need an entry")
+    ] = 2
     mtl: Annotated[Literal["unscaled", "scaled"], Field(description="τ_MTL: Σ τ_t, or α Σ τ_t")] = (
         "unscaled"
     )
 
     def check(self, tasks: Sequence[str], weights: Sequence[float], tensors: Sequence[str]) -> None:
-        """Compare ``min_tasks`` with the number of models; see :meth:`Method.check`."""
+        """Check ``min_tasks`` against the number of models; see :meth:`Method.check`."""
         if self.min_tasks > len(tasks):
             raise UsageError(
                 f"tall_masks: min_tasks is {self.min_tasks}, and there are {len(tasks)} models, so "

@@ -16,16 +16,16 @@ class TaskArithmetic(Merge):
     """The scaled sum of the task vectors: base + α Σ w_t δ_t.
 
     Source: arXiv 2212.04089 (addition of task vectors); defining repository
-    github.com/mlfoundations/task_vectors. There α is chosen on validation data; 0.4 is a common
-    choice without. The sum grows with the number of models: lower α for many.
-    Cost: one addition a tensor and task.
-    When to use: when there is a validation set to choose α on.
+    github.com/mlfoundations/task_vectors. The paper chooses α on validation data; 0.4 is a common
+    choice without such data. The sum grows with the number of models: lower α for many.
+    Cost: one addition per tensor and task.
+    When to use: with a validation set to choose α on.
     """
 
     alpha: Annotated[float, Field(description="factor of the summed task vectors")] = 0.4
 
     def memory(self, tensor: TensorShape) -> int:
-        """Tell the bytes needed; see :meth:`Method.memory`."""
+        """Return the peak memory in bytes; see :meth:`Method.memory`."""
         return total_bytes(tensor)
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:

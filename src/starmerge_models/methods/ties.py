@@ -1,4 +1,4 @@
-"""TIES: trim, elect signs, merge what agrees."""
+"""TIES: trim, elect signs, merge the entries that agree."""
 
 from __future__ import annotations
 
@@ -14,17 +14,24 @@ from torch import Tensor
 from starmerge_models.deltas import Delta
 from starmerge_models.methods.kinds.entrywise import EntrywiseMerge, panels, task_sum
 from starmerge_models.methods.method import Deltas, TensorContext, Walk, method
-from starmerge_models.methods.trim import Percent, Scope, global_thresholds, thresholds, trimmed
+from starmerge_models.methods.trim import (
+    PASSES,
+    Percent,
+    Scope,
+    global_thresholds,
+    thresholds,
+    trimmed,
+)
 
 
 @dataclass(frozen=True)
 class TiesSurvey:
-    """What TIES must know of the whole model."""
+    """Statistics of the whole model for TIES."""
 
     thresholds: list[float] | None
-    """By task, the magnitude below which entries are dropped; None where tensors have their own."""
+    """By task, the magnitude below which entries are dropped; None for thresholds per tensor."""
     majority: float = 0.0
-    """The sign of most elected entries, −1, 0 or 1."""
+    """The more frequent sign of the elected entries, −1 or 1; 0 in a draw."""
 
 
 @method("ties")
@@ -36,13 +43,13 @@ class Ties(EntrywiseMerge):
     weights, that is the mean over A.
 
     Where entries cancel exactly, γ is the majority of the signs over the whole model, as in the
-    defining repository, or zero, as the formula says (``zero_sign``); without a majority, zero.
+    defining repository, or zero, as in the formula (``zero_sign``). Without a majority it is zero.
 
     Source: arXiv 2306.01708, with its k = 20 and λ = 1; github.com/prateeky2806/ties-merging.
-    Different from there: the threshold is the ⌈k %⌉-th largest magnitude, where the repository
+    Differences: the threshold is the ⌈k %⌉-th largest magnitude, where the repository
     keeps one entry more.
-    Cost: four passes over the model, one of them over every 17th row (a single one with
-    ``scope=local`` and ``zero_sign=zero``); adapters become dense panel by panel.
+    Cost: four passes over the model, one of them over every 17th row (a single pass with
+    ``scope=local`` and ``zero_sign=zero``); adapters are expanded to dense panels of rows.
     When to use: task vectors whose entries conflict in sign; full fine-tunes more than adapters.
     """
 
@@ -51,8 +58,13 @@ class Ties(EntrywiseMerge):
     lambda_: Annotated[float, Field(description="factor of the merged update")] = 1.0
     zero_sign: Annotated[
         Literal["majority", "zero"],
-        Field(description="the sign of entries that cancel: the model's majority, or none"),
+        Field(description="sign of entries that cancel exactly: the model's majority, or zero"),
     ] = "majority"
+
+    @property
+    def passes(self) -> int:
+        """See :attr:`Method.passes`."""
+        return PASSES * (self.scope == "global") + (self.zero_sign == "majority")
 
     def survey(self, walk: Walk) -> TiesSurvey:
         """Find the thresholds and the majority of signs; see :meth:`Merge.survey`."""
@@ -73,10 +85,10 @@ class Ties(EntrywiseMerge):
         majority = sum(walk(signs))
         return TiesSurvey(found.thresholds, float((majority > 0) - (majority < 0)))
 
-    def look(
+    def prepare_tensor(
         self, deltas: dict[int, Delta], tensor: TensorContext, survey: TiesSurvey
     ) -> tuple[dict[int, float], float]:
-        """Return the thresholds of the tensor's tasks; see :meth:`EntrywiseMerge.look`."""
+        """Return the thresholds of the tasks; see :meth:`EntrywiseMerge.prepare_tensor`."""
         return thresholds(deltas, self.k, survey.thresholds), survey.majority
 
     def merge_entries(
@@ -92,7 +104,7 @@ class Ties(EntrywiseMerge):
 def elected_mean(
     tau: Sequence[Tensor] | Tensor, weights: Sequence[float], majority: float
 ) -> Tensor:
-    """Elect a sign for each entry and take the mean of the entries that have it.
+    """Elect a sign for each entry and average the tasks' entries that have this sign.
 
     Args:
         tau: (T', ...) w_t · τ̂_t, float32 or float64.
@@ -100,19 +112,19 @@ def elected_mean(
         majority: The sign of entries that cancel exactly.
 
     Returns:
-        (...) float64; 0 where no entry has the sign.
+        (...) float64; 0 where no entry has the elected sign.
     """
-    # The sign of the sum, of the majority where that is zero.
+    # The sign of the sum; the majority's where the sum is zero.
     gamma = task_sum(tau).sign_().to(tau[0].dtype).mul_(2).add_(majority).sign_()
     whole = gamma.new_zeros(gamma.shape, dtype=torch.float64)
-    # Where each task counts once, float32 is exact.
+    # float32 counts exactly where all weights are ±1.
     alike = all(abs(w) == 1 for w in weights)
     mass = gamma.new_zeros(gamma.shape, dtype=torch.float32 if alike else torch.float64)
     for tau_t, w in zip(tau, weights, strict=True):
-        # |τ̂_t| where it has the sign, else 0.
+        # |τ̂_t| where it has the elected sign, else 0.
         agreeing = torch.mul(tau_t, gamma).clamp_(min=0)
         whole += agreeing
         mass.add_(agreeing.sign_(), alpha=abs(w))
     whole /= mass.clamp_(min=torch.finfo(mass.dtype).tiny)
-    # Not −0 where nothing agrees with a negative sign.
+    # Adding 0 turns −0, where no entry agrees with a negative sign, into 0.
     return whole.mul_(gamma).add_(0.0)

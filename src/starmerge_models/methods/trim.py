@@ -1,4 +1,4 @@
-"""Trimming: only the largest entries of each task vector stay."""
+"""Trimming: keep only the largest entries of each task vector."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from starmerge_models.spectral.core_space import FLOAT64_NOISE
 
 Scope = Annotated[
     Literal["global", "local"],
-    Field(description="whether the largest of the whole model stay, or of each tensor"),
+    Field(description="whether the largest entries of the whole model or of each tensor are kept"),
 ]
 Percent = Annotated[
     float, Field(gt=0, le=100, description="share of the entries to keep, in percent")
@@ -33,8 +33,9 @@ Percent = Annotated[
 class Trim(Transform):
     """Keep the k % of each task vector's entries with the largest magnitudes, drop the rest.
 
-    An entry stays if its magnitude is at least the ⌈k %⌉-th largest; all that equal it stay. What
-    counts are all entries of the merged tensors, also those that the task leaves alone.
+    An entry is kept if its magnitude is at least the ⌈k %⌉-th largest, so ties with it are all
+    kept. The percentage refers to all entries of the merged tensors, including tensors that the
+    task does not change.
 
     Source: the first step of TIES, arXiv 2306.01708. Its repository keeps one entry more.
     Cost: two more passes over the model for the exact global threshold, one of them over every
@@ -45,16 +46,21 @@ class Trim(Transform):
     k: Percent = 20.0
     scope: Scope = "global"
 
+    @property
+    def passes(self) -> int:
+        """See :attr:`Method.passes`."""
+        return PASSES if self.scope == "global" else 0
+
     def survey(self, walk: Walk) -> Any:
         """Find the thresholds of all tasks; see :meth:`Transform.survey`."""
         return global_thresholds(walk, self.k) if self.scope == "global" else None
 
     def memory(self, tensor: TensorShape) -> int:
-        """Tell the bytes needed; see :meth:`Method.memory`."""
+        """Return the peak memory in bytes; see :meth:`Method.memory`."""
         return 4 * tensor.size + panel_bytes(tensor, 1, numbers=6)
 
     def result(self, delta: DeltaShape, tensor: TensorShape) -> DeltaShape:
-        """Tell what is made; see :meth:`Transform.result`."""
+        """Return the shape of the result; see :meth:`Transform.result`."""
         return dense_shape(tensor)
 
     def apply(
@@ -69,7 +75,7 @@ class Trim(Transform):
 
 
 def trimmed(entries: Tensor, threshold: float) -> Tensor:
-    """Return entries, float32, of which those with magnitudes below a threshold are zero.
+    """Return entries with those of magnitudes below a threshold set to zero, float32.
 
     Args:
         entries: float32.
@@ -77,20 +83,20 @@ def trimmed(entries: Tensor, threshold: float) -> Tensor:
     """
     if threshold == 0:
         return entries
-    # What is shrunk are magnitudes up to a number; they are those below the next.
+    # hardshrink zeroes magnitudes ≤ its argument, so pass the next smaller float32 number.
     below = np.nextafter(np.float32(threshold), np.float32(0))
     return torch.hardshrink(entries, float(below))
 
 
 def largest_entries(matrix: Tensor, count: int, noise: float) -> Tensor:
-    """Return a matrix of computed coordinates of which only the largest entries stay.
+    """Return a matrix of computed coordinates with all but its largest entries set to zero.
 
     Args:
         matrix: float64.
-        count: How many entries stay, and with them what equals the last one but for the rounding of
-            float64.
-        noise: What the rounding of the task vectors may make of a zero, as a share of the norm;
-            entries that are no larger go.
+        count: Number of entries to keep. Entries that equal the last of them up to the rounding of
+            float64 are kept too.
+        noise: Magnitude that the rounding of the task vectors can give to a zero, as a share of the
+            norm. Entries up to this magnitude are set to zero.
     """
     if not matrix.numel():
         return matrix
@@ -100,11 +106,16 @@ def largest_entries(matrix: Tensor, count: int, noise: float) -> Tensor:
     return torch.where(large, matrix, 0.0)
 
 
+PASSES = 2
+"""Passes over the model that :func:`global_thresholds` makes, unless it must repeat them."""
+
+
 def global_thresholds(walk: Walk, k: float) -> list[float]:
     """Return the magnitude of the ⌈k %⌉-th largest entry of each task's whole task vector.
 
-    Goes through the model twice: over some of the rows, and over all. Where some misled, which is
-    rare, it goes twice over all.
+    Takes two passes over the model: one over a sample of the rows, which brackets the thresholds,
+    and one over all rows. If the sample's bracket misses a threshold, which is rare, both passes
+    are repeated over all rows.
     """
     for step in (SAMPLE, 1):
         kth, between = _brackets(walk, k, step)
@@ -137,9 +148,9 @@ def thresholds(
 
 
 def _brackets(walk: Walk, k: float, step: int) -> tuple[int, list[range]]:
-    """Return ⌈k %⌉ of the model's entries, and for each task the bits where that one may lie."""
+    """Return ⌈k %⌉ of the model's entries, and each task's range of bits that holds its entry."""
 
-    def look(
+    def visit(
         deltas: Deltas, tensor: TensorContext
     ) -> tuple[int, int, dict[int, npt.NDArray[np.float64]]]:
         counts, size = {}, 0
@@ -149,7 +160,7 @@ def _brackets(walk: Walk, k: float, step: int) -> tuple[int, list[range]]:
         return len(tensor.tasks), size, counts
 
     whole, sums = 0, dict[int, npt.NDArray[np.float64]]()
-    for tasks, size, counts in walk(look):
+    for tasks, size, counts in walk(visit):
         whole += size
         sums = sums or {task: histogram([], 0) for task in range(tasks)}
         for task, own in counts.items():
@@ -159,9 +170,9 @@ def _brackets(walk: Walk, k: float, step: int) -> tuple[int, list[range]]:
 
 
 def _between(walk: Walk, kth: int, between: list[range]) -> list[float | None]:
-    """Return each task's kth largest magnitude; None where it is not between the bits."""
+    """Return each task's kth largest magnitude; None if it lies outside the task's range."""
 
-    def look(deltas: Deltas, tensor: TensorContext) -> dict[int, Tally]:
+    def visit(deltas: Deltas, tensor: TensorContext) -> dict[int, Tally]:
         tallies = {}
         for task, delta in deltas.items():
             tallies[task] = Tally(between[task])
@@ -170,7 +181,7 @@ def _between(walk: Walk, kth: int, between: list[range]) -> list[float | None]:
         return tallies
 
     sums = [Tally(bits) for bits in between]
-    for tallies in walk(look):
+    for tallies in walk(visit):
         for task, own in tallies.items():
             sums[task].merge(own)
     return [tally.kth_largest(kth) for tally in sums]

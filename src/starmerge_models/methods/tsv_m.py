@@ -18,21 +18,21 @@ from starmerge_models.spectral.dense import polar_bytes
 
 @method("tsv_m")
 class TsvM(CoreSpaceMerge):
-    """Put the tasks' leading singular vectors side by side and make them orthogonal.
+    """Concatenate the tasks' leading singular vectors and make them orthogonal.
 
     τ_t = U_t Σ_t V_tᵀ, the first k triplets of each; U = [U_1 … U_T], Σ = diag(Σ_1 … Σ_T),
-    V = [V_1 … V_T]; U⊥ and V⊥ are the polar factors of U and V; the update is α U⊥ Σ V⊥ᵀ. Tasks
-    that share directions no longer add up in them.
+    V = [V_1 … V_T]; U⊥ and V⊥ are the polar factors of U and V; the update is α U⊥ Σ V⊥ᵀ. The
+    updates of tasks that share directions no longer add up in these directions.
 
-    ``triplets="share"`` gives each task that changes the tensor ⌊min(m, n)/T⌋ triplets, as in the
-    paper; it has fewer if its rank is lower, so adapters usually keep all of theirs.
+    ``triplets="share"`` keeps ⌊min(m, n)/T⌋ triplets of each task that changes the tensor, as in
+    the paper, or fewer for a task of lower rank, so that adapters usually keep all triplets.
 
     Source: arXiv 2412.00081; defining repository github.com/AntoAndGar/task_singular_vectors.
-    Different from there: directions that no task has are left out, where LAPACK's choice of them
-    came in.
-    Cost: an SVD a task and two of all kept vectors; for adapters in Core Space, the former from
-    their factors.
-    When to use: adapters of different people, whose directions overlap little.
+    Differences: directions that no task has are dropped, where the repository includes arbitrary
+    ones chosen by LAPACK.
+    Cost: one SVD per task, from the factors for adapters, and two of all kept vectors, in Core
+    Space for adapters.
+    When to use: adapters of independent origin, whose directions overlap little.
     """
 
     alpha: Annotated[float, Field(description="factor of the merged update")] = 1.0
@@ -42,14 +42,14 @@ class TsvM(CoreSpaceMerge):
     ] = "share"
 
     def matrix_memory(self, space: CoreShape) -> int:
-        """Tell the bytes needed; see :meth:`CoreSpaceMerge.matrix_memory`."""
-        # The vectors of each task; those kept, c of all tasks, side by side, their polar factors,
-        # and the scaled ones; the result.
+        """Return the peak memory in bytes; see :meth:`CoreSpaceMerge.matrix_memory`."""
+        # The vectors of each task; the c kept vectors of all tasks, concatenated, their polar
+        # factors, and the scaled factors; the result.
         c = sum(min(rank, self._kept(space.shape, space.count)) for rank in space.ranks)
         side = max(space.p, space.q)
         kept = 8 * 3 * c * (space.p + space.q)
         work = kept + 2 * space.size + polar_bytes(side, c)
-        return space.svds + max(space.svd_making, work)
+        return space.svds + max(space.svd_peak_bytes, work)
 
     def merge_coordinates(
         self,
@@ -67,7 +67,7 @@ class TsvM(CoreSpaceMerge):
         return self.alpha * (polar(U, space.noise) * S) @ polar(V, space.noise).T
 
     def _kept(self, shape: tuple[int, int], T: int) -> int:
-        """Return the largest number of triplets that each of T tasks gives."""
+        """Return the largest number of triplets that is kept of each of T tasks."""
         size = min(shape)
         share = {"share": max(1, size // T), "all": size}
         return int(share.get(str(self.triplets), self.triplets))

@@ -1,4 +1,4 @@
-"""Singular value decompositions of deltas, and the truncation that STAR makes of them."""
+"""Singular value decompositions of deltas, and STAR's truncation."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from starmerge_models.spectral.core_space import CoreSpace, core_space, on_best_
 from starmerge_models.spectral.dense import polar, svd_matrix
 from starmerge_models.spectral.factored import svd_factored
 from starmerge_models.spectral.gram import GramSVD, svd_dense
+from starmerge_models.spectral.memoisation import memoised
 from starmerge_models.spectral.noise import Floor, Rounding, noise_floor, rounding_noise
-from starmerge_models.spectral.remembered import remembered
-from starmerge_models.spectral.svd import SVD, Decomposition, UncertainError, certainly
+from starmerge_models.spectral.svd import SVD, Decomposition, UncertainError, with_exact_fallback
 from starmerge_models.spectral.truncation import (
     Truncation,
     floor_of,
@@ -19,18 +19,18 @@ from starmerge_models.spectral.truncation import (
 )
 
 
-@remembered
+@memoised
 def svd(delta: Delta) -> Decomposition:
     """Return the decomposition of a delta by the kernel that fits its structure.
 
-    It is remembered as long as the delta itself lives, so that a sweep over η, methods or subsets
-    of the models pays once for each delta. Of a low-rank delta that is its SVD; of a large dense
-    one all singular values and, in 8·min(m, n)² bytes, what vectors are made from. A delta's
-    tensors must not be changed after this.
+    The result is cached for the lifetime of the delta, so that a sweep over η, methods or subsets
+    of the models decomposes each delta once. The cache holds the SVD of a low-rank delta; for a
+    large dense delta it holds all singular values and 8·min(m, n)² bytes from which vectors are
+    computed on request. A delta's tensors must not be changed after the call.
 
     Raises:
         ValueError: A factor of a low-rank delta has a NaN or an infinity.
-        torch.linalg.LinAlgError: A dense delta has.
+        torch.linalg.LinAlgError: A dense delta has a NaN or an infinity.
     """
     return svd_factored(delta) if isinstance(delta, LowRank) else svd_dense(delta)
 
@@ -44,14 +44,13 @@ __all__ = [
     "Rounding",
     "Truncation",
     "UncertainError",
-    "certainly",
     "core_space",
     "floor_of",
     "kept_rank",
+    "memoised",
     "noise_floor",
     "on_best_device",
     "polar",
-    "remembered",
     "rounding_noise",
     "svd",
     "svd_dense",
@@ -59,4 +58,5 @@ __all__ = [
     "svd_matrix",
     "truncate_and_rescale",
     "truncation_of",
+    "with_exact_fallback",
 ]

@@ -1,4 +1,4 @@
-"""A root of a positive semidefinite matrix, with as many rows as its numerical rank."""
+"""Square root of a positive semidefinite matrix, with as many rows as its numerical rank."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from starmerge_models.spectral import lapack
 
 
 def pivoted_root(matrix: Tensor) -> Tensor:
-    """Return R (k, n) with RᵀR = A, by Cholesky's decomposition with complete pivoting (dpstrf).
+    """Return R (k, n) with RᵀR = A, by the Cholesky decomposition with complete pivoting (dpstrf).
 
-    It ends at the first pivot that is no larger than n · 2⁻⁵³ of the largest, which is LAPACK's
-    default: k is the numerical rank of A, but one at least. The rows of R come in the order of
-    their pivots, each being triangular up to a permutation of the columns.
+    The decomposition ends at the first pivot of at most n · 2⁻⁵³ of the largest, which is LAPACK's
+    default: k is the numerical rank of A, but at least 1. The rows of R are in the order of the
+    pivots, and R is triangular up to a permutation of the columns.
 
-    Cost: n k² operations (multiply and add) at most, one thread; no memory but A's and R's.
+    Cost: at most n k² operations (multiply and add) in one thread; no memory besides A and R.
 
     Args:
         matrix: A (n, n), float64, contiguous, on the CPU, finite; overwritten. Only its upper
@@ -29,7 +29,7 @@ def pivoted_root(matrix: Tensor) -> Tensor:
     n = len(matrix)
     pivots, work = torch.empty(n, dtype=torch.int32), matrix.new_empty(2 * n)
     rank, info = ctypes.c_int(), ctypes.c_int()
-    # The upper triangle by rows is the lower one by columns, as Fortran sees it.
+    # The upper triangle in row-major order is the lower one in Fortran's column-major order.
     with lapack.one_thread():
         lapack.call("dpstrf", "L", n, matrix, n, pivots, rank, -1.0, work, info)
     if info.value < 0:

@@ -1,4 +1,4 @@
-"""One task vector in Core Space: its matrix C_t, or factors of it."""
+"""Coordinates of a task vector in Core Space: the matrix C_t, or factors of it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from starmerge_models.spectral.dense import svd_bytes, svd_matrix
 from starmerge_models.spectral.svd import SVD
 
 CANCELLED = 1e-13
-"""A product of factors that is at most this share of its terms is rounding."""
+"""A product of factors of at most this share of its terms is rounding, and treated as zero."""
 
 
 class Coordinates(Protocol):
-    """C_t (p, q) of one task vector, however it is kept."""
+    """C_t (p, q) of one task vector, stored as a matrix or as factors."""
 
     @property
     def matrix(self) -> Tensor:
@@ -26,22 +26,22 @@ class Coordinates(Protocol):
 
     @property
     def norm(self) -> float:
-        """‖C_t‖, Frobenius'."""
+        """The Frobenius norm ‖C_t‖."""
 
     @property
     def is_zero(self) -> bool:
-        """Whether it is zero, or was all rounding."""
+        """Whether C_t is zero or only rounding."""
 
     def svd(self, floor: float) -> SVD:
-        """Return the SVD, without the triplets of σ ≤ ``floor``.
+        """Return the SVD without the triplets of σ ≤ ``floor``.
 
-        It is made once, and kept as long as this object is.
+        The SVD is computed once and cached in this object.
         """
 
 
 @dataclass(frozen=True, eq=False)
-class Whole:
-    """C_t as a matrix."""
+class MatrixCoordinates:
+    """C_t stored as a matrix."""
 
     matrix: Tensor
     """(p, q) float64."""
@@ -66,8 +66,8 @@ class Whole:
 
 
 @dataclass(frozen=True, eq=False)
-class Factored:
-    """C_t = scale · left · rightᵀ, multiplied out each time that the matrix is asked for."""
+class FactoredCoordinates:
+    """C_t = scale · left · rightᵀ; the matrix is computed on each access."""
 
     left: Tensor
     """(p, r), any floating dtype."""
@@ -77,17 +77,17 @@ class Factored:
 
     @property
     def matrix(self) -> Tensor:
-        """See :class:`Coordinates`; made anew at each look, by :func:`product`."""
+        """See :class:`Coordinates`; computed on each access, by :func:`product`."""
         return product(self.left.double(), self.right.double(), self.scale)
 
     @cached_property
     def norm(self) -> float:
-        """See :class:`Coordinates`; from the SVD."""
+        """See :class:`Coordinates`; computed from the SVD."""
         return float(torch.linalg.vector_norm(self._svd.S))
 
     @property
     def is_zero(self) -> bool:
-        """See :class:`Coordinates`; from the SVD."""
+        """See :class:`Coordinates`; computed from the SVD."""
         return not self._svd.S.any()
 
     def svd(self, floor: float) -> SVD:
@@ -99,22 +99,24 @@ class Factored:
         return svd_product(self.left.double(), self.right.double(), self.scale)
 
 
-def coordinates(left: Tensor, right: Tensor, scale: float) -> Whole | Factored:
-    """Return scale · left · rightᵀ, (p, r) and (q, r), as factors if they are the smaller."""
+def coordinates(
+    left: Tensor, right: Tensor, scale: float
+) -> MatrixCoordinates | FactoredCoordinates:
+    """Return scale · left · rightᵀ, (p, r) and (q, r), as factors if these have fewer entries."""
     if stays_factored(left.shape[0], right.shape[0], left.shape[1]):
-        return Factored(left, right, scale)
-    return Whole(product(left.double(), right.double(), scale))
+        return FactoredCoordinates(left, right, scale)
+    return MatrixCoordinates(product(left.double(), right.double(), scale))
 
 
 def stays_factored(p: int, q: int, rank: int) -> bool:
-    """Tell whether factors (p, rank) and (q, rank) have fewer entries than their product."""
+    """Return whether factors (p, rank) and (q, rank) have fewer entries than their product."""
     return rank * (p + q) < p * q
 
 
 def product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """Return scale · left · rightᵀ, and zeros where only rounding is left of terms that cancel.
+    """Return scale · left · rightᵀ; exactly zero if its terms cancel up to rounding.
 
-    A zero task vector must be one: methods normalise task vectors and count them.
+    A zero task vector must be exactly zero, because methods normalise and count task vectors.
 
     Args:
         left: (p, r) float64.
@@ -129,10 +131,11 @@ def product(left: Tensor, right: Tensor, scale: float) -> Tensor:
 def svd_product(left: Tensor, right: Tensor, scale: float) -> SVD:
     """Return the SVD of scale · left · rightᵀ, without forming the product.
 
-    By QR of both factors and an SVD of r × r. Column by column, QR has the precision of float64, so
-    the result is as good as the SVD of the product; :func:`starmerge_models.spectral.svd_factored`,
-    by Gram matrices, loses directions below 1e-7 of the largest. Where only rounding is left of
-    terms that cancel there are no triplets, as :func:`product` is zero there.
+    Computed by QR of both factors and an SVD of r × r. QR has the precision of float64 in each
+    column, so the result is as accurate as the SVD of the product;
+    :func:`starmerge_models.spectral.svd_factored` uses Gram matrices and loses directions below
+    1e-7 of the largest. If the terms cancel up to rounding, so that :func:`product` is zero, there
+    are no triplets.
 
     Cost: O((p + q)r² + r³), against O(pq·min(p, q)) for the product.
 
@@ -153,9 +156,10 @@ def svd_product(left: Tensor, right: Tensor, scale: float) -> SVD:
 
 
 def svd_product_bytes(p: int, q: int, rank: int) -> int:
-    """Return the bytes at the peak of :func:`svd_product`, its result included.
+    """Return the peak bytes of :func:`svd_product`, including its result.
 
-    The factors in float64, the bases Q, the vectors, and LAPACK's copy of one; r × r besides.
+    They are the factors in float64, the bases Q, the vectors, LAPACK's copy of one factor, and
+    matrices of r × r.
     """
     return 8 * rank * (3 * (p + q) + max(p, q)) + 8 * 4 * rank**2 + svd_bytes(rank, rank)
 

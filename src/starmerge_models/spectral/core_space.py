@@ -13,8 +13,8 @@ from starmerge_models.deltas import Delta, Dense, LowRank
 from starmerge_models.device import CPU, is_large, ready, run
 from starmerge_models.spectral.coordinates import (
     Coordinates,
-    Factored,
-    Whole,
+    FactoredCoordinates,
+    MatrixCoordinates,
     coordinates,
     stays_factored,
     svd_product_bytes,
@@ -25,20 +25,20 @@ from starmerge_models.spectral.metric import Whitening
 _T = TypeVar("_T")
 
 FLOAT64_NOISE = 1e-10
-"""What float64 arithmetic may add to a singular value, and more, as a share of the norm."""
+"""Generous bound of the error of a singular value in float64, as a share of the norm."""
 
 FLOAT32_NOISE = 1e-6
-"""The same for deltas whose entries were rounded to float32: about 2⁻²⁴ whatever the size."""
+"""The same for deltas whose entries were rounded to float32: about 2⁻²⁴ for every size."""
 
 
 @dataclass(frozen=True, eq=False)
 class CoreSpace:
-    """Matrices τ_t = U C_t Vᵀ, of which a method that any rotation leaves alone need only see C_t.
+    """Matrices τ_t = U C_t Vᵀ; a rotation-equivariant method only needs the C_t.
 
-    Source: arXiv 2509.17786. The bases span the columns of all B_t and the rows of all A_t, so
-    nothing is lost. Deltas whose ranks add up to more than the matrix has rows or columns, as those
-    of most dense ones do, stay in the coordinates they have. Low-rank ones keep their factors there
-    until a method asks for a matrix.
+    Source: arXiv 2509.17786. The bases span the columns of all B_t and the rows of all A_t, so the
+    representation is exact. If the total rank of the deltas exceeds the number of rows or columns,
+    as for most dense deltas, this side keeps its original coordinates. Low-rank deltas are stored
+    as factors until a method reads a matrix.
     """
 
     tasks: list[Coordinates]
@@ -46,39 +46,39 @@ class CoreSpace:
     shape: tuple[int, int]
     """(m, n) of the deltas themselves."""
     U: Tensor | None
-    """(m, p) float64, orthonormal columns; None for the coordinates there are, p = m."""
+    """(m, p) float64, orthonormal columns; None for the original coordinates, p = m."""
     V: Tensor | None
-    """(n, q) float64, orthonormal columns; None for the coordinates there are, q = n."""
+    """(n, q) float64, orthonormal columns; None for the original coordinates, q = n."""
     noise: float
     """Singular values below this share of the task vectors' norms are rounding."""
     home: torch.device = CPU
-    """Where the deltas lie. The matrices and bases lie on the device that works with them."""
+    """Device of the deltas; the matrices and bases may be on another device."""
     whitening: Whitening | None = None
-    """Brought the deltas into whitened inputs, of which :meth:`delta` and :meth:`product` bring
-    their results back; on the device of the matrices."""
+    """The whitening that was applied to the deltas, which :meth:`delta` and :meth:`product` invert;
+    on the device of the matrices."""
 
     @property
     def matrices(self) -> list[Tensor]:
-        """C_t, (p, q) float64 each; those of factors are multiplied out at each look."""
+        """C_t, (p, q) float64 each; products of factors are computed on each access."""
         return [C.matrix for C in self.tasks]
 
-    def whole(self) -> CoreSpace:
-        """Return the same space with all matrices multiplied out, for who looks at them often."""
-        return replace(self, tasks=[Whole(matrix) for matrix in self.matrices])
+    def as_matrices(self) -> CoreSpace:
+        """Return the same space with all factors multiplied once, for repeated access."""
+        return replace(self, tasks=[MatrixCoordinates(matrix) for matrix in self.matrices])
 
     @property
     def floor(self) -> float:
-        """Singular values of the C_t, of their sums and differences that are at most this are zero.
+        """Upper bound of singular values that are rounding, in C_t and their sums and differences.
 
-        :attr:`noise` times the sum of the task vectors' Frobenius norms.
+        It is :attr:`noise` times the sum of the task vectors' Frobenius norms.
         """
         return self.noise * sum(C.norm for C in self.tasks)
 
     def delta(self, matrix: Tensor) -> Delta:
-        """Return what a matrix (p, q) of this space is as a delta (m, n), rounded to float32 once.
+        """Transform a matrix (p, q) of this space back to a delta (m, n), rounded to float32 once.
 
-        The shorter of p and q becomes the rank; a delta is dense if that is m or n. It lies where
-        the deltas do, whatever device the matrix is on.
+        The rank of the delta is min(p, q); it is dense if that is m or n. The result is on the
+        device of the deltas.
         """
         if matrix.shape[0] <= matrix.shape[1]:
             right = matrix if self.V is None else matrix @ self.V.T
@@ -94,9 +94,10 @@ class CoreSpace:
         return Dense(delta.tensor.float().to(self.home))
 
     def product(self, left: Tensor, right: Tensor) -> Delta:
-        """Return what left · rightᵀ, (p, r) and (q, r), is as a delta (m, n) of rank r.
+        """Transform left · rightᵀ, (p, r) and (q, r), back to a delta (m, n) of rank r.
 
-        It is rounded to float32 once, and dense if r is m or n. It lies where the deltas do.
+        It is rounded to float32 once, and dense if r is m or n. The result is on the device of the
+        deltas.
         """
         if left.shape[1] >= min(self.shape):
             return self.delta(left @ right.T)
@@ -108,17 +109,17 @@ class CoreSpace:
 def on_best_device(
     deltas: Sequence[Delta], work: Callable[[torch.device], _T], *, beside: int = 0
 ) -> _T:
-    """Return ``work(device)`` for the device on which to merge one tensor's deltas in Core Space.
+    """Return ``work(device)`` for the best device to merge one tensor's deltas in Core Space.
 
-    That is the card where one of them is dense and the matrix large. Adapters, whose matrices in
-    Core Space are small, stay where they are. See :func:`starmerge_models.device.run`.
+    The GPU is used if a delta is dense and the matrix large. Adapters, whose matrices in Core Space
+    are small, stay on their device. See :func:`starmerge_models.device.run`.
 
     Args:
         deltas: One or more, of one shape.
-        work: Calls :func:`core_space` with the device. All that it makes on it, it makes of the
-            matrices there (``C.new_zeros``, ``torch.zeros_like``), and what it returns lies where
-            the deltas do, or on the CPU.
-        beside: Bytes that the work takes besides what merges of such deltas take.
+        work: Function that calls :func:`core_space` with the device. It must create tensors on the
+            device of the matrices (``C.new_zeros``, ``torch.zeros_like``), and return a result on
+            the device of the deltas or on the CPU.
+        beside: Bytes that the work takes in addition to other merges of such deltas.
     """
     is_dense = any(isinstance(delta, Dense) for delta in deltas)
     shape = deltas[0].shape
@@ -127,11 +128,11 @@ def on_best_device(
 
 
 def _need(shape: tuple[int, int], count: int) -> int:
-    """Return the bytes that merging ``count`` dense deltas takes, more or less.
+    """Return an approximate bound of the bytes for merging ``count`` dense deltas.
 
-    At 1024² and four deltas the peaks of memory of all methods on the CPU were 13 (``iso_c``) to 39
-    matrices (``iso_cts``) of float64; here it is 40. ``covariance`` and ``ace`` make square ones
-    of either side.
+    For 1024² and four deltas the measured peaks of all methods on the CPU were 13 (``iso_c``) to 39
+    float64 matrices (``iso_cts``); the bound is 40. ``covariance`` and ``ace`` allocate square
+    matrices of either side.
     """
     m, n = shape
     return 8 * ((4 * count + 16) * m * n + 8 * max(m, n) ** 2)
@@ -142,15 +143,15 @@ def core_space(
     device: torch.device | None = None,
     whitening: Whitening | None = None,
 ) -> CoreSpace:
-    """Bring deltas of one shape into common orthonormal bases, exactly to float64.
+    """Transform deltas of one shape into common orthonormal bases, exact to float64.
 
-    By QR of the factors side by side. Cost: O((m + n)R²) for a total rank R, against the matrices
-    themselves if one of the deltas is dense.
+    Computed by QR of the concatenated factors. Cost: O((m + n)R²) for a total rank R. If one of the
+    deltas is dense, all stay full matrices.
 
     Args:
         deltas: One or more.
-        device: Where the matrices and bases are to lie; by default where the deltas do.
-        whitening: Brings the deltas into whitened inputs first.
+        device: Device of the matrices and bases; by default that of the deltas.
+        whitening: A whitening to apply to the deltas first.
 
     Raises:
         ValueError: There is no delta, or their shapes differ.
@@ -161,8 +162,8 @@ def core_space(
     m, n = next(iter(shapes))
     home = deltas[0].device
     device = home if device is None else device
-    # Of the deltas as they came: how well their entries are known, whitening does not change. It
-    # multiplies rounding, which lies in all directions, by √c, and task vectors by √(ρc) at least.
+    # The noise is that before whitening, which does not change the precision of entries: it scales
+    # rounding, which lies in all directions, by √c, and task vectors by at least √(ρc).
     noise = max(map(_noise, deltas))
     low = [delta for delta in deltas if isinstance(delta, LowRank)]
     if whitening is not None:
@@ -171,51 +172,51 @@ def core_space(
     V: Tensor | None = None
     tasks: list[Coordinates]
     if len(low) == len(deltas):
-        low = [_moved(delta, device, whitening) for delta in low]
+        low = [_on_device(delta, device, whitening) for delta in low]
         U, lefts = _common_basis([delta.B for delta in low])
         V, rights = _common_basis([delta.A.T for delta in low])
         tasks = [
             coordinates(left, right, delta.scale)
             for left, right, delta in zip(lefts, rights, low, strict=True)
         ]
-    elif _span_a_part((m, n), len(deltas)):
+    elif _spans_subspace((m, n), len(deltas)):
         matrices = [_coordinates(delta, device, whitening).matrix for delta in deltas]
         if m > n:
             U, lefts = _common_basis(matrices)
-            tasks = [Whole(left) for left in lefts]
+            tasks = [MatrixCoordinates(left) for left in lefts]
         else:
             V, rights = _common_basis([matrix.T for matrix in matrices])
-            tasks = [Whole(right.T) for right in rights]
+            tasks = [MatrixCoordinates(right.T) for right in rights]
     else:
         tasks = [_coordinates(delta, device, whitening) for delta in deltas]
     return CoreSpace(tasks, (m, n), U, V, noise, home, whitening)
 
 
-def _span_a_part(shape: tuple[int, int], count: int) -> bool:
-    """Tell whether the longer sides of some matrices span but a part of their space."""
+def _spans_subspace(shape: tuple[int, int], count: int) -> bool:
+    """Return whether the longer sides of some matrices only span a subspace."""
     return count * min(shape) < max(shape)
 
 
 @dataclass(frozen=True)
 class CoreShape:
-    """The sizes of a :class:`CoreSpace` that is not there yet."""
+    """Sizes of a :class:`CoreSpace`, known before it is computed."""
 
     shape: tuple[int, int]
     """(m, n) of the deltas."""
     p: int
-    """Rows of the matrices in it."""
+    """Rows of the C_t."""
     q: int
-    """Columns of them."""
+    """Columns of the C_t."""
     ranks: tuple[int, ...]
     """Upper bound of the rank of each matrix."""
     factored: tuple[bool, ...]
-    """Of which of the matrices there are factors."""
+    """Whether each C_t is stored as factors."""
     bases: int
     """Bytes of the bases."""
     nbytes: int
-    """Bytes of the matrices, of the factors of others, and of the bases."""
-    making: int
-    """Bytes at the peak while it is made, of itself too."""
+    """Bytes of the space: matrices, factors and bases."""
+    construction_bytes: int
+    """Peak bytes of computing the space, including the space itself."""
     is_whitened: bool
 
     @property
@@ -235,12 +236,12 @@ class CoreShape:
 
     @property
     def svds(self) -> int:
-        """Bytes of the SVDs of all of them, from factors where there are such."""
+        """Bytes of the SVDs of all C_t, computed from factors if stored as factors."""
         return sum(8 * r * (self.p + self.q + 1) for r in self._triplets)
 
     @property
-    def svd_making(self) -> int:
-        """Bytes at the peak while the largest of these SVDs is made."""
+    def svd_peak_bytes(self) -> int:
+        """Peak bytes of computing the largest of these SVDs."""
         needs = (
             svd_product_bytes(self.p, self.q, r) if of_factors else svd_bytes(self.p, self.q)
             for r, of_factors in zip(self.ranks, self.factored, strict=True)
@@ -249,22 +250,22 @@ class CoreShape:
 
     @property
     def _triplets(self) -> list[int]:
-        """Number of the triplets in the SVD of each."""
+        """Number of triplets in the SVD of each C_t."""
         pairs = zip(self.ranks, self.factored, strict=True)
         return [r if of_factors else min(self.p, self.q) for r, of_factors in pairs]
 
-    def whole(self) -> CoreShape:
-        """Return the sizes of :meth:`CoreSpace.whole`, which is made while this space is held."""
+    def as_matrices(self) -> CoreShape:
+        """Return the sizes of :meth:`CoreSpace.as_matrices`, whose peak includes this space."""
         more = sum(self.factored) * self.size
-        # Without the factors, which are let go of; the bases stay.
-        making = max(self.making, self.nbytes + more)
+        # The factors are freed, the bases are kept.
+        making = max(self.construction_bytes, self.nbytes + more)
         kept = self.bases + self.count * self.size
         none = (False,) * self.count
-        return replace(self, factored=none, nbytes=kept, making=making)
+        return replace(self, factored=none, nbytes=kept, construction_bytes=making)
 
     @property
     def rank(self) -> int | None:
-        """The rank of what :meth:`CoreSpace.delta` returns; None where it is dense."""
+        """The rank of the result of :meth:`CoreSpace.delta`; None if it is dense."""
         m, n = self.shape
         if self.p <= self.q:
             return None if self.p == m else self.p
@@ -272,16 +273,16 @@ class CoreShape:
 
     @property
     def result(self) -> int:
-        """Bytes of a delta (m, n) that :meth:`CoreSpace.delta` returns, float32."""
+        """Bytes of the float32 delta (m, n) that :meth:`CoreSpace.delta` returns."""
         m, n = self.shape
         return 4 * m * n if self.rank is None else 4 * self.rank * (m + n)
 
     @property
-    def leaving(self) -> int:
-        """Bytes at the peak of :meth:`CoreSpace.delta`, of the matrix that it is given too.
+    def result_peak_bytes(self) -> int:
+        """Peak bytes of :meth:`CoreSpace.delta`, including its argument.
 
-        The factors, or the matrix, in float64 and in float32. A delta of whitened inputs is brought
-        back in float64, which takes a copy, a triangular solve, and a QR of the factor.
+        They are the factors, or the matrix, in float64 and in float32. Inverting a whitening in
+        float64 takes a copy, a triangular solve, and a QR of the factor.
         """
         return self.size + (10 if self.is_whitened else 3) * self.result
 
@@ -297,22 +298,22 @@ def core_shape(
 
     Args:
         shape: (m, n) of the deltas.
-        ranks: Their ranks, None for a dense one; one or more.
-        width: Bytes of an entry of a dense delta as it is looked at, 4 or 8.
-        is_whitened: Whether they come in whitened inputs.
+        ranks: Ranks of one or more deltas; None for a dense delta.
+        width: Bytes of an entry of a dense delta when it is read, 4 or 8.
+        is_whitened: Whether a whitening is applied to the deltas.
     """
     m, n = shape
     count = len(ranks)
     own = tuple(min(m, n) if rank is None else min(rank, m, n) for rank in ranks)
     R = sum(rank or 0 for rank in ranks)
-    # Factors that are whitened become float64; others stay as they are, held by who has them.
+    # Whitening converts factors to float64; other factors are held by the caller.
     waiting = 8 * R * (m + n) if is_whitened else 0
     if None not in ranks:
         p, q = min(R, m), min(R, n)
         factored = tuple(stays_factored(p, q, r) for r in own)
         products = 8 * p * q * factored.count(False)
-        # In float64, of a side that has a basis: the factors, all side by side, LAPACK's copy, and
-        # its results Q and R; of B while those of A wait, or of A beside what is kept of B.
+        # For a side with a basis, in float64: the factors, their concatenation, LAPACK's copy, Q
+        # and R. B is processed while the factors of A wait, then A beside the results for B.
         (left, left_making), (right, right_making) = (
             (8 * R * side + 8 * R * R, 32 * R * side + 8 * R * R) if side > R else (0, 0)
             for side in (m, n)
@@ -322,14 +323,14 @@ def core_shape(
         making = max(waiting + max(left_making, left + right_making), kept + products)
         nbytes = (kept if any(factored) else bases) + products
         return CoreShape(shape, p, q, own, factored, bases, nbytes, making, is_whitened)
-    # The last one is still to be widened, and its base; whitening makes two more of float64.
+    # The last delta is still to be widened, with its base; whitening adds two float64 copies.
     widening = (2 * width + (16 if is_whitened else 0)) * m * n
-    if not _span_a_part(shape, count):
+    if not _spans_subspace(shape, count):
         factored = tuple(rank is not None and stays_factored(m, n, rank) for rank in ranks)
         nbytes = waiting + 8 * m * n * factored.count(False)
         making = nbytes + widening
         return CoreShape(shape, m, n, own, factored, 0, nbytes, making, is_whitened)
-    # Few matrices much longer than high: all side by side, LAPACK's copy, and the basis Q.
+    # Few oblong matrices: their concatenation, LAPACK's copy, and the basis Q.
     matrices, side = 8 * count * m * n, count * min(m, n)
     p, q = (side, n) if m > n else (m, side)
     kept = matrices + 8 * count * p * q
@@ -338,9 +339,10 @@ def core_shape(
 
 
 def _common_basis(factors: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
-    """Return an orthonormal basis (m, p) of all columns, and the factors (p, r_t) in it.
+    """Return an orthonormal basis (m, p) of all columns, and the factors (p, r_t) in this basis.
 
-    Where they have as many columns as rows: None, and the factors as they are.
+    If the factors together have at least as many columns as rows, return None and the factors
+    unchanged.
     """
     ranks = [factor.shape[1] for factor in factors]
     if sum(ranks) >= factors[0].shape[0]:
@@ -351,17 +353,19 @@ def _common_basis(factors: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor
 
 def _coordinates(
     delta: Delta, device: torch.device, whitening: Whitening | None
-) -> Whole | Factored:
-    """Return a delta in the coordinates it has."""
+) -> MatrixCoordinates | FactoredCoordinates:
+    """Return a delta in its original coordinates."""
     if isinstance(delta, LowRank):
-        moved = _moved(delta, device, whitening)
+        moved = _on_device(delta, device, whitening)
         return coordinates(moved.B, moved.A.T, moved.scale)
-    # Moved in the width that it has, and widened there.
+    # Copy to the device in the stored width, and convert to float64 on the device.
     matrix = delta.matrix.to(device)
-    return Whole(matrix.double() if whitening is None else whitening.whiten(Dense(matrix)).matrix)
+    return MatrixCoordinates(
+        matrix.double() if whitening is None else whitening.whiten(Dense(matrix)).matrix
+    )
 
 
-def _moved(delta: LowRank, device: torch.device, whitening: Whitening | None) -> LowRank:
+def _on_device(delta: LowRank, device: torch.device, whitening: Whitening | None) -> LowRank:
     moved = LowRank(delta.B.to(device), delta.A.to(device), delta.scale)
     return moved if whitening is None else whitening.whiten(moved)
 

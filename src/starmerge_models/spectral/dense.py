@@ -1,4 +1,4 @@
-"""The SVD of a matrix in float64, and what is made of it."""
+"""The SVD of a float64 matrix, and its polar factor."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ def svd_matrix(matrix: Tensor, floor: float = -1.0) -> SVD:
     """Return the SVD of a float64 matrix (m, n), without the triplets of σ ≤ ``floor``.
 
     Args:
-        matrix: Of a size at which LAPACK will do, such as one in Core Space.
-        floor: What counts as zero; whatever is negative keeps all min(m, n) triplets.
+        matrix: A matrix small enough for LAPACK, such as one in Core Space.
+        floor: Singular values up to this count as zero; a negative value keeps all min(m, n)
+            triplets.
     """
     U, S, Vh = torch.linalg.svd(ready(matrix), full_matrices=False)
     return SVD(U, S, Vh.T).above(floor)
 
 
 def svd_bytes(m: int, n: int) -> int:
-    """Return the bytes at the peak of :func:`svd_matrix`, its result included.
+    """Return the peak bytes of :func:`svd_matrix`, including its result.
 
-    With p = min(m, n): LAPACK's dgesdd works on a copy (m, n), returns vectors (m, p) and (p, n),
-    and takes 4p² + 7p numbers to work with.
+    With p = min(m, n): LAPACK's dgesdd uses a copy (m, n), returns vectors (m, p) and (p, n), and
+    takes a work space of 4p² + 7p numbers.
     """
     p = min(m, n)
     return 8 * (m * n + p * (m + n) + 4 * p * p + 7 * p)
@@ -33,12 +34,12 @@ def svd_bytes(m: int, n: int) -> int:
 def polar(matrix: Tensor, noise: float = 1e-10) -> Tensor:
     """Return the polar factor U Vᵀ of X = U Σ Vᵀ, the nearest matrix with orthonormal columns.
 
-    Directions that X does not have, σ ≤ noise · σ_1, are left out: there the factor is any, and the
-    result a partial isometry.
+    Directions with σ ≤ noise · σ_1 are dropped, because the polar factor is not unique in them; the
+    result is then a partial isometry.
 
     Args:
         matrix: (m, n) float64.
-        noise: How well X is known, as a share of σ_1.
+        noise: Precision of X, as a share of σ_1.
     """
     U, S, Vh = torch.linalg.svd(ready(matrix), full_matrices=False)
     kept = noise * S[:1].sum() < S
@@ -47,9 +48,9 @@ def polar(matrix: Tensor, noise: float = 1e-10) -> Tensor:
 
 
 def polar_bytes(m: int, n: int) -> int:
-    """Return the bytes at the peak of :func:`polar`, its result included.
+    """Return the peak bytes of :func:`polar`, including its result.
 
-    The SVD; or its vectors, those of them that are kept, and the factor.
+    The peak is that of the SVD, or the sum of its vectors, the kept vectors, and the factor.
     """
     p = min(m, n)
     return max(svd_bytes(m, n), 8 * (2 * p * (m + n) + m * n))

@@ -13,7 +13,7 @@ from starmerge_models.spectral.svd import SVD
 
 @dataclass(frozen=True, eq=False)
 class FactoredSVD:
-    """The exact SVD of ``scale · B @ A``, whose vectors are multiplied out when asked for."""
+    """The exact SVD of ``scale · B @ A``, whose vectors are computed on request."""
 
     S: Tensor
     """(k,) float64, descending, positive; k is the numerical rank."""
@@ -33,7 +33,7 @@ class FactoredSVD:
 
     def first(self, k: int) -> SVD:
         """Return the first k triplets, or all if there are fewer, in O((m + n)rk)."""
-        # Transposed: BLAS is three times as fast at a few long rows as at a few long columns.
+        # Transposed, because BLAS is three times as fast for few long rows as for few long columns.
         U = (self.left[:, :k].T @ self.B.double().T).T
         V = (self.right[:k] @ self.A.double()).T
         return SVD(U, self.S[:k], V)
@@ -47,7 +47,7 @@ def svd_factored(delta: LowRank) -> FactoredSVD:
     """Return the exact SVD of ``scale · B @ A`` without forming the product.
 
     The Gram matrices of the factors give orthonormal bases of the column and row space; in them
-    the delta is a matrix of at most r × r, whose SVD carries over (:meth:`LowRank.core`).
+    the delta is a matrix of at most r × r, whose SVD gives the delta's (:meth:`LowRank.core`).
 
     When to use: whenever a delta has factors. Cost: O((m + n)r² + r³) in float64, against
     O(mn·min(m, n)) for the matrix. The number of triplets is the numerical rank, at most r.

@@ -1,8 +1,8 @@
-"""LAPACK and BLAS routines that other threads need not wait for.
+"""LAPACK and BLAS routines that release Python's global lock.
 
-The wrappers of ``scipy.linalg.lapack`` hold Python's global lock for as long as LAPACK computes.
-The same routines stand in ``scipy.linalg.cython_lapack`` as C functions; called through ctypes they
-leave the lock to the threads that read, write and decompose other tensors meanwhile.
+The wrappers of ``scipy.linalg.lapack`` hold Python's global lock while LAPACK computes. The module
+``scipy.linalg.cython_lapack`` exports the same routines as C functions; calls through ctypes
+release the lock, so that other threads can read, write and decompose tensors meanwhile.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ def call(name: str, *arguments: object) -> None:
     """Call a routine by its Fortran name.
 
     Args:
-        name: Such as "dsytrd".
-        arguments: In the routine's order; strings, integers and floats that it only reads, tensors
-            in its memory layout (float64, or int32 for its integers), and ctypes objects for the
-            scalars that it returns.
+        name: Name of the routine, such as "dsytrd".
+        arguments: Arguments in the routine's order: strings, integers and floats for inputs,
+            tensors in the routine's memory layout (float64, or int32 for its integers), and ctypes
+            objects for scalar outputs.
     """
     _routine(name, len(arguments))(*map(_pointer, arguments))
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep SciPy's OpenBLAS to one thread, in the whole process.
+    """Limit SciPy's OpenBLAS to one thread, in the whole process, for the ``with`` block.
 
-    More threads would change how sums are rounded, and wait for each other on a shared machine.
-    What was set before returns when the last of several callers leaves. (threadpoolctl would not
-    do: it lets only one thread of the process set limits. Other BLAS libraries than OpenBLAS, with
-    which SciPy can be built, are left as they are.)
+    More threads would change the rounding of sums, and wait for each other on a shared machine. The
+    previous setting is restored when the last concurrent block ends. (threadpoolctl is not used
+    because it lets only one thread of the process set limits. BLAS libraries other than OpenBLAS,
+    with which SciPy can be built, are not changed.)
     """
     global _callers, _threads_before  # noqa: PLW0603  (OpenBLAS' setting is as global)
     get, set_ = _thread_setting()
@@ -63,7 +63,7 @@ def _thread_setting() -> tuple[Callable[[], int], Callable[[int], object]]:
     """Return the functions that get and set OpenBLAS' number of threads."""
     from scipy.linalg import cython_lapack  # noqa: PLC0415
 
-    library = ctypes.CDLL(cython_lapack.__file__)  # finds what this is linked with, too
+    library = ctypes.CDLL(cython_lapack.__file__)  # also exports the symbols of linked libraries
     for name in ("scipy_openblas_{}_num_threads", "openblas_{}_num_threads"):
         if hasattr(library, name.format("set")):
             return getattr(library, name.format("get")), getattr(library, name.format("set"))

@@ -1,4 +1,4 @@
-"""Whitened inputs: task vectors in a metric that counts the inputs that a weight really gets."""
+"""Whitened inputs: task vectors in the metric of the inputs that a weight receives."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from starmerge_models.device import ready
 from starmerge_models.spectral.moment import Moment, Side
 
 RIDGE = 1.0
-"""ρ, what is added to Σ before whitening, as a share of its mean eigenvalue.
+"""ρ, the ridge that is added to Σ before whitening, as a share of its mean eigenvalue.
 
-In language models one direction often holds half of the trace of Σ. With ρ = 1 the few directions
-that the inputs favour count for more, and all others nearly alike, however seldom the
-calibration's text reached them; docs/results.md compares values of ρ."""
+In language models one direction often holds half of the trace of Σ. With ρ = 1 the few dominant
+directions of the inputs have a larger weight, and all other directions nearly equal weights, even
+if they are rare in the calibration text; docs/results.md compares values of ρ."""
 
 
 @dataclass(frozen=True, eq=False)
 class Whitening:
     """The change of basis τ ↦ τ L, in which inputs of the second moment Σ_ρ = L Lᵀ are white.
 
-    ‖τ L‖² is then E‖τ x‖²: the size of a task vector is that of the outputs it makes. A merge that
-    rotations leave alone may take any root L; this one is Cholesky's, lower triangular. Where the
-    input lies on the rows of the stored matrix, τ ↦ Lᵀ τ.
+    ‖τ L‖² is then E‖τ x‖²: the norm of a task vector is that of the change of the outputs. A
+    rotation-equivariant merge does not depend on the choice of the root L; this one is the lower
+    triangular Cholesky factor. If the inputs are on the rows of the stored matrix, τ ↦ Lᵀ τ.
     """
 
     L: Tensor
@@ -39,13 +39,13 @@ class Whitening:
     def of(cls, moment: Moment, side: Side, ridge: float = RIDGE) -> Whitening:
         """Return the whitening for Σ_ρ = Σ + ρ c I, c = tr Σ/n being the mean eigenvalue of Σ.
 
-        A Σ of zeros says nothing of the inputs: then L = I.
+        If Σ is zero, L = I.
 
         Cost: k n² + n³/3 operations, and 24 n² bytes.
 
         Args:
-            moment: Σ, by its root (k, n).
-            side: Where the input lies on the stored matrix.
+            moment: Σ, given by its root (k, n).
+            side: The side of the stored matrix on which the inputs are.
             ridge: ρ, positive.
         """
         R = moment.root.double()
@@ -58,12 +58,12 @@ class Whitening:
         """Return the same whitening on a device."""
         return Whitening(self.L.to(device), self.side)
 
-    def into(self, X: Tensor) -> Tensor:
-        """Return Lᵀ X of some X (n, r), float64, whose rows belong to the entries of the input."""
+    def multiply(self, X: Tensor) -> Tensor:
+        """Return Lᵀ X for X (n, r), float64, whose rows belong to the entries of the input."""
         return self.L.T @ X
 
-    def back(self, X: Tensor) -> Tensor:
-        """Return L⁻ᵀ X, which undoes :meth:`into`."""
+    def solve(self, X: Tensor) -> Tensor:
+        """Return L⁻ᵀ X, the inverse of :meth:`multiply`."""
         found: Tensor = torch.linalg.solve_triangular(ready(self.L.T), X, upper=True)
         return found
 
@@ -77,14 +77,14 @@ class Whitening:
     def whiten(self, delta: Delta) -> Delta: ...
 
     def whiten(self, delta: Delta) -> Delta:
-        """Return a delta in whitened inputs, in float64; a low-rank one stays so."""
+        """Return a delta in whitened inputs, in float64; a low-rank delta stays low-rank."""
         if isinstance(delta, LowRank):
             B, A = delta.B.double(), delta.A.double()
             if self.side == "columns":
-                return LowRank(B, self.into(A.T).T, delta.scale)
-            return LowRank(self.into(B), A, delta.scale)
+                return LowRank(B, self.multiply(A.T).T, delta.scale)
+            return LowRank(self.multiply(B), A, delta.scale)
         matrix = delta.matrix.double()
-        return Dense(self.into(matrix.T).T if self.side == "columns" else self.into(matrix))
+        return Dense(self.multiply(matrix.T).T if self.side == "columns" else self.multiply(matrix))
 
     @overload
     def restore(self, delta: LowRank) -> LowRank: ...
@@ -93,46 +93,47 @@ class Whitening:
     def restore(self, delta: Delta) -> Delta: ...
 
     def restore(self, delta: Delta) -> Delta:
-        """Return a delta of whitened inputs as one of the weight itself, in float64.
+        """Transform a delta of whitened inputs back to the weight's own inputs, in float64.
 
-        The factor of a low-rank one that is brought back gets orthonormal columns or rows. Else
-        large columns of one factor would stand beside small rows of the other, and whoever rounds
-        the factors to float32 would lose more of the product than of either.
+        For a low-rank delta, the transformed factor gets orthonormal columns or rows. Otherwise one
+        factor would have large columns for small rows of the other, and rounding the factors to
+        float32 would cause a larger error of the product than of the factors.
         """
         is_right = self.side == "columns"
         if isinstance(delta, LowRank):
             B, A = delta.B.double(), delta.A.double()
-            Q, R = torch.linalg.qr(ready(self.back(A.T if is_right else B)))
+            Q, R = torch.linalg.qr(ready(self.solve(A.T if is_right else B)))
             if is_right:
                 return LowRank(B @ R.T, Q.T, delta.scale)
             return LowRank(Q, R @ A, delta.scale)
         matrix = delta.matrix.double()
-        return Dense(self.back(matrix.T).T if is_right else self.back(matrix))
+        return Dense(self.solve(matrix.T).T if is_right else self.solve(matrix))
 
 
 def whitening_bytes(k: int, n: int) -> int:
-    """Return the bytes at the peak of :meth:`Whitening.of`: for a root (k, n) in float64, 24 n².
+    """Return the peak bytes of :meth:`Whitening.of`: for a root (k, n) in float64, 24 n².
 
-    Σ, a copy that LAPACK works on, and its root, of which 8 n² stay.
+    They are Σ, LAPACK's copy, and the root, whose 8 n² bytes remain.
     """
     return 8 * k * n + 24 * n * n
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What is known of the inputs of one tensor; moments are read when they are asked for.
+    """The moments of one tensor's inputs, read lazily.
 
-    Used by one thread at a time.
+    Not thread-safe.
     """
 
     side: Side
-    """Where the input lies on the stored matrix."""
+    """The side of the stored matrix on which the inputs are."""
     read: Callable[[int | None], Moment]
-    """Reads the moment of a task's own inputs by its number, or of the text for all tasks (None).
+    """Reads the moment of a task's own inputs by its number, or the shared moment of all tasks for
+    None.
 
-    It raises a UsageError if there is no such moment, a StarmergeError if that is damaged."""
+    It raises a UsageError if there is no such moment, and a StarmergeError if it is damaged."""
 
     @cached_property
     def whitening(self) -> Whitening:
-        """The whitening by the text for all tasks; made once."""
+        """The whitening that all tasks share, computed once."""
         return Whitening.of(self.read(None), self.side)

@@ -1,34 +1,35 @@
-"""The rounding noise in a dense delta, and the singular values that it hides.
+"""The rounding noise in a dense delta, and the noise floor of its singular values.
 
 A fine-tune stored in bfloat16 gives δ = W_finetuned − W_base with an error of up to half an ulp in
-every entry: a full-rank matrix on top of an update that may have few directions. This module
-predicts the error's singular values and counts those of the delta that stand above them.
+every entry: a full-rank matrix is added to an update that may have few directions. This module
+predicts the singular values of the error and counts the singular values of the delta above them.
 
-**Variance of an entry** (:func:`rounding_noise`). Where the base's entry does not lie on the grid
-of the dtype that the fine-tune is stored in, the error is uniform, of variance ulp²/12, however
-small the update. Where it does, as when base and fine-tune have the same dtype, the stored δ is
-the update rounded to a whole number of ulps, q. An update of at least an ulp again gives ulp²/12; a
-smaller one is mostly lost, and its error is no longer independent of it. With q = aδ + e and e
-uncorrelated with δ (Bussgang's decomposition) only e is noise, and for δ ~ N(0, s²), x = s/ulp:
+**Variance of an entry** (:func:`rounding_noise`). If the base's entry is not representable in the
+dtype that the fine-tune is stored in, the error is uniform, of variance ulp²/12, for updates of any
+size. If it is representable, as when base and fine-tune have the same dtype, the stored δ is the
+update rounded to a whole number of ulps, q. An update of at least an ulp again has an error of
+variance ulp²/12; a smaller one is mostly lost, and its error depends on the update. With q = aδ + e
+and e uncorrelated with δ (Bussgang's decomposition) only e is noise, and for δ ~ N(0, s²),
+x = s/ulp:
 
     E[q²]/ulp² = Σ_{k≥1} (2k − 1) erfc((k − ½)/(x√2))       → x² + 1/12 for x ≥ 1
     a = E[qδ]/s² = (2/x) Σ_{k≥1} φ((k − ½)/x)                → 1
     E[e²] = E[q²] − a²s²                                     → ulp²/12
 
-from 0.083 ulp² at x = ½ down to 0.056 at 0.3 and 0.011 at 0.2. The s of a row is that with which
-the row's E[q²] is its observed energy.
+E[e²] falls from 0.083 ulp² at x = ½ to 0.056 at 0.3 and 0.011 at 0.2. The s of a row is the value
+for which E[q²] equals the observed energy of the row.
 
 **Edge** (:func:`noise_edge`). The variances differ with the binades of the weights, so the
-Marchenko–Pastur edge √v̄(√m + √n) does not hold: on real weights the noise reached three times
-that. √(max_i Σ_j v_ij) + √(max_j Σ_i v_ij) (Bandeira and van Handel, arXiv 1408.6185) holds, but is
-loose. Taken is the limit for v_ij = r_i c_j / Σr, which lies between the two and is equal to them
-if all variances are the same. For the 210 matrices of SmolLM2-135M in bfloat16 the first was 0.26
-to 1.0 of it and the second 1.12 to 1.52; the largest singular value of sampled noise was 0.88 to
-1.0 of it in the mean, and passed the floor in none of 450 samples.
+Marchenko–Pastur edge √v̄(√m + √n) does not hold: on real weights the noise reached three times this
+edge. The bound √(max_i Σ_j v_ij) + √(max_j Σ_i v_ij) (Bandeira and van Handel, arXiv 1408.6185)
+holds, but is loose. This module uses the limit for v_ij = r_i c_j / Σr, which lies between the two
+and equals both if all variances are the same. For the 210 matrices of SmolLM2-135M in bfloat16 the
+first was 0.26 to 1.0 of the limit and the second 1.12 to 1.52; the largest singular value of
+sampled noise was 0.88 to 1.0 of it in the mean, and exceeded the floor in none of 450 samples.
 
 **Floor** (:func:`noise_floor`). A direction just above the edge is mostly noise. The floor is the
-edge times the factor of Gavish and Donoho (arXiv 1305.5870; 1.15 for a square matrix): below it,
-keeping a direction of a low-rank update adds more error than leaving it out.
+edge times the factor of Gavish and Donoho (arXiv 1305.5870; 1.15 for a square matrix): below the
+floor, keeping a direction of a low-rank update adds more error than dropping it.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ import torch
 from torch import Tensor
 
 PANEL_ENTRIES = 2**19
-"""Entries of a weight that are looked at at once; about ten float64 copies of them are made.
+"""Entries of a weight in one panel; about ten float64 copies of a panel are allocated.
 
-A panel takes some thousand calls of torch, whatever its size, and threads that make small calls
-wait for each other's hold of Python's lock."""
+A panel takes some thousand calls of torch, for every size, and threads with small calls wait for
+each other to release Python's global lock."""
 
 _INTEGERS = {
     torch.bfloat16: torch.int16,
@@ -53,7 +54,7 @@ _INTEGERS = {
     torch.float32: torch.int32,
     torch.float64: torch.int64,
 }
-"""For each dtype the integer of its width."""
+"""For each dtype the integer dtype of the same width."""
 
 _HALVINGS = 24
 _TERMS = 6
@@ -61,7 +62,7 @@ _TERMS = 6
 
 @dataclass(frozen=True, eq=False)
 class Rounding:
-    """The variances v_ij of the rounding noise in a delta, summed."""
+    """Row and column sums of the variances v_ij of the rounding noise in a delta."""
 
     rows: Tensor
     """(m,) float64, Σ_j v_ij."""
@@ -70,7 +71,7 @@ class Rounding:
 
     @cached_property
     def edge(self) -> float:
-        """The largest singular value that the noise has; see :func:`noise_edge`."""
+        """The largest singular value of the noise; see :func:`noise_edge`."""
         return noise_edge(self.rows, self.columns)
 
 
@@ -79,19 +80,20 @@ class Floor:
     """The noise floor of one delta."""
 
     value: float
-    """Singular values up to this one may be noise."""
+    """Singular values up to this value may be noise."""
     above: int
-    """Number of singular values above it."""
+    """Number of singular values above the floor."""
     share: float
-    """Energy Σσ² of the others, over what rounding gives them; 0 if there is nothing to compare."""
+    """Energy Σσ² below the floor, divided by the energy expected from rounding; 0 if either is
+    zero."""
     applies: bool = field(init=False)
-    """Whether what lies below the floor is to be dropped.
+    """Whether singular values below the floor should be dropped.
 
-    Not if nothing stands above it. An update of less than an ulp, scattered over the matrix, looks
-    like noise to an SVD, but every entry of it that is not zero was trained: rounded to the base's
-    grid, an update never lies farther from the true one than no update does. It must not vanish.
-    And not if rounding explains less than half of the energy below the floor: then more of that is
-    update than noise.
+    They should not if no singular value is above the floor. A scattered update of less than an ulp
+    has the spectrum of noise, but every nonzero entry of it was trained: an update rounded to the
+    base's grid is never farther from the true update than zero is, so it must be kept. They should
+    not be dropped either if rounding explains less than half of the energy below the floor, because
+    then most of that energy is update.
     """
 
     def __post_init__(self) -> None:
@@ -100,14 +102,14 @@ class Floor:
 
 
 def rounding_noise(base: Tensor, delta: Tensor, dtype: torch.dtype) -> Rounding:
-    """Return the variances of the noise that storing a fine-tune in a dtype left in its delta.
+    """Return the variances of the rounding noise in the delta of a fine-tune stored in a dtype.
 
-    Works through panels of some rows, :data:`PANEL_ENTRIES` entries or one row. The delta must be
-    as it was stored, not scaled or trimmed. Cost: for each row the work of some thousand entries,
-    and O(mn).
+    Processes panels of :data:`PANEL_ENTRIES` entries, or one row. The delta must be the stored
+    difference, not scaled or trimmed. Cost: O(mn), and for each row the work of some thousand
+    entries.
 
     Args:
-        base: (m, n) the base, as it is stored, any floating dtype.
+        base: (m, n) the stored base, any floating dtype.
         delta: (m, n) the stored fine-tune minus the base, float32 or float64.
         dtype: Floating dtype of the stored fine-tune.
     """
@@ -123,9 +125,9 @@ def rounding_noise(base: Tensor, delta: Tensor, dtype: torch.dtype) -> Rounding:
 
 
 def noise_bytes(m: int, n: int) -> int:
-    """Return the bytes at the peak of :func:`rounding_noise`, beside the delta.
+    """Return the peak bytes of :func:`rounding_noise`, without the delta.
 
-    Ten float64 numbers for each entry of a panel.
+    They are ten float64 numbers for each entry of a panel.
     """
     return 8 * 10 * min(m * n, max(PANEL_ENTRIES, n))
 
@@ -133,9 +135,9 @@ def noise_bytes(m: int, n: int) -> int:
 def noise_edge(rows: Tensor, columns: Tensor) -> float:
     """Return the largest singular value of a large random matrix with given sums of variances.
 
-    For independent entries of mean 0 and variances v_ij = r_i c_j / Σr, in the limit of many rows
-    and columns. By Lehner's formula for the norm of a matrix of free semicircular elements (Amer.
-    J. Math. 121, 1999) it is
+    The entries are independent, of mean 0 and variances v_ij = r_i c_j / Σr, in the limit of many
+    rows and columns. By Lehner's formula for the norm of a matrix of free semicircular elements
+    (Amer. J. Math. 121, 1999) the value is
 
         inf over p, q > 0 of max over i, j of (1/p_i + Σ_j v_ij q_j, 1/q_j + Σ_i v_ij p_i).
 
@@ -145,8 +147,8 @@ def noise_edge(rows: Tensor, columns: Tensor) -> float:
         edge² = min over t > 0 of t r_max c_max / (x y Σr),
         Σ_i ρ_i x/(1 − ρ_i x) = Σ_j γ_j y/(1 − γ_j y) = t,  ρ = r/r_max, γ = c/c_max.
 
-    Equal variances give √v(√m + √n), the edge of Marchenko and Pastur; variances beyond float64's
-    range, of weights above 1e150, one of infinity. Cost: O(m + n) for each of some hundred steps.
+    Equal variances give √v(√m + √n), the edge of Marchenko and Pastur. Variances beyond float64's
+    range, of weights above 1e150, give infinity. Cost: O(m + n) for each of some hundred steps.
 
     Args:
         rows: (m,) float64, r_i = Σ_j v_ij.
@@ -169,11 +171,11 @@ def noise_edge(rows: Tensor, columns: Tensor) -> float:
 
 
 def noise_floor(S: Tensor, rounding: Rounding) -> Floor:
-    """Return the noise floor of a delta, and how many of its singular values stand above it.
+    """Return the noise floor of a delta, with the number of its singular values above the floor.
 
     Args:
         S: (min(m, n),) all singular values of the delta, descending.
-        rounding: The noise in it.
+        rounding: The rounding noise in the delta.
     """
     S = S.double()
     edge = rounding.edge
@@ -182,7 +184,7 @@ def noise_floor(S: Tensor, rounding: Rounding) -> Floor:
     m, n = len(rounding.rows), len(rounding.columns)
     value = edge * _threshold(min(m, n) / max(m, n))
     above = int(S.gt(value).sum())
-    # The directions above the floor take their rows' and columns' worth of the noise with them.
+    # The directions above the floor contain their share of the noise, by rows and columns.
     expected = float(rounding.rows.sum()) * (1 - above / m) * (1 - above / n)
     return Floor(value, above, float(S[above:].square().sum()) / expected if expected else 0.0)
 
@@ -193,20 +195,20 @@ def _variances(base: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
     code = _exponents(base.double() + delta, dtype)
     codes = int(code.max()) + 1
     steps = torch.arange(codes).double() - 1
-    # In one power, since float64 has ulps of 2⁻¹⁰⁷⁴ times what no float64 holds.
+    # One power of two, because the factors of float64's smallest ulp, 2⁻¹⁰⁷⁴, are out of range.
     ulps = (steps.clamp(min=0) + math.log2(limits.smallest_normal * limits.eps)).exp2()
     uniform = ulps.square()[code] / 12
     on_grid = base == base.to(dtype)
     uniform_energy = uniform.masked_fill(on_grid, 0.0).sum(1)
 
-    # How many entries of each row lie on the grid in each binade.
+    # Number of entries of each row on the dtype's grid, by binade.
     place = code + codes * torch.arange(len(code))[:, None]
     counts = torch.bincount(place[on_grid], minlength=codes * len(code)).view(-1, codes).double()
     used = counts.any(0).nonzero().flatten()
     counts, ulp = counts[:, used], ulps[used]
 
-    # Halve in log₂ s. As |q| ≤ 2|δ|, an energy needs an s of half its root mean square at least;
-    # and two of that or four of the row's largest ulp are enough.
+    # Bisection in log₂ s. As |q| ≤ 2|δ|, s is at least half the root mean square; the upper bound
+    # is twice the root mean square or four of the row's largest ulps.
     energy = delta.square().sum(1)
     outside = (~on_grid).sum(1)
     mean_square = (energy - uniform_energy).clamp(min=0) / delta.shape[1]
@@ -221,7 +223,7 @@ def _variances(base: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
 
     x = high.exp2()[:, None] / ulp
     noise = torch.zeros(len(code), codes, dtype=torch.float64)
-    # Of x² + 1/12 and x² the difference is lost above 1e8.
+    # For x above 1e8 the difference of x² + 1/12 and x² is lost to rounding.
     residual = torch.where(x >= 1, 1 / 12, _second_moment(x) - (_gain(x) * x).square())
     noise[:, used] = residual.clamp(min=0) * ulp.square()
     return torch.where(on_grid, noise.gather(1, code), uniform)
@@ -240,7 +242,7 @@ def _second_moment(x: Tensor) -> Tensor:
 
 
 def _gain(x: Tensor) -> Tensor:
-    """Return a = E[qδ]/E[δ²] for the same; for x ≥ 1 it differs from 1 by less than 1e-6."""
+    """Return a = E[qδ]/E[δ²] for the same q and δ; for x ≥ 1 it is 1 to 1e-6."""
     small = x.clamp(1e-30, 1.0)
     series = torch.zeros_like(x)
     for k in range(1, _TERMS + 1):
@@ -249,7 +251,7 @@ def _gain(x: Tensor) -> Tensor:
 
 
 def _exponents(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the biased exponents of values stored in a dtype, int64; 0 for subnormal ones."""
+    """Return the biased exponents of values stored in a dtype, int64; 0 for subnormal values."""
     limits = torch.finfo(dtype)
     mantissa = round(-math.log2(limits.eps))
     bits = values.to(dtype).contiguous().view(_INTEGERS[dtype]).long() >> mantissa
@@ -258,9 +260,9 @@ def _exponents(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _solve(weights: Tensor, t: float) -> float:
-    """Return the x in (0, 1) with Σ w x/(1 − w x) = t, for weights of which the largest is 1.
+    """Return the x in (0, 1) with Σ w x/(1 − w x) = t, for weights whose largest is 1.
 
-    The sum is increasing and convex in x, so Newton's steps from above never pass the solution.
+    The sum is increasing and convex in x, so Newton steps from above never pass the solution.
     """
     x = t / (1 + t)
     while True:
@@ -273,7 +275,7 @@ def _solve(weights: Tensor, t: float) -> float:
 
 
 def _minimum(function: Callable[[float], float], low: float, high: float) -> float:
-    """Return the least value of a function with one minimum, by golden sections."""
+    """Return the least value of a unimodal function, by golden-section search."""
     ratio = (math.sqrt(5) - 1) / 2
     left, right = high - ratio * (high - low), low + ratio * (high - low)
     at_left, at_right = function(left), function(right)
@@ -290,6 +292,6 @@ def _minimum(function: Callable[[float], float], low: float, high: float) -> flo
 
 
 def _threshold(aspect: float) -> float:
-    """Return λ*(β)/(1 + √β): the best hard threshold over the edge, for an aspect ratio β ≤ 1."""
+    """Return λ*(β)/(1 + √β), the optimal hard threshold relative to the edge, for β ≤ 1."""
     root = math.sqrt(aspect**2 + 14 * aspect + 1)
     return math.sqrt(2 * (aspect + 1) + 8 * aspect / (aspect + 1 + root)) / (1 + math.sqrt(aspect))

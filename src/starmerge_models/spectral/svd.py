@@ -1,4 +1,4 @@
-"""The result of every SVD kernel, and when a fast one's may be used."""
+"""The results of SVD kernels, and the fallback from a fast kernel to the exact one."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ _LOG = logging.getLogger("starmerge_models.spectral")
 
 
 class UncertainError(ArithmeticError):
-    """A fast decomposition cannot vouch for what was asked of it; the exact one can."""
+    """A fast decomposition is not accurate enough for a request; the exact one must be used."""
 
 
 class Decomposition(Protocol):
-    """A delta's singular values, and as many of its triplets as are asked for."""
+    """A delta's singular values, and its leading triplets on request."""
 
     @property
     def S(self) -> Tensor:  # noqa: N802
-        """(k,) float64, all of them, descending; may end in zeros or what rounding made of them."""
+        """(k,) float64, all singular values, descending; zeros at the end may be rounding."""
 
     @property
     def error(self) -> Tensor:
-        """(k,) float64, how far each value may be from the true one; zeros for an exact SVD."""
+        """(k,) float64, error bounds of the singular values; zeros for an exact SVD."""
 
     def first(self, k: int) -> SVD:
         """Return the first k triplets, or all if there are fewer.
 
         Raises:
-            UncertainError: They are not known well enough.
+            UncertainError: They are not accurate enough.
         """
 
     def exact(self) -> Decomposition:
-        """Return the decomposition that has no error but float64's, and is always certain."""
+        """Return the decomposition with full float64 accuracy, which is never uncertain."""
 
 
-def certainly(decomposed: Decomposition, work: Callable[[Decomposition], _T]) -> _T:
-    """Return what ``work`` makes of a decomposition, or of the exact one if it is not certain.
+def with_exact_fallback(decomposed: Decomposition, work: Callable[[Decomposition], _T]) -> _T:
+    """Return ``work(decomposed)``, or ``work`` of the exact one after an UncertainError.
 
-    The reason is logged for debugging, under the name "starmerge_models.spectral".
+    The reason is logged at debug level to "starmerge_models.spectral".
     """
     try:
         return work(decomposed)
@@ -55,7 +55,7 @@ def certainly(decomposed: Decomposition, work: Callable[[Decomposition], _T]) ->
 
 
 def log_exact(reason: UncertainError) -> None:
-    """Log why an exact SVD is made."""
+    """Log the reason for an exact SVD."""
     _LOG.debug("Exact SVD: %s", reason)
 
 
@@ -63,8 +63,8 @@ def log_exact(reason: UncertainError) -> None:
 class SVD:
     """A thin singular value decomposition δ = U diag(S) Vᵀ.
 
-    In float64; but what the fast kernel found of a float32 delta has the vectors of its longer
-    side in float32 (:class:`starmerge_models.spectral.gram.GramSVD`).
+    All parts are float64, except that the fast kernel returns the vectors of a float32 delta's
+    longer side in float32 (:class:`starmerge_models.spectral.gram.GramSVD`).
     """
 
     U: Tensor
@@ -84,11 +84,11 @@ class SVD:
         return SVD(self.U[:, :k], self.S[:k], self.V[:, :k])
 
     def above(self, floor: float) -> SVD:
-        """Return the triplets of σ > ``floor``; all of them if it is negative."""
+        """Return the triplets of σ > ``floor``; all triplets if it is negative."""
         return self.first(int((floor < self.S).sum()))
 
     def to(self, device: torch.device) -> SVD:
-        """Return the same triplets on a device."""
+        """Return a copy on a device."""
         return SVD(self.U.to(device), self.S.to(device), self.V.to(device))
 
     def exact(self) -> SVD:
@@ -96,11 +96,11 @@ class SVD:
         return self
 
     def compose(self, values: Tensor) -> LowRank:
-        """Return U_r diag(values) V_rᵀ in the factors' own precision.
+        """Return U_r diag(values) V_rᵀ in the precision of the vectors.
 
-        In float64 where the SVD is, so that bases that several deltas share are still shared. The
-        values go to vectors in float64: singular values may lie beyond float32's range though
-        entries do not.
+        It is float64 if the SVD is, so that several deltas keep exactly the same bases. The values
+        are multiplied to float64 vectors, because singular values may exceed float32's range even
+        if the entries do not.
 
         Args:
             values: (r,) float64, new values for the first r triplets.

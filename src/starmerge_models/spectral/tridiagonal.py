@@ -1,4 +1,4 @@
-"""Eigenvalues, and the leading eigenvectors, of a symmetric matrix."""
+"""Eigenvalues and leading eigenvectors of a symmetric matrix."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from starmerge_models.spectral import lapack
 from starmerge_models.spectral.svd import UncertainError
 
 BLOCK = 64
-"""Columns for which LAPACK gets working memory; its own blocks are not larger."""
+"""Number of columns of LAPACK's work space; LAPACK's own blocks are not larger."""
 
 TRIANGLE = 65 * 64
-"""What dormtr takes of its working memory beside that, for a block's triangular factor."""
+"""Additional work space of dormtr, for the triangular factor of a block."""
 
 
 class Eigen(Protocol):
@@ -30,22 +30,22 @@ class Eigen(Protocol):
 
 
 class Tridiagonal:
-    """G = Q T Qᵀ with T tridiagonal: all eigenvalues now, eigenvectors when they are asked for.
+    """G = Q T Qᵀ with T tridiagonal: all eigenvalues now, eigenvectors on request.
 
-    Householder's reduction (dsytrd), the eigenvalues of T without vectors (dsterf), eigenvectors of
-    T by relatively robust representations (dlarre, dlarrv), brought back by Q (dormtr). dstemr does
-    the last but one in one call, but finds some of the eigenvalues anew by bisection, which takes
-    longer than all of them by dlarre.
+    The steps are Householder's reduction (dsytrd), the eigenvalues of T without vectors (dsterf),
+    eigenvectors of T by relatively robust representations (dlarre, dlarrv), and their product with
+    Q (dormtr). dstemr computes eigenvectors in one call, but recomputes some eigenvalues by
+    bisection, which takes longer than computing all of them by dlarre.
 
-    Cost: 4/3 p³ for the eigenvalues, half of it bound by memory, 2p²k for k vectors. Keeps G's 8p²
-    bytes, in which Q lies.
+    Cost: 4/3 p³ for the eigenvalues, half of it limited by memory bandwidth, 2p²k for k vectors.
+    The object holds G's 8p² bytes, in which Q is stored.
 
     Args:
         gram: (p, p) contiguous float64 on the CPU, p ≥ 2, overwritten. Only its upper triangle is
             read.
 
     Raises:
-        ValueError: The matrix has fewer than two rows: dlarrv would write where it must not.
+        ValueError: The matrix has fewer than two rows, for which dlarrv writes out of bounds.
         UncertainError: LAPACK failed.
     """
 
@@ -54,17 +54,17 @@ class Tridiagonal:
         if p < 2:
             raise ValueError(f"A matrix of {p} rows is not for LAPACK. Use FullEigen.")
         self._reflectors, self._tau = gram, gram.new_empty(p - 1)
-        self._diagonal, self._beside = gram.new_empty(p), gram.new_zeros(p)
+        self._diagonal, self._off_diagonal = gram.new_empty(p), gram.new_zeros(p)
         work, info = gram.new_empty(BLOCK * p), ctypes.c_int()
-        # The upper triangle by rows is the lower one by columns, as Fortran sees it.
+        # The upper triangle in row-major order is the lower one in Fortran's column-major order.
         with lapack.one_thread():
             lapack.call(
-                "dsytrd", "L", p, gram, p, self._diagonal, self._beside, self._tau,
+                "dsytrd", "L", p, gram, p, self._diagonal, self._off_diagonal, self._tau,
                 work, len(work), info,
             )  # fmt: skip
             _check("dsytrd", info)
-            values, beside = self._diagonal.clone(), self._beside.clone()
-            lapack.call("dsterf", p, values, beside, info)
+            values, off_diagonal = self._diagonal.clone(), self._off_diagonal.clone()
+            lapack.call("dsterf", p, values, off_diagonal, info)
             _check("dsterf", info)
         self.values = values.flip(0)
 
@@ -76,7 +76,7 @@ class Tridiagonal:
         """
         p = len(self._diagonal)
         with lapack.one_thread():
-            vectors = _leading(self._diagonal, self._beside, k)
+            vectors = _leading(self._diagonal, self._off_diagonal, k)
             work, info = vectors.new_empty(BLOCK * k + TRIANGLE), ctypes.c_int()
             lapack.call(
                 "dormtr", "L", "L", "N", p, k, self._reflectors, p, self._tau, vectors, p,
@@ -88,11 +88,11 @@ class Tridiagonal:
 
 
 class FullEigen:
-    """The same by torch, with all vectors: for devices where LAPACK is not.
+    """The eigendecomposition by torch, with all vectors, for devices without LAPACK.
 
     Args:
         gram: (p, p) float64. Only its upper triangle is read.
-        home: Where values and vectors are kept; by default where the matrix lies.
+        home: Device of the stored values and vectors; by default that of the matrix.
     """
 
     def __init__(self, gram: Tensor, home: torch.device | None = None) -> None:
@@ -106,11 +106,12 @@ class FullEigen:
         return leading
 
 
-def _leading(diagonal: Tensor, beside: Tensor, k: int) -> Tensor:
+def _leading(diagonal: Tensor, off_diagonal: Tensor, k: int) -> Tensor:
     """Return the eigenvectors of a tridiagonal matrix's k largest eigenvalues, as rows (k, p)."""
     p, eps = len(diagonal), torch.finfo(torch.float64).eps / 2
-    # Of −T the largest come first, so that their vectors fill the first columns of Z.
-    d, e = -diagonal, -beside
+    # Negate T, so that the largest eigenvalues come first and their vectors fill the first columns
+    # of Z.
+    d, e = -diagonal, -off_diagonal
     squares = e.square()
     tolerances = math.sqrt(eps), max(5e-3 * math.sqrt(eps), 4 * eps)
     values, errors, gaps = d.new_zeros(p), d.new_zeros(p), d.new_zeros(p)
@@ -126,10 +127,10 @@ def _leading(diagonal: Tensor, beside: Tensor, k: int) -> Tensor:
     _check("dlarre", info)
     if found.value != p:
         raise UncertainError(f"dlarre found {found.value} eigenvalues of {p}.")
-    # Where T falls apart, the values ascend within each block only, less a shift of the block's.
+    # If T splits into blocks, the values ascend within each block only and lack the block's shift.
     order = (values + e[ends[blocks.long() - 1].long() - 1]).argsort()[:k]
     last = int(order.max()) + 1 if k else 0
-    vectors = d.new_empty(min(last + 1, p), p)  # dlarrv works in the next column too
+    vectors = d.new_empty(min(last + 1, p), p)  # dlarrv also writes to the next column
     lapack.call(
         "dlarrv", p, low, high, d, e, pivot, ends, found, 1, last, 1e-3, *tolerances,
         values, errors, gaps, blocks, places, discs, vectors, p, support, work, integers, info,

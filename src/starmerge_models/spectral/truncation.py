@@ -9,29 +9,29 @@ from torch import Tensor
 
 from starmerge_models.deltas import LowRank
 from starmerge_models.spectral.noise import Floor, Rounding, noise_floor
-from starmerge_models.spectral.svd import Decomposition, UncertainError, certainly
+from starmerge_models.spectral.svd import Decomposition, UncertainError, with_exact_fallback
 
 ROUNDING = 1e-12
-"""A share of the nuclear norm this close below η counts as reached: it differs by rounding."""
+"""Tolerance of the comparison with η: a share of the nuclear norm this close below η reaches it."""
 
 NUCLEAR = 1e-5
-"""What may be unknown of a nuclear norm, as a share of it: the rescale restores it."""
+"""Tolerated error of the nuclear norm, as a share of it, because the rescale restores it."""
 
 
 @dataclass(frozen=True)
 class Truncation:
-    """What a truncation did to one delta."""
+    """The record of one delta's truncation."""
 
     rank: int
-    """Singular values kept, r."""
+    """Number of kept singular values, r."""
     nuclear_before: float
     """Σσ of the delta."""
     nuclear_after: float
-    """Σσ' of what was kept, after the rescale."""
+    """Σσ' of the kept singular values, after the rescale."""
     factor: float
     """The rescale factor Σσ / Σ_{k≤r}σ; 1 for a zero delta."""
     noise: Floor | None = None
-    """The noise floor, where one was looked for; if it applies, Σσ is of what stands above it."""
+    """The noise floor, if it was computed; if it applies, Σσ sums the values above it."""
 
 
 def kept_rank(S: Tensor, eta: float) -> int:
@@ -60,20 +60,20 @@ def truncate_and_rescale(
 ) -> tuple[LowRank, Truncation]:
     """Keep the leading triplets of a delta and rescale them to its nuclear norm.
 
-    σ'_k = σ_k · Σσ / Σ_{k≤r}σ for k ≤ r, the rest is dropped. If the decomposition leaves open what
-    r is, or Σσ to 1e-5, the exact one is taken.
+    σ'_k = σ_k · Σσ / Σ_{k≤r}σ for k ≤ r, the others are dropped. If the decomposition does not
+    determine r, or Σσ to 1e-5, the exact one is used.
 
     Args:
         decomposed: The delta's decomposition.
         eta: Share of the nuclear norm to keep, in percent, in (0, 100].
-        rank: Keep this many triplets instead (fewer where the delta has fewer).
-        rescale: Whether to restore the nuclear norm; without, the factor is 1.
-        rounding: The noise in a stored delta; where its floor applies, what lies below is dropped
-            first, and Σσ is of what lies above.
+        rank: Keep this many triplets instead (fewer if the delta has fewer).
+        rescale: Whether to restore the nuclear norm; otherwise the factor is 1.
+        rounding: The rounding noise in a stored delta. If its floor applies, singular values below
+            it are dropped first, and Σσ sums the others.
 
     Returns:
-        The truncated delta with factors of rank r, float64 where the decomposition's vectors are,
-        and what was done.
+        The truncated delta with factors of rank r, float64 if the decomposition's vectors are, and
+        the record of the truncation.
     """
 
     def truncated(decomposed: Decomposition) -> tuple[LowRank, Truncation]:
@@ -81,7 +81,7 @@ def truncate_and_rescale(
         values = decomposed.S[: found.rank] * found.factor
         return decomposed.first(found.rank).compose(values), found
 
-    return certainly(decomposed, truncated)
+    return with_exact_fallback(decomposed, truncated)
 
 
 def truncation_of(
@@ -92,17 +92,17 @@ def truncation_of(
     rescale: bool = True,
     rounding: Rounding | None = None,
 ) -> Truncation:
-    """Tell what :func:`truncate_and_rescale` would do, from the singular values alone.
+    """Return the record of :func:`truncate_and_rescale`, from the singular values alone.
 
     Args:
         decomposed: The delta's decomposition.
-        eta: As there.
-        rank: As there.
-        rescale: As there.
-        rounding: As there.
+        eta: See :func:`truncate_and_rescale`.
+        rank: See :func:`truncate_and_rescale`.
+        rescale: See :func:`truncate_and_rescale`.
+        rounding: See :func:`truncate_and_rescale`.
 
     Raises:
-        UncertainError: The decomposition leaves open what r is, or Σσ to 1e-5.
+        UncertainError: The decomposition does not determine r, or Σσ to 1e-5.
     """
     S, error, floor = decomposed.S, decomposed.error, None
     if rounding is not None and len(S):
@@ -119,8 +119,8 @@ def floor_of(decomposed: Decomposition, rounding: Rounding) -> Floor:
     """Return the noise floor of a delta; see :func:`starmerge_models.spectral.noise.noise_floor`.
 
     Raises:
-        UncertainError: The decomposition leaves open how many singular values are above it, or
-            whether it applies.
+        UncertainError: The decomposition does not determine the number of singular values above
+            the floor, or whether it applies.
     """
     S, error = decomposed.S, decomposed.error
     floor = noise_floor(S, rounding)
@@ -136,10 +136,10 @@ def floor_of(decomposed: Decomposition, rounding: Rounding) -> Floor:
 
 
 def _certain_rank(S: Tensor, error: Tensor, eta: float, rank: int | None) -> int:
-    """Return the rank to keep, by η or a given one, of singular values known to some error.
+    """Return the rank to keep, by η or a given rank, for singular values with error bounds.
 
-    Whether r reach a share s of Σσ is the sign of (1 − s) Σ_{k≤r}σ − s Σ_{k>r}σ, which is known to
-    (1 − s) Σ_{k≤r}ε + s Σ_{k>r}ε.
+    The first r values reach a share s of Σσ if (1 − s) Σ_{k≤r}σ − s Σ_{k>r}σ ≥ 0; the error of
+    this expression is at most (1 − s) Σ_{k≤r}ε + s Σ_{k>r}ε.
 
     Raises:
         UncertainError: Another rank would be right within the errors, or Σσ is not known.

@@ -1,4 +1,4 @@
-"""Where bytes lie: the storages, and which of them a place belongs to."""
+"""Storages of files: local file systems, object stores and the Hub."""
 
 from __future__ import annotations
 
@@ -52,36 +52,36 @@ def storage_of(place: Place) -> Storage[Any]:
     """Return the storage that a place belongs to.
 
     Raises:
-        StarmergeError: The libraries that reach it are not installed.
+        StarmergeError: The libraries for this storage are not installed.
     """
     return LOCAL if isinstance(place, Path) else remote_storage(place.scheme)
 
 
 def exists(place: Place) -> bool:
-    """Tell whether anything lies at a place."""
+    """Return whether a place exists."""
     return storage_of(place).exists(place)
 
 
 def is_file(place: Place) -> bool:
-    """Tell whether a file lies at a place."""
+    """Return whether a place is a file."""
     return storage_of(place).is_file(place)
 
 
 def real(place: Place) -> Place:
-    """Return the place that is meant, all links followed: two that are equal are one."""
+    """Return the place with all symbolic links resolved, to compare places."""
     return storage_of(place).real(place)
 
 
 def copy_file(file: Place, folder: OutputFolder, name: str) -> None:
-    """Copy a file whole into an output.
+    """Copy a whole file into an output.
 
     Args:
         file: The file.
         folder: The output.
-        name: How the file is called there.
+        name: Name of the copy in the output.
 
     Raises:
-        OSError: One of the storages failed, or is full.
+        OSError: A storage failed or is full.
     """
     storage = storage_of(file)
     size = storage.state(file).size
@@ -94,12 +94,12 @@ def copy_file(file: Place, folder: OutputFolder, name: str) -> None:
 
 @contextmanager
 def local_files(folder: Place, names: Collection[str]) -> Iterator[Path]:
-    """Yield a folder of this machine with some files, for libraries that open files themselves.
+    """Yield a local folder with some files, for libraries that open files themselves.
 
     Args:
-        folder: Where they lie. If that is on this machine, it is yielded itself; else a temporary
-            folder with copies of them.
-        names: The files, relative to the folder; those that are not there are passed over.
+        folder: Folder of the files. A local folder is yielded itself, for a remote folder a
+            temporary folder with copies.
+        names: The files, relative to the folder; missing files are skipped.
     """
     if isinstance(folder, Path):
         yield folder

@@ -1,4 +1,4 @@
-"""Exchanging the names of two files or folders in one step of the system."""
+"""Atomic exchange of the names of two files or folders."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from pathlib import Path
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-"""Both of Linux' fcntl.h."""
+"""Constants of Linux' fcntl.h."""
 _RENAME_SWAP = 2
-"""Of macOS' stdio.h."""
+"""Constant of macOS' stdio.h."""
 
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
-"""How kernels, file systems (NFS: EINVAL) and sandboxes (EPERM) say that they cannot exchange."""
+"""Errors of kernels, file systems (NFS: EINVAL) and sandboxes (EPERM) without this operation."""
 
 
 def exchange(one: Path, other: Path) -> bool:
     """Exchange the names of two files or folders on one file system, atomically.
 
-    Other processes, and the disk after a power cut, have both names at all times. Linux does this
-    by ``renameat2`` (glibc since 2.28; ext4, XFS, Btrfs and tmpfs can, NFS cannot), macOS by
-    ``renamex_np`` (APFS can).
+    Both names exist at all times, for other processes and on the disk after a power cut. On Linux
+    the call is ``renameat2`` (glibc since 2.28; supported by ext4, XFS, Btrfs and tmpfs, not by
+    NFS), on macOS ``renamex_np`` (supported by APFS).
 
     Returns:
-        Whether they were exchanged: False if the system or the file system has no such operation.
+        Whether they were exchanged: False if the system or the file system lacks the operation.
 
     Raises:
-        OSError: It has, and it failed.
+        OSError: The operation failed.
     """
     library = ctypes.CDLL(None, use_errno=True)
     first, second = os.fsencode(one), os.fsencode(other)

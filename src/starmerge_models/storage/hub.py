@@ -15,10 +15,10 @@ from starmerge_models.events import Retry, emit
 from starmerge_models.storage.local_folder import LocalFolder
 from starmerge_models.storage.places import RemotePlace, without_secrets
 from starmerge_models.storage.ranges import CUT_OFF, Ranges
-from starmerge_models.storage.storage import Distribute, FileState, LeftBehind, ShortFileError
+from starmerge_models.storage.storage import Distribute, FileState, PartialOutput, ShortFileError
 
 _TRUNCATED = 3
-"""Times that a range is asked for again whose body was cut off."""
+"""Number of retries of a range whose response was truncated."""
 
 
 class HubBackend:
@@ -31,7 +31,7 @@ class HubBackend:
         return HfFileSystem()
 
     def pinned(self, place: RemotePlace) -> tuple[RemotePlace, str, str]:
-        """Return a place at the commit that its revision means now, the repository and commit."""
+        """Return a place with its revision resolved to a commit, the repository and the commit."""
         try:
             found = self._system.resolve_path(str(place))
             if found.repo_type != "model":
@@ -49,7 +49,7 @@ class HubBackend:
         root = f"{found.repo_id}@{info.sha}"
         return RemotePlace("hf", root, found.path_in_repo.strip("/")), found.repo_id, info.sha
 
-    def look(self, file: RemotePlace) -> FileState:
+    def stat(self, file: RemotePlace) -> FileState:
         """Return size and blob of a file."""
         try:
             found = self._system.info(str(file))
@@ -98,26 +98,26 @@ class HubBackend:
 
 
 def pinned(place: RemotePlace) -> tuple[RemotePlace, str, str]:
-    """Return a place at the commit that its revision means now, the repository and the commit.
+    """Return a place with its revision resolved to a commit, the repository and the commit.
 
     Raises:
-        UsageError: It is no model.
-        StarmergeError: There is no such repository or revision; the Hub cannot be reached.
+        UsageError: The repository is not a model.
+        StarmergeError: The repository or revision does not exist, or the Hub cannot be reached.
     """
     return HubBackend().pinned(place)
 
 
 class HubStorage(Ranges):
-    """The Hub as a storage to read from."""
+    """The Hub as a read-only storage."""
 
     def __init__(self) -> None:
         super().__init__(HubBackend())
 
     def check_output(self, place: RemotePlace, *, overwrite: bool, is_file: bool = False) -> None:
-        """Refuse: a repository is no place that a merge is made in."""
+        """Raise UsageError: merges cannot be written to a repository directly."""
         raise UsageError(f"{place}: a merge is not written to hf:// URLs. Give a folder.")
 
-    def check_room(
+    def check_free_space(
         self,
         folder: RemotePlace,
         wanted: int,
@@ -127,15 +127,15 @@ class HubStorage(Ranges):
     ) -> None:
         """Do nothing: nothing is written."""
 
-    def remains(self, folder: RemotePlace, *, suffix: str) -> list[str]:
+    def describe_leftovers(self, folder: RemotePlace, *, suffix: str) -> list[str]:
         """Return nothing: nothing is written."""
         return []
 
-    def leftovers(self, output: RemotePlace) -> list[LeftBehind]:
+    def leftovers(self, output: RemotePlace) -> list[PartialOutput]:
         """Return nothing: nothing is written."""
         return []
 
-    def forget(self, folder: RemotePlace, *, suffix: str) -> None:
+    def delete_partial(self, folder: RemotePlace, *, suffix: str) -> None:
         """Do nothing: nothing is written."""
 
     def publish(
@@ -148,12 +148,12 @@ class HubStorage(Ranges):
         progress: bool = False,
         distribute: Distribute | None = None,
     ) -> AbstractContextManager[LocalFolder]:
-        """Refuse, as :meth:`check_output` does."""
+        """Raise UsageError; see :meth:`check_output`."""
         raise UsageError(f"{place}: a merge is not written to hf:// URLs. Give a folder.")
 
 
 def _in_words(place: RemotePlace, error: Exception) -> Exception:
-    """Return the error to raise for one of huggingface_hub, without what it may carry of tokens."""
+    """Convert an error of huggingface_hub, without any tokens that its text may contain."""
     from huggingface_hub.errors import (  # noqa: PLC0415
         GatedRepoError,
         HfHubHTTPError,

@@ -1,8 +1,9 @@
-"""The hidden folders and files that outputs are made in: their names, locks, and what stays behind.
+"""The hidden folders and files of outputs: their names, their locks, and leftovers of killed runs.
 
-An output is made beside its place, as ``.NAME.partial-SUFFIX``; a folder that it replaces becomes
-``.NAME.replaced-SUFFIX``. A process that is killed leaves them behind: its *leftovers*. One that
-still runs holds a lock on its own, which the system takes back when the process ends.
+An output is written next to its final place, as ``.NAME.partial-SUFFIX``; a folder that it replaces
+is renamed to ``.NAME.replaced-SUFFIX``. If a process is killed, its hidden files remain as
+*leftovers*. A running process holds a lock on its hidden folder or file, which the system releases
+when the process ends.
 """
 
 from __future__ import annotations
@@ -23,27 +24,28 @@ from starmerge_models.errors import StarmergeError, UsageError
 
 @dataclass(frozen=True)
 class Leftover:
-    """A hidden folder or file beside an output, of a process that was killed, or still runs."""
+    """A hidden folder or file next to an output, of a killed or running process."""
 
     path: Path
     role: Literal["partial", "replaced"]
-    """Whether it was to become the output, or changed places with it (or was about to)."""
+    """"partial" for a new output, "replaced" for the old output that it replaces."""
 
     def is_in_work(self) -> bool:
-        """Whether the process that makes it still runs.
+        """Whether the process that writes it still runs.
 
-        Seen within one machine: not on another that shares the folder over the network.
+        Only processes of this machine are detected, not those of other machines that share the
+        folder over the network.
         """
         try:
             held = lock(self.path)
-        except OSError:  # nothing to open any more, or of another user
+        except OSError:  # it was deleted, or belongs to another user
             return False
         if held is not None:
             os.close(held)
         return held is None
 
     def is_only_copy(self) -> bool:
-        """Whether it was replaced, and nothing stands in its place."""
+        """Whether it is a replaced output whose place is empty."""
         if self.role == "partial":
             return False
         folder = self.path.parent
@@ -52,26 +54,26 @@ class Leftover:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes on the disk."""
+        """Bytes on the disk."""
         return sum(state.st_blocks * 512 for state in self._states())
 
     @property
     def written(self) -> float:
-        """When something in it was last written, seconds since the epoch."""
+        """Time of the last write, in seconds since the epoch."""
         return max((state.st_mtime for state in self._states()), default=0.0)
 
     def _states(self) -> Iterator[os.stat_result]:
         members = self.path.rglob("*") if self.path.is_dir() else ()
         for member in (self.path, *members):
-            with contextlib.suppress(FileNotFoundError):  # while it is being made or deleted
+            with contextlib.suppress(FileNotFoundError):  # it is being created or deleted
                 yield member.lstat()
 
     def delete(self) -> None:
         """Delete it.
 
         Raises:
-            UsageError: The process that makes it still runs.
-            StarmergeError: The system refuses.
+            UsageError: The process that writes it still runs.
+            StarmergeError: The system refuses to delete it.
         """
         try:
             held = lock(self.path)
@@ -107,16 +109,16 @@ def leftovers_in(folder: Path) -> list[Leftover]:
 
 _HIDDEN = re.compile(r"\..+\.(partial|replaced)-\w+", re.ASCII | re.DOTALL)
 _DECORATION = len("..replaced-") + 32
-"""Most bytes that a hidden name has more than the name."""
+"""Most additional bytes of a hidden name compared to the output's name."""
 
 
 def hidden_prefix(path: Path, role: Literal["partial", "replaced"]) -> str:
-    """Return how hidden names of an output begin."""
+    """Return the prefix of the hidden names of an output."""
     return f".{_stem(path)}.{role}-"
 
 
 def _stem(path: Path) -> str:
-    """Return the name of an output; if hidden names would be too long: its beginning and a hash."""
+    """Return an output's name for hidden names, shortened by a hash if these would be too long."""
     room = longest_name(path) - _DECORATION
     stem = path.name
     if len(os.fsencode(stem)) <= room:
@@ -128,19 +130,19 @@ def _stem(path: Path) -> str:
 
 
 def longest_name(path: Path) -> int:
-    """Return how many bytes the name of a file may have at ``path``."""
+    """Return the largest length of a file's name at ``path``, in bytes."""
     return os.pathconf(nearest_parent(path), "PC_NAME_MAX")
 
 
 def lock(path: Path) -> int | None:
-    """Lock a folder or a file; return the descriptor that holds the lock, None if another has it.
+    """Lock a folder or a file; return the descriptor of the lock, None if another process has it.
 
-    Where the file system knows no locks, nothing is locked.
+    On file systems without locks nothing is locked.
 
     Raises:
         OSError: It cannot be opened, or has been deleted.
     """
-    # NFS locks files only for processes that may write to them.
+    # NFS requires a descriptor that is open for writing to lock a file.
     mode = os.O_RDONLY if path.is_dir() else os.O_RDWR
     descriptor = os.open(path, mode | os.O_NOFOLLOW)
     try:
@@ -149,9 +151,9 @@ def lock(path: Path) -> int | None:
         except BlockingIOError:
             os.close(descriptor)
             return None
-        except OSError:  # the file system knows no locks
+        except OSError:  # the file system has no locks
             pass
-        path.stat()  # the process that had the lock before may have deleted it
+        path.stat()  # raises if the process that had the lock before has deleted it
     except BaseException:
         os.close(descriptor)
         raise
@@ -159,5 +161,5 @@ def lock(path: Path) -> int | None:
 
 
 def nearest_parent(path: Path) -> Path:
-    """Return the last part of a path above its end that exists: a folder if all is well."""
+    """Return the nearest existing parent of a path, which should be a folder."""
     return next(parent for parent in path.absolute().parents if os.path.lexists(parent))

@@ -1,4 +1,4 @@
-"""This machine's file systems, and those that are mounted into them."""
+"""The storage of local and mounted file systems."""
 
 from __future__ import annotations
 
@@ -26,54 +26,54 @@ from starmerge_models.storage.regular import named, open_regular
 from starmerge_models.storage.storage import Distribute, FileState, OutputFile, ShortFileError
 
 _SETTLED = 2 * 10**9
-"""Nanoseconds. Some file systems stamp times no finer than that, so a file that changed less long
-ago may change again and keep its stamp."""
+"""Age in nanoseconds from which a time stamp is reliable: some file systems have no finer time
+stamps, so a file that changed more recently may change again with the same time stamp."""
 
 
 class LocalStorage:
-    """Files that the system opens: they are mapped, read ahead, and copied within the system."""
+    """Files of the operating system, with memory mapping, prefetching and copies by the kernel."""
 
     is_mapped = True
 
     def exists(self, place: Path) -> bool:
-        """Tell whether anything lies there; False, too, if the system takes it for no path."""
+        """Return whether anything lies there; False, too, if the system takes it for no path."""
         return _found(place.exists)
 
     def is_file(self, place: Path) -> bool:
-        """Tell whether a file lies there, or what a link to it leads to."""
+        """Return whether the place is a file or a link to one."""
         return _found(place.is_file)
 
     def is_folder(self, place: Path) -> bool:
-        """Tell whether a folder lies there, or what a link to it leads to."""
+        """Return whether the place is a folder or a link to one."""
         return _found(place.is_dir)
 
     def names(self, folder: Path) -> list[str]:
-        """List the names of the files in a folder, not of those in its folders, sorted."""
+        """List the names of the files directly in a folder, sorted."""
         return sorted(member.name for member in folder.iterdir() if member.is_file())
 
     def folders(self, folder: Path) -> list[str]:
-        """List the names of the folders in a folder, sorted."""
+        """List the names of the subfolders of a folder, sorted."""
         return sorted(member.name for member in folder.iterdir() if member.is_dir())
 
     def tree(self, folder: Path) -> list[str]:
-        """List the files in a folder and in its folders, relative to it, sorted."""
+        """List the files in a folder and its subfolders, relative to it, sorted."""
         return LocalFolder(folder).names()
 
     def real(self, place: Path) -> Path:
-        """Return the path that is meant, all links followed."""
+        """Return the path with all symbolic links resolved."""
         return place.resolve()
 
     def is_link(self, place: Path) -> bool:
-        """Tell whether a link lies there."""
+        """Return whether the place is a symbolic link."""
         return place.is_symlink()
 
     def check_readable(self, place: Path) -> None:
-        """Make sure that this user may read a file, or list a folder."""
+        """Check that this user may read a file, or list a folder."""
         if not os.access(place, os.R_OK | (os.X_OK if place.is_dir() else 0)):
             raise StarmergeError(f"{place} may not be read by this user. Change its permissions.")
 
     def is_unchanged(self, file: Path, state: FileState) -> bool:
-        """Tell whether a file is still there and as it was."""
+        """Return whether a file is still there and as it was."""
         try:
             return self.state(file).identity == state.identity
         except OSError:
@@ -82,8 +82,7 @@ class LocalStorage:
     def state(self, file: Path) -> FileState:
         """Return the state of a file: device, inode, size, and the times of its last changes.
 
-        The system stamps every change of the content, and nobody can set the time of that stamp,
-        ``ctime``, back.
+        The system sets ``ctime`` at every change of the content, and programs cannot set it back.
         """
         found = file.stat()
         changed = max(found.st_mtime_ns, found.st_ctime_ns)
@@ -97,18 +96,18 @@ class LocalStorage:
         return FileState(found.st_size, identity, changed < time.time_ns() - _SETTLED)
 
     def stream(self, file: Path) -> io.FileIO:
-        """Open a file as a stream, unbuffered, if it is a regular one.
+        """Open a regular file as an unbuffered stream.
 
-        A pipe or a device may never end, and opening a pipe may wait for ever.
+        Pipes and devices are refused, because they may never end, and opening a pipe may block.
 
         Raises:
-            FileNotFoundError: There is no such file.
+            FileNotFoundError: The file does not exist.
             StarmergeError: It is a folder, a pipe or a device, or cannot be opened.
         """
         return open_regular(file)
 
     def read(self, file: Path, offset: int, length: int) -> memoryview:
-        """Return bytes of a file, in memory of their own."""
+        """Return bytes of a file in a new buffer."""
         content = memoryview(bytearray(length))
         with named(file), file.open("rb", buffering=0) as stream:
             stream.seek(offset)
@@ -123,7 +122,7 @@ class LocalStorage:
     def window(self, file: Path, offset: int, length: int) -> memoryview:
         """Map bytes of a file into memory, privately.
 
-        If the file is cut off while they are looked at, the system ends the process.
+        If the file is truncated while the mapping is read, the system kills the process.
         """
         start = offset - offset % mmap.ALLOCATIONGRANULARITY
         with named(file), file.open("rb", buffering=0) as stream:
@@ -139,34 +138,34 @@ class LocalStorage:
         return memoryview(mapped)[offset - start :]
 
     def prefetch(self, file: Path, offset: int, length: int) -> None:
-        """Tell the system, where it can be told, that bytes will soon be read."""
+        """Advise the system, if supported, that bytes will be read soon."""
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError), file.open("rb", buffering=0) as stream:
                 os.posix_fadvise(stream.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
 
     def digest(self, file: Path, offset: int, length: int) -> None:
-        """Return None: what is mapped is read when it is looked at."""
+        """Return None: memory-mapped data is not hashed when it is read."""
 
     def copy(self, file: Path, start: int, length: int, target: OutputFile, offset: int) -> None:
-        """Copy bytes of a file into an output, within the system where it can."""
+        """Copy bytes of a file into an output, by the kernel if supported."""
         target.copy(file, start, length, offset)
 
     def check_output(self, place: Path, *, overwrite: bool, is_file: bool = False) -> None:
-        """Make sure that a merge may be published there; see :func:`check_output`."""
+        """Check that a merge may be published there; see :func:`check_output`."""
         check = check_output_file if is_file else check_output
         check(place, overwrite=overwrite)
 
-    def check_room(
+    def check_free_space(
         self, folder: Path, wanted: int, *, suffix: str | None = None, is_shared: bool = False
     ) -> None:
-        """Make sure that the disk has room, with what an interrupted run has left."""
+        """Check that the disk has enough space, including the files of an interrupted run."""
         partial = [left for left in leftovers(folder) if left.role == "partial"]
         own = [left.nbytes for left in partial if left.path.name.endswith(suffix or "")]
         held = max(own, default=0)
         check_space(folder, wanted - held)
 
-    def remains(self, folder: Path, *, suffix: str) -> list[str]:
-        """Say how much lies in hidden folders of other runs, beside the output."""
+    def describe_leftovers(self, folder: Path, *, suffix: str) -> list[str]:
+        """Return a sentence on the size of other runs' hidden folders next to the output."""
         others = [left for left in leftovers(folder) if not left.path.name.endswith(suffix)]
         if not others:
             return []
@@ -175,10 +174,10 @@ class LocalStorage:
         return [f"earlier runs that were killed left {size} beside {folder}; see: {clean}"]
 
     def leftovers(self, output: Path) -> list[Leftover]:
-        """List the hidden folders and files beside an output."""
+        """List the hidden folders and files next to an output."""
         return leftovers(output)
 
-    def forget(self, folder: Path, *, suffix: str) -> None:
+    def delete_partial(self, folder: Path, *, suffix: str) -> None:
         """Delete the hidden folder of an interrupted run with the same suffix."""
         for leftover in leftovers(folder):
             if leftover.role == "partial" and leftover.path.name.endswith(suffix):
@@ -194,7 +193,7 @@ class LocalStorage:
         progress: bool = False,
         distribute: Distribute | None = None,
     ) -> AbstractContextManager[LocalFolder]:
-        """Yield a hidden folder beside the output; see :func:`output_folder`."""
+        """Yield a hidden folder next to the output; see :func:`output_folder`."""
         return output_folder(place, overwrite=overwrite, suffix=suffix, member=member)
 
 

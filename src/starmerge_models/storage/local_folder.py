@@ -1,4 +1,4 @@
-"""A folder of this machine in the making, and its files."""
+"""A local output folder before publication, and its files."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from starmerge_models.storage.regular import named
 from starmerge_models.storage.storage import MARK, OutputFolder, ShortFileError
 
 _CHUNK = 64 * 2**20
-"""Bytes copied between files at once."""
+"""Bytes of one copy between files by the kernel."""
 
 _PIECE = 2**20
-"""Bytes copied at once where they pass through this process."""
+"""Bytes of one copy through this process."""
 
 
 @dataclass(frozen=True)
 class LocalFolder:
-    """A folder that is filled, and gets its name at the end.
+    """An output folder under a temporary name, which is renamed when it is complete.
 
     Args:
-        path: Where it lies meanwhile. Libraries that write files themselves may do so there.
-        is_shared: Whether several machines fill its files together, which then lie on a network
-            file system.
-        is_complete: Whether an earlier run had filled it.
+        path: The temporary path. Libraries that write files themselves may write there.
+        is_shared: Whether several machines write to its files over a network file system.
+        is_complete: Whether an earlier run had completed it.
     """
 
     path: Path
@@ -34,25 +33,25 @@ class LocalFolder:
     is_complete: bool = False
 
     def shared(self) -> OutputFolder:
-        """Return the same folder for machines that fill its files together."""
+        """Return the folder for use by several machines at the same time."""
         return replace(self, is_shared=True)
 
     def mark(self, text: str) -> Path:
-        """Leave a text in a file of its own; return the file."""
+        """Write a text to the mark file; return the file."""
         self.delete(MARK)
         self.append(MARK, text.encode())
         return self.path / MARK
 
     def open(self, name: str, size: int) -> LocalFile:
-        """Open a file to be filled; what an earlier run has left in it stays."""
+        """Open a file for writing; data of an earlier run are kept."""
         return LocalFile(self._path(name), size, synchronous=self.is_shared)
 
     def put(self, name: str, content: bytes) -> None:
-        """Write a small file whole."""
+        """Write a small file at once."""
         self._path(name).write_bytes(content)
 
     def append(self, name: str, content: bytes) -> None:
-        """Add bytes to the end of a file, such that they survive a power cut."""
+        """Add bytes to the end of a file, and sync them to the disk."""
         stream = os.open(self._path(name), os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o666)
         try:
             left = memoryview(content)
@@ -63,7 +62,7 @@ class LocalFolder:
             os.close(stream)
 
     def delete(self, name: str) -> None:
-        """Delete a file, or a folder with all that is in it, if it is there."""
+        """Delete a file or a folder with its content, if it exists."""
         place = self.path / name
         if place.is_dir():
             shutil.rmtree(place)
@@ -76,11 +75,11 @@ class LocalFolder:
         return sorted(file.relative_to(self.path).as_posix() for file in files)
 
     def place(self, name: str) -> Path:
-        """Return where a file or a folder lies, to be read."""
+        """Return the place of a file or a folder, for reading."""
         return self.path / name
 
     def _path(self, name: str) -> Path:
-        """Return the path of a file in a folder that is there."""
+        """Return the path of a file, after creating its folder."""
         path = self.path / name
         if "/" in name:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,17 +87,16 @@ class LocalFolder:
 
 
 class LocalFile:
-    """A file that is filled in any order.
+    """A file that is written in any order.
 
-    Opened for synchronous writing (O_DSYNC), it lets several machines fill their own parts over a
-    network file system. Otherwise Linux' NFS client reads the page around the end of a part, and
-    later writes the whole page back (``nfs_can_extend_write``): what another machine has written
-    into it meanwhile would be lost.
+    With synchronous writes (O_DSYNC), several machines can write their own parts over a network
+    file system. Otherwise Linux' NFS client reads the page at the end of a part, and later writes
+    the whole page back (``nfs_can_extend_write``), which would overwrite data of other machines.
 
     Args:
         path: The file.
-        size: Its bytes; None: as many as are written.
-        synchronous: Whether what is written has reached the storage when the write returns.
+        size: Size in bytes; None for the size of the written data.
+        synchronous: Whether each write waits until the data has reached the storage.
     """
 
     def __init__(self, path: Path, size: int | None = None, *, synchronous: bool = False) -> None:
@@ -113,13 +111,13 @@ class LocalFile:
             raise
 
     def write(self, content: memoryview, offset: int, *, more: bool = False) -> None:
-        """Write bytes, the first of them at ``offset``; nothing is held back."""
+        """Write bytes at ``offset``, without buffering."""
         while content:
             count = os.pwrite(self._file, content, offset)
             content, offset = content[count:], offset + count
 
     def copy(self, source: Path, start: int, length: int, offset: int) -> None:
-        """Copy bytes of another file, within the system where it can."""
+        """Copy bytes of another file, by the kernel if supported."""
         with source.open("rb", buffering=0) as stream:
             done = 0
             while done < length:
@@ -130,13 +128,13 @@ class LocalFile:
                 if not copied:
                     raise ShortFileError(f"{source} ends early")
                 done += copied
-        if self._synchronous:  # a copy within the system is none of the writes that wait
+        if self._synchronous:  # O_DSYNC does not apply to copies by the kernel
             self.sync()
 
     def _copy_some(self, path: Path, source: int, start: int, count: int, offset: int) -> int:
-        """Copy up to ``count`` bytes; return how many."""
+        """Copy up to ``count`` bytes; return the number of copied bytes."""
         if hasattr(os, "copy_file_range"):
-            with contextlib.suppress(OSError):  # file systems that cannot, or not to each other
+            with contextlib.suppress(OSError):  # not supported by or between the file systems
                 copied = os.copy_file_range(source, self._file, count, start, offset)
                 if copied:
                     return copied
@@ -146,7 +144,7 @@ class LocalFile:
         return len(content)
 
     def read(self, offset: int, length: int) -> memoryview:
-        """Return bytes that lie in the file."""
+        """Return bytes of the file."""
         content = bytearray()
         while len(content) < length:
             part = os.pread(self._file, length - len(content), offset + len(content))
@@ -156,9 +154,9 @@ class LocalFile:
         return memoryview(content)
 
     def sync(self) -> None:
-        """Make what was written survive a power cut."""
+        """Sync the written data to the disk."""
         os.fsync(self._file)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         os.close(self._file)

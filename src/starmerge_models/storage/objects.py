@@ -1,4 +1,4 @@
-"""Object stores as a storage: what is read by range, and made here before it is uploaded."""
+"""Object stores as a storage: files are read by range, and outputs are staged locally."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from starmerge_models.storage.places import RemotePlace
 from starmerge_models.storage.ranges import Ranges
 from starmerge_models.storage.requests import ObjectBackend, in_words
 from starmerge_models.storage.scratch import Scratch
-from starmerge_models.storage.storage import Distribute, LeftBehind, OutputFolder
+from starmerge_models.storage.storage import Distribute, OutputFolder, PartialOutput
 from starmerge_models.storage.upload import Upload, check_replaceable
 
 
 class ObjectStorage(Ranges):
-    """Object stores as a storage: ranges are read, outputs staged here and uploaded whole."""
+    """Object stores as a storage: files are read by range, outputs are staged and uploaded."""
 
     def __init__(self) -> None:
         self._objects = ObjectBackend()
         super().__init__(self._objects)
 
     def check_output(self, place: RemotePlace, *, overwrite: bool, is_file: bool = False) -> None:
-        """Make sure that nothing lies there, or a merge that may be replaced."""
+        """Check that the place is empty, or contains a merge that may be replaced."""
         scratch = Scratch(place)
         scratch.check_not_in_work()
         check_replaceable(self._objects, place, overwrite=overwrite, is_file=is_file)
 
-    def check_room(
+    def check_free_space(
         self,
         folder: RemotePlace,
         wanted: int,
@@ -40,25 +40,25 @@ class ObjectStorage(Ranges):
         suffix: str | None = None,
         is_shared: bool = False,
     ) -> None:
-        """Make sure that the scratch folder has room, where the output is made there first.
+        """Check that the scratch folder has enough space, if the output is staged there.
 
-        Without a suffix, it is not known yet whether it is.
+        Without a suffix, it is not known yet whether the output is staged.
         """
         if suffix is not None and not is_shared:
-            Scratch(folder).check_room(wanted, suffix=suffix)
+            Scratch(folder).check_free_space(wanted, suffix=suffix)
 
-    def remains(self, folder: RemotePlace, *, suffix: str) -> list[str]:
-        """Say what killed runs have left in the scratch folder, and in pieces in the store."""
+    def describe_leftovers(self, folder: RemotePlace, *, suffix: str) -> list[str]:
+        """Return sentences on leftovers in the scratch folder and on pieces in the store."""
         left = [own for own in pieces_left(folder) if not own.path.name.endswith(suffix)]
-        return Scratch(folder).remains(suffix, sum(own.nbytes for own in left))
+        return Scratch(folder).describe_leftovers(suffix, sum(own.nbytes for own in left))
 
-    def leftovers(self, output: RemotePlace) -> list[LeftBehind]:
-        """List what lies in the scratch folder, and pieces in the store."""
+    def leftovers(self, output: RemotePlace) -> list[PartialOutput]:
+        """List leftovers in the scratch folder and pieces in the store."""
         return [*Scratch(output).leftovers(), *pieces_left(output)]
 
-    def forget(self, folder: RemotePlace, *, suffix: str) -> None:
-        """Delete what an interrupted run has left in the scratch folder, and its pieces."""
-        Scratch(folder).forget(suffix)
+    def delete_partial(self, folder: RemotePlace, *, suffix: str) -> None:
+        """Delete an interrupted run's leftovers in the scratch folder, and its pieces."""
+        Scratch(folder).delete_partial(suffix)
         delete_pieces(pieces_of(folder, suffix))
 
     @contextmanager
@@ -72,10 +72,11 @@ class ObjectStorage(Ranges):
         progress: bool = False,
         distribute: Distribute | None = None,
     ) -> Iterator[OutputFolder]:
-        """Yield a folder of this machine; upload it when the block ends well.
+        """Yield a local folder; upload it when the block ends without an error.
 
-        Shared, it has the files of all machines in the store, in pieces. They stay as long as what
-        the scratch folder has of this run: a later one goes on with both.
+        If several machines write to the folder, their files are stored as pieces in the store.
+        Pieces are kept as long as the run's files in the scratch folder, and a later run resumes
+        from both.
         """
         scratch = Scratch(place)
         scratch.check_not_in_work()
@@ -96,7 +97,7 @@ class ObjectStorage(Ranges):
                     distribute=distribute,
                 ).run()
             except (BaseError, OSError, ValueError) as error:
-                if isinstance(error, OSError) and error.errno is not None:  # of this machine
+                if isinstance(error, OSError) and error.errno is not None:  # a local error
                     raise StarmergeError(f"{folder} cannot be uploaded: {error}.") from error
                 raise in_words(place, error) from None
             finally:
@@ -108,5 +109,5 @@ class ObjectStorage(Ranges):
             emit(Published(str(place)))
         finally:
             if not scratch.has(suffix):
-                with suppress(StarmergeError):  # what has failed before is said
+                with suppress(StarmergeError):  # the first error is raised
                     delete_pieces(pieces)

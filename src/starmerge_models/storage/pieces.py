@@ -1,9 +1,9 @@
-"""An output of an object store that several machines fill: pieces, which are then put together.
+"""Outputs in object stores that several machines write: pieces, which are assembled at the end.
 
-Stores cannot write into the middle of an object. So each machine sends what it has written of a
-file as objects of their own, *pieces*, below ``.NAME.partial-SUFFIX`` beside the output. When all
-are there, a machine reads those of a file in their order and sends them on as one object. Nothing
-of it passes through the machine that runs the merge, but for files that it asks for itself.
+Object stores cannot write into the middle of an object. So each machine sends its parts of a file
+as separate objects, *pieces*, below ``.NAME.partial-SUFFIX`` next to the output. When all pieces
+exist, a machine reads those of a file in order and sends them as one object. The data does not pass
+through the machine that runs the merge, except for files that it reads itself.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from starmerge_models.storage.scratch import Scratch
 from starmerge_models.storage.storage import MARK, ShortFileError
 
 PIECE = 16 * 2**20
-"""Bytes of a piece, at most."""
+"""Most bytes of a piece."""
 
 _AT_ONCE = 4
-"""Pieces of one tensor or one file that a machine sends, or fetches, side by side."""
+"""Concurrent requests of a machine for the pieces of one tensor or file."""
 
 _NAME = re.compile(r"(?P<file>.+)/(?P<start>\d{15})\+(?P<length>\d+)of(?P<size>\d+)")
 
@@ -41,40 +41,41 @@ _BACKEND = ObjectBackend()
 
 
 def pieces_of(output: RemotePlace, suffix: str) -> RemotePlace:
-    """Return where the pieces of an output lie.
+    """Return the place of an output's pieces.
 
     Args:
         output: The output.
-        suffix: Of the run; see :func:`~starmerge_models.storage.publishing.output_folder`.
+        suffix: The run's suffix; see
+            :func:`~starmerge_models.storage.publishing.output_folder`.
     """
     return output.with_name(f".{output.name}.partial-{suffix}")
 
 
 def suffix_of(pieces: RemotePlace) -> str:
-    """Return the suffix of the run whose pieces lie at a place."""
+    """Return the suffix of the run from the place of its pieces."""
     return pieces.name.rpartition(".partial-")[2]
 
 
 @dataclass(frozen=True, order=True)
 class _Piece:
-    """Bytes of a file: an object, or what is read of one."""
+    """A range of a file's bytes, stored in an object or a part of one."""
 
     start: int
-    """In the file."""
+    """Offset in the file."""
     length: int
     place: RemotePlace
     skipped: int = 0
-    """Bytes at the beginning of the object that another piece has brought."""
+    """Bytes at the beginning of the object that another piece contains too."""
 
 
 @dataclass(frozen=True)
 class PiecesOfFile:
-    """What a store has of a file.
+    """The pieces of a file in a store.
 
     Args:
         name: The file, relative to the output.
-        size: Its bytes.
-        pieces: Sorted; some bytes may lie in two of them, which are then the same.
+        size: Size of the file in bytes.
+        pieces: The pieces, sorted; overlapping pieces have the same bytes.
     """
 
     name: str
@@ -83,15 +84,15 @@ class PiecesOfFile:
 
     @property
     def memory(self) -> int:
-        """Bytes of memory that :meth:`send` takes."""
+        """Memory of :meth:`send` in bytes."""
         part = part_length(self.size) if goes_in_parts(self.size) else self.size
         return min(self.size, 2 * _AT_ONCE * PIECE) + 2 * _AT_ONCE * part
 
     def check(self) -> None:
-        """Make sure that every byte of the file is there.
+        """Check that the pieces cover the whole file.
 
         Raises:
-            PiecesLostError: Some are not.
+            PiecesLostError: Some bytes are missing.
         """
         whole = self._segments()
         if sum(piece.length for piece in whole) != self.size:
@@ -101,7 +102,7 @@ class PiecesOfFile:
             )
 
     def contents(self) -> Iterator[memoryview]:
-        """Yield the bytes of the file, in their order; the next are fetched meanwhile."""
+        """Yield the bytes of the file in order, and prefetch the next ones."""
         self.check()
         waiting = deque[Future[memoryview]]()
         with ThreadPoolExecutor(_AT_ONCE, "pieces") as pool:
@@ -136,13 +137,13 @@ class PiecesOfFile:
         return content
 
     def send(self, target: RemotePlace) -> None:
-        """Put the file together: one object, which appears when all of it is there.
+        """Assemble the file to one object, which appears when it is complete.
 
         Args:
             target: The object.
 
         Raises:
-            PiecesLostError: Some of it is missing.
+            PiecesLostError: A piece is missing.
             StarmergeError: The store fails.
         """
         if not goes_in_parts(self.size):
@@ -158,7 +159,7 @@ class PiecesOfFile:
             raise in_words(target, error) from None
 
     def _segments(self) -> list[_Piece]:
-        """Return what is read of each piece, so that no byte is read twice."""
+        """Return the range to read of each piece, without overlaps."""
         found, end = list[_Piece](), 0
         for piece in self.pieces:
             known = max(0, end - piece.start)
@@ -176,11 +177,11 @@ class PiecesOfFile:
 
 
 def files_in(pieces: RemotePlace, name: str = "") -> dict[str, PiecesOfFile]:
-    """Return the files that a store has pieces of, by their names.
+    """Return the files of which a store has pieces, by name.
 
     Args:
-        pieces: Where the pieces of an output lie.
-        name: A file or a folder of the output, to list that alone.
+        pieces: The place of an output's pieces.
+        name: A file or a folder of the output, to list only its files.
     """
     found: dict[tuple[str, int], list[_Piece]] = {}
     begin = f"{name}/" if name else ""
@@ -201,18 +202,18 @@ def _fetch(piece: _Piece) -> memoryview:
 
 @dataclass(frozen=True)
 class PiecesLeft:
-    """Pieces of an output whose run was killed, or still goes on; see :class:`LeftBehind`.
+    """Pieces of an output whose run was killed, or still goes on; see :class:`PartialOutput`.
 
     Args:
-        path: Where they lie.
-        is_held: Whether a process of this machine makes the output.
+        path: The place of the pieces.
+        is_held: Whether a process of this machine writes the output.
     """
 
     path: RemotePlace
     is_held: bool
 
     def is_in_work(self) -> bool:
-        """Whether the run still goes on, on this machine: another one's cannot be seen."""
+        """Whether the run still goes on; only processes of this machine are detected."""
         return self.is_held
 
     def is_only_copy(self) -> bool:
@@ -226,7 +227,7 @@ class PiecesLeft:
 
     @property
     def written(self) -> float:
-        """When the last piece was sent, seconds since the epoch."""
+        """Time of the last piece, in seconds since the epoch."""
         return _BACKEND.written(self.path)
 
     def delete(self) -> None:
@@ -241,7 +242,7 @@ class PiecesLeft:
 
 
 def pieces_left(output: RemotePlace) -> list[PiecesLeft]:
-    """List the pieces that lie beside an output, of all its runs."""
+    """List the pieces of all runs of an output."""
     own = [left for left in Scratch(output).leftovers() if left.is_in_work()]
     _, folders = _BACKEND.members(output.parent)
     begin = pieces_of(output, "").name
@@ -251,7 +252,7 @@ def pieces_left(output: RemotePlace) -> list[PiecesLeft]:
             any(left.path.name.endswith(name.removeprefix(begin)) for left in own),
         )
         for name in sorted(folders)
-        # Of an output called NAME.partial-2, they begin so as well.
+        # The pieces of an output called NAME.partial-2 have the same prefix.
         if name.startswith(begin) and _SUFFIX.fullmatch(name, len(begin))
     ]
 
@@ -263,12 +264,12 @@ def delete_pieces(pieces: RemotePlace) -> None:
 
 @dataclass(frozen=True)
 class PieceFolder:
-    """An output in the making, for all machines that fill it.
+    """An output before publication, for all machines that write it.
 
     Args:
-        pieces: Where the pieces lie.
-        home: Of the machine that runs the merge: its folder for small files, the journal, and what
-            is brought there. None on other machines: it is left out when the folder is pickled.
+        pieces: The place of the pieces.
+        home: On the machine that runs the merge, its local folder for small files, the journal, and
+            downloaded files. None on other machines, because pickling leaves it out.
     """
 
     pieces: RemotePlace
@@ -284,27 +285,27 @@ class PieceFolder:
         return self
 
     def mark(self, text: str) -> RemotePlace:
-        """Leave a text in the store; return its place."""
+        """Write a text to the mark file in the store; return its place."""
         file = self.pieces / MARK
         _BACKEND.put(file, text.encode())
         return file
 
     def open(self, name: str, size: int) -> PieceFile:
-        """Open a file to be filled; the pieces that an earlier run has sent stay."""
+        """Open a file for writing; pieces of an earlier run are kept."""
         if self.home is not None:
-            self.home.delete(name)  # what was brought here is of an earlier run
+            self.home.delete(name)  # delete a copy that an earlier run has downloaded
         return PieceFile(self.pieces, name, size)
 
     def put(self, name: str, content: bytes) -> None:
-        """Write a small file whole."""
+        """Write a small file at once."""
         self._home.put(name, content)
 
     def append(self, name: str, content: bytes) -> None:
-        """Add bytes to the end of a file of this machine, such that they survive a power cut."""
+        """Append bytes to a local file, and sync them to the disk."""
         self._home.append(name, content)
 
     def delete(self, name: str) -> None:
-        """Delete a file, or a folder with all that is in it, if it is there."""
+        """Delete a file or a folder with its content, if it exists."""
         self._home.delete(name)
         _BACKEND.delete(self.pieces / name, _BACKEND.tree(self.pieces / name))
 
@@ -313,7 +314,7 @@ class PieceFolder:
         return sorted({*self._home.names(), *files_in(self.pieces)})
 
     def place(self, name: str) -> Path:
-        """Bring a file, or the files of a folder, to this machine; return where it lies there."""
+        """Download a file, or the files of a folder; return the local path."""
         if self._home.place(name).is_file():
             return self._home.place(name)
         for file in files_in(self.pieces, name).values():
@@ -328,16 +329,16 @@ class PieceFolder:
 
     @property
     def _home(self) -> LocalFolder:
-        assert self.home is not None, "what other machines do not ask for"
+        assert self.home is not None, "only the machine that runs the merge has a local folder"
         return self.home
 
 
 @dataclass(frozen=True)
 class StagedFolder(LocalFolder):
-    """A folder of this machine that is uploaded when it is whole.
+    """A local folder that is uploaded when it is complete.
 
     Args:
-        pieces: Where the pieces of its files go where several machines fill them.
+        pieces: The place of its files' pieces, if several machines write them.
     """
 
     pieces: RemotePlace = field(kw_only=True)
@@ -349,7 +350,7 @@ class StagedFolder(LocalFolder):
 
 @dataclass
 class _Run:
-    """What a thread has written that is not sent yet."""
+    """Data that a thread has written and that is not sent yet."""
 
     start: int
     content: bytearray = field(default_factory=bytearray)
@@ -360,32 +361,32 @@ class _Run:
 
 
 class PieceFile:
-    """A file that is filled in any order, by several machines, each of which sends pieces of it.
+    """A file that several machines write in any order, each by sending pieces of it.
 
     Args:
-        pieces: Where the pieces of the output lie.
+        pieces: The place of the output's pieces.
         name: The file, relative to the output.
-        size: Its bytes.
+        size: Size of the file in bytes.
     """
 
     def __init__(self, pieces: RemotePlace, name: str, size: int) -> None:
         self._pieces, self._name, self._size = pieces, name, size
         self._lock = Lock()
         self._runs: dict[int, _Run] = {}
-        """By thread."""
+        """Unsent data by thread."""
         self._known: PiecesOfFile | None = None
 
     def write(self, content: memoryview, offset: int, *, more: bool = False) -> None:
-        """Write bytes, the first of them at ``offset``.
+        """Write bytes at ``offset``.
 
-        They are in the store when this returns, unless more is to follow.
+        They are in the store when this method returns, unless ``more`` is set.
         """
         with self._lock:
             run = self._runs.pop(get_ident(), _Run(offset))
         if run.stop != offset:
             self._send(memoryview(run.content), run.start)
             run = _Run(offset)
-        if not more and not run.content:  # no copy of it is needed
+        if not more and not run.content:  # send the content without copying it
             self._send(content, offset)
             return
         run.content += content
@@ -396,11 +397,11 @@ class PieceFile:
             self._send(memoryview(run.content), run.start)
 
     def copy(self, source: Path, start: int, length: int, offset: int) -> None:
-        """Send bytes of a file of this machine."""
+        """Send bytes of a local file."""
 
         def send(begin: int) -> None:
             count = min(PIECE, length - begin)
-            with named(source), source.open("rb") as stream:  # which reads on if it gets less
+            with named(source), source.open("rb") as stream:  # buffered: no short reads
                 stream.seek(start + begin)
                 content = stream.read(count)
             if len(content) != count:
@@ -410,12 +411,12 @@ class PieceFile:
         _side_by_side(send, range(0, length, PIECE))
 
     def read(self, offset: int, length: int) -> memoryview:
-        """Return bytes that lie in the file.
+        """Return bytes of the file.
 
         Raises:
-            ShortFileError: Nobody has written some of them.
+            ShortFileError: Some of the bytes were not written.
         """
-        known = self._known  # which another thread forgets when it writes
+        known = self._known  # another thread resets it when it writes
         if known is None:
             found = files_in(self._pieces, self._name)
             known = found.get(self._name, PiecesOfFile(self._name, self._size, ()))
@@ -423,10 +424,10 @@ class PieceFile:
         return known.read(offset, length)
 
     def sync(self) -> None:
-        """Do nothing: the store has what was written."""
+        """Do nothing: written data is in the store already."""
 
     def close(self) -> None:
-        """Let go of what was written of tensors that were not finished."""
+        """Discard unsent data of unfinished tensors."""
         with self._lock:
             self._runs.clear()
 
@@ -443,7 +444,7 @@ class PieceFile:
 
 
 def _side_by_side(work: Callable[[int], None], starts: Sequence[int]) -> None:
-    """Do something for all numbers, for some of them at once."""
+    """Call a function for all numbers, with several calls at the same time."""
     if len(starts) == 1:
         work(starts[0])
         return

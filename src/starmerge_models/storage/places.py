@@ -1,4 +1,4 @@
-"""Names of places: paths of this machine, and URLs of object stores and of the Hub."""
+"""Places of files: local paths, and URLs of object stores and of the Hub."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import TypeAlias
 from starmerge_models.errors import UsageError
 
 SCHEMES = ("s3", "gs", "az", "hf")
-"""Of URLs that are read: Amazon S3 and what speaks its language, Google Cloud Storage, Azure Blob
+"""Schemes of readable URLs: Amazon S3 and compatible stores, Google Cloud Storage, Azure Blob
 Storage, the Hugging Face Hub."""
 
 WRITTEN = ("s3", "gs", "az")
-"""Of URLs that merges are written to."""
+"""Schemes of URLs to which merges can be written."""
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 
 
 @dataclass(frozen=True, order=True)
 class RemotePlace:
-    """A file or a folder of a store that is reached over the network.
+    """A file or a folder of a remote store.
 
-    It is named as paths are named, and cannot be opened: its storage reads it.
+    It has the naming methods of ``pathlib.Path``, but cannot be opened: its storage reads it.
 
     Args:
         scheme: One of :data:`SCHEMES`.
-        root: The bucket or the container; of the Hub, ``org/name`` or ``org/name@revision``.
-        path: What follows, without a slash at either end; empty for the root itself.
+        root: The bucket or the container; for the Hub, ``org/name`` or ``org/name@revision``.
+        path: The path below the root, without a slash at either end; empty for the root itself.
     """
 
     scheme: str
@@ -44,7 +44,7 @@ class RemotePlace:
 
     @property
     def name(self) -> str:
-        """The last part of the path; of the root itself, its name."""
+        """The last part of the path; for the root itself, the root's name."""
         return PurePosixPath(self.path or self.root).name
 
     @property
@@ -59,12 +59,12 @@ class RemotePlace:
 
     @property
     def parent(self) -> RemotePlace:
-        """The folder that it lies in; the root lies in itself."""
+        """The parent folder; the parent of the root is the root itself."""
         return RemotePlace(self.scheme, self.root, self.path.rpartition("/")[0])
 
     @property
     def parents(self) -> tuple[RemotePlace, ...]:
-        """The folder that it lies in, the one above, and so on up to the root."""
+        """All parent folders up to the root, the nearest first."""
         found, place = list[RemotePlace](), self
         while place.path:
             place = place.parent
@@ -72,30 +72,30 @@ class RemotePlace:
         return tuple(found)
 
     def with_name(self, name: str) -> RemotePlace:
-        """Return the place beside this one that has another name."""
+        """Return a place in the same folder with another name."""
         return self.parent / name
 
 
 Place: TypeAlias = Path | RemotePlace
-"""Where a file or a folder lies."""
+"""The place of a file or a folder."""
 
 
 def is_url(text: str | Path) -> bool:
-    """Tell whether a text is meant as a URL, such as ``s3://bucket/model``, and not as a path.
+    """Return whether a text is a URL such as ``s3://bucket/model``, not a path.
 
-    Two slashes may have become one, as in paths.
+    A single slash after the colon is accepted too, because ``pathlib`` merges double slashes.
     """
     return _URL.match(str(text)) is not None
 
 
 def place_of(text: str | os.PathLike[str] | RemotePlace) -> Place:
-    """Return the place that a path or a URL names; ``~`` stands for the user's folder.
+    """Return the place of a path or a URL; ``~`` is replaced by the user's folder.
 
-    A URL of another kind than :data:`SCHEMES` is taken for a path, which does not exist.
+    A URL with a scheme other than :data:`SCHEMES` is treated as a path, which does not exist.
 
     Raises:
-        UsageError: The URL has no bucket, or contains a password or a signature; or no user of this
-            machine is called so.
+        UsageError: The URL has no bucket, or contains a password or a signature; or the user of a
+            ``~name`` path does not exist.
     """
     if isinstance(text, RemotePlace):
         return text
@@ -109,7 +109,7 @@ def place_of(text: str | os.PathLike[str] | RemotePlace) -> Place:
 
 
 def without_secrets(text: str) -> str:
-    """Return a text with what URLs in it may carry of passwords and signatures left out."""
+    """Return a text with passwords and signatures removed from its URLs."""
     return _QUERY.sub(r"\1?…", _PASSWORD.sub(r"\1…@", text))
 
 
@@ -118,7 +118,7 @@ _QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/[^\s?\"'<>]*)\?[^\s\"'<>)]*")
 
 
 def relative(file: Place, folder: Place) -> str:
-    """Return how a file is called from a folder, with slashes between the parts."""
+    """Return the path of a file relative to a folder, with slashes."""
     if isinstance(file, Path) and isinstance(folder, Path):
         return os.path.relpath(file, folder)
     return str(file).removeprefix(f"{folder}/")
@@ -145,14 +145,14 @@ def _remote(scheme: str, rest: str) -> RemotePlace:
 
 
 _UNNAMEABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
-"""What no key of an object has that obstore reads; bytes of an argument become surrogates."""
+"""Characters that obstore does not support in keys; surrogates come from undecodable arguments."""
 
 
 def _normal(path: str) -> str:
     """Return a path without empty parts and dots.
 
     Raises:
-        UsageError: It leads up, which no store does.
+        UsageError: The path contains '..', which stores do not support.
     """
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if ".." in parts:

@@ -1,8 +1,9 @@
-"""An output that appears whole or not at all.
+"""Atomic publication of outputs: an output appears complete or not at all.
 
-A folder or a file is made beside its place, as ``.NAME.partial-SUFFIX``, flushed to the disk, and
-gets its name at the end. A folder that it replaces exchanges names with it in one step and is then
-deleted, as ``.NAME.replaced-SUFFIX``; see :mod:`starmerge_models.storage.leftovers`.
+A folder or a file is written next to its place, as ``.NAME.partial-SUFFIX``, synced to the disk,
+and renamed at the end. If it replaces a folder, the two names are exchanged atomically, and the old
+folder is then deleted, as ``.NAME.replaced-SUFFIX``; see
+:mod:`starmerge_models.storage.leftovers`.
 """
 
 from __future__ import annotations
@@ -38,36 +39,36 @@ from starmerge_models.storage.regular import open_regular
 from starmerge_models.storage.storage import ShortFileError
 
 REPORT = "merge_report.json"
-"""The report in a merged model's folder; a folder that has it was written by a merge."""
+"""Name of the report in a merged model's folder, by which a merge's output is recognised."""
 
 
 @dataclass(frozen=True)
 class Replaceable:
-    """A kind of folder that a later one may replace."""
+    """A kind of output folder that a later output may replace."""
 
     name: str
     marker: str
-    """JSON file by which the folder is known. The files that it lists under ``files``, relative to
-    the folder, belong to the folder."""
+    """JSON file by which the folder is recognised. The files that it lists under ``files``,
+    relative to the folder, belong to the folder."""
     members: tuple[str, ...] = ()
-    """Patterns of further names that may stand in such a folder."""
+    """Patterns of other names that the folder may contain."""
 
 
 MERGED_MODEL = Replaceable("merged model", REPORT)
 
 _LITTER = (".DS_Store", "._*", "Thumbs.db", "desktop.ini", "__pycache__")
-"""What file managers and Python leave in any folder; it is deleted with the folder."""
+"""Files that file managers and Python create in any folder; they are deleted with the folder."""
 
 
 def check_output(path: Path, *, overwrite: bool, kind: Replaceable = MERGED_MODEL) -> None:
-    """Make sure that a folder may appear under ``path``.
+    """Check that a folder may be published under ``path``.
 
-    Only a folder of the same kind is ever replaced: it has its marker, and holds no file but those
-    that starmerge wrote.
+    Only a folder of the same kind is replaced: it must contain the marker, and no files other than
+    those that starmerge wrote.
 
     Raises:
-        UsageError: Something stands there already that may not be replaced, another process is
-            making this output, or no folder of that name can be made there.
+        UsageError: The place is taken by something that may not be replaced, another process is
+            writing this output, or a folder of that name cannot be created.
     """
     with _as_usage_error(path):
         _check_place(path)
@@ -76,11 +77,11 @@ def check_output(path: Path, *, overwrite: bool, kind: Replaceable = MERGED_MODE
 
 
 def check_output_file(path: Path, *, overwrite: bool) -> None:
-    """Make sure that a file may appear under ``path``.
+    """Check that a file may be published under ``path``.
 
     Raises:
-        UsageError: Something stands there already that may not be replaced, another process is
-            making this output, or no file of that name can be made there.
+        UsageError: The place is taken by something that may not be replaced, another process is
+            writing this output, or a file of that name cannot be created.
     """
     with _as_usage_error(path):
         _check_place(path)
@@ -89,15 +90,15 @@ def check_output_file(path: Path, *, overwrite: bool) -> None:
 
 
 def check_space(path: Path, wanted: int, *, advice: str = "a smaller --dtype") -> None:
-    """Make sure that the disk of ``path`` has ``wanted`` bytes free.
+    """Check that the disk of ``path`` has ``wanted`` bytes free.
 
     Args:
         path: The output.
-        wanted: Its bytes.
-        advice: What to choose if it has less.
+        wanted: Size of the output in bytes.
+        advice: Advice for the error message.
 
     Raises:
-        StarmergeError: It has less.
+        StarmergeError: The disk has less free space.
     """
     free = shutil.disk_usage(nearest_parent(path)).free
     if free < wanted:
@@ -117,32 +118,32 @@ def output_folder(
     member: str | None = None,
     is_final: bool = True,
 ) -> Iterator[LocalFolder]:
-    """Yield a hidden folder beside ``path`` that takes its place when the block ends well.
+    """Yield a hidden folder next to ``path`` that is renamed to ``path`` after the block.
 
-    If the block raises, the folder is deleted; if the process is killed, it stays behind under its
-    hidden name, ``.NAME.partial-…``. A folder under ``path`` is replaced only at the end, and at
-    once: the two exchange their names, then the old one is deleted. Where the system or the file
-    system cannot exchange names (NFS), two renames follow each other, and a process that is killed
+    If the block raises an error, the folder is deleted; if the process is killed, it remains under
+    its hidden name, ``.NAME.partial-…``. An existing folder under ``path`` is replaced at the end,
+    atomically: the two names are exchanged, then the old folder is deleted. If the system or the
+    file system cannot exchange names (NFS), two renames are used, and a process that is killed
     between them leaves both folders under hidden names.
 
     Args:
-        path: The folder to make.
-        overwrite: Replace the folder of the same kind that stands there.
+        path: The folder to create.
+        overwrite: Replace an existing folder of the same kind.
         kind: The kind of folder.
-        suffix: Ends the hidden name, in place of a random one: up to 32 letters and digits, such as
-            a hash of all that decides the content. With it the folder is resumable: one of that
-            name that an interrupted run left is yielded as it is, with what it holds. SIGTERM
-            (:class:`Interrupted`) keeps it, and so do a failure of the system, such as a full disk
-            or a permission that was taken away, and :class:`WorkersLostError`; Ctrl-C and all other
+        suffix: The end of the hidden name instead of a random one: up to 32 letters and digits,
+            such as a hash of everything that determines the content. It makes the folder resumable:
+            a folder of that name from an interrupted run is yielded with its content. The folder is
+            kept after SIGTERM (:class:`Interrupted`), after a failure of the system, such as a full
+            disk or a revoked permission, and after :class:`WorkersLostError`; Ctrl-C and all other
             errors delete it.
-        member: A file of the folder that alone takes the place of ``path``, as a file; what else
-            there is in the folder is deleted.
-        is_final: Whether this is where the output is wanted; False: it is sent on from there.
+        member: The only file of the folder to publish, as a file under ``path``; the rest of the
+            folder is deleted.
+        is_final: Whether this is the final place of the output; False if it is uploaded from there.
 
     Raises:
         UsageError: Something that may not be replaced has appeared under ``path`` meanwhile, or
-            another process is making this output. Of two that begin at the same moment, at least
-            one is refused.
+            another process is writing this output. Of two processes that start at the same moment,
+            at least one is refused.
         StarmergeError: The disk is full, or fails otherwise.
     """
     if member is None:
@@ -165,7 +166,7 @@ def output_folder(
                 _check_replaceable_file(path, overwrite=overwrite)
                 (partial / member).replace(path)
                 replaced = partial
-            with contextlib.suppress(OSError):  # the output stands in its place
+            with contextlib.suppress(OSError):  # the output is published already
                 _sync(*new_parents, path.parent)
             if replaced is not None:
                 shutil.rmtree(replaced, ignore_errors=True)
@@ -188,14 +189,14 @@ def output_folder(
 
 @contextmanager
 def output_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a hidden file beside ``path`` that takes its place when the block ends well.
+    """Yield a hidden file next to ``path`` that is renamed to ``path`` after the block.
 
-    If the block raises, the file is deleted; if the process is killed, it stays behind under its
-    hidden name, ``.NAME.partial-…``. What stood under ``path`` is replaced only at the end.
+    If the block raises an error, the file is deleted; if the process is killed, it remains under
+    its hidden name, ``.NAME.partial-…``. An existing file is replaced only at the end.
 
     Raises:
         UsageError: Something that may not be replaced has appeared under ``path`` meanwhile, or
-            another process is making this output.
+            another process is writing this output.
         StarmergeError: The disk is full, or fails otherwise.
     """
     check_output_file(path, overwrite=overwrite)
@@ -229,26 +230,26 @@ def printable(name: str) -> str:
 
 
 class _NotMadeError(StarmergeError):
-    """The system refuses what an output needs; the cause says what."""
+    """The system refused an operation on an output; the cause is the system's error."""
 
 
 @contextmanager
 def _as_usage_error(path: Path) -> Iterator[None]:
-    """Say of what the system finds wrong with a path that the path is wrong."""
+    """Convert the system's errors about a path to a UsageError."""
     try:
         yield
-    # pathlib raises RuntimeError for links in a circle, ValueError for a NUL in the name.
+    # pathlib raises RuntimeError for circular links, ValueError for a NUL in the name.
     except (OSError, RuntimeError, ValueError) as error:
         raise UsageError(f"{path} cannot be an output: {error}. Choose another.") from error
 
 
 @contextmanager
 def _failures_named(path: Path, partial: Path | None = None) -> Iterator[None]:
-    """Say of what the system refuses which output was not made.
+    """Convert the system's errors to errors that name the output.
 
     Args:
         path: The output.
-        partial: Its hidden folder, if a later run goes on with that.
+        partial: Its hidden folder, if a later run can resume it.
     """
     try:
         yield
@@ -258,7 +259,7 @@ def _failures_named(path: Path, partial: Path | None = None) -> Iterator[None]:
         raise WorkersLostError(
             f"{loss} What was written is kept in {partial}: run the same again to go on with it."
         ) from loss
-    # A file that is made within a folder, such as a figure, fails in the folder's name.
+    # The error of a file inside an output folder, such as a figure, names the folder.
     except (OSError, _NotMadeError) as failure:
         error = failure if isinstance(failure, OSError) else failure.__cause__
         kept = "Nothing was left there"
@@ -273,9 +274,9 @@ def _failures_named(path: Path, partial: Path | None = None) -> Iterator[None]:
 
 
 def _may_be_mended(error: BaseException) -> bool:
-    """Tell whether the system or a cluster has failed, and not an input.
+    """Return whether an error is one of the system or a cluster, not of an input.
 
-    A file that has become shorter is an input that has changed: no later run goes on with it.
+    A file that has become shorter is a changed input, so no later run can resume.
     """
     if isinstance(error, WorkersLostError):
         return True
@@ -283,7 +284,7 @@ def _may_be_mended(error: BaseException) -> bool:
 
 
 def _check_place(path: Path) -> None:
-    """Make sure that something of this name can be made, above it all that is missing."""
+    """Check that the name can be created, including missing parent folders."""
     if is_url(path):
         raise UsageError(
             f"{without_secrets(str(path))} is a URL, and this output is written to a folder of "
@@ -352,7 +353,7 @@ def _check_replaceable(path: Path, *, overwrite: bool, kind: Replaceable) -> Non
 
 
 def _listed(marker: Path) -> Collection[str]:
-    """Return what a marker lists as the files of its folder: nothing if it cannot be read."""
+    """Return the files that a marker lists; empty if the marker cannot be read."""
     try:
         with open_regular(marker) as stream:
             files = parse_json(stream.read(MOST_JSON_BYTES)).get("files")
@@ -364,13 +365,13 @@ def _listed(marker: Path) -> Collection[str]:
 def _foreign(
     folder: Path, place: str, listed: Collection[str], patterns: Collection[str]
 ) -> str | None:
-    """Return the first file or folder that is neither listed, nor has a name of a pattern.
+    """Return the first file or folder that is not listed and matches no pattern; None if none.
 
     Args:
-        folder: Where to look.
-        place: The folder, relative to the output, and a slash; empty for the output itself.
+        folder: The folder to search.
+        place: The folder's path relative to the output, with a slash; empty for the output itself.
         listed: Files that belong to the output, relative to it.
-        patterns: Of names that belong to this folder.
+        patterns: Patterns of names that belong to this folder.
     """
     for member in sorted(folder.iterdir()):
         name = f"{place}{member.name}"
@@ -395,7 +396,7 @@ def _check_replaceable_file(path: Path, *, overwrite: bool) -> None:
 
 
 def _make_parent(path: Path) -> list[Path]:
-    """Make the folders above an output; return those in which names are new besides the last."""
+    """Create the parent folders of an output; return those with new entries, except the last."""
     nearest = nearest_parent(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return [parent for parent in path.parents[1:] if parent.is_relative_to(nearest)]
@@ -405,7 +406,7 @@ _SUFFIX = re.compile(r"\w{1,32}", re.ASCII)
 
 
 def _make_folder(path: Path, suffix: str | None) -> Path:
-    """Make the hidden folder of an output, unless it is there."""
+    """Create the hidden folder of an output, unless it exists."""
     prefix = hidden_prefix(path, "partial")
     if suffix is None:
         partial = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
@@ -419,10 +420,10 @@ def _make_folder(path: Path, suffix: str | None) -> Path:
 
 
 def _lock_own(partial: Path, path: Path) -> int:
-    """Lock the hidden folder or file that this process makes; return the descriptor that holds it.
+    """Lock the hidden folder or file of this process; return the descriptor of the lock.
 
     Raises:
-        UsageError: Another process makes the same output.
+        UsageError: Another process is writing the same output.
     """
     held = lock(partial)
     if held is None:
@@ -431,25 +432,25 @@ def _lock_own(partial: Path, path: Path) -> int:
     for other in others:
         if other.is_in_work():
             os.close(held)
-            with contextlib.suppress(OSError):  # what an earlier run has left in it stays
+            with contextlib.suppress(OSError):  # not empty: keep the files of an earlier run
                 partial.rmdir() if partial.is_dir() else partial.unlink()
             raise _in_work(path, other.path)
     return held
 
 
 def _put(partial: Path, path: Path, *, replace: bool) -> Path | None:
-    """Give a complete folder its name; return where the folder that it replaced now lies.
+    """Rename a complete folder to its final name; return the path of the folder it replaced.
 
     Raises:
-        OSError: Something stands in its place; or the system refuses. All is as it was.
+        OSError: The place is taken, or the system refuses. Nothing is changed then.
     """
     if not replace or not path.is_dir() or not any(path.iterdir()):
-        partial.rename(path)  # takes the place of an empty folder in one step, and of no other
+        partial.rename(path)  # replaces an empty folder atomically, and no other
         return None
     aside = Path(tempfile.mkdtemp(prefix=hidden_prefix(path, "replaced"), dir=path.parent))
     new = partial.stat()
     try:
-        # Under the partial's name, the old folder could later be taken for a partial one.
+        # Rename the old folder too, so that it is not mistaken for a partial output.
         partial.rename(aside)
         if not exchange(aside, path):
             aside.rename(partial)
@@ -460,22 +461,22 @@ def _put(partial: Path, path: Path, *, replace: bool) -> Path | None:
             aside.rename(path)
         elif aside.exists() and os.path.samestat(aside.stat(), new):
             aside.rename(partial)
-        else:  # empty as yet; or the old folder, after the exchange
+        else:  # still empty, or the old folder after the exchange
             shutil.rmtree(aside, ignore_errors=True)
         raise
     return aside
 
 
 def _sync_tree(folder: Path) -> None:
-    """Make a folder and all in it readable as new files are, and survive a power cut."""
+    """Give a folder's content the permissions of new files, and sync it to the disk."""
     for member in [*folder.rglob("*"), folder]:
         if not member.is_dir():
-            member.chmod(0o666 & ~_UMASK)  # some libraries write files for the owner alone
+            member.chmod(0o666 & ~_UMASK)  # some libraries create files readable by the owner only
         _sync(member)
 
 
 def _sync(*paths: Path) -> None:
-    """Make files, or the names in folders, survive a power cut, where the system can.
+    """Sync files, or the entries of folders, to the disk, if the system supports it.
 
     Raises:
         OSError: The disk failed, or is full.
@@ -485,7 +486,7 @@ def _sync(*paths: Path) -> None:
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
-                if hasattr(fcntl, "F_FULLFSYNC"):  # on macOS fsync stops at the disk's own cache
+                if hasattr(fcntl, "F_FULLFSYNC"):  # on macOS fsync does not flush the disk's cache
                     fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
             finally:
                 os.close(descriptor)
@@ -501,4 +502,4 @@ def _umask() -> int:
 
 
 _UMASK = _umask()
-"""Read once: to read it is to set it, for all threads."""
+"""Read once at import, because reading the umask sets it for all threads."""

@@ -1,8 +1,8 @@
-"""Reading files over the network, range by range, whatever answers the requests.
+"""Reading of remote files by range requests, for all kinds of remote stores.
 
-Nothing is downloaded whole: a header is read in blocks that begin small, a tensor in ranges of some
-megabytes that are fetched side by side. What is announced is fetched in the background, into a
-bounded amount of memory.
+No file is downloaded whole: headers are read in blocks of increasing size, tensors in concurrent
+ranges of some megabytes. Announced tensors are prefetched in the background, into a bounded amount
+of memory.
 """
 
 from __future__ import annotations
@@ -25,50 +25,50 @@ RANGE = 16 * 2**20
 """Most bytes of one request."""
 
 AT_ONCE = 8
-"""Requests for parts of tensors that a process has under way."""
+"""Concurrent requests of a process for ranges of tensors."""
 
 AHEAD = 512 * 2**20
-"""Bytes that are announced and not yet asked for, at most."""
+"""Most bytes that are prefetched and not yet read."""
 
 _AHEAD_AT_ONCE = 4
-"""Announced tensors that are fetched at once."""
+"""Number of announced tensors that are prefetched at the same time."""
 
 _FORGOTTEN = 60.0
-"""Seconds after which what was announced and never read makes room."""
+"""Seconds after which prefetched data that was never read may be discarded."""
 
 CUT_OFF = "the answer ended early"
-"""Why a request is repeated that the library which made it takes for well done."""
+"""Reason for repeating a request that the library considers successful."""
 
 _FIRST_BLOCK = 64 * 2**10
-"""Bytes that a stream fetches first; each further block is twice as long, if it follows."""
+"""Bytes of a stream's first block; each consecutive block is twice as long."""
 
 _LISTED = 30.0
-"""Seconds for which the members of a folder are remembered: opening a model asks for dozens of
-files, most of which are not there."""
+"""Seconds for which the list of a folder's members is cached: opening a model tests dozens of
+files, most of which do not exist."""
 
 
 class Backend(Protocol):
-    """What answers requests for a kind of URL; it may be used by several threads."""
+    """A thread-safe client for a kind of URL."""
 
-    def look(self, file: RemotePlace) -> FileState:
+    def stat(self, file: RemotePlace) -> FileState:
         """Return the state of a file.
 
         Raises:
-            FileNotFoundError: There is no such file.
-            StarmergeError: The store refuses, or cannot be reached.
+            FileNotFoundError: The file does not exist.
+            StarmergeError: The store refuses the request, or cannot be reached.
         """
 
     def fetch(self, file: RemotePlace, state: FileState, start: int, stop: int) -> Any:
         """Return the bytes from ``start`` to ``stop`` of a file, as a buffer of that length.
 
         Raises:
-            ShortFileError: It ends early.
-            StarmergeError: The file is no longer as ``state`` says; the store refuses, or cannot
-                be reached.
+            ShortFileError: The file ends early.
+            StarmergeError: The file has changed since ``state``, or the store refuses the request
+                or cannot be reached.
         """
 
     def members(self, folder: RemotePlace) -> tuple[list[str], list[str]]:
-        """Return the names of a folder's files, and of its folders; none if it is not there.
+        """Return the names of a folder's files, and of its subfolders; none if it does not exist.
 
         Raises:
             StarmergeError: The store refuses, or cannot be reached.
@@ -90,13 +90,13 @@ class _Announced:
 
 
 class Ranges:
-    """The reading half of a storage that is reached over the network.
+    """The reading half of a remote storage.
 
-    A file is pinned as it was when it was opened: later reads ask for that version of it, and fail
-    where it has been replaced.
+    A file is pinned to its version when it is opened: later reads request that version, and fail if
+    the file has been replaced.
 
     Args:
-        backend: What answers requests.
+        backend: The client of the store.
     """
 
     is_mapped = False
@@ -112,36 +112,36 @@ class Ranges:
         self._background = ThreadPoolExecutor(_AHEAD_AT_ONCE, "ranges-ahead")
 
     def exists(self, place: RemotePlace) -> bool:
-        """Tell whether a file or a folder lies there."""
+        """Return whether a file or a folder lies there."""
         return self.is_folder(place) or self.is_file(place)
 
     def is_file(self, place: RemotePlace) -> bool:
-        """Tell whether a file lies there."""
+        """Return whether a file lies there."""
         if not place.path:
             return False
         known = self._known_members(place.parent)
         if known is not None:
             return place.name in known[0]
         try:
-            self._backend.look(place)
+            self._backend.stat(place)
         except FileNotFoundError:
             return False
         return True
 
     def is_folder(self, place: RemotePlace) -> bool:
-        """Tell whether files lie below the place: stores have no empty folders."""
+        """Return whether there are files below the place; stores have no empty folders."""
         return any(self._members(place))
 
     def names(self, folder: RemotePlace) -> list[str]:
-        """List the names of the files in a folder, not of those in its folders, sorted."""
+        """List the names of the files directly in a folder, sorted."""
         return sorted(self._members(folder)[0])
 
     def folders(self, folder: RemotePlace) -> list[str]:
-        """List the names of the folders in a folder, sorted."""
+        """List the names of the subfolders of a folder, sorted."""
         return sorted(self._members(folder)[1])
 
     def tree(self, folder: RemotePlace) -> list[str]:
-        """List the files in a folder and in its folders, relative to it, sorted."""
+        """List the files in a folder and its subfolders, relative to it, sorted."""
         return sorted(self._backend.tree(folder))
 
     def real(self, place: RemotePlace) -> RemotePlace:
@@ -153,41 +153,41 @@ class Ranges:
         return False
 
     def check_readable(self, place: RemotePlace) -> None:
-        """Do nothing: a store says so when it is asked for bytes."""
+        """Do nothing: a store reports missing permissions when bytes are read."""
 
     def state(self, file: RemotePlace) -> FileState:
-        """Return the state of a file as it was when this process opened it, or now."""
+        """Return the state of a file when this process opened it, or the present state."""
         with self._lock:
             known = self._pinned.get(file)
         return known or self._pin(file)
 
     def is_unchanged(self, file: RemotePlace, state: FileState) -> bool:
-        """Tell whether a file is still as it was, as the store says now."""
+        """Return whether a file still has the given state, by a new request."""
         try:
-            return self._backend.look(file).identity == state.identity
+            return self._backend.stat(file).identity == state.identity
         except FileNotFoundError:
             return False
 
     def stream(self, file: RemotePlace) -> io.RawIOBase:
-        """Open a file as it is now as a stream that fetches block after block."""
+        """Open the present version of a file as a stream that fetches blocks."""
         return _Stream(self._backend, file, self._pin(file))
 
     def read(self, file: RemotePlace, offset: int, length: int) -> memoryview:
-        """Return bytes of a file, fetched now or when they were announced."""
+        """Return bytes of a file, fetched now or prefetched before."""
         key = file, offset, length
         with self._lock:
             announced = self._announced.pop(key, None)
         if announced is not None:
             try:
                 return announced.content.result()
-            except Exception:  # a second try says what is wrong, to the thread that needs it
+            except Exception:  # fetch again, to raise the error in this thread
                 pass
         return self._fetch(file, offset, length)
 
     window = read
 
     def prefetch(self, file: RemotePlace, offset: int, length: int) -> None:
-        """Begin to fetch bytes in the background, if there is room for them; never fails."""
+        """Start to prefetch bytes in the background, if memory permits; never fails."""
         key, now = (file, offset, length), time.monotonic()
         with self._lock:
             if key in self._announced:
@@ -204,20 +204,20 @@ class Ranges:
             self._announced[key] = _Announced(future, length)
 
     def digest(self, file: RemotePlace, offset: int, length: int) -> str | None:
-        """Return the BLAKE3 of bytes that were read last, once: they need not be read again."""
+        """Return the BLAKE3 of bytes that were just read, once, so that they are not read again."""
         with self._lock:
             return self._digests.pop((file, offset, length), None)
 
     def copy(
         self, file: RemotePlace, start: int, length: int, target: OutputFile, offset: int
     ) -> None:
-        """Copy bytes of a file into an output, some at a time."""
+        """Copy bytes of a file into an output, in chunks."""
         for begin in range(0, length, RANGE):
             count = min(RANGE, length - begin)
             target.write(self._fetch(file, start + begin, count), offset + begin)
 
     def _fetch(self, file: RemotePlace, offset: int, length: int) -> memoryview:
-        """Return bytes of a file, in memory of their own, and remember their hash."""
+        """Return bytes of a file in a new buffer, and cache their hash."""
         state = self.state(file)
         if offset + length > state.size:
             raise ShortFileError(f"{file} ends early")
@@ -240,7 +240,7 @@ class Ranges:
         return content
 
     def _pin(self, file: RemotePlace) -> FileState:
-        state = self._backend.look(file)
+        state = self._backend.stat(file)
         with self._lock:
             known = self._pinned.get(file)
             self._pinned[file] = state
@@ -265,13 +265,13 @@ class Ranges:
         return (files, folders) if time.monotonic() - since < _LISTED else None
 
     def forget_lists(self) -> None:
-        """Ask the store again for the members of all folders: something was written."""
+        """Clear the cache of folders' members, after something was written."""
         with self._lock:
             self._listed.clear()
 
 
 class _Stream(io.RawIOBase):
-    """A file as a stream; what follows the last block is fetched in longer and longer ones."""
+    """A file as a stream; consecutive reads fetch blocks of increasing size."""
 
     def __init__(self, backend: Backend, file: RemotePlace, state: FileState) -> None:
         super().__init__()
@@ -293,7 +293,7 @@ class _Stream(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move to a position; nothing is fetched."""
+        """Set the position without fetching data."""
         origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._state.size}[whence]
         if origin + offset < 0:
             raise ValueError("a position before the beginning")
@@ -301,7 +301,7 @@ class _Stream(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        """Fill a buffer, or as much of it as the file has."""
+        """Fill a buffer, as far as the file has data."""
         wanted = memoryview(buffer).cast("B")
         done = 0
         while done < len(wanted) and self._at < self._state.size:
@@ -325,7 +325,7 @@ class _Stream(io.RawIOBase):
 
 
 def changed(file: RemotePlace) -> StarmergeError:
-    """Return the error of a file that is no longer as it was when it was opened."""
+    """Return the error for a file that has changed since it was opened."""
     return StarmergeError(
         f"{file} was replaced while it was read, so what was made of it is neither the old nor the "
         "new. Begin again when nothing writes there."

@@ -1,4 +1,4 @@
-"""Opening files of other people: regular ones alone."""
+"""Safe opening of untrusted files: only regular files are accepted."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing_extensions import Buffer
 from starmerge_models.errors import StarmergeError
 
 _PIECE = 2**20
-"""Bytes that are read at once."""
+"""Bytes of one read."""
 
 
 class RegularFile(io.FileIO):
-    """A file that is open to be read, unbuffered: whole, and its errors name it.
+    """An unbuffered file for reading, without short reads, and with its name in errors.
 
-    The system may return fewer bytes than it was asked for although there are more.
+    A single read of the system may return fewer bytes than requested before the end of the file.
 
     Args:
         descriptor: The open file.
@@ -32,7 +32,7 @@ class RegularFile(io.FileIO):
         self._path = path
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Return ``size`` bytes, fewer only where the file ends; all by default."""
+        """Return ``size`` bytes, fewer only at the end of the file; all by default."""
         if size is None or size < 0:
             return self.readall()
         content = bytearray()
@@ -47,14 +47,14 @@ class RegularFile(io.FileIO):
             return super().readall()
 
     def readinto(self, buffer: Buffer, /) -> int:
-        """Fill a buffer, or some of it; return how many bytes were read, none at the end."""
+        """Read into a buffer; return the number of bytes, 0 at the end."""
         with named(self._path):
             return super().readinto(buffer)
 
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Give the errors of the system that say no file the name of one."""
+    """Add a file's name to errors of the system that lack one."""
     try:
         yield
     except OSError as error:
@@ -64,12 +64,12 @@ def named(path: Path) -> Iterator[None]:
 
 
 def open_regular(path: Path) -> RegularFile:
-    """Open a file to read its bytes, unbuffered, if it is a regular one.
+    """Open a regular file for unbuffered reading.
 
-    A pipe or a device may never end, and opening a pipe may wait for ever.
+    Pipes and devices are refused, because they may never end, and opening a pipe may block.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
         StarmergeError: It is a folder, a pipe or a device, or cannot be opened.
     """
     try:

@@ -1,4 +1,4 @@
-"""Storages that are reached over the network: one for each kind of URL and process."""
+"""Remote storages: one object for each kind of URL in a process."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from starmerge_models.storage.storage import Storage
 
 @cache
 def remote_storage(scheme: str) -> Storage[Any]:
-    """Return the storage of a kind of URL, which opens connections when it is first used.
+    """Return the storage for a scheme of URLs, which opens connections on first use.
 
     Args:
         scheme: One of :data:`~starmerge_models.storage.places.SCHEMES`.
 
     Raises:
-        StarmergeError: The library that reaches it is not installed.
+        StarmergeError: The library for this scheme is not installed.
     """
     if scheme == "hf":
         from starmerge_models.storage.hub import HubStorage  # noqa: PLC0415  (slow to import)

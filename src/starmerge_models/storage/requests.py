@@ -1,8 +1,8 @@
 """Requests to Amazon S3, Google Cloud Storage and Azure Blob Storage, through obstore.
 
-obstore is the Rust library ``object_store``: it finds the credentials in the environment, signs,
-repeats requests that fail for a moment, with exponential backoff, and asks for ranges on condition
-that the object has not changed. docs/object-stores.md says why it is this library.
+obstore wraps the Rust library ``object_store``: it reads credentials from the environment, signs
+requests, repeats failed requests with exponential backoff, and requests ranges on the condition
+that the object has not changed. docs/object-stores.md explains the choice of this library.
 """
 
 from __future__ import annotations
@@ -36,42 +36,41 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 
 RETRIES = 8
-"""Times that a request is repeated: after about 100 ms first, then each time twice as late."""
+"""Number of retries of a request, the first after about 100 ms, each following delay doubled."""
 
 TIMEOUT = timedelta(seconds=60)
-"""Of one request, with its body: 16 MiB take so long at 280 kB/s."""
+"""Timeout of one request with its body: 16 MiB take that long at 280 kB/s."""
 
 PATIENCE = timedelta(minutes=3)
-"""After which a request that keeps failing is given up."""
+"""Time after which a failing request is not retried any more."""
 
 _CUT_OFF = 2
-"""Times that a store is asked again where the body of an answer ends early, as obstore does not of
-lists."""
+"""Number of retries after a truncated response, which obstore does not retry for lists."""
 
 
 class ObjectBackend:
-    """Requests to object stores; a connection for each bucket, opened when it is first used.
+    """Client of object stores, with one connection for each bucket, opened on first use.
 
-    Consoles of stores make a folder by an empty object whose key is the folder's with a slash
-    behind it. obstore lists it without the slash, as an object of the folder in itself: it is no
-    file, and left out of the folder's files.
+    Web consoles of stores create a folder as an empty object whose key is the folder's path with a
+    slash at the end. obstore lists it without the slash, as a member of the folder itself. It is
+    not a file and is left out of the folder's files.
     """
 
     def store(self, place: RemotePlace) -> ObjectStore:
         """Return the connection to the bucket of a place."""
         return _store(place.scheme, place.root)
 
-    def look(self, file: RemotePlace) -> FileState:
+    def stat(self, file: RemotePlace) -> FileState:
         """Return size and entity tag of an object."""
         found = _answer(file, lambda: obstore.head(self.store(file), file.path))
         marks = found["e_tag"], found["version"], str(found["last_modified"])
-        # Without a tag or a version, a change within a second of the last one might not show.
+        # Without a tag or a version, a second change within one second may be undetectable.
         settled = marks[0] is not None or marks[1] is not None
         own = [mark for mark in marks[: 2 if settled else 3] if mark is not None]
         return FileState(found["size"], (str(file), found["size"], *own), settled)
 
     def fetch(self, file: RemotePlace, state: FileState | None, start: int, stop: int) -> Any:
-        """Return a range of an object, which still has the tag of ``state`` if one is given."""
+        """Return a range of an object, after checking its tag if ``state`` is given."""
         options: GetOptions = {"range": (start, stop)}
         marks = () if state is None else state.identity[2:]
         tag = next((mark for mark in marks if str(mark).startswith(('"', "W/"))), None)
@@ -101,18 +100,18 @@ class ObjectBackend:
         return {key[begin:]: size for key, size in sizes.items() if key != folder.path}
 
     def written(self, folder: RemotePlace) -> float:
-        """Return when the last object below a place was written, seconds since the epoch."""
+        """Return the time of the last write below a place, in seconds since the epoch."""
         store, path = self.store(folder), folder.path or None
         pages = _answer(folder, lambda: list(obstore.list(store, path)))
         return max((own["last_modified"].timestamp() for page in pages for own in page), default=0)
 
     def put(self, file: RemotePlace, content: bytes | bytearray | memoryview) -> None:
-        """Write an object by one request."""
+        """Write an object in one request."""
         store = self.store(file)
         _answer(file, lambda: obstore.put(store, file.path, content, use_multipart=False))
 
     def delete(self, folder: RemotePlace, names: Collection[str]) -> None:
-        """Delete objects, which are named relative to a folder."""
+        """Delete objects, given by names relative to a folder."""
         store, keys = self.store(folder), [(folder / name).path for name in names]
         if keys:
             _answer(folder, lambda: obstore.delete(store, keys))
@@ -136,10 +135,10 @@ def _store(scheme: str, root: str) -> ObjectStore:
 
 
 def _profile() -> dict[str, Any]:
-    """Return the credentials of boto3, which knows profiles and single sign-on, where it is there.
+    """Return credentials from boto3, if installed, which supports profiles and single sign-on.
 
-    Keys in the environment count first, and without boto3 what obstore finds itself: web identities
-    and the roles of containers and machines.
+    Keys in the environment take precedence. Without boto3, obstore itself finds web identities and
+    the roles of containers and machines.
     """
     own = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_SKIP_SIGNATURE")
     if any(name in os.environ for name in own) or find_spec("boto3") is None:
@@ -161,15 +160,16 @@ _CREDENTIALS = (
     *("InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestExpired", "RequestTimeTooSkewed"),
     *("AuthenticationFailed", "AuthorizationFailure", "InvalidAuthenticationInfo", "AccessDenied"),
 )
-"""Codes of S3, Google Cloud Storage and Azure that speak of credentials."""
+"""Error codes of S3, Google Cloud Storage and Azure about credentials."""
 
 
 def _answer(place: RemotePlace, ask: Callable[[], Answer]) -> Answer:
-    """Return what a store answers, which is asked again where an answer ends early.
+    """Return the response of a store, and retry after truncated responses.
 
     Raises:
-        FileNotFoundError: There is no such object.
-        StarmergeError: It was replaced; the store refuses, or cannot be reached.
+        FileNotFoundError: The object does not exist.
+        StarmergeError: The object was replaced, or the store refuses the request or cannot be
+            reached.
     """
     for attempt in range(1, _CUT_OFF + 2):
         try:
@@ -184,16 +184,16 @@ def _answer(place: RemotePlace, ask: Callable[[], Answer]) -> Answer:
 
 
 def _is_cut_off(error: Exception) -> bool:
-    """Tell whether a body ended before its length."""
+    """Return whether an error is that of a truncated response."""
     text = str(error)
     return "Error performing" not in text and ("body" in text or "incomplete" in text.lower())
 
 
 def in_words(place: RemotePlace, error: Exception) -> Exception:
-    """Return the error to raise for one of obstore.
+    """Convert an error of obstore.
 
-    Of obstore's text only the status and the store's code are taken: the rest may hold what was
-    signed, or a token.
+    Only the status and the store's error code are copied from obstore's text, because the rest may
+    contain signatures or tokens.
     """
     text = str(error)
     code, status = _CODE.search(text), _STATUS.search(text)
@@ -205,7 +205,7 @@ def in_words(place: RemotePlace, error: Exception) -> Exception:
     if status is not None and status[1].startswith("416"):
         return ShortFileError(f"{place} ends early")
     refused = isinstance(error, PermissionDeniedError | UnauthenticatedError)
-    # Of S3, an expired token is a bad request, and an answer to HEAD has no code.
+    # S3 answers an expired token with status 400, and responses to HEAD have no error code.
     refused |= status is not None and status[1].startswith("400") and code is None
     if refused or (code is not None and code[1] in _CREDENTIALS):
         reason = (

@@ -1,8 +1,8 @@
-"""Where an output of an object store is made before it is uploaded: a folder of this machine.
+"""The scratch folder: the local folder in which outputs of object stores are staged.
 
-``SCRATCH/NAME~HASH~SUFFIX`` is a merge that is whole and not yet uploaded; while it is made it has
-a hidden name, as every output of this machine has. HASH is of the URL, SUFFIX of all that decides
-the content, so that a later run of the same merge takes it up in either state.
+``SCRATCH/NAME~HASH~SUFFIX`` is a complete merge that is not uploaded yet; before it is complete, it
+has a hidden name, like every local output. HASH is the hash of the URL, SUFFIX that of everything
+that determines the content, so that a later run of the same merge resumes it in either state.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ VARIABLE = "STARMERGE_SCRATCH"
 
 
 def scratch_folder() -> Path:
-    """Return the folder for outputs that are uploaded: of the environment, or the user's cache."""
+    """Return the scratch folder: that of the environment variable, or one in the user's cache."""
     given = os.environ.get(VARIABLE)
     if given:
         return Path(given).expanduser().absolute()
@@ -37,7 +37,7 @@ def scratch_folder() -> Path:
 
 
 class Scratch:
-    """What lies in the scratch folder of one output.
+    """The staged files of one output in the scratch folder.
 
     Args:
         place: The output.
@@ -51,11 +51,11 @@ class Scratch:
         self._stem = f"{name}~{digest}"
 
     def whole(self, suffix: str) -> Path:
-        """Return where a merge of this suffix lies when it is whole."""
+        """Return the path of the complete merge of a suffix."""
         return self._folder / f"{self._stem}~{suffix}"
 
     def leftovers(self) -> list[Leftover]:
-        """List what runs of any suffix have left there, whole or not."""
+        """List the leftovers of runs of all suffixes, complete or partial."""
         hidden = [
             own for own in leftovers_in(self._folder) if own.path.name.startswith(f".{self._stem}~")
         ]
@@ -63,14 +63,14 @@ class Scratch:
         return hidden + [Leftover(path, "partial") for path in sorted(whole) if path.is_dir()]
 
     def has(self, suffix: str) -> bool:
-        """Tell whether a run of this suffix has left anything, whole or not."""
+        """Return whether a run of this suffix has left files, complete or partial."""
         return any(left.path.name.endswith(suffix) for left in self.leftovers())
 
     def check_not_in_work(self) -> None:
-        """Make sure that no process of this machine makes the output.
+        """Check that no process of this machine is writing the output.
 
         Raises:
-            UsageError: One does.
+            UsageError: A process is writing it.
         """
         for leftover in self.leftovers():
             if leftover.is_in_work():
@@ -79,8 +79,8 @@ class Scratch:
                     "until it is done, or choose another output."
                 )
 
-    def check_room(self, wanted: int, *, suffix: str | None) -> None:
-        """Make sure that the disk has room, with what an interrupted run has left.
+    def check_free_space(self, wanted: int, *, suffix: str | None) -> None:
+        """Check that the disk has enough space, including the files of an interrupted run.
 
         Raises:
             StarmergeError: It has less.
@@ -89,12 +89,12 @@ class Scratch:
         advice = f"set {VARIABLE} to a folder with more room: outputs are made there first"
         check_space(self._folder / self._stem, wanted - max(own, default=0), advice=advice)
 
-    def remains(self, suffix: str, in_store: int) -> list[str]:
-        """Say what runs of other suffixes have left, and what an upload may have.
+    def describe_leftovers(self, suffix: str, in_store: int) -> list[str]:
+        """Return sentences on the leftovers of runs of other suffixes and of uploads.
 
         Args:
-            suffix: Of the run that takes up what has it.
-            in_store: Bytes that runs of others have left in the store.
+            suffix: The suffix of this run, whose own leftovers are resumed.
+            in_store: Bytes of other runs' leftovers in the store.
         """
         found = self.leftovers()
         others = [left for left in found if not left.path.name.endswith(suffix)]
@@ -111,11 +111,11 @@ class Scratch:
             )
         return said
 
-    def forget(self, suffix: str) -> None:
-        """Delete what a run of this suffix has left.
+    def delete_partial(self, suffix: str) -> None:
+        """Delete the leftovers of a run of this suffix.
 
         Raises:
-            UsageError: The run is not over.
+            UsageError: The run still goes on.
         """
         for left in self.leftovers():
             if left.path.name.endswith(suffix):
@@ -123,18 +123,18 @@ class Scratch:
 
     @contextmanager
     def staged(self, suffix: str, upload: Callable[[Path], None]) -> Iterator[LocalFolder]:
-        """Yield a folder to fill; when the block ends well, upload it, and delete it.
+        """Yield a folder to write; after the block, upload it, and delete it.
 
-        The folder is whole already where an earlier run was killed, or failed, in its upload.
+        The folder is already complete if an earlier run was killed or failed during its upload.
 
         Args:
             suffix: As for :func:`~starmerge_models.storage.publishing.output_folder`.
-            upload: Uploads a folder.
+            upload: Function that uploads a folder.
 
         Raises:
-            UsageError: Another process makes this output.
-            StarmergeError: The disk is full or fails, or the upload does, after which the merge
-                stays in the scratch folder.
+            UsageError: Another process is writing this output.
+            StarmergeError: The disk is full or fails; or the upload fails, and the merge is kept in
+                the scratch folder.
         """
         whole = self.whole(suffix)
         is_complete = whole.is_dir()

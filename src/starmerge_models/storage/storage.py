@@ -1,7 +1,7 @@
-"""The seam between what is merged and where its bytes lie.
+"""The interface of storages.
 
-Everything above this package names a file or a folder by its place, reads a file by offset and
-length, and publishes whole folders. What lies under a place is known to its storage alone.
+All packages above this one refer to a file or a folder by its place, read files by offset and
+length, and publish whole folders. Only the storage knows how a place is accessed.
 """
 
 from __future__ import annotations
@@ -15,84 +15,85 @@ from typing import Protocol, TypeAlias, TypeVar
 
 from starmerge_models.storage.places import Place
 
-Where_contra = TypeVar("Where_contra", contravariant=True)
-"""The kind of places that a storage has."""
+Place_contra = TypeVar("Place_contra", contravariant=True)
+"""The type of the places of a storage."""
 
 
 MARK = "run.mark"
-"""The name of the file in an output that tells machines which run fills it."""
+"""The name of the file in an output that identifies the run for other machines."""
 
 Distribute: TypeAlias = Callable[[Callable[[int], None], Sequence[int]], Iterable[None]]
-"""Has several machines do some work, which can be pickled, for the numbers from 0. It is told how
-many bytes of memory the work takes for each number, and yields, in their order, as they are done.
+"""A function that runs picklable work on several machines. Its arguments are the work, a function
+of item numbers from 0, and the memory of each item in bytes. It yields once per finished item, in
+order.
 """
 
 
 @dataclass(frozen=True)
 class FileState:
-    """A file as it is at one moment, without its content."""
+    """The state of a file at one moment, without its content."""
 
     size: int
-    """Bytes."""
+    """Size in bytes."""
     identity: tuple[int | str, ...]
-    """Differs from that of any other file, and from the file's own after its content changed."""
+    """Identifies the version of the file: it differs between files, and after every change."""
     is_settled: bool
-    """Whether any later change must alter the identity: False of a file that changed so lately that
-    the system's clock may stamp the next change alike."""
+    """Whether every later change will alter the identity. False for a file that changed so recently
+    that the next change may get the same time stamp."""
 
 
 class ShortFileError(OSError):
-    """A file ends before the bytes that were asked for."""
+    """A file ends before the requested bytes."""
 
 
-class LeftBehind(Protocol):
-    """What a run of an output has left that was killed, or writes that still goes on."""
+class PartialOutput(Protocol):
+    """The files of a killed or running process for an output that is not published."""
 
     @property
     def path(self) -> Place:
-        """Where it lies."""
+        """Place of the files."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes."""
+        """Size in bytes."""
 
     @property
     def written(self) -> float:
-        """When something in it was last written, seconds since the epoch."""
+        """Time of the last write, in seconds since the epoch."""
 
     def is_in_work(self) -> bool:
-        """Whether the run still goes on, as far as this machine can tell."""
+        """Whether the run still goes on; only processes of this machine are detected."""
 
     def is_only_copy(self) -> bool:
-        """Whether it was replaced, and nothing stands in its place."""
+        """Whether it is a replaced output whose place is empty."""
 
     def delete(self) -> None:
         """Delete it.
 
         Raises:
             UsageError: The run still goes on.
-            StarmergeError: The system or the store refuses.
+            StarmergeError: The system or the store refuses to delete it.
         """
 
 
 class OutputFile(Protocol):
-    """A file of a known size that is filled in any order, by several threads."""
+    """A file of a known size that several threads write in any order."""
 
     def write(self, content: memoryview, offset: int, *, more: bool = False) -> None:
-        """Write bytes, the first of them at ``offset``.
+        """Write bytes at ``offset``.
 
         Args:
             content: The bytes.
-            offset: Of the first in the file.
-            more: Whether this thread will write those that follow next. Only then may some be held
-                back, to be written together.
+            offset: Position of the first byte in the file.
+            more: Whether this thread's next write continues at the end of this one. Only then may
+                the storage buffer bytes.
 
         Raises:
             OSError: The storage failed, or is full.
         """
 
     def copy(self, source: Path, start: int, length: int, offset: int) -> None:
-        """Copy ``length`` bytes of a file of this machine, the first of them to ``offset``.
+        """Copy ``length`` bytes of a local file to ``offset``.
 
         Raises:
             ShortFileError: The source ends early.
@@ -100,215 +101,216 @@ class OutputFile(Protocol):
         """
 
     def read(self, offset: int, length: int) -> memoryview:
-        """Return bytes that lie in the file.
+        """Return bytes of the file.
 
         Raises:
-            ShortFileError: Some of them do not.
+            ShortFileError: Some of them were not written.
             OSError: The storage failed.
         """
 
     def sync(self) -> None:
-        """Make all that lies in the file, whoever wrote it, survive a power cut.
+        """Sync all data of the file to the disk, also that of other processes.
 
         Raises:
             OSError: The storage failed, or is full.
         """
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
 
 
 class OutputFolder(Protocol):
-    """A folder in the making, which nobody sees under its name before it is published.
+    """An output folder before publication, which is not visible under its final name.
 
-    It can be pickled, and filled by other processes that reach its storage. Names are relative to
-    it, with slashes between folders, which are made as they are needed.
+    It can be pickled, and written by other processes with access to its storage. Names are relative
+    to the folder, with slashes; subfolders are created as needed.
     """
 
     def shared(self) -> OutputFolder:
-        """Return the same folder for machines that fill its files together.
+        """Return the folder for use by several machines at the same time.
 
-        Of files that are opened through it, what one of them writes has reached the storage when
-        the write returns, and changes no byte beside, which another may be writing.
+        A write to its files has reached the storage when it returns, and does not touch adjacent
+        bytes, which another machine may be writing.
         """
 
     def mark(self, text: str) -> Place:
-        """Leave a text, by which other machines know that they see this folder, in a file.
+        """Write a text to a file, by which other machines check that they see the same folder.
 
         Returns:
-            The file, which is called :data:`MARK`.
+            The file, named :data:`MARK`.
         """
 
     @property
     def is_complete(self) -> bool:
-        """Whether an earlier run had filled it, and was killed before it was published."""
+        """Whether an earlier run had completed it, and was killed before publication."""
 
     def open(self, name: str, size: int) -> OutputFile:
-        """Open a file to be filled; what an earlier run has left in it stays.
+        """Open a file for writing; data of an earlier run are kept.
 
         Args:
-            name: The file, which is made if it is not there.
-            size: Its bytes.
+            name: The file, which is created if it does not exist.
+            size: Size in bytes.
         """
 
     def put(self, name: str, content: bytes) -> None:
-        """Write a small file whole."""
+        """Write a small file at once."""
 
     def append(self, name: str, content: bytes) -> None:
-        """Add bytes to the end of a file, such that they survive a power cut."""
+        """Add bytes to the end of a file, and sync them to the disk."""
 
     def delete(self, name: str) -> None:
-        """Delete a file, or a folder with all that is in it, if it is there."""
+        """Delete a file or a folder with its content, if it exists."""
 
     def names(self) -> list[str]:
         """List the files, sorted."""
 
     def place(self, name: str) -> Place:
-        """Return where a file or a folder lies, to be read."""
+        """Return the place of a file or a folder, for reading."""
 
 
-class Storage(Protocol[Where_contra]):
-    """A kind of place where files lie.
+class Storage(Protocol[Place_contra]):
+    """A storage of files.
 
-    Any method raises a :class:`StarmergeError` where the storage cannot be reached or refuses.
+    Every method raises a :class:`StarmergeError` if the storage cannot be reached or refuses the
+    operation.
     """
 
     @property
     def is_mapped(self) -> bool:
-        """Whether :meth:`window` takes no memory that the system could not have back."""
+        """Whether :meth:`window` maps files, so that the system can reclaim the memory."""
 
-    def exists(self, place: Where_contra) -> bool:
-        """Tell whether anything lies there."""
+    def exists(self, place: Place_contra) -> bool:
+        """Return whether the place exists."""
 
-    def is_file(self, place: Where_contra) -> bool:
-        """Tell whether a file lies there, or what a link to it leads to."""
+    def is_file(self, place: Place_contra) -> bool:
+        """Return whether the place is a file or a link to one."""
 
-    def is_folder(self, place: Where_contra) -> bool:
-        """Tell whether a folder lies there, or what a link to it leads to."""
+    def is_folder(self, place: Place_contra) -> bool:
+        """Return whether the place is a folder or a link to one."""
 
-    def names(self, folder: Where_contra) -> list[str]:
-        """List the names of the files in a folder, not of those in its folders, sorted."""
+    def names(self, folder: Place_contra) -> list[str]:
+        """List the names of the files directly in a folder, sorted."""
 
-    def folders(self, folder: Where_contra) -> list[str]:
-        """List the names of the folders in a folder, sorted."""
+    def folders(self, folder: Place_contra) -> list[str]:
+        """List the names of the subfolders of a folder, sorted."""
 
-    def tree(self, folder: Where_contra) -> list[str]:
-        """List the files in a folder and in its folders, relative to it, sorted."""
+    def tree(self, folder: Place_contra) -> list[str]:
+        """List the files in a folder and its subfolders, relative to it, sorted."""
 
-    def real(self, place: Where_contra) -> Place:
-        """Return the place that is meant, all links followed: two that are equal are one."""
+    def real(self, place: Place_contra) -> Place:
+        """Return the place with all symbolic links resolved, to compare places."""
 
-    def is_link(self, place: Where_contra) -> bool:
-        """Tell whether a link lies there."""
+    def is_link(self, place: Place_contra) -> bool:
+        """Return whether the place is a symbolic link."""
 
-    def check_readable(self, place: Where_contra) -> None:
-        """Make sure that this user may read a file, or what lies in a folder, where that is known.
-
-        Raises:
-            StarmergeError: The user may not.
-        """
-
-    def state(self, file: Where_contra) -> FileState:
-        """Return the state of a file, as it was when this process opened it or as it is now.
+    def check_readable(self, place: Place_contra) -> None:
+        """Check, if possible without reading, that this user may read a file or folder.
 
         Raises:
-            OSError: It is not there, or cannot be reached.
+            StarmergeError: The user may not read it.
         """
 
-    def is_unchanged(self, file: Where_contra, state: FileState) -> bool:
-        """Tell whether a file is still there and as it was."""
-
-    def stream(self, file: Where_contra) -> io.RawIOBase:
-        """Open a file for readers that want a stream with a position, unbuffered.
+    def state(self, file: Place_contra) -> FileState:
+        """Return the state of a file when this process opened it, or the present state.
 
         Raises:
-            FileNotFoundError: There is no such file.
-            StarmergeError: No file of a bounded length lies there.
+            OSError: The file does not exist, or cannot be reached.
         """
 
-    def read(self, file: Where_contra, offset: int, length: int) -> memoryview:
-        """Return bytes of a file, in memory of their own.
+    def is_unchanged(self, file: Place_contra, state: FileState) -> bool:
+        """Return whether a file still exists and has the given state."""
+
+    def stream(self, file: Place_contra) -> io.RawIOBase:
+        """Open a file as an unbuffered stream.
 
         Raises:
-            ShortFileError: It ends early.
-            OSError: The storage failed.
+            FileNotFoundError: The file does not exist.
+            StarmergeError: It is not a file of bounded length.
         """
 
-    def window(self, file: Where_contra, offset: int, length: int) -> memoryview:
-        """Return bytes of a file that need not be in memory before they are looked at.
-
-        They must not be written to. Writing to them does not change the file.
+    def read(self, file: Place_contra, offset: int, length: int) -> memoryview:
+        """Return bytes of a file in a new buffer.
 
         Raises:
             ShortFileError: It ends early.
             OSError: The storage failed.
         """
 
-    def prefetch(self, file: Where_contra, offset: int, length: int) -> None:
-        """Begin to fetch bytes that will soon be read, where that helps; never fails."""
+    def window(self, file: Place_contra, offset: int, length: int) -> memoryview:
+        """Return a read-only window of a file's bytes, which may be loaded lazily.
 
-    def digest(self, file: Where_contra, offset: int, length: int) -> str | None:
-        """Return the BLAKE3 of bytes that were just read, if it was taken meanwhile, else None."""
+        The caller must not write to it. Writes would not change the file.
+
+        Raises:
+            ShortFileError: It ends early.
+            OSError: The storage failed.
+        """
+
+    def prefetch(self, file: Place_contra, offset: int, length: int) -> None:
+        """Start to prefetch bytes that will be read soon, if supported; never fails."""
+
+    def digest(self, file: Place_contra, offset: int, length: int) -> str | None:
+        """Return the BLAKE3 of bytes that were just read, if the storage computed it, else None."""
 
     def copy(
-        self, file: Where_contra, start: int, length: int, target: OutputFile, offset: int
+        self, file: Place_contra, start: int, length: int, target: OutputFile, offset: int
     ) -> None:
-        """Copy bytes of a file into an output, the first of them to ``offset``.
+        """Copy bytes of a file into an output, to ``offset``.
 
         Raises:
             ShortFileError: The file ends early.
             OSError: One of the storages failed.
         """
 
-    def check_output(self, place: Where_contra, *, overwrite: bool, is_file: bool = False) -> None:
-        """Make sure that a merge may be published there.
+    def check_output(self, place: Place_contra, *, overwrite: bool, is_file: bool = False) -> None:
+        """Check that a merge may be published there.
 
         Args:
             place: The output.
-            overwrite: Whether it may replace what stands there.
-            is_file: Whether it is one file, and not a folder.
+            overwrite: Whether it may replace an existing merge.
+            is_file: Whether it is a single file instead of a folder.
 
         Raises:
-            UsageError: It may not.
+            UsageError: It may not be published there.
         """
 
-    def check_room(
+    def check_free_space(
         self,
-        folder: Where_contra,
+        folder: Place_contra,
         wanted: int,
         *,
         suffix: str | None = None,
         is_shared: bool = False,
     ) -> None:
-        """Make sure that there is room for an output.
+        """Check that there is enough free space for an output.
 
         Args:
             folder: The output.
-            wanted: Its bytes.
-            suffix: As for :meth:`publish`: what an interrupted run with the same has left counts
-                as room; None: what any has left, as long as the suffix is not known.
-            is_shared: Whether several machines fill it.
+            wanted: Size of the output in bytes.
+            suffix: As for :meth:`publish`. The files of an interrupted run with the same suffix
+                count as free space; None counts the files of all runs, while the suffix is unknown.
+            is_shared: Whether several machines write the output.
 
         Raises:
-            StarmergeError: There is less.
+            StarmergeError: There is less free space.
         """
 
-    def remains(self, folder: Where_contra, *, suffix: str) -> list[str]:
-        """Return sentences on what killed runs have left that :meth:`publish` does not take up."""
+    def describe_leftovers(self, folder: Place_contra, *, suffix: str) -> list[str]:
+        """Return sentences on leftovers of killed runs that :meth:`publish` does not resume."""
 
-    def leftovers(self, output: Where_contra) -> Sequence[LeftBehind]:
-        """List what runs of an output have left that were killed, or still go on."""
+    def leftovers(self, output: Place_contra) -> Sequence[PartialOutput]:
+        """List the unpublished files of killed and running processes for an output."""
 
-    def forget(self, folder: Where_contra, *, suffix: str) -> None:
-        """Delete what an interrupted run with the same suffix has left, if anything.
+    def delete_partial(self, folder: Place_contra, *, suffix: str) -> None:
+        """Delete the partial output of an interrupted run with the same suffix, if any.
 
         Raises:
-            UsageError: The run is not over.
+            UsageError: The run still goes on.
         """
 
     def publish(
         self,
-        place: Where_contra,
+        place: Place_contra,
         *,
         overwrite: bool,
         suffix: str,
@@ -316,18 +318,19 @@ class Storage(Protocol[Where_contra]):
         progress: bool = False,
         distribute: Distribute | None = None,
     ) -> AbstractContextManager[OutputFolder]:
-        """Yield a folder that appears under its name, whole, when the block ends well.
+        """Yield a folder that is published under its final name after the block.
 
         Args:
-            place: The name.
-            overwrite: Replace the merge that stands there.
-            suffix: Decides what is taken up of an interrupted run: what it made with the same.
-            member: A file of the folder that alone appears under the name, as a file.
-            progress: Show a progress bar where publishing takes long.
-            distribute: Has several machines do what can be done by them; None: there is this one.
+            place: The final name.
+            overwrite: Replace an existing merge.
+            suffix: Identifies the partial output: that of an interrupted run with the same suffix
+                is resumed.
+            member: The only file of the folder to publish, as a file under the final name.
+            progress: Show a progress bar if publishing takes long.
+            distribute: Runs work on several machines; None uses this machine only.
 
         Raises:
-            UsageError: Something that may not be replaced stands there, or another process is
-                making this output.
+            UsageError: The place is taken by something that may not be replaced, or another process
+                is writing this output.
             StarmergeError: The storage is full, or fails otherwise.
         """

@@ -1,9 +1,9 @@
-"""Uploading a folder to an object store, such that nobody takes a part of it for the whole.
+"""Upload of a folder to an object store, so that a partial upload is not mistaken for a merge.
 
-Large files are sent in parts, which the store keeps apart; when all parts of all files are there,
-the uploads are completed, one right after the other, between them the small files, and
-``merge_report.json`` at the very end. A folder without it is no merge. Files that lie in the store
-in pieces (:mod:`starmerge_models.storage.pieces`) are put together in between, by several machines.
+Large files are sent as multipart uploads, whose parts are invisible. When all parts of all files
+have been sent, the uploads are completed one after the other, together with the small files, and
+``merge_report.json`` last. A folder without this report is not a merge. Files that are stored as
+pieces (:mod:`starmerge_models.storage.pieces`) are assembled by several machines before that.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
     from starmerge_models.storage.storage import Distribute
 
 BEGUN = "begun.json"
-"""The note of an upload among the pieces of its run: what it may have left at its place."""
+"""The file with the run's pieces that lists the objects that an upload may leave at its place."""
 
 _AT_ONCE = 8
-"""Files that are sent at once, each part after part."""
+"""Number of files that are sent at the same time, the parts of each one after the other."""
 
 
 def check_replaceable(
@@ -54,27 +54,27 @@ def check_replaceable(
     is_file: bool,
     suffix: str | None = None,
 ) -> dict[str, int]:
-    """Make sure that an output may appear at its place.
+    """Check that an output may be published at its place.
 
-    What a killed upload has made visible there is for a run of the same suffix to replace.
+    Objects that a killed upload has made visible may be replaced by a run of the same suffix.
 
     Args:
         backend: The store.
         place: The output.
-        overwrite: Whether it may replace a merge that lies there.
-        is_file: Whether it is one file, and not a folder.
-        suffix: Of the run; None while it is not known: then an upload of any run counts.
+        overwrite: Whether it may replace an existing merge.
+        is_file: Whether it is a single file instead of a folder.
+        suffix: Suffix of the run; None while it is unknown, which accepts uploads of any run.
 
     Returns:
-        Names and sizes of what lies there, of a merge that may be replaced.
+        Names and sizes of the objects of a merge that may be replaced.
 
     Raises:
-        UsageError: Something lies there that may not be replaced.
+        UsageError: The place is taken by something that may not be replaced.
     """
     if not place.path:
         raise UsageError(f"{place} is a whole bucket. Give a folder in it: {place}/merged.")
     try:
-        backend.look(place)
+        backend.stat(place)
         is_object = True
     except FileNotFoundError:
         is_object = False
@@ -114,17 +114,17 @@ def check_replaceable(
 def _begun(
     backend: ObjectBackend, place: RemotePlace, run: RemotePlace, sizes: Mapping[str, int]
 ) -> set[str]:
-    """Return which of the objects below an output a killed upload has left there.
+    """Return the objects below an output that a killed upload has left there.
 
-    Those are of the sizes that it noted before it made the first one visible, of its own files or
-    of those that it was to replace. Where a report lies, the output is whole, and none of them is
-    left over, unless the report is that of the upload.
+    They are recognised by the sizes that the upload recorded before it made its first object
+    visible, those of its own files and of the files that it was to replace. If the output has a
+    report other than the upload's, it is complete, and no object counts as left over.
 
     Args:
         backend: The store.
         place: The output.
-        run: Where the upload's run has its pieces, and its note.
-        sizes: Of the objects below the output, by their names.
+        run: The place of the upload's pieces and of its record.
+        sizes: Sizes of the objects below the output, by name.
     """
     if not sizes:
         return set()
@@ -138,7 +138,7 @@ def _begun(
 
 def _content(backend: ObjectBackend, file: RemotePlace) -> bytes:
     """Return the bytes of a small object."""
-    state = backend.look(file)
+    state = backend.stat(file)
     return bytes(backend.fetch(file, state, 0, min(state.size, MOST_JSON_BYTES)))
 
 
@@ -147,7 +147,7 @@ def _hash(content: bytes) -> str:
 
 
 def _listed(backend: ObjectBackend, place: RemotePlace) -> set[str]:
-    """Return what the report of the merge that lies there lists as its files."""
+    """Return the files that the report of an existing merge lists."""
     with suppress(FileNotFoundError, ValueError, AttributeError):
         files = parse_json(_content(backend, place / REPORT)).get("files")
         return {name for name in files or () if isinstance(name, str)}
@@ -160,12 +160,12 @@ class Upload:
     Args:
         backend: The store.
         place: The output.
-        folder: What is uploaded.
-        pieces: Where the pieces lie of files that are not in the folder.
-        overwrite: Replace the merge that lies there.
-        member: The file of the folder that alone is uploaded, under the output's own name.
+        folder: The local folder to upload.
+        pieces: The place of the pieces of files that are not in the folder.
+        overwrite: Replace an existing merge.
+        member: The only file of the folder to upload, under the output's own name.
         progress: Show a progress bar.
-        distribute: Has several machines put pieces together; None: this one does.
+        distribute: Runs the assembly of pieces on several machines; None uses this machine only.
     """
 
     def __init__(
@@ -186,19 +186,19 @@ class Upload:
         self._store: ObjectStore = backend.store(place)
 
     def run(self) -> None:
-        """Upload everything.
+        """Upload the folder.
 
-        If anything fails, uploads that are not completed are taken back.
+        After an error, uncompleted multipart uploads are aborted.
 
         Raises:
-            UsageError: Something has appeared at the place meanwhile.
-            StarmergeError: The store has other sizes than were sent, or lacks pieces.
+            UsageError: The place has been taken meanwhile.
+            StarmergeError: The store has objects of other sizes than were sent, or lacks pieces.
             obstore.exceptions.BaseError: The store failed.
         """
         member = self._member
         here = LocalFolder(self._folder).names() if member is None else []
         names = [member] if member is not None else sorted({*here, *self._listed()})
-        far = self._far([name for name in names if not (self._folder / name).exists()])
+        far = self._files_in_pieces([name for name in names if not (self._folder / name).exists()])
         sizes = {
             name: far[name].size if name in far else (self._folder / name).stat().st_size
             for name in names
@@ -232,9 +232,9 @@ class Upload:
                     raise
             before = self._check()
             if member is None:
-                self._note(sizes, before)
+                self._write_note(sizes, before)
             if REPORT in before:
-                # From here to the end, nobody is to take a mixture for the old merge.
+                # Delete the old report first, so that a mixture is not mistaken for the old merge.
                 obstore.delete(self._store, self._key(REPORT))
             self._put_together(list(far.values()), advance)
             for name in names:
@@ -252,12 +252,12 @@ class Upload:
                     obstore.delete(self._store, [self._key(name) for name in stale])
             self._backend.delete(self._pieces, [BEGUN])
 
-    def _note(self, sizes: Mapping[str, int], before: Mapping[str, int]) -> None:
-        """Note, before anything is made visible, what this upload may leave at its place.
+    def _write_note(self, sizes: Mapping[str, int], before: Mapping[str, int]) -> None:
+        """Record the objects that this upload may leave, before the first becomes visible.
 
         Args:
-            sizes: Bytes of its own files.
-            before: Bytes of what lies there.
+            sizes: Sizes of the upload's files in bytes.
+            before: Sizes of the existing objects in bytes.
         """
         note = {
             "sizes": {
@@ -273,11 +273,11 @@ class Upload:
         files: list[str] = parse_json((self._folder / REPORT).read_bytes())["files"]
         return files
 
-    def _far(self, names: Sequence[str]) -> dict[str, PiecesOfFile]:
-        """Return the files that lie in the store in pieces, by their names.
+    def _files_in_pieces(self, names: Sequence[str]) -> dict[str, PiecesOfFile]:
+        """Return the files that are stored as pieces, by name.
 
         Raises:
-            StarmergeError: Some of them is not whole.
+            StarmergeError: A file is incomplete.
         """
         found = files_in(self._pieces) if names else {}
         for name in names:
@@ -285,7 +285,7 @@ class Upload:
         return {name: found[name] for name in names}
 
     def _put_together(self, files: Sequence[PiecesOfFile], advance: Callable[[int], None]) -> None:
-        """Make an object of the pieces of each file."""
+        """Assemble the pieces of each file to an object."""
 
         def send(number: int) -> None:
             files[number].send(targets[number])
@@ -316,10 +316,10 @@ class Upload:
         obstore.put(self._store, self._key(name), content, use_multipart=False)
 
     def _check_sizes(self, sent: dict[str, int]) -> None:
-        """Compare the sizes of the objects with those of the files."""
+        """Check the sizes of the objects against those of the files."""
         place = self._place
         if self._member is not None:
-            found = {self._member: self._backend.look(place).size}
+            found = {self._member: self._backend.stat(place).size}
         else:
             found = self._backend.tree(place)
         for name, size in sent.items():

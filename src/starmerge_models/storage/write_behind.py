@@ -1,4 +1,4 @@
-"""Sending what was written on to the disk while more is being written."""
+"""Syncing of written data to the disk in the background."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from threading import Lock
 from starmerge_models.storage.storage import OutputFile
 
 PIECE = 64 * 2**20
-"""Bytes after which a file is flushed."""
+"""Number of written bytes after which a file is synced."""
 
 
 class WriteBehind:
-    """Flushes open files from a thread of its own.
+    """Syncs open files from a background thread.
 
-    Left alone, the system lets gigabytes pile up in memory before it begins to write, and whoever
-    asks for them to be on the disk at the end waits for all of them.
+    Otherwise the system may buffer gigabytes in memory before it writes them, and the final sync
+    has to wait for all of them.
     """
 
     def __init__(self) -> None:
@@ -25,10 +25,10 @@ class WriteBehind:
         self._flush: Future[None] | None = None
 
     def wrote(self, file: OutputFile, nbytes: int) -> None:
-        """Take note of bytes written to a file; any thread may call it.
+        """Record bytes that were written to a file; thread-safe.
 
         Raises:
-            OSError: The disk failed to take earlier ones.
+            OSError: An earlier sync failed.
         """
         with self._lock:
             self._written[file] = self._written.get(file, 0) + nbytes
@@ -40,7 +40,7 @@ class WriteBehind:
             self._flush = self._pool.submit(file.sync)
 
     def finish(self) -> None:
-        """Flush all files written to, and wait for it.
+        """Sync all written files, and wait for the end.
 
         Raises:
             OSError: The disk failed.
@@ -54,5 +54,5 @@ class WriteBehind:
             self._pool.shutdown()
 
     def abandon(self) -> None:
-        """Let go of the files, flushed or not."""
+        """Stop without syncing the remaining files."""
         self._pool.shutdown(cancel_futures=True)

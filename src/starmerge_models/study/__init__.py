@@ -1,1 +1,1 @@
-"""Looking at many merges and evaluations."""
+"""Comparison of merges: studies, choices, inspections, figures and report pages."""

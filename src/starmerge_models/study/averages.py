@@ -1,11 +1,10 @@
-"""What the runs of a store say together: normalised averages with intervals, and comparisons.
+"""Normalised averages of the runs of a store, with intervals and comparisons.
 
 A run's normalised average is the mean over its tasks of its score divided by the score of the
-task's fine-tune (arXiv 2502.10339); where several merged models have one task, by the mean of their
-scores. An interval of 95 % is a bootstrap over the rows of each task: all runs of a store answered
-the same rows, and each resample draws the same ones for all of them. So it tells how the values
-would vary with other rows of the same tasks, not with other models; how they vary with the choice
-of models is told by the single combinations.
+task's fine-tune (arXiv 2502.10339); if several merged models have the same task, by the mean of
+their scores. A 95 % interval is a bootstrap over the rows of each task: all runs of a store
+answered the same rows, and each resample draws the same rows for all of them. So it covers the
+choice of the rows, not of the models; the single combinations show the variation over models.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Samples = NDArray[np.float64]
-"""A value in each resample, (RESAMPLES,); NaN where it is undefined."""
+"""A value for each resample, (RESAMPLES,); NaN if undefined."""
 
 SPLITS = 100
-"""Random ways to cut the rows of each task into two halves."""
+"""Number of random splits of the rows of each task into two halves."""
 
 
 @dataclass(frozen=True)
@@ -44,33 +43,33 @@ class RunAverage:
     value: float
     samples: Samples
     base: float
-    """The base's, on the same tasks."""
+    """The base's normalised average on the same tasks."""
     base_samples: Samples
     halves: NDArray[np.float64]
-    """The value on both halves of each split of the rows, (2, SPLITS); NaN where undefined."""
+    """The value on both halves of each split of the rows, (2, SPLITS); NaN if undefined."""
 
     @cached_property
     def label(self) -> str:
-        """The chain with the parameters that are not its defaults."""
+        """The chain with its non-default parameters."""
         return self.record.run.label
 
     @property
     def n(self) -> int:
-        """How many models were merged."""
+        """Number of merged models."""
         return len(self.record.run.models)
 
 
 class Averages:
     """The normalised averages of the merges of a store.
 
-    Merges with a task whose fine-tune has no score above 0 have none: :attr:`left_out` counts them.
+    A merge is in :attr:`left_out` if a task has no fine-tune with a score above 0.
 
     Args:
         store: The store.
 
     Raises:
-        UsageError: It has no base, or no merge all of whose tasks have a fine-tune with a score
-            above 0.
+        UsageError: The store has no run of the base, or no merge for which every task has a
+            fine-tune with a score above 0.
     """
 
     def __init__(self, store: Store) -> None:
@@ -89,23 +88,23 @@ class Averages:
         self.left_out = tuple(
             record for record, average in zip(merges, found, strict=True) if average is None
         )
-        """Merges with a task that no fine-tune has a score above 0 on."""
+        """Merges with a task without a fine-tune that has a score above 0."""
         if not merges:
             raise UsageError(f"{store.folder} has no merge yet. Go on with the study.")
         if not self.runs:
             raise UsageError(
                 f"{store.folder} has {len(merges)} merges, and none all of whose tasks have a "
-                f"fine-tune with a score above 0. {_lacking(self.without_ceiling)}"
+                f"fine-tune with a score above 0. {_lacking(self.without_fine_tune)}"
             )
 
     @cached_property
-    def without_ceiling(self) -> tuple[str, ...]:
+    def without_fine_tune(self) -> tuple[str, ...]:
         """The tasks without a fine-tune that has a score above 0."""
         return tuple(t for t in self.store.head["tasks"] if not self.tuned_score(t) > 0)
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """The merges' chains with their parameters, in the order in which they were made."""
+        """The merges' chains with their parameters, in the order of execution."""
         return tuple(dict.fromkeys(run.label for run in self.runs))
 
     def mean(self, runs: Sequence[RunAverage]) -> Interval:
@@ -121,13 +120,12 @@ class Averages:
     def difference(self, first: Sequence[RunAverage], second: Sequence[RunAverage]) -> Difference:
         """Return the paired difference of two means, first − second.
 
-        The p-value is the bootstrap's, as that of an evaluation (``comparison.paired``): never
-        below 2^(1 − d), where d rows were answered differently by some two runs.
+        The p-value is the bootstrap's, as in ``comparison.paired``: never below 2^(1 − d), where d
+        is the number of rows that any two paired runs answered differently.
 
         Args:
             first: Runs of one chain.
-            second: Those of another, on the same combinations: those that only one has are left
-                out.
+            second: Runs of another. Combinations that only one of the two has are ignored.
 
         Raises:
             UsageError: They have no combination in common.
@@ -147,11 +145,11 @@ class Averages:
         return Difference(value, low, high, float(p_value), "paired bootstrap", rows, left_out)
 
     def base_score(self, task: str) -> float:
-        """Return the base's score on a task; NaN where it is undefined."""
+        """Return the base's score on a task; NaN if undefined."""
         return float(self._values(self._base, task)[0])
 
     def tuned_score(self, task: str) -> float:
-        """Return the mean score of a task's fine-tunes on it; NaN where there is none."""
+        """Return the mean score of a task's fine-tunes on it; NaN if there is none."""
         own = [record for record in self._tuned.values() if task in record.by_task]
         scores = [self._values(record, task)[0] for record in own]
         return float(np.mean(scores)) if scores else math.nan
@@ -163,7 +161,7 @@ class Averages:
         ``value``, ``low``, ``high``, ``base``, ``base_low`` and ``base_high``.
 
         Args:
-            without: Parameters that are left out of the label, as they stand on an axis.
+            without: Parameters to omit from the label, as they are on an axis.
         """
         import pandas as pd  # noqa: PLC0415
 
@@ -194,7 +192,7 @@ class Averages:
         ``value``, ``low``, ``high`` and ``base``.
 
         Args:
-            without: Parameters that are left out of the label, as they stand on an axis.
+            without: Parameters to omit from the label, as they are on an axis.
         """
         import pandas as pd  # noqa: PLC0415
 
@@ -216,7 +214,7 @@ class Averages:
         return pd.DataFrame(rows)
 
     def _average(self, record: Record) -> RunAverage | None:
-        """Return the normalised average of a merge; None where a task has no fine-tune above 0."""
+        """Return the normalised average of a merge; None if a task has no fine-tune above 0."""
         ratios, below = [], []
         for task in record.by_task:
             ceiling = self._ceiling(record, task)
@@ -237,9 +235,9 @@ class Averages:
         )
 
     def share(self, run: RunAverage, task: str) -> float:
-        """Return the share of the fine-tunes' score on a task that a merge keeps; NaN: undefined.
+        """Return a merge's score on a task as a share of the fine-tunes'; NaN if undefined.
 
-        Of several fine-tunes of the task in the merge, the mean of their scores counts.
+        If the merge has several fine-tunes of the task, the mean of their scores counts.
         """
         score = self._values(run.record, task)[0]
         return float(score / self._ceiling(run.record, task)[0])
@@ -249,7 +247,7 @@ class Averages:
         return float(self._values(self._base, task)[0] / self._ceiling(run.record, task)[0])
 
     def _ceiling(self, record: Record, task: str) -> NDArray[np.float64]:
-        """Return the mean score on a task of the merge's own fine-tunes; (1,) zeros without any."""
+        """Return the mean score on a task of the merged fine-tunes; (1,) zeros without any."""
         tuned = [
             self._values(self._tuned[model], task)
             for model in record.run.models
@@ -258,21 +256,21 @@ class Averages:
         return np.asarray(np.mean(tuned, axis=0)) if tuned else np.zeros(1)
 
     def _values(self, record: Record, task: str) -> NDArray[np.float64]:
-        """Return a run's score on a task, for each row of :meth:`_drawn`."""
+        """Return a run's score on a task, for each row of :meth:`_row_counts`."""
         key = (record.run.key, task)
         if key not in self._known:
             line = record.by_task[task]
             rows = [tuple(seen) if isinstance(seen, list) else (seen,) for seen in line["seen"]]
             metric = METRICS.find(line["metric"])
             statistic = metric.statistic(_bare_score(line, rows), rows)
-            self._known[key] = np.asarray(statistic(self._drawn(task, len(rows))), np.float64)
+            self._known[key] = np.asarray(statistic(self._row_counts(task, len(rows))), np.float64)
         return self._known[key]
 
-    def _drawn(self, task: str, rows: int) -> NDArray[np.float64]:
-        """Return how often each row of a task counts, (1 + 2 · SPLITS + RESAMPLES, rows).
+    def _row_counts(self, task: str, rows: int) -> NDArray[np.float64]:
+        """Return the counts of each row of a task, (1 + 2 · SPLITS + RESAMPLES, rows).
 
-        Once; once if it is in the first half of a split, for all splits, then the same for the
-        second halves; as often as a resample draws it.
+        The first row of the array counts every row once; the next 2 · SPLITS count the rows of the
+        first, then of the second half of each split once; the others count the draws of a resample.
         """
         place = list(self.store.head["tasks"]).index(task)
         if place not in self._counts:
@@ -286,10 +284,10 @@ class Averages:
 
 
 def _bare_score(line: Mapping[str, Any], rows: Sequence[tuple[Any, ...]]) -> Score:
-    """Return what a metric must know of a score besides its rows.
+    """Return a score without predictions, for a metric that gets its rows from a store's line.
 
-    The labels of a closed task are those that its rows have: a metric of credits sees one number a
-    row, one of labels sees the right answer and what was read.
+    The labels of a task with a closed set are those that occur in its rows: for a metric of credits
+    a row is one number, for a metric of labels the right answer and the parsed one.
     """
     metric = METRICS.find(line["metric"])
     labels = tuple(sorted({str(row[0]) for row in rows})) if len(rows[0]) == 2 else ()
@@ -308,7 +306,7 @@ def _bare_score(line: Mapping[str, Any], rows: Sequence[tuple[Any, ...]]) -> Sco
 
 
 def _by_models(runs: Sequence[RunAverage]) -> dict[tuple[str, ...], list[RunAverage]]:
-    """Return runs by what was merged; several have other seeds."""
+    """Return runs by the merged models; several runs differ in the seed."""
     found: dict[tuple[str, ...], list[RunAverage]] = {}
     for run in runs:
         found.setdefault(run.record.run.models, []).append(run)
@@ -316,9 +314,9 @@ def _by_models(runs: Sequence[RunAverage]) -> dict[tuple[str, ...], list[RunAver
 
 
 def _rows(pairs: Sequence[tuple[Sequence[RunAverage], Sequence[RunAverage]]]) -> tuple[int, int]:
-    """Return how many rows some runs were asked, and how many of them two paired runs differ in.
+    """Return the number of rows of paired runs, and how many of them any pair answered differently.
 
-    A row counts once, in however many combinations its task stands.
+    A row counts once, even if its task is in several combinations.
     """
     sizes: dict[str, int] = {}
     differing: set[tuple[str, int]] = set()
@@ -340,10 +338,10 @@ def _sample(runs: Sequence[RunAverage]) -> Samples:
 
 
 def _lacking(tasks: Sequence[str]) -> str:
-    """Say which tasks lack a fine-tune to divide by, and what to do."""
+    """Return a sentence on the tasks that lack a fine-tune to divide by."""
     return (
-        f"Without one: {', '.join(tasks) or 'none'}. Go on with the study if these are yet to be "
-        "asked; else leave the tasks out of it."
+        f"Without one: {', '.join(tasks) or 'none'}. Continue the study if these fine-tunes are "
+        "not evaluated yet; otherwise remove the tasks from it."
     )
 
 

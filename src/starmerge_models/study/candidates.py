@@ -1,4 +1,4 @@
-"""The candidates of a race: which take part unless others are given, and what they are called."""
+"""The candidates of a race: the defaults, and their names."""
 
 from __future__ import annotations
 
@@ -21,19 +21,18 @@ _DEFAULTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("tsv_m", {}),
     ("covariance+own_response", {}),
 )
-"""The default candidates, in the order in which they are preferred where rows cannot tell; the
-place to add one."""
+"""The default candidates, in the order of preference for ties. Add new defaults here."""
 
 
 def default_candidates() -> list[Pipeline]:
-    """Return the candidates that race unless others are given."""
+    """Return the default candidates of a race."""
     return [make_pipeline(chain, parameters) for chain, parameters in _DEFAULTS]
 
 
 def candidate_name(pipeline: Pipeline) -> str:
-    """Return a candidate's name: its chain, and the parameters that are not the defaults.
+    """Return a candidate's name: its chain and its non-default parameters.
 
-    As the command line takes it: ``star:eta=60``.
+    The name has the syntax of the command line: ``star:eta=60``.
     """
     usual = make_pipeline(pipeline.name).parameters()
     own = {
@@ -46,7 +45,7 @@ def candidate_name(pipeline: Pipeline) -> str:
 
 
 def _as_json(value: Any) -> str:
-    """Write a parameter as JSON, a number without a needless ".0"."""
+    """Return a parameter as JSON, a whole number without ".0"."""
     return json.dumps(_plain(value), default=str)
 
 
@@ -58,17 +57,17 @@ def _plain(value: Any) -> Any:
 
 
 _LONG = 1e15
-"""From here on a number is written with its power of ten."""
+"""Numbers from here on keep their exponent notation."""
 
 
 def named_candidates(
     candidates: Sequence[str | Method | Pipeline] | None,
 ) -> dict[str, Pipeline]:
-    """Return candidates by name, in their order; by default :func:`default_candidates`.
+    """Return candidates by name, in the given order; by default :func:`default_candidates`.
 
     Raises:
-        UsageError: There are fewer than two, two are the same, one is unknown, makes a model for
-            each task or needs a metric.
+        UsageError: There are fewer than two candidates, two are the same, or one is unknown, makes
+            a model for each task or needs a metric.
     """
     if isinstance(candidates, str | Method | Pipeline):
         candidates = [candidates]
@@ -79,7 +78,7 @@ def named_candidates(
         name = candidate_name(chain)
         if chain.needs_moments:
             raise UsageError(
-                f"The candidate {name} merges by a metric of the inputs, and a race has none. "
+                f"The candidate {name} needs a metric of the inputs, and a race has none. "
                 "Leave it out, or merge at once with `starmerge merge --metric`."
             )
         if name in found:
@@ -90,7 +89,7 @@ def named_candidates(
         found[name] = chain
     if len(found) < 2:
         raise UsageError(
-            f"A race needs two candidates at least, and there is {len(found) or 'none'}"
+            f"A race needs at least two candidates, and there is {len(found) or 'none'}"
             f"{''.join(f' ({name})' for name in found)}. Give more, or merge at once with "
             "`starmerge merge`."
         )

@@ -1,4 +1,4 @@
-"""Choosing how to merge with a few rows: candidates race in memory, a recipe comes out."""
+"""Chooses a merge method on a few rows: candidates race in memory, the winner becomes a recipe."""
 
 from __future__ import annotations
 
@@ -10,58 +10,57 @@ from typing import TYPE_CHECKING, Any
 
 from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.evaluation.cache import Record, ScoreCache
-from starmerge_models.evaluation.grids import aligned, html_table, interval_cell
-from starmerge_models.evaluation.runner import answers, check
+from starmerge_models.evaluation.model_groups import BASE, Group, Update, groups
+from starmerge_models.evaluation.prepared_tasks import AnyTask, PreparedTask, prepare_for_selection
+from starmerge_models.evaluation.runner import cached_answers, prepare_tasks
 from starmerge_models.evaluation.scoring.comparison import (
     Difference,
     Interval,
     difference,
     normalised_average,
-    perfect,
+    perfect_score,
 )
 from starmerge_models.evaluation.settings import Settings
-from starmerge_models.evaluation.sheets import AnyTask, Sheet, prepare_spare
-from starmerge_models.evaluation.subjects import BASE, Group, Update, groups
-from starmerge_models.evaluation.tasks import find_task
-from starmerge_models.evaluation.tasks.spare import Origin
+from starmerge_models.evaluation.tasks.selection import Origin
+from starmerge_models.evaluation.text_tables import html_table, interval_cell, markdown_table
 from starmerge_models.merging.task_vectors import TaskVectors, load_task_vectors
 from starmerge_models.methods.method import Method
 from starmerge_models.methods.pipeline import Pipeline
 from starmerge_models.progress import progress_bar
 from starmerge_models.recipe import Recipe, make_recipe, model_entries, reference
 from starmerge_models.study.candidates import named_candidates
-from starmerge_models.study.race import START, Outcome, Scores, race, sizes
+from starmerge_models.study.race import FIRST_ROWS, Outcome, Scores, race, round_sizes
 
 if TYPE_CHECKING:
     import pandas as pd
 
 ROWS = 64
-"""Rows of a task in the last round, unless the settings say otherwise."""
+"""Default number of rows of a task in the last round."""
 
 _TUNED = "fine-tune of "
-"""What stands before a task's name in that of its fine-tune, beside which the candidates race."""
+"""Prefix, before a task's name, of the name of its fine-tune during the race."""
 
 
 @dataclass(frozen=True, repr=False)
 class Choice:
-    """What came out of a race of candidates; made by :func:`choose`.
+    """The result of a race of candidates; made by :func:`choose`.
 
-    A notebook shows it as a table.
+    A notebook shows the candidates as a table.
     """
 
     recipe: Recipe
     """The chosen merge: ``starmerge merge`` runs it."""
     outcome: Outcome
     is_normalised: bool
-    """Whether averages are normalised by the fine-tunes; else they are means of scores."""
+    """Whether averages are normalised by the fine-tunes' scores; otherwise they are mean scores."""
     base: Interval | None
-    """The base's average on the rows that the chosen candidate was asked."""
+    """The base's average on the rows that the chosen candidate answered."""
     gain: Difference | None
-    """The chosen candidate's average less the base's, paired; None where one is undefined."""
+    """The chosen candidate's average − the base's, paired; None if one is undefined."""
     left_out: Mapping[str, str]
-    """Candidates that do not merge these models, with the reason."""
+    """Candidates that cannot merge these models, with the reason."""
     notes: tuple[str, ...]
-    """What a reader must know of the rows and of what was compared."""
+    """Caveats on the rows and the comparison."""
 
     @property
     def chosen(self) -> str:
@@ -70,7 +69,7 @@ class Choice:
 
     @property
     def sentence(self) -> str:
-        """What was chosen, and how sure that is."""
+        """The choice and its certainty, in a sentence."""
         ties, best = self.outcome.ties, self.outcome.best
         gap = next(s.gap for s in self.outcome.standings if s.name == self.chosen)
         unsure = [s.name for s in self.outcome.standings if s.stopped == "budget"]
@@ -91,7 +90,7 @@ class Choice:
         return verdict
 
     def __repr__(self) -> str:
-        """Return a few lines: the verdict, and the candidates that came farthest."""
+        """Return a few lines: the verdict, and the candidates with the most rounds."""
         standings = self.outcome.standings
         lines = [f"Choice: {self.chosen} of {len(standings)} candidates", f"  {self.sentence}"]
         lines += [
@@ -108,14 +107,14 @@ class Choice:
 
     @property
     def table(self) -> str:
-        """The candidates in Markdown, those that came farthest first, the base last."""
+        """The candidates as a Markdown table: those with the most rounds first, the base last."""
         head, *rows, base = self.cells()
         for row in rows:
             row[0] = f"**{row[0]}**" if row[0] == self.chosen else row[0]
-        return aligned([head, *rows, [f"*{base[0]}*", *base[1:]]])
+        return markdown_table([head, *rows, [f"*{base[0]}*", *base[1:]]])
 
     def cells(self) -> list[list[str]]:
-        """Return the candidates as cells for people, the head first, the base last."""
+        """Return the candidates as text cells: the header first, the base last."""
         average = "normalised average" if self.is_normalised else "mean score"
         rows = [["candidate", "rounds", "rows", average, f"− {self.outcome.best}", "stopped"]]
         for standing in self.outcome.standings:
@@ -134,9 +133,9 @@ class Choice:
 
     @property
     def report(self) -> str:
-        """The sentence, the table, and what belongs under it, in Markdown."""
+        """The sentence, the table, its legend and the notes, in Markdown."""
         legend = (
-            "Averages with their 95 % intervals on the rows that a candidate was asked; "
+            "Averages with their 95 % intervals on the rows that a candidate answered; "
             "differences are paired, on the same rows."
         )
         parts = [self.sentence, self.table, legend, *self.notes]
@@ -152,7 +151,7 @@ class Choice:
         return pd.DataFrame(self.to_records())
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return a flat record for each candidate, as plain data."""
+        """Return a flat JSON-serialisable record for each candidate."""
         return [
             {
                 "candidate": standing.name,
@@ -168,7 +167,7 @@ class Choice:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything as plain data; intervals are of 95 %."""
+        """Return everything as JSON-serialisable data, with 95 % intervals."""
         return {
             "chosen": self.chosen,
             "best": self.outcome.best,
@@ -185,7 +184,7 @@ class Choice:
 
 
 _SHOWN = 8
-"""Candidates that ``repr`` names at most."""
+"""Most candidates that ``repr`` lists."""
 
 _STOPPED = {None: "", "behind": "clearly behind", "budget": "by the budget"}
 
@@ -215,39 +214,39 @@ def choose(
     cache: ScoreCache | None = None,
     progress: bool = False,
 ) -> Choice:
-    """Race merge candidates on a few rows, in memory, and return the recipe of the one to take.
+    """Race merge candidates on a few rows, in memory, and return the recipe of the winner.
 
-    All models are merged by each candidate. Rounds ask 8, 16, 32 … rows of each task; a row is
-    asked once. :func:`starmerge_models.study.race.race` says what stops a candidate, and which of
-    those that the rows cannot tell apart is taken. A model called like a task is that task's
-    fine-tune, the upper bound of the normalised average; where a task has none, or one that answers
-    nothing right, means of scores are compared instead.
+    Each candidate merges all models. The rounds evaluate 8, 16, 32 … rows of each task, each row
+    once. :func:`starmerge_models.study.race.race` defines when a candidate stops, and how ties are
+    broken. A model with the same name as a task is that task's fine-tune, the upper bound of the
+    normalised average; if a task has no fine-tune, or one with score 0, mean scores are compared
+    instead.
 
-    The rows are no part of the task's sample, which ``starmerge evaluate`` scores, wherever the
-    task has others: see :func:`starmerge_models.evaluation.tasks.spare.spare_rows`. The base is
-    loaded once, and the task vectors are read and decomposed once. The update of each candidate
-    stays in memory while the race goes on: little for adapters, as much as a float32 model for some
-    merges of full fine-tunes.
+    If a task has other rows than the sample that ``starmerge evaluate`` scores, these are used: see
+    :func:`starmerge_models.evaluation.tasks.selection.selection_rows`. The base is loaded once, and
+    the task vectors are read and decomposed once. The update of each candidate stays in memory
+    during the race: it is small for adapters, and as large as a float32 model for some merges of
+    full fine-tunes.
 
     Args:
         base: The base: a folder or a Hub id.
         models: LoRA adapters and full fine-tunes, as folders or Hub ids; a mapping names them.
         tasks: Names of tasks, files, or tasks as objects.
-        candidates: Methods, chains or their names, those to be preferred first; by default
+        candidates: Methods, chains or their names, in the order of preference for ties; by default
             :func:`starmerge_models.study.candidates.default_candidates`.
-        settings: How models are asked; ``rows`` of each task at most, by default 64.
-        budget: Rows that may be asked of the candidates in all; by default nothing but the number
-            of candidates, tasks and rows limits it.
+        settings: Scorer, device and other choices; ``rows`` is the most rows of each task, by
+            default 64.
+        budget: Most rows that all candidates together may answer; None: no limit.
         any_base: Accept adapters whose config names another base.
-        cache: Where answers are kept; None: nowhere.
+        cache: Cache of answers; None: no caching.
         progress: Whether to show progress bars.
 
     Raises:
-        UsageError: Fewer than two candidates, two that are the same, one that is unknown or makes a
-            model for each task; too few rows, too small a budget; a task without rows; a model that
-            cannot be merged or asked. All but the last is found before a model is opened.
-        StarmergeError: A model is broken or computes a NaN; fewer than two of the candidates merge
-            these models.
+        UsageError: There are fewer than two candidates, two are the same, or one is unknown or
+            makes a model for each task; there are too few rows or too small a budget; a task has
+            no rows; a model cannot be merged or loaded. Only the last error needs an open model.
+        StarmergeError: A model is broken or computes a NaN, or fewer than two of the candidates can
+            merge these models.
 
     Example:
         ``sm.choose("base", ["adapters/past", "adapters/pos"], ["past", "pos"]).recipe``
@@ -258,30 +257,30 @@ def choose(
             "Candidates are added to the weights of a loaded model, which only the backend "
             "transformers allows. Leave the backend out."
         )
-    sheets, origins = _sheets(tasks, settings, show=progress)
-    ends = sizes(max(sheet.size for sheet in sheets.values()))
-    costs = [_size(sheets, end) - _size(sheets, start) for start, end in pairwise([0, *ends])]
+    prepared, origins = _prepare_tasks(tasks, settings, show=progress)
+    ends = round_sizes(max(task.size for task in prepared.values()))
+    costs = [_size(prepared, end) - _size(prepared, start) for start, end in pairwise([0, *ends])]
     _check_budget(budget, len(pipelines), costs[0])
     entries = model_entries(models)
     vectors = load_task_vectors(base, models, any_base=any_base)
-    updates, left_out = _merged(vectors, pipelines, show=progress)
-    tuned = {task: f"{_TUNED}{task}" for task in sheets if task in vectors.names}
+    updates, left_out = _merge_all(vectors, pipelines, show=progress)
+    tuned = {task: f"{_TUNED}{task}" for task in prepared if task in vectors.names}
     updates |= {name: vectors.merge("average", models=[task]) for task, name in tuned.items()}
     (group,) = groups(
         base,
         updates,
-        kind=next(iter(sheets.values())).kind,
+        kind=next(iter(prepared.values())).kind,
         device=settings.device,
         dtype=settings.dtype,
         backend=settings.backend,
     )
-    asking = _Asking(group, sheets, ends, settings, cache, progress)
-    ceilings, missing = _ceilings(asking, tuned)
+    evaluator = _Evaluator(group, prepared, ends, settings, cache, progress)
+    ceilings, missing = _ceilings(evaluator, tuned)
     racing = [name for name in pipelines if name not in left_out]
 
     def ask(names: Sequence[str], number: int) -> Mapping[str, Scores]:
         label = f"round {number + 1} of {len(ends)}: {len(names)} candidates"
-        return asking.ask({name: list(sheets) for name in names}, number, label)
+        return evaluator.evaluate({name: list(prepared) for name in names}, number, label)
 
     outcome = race(racing, ask, ceilings, costs, budget)
     chain = pipelines[outcome.chosen]
@@ -295,7 +294,7 @@ def choose(
         }
     )
     last = outcome.standings[0].rounds - 1
-    chosen, at_base = asking.scores(outcome.chosen, last), asking.scores(BASE, last)
+    chosen, at_base = evaluator.scores(outcome.chosen, last), evaluator.scores(BASE, last)
     return Choice(
         recipe,
         outcome,
@@ -307,50 +306,50 @@ def choose(
     )
 
 
-class _Asking:
-    """Models in memory that are asked more and more rows, none of them twice.
+class _Evaluator:
+    """Evaluates models in memory on a growing number of rows, each row once.
 
     Args:
-        group: The base, the candidates' updates and the fine-tunes'.
-        sheets: The tasks with all their rows.
-        ends: How many rows of a task have been asked after each round.
-        settings: How they are asked.
-        cache: Where answers are kept, those of each round by themselves.
+        group: The base, and the updates of the candidates and the fine-tunes.
+        prepared: The tasks with all their rows.
+        ends: The total number of rows of a task after each round.
+        settings: Scorer, device and other choices.
+        cache: Cache of answers, with an entry for each round.
         progress: Whether to show progress bars.
     """
 
     def __init__(
         self,
         group: Group,
-        sheets: Mapping[str, Sheet],
+        prepared: Mapping[str, PreparedTask],
         ends: Sequence[int],
         settings: Settings,
         cache: ScoreCache | None,
         progress: bool,
     ) -> None:
-        self._group, self._sheets, self._ends = group, sheets, ends
+        self._group, self._tasks, self._ends = group, prepared, ends
         self._settings, self._cache, self._progress = settings, cache, progress
         self._records: dict[tuple[str, str], list[Record]] = {}
-        self.tasks, self.rounds = list(sheets), len(ends)
+        self.tasks, self.rounds = list(prepared), len(ends)
 
-    def ask(
+    def evaluate(
         self, tasks_of: Mapping[str, Sequence[str]], number: int, label: str
     ) -> dict[str, Scores]:
-        """Ask models all rows up to a round that they have not been asked; return their scores.
+        """Evaluate models on the rows up to a round that they have not answered; return scores.
 
         Args:
-            tasks_of: The tasks to ask, by the model's name.
-            number: Of the round.
-            label: Stands before the progress bar.
+            tasks_of: The tasks, by the model's name.
+            number: Index of the round.
+            label: Label of the progress bar.
         """
         parts = {
-            name: [part for task in tasks for part in self._left(name, task, number)]
+            name: [part for task in tasks for part in self._remaining(name, task, number)]
             for name, tasks in tasks_of.items()
         }
         total = sum(part.size for own in parts.values() for part in own)
         with progress_bar(label, total, show=self._progress) as bar:
             for name, own in parts.items():
-                found = answers(name, self._group, own, self._settings, self._cache, bar)
+                found = cached_answers(name, self._group, own, self._settings, self._cache, bar)
                 for part, records in zip(own, found, strict=True):
                     self._records.setdefault((name, part.name), []).extend(records)
         return {name: self.scores(name, number) for name in tasks_of}
@@ -358,61 +357,60 @@ class _Asking:
     def scores(self, name: str, number: int) -> Scores:
         """Return a model's scores on all rows up to a round."""
         found = {}
-        for task, sheet in self._sheets.items():
+        for task, prepared in self._tasks.items():
             if (name, task) in self._records:
-                part = sheet.part(0, self._ends[number])
+                part = prepared.part(0, self._ends[number])
                 found[task] = part.score(self._records[name, task][: part.size])
         return found
 
-    def _left(self, name: str, task: str, number: int) -> Iterator[Sheet]:
-        """Yield the parts of a task, one for each round, that a model has not been asked."""
-        sheet, asked = self._sheets[task], len(self._records.get((name, task), ()))
+    def _remaining(self, name: str, task: str, number: int) -> Iterator[PreparedTask]:
+        """Yield the parts of a task, one for each round, that a model has not answered."""
+        prepared, asked = self._tasks[task], len(self._records.get((name, task), ()))
         for start, end in pairwise([0, *self._ends[: number + 1]]):
-            if asked <= start < sheet.size:
-                yield sheet.part(start, end)
+            if asked <= start < prepared.size:
+                yield prepared.part(start, end)
 
 
-def _sheets(
+def _prepare_tasks(
     tasks: Sequence[str | AnyTask], settings: Settings, *, show: bool
-) -> tuple[dict[str, Sheet], dict[str, Origin]]:
-    """Read the rows of the tasks, and tell where those of each come from."""
+) -> tuple[dict[str, PreparedTask], dict[str, Origin]]:
+    """Read the rows of the tasks; return the prepared tasks and the origins of their rows."""
     origins: dict[str, Origin] = {}
     settings = replace(settings, rows=ROWS if settings.rows is None else settings.rows)
-    if settings.rows is not None and settings.rows < START:
+    if settings.rows is not None and settings.rows < FIRST_ROWS:
         raise UsageError(
-            f"{settings.rows} rows of a task tell no candidates apart. Give {START} at least; "
-            f"{ROWS} is the default."
+            f"{settings.rows} rows of a task are too few to compare candidates. Give at least "
+            f"{FIRST_ROWS}; the default is {ROWS}."
         )
     if not tasks:
-        raise UsageError("There is no task to choose by. Give one at least.")
+        raise UsageError("There is no task to choose by. Give at least one.")
 
-    def prepared(task: AnyTask, settings: Settings) -> Sheet:
-        sheet, origins[task.name] = prepare_spare(task, settings)
-        return sheet
+    def prepare_one(task: AnyTask, settings: Settings) -> PreparedTask:
+        prepared, origins[task.name] = prepare_for_selection(task, settings)
+        return prepared
 
-    found = [find_task(task) if isinstance(task, str) else task for task in tasks]
     with progress_bar("choosing", None, show=show) as bar:
-        return check(found, settings, prepared, progress=bar), origins
+        return prepare_tasks(tasks, settings, prepare_one, progress=bar), origins
 
 
-def _size(sheets: Mapping[str, Sheet], end: int) -> int:
-    """Return the number of rows of all tasks, of each at most so many."""
-    return sum(min(sheet.size, end) for sheet in sheets.values())
+def _size(prepared: Mapping[str, PreparedTask], end: int) -> int:
+    """Return the number of rows of all tasks, at most ``end`` of each."""
+    return sum(min(task.size, end) for task in prepared.values())
 
 
 def _check_budget(budget: int | None, count: int, cost: int) -> None:
-    """Make sure that a budget pays for the first round of some candidates."""
+    """Make sure that a budget is enough for the first round of all candidates."""
     if budget is not None and budget < count * cost:
         raise UsageError(
-            f"The budget is {budget} rows, and the first round alone asks {count * cost}: {cost} "
-            f"of each of {count} candidates. Give that many at least, or fewer candidates."
+            f"The budget is {budget} rows, and the first round alone needs {count * cost}: {cost} "
+            f"for each of {count} candidates. Raise the budget, or give fewer candidates."
         )
 
 
-def _merged(
+def _merge_all(
     vectors: TaskVectors, pipelines: Mapping[str, Pipeline], *, show: bool
 ) -> tuple[dict[str, Update], dict[str, str]]:
-    """Merge by each candidate; tell why those that do not merge these models do not."""
+    """Merge by each candidate; return the updates, and the reasons of the failed candidates."""
     updates: dict[str, Update] = {}
     left_out: dict[str, str] = {}
     with progress_bar("merging", len(pipelines), show=show) as bar:
@@ -434,38 +432,38 @@ def _merged(
     return updates, left_out
 
 
-def _ceilings(asking: _Asking, tuned: Mapping[str, str]) -> tuple[list[Scores], str | None]:
-    """Return the scores of the fine-tunes in each round, or perfect ones and why.
+def _ceilings(evaluator: _Evaluator, tuned: Mapping[str, str]) -> tuple[list[Scores], str | None]:
+    """Return the fine-tunes' scores in each round; or perfect scores, and why they are used.
 
     Args:
-        asking: What asks the base and the fine-tunes.
-        tuned: The names under which the fine-tunes are asked, by task.
+        evaluator: Evaluates the base and the fine-tunes.
+        tuned: The names of the fine-tunes in the race, by task.
     """
-    rounds, tasks = range(asking.rounds), asking.tasks
+    rounds, tasks = range(evaluator.rounds), evaluator.tasks
     alone = {name: [task] for task, name in tuned.items()} if len(tuned) == len(tasks) else {}
     label = "base and fine-tunes" if alone else "base"
-    asking.ask({BASE: tasks, **alone}, rounds[-1], label)
-    at_base = [asking.scores(BASE, number) for number in rounds]
+    evaluator.evaluate({BASE: tasks, **alone}, rounds[-1], label)
+    at_base = [evaluator.scores(BASE, number) for number in rounds]
     right: list[Scores] = [
-        {task: perfect(score) for task, score in scores.items()} for scores in at_base
+        {task: perfect_score(score) for task, score in scores.items()} for scores in at_base
     ]
     bare = [task for task in tasks if task not in tuned]
     if bare:
-        return right, f"No model is called like the task {bare[0]}, so it has no fine-tune."
+        return right, f"No model has the name of the task {bare[0]}, so it has no fine-tune."
     found: list[Scores] = [
-        {task: asking.scores(name, number)[task] for task, name in tuned.items()}
+        {task: evaluator.scores(name, number)[task] for task, name in tuned.items()}
         for number in rounds
     ]
     for task, score in found[-1].items():
         if not score.value > 0:
-            return right, f"The fine-tune of {task} answers nothing right on {score.n} rows."
+            return right, f"The fine-tune of {task} has no right answer on {score.n} rows."
     return found, None
 
 
 def _notes(missing: str | None, origins: Mapping[str, Origin], count: int) -> Iterator[str]:
-    """Yield what a reader must know of the rows and of what was compared."""
+    """Yield caveats on the rows and the comparison."""
     if missing is not None:
-        yield f"{missing} What is compared is the mean of the scores, not normalised."
+        yield f"{missing} The averages are mean scores, not normalised."
     for origin, said in _ORIGINS.items():
         tasks = [task for task, own in origins.items() if own == origin]
         if tasks:
@@ -478,9 +476,8 @@ def _notes(missing: str | None, origins: Mapping[str, Origin], count: int) -> It
 
 _ORIGINS: Mapping[Origin, str] = {
     "held out": "held out, and not in the sample that `starmerge evaluate` scores.",
-    "training": "of the training part, which `starmerge evaluate` does not score. Fine-tunes that "
-    "were trained on them know them, so merges that keep more of a fine-tune look better than they "
-    "are.",
-    "scored": "those that `starmerge evaluate` scores, for want of others: its scores of the "
-    "chosen merge will be optimistic on them.",
+    "training": "from the training split, which `starmerge evaluate` does not score. Fine-tunes "
+    "may have memorised them, so merges that keep more of a fine-tune look better than they are.",
+    "scored": "those that `starmerge evaluate` scores, as the task has no others: its scores of "
+    "the chosen merge will be optimistic.",
 }

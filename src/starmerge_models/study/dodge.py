@@ -1,4 +1,4 @@
-"""Curves that share places on an axis, drawn a little beside each other."""
+"""Dodging: a small horizontal offset for each curve, so that overlapping points stay visible."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 _STEP = 0.06
-"""Between two curves, as a share of the smallest gap between two places."""
+"""Offset between two curves, as a share of the smallest gap between two places."""
 
 _SPREAD = 0.3
-"""Of all curves at most, as a share of the same."""
+"""Largest total offset of all curves, as a share of the same gap."""
 
 _ALONE = 0.03
-"""Between two curves where there is one place, as a share of it."""
+"""Offset between two curves if there is only one place, as a share of its value."""
 
 
 class Dodge:
-    """Says where each curve stands at each place of an axis.
+    """Computes the position of each curve at each place of an axis.
 
     Args:
         places: Positions on the axis that the curves share.
@@ -33,6 +33,6 @@ class Dodge:
         self._step = gap * min(_STEP, _SPREAD / max(1, curves - 1))
 
     def __call__(self, place: float, curve: int) -> float:
-        """Return the position of a curve, by its number from 0, for a place."""
+        """Return the position of a curve, by its index from 0, at a place."""
         shift = self._step * (curve - self._middle)
         return place * math.exp(shift) if self._is_log else place + shift

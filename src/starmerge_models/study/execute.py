@@ -1,4 +1,4 @@
-"""Doing a study: each run that its store lacks is merged in memory, asked and written down."""
+"""Executes a study: merges in memory and evaluates each run that is missing in its store."""
 
 from __future__ import annotations
 
@@ -16,73 +16,71 @@ from typing import Any
 
 from blake3 import blake3
 
-from starmerge_models.checkpoints.hashing import remembered_blake3_of
-from starmerge_models.checkpoints.source import is_hub_id, resolve_local
+from starmerge_models.checkpoints.hashing import cached_blake3_of
+from starmerge_models.checkpoints.source import is_hub_id, place_named, resolve_local
 from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.evaluation.cache import ScoreCache, blake3_of_model, versions
+from starmerge_models.evaluation.model_groups import BASE, BaseGroup, groups
 from starmerge_models.evaluation.models.loading import device_kind, dtype_name
-from starmerge_models.evaluation.runner import answers, check
+from starmerge_models.evaluation.runner import cached_answers, prepare_tasks
 from starmerge_models.evaluation.settings import Settings
-from starmerge_models.evaluation.subjects import BASE, OnBase, groups
 from starmerge_models.merging.executors.executor import Executor
 from starmerge_models.merging.task_vectors import TaskVectors, load_task_vectors
 from starmerge_models.progress import SILENT, Progress, progress_bar
 from starmerge_models.study.runs import Run, runs_of
-from starmerge_models.study.store import SCHEMA, Store, line_of, open_store
+from starmerge_models.study.store import SCHEMA, Store, open_store, score_line
 from starmerge_models.study.study_file import Study, pool_of
 
-_ROOM = Path(__file__).parent.parent
-_ASIDE = ("cli", "demo", "training", "calibration", "study")
-"""Rooms of the package that no score depends on."""
+_PACKAGE = Path(__file__).parent.parent
+_WITHOUT_EFFECT = ("cli", "demo", "training", "calibration", "study")
+"""Sub-packages that no score depends on."""
 
 _SAMPLE_ROWS = 8
-"""Rows of each task that an estimate of the time asks."""
+"""Rows of each task that a time estimate evaluates."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a study has yet to do."""
+    """The remaining work of a study."""
 
     runs: int
-    """All runs."""
+    """Total number of runs."""
     done: int
-    """Those that the store has."""
+    """Number of runs in the store."""
     rows: int
-    """That are yet to be asked, over all runs and tasks."""
+    """Number of remaining rows, over all runs and tasks."""
     seconds: float | None
-    """That this will take, as measured on a few rows; None where it was not measured."""
+    """Estimated remaining time, from the measured time of a few rows; None: not measured."""
 
     def __str__(self) -> str:
         left = self.runs - self.done
-        text = (
-            f"{self.runs} runs, {self.done} of them done; {left} to do, which ask {self.rows} rows"
-        )
+        text = f"{self.runs} runs, {self.done} of them done; {left} to do, with {self.rows} rows"
         if self.seconds is None or not left:
             return text
         return f"{text}: about {duration(self.seconds)} on this machine"
 
 
 def duration(seconds: float) -> str:
-    """Write a time for people: "40 s", "12 min", "3 h 5 min"."""
+    """Return a duration as text: "40 s", "12 min", "3 h 5 min"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-class Laboratory:
-    """A study with its models and rows at hand.
+class StudyRunner:
+    """Executes the runs of a study with its models and rows.
 
-    Nothing is loaded before it is needed: a study that is done opens no model.
+    Models are loaded lazily: a completed study opens no model.
 
     Args:
         study: The study.
-        settings: How models are asked.
-        cache: Where answers are kept, too; None: nowhere.
+        settings: Scorer, device and other choices.
+        cache: Cache of answers, in addition to the store; None: no caching.
         any_base: Accept models whose config names another base.
 
     Raises:
-        UsageError: The study does not fit together, or a model or dataset cannot be had.
+        UsageError: The study is inconsistent, or a model or dataset cannot be downloaded.
     """
 
     def __init__(
@@ -96,44 +94,44 @@ class Laboratory:
         self.study, self.settings = study, settings
         self.pool = pool_of(study)
         self.runs = runs_of(study, self.pool)
-        self.sheets = check(list(self.pool.tasks.values()), settings)
+        self.prepared = prepare_tasks(list(self.pool.tasks.values()), settings)
         self._cache, self._any_base = cache, any_base
         self._base = resolve_local(self.pool.base).path
         self._models = {name: resolve_local(path).path for name, path in self.pool.models.items()}
         (group,) = groups(
             self._base,
             {},
-            kind=next(iter(self.sheets.values())).kind,
+            kind=next(iter(self.prepared.values())).kind,
             device=settings.device,
             dtype=settings.dtype,
             backend=settings.backend,
         )
-        assert isinstance(group, OnBase)  # of a base without whole models beside it
+        assert isinstance(group, BaseGroup)  # there are no whole models
         self._group = group
 
     @cached_property
     def vectors(self) -> TaskVectors:
-        """The task vectors of the pool, read when they are first needed."""
+        """The task vectors of the pool, read lazily."""
         return load_task_vectors(self._base, self._models, any_base=self._any_base)
 
     def head(self) -> dict[str, Any]:
-        """Return all that decides the scores, for the head of a store."""
+        """Return everything that determines the scores, as the header of a store."""
         device = device_kind(self.settings.device)
         return {
             "schema": SCHEMA,
             "study": self.study.model_dump(mode="json", exclude={"base", "models", "tasks"}),
-            "base": {"name": _public(self.pool.base), "files": blake3_of_model(self._base)},
+            "base": {"name": _public_name(self.pool.base), "files": blake3_of_model(self._base)},
             "models": {
                 name: {
-                    "name": _public(self.pool.models[name]),
+                    "name": _public_name(self.pool.models[name]),
                     "task": self.pool.task_of[name],
                     "files": blake3_of_model(path),
                 }
                 for name, path in self._models.items()
             },
             "tasks": {
-                name: {"rows": sheet.size, "asked": _hash(sheet.asked)}
-                for name, sheet in self.sheets.items()
+                name: {"rows": task.size, "asked": _hash(task.key_fields)}
+                for name, task in self.prepared.items()
             },
             "asked": {
                 "scorer": self.settings.scorer,
@@ -156,10 +154,10 @@ class Laboratory:
         }
 
     def estimate(self, store: Store | None) -> Estimate:
-        """Tell how much there is to do, and how long it will take.
+        """Estimate the remaining work and its duration.
 
-        What a row and a merge cost is taken from the runs that the store has, or else measured: the
-        base is asked a few rows of each task, and each chain merges one set of models.
+        The time of a row and of a merge comes from the runs in the store; without any it is
+        measured, by evaluating the base on a few rows of each task and merging once by each chain.
 
         Args:
             store: The store, if there is one.
@@ -186,17 +184,17 @@ class Laboratory:
 
     @contextmanager
     def opened(self, folder: Path, *, retry: bool = False) -> Iterator[Store]:
-        """Open the study's store, or begin it; see :func:`starmerge_models.study.store.open_store`.
+        """Open or create the study's store; see :func:`starmerge_models.study.store.open_store`.
 
         Raises:
-            UsageError: The folder lies in that of a model, whose content it would change; or as
-                ``open_store`` says.
-            StarmergeError: As ``open_store`` says.
+            UsageError: The folder is inside a model's folder, whose content it would change; or as
+                ``open_store``.
+            StarmergeError: As ``open_store``.
         """
         for place in (self._base, *self._models.values()):
             if folder.resolve().is_relative_to(place.resolve()):
                 raise UsageError(
-                    f"{folder} lies in the model {place}, whose content the runs would change. "
+                    f"{folder} is inside the model {place}, whose content the runs would change. "
                     "Give another folder."
                 )
         with open_store(folder, self.head(), retry=retry) as store:
@@ -209,28 +207,28 @@ class Laboratory:
         executor: AbstractContextManager[Executor] | None = None,
         progress: bool = False,
     ) -> None:
-        """Do every run that the store lacks.
+        """Execute every run that is missing in the store.
 
-        A run that fails is written down with its error, and the others go on. A base that cannot
-        be asked and a fine-tune that is broken end the study, as all runs rest on them.
+        A failed run is stored with its error, and the study continues. A base that cannot be
+        evaluated or a broken fine-tune ends the study, as all runs depend on them.
 
         Args:
-            store: Where to.
-            executor: Who makes the runs, in other processes, each with a laboratory of its own;
-                None: this process, one after the other. The store is written here in any case.
+            store: The store to write to.
+            executor: Executes the runs in other processes, each with its own runner; None: this
+                process executes them in order. This process always writes the store.
             progress: Whether to show a progress bar.
 
         Raises:
-            UsageError: The base cannot be loaded or asked.
+            UsageError: The base cannot be loaded or evaluated.
             StarmergeError: The base or a fine-tune is broken, or the store cannot be written.
         """
         left = [number for number, run in enumerate(self.runs) if run not in store]
         total = sum(self._size(self.runs[number]) for number in left)
         with progress_bar(f"study {self.study.name}", total, show=progress) as bar:
             if executor is None:
-                self.get_ready(left)
+                self.load_vectors(left)
                 for number in left:
-                    done = _Counted(bar)
+                    done = _CountingProgress(bar)
                     store.add(self.runs[number], self.lines(number, done))
                     done(self._size(self.runs[number]) - done.count)
             elif left:
@@ -240,35 +238,35 @@ class Laboratory:
                         store.add(self.runs[number], lines)
                         bar(self._size(self.runs[number]))
 
-    def get_ready(self, numbers: Iterable[int]) -> None:
-        """Read what some runs need of the fine-tunes, so that a broken one is said at once.
+    def load_vectors(self, numbers: Iterable[int]) -> None:
+        """Read the task vectors that some runs need, so that a broken fine-tune fails at once.
 
         Raises:
-            StarmergeError: One is broken.
+            StarmergeError: A fine-tune is broken.
         """
         if any(self.runs[number].kind != "base" for number in numbers):
             _ = self.vectors
 
     def lines(self, number: int, progress: Progress = SILENT) -> list[dict[str, Any]]:
-        """Make a run; return what the store keeps: a line for each task, or one with the error.
+        """Execute a run; return its lines for the store: one per task, or one with the error.
 
         Args:
-            number: Of the run, in their order.
-            progress: What is told of it.
+            number: Index of the run.
+            progress: Gets the completed rows and the current step.
 
         Raises:
-            Exception: Of the base, without which there is no study.
+            Exception: Any error of the run of the base, without which there is no study.
         """
         run = self.runs[number]
         try:
             return self._lines(run, progress)
-        except Exception as error:  # of methods and models of whatever kind
+        except Exception as error:  # methods and models may raise anything
             if run.kind == "base":
                 raise
-            return [{"error": _said(error), "date": _now()}]
+            return [{"error": _one_line(error), "date": _now()}]
 
     def _lines(self, run: Run, progress: Progress) -> list[dict[str, Any]]:
-        """Merge and ask the models of a run; return a line for each task."""
+        """Merge and evaluate the models of a run; return a line for each task."""
         begin = time.perf_counter()
         group, name = self._group, BASE
         if run.kind != "base":
@@ -278,31 +276,31 @@ class Laboratory:
             update = self.vectors.merge(chain, models=run.models)
             group = group.with_updates({name: update})
         merged = time.perf_counter()
-        sheets = [self.sheets[task] for task in run.tasks]
-        found = answers(name, group, sheets, self.settings, self._cache, progress)
+        tasks = [self.prepared[task] for task in run.tasks]
+        found = cached_answers(name, group, tasks, self.settings, self._cache, progress)
         asked = time.perf_counter()
         times = {"merging": merged - begin, "asking": asked - merged, "date": _now()}
         return [
-            line_of(sheet.name, sheet.score(records)) | times
-            for sheet, records in zip(sheets, found, strict=True)
+            score_line(task.name, task.score(records)) | times
+            for task, records in zip(tasks, found, strict=True)
         ]
 
     def _size(self, run: Run) -> int:
-        """Return how many rows a run asks."""
-        return sum(self.sheets[task].size for task in run.tasks)
+        """Return the number of rows of a run."""
+        return sum(self.prepared[task].size for task in run.tasks)
 
     def _measured(self, runs: Sequence[Run]) -> tuple[float, dict[str, float]]:
-        """Return the seconds that a row takes, and a merge by each chain of some runs."""
-        parts = [sheet.part(0, min(_SAMPLE_ROWS, sheet.size)) for sheet in self.sheets.values()]
+        """Measure the seconds of a row, and of a merge by each chain of some runs."""
+        parts = [task.part(0, min(_SAMPLE_ROWS, task.size)) for task in self.prepared.values()]
         for _ in range(2):  # the first time loads the model
             begin = time.perf_counter()
-            answers(BASE, self._group, parts, self.settings, None, SILENT)
+            cached_answers(BASE, self._group, parts, self.settings, None, SILENT)
             per_row = (time.perf_counter() - begin) / sum(part.size for part in parts)
         per_merge: dict[str, float] = {}
         for run in runs:
             if run.kind == "merge" and run.method not in per_merge:
                 begin = time.perf_counter()
-                with suppress(StarmergeError):  # the study will say so
+                with suppress(StarmergeError):  # the study will report it
                     self.vectors.merge(run.pipeline, models=run.models)
                 per_merge[run.method] = time.perf_counter() - begin
         return per_row, per_merge
@@ -310,14 +308,14 @@ class Laboratory:
 
 @dataclass(frozen=True)
 class _Runs:
-    """The runs of a study, as a job for other processes, each with a laboratory of its own.
+    """The runs of a study, as a job for other processes, each with its own runner.
 
     Args:
         study: The study.
-        settings: As for :class:`Laboratory`.
-        cache: As for :class:`Laboratory`.
-        any_base: As for :class:`Laboratory`.
-        wanted: Numbers of the runs.
+        settings: As for :class:`StudyRunner`.
+        cache: As for :class:`StudyRunner`.
+        any_base: As for :class:`StudyRunner`.
+        wanted: Indices of the runs.
     """
 
     study: Study
@@ -328,34 +326,34 @@ class _Runs:
 
     @contextmanager
     def open(self) -> Iterator[Callable[[int], list[dict[str, Any]]]]:
-        """Yield what makes a run."""
-        laboratory = Laboratory(self.study, self.settings, cache=self.cache, any_base=self.any_base)
-        laboratory.get_ready(self.wanted)
-        yield laboratory.lines
+        """Yield the function that executes a run."""
+        runner = StudyRunner(self.study, self.settings, cache=self.cache, any_base=self.any_base)
+        runner.load_vectors(self.wanted)
+        yield runner.lines
 
     def memory(self, number: int) -> int:
-        """Return 0: each process holds the models all the time."""
+        """Return 0: each process holds the models permanently, whatever the run."""
         return 0
 
     def nbytes(self, number: int) -> None:
-        """Return None: it is not known how long a run takes."""
+        """Return None: the cost of a run is unknown."""
 
     def announce(self, number: int) -> None:
-        """Do nothing: the models are held."""
+        """Do nothing: the models are in memory."""
 
     def check(self) -> None:
-        """Do nothing: the laboratory opens the models."""
+        """Do nothing: the runner opens and checks the models."""
 
     def label(self, number: int) -> str:
-        """Return the number of a run."""
+        """Return the label of a run."""
         return f"run {number + 1}"
 
 
-class _Counted(Progress):
-    """Passes on what a run tells, and counts the rows that are done.
+class _CountingProgress(Progress):
+    """A progress that forwards to a bar and counts the completed rows.
 
     Args:
-        bar: Where to.
+        bar: The progress bar.
     """
 
     def __init__(self, bar: Progress) -> None:
@@ -363,12 +361,12 @@ class _Counted(Progress):
         self._shown, self.count = bar, 0
 
     def __call__(self, units: int) -> None:
-        """Move on by some rows."""
+        """Advance by some rows."""
         self.count += units
         self._shown(units)
 
     def waits_for(self, what: str) -> None:
-        """Say what is being done now."""
+        """Show the current step."""
         self._shown.waits_for(what)
 
 
@@ -382,34 +380,36 @@ def run_study(
     retry: bool = False,
     progress: bool = False,
 ) -> Store:
-    """Do what a study's store lacks, and return the store.
+    """Execute the missing runs of a study, and return its store.
 
     Args:
         study: The study.
-        folder: The store, which may not be there yet.
-        settings: How models are asked; None: as the study says.
-        cache: Where answers are kept, too; None: nowhere.
+        folder: The folder of the store, which may not exist yet.
+        settings: Scorer, device and other choices; None: those of the study.
+        cache: Cache of answers, in addition to the store; None: no caching.
         any_base: Accept models whose config names another base.
-        retry: Make the runs again that failed before.
+        retry: Whether to repeat runs that failed before.
         progress: Whether to show a progress bar.
 
     Raises:
-        UsageError: The study does not fit together, a model or dataset cannot be had, or the store
-            holds runs of other models, tasks or code.
+        UsageError: The study is inconsistent, a model or dataset cannot be downloaded, or the
+            store has runs of other models, tasks or code.
         StarmergeError: A model is broken, or the store cannot be written.
     """
-    laboratory = Laboratory(study, settings or study.settings(), cache=cache, any_base=any_base)
-    with laboratory.opened(folder, retry=retry) as store:
-        laboratory.run(store, progress=progress)
+    runner = StudyRunner(study, settings or study.settings(), cache=cache, any_base=any_base)
+    with runner.opened(folder, retry=retry) as store:
+        runner.run(store, progress=progress)
     return store
 
 
 def code_hash() -> str:
-    """Return a hash of the package's code that scores depend on."""
+    """Return a hash of the code that scores depend on."""
     files = sorted(
-        file for file in _ROOM.rglob("*.py") if file.relative_to(_ROOM).parts[0] not in _ASIDE
+        file
+        for file in _PACKAGE.rglob("*.py")
+        if file.relative_to(_PACKAGE).parts[0] not in _WITHOUT_EFFECT
     )
-    return _hash({str(file.relative_to(_ROOM)): remembered_blake3_of(file) for file in files})
+    return _hash({str(file.relative_to(_PACKAGE)): cached_blake3_of(file) for file in files})
 
 
 def _hash(content: Mapping[str, Any]) -> str:
@@ -417,24 +417,24 @@ def _hash(content: Mapping[str, Any]) -> str:
 
 
 def _mean_by(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Return the mean of the numbers that stand beside each name."""
+    """Return the mean of the numbers of each name."""
     found: dict[str, list[float]] = {}
     for name, number in pairs:
         found.setdefault(name, []).append(number)
     return {name: fmean(numbers) for name, numbers in found.items()}
 
 
-def _said(error: Exception) -> str:
-    """Return an error in a line."""
+def _one_line(error: Exception) -> str:
+    """Return an error's message as one line."""
     text = " ".join(str(error).split())
     return text if isinstance(error, StarmergeError) else f"{type(error).__name__}: {text}"
 
 
-def _public(reference: str) -> str:
-    """Return a Hub id as it is, and of a folder its name: a store tells nobody's folders."""
-    return (
-        reference if is_hub_id(reference) and not Path(reference).exists() else Path(reference).name
-    )
+def _public_name(reference: str) -> str:
+    """Return a Hub id unchanged, and only the name of a folder, so that stores have no paths."""
+    if is_hub_id(reference) and not Path(reference).exists():
+        return reference
+    return place_named(reference).name
 
 
 def _now() -> str:

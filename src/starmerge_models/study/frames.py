@@ -1,11 +1,11 @@
-"""The frames that figures and pages of a study are drawn from, one way for both."""
+"""DataFrames for the figures and pages of a study."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from starmerge_models.evaluation.subjects import BASE
+from starmerge_models.evaluation.model_groups import BASE
 from starmerge_models.methods.pipeline import make_pipeline
 from starmerge_models.study.averages import Averages
 from starmerge_models.study.grids import best_parameters
@@ -29,11 +29,11 @@ def by_number(
 def by_parameter(
     averages: Averages, parameter: str, methods: Collection[str] | None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the averages and the runs of chains that have a parameter, which labels leave out.
+    """Return the averages and the runs of chains with a parameter, labels without the parameter.
 
     Args:
         averages: The averages.
-        parameter: Its name; in a chain also of a step's, ``p`` for ``dare.p``.
+        parameter: Its name, without the step's name: ``p`` for ``dare.p``.
         methods: The chains; None: all.
     """
     found = []
@@ -67,9 +67,9 @@ def one_shot(
 
 
 def shares_by_task(averages: Averages, methods: Collection[str] | None) -> pd.DataFrame:
-    """Return the share of the fine-tune's score that merges of the most models keep of each task.
+    """Return the scores of the merges with the most models as shares of the fine-tunes' scores.
 
-    Columns ``task``, ``label`` and ``share``; the base comes first.
+    Columns ``task``, ``label`` and ``share``; the base is first.
     """
     import pandas as pd  # noqa: PLC0415
 
@@ -94,7 +94,7 @@ def _of(frame: pd.DataFrame, methods: Collection[str] | None) -> pd.DataFrame:
 
 
 def _short(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return parameters by their names without those of the steps, where they are clear."""
+    """Return parameters by their names without the step's name, if these are unique."""
     names = [key.rpartition(".")[2] for key in parameters]
     return {
         key.rpartition(".")[2]: value

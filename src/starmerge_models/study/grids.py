@@ -1,4 +1,4 @@
-"""What a grid of parameters is worth: its best point, and how sure that is."""
+"""The best points of parameter grids, and their uncertainty."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GridBest:
-    """The best of a chain's points for a number of models, beside the chain's defaults."""
+    """The best of a chain's points for a number of models, compared with the chain's defaults."""
 
     method: str
     n: int
     points: int
     default: Interval | None
-    """The normalised average with the defaults, or with the entry's own parameters where the grid
-    has one point; None if the defaults are not among the points."""
+    """The normalised average with the defaults, or of the only point of the grid; None if the
+    defaults are not among the points."""
     best_label: str
     best: Interval
-    """The highest normalised average, on the rows that it was found on: too good."""
+    """The highest normalised average, on the rows that selected it: biased upwards."""
     held_out: float
-    """The normalised average of the point that is best on half of the rows, on the other half: the
-    mean over random splits, both ways round. NaN where no split has values on both halves."""
+    """The normalised average, on one half of the rows, of the point that is best on the other half:
+    the mean over random splits and both halves. NaN if no split has values on both halves."""
     gain: Difference | None
-    """Best − default, paired; too good, too."""
+    """Best − default, paired; also biased upwards."""
 
 
 def best_of_grids(averages: Averages) -> list[GridBest]:
@@ -65,17 +65,17 @@ def best_of_grids(averages: Averages) -> list[GridBest]:
 def best_parameters(averages: Averages, parameter: str) -> pd.DataFrame:
     """Return a parameter's best value for each chain and number of models.
 
-    The interval holds the middle 95 % of the best values in resamples of the rows: a wide one says
-    that the rows cannot tell. Of values that are equally good, the middle one counts (the lower of
-    two).
+    The interval contains the middle 95 % of the best values in resamples of the rows: if it is
+    wide, the rows do not determine the best value. Of equally good values, the middle one counts
+    (the lower of two).
 
     Args:
         averages: The averages.
-        parameter: A numeric parameter that several points of a chain differ in.
+        parameter: A numeric parameter in which several points of a chain differ.
 
     Returns:
         Columns ``label`` (the chain), ``n``, ``best``, ``low``, ``high``, and ``value``, the
-        normalised average there.
+        normalised average at the best value.
     """
     import pandas as pd  # noqa: PLC0415
 
@@ -103,9 +103,9 @@ def best_parameters(averages: Averages, parameter: str) -> pd.DataFrame:
 def shift_of_best(
     averages: Averages, parameter: str, method: str, numbers: tuple[int, int]
 ) -> Interval:
-    """Return by how much a parameter's best value rises from one number of models to another.
+    """Return the change of a parameter's best value from one number of models to another.
 
-    The interval pairs the resamples: both numbers' best values come from the same rows.
+    The interval is paired: each resample has the same rows for both numbers of models.
 
     Args:
         averages: The averages.
@@ -129,20 +129,20 @@ def shift_of_best(
 def _along(
     points: dict[str, list[RunAverage]], parameter: str
 ) -> tuple[NDArray[np.float64], list[list[RunAverage]]]:
-    """Return a parameter's values among the points of a chain, and the runs at each."""
+    """Return a parameter's values at the points of a chain, and the runs at each point."""
     runs = [own for own in points.values() if value_of(own[0], parameter) is not None]
     return np.array([value_of(own[0], parameter) for own in runs], np.float64), runs
 
 
 def _samples(runs: Sequence[Sequence[RunAverage]]) -> NDArray[np.float64]:
-    """Return the means over the runs of each point, in each resample: (points, RESAMPLES)."""
+    """Return the mean over the runs of each point, in each resample: (points, RESAMPLES)."""
     return np.array([np.mean([run.samples for run in own], axis=0) for own in runs])
 
 
 def _best_places(places: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return where the highest value of each column stands; NaN for a column with a NaN.
+    """Return the place of the highest value in each column; NaN for a column with a NaN.
 
-    Of places that are equally good the middle one counts, the lower of two.
+    Of equally good places the middle one counts (the lower of two).
     """
     found = np.full(values.shape[1], np.nan)
     for number, column in enumerate(values.T):
@@ -153,7 +153,7 @@ def _best_places(places: NDArray[np.float64], values: NDArray[np.float64]) -> ND
 
 
 def value_of(run: RunAverage, parameter: str) -> float | None:
-    """Return a parameter of a run's chain; None unless it is one of that name and a number."""
+    """Return a parameter of a run's chain; None unless exactly one has the name and is a number."""
     parameters = run.record.run.parameters
     found = [v for key, v in parameters.items() if key.rpartition(".")[2] == parameter]
     is_number = len(found) == 1 and isinstance(found[0], int | float)
@@ -163,8 +163,8 @@ def value_of(run: RunAverage, parameter: str) -> float | None:
 def _points(averages: Averages) -> dict[tuple[str, int], dict[str, list[RunAverage]]]:
     """Return the runs by chain and number of models, then by label.
 
-    Only on combinations that all points of the chain have: where one failed, or is yet to be made,
-    the others are not compared with it on other models.
+    Only combinations that all points of the chain have are included, so that a failed or missing
+    run does not lead to a comparison on different models.
     """
     found: dict[tuple[str, int], dict[str, list[RunAverage]]] = {}
     for run in averages.runs:
@@ -189,10 +189,10 @@ def _default(method: str, points: dict[str, list[RunAverage]]) -> list[RunAverag
 
 
 def _held_out(points: Sequence[Sequence[RunAverage]]) -> float:
-    """Return what the point that is best on one half of the rows has on the other, in the mean."""
+    """Return the mean value, on one half of the rows, of the point that is best on the other."""
     halves = np.array([np.mean([run.halves for run in own], axis=0) for own in points])
     halves = halves[:, :, ~np.isnan(halves).any(axis=(0, 1))]
     if halves.size == 0:
         return math.nan
-    chosen = np.argmax(halves, axis=0)  # of each half and split
+    chosen = np.argmax(halves, axis=0)  # for each half and split
     return float(np.mean(np.take_along_axis(halves[:, ::-1], chosen[None], axis=0)))

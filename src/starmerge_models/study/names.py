@@ -1,4 +1,4 @@
-"""What models are called in titles."""
+"""Names of models in titles."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from starmerge_models.storage import real
 
 
 def model_name(reference: str | Path) -> str:
-    """Return a model's name for people: the last part of its Hub id or its folder, never a path.
+    """Return a model's display name: the last part of its Hub id or path.
 
     Args:
         reference: A folder, or a Hub id ``org/name`` or ``org/name@revision``.

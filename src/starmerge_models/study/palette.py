@@ -1,8 +1,8 @@
-"""How methods look in every picture: colours that colour-blind people tell apart, markers, lines.
+"""Plot styles of methods in all figures: colour-blind-safe colours, markers, line dashes.
 
-The colours are those of Okabe and Ito (2008), "Color Universal Design", without black, which text
-has, and yellow, which is too pale for a line on white. A method is also known by its marker and its
-line, so that a picture can be read in black and white.
+The colours are those of Okabe and Ito (2008), "Color Universal Design", without black, the colour
+of text, and yellow, which is too pale on white. Methods also differ in marker and dashes, so that
+figures are readable in black and white.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Marker = Literal[
     "triangle-right",
     "triangle-left",
 ]
-"""As Vega calls them."""
+"""Vega's names of markers."""
 
 COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
 MARKERS: tuple[Marker, ...] = (
@@ -39,19 +39,19 @@ DASHES: tuple[tuple[float, ...], ...] = ((), (6, 2), (1.5, 1.5), (6, 2, 1.5, 2))
 """Lengths of strokes and gaps in line widths; empty for a line without gaps."""
 
 BASE_COLOUR = "#8A8F94"
-"""Of the base, which is always a dashed line."""
+"""Colour of the base, which is always a dashed line."""
 BASE_DASHES = (4.0, 3.0)
 TUNED_COLOUR = "#4D4D4D"
-"""Of the fine-tunes on white, which are always a line without gaps."""
+"""Colour of the fine-tunes on white, which are always a solid line."""
 
 SEQUENTIAL = "viridis"
 """Colour scale of heat maps, known to matplotlib and Vega by this name."""
 
 DIVERGING = ("#00548A", "#66A9CF", "#F7F7F7", "#EE9F66", "#B24E00")
-"""Colours of numbers around zero, such as cosines, from negative to positive; zero is white."""
+"""Diverging colour scale for numbers around zero, such as cosines; zero is white."""
 
 _ORDERED = ("#5E4FA2", "#3288BD", "#2F9E8F", "#8AA82B", "#DD9A22", "#D9532C")
-"""From cold to warm, none too dark for a dark page or too pale for a light one."""
+"""Colours from cold to warm, visible on both dark and light pages."""
 
 _KNOWN = (
     "star",
@@ -73,12 +73,12 @@ _KNOWN = (
     "denoise+shares",
     "breadcrumbs",
 )
-"""Methods with a look of their own in every picture."""
+"""Methods with a fixed style in all figures."""
 
 
 @dataclass(frozen=True)
-class Look:
-    """How a method is drawn."""
+class PlotStyle:
+    """The plot style of a method."""
 
     colour: str
     """Hexadecimal, ``#RRGGBB``."""
@@ -87,20 +87,20 @@ class Look:
     """Lengths of strokes and gaps in line widths; empty for a line without gaps."""
 
 
-_LOOKS = tuple(
-    Look(COLOURS[column], MARKERS[(column + row) % len(MARKERS)], DASHES[row % len(DASHES)])
+_STYLES = tuple(
+    PlotStyle(COLOURS[column], MARKERS[(column + row) % len(MARKERS)], DASHES[row % len(DASHES)])
     for row in range(len(MARKERS))
     for column in range(len(COLOURS))
 )
-"""All looks, no two alike in colour and marker; of six in a row each has its own colour."""
+"""All styles, each with a unique colour and marker; six consecutive ones differ in colour."""
 
 
-def looks(labels: Iterable[str]) -> dict[str, Look]:
-    """Return a look for each label, different ones for up to 48 labels.
+def plot_styles(labels: Iterable[str]) -> dict[str, PlotStyle]:
+    """Return a style for each label, unique for up to 48 labels.
 
-    Well-known methods have the same look in every picture. A method with parameters
-    (``star:rank=4``) takes the look of the bare method where the bare method is not drawn. All
-    other labels get a look by their hash, of a colour that is free if there is one.
+    Well-known methods have the same style in all figures. A method with parameters
+    (``star:rank=4``) has the style of the bare method if that is not in the figure. All other
+    labels get a style by their hash, with an unused colour if there is one.
 
     Args:
         labels: Methods, with parameters or without, in any order.
@@ -116,21 +116,21 @@ def looks(labels: Iterable[str]) -> dict[str, Look]:
             found[name] = _KNOWN.index(bare)
             continue
         begin = int.from_bytes(sha256(name.encode(errors="replace")).digest()[:4], "big")
-        order = [(begin + step) % len(_LOOKS) for step in range(len(_LOOKS))]
-        colours = {_LOOKS[place].colour for place in taken}
+        order = [(begin + step) % len(_STYLES) for step in range(len(_STYLES))]
+        colours = {_STYLES[place].colour for place in taken}
         free = [place for place in order if place not in taken] or order
-        found[name] = next((p for p in free if _LOOKS[p].colour not in colours), free[0])
-    return {name: _LOOKS[found[name]] for name in names}
+        found[name] = next((p for p in free if _STYLES[p].colour not in colours), free[0])
+    return {name: _STYLES[found[name]] for name in names}
 
 
-def ordered_looks(names: Sequence[str]) -> dict[str, Look]:
-    """Return a look for each of some names that have an order, such as ``n = 2`` and ``n = 4``.
+def ordered_styles(names: Sequence[str]) -> dict[str, PlotStyle]:
+    """Return a style for each of some ordered names, such as ``n = 2`` and ``n = 4``.
 
-    Colours go from cold to warm; names of one colour differ in marker and line.
+    Colours go from cold to warm; names with the same colour differ in marker and dashes.
     """
     last = max(1, len(names) - 1)
     return {
-        name: Look(
+        name: PlotStyle(
             _ORDERED[round(place * (len(_ORDERED) - 1) / last)],
             MARKERS[place % len(MARKERS)],
             DASHES[place // len(_ORDERED) % len(DASHES)],

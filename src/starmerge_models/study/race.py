@@ -1,6 +1,6 @@
-"""A race of candidates over more and more rows: what is clearly behind stops early.
+"""A race of candidates over a growing number of rows: clearly worse candidates stop early.
 
-The race knows neither models nor tasks: it is told scores, and says who goes on.
+The race knows neither models nor tasks: it gets scores and decides which candidates continue.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ from starmerge_models.evaluation.scoring.comparison import (
     Difference,
     Interval,
     difference,
-    is_behind,
+    is_clearly_worse,
     mean_ratio,
     normalised_average,
 )
 from starmerge_models.evaluation.scoring.metrics import Score
 
-START = 8
-"""Rows of a task in the first round; each further round doubles them."""
+FIRST_ROWS = 8
+"""Rows of a task in the first round; each further round doubles the number."""
 
-EVEN = 0.5
-"""A p-value from here on: a difference that equally good candidates show more often than not."""
+TIE_LEVEL = 0.5
+"""Smallest p-value of a tie: equally good candidates differ at least as much half of the time."""
 
 Scores = Mapping[str, Score]
-"""By task."""
+"""Scores by task."""
 
 Ask = Callable[[Sequence[str], int], Mapping[str, Scores]]
-"""From candidates and the number of a round, the scores of each on all rows up to that round."""
+"""From candidates and the index of a round to the scores of each on all rows up to that round."""
 
 
-def sizes(rows: int) -> list[int]:
-    """Return how many rows of a task have been asked at the end of each round: 8, 16, 32 … rows."""
+def round_sizes(rows: int) -> list[int]:
+    """Return the total number of rows of a task after each round: 8, 16, 32 … rows."""
     found = []
-    size = START
+    size = FIRST_ROWS
     while size < rows:
         found.append(size)
         size *= 2
@@ -45,43 +45,42 @@ def sizes(rows: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Standing:
-    """How far a candidate came."""
+    """A candidate's result."""
 
     name: str
     rounds: int
-    """How many rounds it was asked in."""
+    """Number of rounds before it stopped."""
     rows: int
-    """That it was asked, over all tasks."""
+    """Number of rows that it answered, over all tasks."""
     averages: tuple[Interval | None, ...]
-    """After each of its rounds, its normalised average on all rows up to it; None where that is
-    undefined."""
+    """Its normalised average on all rows after each of its rounds; None if undefined."""
     gap: Difference | None
-    """Its average less that of the race's best on the same rows, paired; None for the best itself,
-    and where an average is undefined."""
+    """Its average − that of the race's best on the same rows, paired; None for the best itself,
+    and if an average is undefined."""
     stopped: Literal["behind", "budget"] | None
-    """Why its last round was its last: it was clearly behind, or there were too few rows left in
-    the budget. None if neither happened up to the end of the race."""
+    """Why the candidate stopped: it was clearly behind, or the budget was too small for another
+    round. None: it reached the end of the race."""
 
     @property
     def average(self) -> Interval | None:
-        """Its normalised average on all rows that it was asked."""
+        """Its normalised average on all rows that it answered."""
         return self.averages[-1]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a race ended."""
+    """The result of a race."""
 
     standings: tuple[Standing, ...]
-    """Those that came farthest first, of these the best first."""
+    """Sorted by the number of rounds, then by average, both descending."""
     best: str
     """The candidate with the highest average in the last round."""
     ties: tuple[str, ...]
-    """The best, and those that nothing stopped: they show no clear difference from it. In the order
-    in which the candidates were given."""
+    """The best, and the candidates that did not stop, without a clear difference from the best; in
+    the given order of the candidates."""
     chosen: str
-    """The first given of those whose lag behind the best is as likely as not chance (p ≥ 0.5): a
-    candidate that is merely not clearly behind may well be worse."""
+    """The first, in the given order, of the ties whose difference from the best has p ≥ 0.5. (A
+    candidate with a lower p-value may well be worse, although the difference is not clear.)"""
 
 
 def race(
@@ -91,27 +90,26 @@ def race(
     costs: Sequence[int],
     budget: int | None = None,
 ) -> Outcome:
-    """Let candidates answer more and more rows until the last round, or until one is left.
+    """Evaluate candidates on a growing number of rows until the last round, or until one is left.
 
-    After each round, a candidate stops whose normalised average is clearly below that of the best
-    of this round. Clearly: the paired p-value is at most 0.05/m, where m = (candidates − 1) ·
-    rounds is the number of comparisons in which the truly best candidate could be the loser
-    (Bonferroni). So with a probability of 95 % at least, it is never stopped for being behind.
+    After each round, a candidate stops if its normalised average is clearly below that of the best
+    of the round: if the paired p-value is at most 0.05/m, where m = (candidates − 1) · rounds is
+    the number of comparisons that the truly best candidate could lose (Bonferroni). So the truly
+    best candidate never stops for being behind, with a probability of at least 95 %.
 
-    Without a budget nothing else stops a candidate: some that are equally good all come to the last
-    round, and the race costs what asking them everything costs. With one, the rows that are left
-    are shared out equally among the rounds that are left, as in successive halving
-    (arXiv 1502.07943), and as many candidates go on as a round's share pays for, the best ones; or
-    more, if the budget pays for all their rounds.
+    Without a budget there is no other reason to stop: equally good candidates all reach the last
+    round, at the cost of a full evaluation. With a budget, the remaining rows are divided equally
+    among the remaining rounds, as in successive halving (arXiv 1502.07943), and the best candidates
+    continue, as many as a round's share allows; or more, if the budget allows all their rounds.
 
-    The order of the names decides nothing but which of the ties is first.
+    The order of the names matters only for ties.
 
     Args:
         names: The candidates.
-        ask: Asks some of them the rows of a round.
-        ceilings: For each round, the fine-tunes' scores on all rows up to it.
-        costs: For each round, how many rows it asks of a candidate.
-        budget: How many rows may be asked in all; at least those of all candidates' first round.
+        ask: Evaluates some candidates on the rows of a round.
+        ceilings: For each round, the fine-tunes' scores on all rows up to this round.
+        costs: For each round, the number of rows for one candidate.
+        budget: Most rows in total; at least the first round of all candidates.
     """
     level = LEVEL / max(1, (len(names) - 1) * len(costs))
     history: dict[str, list[Scores]] = {name: [] for name in names}
@@ -127,7 +125,7 @@ def race(
         best = ranked[0]
         champion = history[best][number]
         for name in ranked[1:]:
-            if is_behind(history[name][number], champion, ceiling, level=level):
+            if is_clearly_worse(history[name][number], champion, ceiling, level=level):
                 stopped[name] = "behind"
         ranked = [name for name in ranked if name not in stopped]
         rest = costs[number + 1 :]
@@ -145,7 +143,7 @@ def race(
         for name in names
     ]
     ties = [standing for standing in standings if standing.stopped is None]
-    chosen = next(s.name for s in ties if s.gap is None or s.gap.p_value >= EVEN)
+    chosen = next(s.name for s in ties if s.gap is None or s.gap.p_value >= TIE_LEVEL)
     order = sorted(
         standings, key=lambda s: (-s.rounds, -(s.average.value if s.average else 0), s.name != best)
     )
@@ -153,7 +151,7 @@ def race(
 
 
 def _ranked(scores: Mapping[str, Scores], ceiling: Scores) -> list[str]:
-    """Return candidates, the highest average first; of equal ones, by name in whatever order."""
+    """Return candidates by descending average, ties by name."""
     return sorted(scores, key=lambda name: (-(mean_ratio(scores[name], ceiling) or 0), name))
 
 

@@ -1,4 +1,4 @@
-"""The runs of a study, in the order in which they are made: what is merged, how, and asked what."""
+"""The runs of a study: models, method and tasks of each, in the order of execution."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from starmerge_models.study.study_file import SEED, Pool, Study
 RunKind = Literal["base", "fine-tune", "merge"]
 
 _DRAWS = 1000
-"""Shuffles of the pool in a row that give no new combination, after which no more are drawn."""
+"""Drawing stops after this many consecutive shuffles of the pool without a new combination."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A model of a study, and the tasks that it is asked."""
+    """A model of a study, and the tasks that it is evaluated on."""
 
     kind: RunKind
     models: tuple[str, ...]
-    """Of a merge, what is merged; of a fine-tune, itself; of the base, none."""
+    """The merged models; for a fine-tune, the fine-tune itself; for the base, empty."""
     tasks: tuple[str, ...]
-    """Names of the tasks that it is asked."""
+    """Names of the tasks that the run evaluates."""
     method: str = ""
     """The chain of a merge."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    """All parameters of the chain, defaults too."""
+    """All parameters of the chain, including defaults."""
     combination: int = 0
-    """Which of the combinations of its number of models."""
+    """Index of the combination among those of the same number of models."""
 
     @property
     def key(self) -> str:
-        """What tells it from the other runs of a study."""
+        """The run's unique key in a study."""
         content = [self.kind, list(self.models), self.method, dict(self.parameters)]
         return json.dumps(content, sort_keys=True, default=str)
 
     @property
     def label(self) -> str:
-        """The chain with the parameters that are not its defaults, without the seed."""
+        """The chain with its non-default parameters, without the seed."""
         if self.kind != "merge":
             return self.kind
         return label_of(self.method, self.parameters)
@@ -55,12 +55,12 @@ class Run:
 
 
 def label_of(method: str, parameters: Mapping[str, Any], without: Sequence[str] = ()) -> str:
-    """Return a chain with the parameters that are not its defaults: ``star:eta=60``.
+    """Return a chain with its non-default parameters: ``star:eta=60``.
 
     Args:
         method: The chain.
         parameters: Its parameters.
-        without: More parameters than the seed that are left out.
+        without: Parameters to omit, in addition to the seed.
     """
     dropped = (SEED, *without)
     kept = {k: v for k, v in parameters.items() if k.rpartition(".")[2] not in dropped}
@@ -70,13 +70,13 @@ def label_of(method: str, parameters: Mapping[str, Any], without: Sequence[str] 
 def runs_of(study: Study, pool: Pool) -> list[Run]:
     """Return the runs of a study: the base, the fine-tunes, then the merges.
 
-    The merges of the first combinations of all numbers come first, so that a study that is ended
-    early is still a comparison of all methods. The combinations of a number do not depend on the
-    other numbers, and the first ones not on how many there are.
+    The merges of the first combinations of all numbers come first, so that an interrupted study
+    still compares all methods. The combinations of a number are independent of the other numbers,
+    and the first ones of how many there are.
 
     Raises:
-        UsageError: A method cannot be made, a merge stands there twice, no number of models is
-            left, or a figure shows a method or a parameter that no merge has.
+        UsageError: A method is invalid, a merge occurs twice, the pool is smaller than every number
+            of models, or a figure shows a method or a parameter that no merge has.
     """
     names = tuple(pool.models)
     found = [Run("base", (), tuple(pool.tasks))]
@@ -110,7 +110,7 @@ def runs_of(study: Study, pool: Pool) -> list[Run]:
 
 
 def _check_figures(study: Study, pipelines: Sequence[Pipeline]) -> None:
-    """Make sure that figures can be drawn of some merges: before those are made, which takes hours.
+    """Make sure that the figures can be drawn, before the merges, which may take hours.
 
     Raises:
         UsageError: A figure shows a method or a parameter that no merge has.
@@ -134,14 +134,14 @@ def _check_figures(study: Study, pipelines: Sequence[Pipeline]) -> None:
 
 
 def numbers_of(study: Study, size: int) -> list[int]:
-    """Return the numbers of models that a study merges, each once.
+    """Return the numbers of models that a study merges, without duplicates.
 
     Args:
         study: The study.
-        size: Of its pool. Numbers above it are left out.
+        size: Size of its pool. Larger numbers are ignored.
 
     Raises:
-        UsageError: None is left.
+        UsageError: All numbers are larger than the pool.
     """
     wanted = [size if number == "all" else number for number in study.numbers]
     found = [number for number in dict.fromkeys(wanted) if number <= size]
@@ -153,16 +153,16 @@ def numbers_of(study: Study, size: int) -> list[int]:
 
 
 def combinations(names: Sequence[str], number: int, most: int, seed: int) -> list[tuple[str, ...]]:
-    """Draw different sets of models, such that each model is in about as many of them.
+    """Draw different sets of models, such that each model is in about the same number of sets.
 
-    The pool is shuffled and cut into sets, again and again; a set that was drawn before is left
-    out. The models of a set stand in the pool's order.
+    The pool is repeatedly shuffled and cut into sets; duplicates are dropped. The models of a set
+    are in the pool's order.
 
     Args:
         names: The pool.
         number: Models in a set.
-        most: Sets, at most; fewer where there are not so many.
-        seed: Of the draw, for this number.
+        most: Most sets; fewer if there are not so many.
+        seed: Seed of the draw.
     """
     generator = random.Random(f"{seed}/{number}")
     place = {name: n for n, name in enumerate(names)}

@@ -1,15 +1,16 @@
-"""The store of a study: a folder that holds what each run came to, and can be added to.
+"""The store of a study: an append-only folder with the results of its runs.
 
-- ``study.json``: the study, and all that decides its scores: the hashes of base, models, tasks and
-  code, the versions of packages, the device. A store takes runs under one such head only.
-- ``runs.jsonl``: a line for each run and task; of a run that failed, one line with the error. The
-  lines of a run are written at once, after all its tasks have been asked.
+- ``study.json``: the header: the study and everything that determines its scores: the hashes of
+  base, models, tasks and code, the versions of packages, the device. All runs of a store have the
+  same header.
+- ``runs.jsonl``: a line for each run and task, or one line with the error for a failed run. The
+  lines of a run are written together, after all its tasks are evaluated.
 
-A line has ``kind``, ``models``, ``method``, ``parameters``, ``combination`` and ``n``, which say
-how to repeat the run; ``task``, ``metric``, ``score`` with ``low`` and ``high``, ``rows``,
-``unparsed``, ``shortened``; ``seen``, what the metric sees of each row (for accuracy 1 where the
-answer is right, else 0), in the order of the rows; ``merging`` and ``asking``, in seconds; and
-``date``.
+A line has ``kind``, ``models``, ``method``, ``parameters``, ``combination`` and ``n``, which define
+the run; ``task``, ``metric``, ``score`` with ``low`` and ``high``, ``rows``, ``unparsed``,
+``shortened``; ``seen``, the metric's values of each row (for accuracy 1 if the answer is right,
+else 0), in the order of the rows; ``merging`` and ``asking``, the seconds for merging and
+evaluation; and ``date``.
 """
 
 from __future__ import annotations
@@ -36,41 +37,41 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = 1
-"""Of the store: raised when a reader of an earlier one would misread it."""
+"""Version of the store's format; incremented when older readers would misread it."""
 
 HEAD, RUNS = "study.json", "runs.jsonl"
 
 _COMPARED = ("base", "models", "tasks", "asked", "seed", "code", "plugins", "versions", "device")
-"""Keys of the head that must be the same for runs to stand in one store."""
+"""Keys of the header that must be equal for all runs of a store."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a store has of one run."""
+    """The stored result of one run."""
 
     run: Run
     lines: tuple[Mapping[str, Any], ...]
-    """One for each task; of a run that failed, one."""
+    """One line for each task; a single line for a failed run."""
 
     @property
     def error(self) -> str | None:
-        """Why the run failed; None if it did not."""
+        """The error of a failed run; None if it succeeded."""
         error: str | None = self.lines[0].get("error")
         return error
 
     @property
     def by_task(self) -> dict[str, Mapping[str, Any]]:
-        """The lines by task; none of a run that failed."""
+        """The lines by task; empty for a failed run."""
         return {} if self.error is not None else {line["task"]: line for line in self.lines}
 
 
 class Store:
-    """A store that is open; see :func:`open_store` and :func:`load_store`.
+    """An open store; see :func:`open_store` and :func:`load_store`.
 
     Args:
         folder: The folder.
         head: The content of ``study.json``.
-        records: What it has, by the key of the run.
+        records: The stored results, by the key of the run.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Store:
 
     @property
     def records(self) -> tuple[Record, ...]:
-        """Every run, in the order in which they were made."""
+        """Every run, in the order of execution."""
         return tuple(self._records.values())
 
     @property
@@ -100,11 +101,11 @@ class Store:
         return tuple(record for record in self._records.values() if record.error is not None)
 
     def get(self, run: Run) -> Record | None:
-        """Return what the store has of a run; None if it has nothing."""
+        """Return the stored result of a run; None if there is none."""
         return self._records.get(run.key)
 
     def add(self, run: Run, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Write the lines of a run, so that they are there whatever happens next.
+        """Append the lines of a run and fsync the file.
 
         Raises:
             StarmergeError: The disk is full, or fails otherwise.
@@ -119,13 +120,13 @@ class Store:
                 os.fsync(stream.fileno())
         except OSError as error:
             raise StarmergeError(
-                f"{file} cannot be written: {error}. All runs before this one are there: run the "
-                "same command again to go on."
+                f"{file} cannot be written: {error}. All earlier runs are stored: run the same "
+                "command again to continue."
             ) from error
         self._records[run.key] = Record(run, tuple(map(parse_json, texts)))
 
     def to_frame(self) -> pd.DataFrame:
-        """Return the lines as a pandas DataFrame, without those of runs that failed."""
+        """Return the lines of successful runs as a pandas DataFrame."""
         import pandas as pd  # noqa: PLC0415
 
         lines = [
@@ -136,8 +137,8 @@ class Store:
         return pd.DataFrame(lines)
 
 
-def line_of(task: str, score: Score) -> dict[str, Any]:
-    """Return what a store keeps of the score of a run on a task."""
+def score_line(task: str, score: Score) -> dict[str, Any]:
+    """Return the part of a store's line for the score of a run on a task."""
     seen = score.computed_by.rows(score)
     is_single = all(len(row) == 1 for row in seen)
     return {
@@ -154,24 +155,24 @@ def line_of(task: str, score: Score) -> dict[str, Any]:
 
 
 def _short(value: Any) -> Any:
-    """Return a number without a needless ".0"."""
+    """Return a whole number as an int, for JSON without ".0"."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 @contextmanager
 def open_store(folder: Path, head: Mapping[str, Any], *, retry: bool = False) -> Iterator[Store]:
-    """Open a store to add to, or begin one; while it is open no other process can.
+    """Open or create a store for appending, under an exclusive lock.
 
-    Lines of a run that was cut off are removed.
+    The incomplete lines of an interrupted run are removed.
 
     Args:
-        folder: The folder, which may not be there yet.
-        head: All that decides the scores.
-        retry: Forget the runs that failed, so that they are made again.
+        folder: The folder, which may not exist yet.
+        head: The header: everything that determines the scores.
+        retry: Delete failed runs, so that they are repeated.
 
     Raises:
-        UsageError: The folder holds something else, or runs under another head; the message says
-            what has changed. Or another process adds to it.
+        UsageError: The folder is not a store; its runs have another header (the message lists the
+            changes); or another process has the lock.
         StarmergeError: The store is damaged, or the disk fails.
     """
     begun = _begin(folder, head)
@@ -181,7 +182,7 @@ def open_store(folder: Path, head: Mapping[str, Any], *, retry: bool = False) ->
     try:
         known = _read_head(folder)
         if not begun:
-            check_same(folder, known, head)
+            check_compatible(folder, known, head)
         records, end = _read_runs(folder)
         if end is not None:
             with (folder / RUNS).open("r+b") as stream:
@@ -190,7 +191,7 @@ def open_store(folder: Path, head: Mapping[str, Any], *, retry: bool = False) ->
         if retry and store.failures:
             _write_runs(folder, [r for r in store.records if r.error is None])
             store = Store(folder, known, {r.run.key: r for r in store.records if r.error is None})
-        # The study may have grown: other methods, more numbers of models.
+        # The study may have more methods or numbers of models now.
         head = {**head, "begun": known["begun"]}
         if known != head:
             _write_head(folder, head)
@@ -204,28 +205,29 @@ def open_store(folder: Path, head: Mapping[str, Any], *, retry: bool = False) ->
 
 
 def load_store(folder: Path) -> Store:
-    """Read a store, to look at it.
+    """Read a store without locking it.
 
     Raises:
-        UsageError: The folder is no store.
-        StarmergeError: It is damaged, or of a later version.
+        UsageError: The folder is not a store.
+        StarmergeError: The store is damaged, or of a later version.
     """
     records, _ = _read_runs(folder)
     return Store(folder, _read_head(folder), records)
 
 
 def is_store(folder: Path) -> bool:
-    """Tell whether a folder is a store."""
+    """Return whether a folder is a store."""
     return (folder / HEAD).is_file()
 
 
 def _begin(folder: Path, head: Mapping[str, Any]) -> bool:
-    """Make a store's folder and its head unless they are there; tell whether they were made."""
+    """Create a store's folder and header unless they exist; return whether they were created."""
     if is_store(folder):
         return False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(
-            f"{folder} exists and is no store of a study: it has no {HEAD}. Give another folder."
+            f"{folder} exists and is not the store of a study: it has no {HEAD}. Give another "
+            "folder."
         )
     _write_head(folder, head)
     return True
@@ -245,7 +247,7 @@ def _write_runs(folder: Path, records: Sequence[Record]) -> None:
 
 def _read_head(folder: Path) -> dict[str, Any]:
     if not is_store(folder):
-        raise UsageError(f"{folder} is no store of a study: it has no {HEAD}.")
+        raise UsageError(f"{folder} is not the store of a study: it has no {HEAD}.")
     head = read_json(folder / HEAD)
     if head.get("schema") != SCHEMA:
         raise StarmergeError(
@@ -259,11 +261,11 @@ def _read_head(folder: Path) -> dict[str, Any]:
     return head
 
 
-def check_same(folder: Path, known: Mapping[str, Any], head: Mapping[str, Any]) -> None:
-    """Make sure that runs under two heads may stand in one store.
+def check_compatible(folder: Path, known: Mapping[str, Any], head: Mapping[str, Any]) -> None:
+    """Make sure that runs with two headers may be in the same store.
 
     Raises:
-        UsageError: They may not; names the first differences.
+        UsageError: They may not; the message lists the first differences.
     """
     changed = []
     for key in _COMPARED:
@@ -277,14 +279,14 @@ def check_same(folder: Path, known: Mapping[str, Any], head: Mapping[str, Any]) 
             changed.append(key)
     if changed:
         raise UsageError(
-            f"{folder} holds runs that were made with others than now: {', '.join(changed)}. "
-            "Scores of two kinds must not be mixed. Give another folder with -o; or look at these "
-            f"runs alone: starmerge study {folder}"
+            f"{folder} has runs from before a change of: {', '.join(changed)}. Their scores are "
+            "not comparable with new ones. Give another folder with -o; or show the existing runs "
+            f"alone: starmerge study {folder}"
         )
 
 
 def _read_runs(folder: Path) -> tuple[dict[str, Record], int | None]:
-    """Return the runs of a store, and where a run begins that was cut off, if the last one was.
+    """Return the runs of a store, and the offset of an incomplete last run, None if complete.
 
     Raises:
         StarmergeError: A line before the last run cannot be read.
@@ -319,15 +321,15 @@ def _read_runs(folder: Path) -> tuple[dict[str, Record], int | None]:
 
 
 def _check_follows(line: Mapping[str, Any], run: Run, pending: Sequence[Mapping[str, Any]]) -> None:
-    """Make sure that a line is the next one of its run.
+    """Make sure that a line is the next line of its run.
 
     Args:
         line: The line.
         run: Its run.
-        pending: The lines before it, of a run that is not complete.
+        pending: The preceding lines of an incomplete run.
 
     Raises:
-        ValueError: It is not; the message says why.
+        ValueError: It is not; the message has the reason.
     """
     if pending and _run_of(pending[0]).key != run.key:
         raise ValueError("the run before it lacks a line")
@@ -342,7 +344,7 @@ def _check_follows(line: Mapping[str, Any], run: Run, pending: Sequence[Mapping[
 
 
 def _identity(run: Run) -> dict[str, Any]:
-    """Return what says how to repeat a run."""
+    """Return the fields of a line that define its run."""
     return {
         "kind": run.kind,
         "method": run.method,

@@ -1,4 +1,4 @@
-"""Study files: which models are merged how, in which numbers, and how the merges are asked."""
+"""Study files: the pool of models, the methods, the numbers of models and the evaluation."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from starmerge_models.reading import read_yaml
 from starmerge_models.storage import exists
 
 FOLDER = Path(__file__).parent / "built_in"
-"""Where the studies lie that come with the package."""
+"""The folder of the included studies."""
 
 SEED = "seed"
-"""The parameter of methods that draw random numbers."""
+"""Name of the seed parameter of random methods."""
 
 
 class MethodEntry(Data):
@@ -39,7 +39,7 @@ class MethodEntry(Data):
     parameters: dict[str, Any] = Field(default_factory=dict)
     """Fixed parameters."""
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
-    """Values of other parameters; every combination of them is a merge of its own."""
+    """Values of other parameters; every combination of values is a separate merge."""
 
     @model_validator(mode="after")
     def _parts_differ(self) -> MethodEntry:
@@ -51,11 +51,11 @@ class MethodEntry(Data):
     def pipelines(self, seeds: tuple[int, ...]) -> list[Pipeline]:
         """Return the chain with each combination of the grid's values.
 
-        A chain with a parameter ``seed`` that the entry does not set is run with each of ``seeds``.
+        A chain with a parameter ``seed`` that the entry does not set runs with each of ``seeds``.
 
         Raises:
-            UsageError: There is no such method or parameter, a value does not fit, or the chain
-                makes a model for each task or needs a metric.
+            UsageError: There is no such method or parameter, a value is invalid, or the chain makes
+                a model for each task or needs a metric.
         """
         grid = dict(self.grid)
         first = make_pipeline(self.method, self.parameters | {k: v[0] for k, v in grid.items()})
@@ -71,15 +71,15 @@ class MethodEntry(Data):
             check_one_update(pipeline)
             if pipeline.needs_moments:
                 raise UsageError(
-                    f"{pipeline.name} merges by a metric of the inputs, and a study has none. "
-                    "Leave it out, or merge by itself with `starmerge merge --metric`."
+                    f"{pipeline.name} needs a metric of the inputs, and a study has none. "
+                    "Leave it out, or merge separately with `starmerge merge --metric`."
                 )
             found.append(pipeline)
         return found
 
 
 def _as_entry(value: object) -> object:
-    """Bring the shorter way to write a method, its name alone, into the long one."""
+    """Convert the short notation of a method, its name alone, into the full one."""
     return {"method": value} if isinstance(value, str) else value
 
 
@@ -89,28 +89,28 @@ class PoolModel(Data):
     path: str
     """A folder, relative to the study file, or a Hub id."""
     task: str | None = None
-    """The name of its task; None: the model is called like it."""
+    """The name of its task; None: the model's name."""
 
 
 def _as_model(value: object) -> object:
-    """Bring the shorter way to write a model, its path alone, into the long one."""
+    """Convert the short notation of a model, its path alone, into the full one."""
     return {"path": value} if isinstance(value, str) else value
 
 
 FigureKind = Literal["number", "parameter", "best", "one-shot", "tasks"]
-"""By the number of models, by a parameter, a parameter's best value by the number of models, the
-default against the best of a grid, task by task."""
+"""Averages by the number of models, or by a parameter; a parameter's best value by the number of
+models; the default against the best of a grid; shares by task."""
 
 
 class FigureEntry(Data):
-    """A figure that is drawn from the runs."""
+    """A figure of the runs."""
 
     figure: FigureKind
     title: str | None = None
     parameter: str | None = None
-    """For "parameter" and "best": the one on the axis."""
+    """For "parameter" and "best": the parameter on the axis."""
     methods: tuple[str, ...] | None = None
-    """Chains that are shown; None: all."""
+    """The chains in the figure; None: all."""
 
     @model_validator(mode="after")
     def _parameter_fits(self) -> FigureEntry:
@@ -122,7 +122,7 @@ class FigureEntry(Data):
 
 
 class Study(Data):
-    """A study: a pool of fine-tunes, methods, numbers of models, and how merges are asked.
+    """A study: a pool of fine-tunes, methods, numbers of models, and the evaluation of the merges.
 
     Example:
         .. code-block:: yaml
@@ -138,45 +138,52 @@ class Study(Data):
     name: str = Field(min_length=1)
     description: str = ""
     paper: str = ""
-    """The figure or table of arXiv 2502.10339 that it repeats."""
+    """The figure or table of arXiv 2502.10339 that it reproduces."""
     suite: str | None = None
-    """A suite, whose base, fine-tunes and tasks are taken where the file names none."""
+    """A suite with the defaults of base, models and tasks."""
     base: str | None = None
     """The base: a folder relative to the file, or a Hub id."""
-    models: dict[str, Annotated[PoolModel, BeforeValidator(_as_model)]] = Field(
-        default_factory=dict
-    )
+    models: dict[
+        str,
+        Annotated[PoolModel, BeforeValidator(_as_model, json_schema_input_type=str | PoolModel)],
+    ] = Field(default_factory=dict)
     """The pool, by name."""
     tasks: tuple[str, ...] = ()
     """The models' tasks: names, task files, FILE.py:NAME."""
     methods: Annotated[
-        tuple[Annotated[MethodEntry, BeforeValidator(_as_entry)], ...], Field(min_length=1)
+        tuple[
+            Annotated[
+                MethodEntry, BeforeValidator(_as_entry, json_schema_input_type=str | MethodEntry)
+            ],
+            ...,
+        ],
+        Field(min_length=1),
     ]
     numbers: Annotated[
         tuple[Annotated[int, Field(ge=1, strict=True)] | Literal["all"], ...],
         Field(min_length=1),
     ] = ("all",)
-    """How many models are merged; numbers above the size of the pool are left out."""
+    """How many models to merge; numbers above the size of the pool are ignored."""
     combinations: int = Field(default=1, ge=1)
-    """Different sets of models for each number, at most."""
+    """Most sets of models for each number."""
     seed: int = 0
-    """Of the draw of the combinations."""
+    """Seed of the draw of the combinations."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
-    """Of methods that draw random numbers: each merge is made with each of them."""
+    """Seeds of random methods: each merge runs with each of them."""
     scorer: str = "rank"
     matching: Mode = "strict"
     rows: int | None = Field(default=None, ge=1)
-    """Rows of a task, at most."""
+    """Most rows of a task."""
     dtype: Dtype = "auto"
     figures: tuple[FigureEntry, ...] = (FigureEntry(figure="tasks"),)
     notes: str = ""
 
     def settings(self, *, batch_size: int | None = None, device: str | None = None) -> Settings:
-        """Return how models are asked.
+        """Return the settings of the evaluation.
 
         Args:
-            batch_size: Rows asked at once, at most; None: as many as there is room for.
-            device: Where models run; None: the GPU if there is one.
+            batch_size: Most rows of a batch; None: as many as fit.
+            device: Device to run models on; None: the GPU if there is one.
 
         Raises:
             UsageError: The scorer is unknown.
@@ -185,7 +192,7 @@ class Study(Data):
 
 
 class Pool(Data):
-    """What a study merges and asks, found."""
+    """The resolved base, models and tasks of a study."""
 
     base: str
     """Folder or Hub id."""
@@ -197,14 +204,14 @@ class Pool(Data):
     """The tasks of the models, by name."""
 
     def tasks_of(self, models: tuple[str, ...]) -> list[str]:
-        """Return the tasks of some models, each once, in the order of the models."""
+        """Return the tasks of some models, without duplicates, in the order of the models."""
         return list(dict.fromkeys(self.task_of[model] for model in models))
 
 
 def load_study(file: Path) -> Study:
-    """Read a study from a YAML file; without a ``name`` it has the file's.
+    """Read a study from a YAML file; the file's name is the default of ``name``.
 
-    Paths of models and tasks that exist relative to the file are meant so.
+    Paths of models and tasks that exist relative to the file are resolved against its folder.
 
     Raises:
         UsageError: The file is missing or broken, lacks a key or has an unknown one.
@@ -224,11 +231,15 @@ def load_study(file: Path) -> Study:
     }
     methods = tuple(
         entry.model_copy(
-            update={"method": map_chain(entry.method, lambda part: plugins.beside(part, folder))}
+            update={
+                "method": map_chain(
+                    entry.method, lambda part: plugins.absolute_reference(part, folder)
+                )
+            }
         )
         for entry in study.methods
     )
-    tasks = tuple(plugins.beside(beside(task), folder) for task in study.tasks)
+    tasks = tuple(plugins.absolute_reference(beside(task), folder) for task in study.tasks)
     places = {
         "base": None if study.base is None else beside(study.base),
         "suite": None if study.suite is None else beside(study.suite),
@@ -237,7 +248,7 @@ def load_study(file: Path) -> Study:
 
 
 def make_study(content: Mapping[str, Any], *, where: str = "The study") -> Study:
-    """Make a study of the content of its file.
+    """Make a study from the content of its file.
 
     Raises:
         UsageError: A key is missing or unknown, or a value does not fit.
@@ -255,7 +266,7 @@ def make_study(content: Mapping[str, Any], *, where: str = "The study") -> Study
 
 @cache
 def studies() -> dict[str, Study]:
-    """Return every study that comes with the package, by name."""
+    """Return the studies included in the package, by name."""
     return {file.stem: load_study(file) for file in sorted(FOLDER.glob("*.yaml"))}
 
 
@@ -274,7 +285,7 @@ def find_study(name: str) -> Study:
 
 
 def pool_of(study: Study) -> Pool:
-    """Find what a study merges and asks.
+    """Resolve the base, models and tasks of a study.
 
     Raises:
         UsageError: There is no base or no model, or a model has no task.

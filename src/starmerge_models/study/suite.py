@@ -1,18 +1,19 @@
-"""A suite from one end to the other: merge its fine-tunes, score base, fine-tunes and merges."""
+"""Runs a suite end to end: merges its fine-tunes, scores base, fine-tunes and merges."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from starmerge_models.checkpoints.source import resolve_local
 from starmerge_models.errors import UsageError
 from starmerge_models.evaluation.cache import ScoreCache
 from starmerge_models.evaluation.evaluation import Evaluation
 from starmerge_models.evaluation.flat import check_flat, write_flat
-from starmerge_models.evaluation.results import check_results, write_results
-from starmerge_models.evaluation.runner import check, evaluate
+from starmerge_models.evaluation.results import check_results, without_nan, write_results
+from starmerge_models.evaluation.runner import evaluate, prepare_tasks
 from starmerge_models.evaluation.settings import Settings
 from starmerge_models.evaluation.table import report
 from starmerge_models.evaluation.tasks import find_task, with_rows_of
@@ -27,26 +28,41 @@ from starmerge_models.study.figures import plot_scores
 from starmerge_models.study.names import model_name
 
 RESULTS = "results"
-"""Folder of the scores, beside those of the merges."""
+"""Folder of the scores, next to the folders of the merges."""
 
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """What came out of a suite."""
+    """The result of running a suite."""
 
     title: str
-    """The suite, and what it merges: names, no folders."""
+    """The suite's name, its number of fine-tunes and its base; no paths."""
     evaluation: Evaluation
     merges: dict[str, MergeResult]
     table: str
-    """The scores in Markdown, how the merges differ, and what was published."""
+    """The scores in Markdown, the differences of the merges, and the published numbers."""
     remarks: list[str]
-    """In whose words the tasks were asked, and what was published."""
+    """The origin of replaced prompts, and the published numbers."""
     results: Path
     """The folder of the scores."""
     chart: Path
     flat: Path | None = None
-    """The folder of the scores in the paper's layout, where they were wanted."""
+    """The folder of the scores in the paper's layout; None if not requested."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the scores and where everything lies, as plain data without NaN."""
+        return {
+            "title": self.title,
+            "merges": {
+                label: {"output": str(merge.path), "summary": merge.report.summary()}
+                for label, merge in self.merges.items()
+            },
+            "evaluation": without_nan(self.evaluation.to_json()),
+            "remarks": self.remarks,
+            "results": str(self.results),
+            "chart": str(self.chart),
+            "flat": None if self.flat is None else str(self.flat),
+        }
 
 
 def run_suite(
@@ -68,23 +84,23 @@ def run_suite(
 
     Args:
         suite: The suite.
-        output: Folder for the merged models, a folder each, and the results.
-        methods: How to merge: names of methods or chains, or chains with parameters.
+        output: Folder for the results and for the merged models, one sub-folder each.
+        methods: Names of methods or chains, or chains with parameters.
         base: The base, in place of the suite's.
-        tasks: Some of the suite's tasks; their fine-tunes alone are merged.
-        rows_of: Files with the rows of some tasks, for datasets that cannot be had.
-        prompts: The package in whose words the tasks are asked; None: their own.
-        flat: Folder for the scores in the paper's layout too; see
+        tasks: Some of the suite's tasks; only their fine-tunes are merged. None: all.
+        rows_of: Files with the rows of some tasks, for datasets that cannot be downloaded.
+        prompts: The package that replaces the tasks' prompts; None: their own.
+        flat: Folder for the scores in the paper's layout; see
             :mod:`starmerge_models.evaluation.flat`.
-        settings: How models are asked.
-        cache: Where answers are kept.
-        overwrite: Replace what an earlier run has left at ``output``.
+        settings: Scorer, device and other choices.
+        cache: Cache of answers; None: no caching.
+        overwrite: Whether to replace the results of an earlier run in ``output``.
         progress: Whether to show progress bars.
 
     Raises:
-        UsageError: An unknown method or task, a taken folder, a dataset that cannot be had, prompts
-            that are not installed or do not fit.
-        StarmergeError: A model cannot be had, or is broken.
+        UsageError: A method or task is unknown, a folder exists, a dataset cannot be downloaded, or
+            the prompts are not installed or do not fit.
+        StarmergeError: A model cannot be downloaded, or is broken.
     """
     found = with_rows_of(_chosen(suite, tasks), rows_of or {})
     wording: list[str] = []
@@ -101,7 +117,7 @@ def run_suite(
         names = [task.name for task in found]
         check_flat(flat, [*names, *pipelines], names, overwrite=overwrite)
     with progress_bar("before merging", None, show=progress) as bar:
-        check(found, settings, progress=bar)
+        prepare_tasks(found, settings, progress=bar)
     for task in found:
         if task.name not in suite.models:
             raise UsageError(f"The suite {suite.name} names no model for its task {task.name}.")
@@ -142,12 +158,12 @@ def _chosen(suite: Suite, names: Sequence[str] | None) -> dict[str, DataTask]:
     full = [short.get(name.strip(), name.strip()) for name in names]
     for name in full:
         if name not in tasks:
-            raise UsageError(f"{name!r} is no task of {suite.name}: {', '.join(short)}.")
+            raise UsageError(f"{name!r} is not a task of {suite.name}: {', '.join(short)}.")
     return {name: tasks[name] for name in full}
 
 
 def _published(suite: Suite) -> list[str]:
-    """Return what was published, as lines to put beside the table."""
+    """Return the published numbers as lines of text."""
     return [
         f"Published (arXiv 2502.10339, {of}; normalised averages in percent, read by the first "
         "substring): " + ", ".join(f"{name} {value:g}" for name, value in values.items()) + "."

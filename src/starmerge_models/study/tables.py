@@ -1,4 +1,4 @@
-"""The runs of a study as tables that people read, in Markdown."""
+"""The runs of a study as Markdown tables."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from starmerge_models.evaluation.grids import aligned, interval_cell
-from starmerge_models.evaluation.subjects import BASE, TUNED
+from starmerge_models.evaluation.model_groups import BASE, TUNED
+from starmerge_models.evaluation.text_tables import interval_cell, markdown_table
 from starmerge_models.study.averages import SPLITS, Averages, RunAverage
 from starmerge_models.study.grids import GridBest, best_of_grids
 from starmerge_models.study.store import Store
 
-BOLD_LEGEND = "What is bold is the highest of its column."
+BOLD_LEGEND = "Bold: the highest value of its column."
 
 LEGEND = (
     "Normalised averages (mean over the tasks of score/fine-tune's score) with their 95 % "
-    "intervals over rows; n models merged, the mean over the combinations. All answered the same "
-    "rows: two whose intervals overlap may still differ clearly."
+    "intervals over rows; n models merged, the mean over the combinations. All runs answered the "
+    "same rows, so averages with overlapping intervals may still differ clearly."
 )
 
 FEWER_LEGEND = (
-    "\\*: on fewer combinations than others of the column, as runs failed or are yet to be made. "
-    "Do not compare these."
+    "\\*: on fewer combinations than others of the column, as runs failed or are missing. Not "
+    "comparable."
 )
 
 GRID_LEGEND = (
-    "The best of a grid was found on the rows that it is scored on, which makes it look better "
-    "than it is; held out: chosen on half of the rows, scored on the other half, in the mean over "
+    "The best of a grid was selected on the rows that it is scored on, so its score is biased "
+    "upwards; held out: selected on half of the rows, scored on the other half, the mean over "
     f"{SPLITS} random splits."
 )
 
@@ -36,7 +36,7 @@ GRID_LEGEND = (
 def markdown(averages: Averages) -> str:
     """Return the normalised averages: a row for each chain, a column for each number of models.
 
-    A value on fewer combinations than others of its column has a star, and is never bold.
+    A value on fewer combinations than others of its column gets an asterisk and is never bold.
     """
     numbers = sorted({run.n for run in averages.runs})
     by_number = {n: [run for run in averages.runs if run.n == n] for n in numbers}
@@ -71,12 +71,12 @@ def markdown(averages: Averages) -> str:
             texts.append(text)
         rows.append([label, *texts])
     return "\n\n".join(
-        [aligned(rows), f"{LEGEND} {BOLD_LEGEND}", *([FEWER_LEGEND] if is_partial else [])]
+        [markdown_table(rows), f"{LEGEND} {BOLD_LEGEND}", *([FEWER_LEGEND] if is_partial else [])]
     )
 
 
 def by_task(averages: Averages) -> str:
-    """Return the scores of the merges of the most models, a column for each task."""
+    """Return the scores of the merges with the most models, a column for each task."""
     most = max(run.n for run in averages.runs)
     runs = [run for run in averages.runs if run.n == most]
     labels = list(dict.fromkeys(run.label for run in runs))
@@ -87,11 +87,11 @@ def by_task(averages: Averages) -> str:
     for label in labels:
         own = [run for run in runs if run.label == label]
         rows.append([label, *(_score(_mean_score(own, task)) for task in tasks)])
-    return f"Scores, n = {most}:\n\n{aligned(rows)}"
+    return f"Scores, n = {most}:\n\n{markdown_table(rows)}"
 
 
 def grids(found: Sequence[GridBest]) -> str:
-    """Return the best points of grids beside the defaults, a row for each chain and number."""
+    """Return the best points of grids and the defaults, a row for each chain and number."""
     rows = [["method", "n", "points", "default", "best of the grid", "held out", "best − default"]]
     for grid in found:
         gain = grid.gain
@@ -106,11 +106,11 @@ def grids(found: Sequence[GridBest]) -> str:
                 "" if gain is None else f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]",
             ]
         )
-    return f"{aligned(rows)}\n\n{GRID_LEGEND}"
+    return f"{markdown_table(rows)}\n\n{GRID_LEGEND}"
 
 
 def report(averages: Averages) -> str:
-    """Return all tables of a store with what belongs under them, in Markdown."""
+    """Return all tables of a store with their legends and notes, in Markdown."""
     parts = [heading(averages.store), markdown(averages)]
     found = [grid for grid in best_of_grids(averages) if grid.points > 1]
     if found:
@@ -122,7 +122,7 @@ def report(averages: Averages) -> str:
 
 
 def heading(store: Store) -> str:
-    """Say which study a store is of, how it was asked, and how much of it is done."""
+    """Return a line with the study's name, pool, rows, scorer and progress."""
     head = store.head
     rows = sorted({task["rows"] for task in head["tasks"].values()})
     asked = f"{rows[0]} rows" if len(rows) == 1 else f"{rows[0]} to {rows[-1]} rows"
@@ -132,12 +132,12 @@ def heading(store: Store) -> str:
     )
     planned = head.get("planned", 0)
     if len(store.records) < planned:
-        text += f" {len(store.records)} of {planned} runs are done: the same command goes on."
+        text += f" {len(store.records)} of {planned} runs are done: the same command continues."
     return text
 
 
 def left_out(averages: Averages) -> list[str]:
-    """Return how many merges have no normalised average, and which tasks are the reason."""
+    """Return a sentence on merges without a normalised average, and the tasks that cause it."""
     if not averages.left_out:
         return []
     merges = len(averages.left_out) + len(averages.runs)
@@ -150,7 +150,7 @@ def left_out(averages: Averages) -> list[str]:
 
 
 def failures(store: Store) -> list[str]:
-    """Return what a reader must know of runs that failed: how many, and why, each reason once."""
+    """Return the number of failed runs and their errors, each error once."""
     failed = store.failures
     if not failed:
         return []
@@ -159,7 +159,7 @@ def failures(store: Store) -> list[str]:
         run = record.run
         name = f"{run.label} {run.models[0]}" if run.kind == "fine-tune" else run.label
         reasons.setdefault(str(record.error), []).append(name)
-    lines = [f"{len(failed)} of {len(store.records)} runs failed (--retry makes them again):"]
+    lines = [f"{len(failed)} of {len(store.records)} runs failed (--retry repeats them):"]
     for reason, labels in reasons.items():
         names = ", ".join(dict.fromkeys(labels))
         times = f" ({len(labels)} runs)" if len(labels) > 1 else ""

@@ -1,1 +1,1 @@
-"""Making adapters."""
+"""Fine-tuning of adapters and whole models."""

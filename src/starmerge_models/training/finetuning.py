@@ -1,8 +1,8 @@
 """Fine-tuning on one task: of a LoRA adapter, with PEFT, or of the whole model.
 
-The recipe is made for small models on small machines: under an adapter the base stays in the dtype
-it is stored in, all that is trained is float32, and the loss and the LM head see the answer's
-positions only.
+The implementation is for small models on small machines: the base of an adapter keeps its stored
+dtype, trained weights are float32, and the LM head and the loss are computed only at the answer's
+positions.
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ from torch import Tensor
 from starmerge_models.checkpoints.side_files import side_files
 from starmerge_models.checkpoints.source import resolve_local
 from starmerge_models.errors import StarmergeError, UsageError
-from starmerge_models.evaluation.models.asking import LocalModel, ask, prompter_of, scored
 from starmerge_models.evaluation.models.loading import load_model
+from starmerge_models.evaluation.models.scorers import (
+    LocalModel,
+    prompter_of,
+    run_scorer,
+    score_answers,
+)
 from starmerge_models.evaluation.scoring.metrics import Score
 from starmerge_models.evaluation.tasks.task import Task
 from starmerge_models.progress import progress_bar
@@ -30,31 +35,31 @@ from starmerge_models.storage.publishing import output_folder
 StoredDtype = Literal["float32", "bfloat16", "float16"]
 
 WARMUP = 0.06
-"""Share of the steps in which the learning rate rises."""
+"""Share of the steps with learning-rate warm-up."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecipe:
-    """The settings of one fine-tuning run; the defaults learn short tasks in one epoch."""
+    """The settings of one fine-tuning run; the defaults suit short tasks in one epoch."""
 
     full: bool = False
-    """Whether all weights are trained; else an adapter is."""
+    """Whether to train all weights; otherwise an adapter."""
     rank: int = 16
     alpha: float = 32
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    """Rank, scale and modules are the adapter's."""
+    """Names of the modules to adapt. Rank, alpha and targets are ignored with ``full``."""
     learning_rate: float | None = None
-    """The highest; None: 1e-3 for an adapter, 5e-5 for all weights."""
+    """Peak learning rate; None: 1e-3 for an adapter, 5e-5 for all weights."""
     epochs: int = 1
     batch_size: int = 8
     rows: int = 1000
-    """Training rows; fewer if the task has fewer."""
+    """Most training rows."""
     test_rows: int = 200
-    """Held-out rows scored at the end."""
+    """Most held-out rows to score at the end."""
     seed: int = 0
-    """Seeds the adapter's initial A and the order of the rows."""
+    """Seed of the adapter's initial A and of the order of the rows."""
     dtype: StoredDtype = "float32"
-    """Dtype in which what was trained is stored."""
+    """Dtype of the stored trained weights."""
 
     @property
     def highest_rate(self) -> float:
@@ -66,12 +71,12 @@ class TrainingRecipe:
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What a fine-tuning run gave."""
+    """The result of a fine-tuning run."""
 
     losses: tuple[float, ...]
     """Mean cross-entropy (nats per answer token), step by step."""
     score: Score
-    """By greedy generation on held-out rows, of what is stored."""
+    """Score of the stored weights, by greedy generation on held-out rows."""
 
 
 def finetune(
@@ -91,7 +96,7 @@ def finetune(
         task: The task; its test rows are never trained on.
         output: Folder to create.
         recipe: The settings.
-        base_name: Name of the base for the adapter's config and the card; default: the folder.
+        base_name: Name of the base for the adapter's config and the card; by default the folder.
         command: The command that repeats the run, for the card.
         progress: Whether to show a progress bar.
 
@@ -115,28 +120,28 @@ def finetune(
     for parameter in model.parameters():
         if parameter.requires_grad:
             rounded = parameter.data.to(stored)
-            # A whole model answers in float32, with the values that are stored.
+            # A whole model is scored in float32, with the stored values.
             parameter.data = rounded.float() if recipe.full else rounded
     with progress_bar(f"scoring {task.name}", len(examples), show=progress) as advance:
-        answers = ask(LocalModel(adapted.eval(), tokenizer), task, examples, advance=advance)
-    score = scored(task, examples, answers)
+        answers = run_scorer(LocalModel(adapted.eval(), tokenizer), task, examples, advance=advance)
+    score = score_answers(task, examples, answers)
     result = Finetuned(tuple(losses), score)
     with output_folder(output) as made:
         folder = made.path
         if recipe.full:
             model.to(stored).save_pretrained(folder)
-            # Tokenizer and generation settings as the base has them: the model's are for asking.
+            # The base's tokenizer and generation config; load_model has changed the model's.
             for name, file in side_files(resolve_local(base).path).items():
                 copy_file(file, made, name)
         else:
-            # Only the adapter: "auto" would ask the Hub for the base's vocabulary.
+            # Only the adapter: "auto" would request the base's vocabulary from the Hub.
             adapted.save_pretrained(folder, save_embedding_layers=False)
         _write_card(folder, task, recipe, result, model.name_or_path, command)
     return result
 
 
 def _adapted(model: Any, recipe: TrainingRecipe) -> Any:
-    """Put an adapter into a model, whose own weights are trained no more, and return both."""
+    """Freeze a model's weights, add an adapter, and return the adapted model."""
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415
 
     config = LoraConfig(
@@ -202,7 +207,7 @@ def _loss(model: Any, rows: Sequence[tuple[list[int], list[int]]], pad: int) -> 
         mask[row, :end] = 1
         answers[row, len(prompt) : end] = 1
     hidden = model.get_decoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-    # The state before each answer token predicts it.
+    # The hidden state before each answer token predicts the token.
     logits = model.get_output_embeddings()(hidden[:, :-1][answers[:, 1:].bool()])
     return torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][answers[:, 1:].bool()])
 
@@ -215,7 +220,7 @@ def _write_card(
     base_name: str,
     command: str | None,
 ) -> None:
-    """Write a card that says how the model was made, in the place of PEFT's template."""
+    """Write a model card with the training settings, in place of PEFT's template."""
     from huggingface_hub import ModelCard, ModelCardData  # noqa: PLC0415
 
     library, tags = ("transformers", []) if recipe.full else ("peft", ["lora"])

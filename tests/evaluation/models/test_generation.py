@@ -13,11 +13,11 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from starmerge_models.demo.run import ADAPTERS
 from starmerge_models.errors import StarmergeError
 from starmerge_models.evaluation.models import batching, prefill
 from starmerge_models.evaluation.models.generation import generate
 from starmerge_models.evaluation.models.loading import AdapterSwitch, load_model
+from starmerge_models_demo import ADAPTERS
 from tests.evaluation.models import tiny_models
 from tests.evaluation.models.tiny_models import ENDS, KINDS, make, prompts
 

@@ -11,7 +11,6 @@ import transformers
 from peft import PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from starmerge_models.demo.run import ADAPTERS
 from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.evaluation.models.generation import generate
 from starmerge_models.evaluation.models.loading import (
@@ -22,6 +21,7 @@ from starmerge_models.evaluation.models.loading import (
     load_model,
     load_text_model,
 )
+from starmerge_models_demo import ADAPTERS
 from tests.conftest import MakeAdapter, edit_json
 from tests.evaluation.models import tiny_models
 from tests.evaluation.models.tiny_models import make, prompts
@@ -241,5 +241,5 @@ def test_adapters_that_put_tokens_before_a_prompt_are_refused(tmp_path: Path) ->
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     get_peft_model(model, config).save_pretrained(tmp_path / "tuned", save_embedding_layers=False)
     plain, _ = load_model(folder)
-    with pytest.raises(UsageError, match="of the kind PROMPT_TUNING, which puts tokens"):
+    with pytest.raises(UsageError, match="of the kind PROMPT_TUNING, which prepends"):
         AdapterSwitch(plain, {"tuned": tmp_path / "tuned"})

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starmerge_models.demo.run import ADAPTERS
 from starmerge_models.errors import StarmergeError
 from starmerge_models.evaluation.models import batching, prefill, ranking
 from starmerge_models.evaluation.models.loading import AdapterSwitch, load_model
 from starmerge_models.evaluation.models.ranking import log_likelihoods
+from starmerge_models_demo import ADAPTERS
 from tests.evaluation.models import tiny_models
 from tests.evaluation.models.tiny_models import KINDS, PAD, VOCABULARY, make, prompts
 

@@ -12,7 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from starmerge_models.errors import UsageError
 from starmerge_models.evaluation.models.generation import generate
 from starmerge_models.evaluation.models.ranking import log_likelihoods
-from starmerge_models.evaluation.models.vllm import load_vllm, log_likelihood, room_for, text_of
+from starmerge_models.evaluation.models.vllm import (
+    load_vllm,
+    log_likelihood,
+    required_lora_rank,
+    text_of,
+)
 from tests.conftest import MakeAdapter, edit_json
 
 
@@ -41,16 +46,16 @@ def test_room_is_made_for_the_greatest_rank(make_adapter: MakeAdapter) -> None:
     small = make_adapter("small", r=4)
     middle = make_adapter("middle", r=9)
     mixed = make_adapter("mixed", r=4, rank_pattern={"q_proj": 20})
-    assert room_for({"small": small}) == 8
-    assert room_for({"small": small, "middle": middle}) == 16
-    assert room_for({"mixed": mixed, "middle": middle}) == 32
+    assert required_lora_rank({"small": small}) == 8
+    assert required_lora_rank({"small": small, "middle": middle}) == 16
+    assert required_lora_rank({"mixed": mixed, "middle": middle}) == 32
 
 
 def test_a_rank_that_vllm_does_not_take_is_an_error(make_adapter: MakeAdapter) -> None:
     adapter = make_adapter("great")
     edit_json(adapter / "adapter_config.json", r=513)
     with pytest.raises(UsageError, match="great has rank 513, and vLLM takes 512 at most"):
-        room_for({"great": adapter})
+        required_lora_rank({"great": adapter})
 
 
 def test_log_likelihoods_are_cut_out_of_those_of_the_whole_text(

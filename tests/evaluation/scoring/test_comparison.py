@@ -16,10 +16,10 @@ from starmerge_models.evaluation.scoring.comparison import (
     by_task,
     difference,
     in_words,
-    is_behind,
+    is_clearly_worse,
     normalised_average,
     paired,
-    perfect,
+    perfect_score,
 )
 from starmerge_models.evaluation.scoring.metrics import RESAMPLES, Prediction, Score, score
 
@@ -378,26 +378,26 @@ def test_behind_is_what_the_normal_distribution_says_of_the_paired_differences(s
     first, second = ({"t": _accuracy([int(hit) for hit in own])} for own in hits)
     gaps = hits[0].astype(float) - hits[1]
     z = gaps.mean() / (gaps.std(ddof=1) / 60**0.5)
-    ceiling = {"t": perfect(first["t"])}
+    ceiling = {"t": perfect_score(first["t"])}
     # Resamples give a standard error that is itself off by 1/√(2 · RESAMPLES); four times that.
     off = 4 / (2 * RESAMPLES) ** 0.5
     larger, smaller = 2 * norm.cdf(z / (1 + off)), 2 * norm.cdf(z / (1 - off))
     assert 2.0 ** (1 - np.count_nonzero(gaps)) < smaller
-    assert is_behind(first, second, ceiling, level=larger)
-    assert not is_behind(first, second, ceiling, level=smaller)
-    assert not is_behind(second, first, ceiling, level=0.999)
+    assert is_clearly_worse(first, second, ceiling, level=larger)
+    assert not is_clearly_worse(first, second, ceiling, level=smaller)
+    assert not is_clearly_worse(second, first, ceiling, level=0.999)
 
 
 def test_few_differing_rows_put_nobody_behind() -> None:
     for n in range(1, 12):
         first, second = {"t": _accuracy([0] * n)}, {"t": _accuracy([1] * n)}
-        behind = is_behind(first, second, {"t": perfect(first["t"])}, level=0.01)
+        behind = is_clearly_worse(first, second, {"t": perfect_score(first["t"])}, level=0.01)
         assert behind == (2.0 ** (1 - n) <= 0.01)
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "spearman"])
 def test_a_perfect_score_makes_a_normalised_average_the_mean_score(metric: str) -> None:
     one = _accuracy([0, 1, 1, 0]) if metric == "accuracy" else _spearman([1, 2, 3, 4], [1, 3, 2, 4])
-    average = normalised_average({"t": one}, {"t": perfect(one)})
+    average = normalised_average({"t": one}, {"t": perfect_score(one)})
     assert average is not None
     assert average.value == pytest.approx(one.value)

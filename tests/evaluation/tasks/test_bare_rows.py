@@ -53,8 +53,8 @@ def test_columns_of_other_names_make_the_same_task(tmp_path: Path, kind: str) ->
     for split in ("test", "train"):
         found, expected = mapped.examples(split), plain.examples(split)
         assert [(row.id, row.label) for row in found] == [(row.id, row.label) for row in expected]
-        assert [mapped.ask(row.fields) for row in found] == [
-            plain.ask(row.fields) for row in expected
+        assert [mapped.render(row.fields) for row in found] == [
+            plain.render(row.fields) for row in expected
         ]
 
 
@@ -66,7 +66,7 @@ def test_a_task_file_may_name_columns_too(tmp_path: Path) -> None:
     task = find_task(str(tmp_path / "t.yaml"))
     assert isinstance(task, Task)
     (row,) = task.examples("test")
-    assert task.ask(row.fields) == "x"
+    assert task.render(row.fields) == "x"
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,9 @@ def test_a_task_file_may_name_columns_too(tmp_path: Path) -> None:
         (
             None,
             r"mine.csv, row 1: a row has 'input' and 'label', and this one has 'text', 'kind'\. "
-            r"If others of these are meant, say so: --columns input=text,label=kind$",
+            r"If other columns hold them, name these: --columns input=text,label=kind$",
         ),
-        ({"input": "text"}, r"say so: --columns label=kind$"),
+        ({"input": "text"}, r"name these: --columns label=kind$"),
         ({"input": "txt"}, r"row 1: there is no column 'txt'. It has: text, kind. Did you mean"),
         ({"inputs": "text"}, r"--columns inputs=…: rows have input, label and choices"),
     ],

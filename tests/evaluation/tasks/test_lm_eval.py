@@ -18,15 +18,15 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-import starmerge_models.demo
 from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.evaluation.cache import Record
-from starmerge_models.evaluation.models.asking import LocalModel
 from starmerge_models.evaluation.models.loading import AdapterSwitch
+from starmerge_models.evaluation.models.scorers import LocalModel
+from starmerge_models.evaluation.prepared_tasks import PreparedTask, prepare
 from starmerge_models.evaluation.scoring.metrics import Score
 from starmerge_models.evaluation.settings import Settings
-from starmerge_models.evaluation.sheets import Sheet, prepare
 from starmerge_models.evaluation.tasks.lm_eval import HarnessTask, load_tasks
+from starmerge_models_demo import ADAPTERS
 
 KINDS = ["an animal", "a colour", "a number"]
 QUESTIONS = [
@@ -51,7 +51,7 @@ def half_marks(doc, results):
 def many_marks(doc, results):
     return {"marks": 7}
 """
-ADAPTER = Path(starmerge_models.demo.__file__).parent / "adapters" / "sentiment"
+ADAPTER = ADAPTERS / "sentiment"
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def reported(folder: Path, smollm2: Path) -> dict[str, Any]:
 
 def scored(task: HarnessTask, model: Any, tokenizer: Any, **options: Any) -> Score:
     """Ask a model a task, and score what it answers."""
-    return task.score(task.ask(model, tokenizer, **options))
+    return task.score(task.run(model, tokenizer, **options))
 
 
 def load(folder: Path, name: str) -> HarnessTask:
@@ -244,10 +244,10 @@ def test_rows_may_be_asked_part_by_part(
     model = LocalModel(*smollm2_on_cpu)
     parts = [whole.part(0, 1), whole.part(1, 3), whole.part(3, 99)]
     assert [part.size for part in parts] == [1, 2, whole.size - 3]
-    assert len({json.dumps(part.asked) for part in (whole, *parts)}) == 4
+    assert len({json.dumps(part.key_fields) for part in (whole, *parts)}) == 4
 
-    def ask(sheet: Sheet) -> list[Record]:
-        return sheet.ask(model, None, lambda rows: None)
+    def ask(task: PreparedTask) -> list[Record]:
+        return task.run(model, None, lambda rows: None)
 
     assert [record for part in parts for record in ask(part)] == ask(whole)
 

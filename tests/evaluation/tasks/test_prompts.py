@@ -50,7 +50,7 @@ def test_a_prompt_is_the_one_that_the_package_makes_of_a_row() -> None:
     row = {"sentence1": "It {rained}.", "sentence2": "It was wet.", "label": 0}
     (task,), note = with_prompts_of("fusion-bench", [find_task("flan-t5/rte")])
     assert isinstance(task, Task)
-    assert task.ask(row) == template.format(**row)
+    assert task.render(row) == template.format(**row)
     assert "own" not in note
     assert "fusion_bench" not in sys.modules  # which imports far more than its prompts need
 
@@ -81,7 +81,7 @@ def test_a_task_that_shortens_another_field_is_refused() -> None:
 
 @needs_fusion_bench
 def test_tasks_without_a_prompt_there_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"prompts for cola, .*none of these is asked"):
+    with pytest.raises(UsageError, match=r"prompts for cola, .*none of these is selected"):
         with_prompts_of("fusion-bench", [find_task("flan-t5/piqa")])
 
 

@@ -337,7 +337,7 @@ def test_rows_of_a_jsonl_file_are_the_same_as_those_of_parquet(name: str, tmp_pa
 def test_a_prompt_shows_the_whole_row_and_says_what_to_answer(name: str, tmp_path: Path) -> None:
     task = task_on(name, tmp_path, golds_of(name))
     example = task.examples("test")[0]
-    prompt = task.ask(example.fields)
+    prompt = task.render(example.fields)
     for text in _texts(_shown(name)):
         assert text in prompt
     if name.startswith("mistral-nli/"):

@@ -102,7 +102,7 @@ def test_datasets_are_read_by_split(tmp_path: Path) -> None:
     assert train[7] == ("train/7", {"text": "train 7", "label": 1})
     with pytest.raises(UsageError, match="names no rows to train on"):
         read_rows(HubSource(hub=source.hub), "train", "t")
-    with pytest.raises(UsageError, match=r"cannot be had: .*validation.* Or pass rows"):
+    with pytest.raises(UsageError, match=r"cannot be loaded: .*validation.* Or pass rows"):
         read_rows(HubSource(hub=source.hub, split="validation"), "test", "t")
 
 
@@ -121,7 +121,7 @@ def test_a_dataset_that_cannot_be_had_says_what_to_pass_instead() -> None:
     with pytest.raises(UsageError) as caught:
         read_rows(source, "test", "quiz")
     message = str(caught.value)
-    assert "Task quiz: the dataset nobody/nothing part test cannot be had" in message
+    assert "Task quiz: the dataset nobody/nothing part test cannot be loaded" in message
     assert "See the mirror. Or pass rows with the same columns" in message
     assert "--data quiz=rows.jsonl" in message
 

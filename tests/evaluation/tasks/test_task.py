@@ -58,7 +58,7 @@ def test_a_file_says_all_of_a_task(tmp_path: Path) -> None:
     )
     (row,) = task.examples("test")
     assert (row.id, row.label, row.choices) == ("rows.jsonl/1", "yes", ("no", "yes"))
-    assert task.ask(row.fields) == "Which? x or q {braces}"
+    assert task.render(row.fields) == "Which? x or q {braces}"
 
 
 def test_a_task_is_written_as_it_was_read(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_a_folder_is_a_task_with_instruction_and_given_split(tmp_path: Path) -> 
     assert [row.fields["input"] for row in task.examples("train")] == ["1"]
     (row,) = task.examples("test")
     assert (row.label, row.choices) == ("z", ("z", "y"))
-    assert task.ask(row.fields) == "Which {one}?\n2"
+    assert task.render(row.fields) == "Which {one}?\n2"
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,9 @@ def test_names_are_found_and_missing_ones_have_a_neighbour(tmp_path: Path) -> No
 
 def test_rows_of_a_file_stand_in_for_a_dataset_that_cannot_be_had(tmp_path: Path) -> None:
     task = find_task("llama-3.2/rte")
-    with pytest.raises(UsageError, match="the dataset .* cannot be had: .*--data rte=rows.jsonl"):
+    with pytest.raises(
+        UsageError, match="the dataset .* cannot be loaded: .*--data rte=rows.jsonl"
+    ):
         task.examples("test")
     rows = [{"sentence1": f"a {n}", "sentence2": "b", "label": n % 2} for n in range(10)]
     assert (
@@ -308,28 +310,28 @@ def test_rows_of_a_file_stand_in_for_a_dataset_that_cannot_be_had(tmp_path: Path
 def test_questions_need_no_answer(tmp_path: Path) -> None:
     rows = _jsonl(tmp_path / "rows.jsonl", [{"text": f"x{number}"} for number in range(9)])
     task = _task(rows, labels=("yes", "no"))
-    asked = task.questions("test", 4)
+    asked = task.unlabelled_examples("test", 4)
     assert len({row.id for row in asked}) == 4
     assert {row.label for row in asked} == {""}
-    assert all(task.ask(row.fields).startswith("x") for row in asked)
+    assert all(task.render(row.fields).startswith("x") for row in asked)
     with pytest.raises(UsageError, match="no field 'label'"):
         task.examples("test")
     with pytest.raises(UsageError, match="names no rows to train on"):
-        task.questions("train")
+        task.unlabelled_examples("train")
     _jsonl(rows, [{"other": "x"}])
     with pytest.raises(UsageError, match=r"Task t, row rows.jsonl/1: there is no field 'text'"):
-        task.questions("test")
+        task.unlabelled_examples("test")
 
 
 def test_prompts_of_a_file_are_asked_as_the_task_of_that_name_asks(tmp_path: Path) -> None:
     rows = _jsonl(tmp_path / "rows.jsonl", [{"input": f"w{number}"} for number in range(50)])
     own, past = task_of_prompts("mine", rows), task_of_prompts("past", rows)
-    assert len(own.questions("train")) == len(past.questions("train")) == 50
-    assert own.ask({"input": "swim"}) == "swim"
-    assert past.ask({"input": "swim"}) == find_task("past").ask({"input": "swim"})
+    assert len(own.unlabelled_examples("train")) == len(past.unlabelled_examples("train")) == 50
+    assert own.render({"input": "swim"}) == "swim"
+    assert past.render({"input": "swim"}) == find_task("past").render({"input": "swim"})
     _jsonl(rows, [{"input": f"w{number}", "label": "x"} for number in range(50)])
-    training = {row.id for row in task_of_prompts("mine", rows).questions("train")}
-    testing = {row.id for row in task_of_prompts("mine", rows).questions("test")}
+    training = {row.id for row in task_of_prompts("mine", rows).unlabelled_examples("train")}
+    testing = {row.id for row in task_of_prompts("mine", rows).unlabelled_examples("test")}
     assert len(training) + len(testing) == 50
     assert 0 < len(testing) < 25
     assert not training & testing

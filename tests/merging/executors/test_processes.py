@@ -104,7 +104,7 @@ def test_other_processes_write_the_same_bytes(
         output = tmp_path / type(executor).__name__ / "out"
         result = run(_plan(tiny_base, models, output, method, parameters, kind), executor)
         outputs.append(tree(result.path))
-        assert not result.taken_up
+        assert not result.resumed
     assert outputs[0] == outputs[1]
     report = json.loads(outputs[0]["merge_report.json"])
     assert report["unchanged"] == []

@@ -33,7 +33,7 @@ from starmerge_models.merging.executors.threads import Threads
 from starmerge_models.merging.journal import JOURNAL, fingerprint
 from starmerge_models.merging.plan import Plan, make_plan
 from starmerge_models.merging.ranks import rank_costs
-from starmerge_models.merging.work import LookJob
+from starmerge_models.merging.work import SurveyJob
 from starmerge_models.recipe import make_recipe
 from starmerge_models.storage import Place
 from starmerge_models.storage.leftovers import leftovers
@@ -141,7 +141,7 @@ def merged_twice(
     """Merge by threads and by workers into folders of one name, which the card has."""
     local = run(plan(tmp_path / "local" / "out"), Threads(1))
     result = run(plan(tmp_path / "ray" / "out"), kept(executor))
-    assert not result.taken_up
+    assert not result.resumed
     return [tree(local.path), tree(result.path)]
 
 
@@ -232,7 +232,7 @@ def test_a_tensor_that_kills_every_worker_is_named_and_the_rest_is_kept(
     (left,) = leftovers(output)
     (tmp_path / "kill").unlink()
     result = run(unlucky(output), Threads(1))
-    assert result.taken_up > 0
+    assert result.resumed > 0
     assert not left.path.exists()
     assert tree(result.path) == tree(run(unlucky(tmp_path / "local" / "out"), Threads(1)).path)
 
@@ -342,7 +342,7 @@ def test_a_machine_that_does_not_reach_the_files_is_told_at_the_start(
     adapter = make_adapter("a")
     plan = plan_of(tiny_base, [adapter], tmp_path / "out", "average", {}, "model")
     mark = tmp_path / "journal.jsonl"
-    job = LookJob(plan, mark=(mark, "this run"), look=lambda deltas, tensor: None)
+    job = SurveyJob(plan, mark=(mark, "this run"), visit=lambda deltas, tensor: None)
     with pytest.raises(sm.StarmergeError, match=r"journal.jsonl cannot be reached .*storage"):
         job.check()
     mark.write_text('{"run": "another run"}')
@@ -434,7 +434,7 @@ def test_a_killed_driver_takes_its_workers_along_and_the_merge_goes_on(
     (tmp_path / "slow").touch()  # the journal is written once a second
     (tmp_path / "block").touch()
     for worker in list(workers.workers):  # they hold the processors
-        workers.dismiss(worker)
+        workers.stop_worker(worker)
     driver = command(plan, tmp_path, "--address", address)
     wait_until(lambda: journal.exists() and b'"tensor"' in journal.read_bytes())
     driver.kill()
@@ -446,7 +446,7 @@ def test_a_killed_driver_takes_its_workers_along_and_the_merge_goes_on(
     (tmp_path / "block").unlink()
     (tmp_path / "slow").unlink()
     result = run(unlucky(output), Threads(1))
-    assert result.taken_up > 0
+    assert result.resumed > 0
     assert tree(result.path) == tree(run(unlucky(tmp_path / "local" / "out"), Threads(1)).path)
 
 

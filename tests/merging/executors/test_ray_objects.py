@@ -238,7 +238,7 @@ def test_a_failed_upload_is_repeated_from_the_pieces(
     world.theirs.plan = lambda request: None
     world.theirs.taken.clear()
     result = run(plan_of(base, models, URL, "model"), kept(world.workers))
-    assert result.taken_up > 0
+    assert result.resumed > 0
     assert {key.partition("/")[0] for key in world.theirs.taken} == {"out"}
     assert_same(world.files("out/"), tmp_path / "out")
     assert world.files(".out") == {}
@@ -305,7 +305,7 @@ def test_what_was_sent_is_taken_up(
     executor = kept(world.workers) if by == "workers" else Threads(1)
     result = run(plan_of(base, models, URL, "model", method), executor)
     # Threads of this machine write files here, where none of the pieces is.
-    assert (result.taken_up > 0) == (by == "workers")
+    assert (result.resumed > 0) == (by == "workers")
     run(plan_of(base, models, str(tmp_path / "out"), "model", method), Threads(1))
     assert_same(world.files("out/"), tmp_path / "out")
     assert world.files(".out") == {}
@@ -344,7 +344,7 @@ def test_workers_go_on_with_what_threads_have_left(
     assert killed.returncode == -signal.SIGKILL
     (tmp_path / "deadly").unlink()
     plan = plan_of(base, models, URL, "model", "own.py:Deadly")
-    assert run(plan, kept(world.workers)).taken_up == 0
+    assert run(plan, kept(world.workers)).resumed == 0
     local = plan_of(base, models, str(tmp_path / "out"), "model", "own.py:Deadly")
     run(local, Threads(1))
     assert_same(world.files("out/"), tmp_path / "out")

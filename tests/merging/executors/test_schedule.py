@@ -130,14 +130,14 @@ def test_work_that_hangs_is_begun_again_and_the_first_result_counts(
     for group in others:
         assert group is not None
         schedule.done(group, ["first"], 1.0)
-    assert schedule.again(2.0, 0.0, anything) is None  # three times as long as others is too long
-    assert schedule.again(4.0, 60.0, anything) is None
+    assert schedule.begin_copy(2.0, 0.0, anything) is None  # three times as long as others is late
+    assert schedule.begin_copy(4.0, 60.0, anything) is None
     assert not schedule.is_late(hangs, 2.0, 0.0)
     assert not schedule.is_late(hangs, 4.0, 60.0)
     assert schedule.is_late(hangs, 4.0, 0.0)  # so its memory does not count any more
-    assert schedule.again(4.0, 0.0, anything, [hangs]) is None
-    assert schedule.again(4.0, 0.0, anything) is hangs
-    assert schedule.again(5.0, 0.0, anything) is None  # two workers have it
+    assert schedule.begin_copy(4.0, 0.0, anything, [hangs]) is None
+    assert schedule.begin_copy(4.0, 0.0, anything) is hangs
+    assert schedule.begin_copy(5.0, 0.0, anything) is None  # two workers have it
     schedule.lost(hangs, "The first one was killed.")
     assert schedule.begin(5.0, anything) is None
     schedule.done(hangs, ["second"], 6.0)

@@ -10,8 +10,8 @@ import torch
 from starmerge_models.deltas import Delta, Dense, LowRank
 from starmerge_models.merging.fold import Fold, fold_bytes
 from starmerge_models.merging.outputs.approximation import (
-    Approximated,
-    approximated,
+    Approximation,
+    approximate,
     approximation_bytes,
     distance,
     distance_bytes,
@@ -51,10 +51,10 @@ def _update(m: int, n: int, r: int | None) -> Delta:
     return Dense(torch.randn(m, n)) if r is None else _factors(m, n, r)
 
 
-def _rounded(m: int, n: int, k: int) -> tuple[Approximated, LowRank]:
+def _rounded(m: int, n: int, k: int) -> tuple[Approximation, LowRank]:
     exact = _factors(m, n, k)
     rounded = LowRank(exact.B.bfloat16().float(), exact.A.bfloat16().float())
-    return Approximated(exact.B, exact.A, 1.0, 0.0), rounded
+    return Approximation(exact.B, exact.A, 1.0, 0.0), rounded
 
 
 def _add(base: torch.Tensor, update: Delta) -> None:
@@ -68,12 +68,12 @@ def main() -> None:
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
     for r in (None, 40, 300):  # loads the libraries
-        approximated(_update(200, 160, r), 20)
+        approximate(_update(200, 160, r), 20)
     for k in (20, 90):
         distance(*_rounded(200, 160, k))
     for m, n, r, k in UPDATES:
         update = _update(m, n, r)
-        peak = _peak(lambda: approximated(update, k))  # noqa: B023  (called at once)
+        peak = _peak(lambda: approximate(update, k))  # noqa: B023  (called at once)
         print(f"update {m} {n} {r} {k}", peak, approximation_bytes(m, n, r, k, 4))
     _add(torch.zeros(200, 160), _update(200, 160, 20))
     for m, n, r in SUMS:

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from starmerge_models.deltas import LowRank
-from starmerge_models.merging.outputs.approximation import Approximated, distance
+from starmerge_models.merging.outputs.approximation import Approximation, distance
 
 
-def _made(m: int, n: int, r: int) -> Approximated:
+def _made(m: int, n: int, r: int) -> Approximation:
     generator = torch.Generator().manual_seed(m + n + r)
     left, right = (torch.randn(*size, generator=generator) for size in ((m, r), (r, n)))
-    return Approximated(left, right, norm=1.0, error=0.0)
+    return Approximation(left, right, norm=1.0, error=0.0)
 
 
 @pytest.mark.parametrize(("m", "n", "r"), [(40, 30, 4), (30, 40, 15), (30, 40, 16), (20, 9, 9)])

@@ -15,7 +15,7 @@ from starmerge_models.study.figures import (
     plot_grid,
     plot_heat_map,
 )
-from starmerge_models.study.palette import BASE_COLOUR, looks
+from starmerge_models.study.palette import BASE_COLOUR, plot_styles
 from tests.study.drawn import ADVERSARIAL, frames, outside
 
 NUMBERS = (2, 4, 8)
@@ -58,7 +58,7 @@ def test_averages_stand_against_the_number_of_models(tmp_path: Path) -> None:
         own = averages[averages.label == label]
         assert line.get_xdata() == pytest.approx(list(NUMBERS), abs=0.3)
         assert line.get_ydata() == pytest.approx(own.value.to_list())
-        assert line.get_color() == looks(METHODS)[label].colour
+        assert line.get_color() == plot_styles(METHODS)[label].colour
         ends = [segment[:, 1] for segment in interval.get_segments()]
         assert np.array(ends) == pytest.approx(own[["low", "high"]].to_numpy())
         single = next(

@@ -15,7 +15,7 @@ from starmerge_models.study.figures.inspection import (
     plot_spectra,
     plots_of,
 )
-from starmerge_models.study.palette import looks
+from starmerge_models.study.palette import plot_styles
 from tests.study.drawn import ADVERSARIAL, outside
 from tests.study.inspection.adapters import renamed, write_adapters
 
@@ -56,7 +56,8 @@ def test_spectra_are_means_over_the_matrices_of_a_module(
     for axes in figure.axes:
         for line in axes.lines:
             name = next(
-                (n for n, look in looks(NAMES).items() if line.get_color() == look.colour), None
+                (n for n, look in plot_styles(NAMES).items() if line.get_color() == look.colour),
+                None,
             )
             if name is None:
                 assert list(line.get_ydata()) == [90, 90]
@@ -99,7 +100,7 @@ def test_dots_stand_at_what_merges_keep(found: sm.Inspection, tmp_path: Path) ->
     figure = plot_kept(found, tmp_path / "a.png")
     kept = found.to_frame("kept")
     for axes, column in zip(figure.axes, ("own", "others"), strict=True):
-        for merge, look in looks(["average", "star"]).items():
+        for merge, look in plot_styles(["average", "star"]).items():
             (dots,) = [line for line in axes.lines if line.get_color() == look.colour]
             assert list(dots.get_xdata()) == kept[kept["merge"] == merge][column].to_list()
             assert [round(height) for height in dots.get_ydata()] == [0, 1, 2]

@@ -8,7 +8,7 @@ from matplotlib.container import ErrorbarContainer
 
 from starmerge_models.errors import UsageError
 from starmerge_models.study.figures import plot_methods, plot_scores
-from starmerge_models.study.palette import BASE_COLOUR, looks
+from starmerge_models.study.palette import BASE_COLOUR, plot_styles
 from tests.study.drawn import ADVERSARIAL, evaluation_of, outside, texts
 
 TASKS = ("digits", "past", "pos")
@@ -44,7 +44,7 @@ def test_a_dot_stands_at_each_score_in_the_row_of_its_task(tmp_path: Path) -> No
         line, _, (interval,) = bars
         assert line.get_xdata() == pytest.approx(VALUES[model])
         assert [round(height) for height in line.get_ydata()] == [0, 1, 2]
-        assert line.get_color() == looks(models)[model].colour
+        assert line.get_color() == plot_styles(models)[model].colour
         for segment, task in zip(interval.get_segments(), TASKS, strict=True):
             score = evaluation.scores[model][task]
             assert segment[:, 0] == pytest.approx([score.low, score.high])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import starmerge_models as sm
 from starmerge_models.cli.inspect import inspect as command
 from starmerge_models.errors import StarmergeError, UsageError
-from starmerge_models.study.inspected import write_inspection
+from starmerge_models.study.inspection_files import write_inspection
 from tests.conftest import MakeFinetune
 from tests.oracles import inspection as oracle
 from tests.study.inspection.adapters import scaled, write_adapter, write_adapters
@@ -225,7 +225,7 @@ def test_findings_name_pairs_that_are_the_same_or_opposed(tiny_base: Path, tmp_p
     scaled(c, -1.0)
     found = sm.inspect(tiny_base, [a, b, c])
     texts = [finding.text for finding in found.findings if finding.topic == "pair"]
-    assert any("a and b are nearly one model" in text for text in texts)
+    assert any("a and b are nearly the same model" in text for text in texts)
     assert any("a and c oppose each other (cosine -1.00" in text for text in texts)
     assert any("c on a 1.00" in text or "a on c 1.00" in text for text in texts)
     assert any("share their input directions" in text for text in texts)
@@ -271,7 +271,9 @@ def test_findings_tell_which_task_a_merge_leaves_behind(
 ) -> None:
     found = sm.inspect(tiny_base, adapters, methods="average", weights=[1, 1, 0.1])
     texts = [finding.text for finding in found.findings if finding.topic == "kept"]
-    assert any(text.startswith("average: three suffers more than the others.") for text in texts)
+    assert any(
+        text.startswith("average: three is weakened more than the others.") for text in texts
+    )
     assert not any("one suffers" in text for text in texts)
 
 
@@ -309,7 +311,7 @@ def test_repr_and_html_fit_and_escape(tiny_base: Path, adapters: dict[str, Path]
         ({"eta": 101}, "eta is 101"),
         ({"methods": ["star", sm.Star()]}, "star is given twice"),
         ({"methods": "emr"}, "makes a model for each task"),
-        ({"methods": "regmean"}, "merges by a metric"),
+        ({"methods": "regmean"}, "needs a metric"),
         ({"methods": "average", "weights": [1]}, "1 weights for 3 models"),
         ({"methods": "average", "merged": {"average": "here"}}, "Two merges are called 'average'"),
         ({"merged": {"one": "here"}}, "two models are called 'one'"),

@@ -16,7 +16,7 @@ from starmerge_models.study.inspection import entries as entries_room
 from starmerge_models.study.inspection.conflict import conflict_of
 from starmerge_models.study.inspection.entries import entries_of
 from starmerge_models.study.inspection.kept import Kept, kept_of
-from starmerge_models.study.inspection.places import modules
+from starmerge_models.study.inspection.module_names import module_names
 from starmerge_models.study.inspection.spectrum import Spectrum, spectrum_of
 from tests.oracles import inspection as oracle
 from tests.oracles import samples, spectra
@@ -199,7 +199,7 @@ def test_entries(kind, dtype):
 
 
 def test_entries_of_a_large_tensor_are_those_of_some_rows(monkeypatch):
-    monkeypatch.setattr(entries_room, "MOST", 200)
+    monkeypatch.setattr(entries_room, "MAX_ENTRIES", 200)
     monkeypatch.setattr(entries_room, "_PANEL", 100)
     base = samples.normal(M, N, seed=99, dtype=torch.bfloat16)
     finetuned = (base + samples.normal(M, N, seed=7)).to(torch.bfloat16)
@@ -286,7 +286,7 @@ def test_modules_have_short_names_that_tell_them_apart():
         for k in (0, 1)
         for part in ("self_attn.q_proj", "mlp.up_proj")
     ]
-    found = modules(
+    found = module_names(
         [*llama, "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.a.bias"]
     )
     assert found["model.layers.1.self_attn.q_proj.weight"] == "q_proj"
@@ -302,7 +302,7 @@ def test_modules_have_short_names_that_tell_them_apart():
             ("decoder", 1, "EncDecAttention.q"),
         )
     ]
-    assert list(modules(t5).values()) == [
+    assert list(module_names(t5).values()) == [
         "encoder: q",
         "decoder: SelfAttention.q",
         "decoder: EncDecAttention.q",

@@ -88,7 +88,7 @@ def test_charts_are_drawn_from_the_tables(found: sm.Inspection) -> None:
     layers = drawn(charts["Where tasks clash"].chart, "rect")
     known = [record for record in found.layers if record["conflict"] is not None]
     assert len(layers) == len(known) < len(found.layers)
-    own = drawn(charts["How much of each task a merge does"].chart, "point")
+    own = drawn(charts["How much of each task a merge keeps"].chart, "point")
     assert [row["value"] for row in own] == [record["own"] for record in found.kept]
     cosine = layers_of(charts["Cosine of the task vectors"])[0]["encoding"]
     ends = cosine["color"]["scale"]["domain"]

@@ -23,7 +23,7 @@ from starmerge_models.study.page.charts import curves, dots, heat_map, specifica
 from starmerge_models.study.page.choice import choice_page
 from starmerge_models.study.page.evaluation import evaluation_page
 from starmerge_models.study.page.page import html
-from starmerge_models.study.palette import looks
+from starmerge_models.study.palette import plot_styles
 from tests.study.drawn import choice, evaluation_of, frames
 from tests.study.page.shown import drawn, layers_of, parts_of, table_of
 
@@ -181,7 +181,7 @@ def test_curves_are_drawn_from_the_frames() -> None:
     base = next(one for one in layers if one["mark"].get("strokeDash") == [4, 3])
     assert base["data"]["values"] == [{"n": n, "value": pytest.approx(0.3)} for n in (2, 4)]
     colours = next(one for one in layers if one["mark"]["type"] == "point")["encoding"]["color"]
-    shown = looks(["star", "ties"])
+    shown = plot_styles(["star", "ties"])
     assert colours["scale"] == {
         "domain": ["star", "ties"],
         "range": [look.colour for look in shown.values()],

@@ -148,7 +148,7 @@ def _adapter(
         updates,
         replacements,
         contents.config,
-        list(contents.beside),
+        list(contents.other_files),
     )
 
 

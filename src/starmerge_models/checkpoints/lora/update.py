@@ -16,7 +16,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from starmerge_models.deltas import Delta, Dense, LowRank, wide
+from starmerge_models.deltas import Delta, Dense, LowRank, compute_dtype
 
 Read: TypeAlias = Callable[[str], Tensor]
 """Returns a stored tensor by its key, in the dtype it is stored in."""
@@ -136,7 +136,7 @@ class ExpertProduct:
     expert: int
     experts: int
     """E."""
-    turned: bool
+    transposed: bool
     """Whether the weight's change is (B·A)ᵀ."""
     start: int = 0
     """The first row of the expert's change that is one of this weight."""
@@ -151,7 +151,7 @@ class ExpertProduct:
         A, B = read(self.a), read(self.b)
         A = A.view(self.experts, self.rank, -1)[self.expert]
         B = B.view(len(B), self.rank, self.experts)[:, :, self.expert]
-        left, right = (A.T, B.T) if self.turned else (B, A)
+        left, right = (A.T, B.T) if self.transposed else (B, A)
         return LowRank(left[self.start : self.start + self.shape[0]], right, self.scale)
 
 
@@ -225,12 +225,14 @@ class Tucker:
     def delta(self, read: Read) -> LowRank:
         """Return s·B·A; A in float32 or wider, rounded once."""
         up, mid, down = read(self.up), read(self.mid), read(self.down)
-        A = _contracted(mid, down.flatten(1)).to(wide(torch.promote_types(mid.dtype, down.dtype)))
+        A = _contracted(mid, down.flatten(1)).to(
+            compute_dtype(torch.promote_types(mid.dtype, down.dtype))
+        )
         return LowRank(up.flatten(1), A, self.scale)
 
 
 @dataclass(frozen=True)
-class Half:
+class FactoredMatrix:
     """A matrix P·Q (out, in·k) of two stored tensors, with a core between them or without one.
 
     Without a core P is (out, r) and Q (r, in·k). With a core t (r, r', …) LyCORIS stores P as
@@ -256,7 +258,7 @@ class Half:
 
 
 @dataclass(frozen=True)
-class Whole:
+class StoredMatrix:
     """A matrix that is stored as it is, (out, in, …)."""
 
     key: str
@@ -279,8 +281,8 @@ class Hadamard:
     column of one and one of the other, and likewise of the rows of Q₁ and Q₂.
     """
 
-    first: Half
-    second: Half
+    first: FactoredMatrix
+    second: FactoredMatrix
     scale: float
     shape: tuple[int, ...]
 
@@ -298,7 +300,7 @@ class Hadamard:
     def delta(self, read: Read) -> Delta:
         """Return the factors, or the dense matrix; in float32 or wider, rounded once."""
         (P1, Q1), (P2, Q2) = (half.factors(read) for half in (self.first, self.second))
-        dtype = wide(torch.promote_types(P1.dtype, P2.dtype))
+        dtype = compute_dtype(torch.promote_types(P1.dtype, P2.dtype))
         P1, Q1, P2, Q2 = (factor.double() for factor in (P1, Q1, P2, Q2))
         if self.rank is not None:
             B = (P1[:, :, None] * P2[:, None, :]).flatten(1)
@@ -319,8 +321,8 @@ class Kronecker:
     other, whichever is smaller.
     """
 
-    first: Half | Whole
-    second: Half | Whole
+    first: FactoredMatrix | StoredMatrix
+    second: FactoredMatrix | StoredMatrix
     scale: float
     shape: tuple[int, ...]
     sizes: tuple[tuple[int, int], tuple[int, int]]
@@ -336,14 +338,15 @@ class Kronecker:
         """The product of both ranks, where the matrix has more rows and columns."""
         parts = zip((self.first, self.second), self.sizes, strict=True)
         r = math.prod(
-            min(part.rank, *size) if isinstance(part, Half) else min(size) for part, size in parts
+            min(part.rank, *size) if isinstance(part, FactoredMatrix) else min(size)
+            for part, size in parts
         )
         return r if r < min(self.shape[0], math.prod(self.shape[1:])) else None
 
     def delta(self, read: Read) -> Delta:
         """Return the factors, or the dense matrix; in float32 or wider, rounded once."""
         (P1, Q1), (P2, Q2) = (_split(part, read) for part in (self.first, self.second))
-        dtype = wide(torch.promote_types(P1.dtype, P2.dtype))
+        dtype = compute_dtype(torch.promote_types(P1.dtype, P2.dtype))
         P1, Q1, P2, Q2 = (factor.double() for factor in (P1, Q1, P2, Q2))
         if self.rank is not None:
             B, A = torch.kron(P1, P2), torch.kron(Q1, Q2)
@@ -379,7 +382,7 @@ def _contracted(core: Tensor, q: Tensor) -> Tensor:
     return torch.einsum("mn...,ni->mi...", core.double(), q.double()).flatten(1)
 
 
-def _split(part: Half | Whole, read: Read) -> tuple[Tensor, Tensor]:
+def _split(part: FactoredMatrix | StoredMatrix, read: Read) -> tuple[Tensor, Tensor]:
     """Return two factors of a part, no larger than they need to be."""
     P, Q = part.factors(read)
     if Q is not None and P.shape[1] <= min(len(P), Q.shape[1]):

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 
 from starmerge_models.checkpoints.experts import name_in_file, stack_of
-from starmerge_models.checkpoints.tensors import Checkpoint, Derived, TensorInfo, Way
+from starmerge_models.checkpoints.tensors import Checkpoint, Computation, Derived, TensorInfo
 from starmerge_models.errors import StarmergeError, UsageError
 
 SCALES = (torch.float32, torch.float16, torch.bfloat16)
@@ -83,7 +83,12 @@ class Entries:
         self._taken.update(n for n in self.checkpoint if name_in_file(n).endswith(suffixes))
 
     def make(
-        self, first: str, name: str, shape: tuple[int, ...], parts: Iterable[Any], way: Way
+        self,
+        first: str,
+        name: str,
+        shape: tuple[int, ...],
+        parts: Iterable[Any],
+        computation: Computation,
     ) -> None:
         """Put a computed weight, of float32, in the place of the tensors it is computed of.
 
@@ -92,12 +97,12 @@ class Entries:
             name: The weight's name.
             shape: Its shape.
             parts: What it is computed of.
-            way: How.
+            computation: How.
         """
         if name != first and name in self.checkpoint:
             self.fail(name, f"it is stored twice, as {name} and as {first}")
         own = tuple(parts)
-        self._made[first] = Derived(name, torch.float32, shape, own[0].file, own, way)
+        self._made[first] = Derived(name, torch.float32, shape, own[0].file, own, computation)
 
     def result(self, *suffixes: str) -> Checkpoint:
         """Return the checkpoint with the weights in place of what they were stored as.
@@ -148,4 +153,4 @@ class Entries:
 
     def refuse(self, reason: str) -> NoReturn:
         """Refuse the checkpoint for its format."""
-        raise UsageError(f"{self.where} is quantised in a way that is not read: {reason}.")
+        raise UsageError(f"{self.where} is quantised in a computation that is not read: {reason}.")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starmerge_models.checkpoints.experts import beside
+from starmerge_models.checkpoints.experts import companion_name
 from starmerge_models.checkpoints.quantised.entries import SCALES, Entries
 from starmerge_models.checkpoints.quantised.packing import group_numbers, of_blocks, panels, unpack
 from starmerge_models.checkpoints.tensors import Checkpoint, TensorInfo, read_tensor
@@ -107,7 +107,7 @@ def fp8(entries: Entries) -> tuple[Checkpoint, str]:
     for name, info in entries.checkpoint.items():
         if info.dtype in FP8:
             entries.find(name)
-            _scaled(entries, info, beside(name, "_scale_inv"), block)
+            _scaled(entries, info, companion_name(name, "_scale_inv"), block)
     entries.ignore(*_NOT_WEIGHTS)
     blocks = "" if block is None else f", a scale for {block[0]} × {block[1]} entries"
     return entries.result("_scale_inv"), f"fp8{blocks}"
@@ -118,7 +118,7 @@ def fbgemm_fp8(entries: Entries) -> tuple[Checkpoint, str]:
     for name, info in entries.checkpoint.items():
         if info.dtype in FP8:
             entries.find(name)
-            _scaled(entries, info, beside(name, "_scale"), None)
+            _scaled(entries, info, companion_name(name, "_scale"), None)
     entries.ignore(".input_scale_ub", *_NOT_WEIGHTS)
     return entries.result("_scale"), "fp8, a scale for each row"
 

@@ -1,1 +1,1 @@
-"""How models are loaded and asked: prompts, generation, ranking, classification, vLLM."""
+"""Inference: loading models, prompts, generation, ranking, classification, vLLM."""

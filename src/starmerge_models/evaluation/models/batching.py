@@ -1,4 +1,4 @@
-"""Prompts as batches of token ids: which of them are computed together, and their padding."""
+"""Batches of token ids: which prompts go into a batch, and their padding."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def check_prompts(prompts: Prompts) -> None:
     """
     for row, prompt in enumerate(prompts):
         if not prompt:
-            raise StarmergeError(f"Prompt {row} has no tokens. A model must be asked something.")
+            raise StarmergeError(f"Prompt {row} has no tokens. A prompt needs at least one.")
 
 
 def by_length(prompts: Prompts) -> list[int]:
-    """Return the numbers of prompts, the longest first."""
+    """Return the indices of the prompts, the longest prompt first."""
     return sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
 
 
 def batches(
     prompts: Prompts, batch_size: int | None, *, equal_lengths: bool = False
 ) -> Iterator[list[int]]:
-    """Yield the numbers of the prompts of a batch, the longest first.
+    """Yield the indices of the prompts of each batch, the longest prompts first.
 
     Args:
         prompts: Token ids.
@@ -59,19 +59,19 @@ def batches(
 def padded(
     rows: Prompts, pad: int, device: torch.device, *, left: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return token ids and which of them are not padding (booleans), both (rows, longest).
+    """Return token ids and the attention mask (booleans), both (rows, longest).
 
     Args:
         rows: Token ids, at least one row.
         pad: Token id of padding.
         device: The device of the results.
-        left: Whether padding stands before a row's tokens, instead of behind them.
+        left: Whether to pad on the left, instead of on the right.
     """
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad)
-    real = torch.zeros((len(rows), width), dtype=torch.bool)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
     for row, tokens in enumerate(rows):
         place = slice(width - len(tokens), None) if left else slice(len(tokens))
         ids[row, place] = torch.tensor(tokens)
-        real[row, place] = True
-    return ids.to(device), real.to(device)
+        mask[row, place] = True
+    return ids.to(device), mask.to(device)

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 
 def holds_only_keys_and_values(cache: Any) -> bool:
-    """Tell whether each layer of a cache holds keys and values by column, and nothing else."""
+    """Return whether each layer of a cache holds keys and values by column, and nothing else."""
     from transformers import cache_utils  # noqa: PLC0415  (slow to import)
 
     kinds = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer)
@@ -42,12 +42,12 @@ def select_rows(cache: Any, rows: Tensor) -> Any:
     """Return a new cache with some rows of another, by their numbers (a tensor of integers)."""
     selected = copy.copy(cache)
     selected.layers = [copy.copy(layer) for layer in cache.layers]
-    selected.batch_select_indices(rows)  # sets new tensors, those of `cache` stay as they are
+    selected.batch_select_indices(rows)  # sets new tensors; `cache` is unchanged
     return selected
 
 
 def concatenate_caches(caches: Sequence[Any]) -> Any:
-    """Return a new cache with the rows of several, zeros before the columns of narrower ones."""
+    """Return a new cache with the rows of several; narrower caches are zero-padded on the left."""
     concatenated = copy.copy(caches[0])
     concatenated.layers = []
     for parts in zip(*(cache.layers for cache in caches), strict=True):
@@ -61,7 +61,7 @@ def concatenate_caches(caches: Sequence[Any]) -> Any:
 
 
 def concatenate_rows(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """Return the rows of several tensors, zeros before those that are narrower along ``dim``."""
+    """Concatenate the rows of tensors; narrower ones are zero-padded on the left along ``dim``."""
     if len(parts) == 1:
         return parts[0]
     width = max(part.shape[dim] for part in parts)

@@ -1,4 +1,4 @@
-"""Image classification: loading a classifier and asking it for the classes of images."""
+"""Image classification: loads a classifier and predicts the classes of images."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.evaluation.models.loading import Dtype, device_of, dtype_name
 from starmerge_models.evaluation.scoring.metrics import Prediction
-from starmerge_models.evaluation.tasks.images import ImageTask, Pixels, some
+from starmerge_models.evaluation.tasks.images import ImageTask, Pixels, list_names
 from starmerge_models.evaluation.tasks.task import Example
 
 BATCH_SIZE = 32
-"""Images that go through a model at once, if nothing else is asked for."""
+"""Default batch size, in images."""
 
 
 def load_image_model(
@@ -26,20 +26,20 @@ def load_image_model(
     dtype: Dtype = "auto",
     processor_of: Path | None = None,
 ) -> tuple[Any, Any]:
-    """Load an image classifier and what makes images into its input.
+    """Load an image classifier and its image processor.
 
-    The folder's ``preprocessor_config.json`` is followed by transformers' PIL backend, whether
-    torchvision is there or not, so that scores do not depend on it. Without one, images are resized
-    to the config's ``image_size`` (or left as large as they are, if it has none) and scaled to
-    -1 ... 1 (mean and standard deviation 0.5).
+    The processor is transformers' PIL backend with the folder's ``preprocessor_config.json``,
+    whether torchvision is installed or not, so that scores do not depend on it. Without this file,
+    images are resized to the config's ``image_size`` (if it has one) and scaled to -1 ... 1 (mean
+    and standard deviation 0.5).
 
     Args:
         path: The model's folder.
-        device: Where it goes; by default to the GPU if there is one.
-        dtype: Of its weights; "auto" is the stored one, but float32 where the device would only
+        device: Device to load the model on; None: the GPU if there is one.
+        dtype: Dtype of the weights; "auto" is the stored one, but float32 if the device would only
             emulate it.
-        processor_of: Folder whose ``preprocessor_config.json`` is followed if the model's own has
-            none, such as the base's.
+        processor_of: Folder whose ``preprocessor_config.json`` is used if the model's own folder
+            has none, such as the base's.
 
     Raises:
         UsageError: A package is not installed, or the folder is not an image classifier.
@@ -75,8 +75,8 @@ def load_image_model(
         raise UsageError(f"{path} is not an image classifier: {reason}") from error
     if report["missing_keys"]:
         raise UsageError(
-            f"{path} lacks {some(sorted(report['missing_keys']))}. A model without a classifier "
-            "cannot classify: save it with one."
+            f"{path} lacks {list_names(sorted(report['missing_keys']))}. A model without a "
+            "classifier cannot classify: save it with one."
         )
     return model.to(place).eval(), processor or _plain_processor(model.config)
 
@@ -91,22 +91,22 @@ def classify(
     batch_size: int | None = None,
     advance: Callable[[int], None],
 ) -> list[Prediction]:
-    """Ask a classifier for the class of each image: the most probable of the task's.
+    """Predict the class of each image: the most probable of the task's classes.
 
     Args:
-        model: The classifier, loaded; plain, or with an adapter of PEFT.
-        processor: What makes images into its input, from :func:`load_image_model`.
+        model: The loaded classifier, with or without a PEFT adapter.
+        processor: The image processor from :func:`load_image_model`.
         task: The task.
-        examples: Its images.
-        batch_size: Images at once, by default 32; the result does not depend on it.
-        advance: Called with the number of images done.
+        examples: The images.
+        batch_size: Images of a batch, by default 32; the result does not depend on it.
+        advance: Called with the number of images that were just completed.
 
     Returns:
-        A prediction for each example, in their order.
+        A prediction for each example, in order.
 
     Raises:
         UsageError: The model lacks a class, or its input and the processor's output do not fit.
-        StarmergeError: A file is not an image, or the model gives NaN or an infinity.
+        StarmergeError: A file is not an image, or the model computes NaN or an infinity.
     """
     config = model.config
     classes, outputs = _classes(task, config, examples)
@@ -129,7 +129,7 @@ def classify(
 
 
 def predicted(example: Example, response: str) -> Prediction:
-    """Return the prediction that a response, the task's name of a class, is for an example."""
+    """Return the prediction for an example; the response is the task's name of a class."""
     credit = float(response == example.label)
     return Prediction(example.id, response, value=response, gold=example.label, credit=credit)
 
@@ -137,7 +137,7 @@ def predicted(example: Example, response: str) -> Prediction:
 def _batches(
     processor: Any, examples: Sequence[Example], mode: str, size: int
 ) -> Iterator[tuple[list[Example], Tensor]]:
-    """Yield examples with their pixel values (n, channels, height, width), equally large ones."""
+    """Yield batches of examples with images of one size: pixels (n, channels, height, width)."""
     rows: list[Example] = []
     pixels: list[Tensor] = []
     for example in examples:
@@ -153,10 +153,10 @@ def _batches(
 
 
 def _opened(image: Path | Pixels, mode: str) -> Any:
-    """Return an image of Pillow in a mode ("L" or "RGB"), the way round its file says.
+    """Return a Pillow image in a mode ("L" or "RGB"), rotated by the file's EXIF orientation.
 
     Raises:
-        StarmergeError: The file is not an image, or one of more than 8 bits.
+        StarmergeError: The file is not an image, or has more than 8 bits a channel.
     """
     from PIL import Image, ImageOps  # noqa: PLC0415  (only where images are seen)
 
@@ -179,12 +179,12 @@ def _opened(image: Path | Pixels, mode: str) -> Any:
 def _classes(
     task: ImageTask, config: Any, examples: Sequence[Example]
 ) -> tuple[list[str], list[int]]:
-    """Return the classes to choose from, by the task's names, and the model's outputs for them.
+    """Return the classes to choose from, by the task's names, and their indices in the outputs.
 
-    They are found by their names, all of them, or none: names are not mixed with numbers.
+    Either all classes are matched by name, or all by number.
 
     Raises:
-        UsageError: The model lacks one.
+        UsageError: The model lacks a class.
     """
     names: dict[int, str] = config.id2label
     wanted = task.words or tuple((label,) for label in sorted({row.label for row in examples}))
@@ -201,8 +201,8 @@ def _classes(
     else:
         raise UsageError(
             f"Task {task.name}: {_name(config)} has no class, or not just one, called "
-            f"{lacking[0]!r}. Its classes: {some(names.values())}. Give the task labels with its "
-            "names."
+            f"{lacking[0]!r}. Its classes: {list_names(names.values())}. Give the task labels with "
+            "its names."
         )
     classes = [words[0] for words in wanted]
     if task.labels is None:
@@ -216,7 +216,7 @@ def _are_unnamed(names: Mapping[int, str]) -> bool:
 
 
 def _plain_processor(config: Any) -> Any:
-    """Return what prepares images for a model that does not say how."""
+    """Return the image processor of a model without ``preprocessor_config.json``."""
     from transformers import ViTImageProcessorPil  # noqa: PLC0415
 
     size = getattr(getattr(config, "vision_config", config), "image_size", None)
@@ -235,7 +235,7 @@ def _channels(config: Any) -> int:
 
 
 def _broken(model: Any, row: Example) -> str:
-    """Say why logits are not finite, as far as it can be seen."""
+    """Return the error message for logits that are not finite, with the cause if it is found."""
     message = f"{_name(model.config)} gives NaN or an infinity for image {row.id}."
     for name, buffer in model.named_buffers():
         if name.endswith("running_var") and (buffer < 0).any():

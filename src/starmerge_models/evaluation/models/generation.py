@@ -1,8 +1,8 @@
-"""Greedy decoding of many prompts at once.
+"""Batched greedy decoding.
 
-A row leaves its batch when it is finished, at the end of its text or of its answer; the others go
-on without it. A prompt gets the text that ``model.generate`` writes for it alone. Models without a
-:class:`~starmerge_models.evaluation.models.prefill.PrefixReader` are left to ``model.generate``.
+A row is removed from its batch when it is finished, by its end-of-sequence token or a final answer.
+Each prompt gets the text that ``model.generate`` would return for this prompt alone. Models without
+a :class:`~starmerge_models.evaluation.models.prefill.PrefixReader` use ``model.generate``.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from starmerge_models.evaluation.models.prefill import CachedTexts, prefix_reade
 
 
 class _Response:
-    """What is written for one prompt.
+    """The response to one prompt.
 
     Args:
         tokenizer: The model's tokenizer.
-        ends: Tokens that end a text.
-        is_final: Tells of a text whether the rest of it may be left out.
+        ends: End-of-sequence tokens.
+        is_final: Returns whether generation may stop after a text.
     """
 
     def __init__(self, tokenizer: Any, ends: set[int], is_final: Callable[[str], bool]) -> None:
@@ -36,16 +36,16 @@ class _Response:
         self._is_final = is_final
 
     def add(self, token: int) -> None:
-        """Go on with a token, unless the response is done."""
+        """Append a token, unless the response is done."""
         if self.done or token in self._ends:
             self.done = True
             return
         self._tokens.append(token)
-        # Without the cleaning of spaces before punctuation, a text only ever grows.
+        # Cleaning up spaces before punctuation would change text that was already decoded.
         self.text = self._tokenizer.decode(
             self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        # Bytes of a character that is not complete are shown as this one.
+        # The decoder returns U+FFFD for the bytes of an incomplete character.
         self.done = not self.text.endswith("\ufffd") and self._is_final(self.text)
 
 
@@ -60,16 +60,16 @@ def generate(
     batch_size: int | None,
     advance: Callable[[int], None],
 ) -> list[str]:
-    """Return what a model writes after each prompt, special tokens left out.
+    """Return the greedy continuation of each prompt, without special tokens.
 
     Args:
         model: A causal or an encoder-decoder language model.
         tokenizer: Its tokenizer.
         prompts: Token ids.
-        max_new_tokens: Length of a response, at most.
-        is_final: Tells of the text so far whether the rest of it may be left out.
-        batch_size: Most prompts in a batch; None: as many as there is room for.
-        advance: Called with a number of prompts that are done.
+        max_new_tokens: Most tokens of a response.
+        is_final: Returns whether generation may stop after a text.
+        batch_size: Most prompts in a batch; None: as many as fit.
+        advance: Called with the number of prompts that were just completed.
 
     Raises:
         StarmergeError: A prompt is empty, or the model gives logits that are not finite.
@@ -82,11 +82,11 @@ def generate(
     responses = [_Response(tokenizer, ends, is_final) for _ in prompts]
     reader = prefix_reader(model, tokenizer, prompts, new=max_new_tokens)
     if reader is None:
-        # An encoder masks padding. A decoder without a reader may not (Mamba), so it gets none.
+        # An encoder masks padding. A decoder without a reader may not (Mamba): it gets no padding.
         equal_lengths = not model.config.is_encoder_decoder
         for rows in batches(prompts, batch_size, equal_lengths=equal_lengths):
             some = [prompts[row] for row in rows]
-            _generate_by_library(model, some, rows, responses, max_new_tokens)
+            _generate_with_transformers(model, some, rows, responses, max_new_tokens)
             advance(len(rows))
     else:
         for rows, texts, logits in reader.batches(prompts, batch_size):
@@ -107,12 +107,12 @@ def _generate_from_cache(
 
     Args:
         model: The decoder.
-        texts: The prompts of the batch, in its cache.
-        logits: Those of the token that follows each prompt, (rows, vocabulary).
-        rows: The numbers of the prompts.
-        responses: Those of all prompts.
-        max_new_tokens: Length of a response, at most.
-        advance: Called with a number of prompts that are done.
+        texts: The prompts of the batch, in the model's cache.
+        logits: Logits of the token after each prompt, (rows, vocabulary).
+        rows: The indices of the prompts.
+        responses: The responses of all prompts.
+        max_new_tokens: Most tokens of a response.
+        advance: Called with the number of prompts that were just completed.
     """
     for step in range(1, max_new_tokens + 1):
         values, best = logits.max(-1)
@@ -121,20 +121,20 @@ def _generate_from_cache(
             responses[row].add(token)
         if step == max_new_tokens:
             break
-        going = [place for place, row in enumerate(rows) if not responses[row].done]
-        if len(going) < len(rows):
-            advance(len(rows) - len(going))
-            if not going:
+        unfinished = [place for place, row in enumerate(rows) if not responses[row].done]
+        if len(unfinished) < len(rows):
+            advance(len(rows) - len(unfinished))
+            if not unfinished:
                 return
-            rows = [rows[place] for place in going]
-            texts = texts.select(going)
-            best = best[going]
+            rows = [rows[place] for place in unfinished]
+            texts = texts.select(unfinished)
+            best = best[unfinished]
         tokens = best[:, None]
         logits = texts.read(tokens, torch.ones_like(tokens, dtype=torch.bool))[:, -1]
     advance(len(rows))
 
 
-def _generate_by_library(
+def _generate_with_transformers(
     model: Any,
     prompts: Prompts,
     rows: list[int],
@@ -148,11 +148,11 @@ def _generate_by_library(
     Args:
         model: The model.
         prompts: The prompts of the batch.
-        rows: Their numbers.
-        responses: Those of all prompts.
-        max_new_tokens: Length of a response, at most.
+        rows: The indices of the prompts.
+        responses: The responses of all prompts.
+        max_new_tokens: Most tokens of a response.
     """
-    ids, real = padded(prompts, 0, model.device)
+    ids, mask = padded(prompts, 0, model.device)
 
     def check(_: Tensor, scores: Tensor) -> Tensor:
         check_finite(scores.max(-1).values, rows, model)
@@ -165,7 +165,7 @@ def _generate_by_library(
 
     model.generate(
         input_ids=ids,
-        attention_mask=real.long(),
+        attention_mask=mask.long(),
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,

@@ -1,4 +1,4 @@
-"""Loading what is evaluated: a base, adapters on it by PEFT, whole models."""
+"""Loads models: a base, adapters on it by PEFT, whole models."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def load_model(
 ) -> tuple[Any, Any]:
     """Load a language model, causal or encoder-decoder, and its tokenizer.
 
-    Its generation is set to be greedy. The input of its head is made contiguous: a slice of the
-    hidden states otherwise takes a copying path on CPUs that doubles the time of a prefill.
+    Its generation config is set to greedy decoding. A hook makes the input of the head contiguous:
+    with a slice of the hidden states, CPU kernels copy, which doubles the time of a prefill.
 
     Args:
         path: Folder of a whole model.
         device: "cpu", "cuda", "cuda:1", ...; None: the GPU if there is one.
-        dtype: "auto" is the stored one, but float32 where the device would only emulate it.
+        dtype: "auto" is the stored one, but float32 if the device would only emulate it.
         options: More arguments of ``from_pretrained``.
 
     Raises:
         UsageError: transformers is not installed, the folder is not a language model, is broken or
-            would run code of its own, or there is no such device.
+            needs remote code, or there is no such device.
     """
     model, tokenizer = _load(path, _generative, device=device, dtype=dtype, **options)
     if tokenizer.pad_token_id is None:
@@ -48,19 +48,19 @@ def load_model(
 def load_text_model(
     path: Path, *, device: str | None = None, dtype: Dtype = "auto"
 ) -> tuple[Any, Any]:
-    """Load a model of text of any kind, and its tokenizer.
+    """Load a text model of any kind, and its tokenizer.
 
-    Those that write are loaded by :func:`load_model`; encoders and classifiers as the class that
-    their config names.
+    Generative models are loaded by :func:`load_model`; encoders and classifiers with the class
+    that their config names.
 
     Args:
         path: Folder of a whole model.
         device: "cpu", "cuda", "cuda:1", ...; None: the GPU if there is one.
-        dtype: "auto" is the stored one, but float32 where the device would only emulate it.
+        dtype: "auto" is the stored one, but float32 if the device would only emulate it.
 
     Raises:
-        UsageError: transformers is not installed, the folder is not a model of text, is broken or
-            would run code of its own, or there is no such device.
+        UsageError: transformers is not installed, the folder is not a text model, is broken or
+            needs remote code, or there is no such device.
     """
     config = read_config(path)
     named = (config.get("architectures") or [None])[0]
@@ -72,7 +72,7 @@ def load_text_model(
 
 
 def _transformers() -> Any:
-    """Return the library.
+    """Import transformers lazily.
 
     Raises:
         UsageError: It is not installed.
@@ -96,7 +96,7 @@ def _generative(config: Any) -> Any:
 
 
 def _generative_classes() -> set[str]:
-    """Return the names of all models that write, as configs have them."""
+    """Return the class names of all generative models, as in configs."""
     _transformers()
     from transformers.models.auto import modeling_auto as auto  # noqa: PLC0415
 
@@ -114,7 +114,7 @@ def _load(
     dtype: Dtype,
     **options: Any,
 ) -> tuple[Any, Any]:
-    """Load a model by the class that fits its config, and its tokenizer.
+    """Load a model with the class that ``class_of`` chooses from its config, and its tokenizer.
 
     Raises:
         UsageError: As :func:`load_model`.
@@ -152,19 +152,19 @@ def device_kind(device: str | None) -> str:
 
 
 def device_name(device: str | None) -> str:
-    """Return what a device is called: "cpu", or the name of the GPU."""
+    """Return the name of a device: "cpu", or the name of the GPU."""
     kind = device_kind(device)
     return torch.cuda.get_device_name(device) if kind == "cuda" else kind
 
 
 def dtype_name(path: Path, dtype: Dtype, device: str) -> str:
-    """Return the dtype in which a model will compute on a kind of device.
+    """Return the dtype that a model is loaded in on a kind of device.
 
-    "auto" is the dtype that its config names, or that of its first tensor; but float32 where the
-    device computes that one only slowly, in place of another.
+    "auto" is the dtype that its config names, or that of its first tensor; but float32 if the
+    device only emulates this dtype.
 
     Raises:
-        StarmergeError: The folder has no config, or neither a dtype in it nor weights beside it.
+        StarmergeError: The folder has no config, or neither a dtype in its config nor weights.
     """
     if dtype != "auto":
         return dtype
@@ -179,24 +179,24 @@ def dtype_name(path: Path, dtype: Dtype, device: str) -> str:
 
 
 def context_length(model: Any, tokenizer: Any) -> int | None:
-    """Return how many tokens a model can read; None where neither it nor its tokenizer says.
+    """Return how many tokens a model can read; None if config and tokenizer have no limit.
 
-    The positions that a model has, or what its tokenizer says if that is less. A model with
-    relative positions (T5) has no number of its own.
+    The limit is the number of positions, or the tokenizer's limit if that is lower. A model with
+    relative positions (T5) has no limit in its config.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    # A tokenizer that was not told its length has one of 10³⁰.
+    # A tokenizer without a limit has model_max_length = 10³⁰.
     told = tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else None
     return min((length for length in (positions, told) if length), default=None)
 
 
 class AdapterSwitch:
-    """A base model with several adapters, one or none of them active at a time.
+    """A base model with several adapters, at most one of them active at a time.
 
-    PEFT puts the adapters beside the base's weights, which stay as they are and are shared.
+    PEFT adds the adapters as separate modules, so they share the unchanged weights of the base.
 
     Args:
-        model: The base, loaded.
+        model: The loaded base.
         adapters: Adapter folders by name.
 
     Raises:
@@ -221,14 +221,14 @@ class AdapterSwitch:
             config = self._model.peft_config[slot]
             if config.is_prompt_learning:
                 raise UsageError(
-                    f"{path} is an adapter of the kind {config.peft_type.value}, which puts tokens "
-                    "of its own before a prompt. Only those that change weights can be asked."
+                    f"{path} is an adapter of the kind {config.peft_type.value}, which prepends "
+                    "virtual tokens to a prompt. Only adapters that change weights are supported."
                 )
         self._model.eval()
 
     @contextmanager
     def active(self, adapter: str | None) -> Iterator[Any]:
-        """Yield the model with one adapter switched on, or, for None, the plain base."""
+        """Activate one adapter, or none for None, and yield the model."""
         if not self._slots:
             yield self._model
         elif adapter is None:
@@ -247,7 +247,7 @@ def device_of(name: str | None) -> torch.device:
     """Return a device; None is the GPU if there is one.
 
     Raises:
-        UsageError: There is no such device, or it cannot be used.
+        UsageError: There is no such device, or it is unusable.
     """
     try:
         return torch.empty(0, device=name or device_kind(None)).device
@@ -257,22 +257,22 @@ def device_of(name: str | None) -> torch.device:
 
 
 def _computes_in(dtype: str, device: str) -> bool:
-    """Tell whether a kind of device computes in a dtype, rather than in another in its place."""
+    """Return whether a kind of device computes in a dtype natively, without emulation."""
     if device == "cuda":
         return dtype != "bfloat16" or torch.cuda.is_bf16_supported(including_emulation=False)
     if device != "cpu" or dtype not in ("bfloat16", "float16"):
         return True
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    # What torch itself asks before it gives a product of such matrices to oneDNN. Its own kernels
-    # are many times slower than those of float32.
+    # torch uses oneDNN for matrix products in these dtypes if this check passes. Otherwise its own
+    # kernels are many times slower than those of float32.
     if dtype == "bfloat16":
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def _greedy(model: Any, tokenizer: Any) -> Any:
-    """Return how a model generates: the tokens it needs, and no beams, penalties or samples."""
+    """Return a generation config with a model's special tokens, without beams or sampling."""
     from transformers import GenerationConfig  # noqa: PLC0415
 
     own, config = model.generation_config, model.config

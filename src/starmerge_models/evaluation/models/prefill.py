@@ -1,15 +1,14 @@
-"""Prefill with a shared prefix: prompts in a decoder's cache, from which both scorers go on.
+"""Prefill with a shared prefix: prompts in a decoder's cache, from which both scorers continue.
 
-A decoder reads the tokens with which all prompts begin (a chat template's head, an instruction)
-once, and the reader copies their keys and values into every row. The model reads the rest of the
-prompts in passes of similar length. The reader then concatenates the caches of several passes,
-because the tokens that follow are cheaper in a larger batch. Padding stands before the rest of a
-prompt and is masked, and every token is given its own position, so each row is computed as if it
-were alone.
+A decoder reads the common prefix of all prompts (a chat template's head, an instruction) once, and
+the reader copies its keys and values into every row. The model reads the rest of the prompts in
+passes of similar length. The reader then concatenates the caches of several passes, because the
+tokens that follow are cheaper in a larger batch. Padding is on the left of a prompt's rest and
+masked, and every token gets its own position, so each row is computed as if it were alone.
 
-This needs a decoder whose cache holds keys and values alone. For any other model (Mamba; those
-whose rows depend on the batch) :func:`prefix_reader` returns None, and the scorers use the
-library's own loop or whole texts. ``benchmarks/evaluation.py`` measures the gain.
+This needs a decoder whose cache holds keys and values alone. For any other model (Mamba; models
+whose rows depend on the batch) :func:`prefix_reader` returns None, and the scorers use
+``model.generate`` or whole texts. ``benchmarks/evaluation.py`` measures the gain.
 """
 
 from __future__ import annotations
@@ -40,25 +39,25 @@ from starmerge_models.evaluation.models.caches import (
 from starmerge_models.evaluation.models.forward import arguments_of, cache_name, last_logits
 
 PASS_PADDING = 64
-"""Most padding in one pass, in tokens. Reading as many takes about as long as starting a pass."""
+"""Most padding tokens in one pass. Reading this many takes about as long as starting a pass."""
 
 BATCH_BYTES = 2**31
 """Memory for a batch's keys and values, in bytes."""
 
 
 class CachedTexts:
-    """Texts that a decoder has read, one a row, in its cache.
+    """Texts that a decoder has read, one per row, in its cache.
 
     Args:
         model: The decoder.
         cache: Keys and values of all columns; None before the model has read any token.
-        real: Which columns are not padding, (rows, columns), booleans.
+        mask: Which columns are not padding, (rows, columns), booleans.
     """
 
-    def __init__(self, model: Any, cache: Any, real: Tensor) -> None:
+    def __init__(self, model: Any, cache: Any, mask: Tensor) -> None:
         self.model = model
         self.cache = cache
-        self.real = real
+        self.mask = mask
 
     @classmethod
     def empty(cls, model: Any) -> CachedTexts:
@@ -66,28 +65,28 @@ class CachedTexts:
         return cls(model, None, torch.zeros((1, 0), dtype=torch.bool, device=model.device))
 
     def select(self, rows: Sequence[int]) -> CachedTexts:
-        """Return some of the rows, each as often as it is named; this object stays as it is."""
-        index = torch.tensor(rows, device=self.real.device)
+        """Return a new object with some of the rows; an index may occur repeatedly."""
+        index = torch.tensor(rows, device=self.mask.device)
         cache = None if self.cache is None else select_rows(self.cache, index)
-        return CachedTexts(self.model, cache, self.real[index])
+        return CachedTexts(self.model, cache, self.mask[index])
 
-    def read(self, tokens: Tensor, real: Tensor, *, last: bool = False) -> Tensor:
-        """Have the model read some more tokens of every row.
+    def read(self, tokens: Tensor, mask: Tensor, *, last: bool = False) -> Tensor:
+        """Run the model on more tokens of every row.
 
         Args:
             tokens: Token ids, (rows, new).
-            real: Which of them are not padding, (rows, new), booleans.
-            last: Whether the last column's logits are enough.
+            mask: Which tokens are not padding, (rows, new), booleans.
+            last: Whether to return only the last column's logits.
 
         Returns:
             The logits after each token, (rows, new or 1, vocabulary).
         """
-        positions = self.real.sum(-1, keepdim=True) + real.cumsum(-1) - 1
-        self.real = torch.cat([self.real, real], dim=1)
+        positions = self.mask.sum(-1, keepdim=True) + mask.cumsum(-1) - 1
+        self.mask = torch.cat([self.mask, mask], dim=1)
         name = str(cache_name(self.model))
         output = self.model(
             input_ids=tokens,
-            attention_mask=self.real.long(),
+            attention_mask=self.mask.long(),
             position_ids=positions.clamp(min=0),
             use_cache=True,
             **{name: self.cache},
@@ -99,16 +98,16 @@ class CachedTexts:
 
 
 def concatenate_texts(parts: Sequence[CachedTexts]) -> CachedTexts:
-    """Return the rows of several texts, of one model."""
+    """Return the rows of several objects of one model."""
     return CachedTexts(
         parts[0].model,
         concatenate_caches([part.cache for part in parts]),
-        concatenate_rows([part.real for part in parts], 1),
+        concatenate_rows([part.mask for part in parts], 1),
     )
 
 
 class PrefixReader:
-    """Reads prompts behind the prefix that all of them share.
+    """Reads prompts after the prefix that all of them share.
 
     Args:
         model: The decoder.
@@ -126,10 +125,10 @@ class PrefixReader:
         self._new = new
         self._token_bytes = token_bytes
         self._prefix = prefix
-        self._prefix_length = prefix.real.shape[1]
+        self._prefix_length = prefix.mask.shape[1]
 
     def most_rows(self, length: int) -> int:
-        """Return how many prompts of some length, and the tokens that follow, fit in the memory."""
+        """Return how many prompts of a length fit in memory, with the tokens to follow."""
         return min(BATCH_ROWS, BATCH_BYTES // ((length + self._new) * self._token_bytes))
 
     def batches(
@@ -138,8 +137,8 @@ class PrefixReader:
         """Yield batches of prompts, the longest first.
 
         Yields:
-            The numbers of a batch's prompts; the prompts in the cache; the logits of the token
-            that follows each of them, (rows, vocabulary).
+            The indices of a batch's prompts; the prompts in the cache; the logits of the token
+            after each prompt, (rows, vocabulary).
         """
         lengths = [len(prompt) - self._prefix_length for prompt in prompts]
         order = by_length(prompts)
@@ -156,8 +155,8 @@ class PrefixReader:
     def _read(self, prompts: Prompts) -> tuple[CachedTexts, Tensor]:
         texts = self._prefix.select([0] * len(prompts))
         rests = [prompt[self._prefix_length :] for prompt in prompts]
-        tokens, real = padded(rests, self.pad, self.model.device, left=True)
-        return texts, texts.read(tokens, real, last=True)[:, -1]
+        tokens, mask = padded(rests, self.pad, self.model.device, left=True)
+        return texts, texts.read(tokens, mask, last=True)[:, -1]
 
 
 def prefix_reader(model: Any, tokenizer: Any, prompts: Prompts, *, new: int) -> PrefixReader | None:
@@ -165,8 +164,8 @@ def prefix_reader(model: Any, tokenizer: Any, prompts: Prompts, *, new: int) -> 
 
     Args:
         model: A causal or an encoder-decoder language model.
-        tokenizer: Its tokenizer. Without a token for padding, token 0 takes its place: masked.
-        prompts: All prompts there are, at least one, none empty.
+        tokenizer: Its tokenizer. Without a padding token, token 0 is used, masked.
+        prompts: All prompts, at least one, none of them empty.
         new: Most tokens that will follow a prompt.
     """
     lengths = [len(prompt) for prompt in prompts]
@@ -178,15 +177,15 @@ def prefix_reader(model: Any, tokenizer: Any, prompts: Prompts, *, new: int) -> 
     ):
         return None
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    # Every prompt keeps at least one token to read, whose logits begin what follows.
+    # Every prompt keeps at least one token to read: its logits predict the first new token.
     shared = _common_prefix(prompts)[: min(lengths) - 1]
     prefix = CachedTexts.empty(model)
     prefix.read(*padded([shared or prompts[0][:1]], pad, model.device))
     if not holds_only_keys_and_values(prefix.cache):
         return None
-    token_bytes = bytes_of(prefix.cache) // prefix.real.numel()
-    # A sliding window counts columns, padding included. Where it is narrower than a text, no
-    # padding may stand within the text, so the prefix is left empty: padding then stands before it.
+    token_bytes = bytes_of(prefix.cache) // prefix.mask.numel()
+    # A sliding window counts columns, including padding. If it is narrower than a text, there must
+    # be no padding inside the text, so the prefix is left empty and all padding precedes the text.
     if not shared or max(lengths) + new > narrowest_window(prefix.cache):
         prefix = CachedTexts.empty(model)
     return PrefixReader(model, pad, new, token_bytes, prefix)
@@ -196,7 +195,7 @@ def passes_of(rows: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]
     """Yield consecutive rows that fit into one pass with little padding.
 
     Args:
-        rows: Numbers of prompts, the longest first.
+        rows: Indices of prompts, the longest first.
         lengths: How many tokens of each prompt the model has to read.
     """
     part: list[int] = []
@@ -213,15 +212,16 @@ def passes_of(rows: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]
 
 
 def _rows_depend_on_batch(model: Any, length: int) -> bool:
-    """Tell whether a row's logits depend on the other rows, or on the passes it is read in.
+    """Return whether a row's logits depend on the other rows, or on how it is split into passes.
 
     Args:
         model: A decoder.
         length: Tokens of the longest text.
 
     Returns:
-        True for rotary frequencies that follow the longest row of a pass, if a text is longer than
-        the model was made for; and for windows over columns that the cache does not know (GPT-Neo).
+        True for rotary frequencies that depend on the longest row of a pass, if a text is longer
+        than the model's original context; and for windows over columns without support in the
+        cache (GPT-Neo).
     """
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
@@ -235,7 +235,7 @@ def _rows_depend_on_batch(model: Any, length: int) -> bool:
 
 
 def _common_prefix(prompts: Prompts) -> list[int]:
-    """Return the tokens with which all prompts begin."""
+    """Return the longest common prefix of all prompts."""
     first, last = min(map(list, prompts)), max(map(list, prompts))
     pairs = zip(first, last, strict=False)
     return [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]

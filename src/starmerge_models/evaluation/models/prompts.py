@@ -1,6 +1,6 @@
-"""How a row becomes tokens: the chat template, the instruction, the answer.
+"""Converts rows to tokens: the chat template, the prompt, the answer.
 
-One place for training and evaluation, so that an adapter is asked as it was taught.
+Training and evaluation share this module, so that an adapter sees the prompts of its training.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ PINNED_DATE = datetime(2025, 1, 1)
 """Date given to chat templates that print one, so that a score does not depend on the day."""
 
 _MESSAGE = "The-user's-message"
-"""Stands for a message, to see what a chat template puts before it."""
+"""Placeholder message, to find the text that a chat template puts before a message."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is asked."""
+    """The tokens of a prompt."""
 
     ids: tuple[int, ...]
     """Token ids."""
     shortened: bool
-    """Whether the passage lost its end, because the model's context is too short for it."""
+    """Whether the passage was truncated to fit into the model's context."""
 
 
 @dataclass(frozen=True)
 class Prompter:
     """Turns rows into prompts and answers for one model.
 
-    A tokenizer with a chat template gets the row as one user message and the generation prompt; one
-    without gets the bare text, for a decoder with a line break. Special tokens come from the
-    template alone, so no prompt starts with two BOS tokens.
+    With a chat template, the prompt is one user message and the generation prompt; without one, it
+    is the bare text, for a decoder with a line break. Special tokens come from the template alone,
+    so no prompt starts with two BOS tokens.
 
     Args:
-        tokenizer: The model's.
-        context: Tokens that the model can attend to; None if there is no limit.
+        tokenizer: The model's tokenizer.
+        context: Number of tokens that the model can attend to; None if there is no limit.
         is_encoder_decoder: Whether the prompt goes to an encoder.
     """
 
@@ -48,38 +48,38 @@ class Prompter:
     is_encoder_decoder: bool = False
 
     def prompt(self, task: Task, example: Example, new: int | None = None) -> Prompt:
-        """Return a row's prompt. A passage that is too long loses its end, never the instruction.
+        """Return a row's prompt. A passage that is too long is truncated, never the instruction.
 
         Args:
             task: The task.
             example: The row.
-            new: Tokens that must fit in behind it; by default the task's ``max_new_tokens``.
+            new: Tokens that must fit after it; by default the task's ``max_new_tokens``.
 
         Raises:
-            UsageError: The task asks for a chat template that the tokenizer lacks, or even without
-                the passage the prompt is too long.
+            UsageError: The task needs a chat template that the tokenizer lacks, or the prompt is
+                too long even without the passage.
         """
-        ids = self._encode(task, task.ask(example.fields))
+        ids = self._encode(task, task.render(example.fields))
         limit = self._limit(task.max_new_tokens if new is None else new)
         if limit is None or len(ids) <= limit:
             return Prompt(tuple(ids), shortened=False)
-        whole = self._encode(task, task.ask(example.fields, passage=""))
+        whole = self._encode(task, task.render(example.fields, passage=""))
         if len(whole) >= limit:
             raise UsageError(
                 f"Task {task.name}, row {example.id}: the prompt has {len(ids)} tokens, "
-                f"{len(whole)} of them beside the passage, and the model takes {limit}. Shorten "
+                f"{len(whole)} of them without the passage, and the model takes {limit}. Shorten "
                 "the prompt, or name the field that may be shortened (passage)."
             )
         passage = self.tokenizer(task.passage_text(example.fields), add_special_tokens=False)
         kept = passage["input_ids"][: limit - len(whole)]
-        while len(ids) > limit:  # where pieces meet, they may take more tokens than apart
+        while len(ids) > limit:  # tokenised together, the parts may need more tokens than apart
             text = self.tokenizer.decode(kept, skip_special_tokens=True)
-            ids = self._encode(task, task.ask(example.fields, passage=text))
+            ids = self._encode(task, task.render(example.fields, passage=text))
             kept = kept[: len(kept) - max(1, len(ids) - limit)]
         return Prompt(tuple(ids), shortened=True)
 
     def answer(self, text: str) -> list[int]:
-        """Return the token ids of an answer, ended by the end-of-sequence token."""
+        """Return the token ids of an answer, with the end-of-sequence token."""
         lead = "" if self.tokenizer.chat_template or self.is_encoder_decoder else " "
         ids: list[int] = self.tokenizer(lead + text, add_special_tokens=False)["input_ids"]
         return [*ids, self.tokenizer.eos_token_id]
@@ -106,10 +106,10 @@ class Prompter:
         return chat
 
     def beginning(self) -> list[int]:
-        """Return the tokens of the chat template that stand before a user's message.
+        """Return the chat template's tokens before a user's message.
 
         Returns:
-            Token ids; none where the tokenizer has no chat template, or the template no beginning.
+            Token ids; empty if the tokenizer has no chat template, or the template no beginning.
 
         Raises:
             UsageError: The template is broken, or refuses the message.
@@ -126,9 +126,9 @@ class Prompter:
         """Return a prompt in the chat template.
 
         Args:
-            where: What asks, for errors.
+            where: The task or model, for error messages.
             content: The user's message.
-            answer: Whether the head of an answer follows it.
+            answer: Whether to append the generation prompt.
 
         Raises:
             UsageError: The template is broken, or refuses the message.
@@ -140,7 +140,7 @@ class Prompter:
                 [{"role": "user", "content": content}],
                 tokenize=False,
                 add_generation_prompt=answer,
-                # Templates take the date from the one or the other.
+                # A template reads the date from date_string or from strftime_now().
                 date_string=f"{PINNED_DATE:%d %b %Y}",
                 chat_template=_PINNED_CLOCK + self.tokenizer.get_chat_template(),
             )
@@ -153,13 +153,13 @@ class Prompter:
 
 
 def _pinned_clock() -> str:
-    """Return the beginning of a chat template that replaces its function ``strftime_now``."""
+    """Return a chat-template prelude that redefines ``strftime_now`` with the pinned date."""
     parts = (
         f"replace('%{code}', '{PINNED_DATE.strftime('%' + code)}')" for code in "aAbBdHIjmMpSyY"
     )
     return (
         f"{{% macro strftime_now(format) %}}{{{{ format | {' | '.join(parts)} }}}}{{% endmacro %}}"
-        "{{ '' }}"  # without it, the template's first line break would go
+        "{{ '' }}"  # preserves a line break at the template's beginning
     )
 
 

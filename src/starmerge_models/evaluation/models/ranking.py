@@ -1,9 +1,9 @@
 """Log-likelihoods of given continuations of prompts.
 
-A model reads a prompt once, and its continuations from there. Of these it reads only **stems**: a
-stem is a continuation without its last token, unless a longer one begins with it. So one stem
-serves all continuations that differ in their last token alone. Continuations of a single token need
-no stem: their likelihoods stand in the logits of the prompt.
+A model reads a prompt once, and then the **stems** of its continuations: a stem is a continuation
+without its last token, unless it is a prefix of a longer stem. So one stem serves all continuations
+that differ only in their last token. Continuations of a single token need no stem: their
+likelihoods follow from the logits of the prompt.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from starmerge_models.evaluation.models.forward import check_finite, last_logits
 from starmerge_models.evaluation.models.prefill import PrefixReader, prefix_reader
 
 PASS_LOGITS = 2**26
-"""Entries of the logits of one pass over stems."""
+"""Most entries of the logits of one pass over stems."""
 
 Options: TypeAlias = Sequence[tuple[int, ...]]
 """The continuations of one prompt."""
 
 Results: TypeAlias = Iterator[tuple[list[int], list[list[float]]]]
-"""The numbers of some prompts, and the log-likelihoods of their continuations."""
+"""Indices of prompts, and the log-likelihoods of their continuations."""
 
 
 @torch.inference_mode()
@@ -53,12 +53,12 @@ def log_likelihoods(
         model: A causal or an encoder-decoder language model.
         tokenizer: Its tokenizer.
         prompts: Token ids.
-        continuations: For each prompt, the token ids of what may follow it.
-        batch_size: Most texts in a batch; None: as many as there is room for.
-        advance: Called with a number of prompts that are done.
+        continuations: For each prompt, the token ids of its continuations.
+        batch_size: Most texts in a batch; None: as many as fit.
+        advance: Called with the number of prompts that were just completed.
 
     Returns:
-        In nats, summed over the tokens of a continuation; 0 for one without tokens.
+        In nats, summed over the tokens of a continuation; 0 for an empty continuation.
 
     Raises:
         StarmergeError: A prompt is empty, or the model gives logits that are not finite.
@@ -86,7 +86,7 @@ def log_likelihoods(
 def _by_cache(
     reader: PrefixReader, prompts: Prompts, options: Sequence[Options], batch_size: int | None
 ) -> Results:
-    """Yield likelihoods from stems that go on from the cache of their prompts."""
+    """Yield likelihoods from stems that continue the cache of their prompts."""
     for rows, texts, logits in reader.batches(prompts, batch_size):
         first = logits.log_softmax(-1, dtype=torch.float32)
         totals = [
@@ -112,8 +112,8 @@ def _by_encoder(
     """Yield likelihoods of a model whose encoder reads each prompt once, its decoder each stem."""
     start = model.generation_config.decoder_start_token_id
     for rows in batches(prompts, batch_size):
-        ids, real = padded([prompts[row] for row in rows], 0, model.device)
-        encoded = model.get_encoder()(input_ids=ids, attention_mask=real.long()).last_hidden_state
+        ids, mask = padded([prompts[row] for row in rows], 0, model.device)
+        encoded = model.get_encoder()(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         totals = [[0.0] * len(options[row]) for row in rows]
         most = min(batch_size or BATCH_ROWS, max(1, PASS_TOKENS // ids.shape[1]))
         stems = _stems_of_batch(rows, options)
@@ -122,7 +122,7 @@ def _by_encoder(
             decoder_ids, _ = padded([(start, *stem.tokens) for stem in some], 0, ids.device)
             logits = model(
                 encoder_outputs=(encoded[places],),
-                attention_mask=real[places].long(),
+                attention_mask=mask[places].long(),
                 decoder_input_ids=decoder_ids,
                 use_cache=False,
             ).logits
@@ -138,7 +138,7 @@ def _by_whole_texts(
 ) -> Results:
     """Yield likelihoods of a causal model that reads each stem together with its prompt.
 
-    Padding stands behind all tokens that count, where a causal model does not see it.
+    Padding is on the right, where it does not affect a causal model.
     """
     for row, prompt in enumerate(prompts):
         totals = [0.0] * len(options[row])
@@ -159,12 +159,12 @@ def _by_whole_texts(
 
 @dataclass(frozen=True)
 class _Stem:
-    """Tokens that a model reads behind a prompt.
+    """Tokens that a model reads after a prompt.
 
     Args:
-        place: The place of the prompt in its batch.
-        tokens: Token ids; none where all continuations have one token.
-        numbers: The continuations of the prompt that the stem serves.
+        place: The index of the prompt in its batch.
+        tokens: Token ids; empty if all continuations have one token.
+        numbers: The indices of the continuations that the stem serves.
     """
 
     place: int
@@ -183,12 +183,12 @@ def _stems_of_batch(rows: Sequence[int], options: Sequence[Options]) -> list[_St
 
 
 def _chunks(stems: list[_Stem], most: int, vocabulary: int) -> Iterator[list[_Stem]]:
-    """Yield stems for one pass each.
+    """Yield the stems of each pass.
 
     Args:
         stems: The stems, the longest first.
         most: Most stems of a pass.
-        vocabulary: Entries of the logits of one token.
+        vocabulary: Size of the vocabulary.
     """
     while stems:
         size = min(most, PASS_LOGITS // (max(1, len(stems[0].tokens)) * vocabulary))
@@ -202,9 +202,9 @@ def _log_probabilities(stems: Sequence[_Stem], logits: Tensor) -> Iterator[tuple
 
 
 def _stems(options: Options) -> dict[tuple[int, ...], list[int]]:
-    """Return the stems of some continuations, and the numbers of those that each stem serves."""
+    """Return the stems of continuations, and the indices of the continuations each stem serves."""
     heads = sorted({tokens[:-1] for tokens in options})
-    # In sorted order, the heads that begin with another head stand right behind it.
+    # In sorted order, the heads that begin with another head directly follow it.
     stems = [
         head
         for head, after in zip(heads, [*heads[1:], None], strict=False)

@@ -1,7 +1,7 @@
-"""Models on vLLM, which reads many prompts at once on a GPU: another backend of the scorers.
+"""The vLLM backend of the scorers, for many prompts at once on a GPU.
 
-vLLM makes its own batches, and keeps what prompts begin with to read it once (prefix caching). For
-ranking it does not do so: every continuation is read with the whole of its prompt.
+vLLM makes its own batches, and computes a common prefix of prompts once (prefix caching). In
+ranking it cannot use prefix caching: every continuation is read together with its whole prompt.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import Any
 import torch
 
 from starmerge_models.errors import StarmergeError, UsageError
-from starmerge_models.evaluation.models.asking import Advance, Backend
 from starmerge_models.evaluation.models.loading import Dtype, dtype_name
+from starmerge_models.evaluation.models.scorers import Advance, Backend
 from starmerge_models.reading import read_json
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks that vLLM can be told to make room for."""
+"""Values that vLLM accepts for ``max_lora_rank``."""
 
 
 @dataclass(frozen=True)
 class VllmModel:
-    """A model on vLLM, plain or with an adapter; :func:`load_vllm` makes it.
+    """A model in vLLM, with or without an adapter; made by :func:`load_vllm`.
 
     Args:
         engine: A ``vllm.LLM``.
-        tokenizer: The model's, of transformers.
+        tokenizer: The model's tokenizer, from transformers.
         adapter: A ``vllm.lora.request.LoRARequest``, or None.
     """
 
@@ -41,7 +41,7 @@ class VllmModel:
     def context(self) -> int:
         """Tokens that the model can attend to."""
         longest: int = self.engine.llm_engine.model_config.max_model_len
-        return longest - 1  # vLLM writes a token after all that it reads
+        return longest - 1  # vLLM always generates at least one token
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -57,17 +57,17 @@ class VllmModel:
         batch_size: int | None,
         advance: Advance,
     ) -> list[str]:
-        """Return what the model writes greedily after each prompt, special tokens left out.
+        """Return the greedy continuation of each prompt, without special tokens.
 
         Args:
             prompts: Token ids.
-            max_new_tokens: Length of a response, at most.
-            is_final: Tells of the text so far whether the rest of it may be left out.
-            batch_size: Has no say.
+            max_new_tokens: Most tokens of a response.
+            is_final: Returns whether a response may be cut off after a text.
+            batch_size: Ignored.
             advance: Called with the number of prompts when all are done.
 
         Raises:
-            StarmergeError: vLLM fails, at an adapter of a kind that it does not know for example.
+            StarmergeError: vLLM fails, for example on an unsupported kind of adapter.
         """
         outputs = self._ask(prompts, max_tokens=max_new_tokens)
         advance(len(prompts))
@@ -87,21 +87,19 @@ class VllmModel:
 
         Args:
             prompts: Token ids.
-            continuations: For each prompt, the token ids of what may follow it.
-            batch_size: Has no say.
+            continuations: For each prompt, the token ids of its continuations.
+            batch_size: Ignored.
             advance: Called with the number of prompts when all are done.
 
         Returns:
-            In nats, summed over the tokens of a continuation; 0 for one without tokens.
+            In nats, summed over the tokens of a continuation; 0 for an empty continuation.
 
         Raises:
-            StarmergeError: A prompt is empty, vLLM fails, or the model gives what is not finite.
+            StarmergeError: A prompt is empty, vLLM fails, or a log-probability is not finite.
         """
         for row, prompt in enumerate(prompts):
             if not prompt:
-                raise StarmergeError(
-                    f"Prompt {row} has no tokens. A model must be asked something."
-                )
+                raise StarmergeError(f"Prompt {row} has no tokens. A prompt needs at least one.")
         texts = [
             [*prompt, *tokens]
             for prompt, own in zip(prompts, continuations, strict=True)
@@ -143,32 +141,32 @@ def load_vllm(
 ) -> dict[str | None, Backend]:
     """Load a causal model into vLLM.
 
-    The context is as long as the model's own, or as the memory of the GPU allows. The memory is
-    free again when nothing of what is returned is left.
+    The context is the model's own, or as long as the memory of the GPU allows. The memory is freed
+    when the last reference to the returned models is gone.
 
     Args:
         path: Folder of a whole model.
-        adapters: LoRA adapters by name; they share its weights.
+        adapters: LoRA adapters by name; they share the model's weights.
         dtype: "auto" is the stored one.
 
     Returns:
-        The model with each adapter by the adapter's name, and under None without any.
+        The model with each adapter by the adapter's name, and without adapter under None.
 
     Raises:
-        UsageError: There is no GPU, vLLM is not installed, or it does not know such a model.
+        UsageError: There is no GPU, vLLM is not installed, or it does not support the model.
     """
     check_vllm()
     from transformers import AutoTokenizer  # noqa: PLC0415  (comes with vllm)
     from vllm import LLM  # noqa: PLC0415
     from vllm.lora.request import LoRARequest  # noqa: PLC0415
 
-    lora = {"enable_lora": True, "max_lora_rank": room_for(adapters)} if adapters else {}
+    lora = {"enable_lora": True, "max_lora_rank": required_lora_rank(adapters)} if adapters else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         engine = LLM(
             model=str(path),
             dtype=dtype_name(path, dtype, "cuda"),
-            max_model_len=-1,  # as much of the model's own as there is memory for
+            max_model_len=-1,  # the model's own, or as much as fits in memory
             enable_prefix_caching=True,
             seed=0,
             **lora,
@@ -184,7 +182,7 @@ def load_vllm(
 
 
 def check_vllm() -> None:
-    """Make sure that vLLM can be used.
+    """Make sure that vLLM is usable.
 
     Raises:
         UsageError: There is no GPU, or vLLM is not installed.
@@ -202,12 +200,12 @@ def check_vllm() -> None:
         ) from error
 
 
-def room_for(adapters: Mapping[str, Path]) -> int:
-    """Return the least of :data:`RANKS` that LoRA adapters fit into.
+def required_lora_rank(adapters: Mapping[str, Path]) -> int:
+    """Return the smallest of :data:`RANKS` that is at least the adapters' rank.
 
     Raises:
         StarmergeError: A folder has no readable adapter_config.json.
-        UsageError: The rank of an adapter is above all of them.
+        UsageError: The rank of an adapter is above all of :data:`RANKS`.
     """
     room = RANKS[0]
     for folder in adapters.values():
@@ -224,19 +222,19 @@ def room_for(adapters: Mapping[str, Path]) -> int:
 
 
 def text_of(tokenizer: Any, tokens: Sequence[int], is_final: Callable[[str], bool]) -> str:
-    """Return the text of tokens that a model wrote, up to where the rest of it may be left out.
+    """Return the text of a response, cut off where ``is_final`` first returns True.
 
     Args:
-        tokenizer: The model's.
-        tokens: Their ids.
-        is_final: Tells of the text so far whether the rest of it may be left out.
+        tokenizer: The model's tokenizer.
+        tokens: The token ids of the response.
+        is_final: Returns whether a response may be cut off after a text.
     """
     text = ""
     for end in range(1, len(tokens) + 1):
         text = tokenizer.decode(
             tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        # Bytes of a character that is not complete are shown as this one.
+        # The decoder returns U+FFFD for the bytes of an incomplete character.
         if not text.endswith("\ufffd") and is_final(text):
             break
     return text
@@ -248,11 +246,10 @@ def log_likelihood(
     """Return the log-probability of the last tokens of a text, in nats.
 
     Args:
-        steps: For each token of the text, log-probabilities by token id, as vLLM's
-            ``prompt_logprobs`` have them: ``Logprob`` objects, the token's own among them, and None
-            for the first token.
-        start: Where the last tokens begin.
-        tokens: Their ids.
+        steps: vLLM's ``prompt_logprobs``: for each token of the text, ``Logprob`` objects by token
+            id, including the token's own; None for the first token.
+        start: Index of the first of the last tokens.
+        tokens: The ids of the last tokens.
     """
     rest = zip(tokens, steps[start:], strict=True)
     return math.fsum(step[token].logprob for token, step in rest if step is not None)

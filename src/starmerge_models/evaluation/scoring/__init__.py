@@ -1,1 +1,1 @@
-"""What answers are worth: how they are read, scored and compared."""
+"""Scoring of answers: parsing, metrics, comparison."""

@@ -1,4 +1,4 @@
-"""Comparing models that answered the same rows: normalised averages and paired differences."""
+"""Comparison of models on the same rows: normalised averages and paired differences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starmerge_models.errors import UsageError
 from starmerge_models.evaluation.scoring.metrics import Score, percentiles, resample
 
 LEVEL = 0.05
-"""A p-value from here on is no clear difference."""
+"""Significance level: a p-value of at least this is no clear difference."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Interval:
 
     value: float
     low: float
-    """NaN, like ``high``, where no resample has a value."""
+    """NaN, like ``high``, if no resample has a value."""
     high: float
     left_out: int = 0
-    """Resamples without a value, left out of the interval."""
+    """Number of resamples without a value, which the interval ignores."""
 
 
 @dataclass(frozen=True)
@@ -34,30 +34,30 @@ class Difference:
     """First − second of two models on the same rows."""
 
     value: float
-    """NaN where one of the two scores is."""
+    """NaN if one of the two scores is."""
     low: float
     """Lower end of the 95 % interval, a paired bootstrap of the rows."""
     high: float
     p_value: float
-    """Two-sided; how likely such a difference is between models that are equally good."""
+    """Two-sided: the probability of a difference at least as large between equally good models."""
     test: str
-    """What the p-value comes from, and what it is corrected for."""
+    """The test that gave the p-value, and the correction applied to it."""
     n: int
-    """Rows that were compared, over all tasks."""
+    """Number of compared rows, over all tasks."""
     left_out: int = 0
-    """Resamples without a value, left out of the interval."""
+    """Number of resamples without a value, which the interval ignores."""
 
     @property
     def clear(self) -> bool:
-        """Whether the rows can tell the two apart: the interval is off 0 and p < 0.05."""
+        """Whether the difference is significant: the interval excludes 0 and p < 0.05."""
         return (self.low > 0 or self.high < 0) and self.p_value < LEVEL
 
 
 def normalised_average(merged: Mapping[str, Score], tuned: Mapping[str, Score]) -> Interval | None:
     """Return the mean over tasks of merged/fine-tuned score (arXiv 2502.10339).
 
-    Whatever the task's metric. A merged model without a value (NaN, the correlation of a constant
-    answer) counts as 0: it has learnt nothing of the task. A negative correlation stays negative.
+    It is defined for every metric. A merged model's NaN (the correlation of a constant answer)
+    counts as 0. A negative correlation stays negative.
 
     Args:
         merged: The merged model's (or the base's) score by task.
@@ -65,13 +65,13 @@ def normalised_average(merged: Mapping[str, Score], tuned: Mapping[str, Score]) 
 
     Returns:
         The value, with a percentile interval from resampling the rows of each task, the same rows
-        for both models. It covers the choice of rows, not that of tasks. None when a task lacks a
-        fine-tune, or a fine-tune's value is not positive (or NaN). Resamples in which a
-        fine-tune's value is not positive are left out and counted. Where all rows are alike the
-        interval has no width, which says nothing of other rows.
+        for both models. The interval covers the choice of rows, not of tasks. None if a task has no
+        fine-tune, or a fine-tune's value is not positive (or NaN). Resamples in which a fine-tune's
+        value is not positive are ignored and counted. If all rows have the same score the interval
+        has no width, which says nothing about other rows.
 
     Raises:
-        UsageError: The two answered different rows of a task; names the first.
+        UsageError: The models answered different rows of a task; the message names the first.
     """
     value = mean_ratio(merged, tuned)
     if value is None:
@@ -84,14 +84,14 @@ def difference(
 ) -> Difference | None:
     """Return first − second of two normalised averages, paired.
 
-    The rows are resampled for both models and the fine-tunes at once, which takes the rows' common
-    noise away. The p-value is the bootstrap's (see :func:`paired`).
+    Each resample draws the same rows for both models and the fine-tunes, which removes the noise
+    that the rows have in common. The p-value is the bootstrap's (see :func:`paired`).
 
     Returns:
-        None where either average is undefined, or the two have different tasks.
+        None if either average is undefined, or the models have different tasks.
 
     Raises:
-        UsageError: The models answered different rows of a task; names the first.
+        UsageError: The models answered different rows of a task; the message names the first.
     """
     value = _gain(first, second, tuned)
     if value is None:
@@ -101,29 +101,29 @@ def difference(
     return _bootstrapped(value, a - b, n, _all_differing(first, second))
 
 
-def is_behind(
+def is_clearly_worse(
     first: Mapping[str, Score],
     second: Mapping[str, Score],
     tuned: Mapping[str, Score],
     *,
     level: float,
 ) -> bool:
-    """Tell whether the first of two normalised averages is clearly below the second, paired.
+    """Return whether the first of two normalised averages is significantly lower, paired by rows.
 
-    For levels so low that a count of resamples cannot tell them, as many comparisons need. The
-    p-value, two-sided, is that of the difference over its bootstrap standard error, by the normal
-    distribution; but never below 2^(1 − d), where d rows were answered differently. Resampling n
-    rows gives a variance that is (n − 1)/n of the true one: it is corrected for the task with the
-    fewest rows.
+    For significance levels too low for the number of resamples, as many comparisons need. The
+    two-sided p-value is a z-test of the difference over its bootstrap standard error, but never
+    below 2^(1 − d), where d is the number of rows answered differently. Resampling n rows gives a
+    variance that is (n − 1)/n of the true one; the standard error is corrected for this with the n
+    of the task with the fewest rows.
 
     Args:
         first: A model's score by task.
         second: Another's.
         tuned: The score of each task's own fine-tune.
-        level: The p-value at which the difference is clear.
+        level: The significance level.
 
     Returns:
-        False, too, where either average is undefined.
+        Also False if either average is undefined.
 
     Raises:
         UsageError: As :func:`difference`.
@@ -141,37 +141,39 @@ def is_behind(
     return bool(2 * norm.cdf(value / error) <= level) if error > 0 else True
 
 
-def perfect(score: Score) -> Score:
-    """Return the score of right answers to the same rows.
+def perfect_score(score: Score) -> Score:
+    """Return the score of a model that answers all of these rows correctly.
 
-    As the fine-tune of a task that has none: the normalised average then is the mean score.
+    It replaces the fine-tune of a task that has none, so that the normalised average is the mean
+    score.
     """
     right = [replace(p, response=p.gold, value=p.gold, credit=1.0) for p in score.predictions]
     return replace(score, value=1.0, predictions=tuple(right))
 
 
 def paired(first: Score, second: Score) -> Difference:
-    """Return first − second of two models' scores on one task, row against row.
+    """Return first − second of two models' scores on one task, paired by rows.
 
-    The interval is a paired bootstrap of the rows (percentiles). Where no row tells the models
-    apart it is the point 0: it speaks of these rows and is no proof that the models are alike.
+    The interval is a paired bootstrap of the rows (percentiles). If the models agree on every row
+    it is [0, 0], which does not show that the models are equal on other rows.
 
-    The p-value of accuracies is McNemar's, exact: of the rows that one model alone has right, the
-    share that is the first's, against one half (binomial). Of other metrics it is the bootstrap's:
-    twice the share of resamples on the rarer side of 0, where 1 is added to both counts, so that it
-    is never below 0.001; nor below 2^(1 − d), where d rows were answered differently.
+    The p-value of accuracies is McNemar's exact test: of the rows that only one model has right,
+    the share that the first has right, against one half (binomial). For other metrics it is the
+    bootstrap's: twice the share of resamples on the rarer side of 0, with 1 added to both counts,
+    so that it is never below 0.001; nor below 2^(1 − d), where d is the number of rows answered
+    differently.
 
-    One p-value stands for one question asked beforehand. It is not corrected for the number of
-    tasks or merges that were looked at: of two equally good models' 13 p-values, one falls below
-    0.05 by chance up to half of the time. :func:`by_task` corrects for the tasks.
+    The p-value is valid for a single comparison planned in advance. It is not corrected for the
+    number of tasks or merges: of two equally good models' 13 p-values, one is below 0.05 by chance
+    up to half of the time. :func:`by_task` corrects for the number of tasks.
 
     Args:
         first: A model's score.
-        second: Another model's, on the same rows; in any order, they are matched by id.
+        second: Another model's score on the same rows, in any order; rows are matched by id.
 
     Raises:
-        UsageError: Scores of different metrics; rows that only one has, that one has twice or that
-            have two right answers (the first is named).
+        UsageError: The scores have different metrics, a row is in only one of them or twice in
+            one, or has two right answers; the message names the first such row.
     """
     second = _aligned(second, first)
     value = first.value - second.value
@@ -186,8 +188,9 @@ def paired(first: Score, second: Score) -> Difference:
 def by_task(first: Mapping[str, Score], second: Mapping[str, Score]) -> dict[str, Difference]:
     """Return the paired difference of each task that both models have, corrected for their number.
 
-    The p-values are Benjamini and Hochberg's: of the tasks called clearly different, at most one
-    in twenty is expected to be so by chance. The intervals stay those of one task.
+    The p-values are adjusted by Benjamini and Hochberg's procedure: of the tasks with a clear
+    difference, at most one in twenty is expected to be a false positive. The intervals are not
+    adjusted.
 
     Raises:
         UsageError: As :func:`paired`.
@@ -206,12 +209,12 @@ def by_task(first: Mapping[str, Score], second: Mapping[str, Score]) -> dict[str
 
 
 def in_words(difference: Difference, first: str, second: str) -> str:
-    """Say whether the rows can tell two models apart.
+    """Describe the difference of two models in a sentence.
 
     Args:
-        difference: Of the two.
+        difference: First − second.
         first: The first model's name.
-        second: The second's.
+        second: The second model's name.
 
     Returns:
         A sentence with the difference, its interval, the p-value and the verdict: which model is
@@ -240,7 +243,7 @@ def mean_ratio(merged: Mapping[str, Score], tuned: Mapping[str, Score]) -> float
 def _gain(
     first: Mapping[str, Score], second: Mapping[str, Score], tuned: Mapping[str, Score]
 ) -> float | None:
-    """Return first − second of two normalised averages; None where they cannot be compared."""
+    """Return first − second of two normalised averages; None if they cannot be compared."""
     a, b = mean_ratio(first, tuned), mean_ratio(second, tuned)
     return None if a is None or b is None or first.keys() != second.keys() else a - b
 
@@ -248,13 +251,13 @@ def _gain(
 def _resampled_ratios(
     models: Sequence[Mapping[str, Score]], tuned: Mapping[str, Score]
 ) -> list[NDArray[np.float64]]:
-    """Return each model's normalised average in each resample, (RESAMPLES,) a model."""
+    """Return each model's normalised average in each resample, an array (RESAMPLES,) per model."""
     generator = np.random.default_rng(0)
     by_model: list[list[NDArray[np.float64]]] = [[] for _ in models]
     for task in models[0]:
         scores = [_aligned(scores[task], tuned[task]) for scores in models]
         ceiling, *values = resample([tuned[task], *scores], generator)
-        ceiling[~(ceiling > 0)] = np.nan  # there is no ratio in such a resample: it is left out
+        ceiling[~(ceiling > 0)] = np.nan  # the ratio is undefined: the resample is ignored
         for ratios, value in zip(by_model, values, strict=True):
             ratios.append(np.nan_to_num(value, nan=0) / ceiling)
     return [np.mean(ratios, axis=0) for ratios in by_model]
@@ -265,11 +268,11 @@ def _bootstrapped(value: float, samples: NDArray[np.float64], n: int, differing:
 
     Args:
         value: The difference.
-        samples: In each resample.
-        n: Rows.
-        differing: Those that the two models answered differently. If each of them were as likely
-            to be the other way around, all would fall one way with 2^(1 − differing): the p-value
-            is never below, however few rows the resamples repeat.
+        samples: The difference in each resample.
+        n: Number of rows.
+        differing: Number of rows that the two models answered differently. If each were equally
+            likely to favour either model, all would favour the same one with probability
+            2^(1 − differing), so the p-value is never below that.
     """
     low, high, left_out = percentiles(samples)
     beyond = 1 + min((samples <= 0).sum(), (samples >= 0).sum())
@@ -283,13 +286,13 @@ def _all_differing(first: Mapping[str, Score], second: Mapping[str, Score]) -> i
 
 
 def _differing(first: Score, second: Score) -> int:
-    """Return how many rows two models answered differently; rows in one order or not."""
+    """Return how many rows two models answered differently; the rows may be in any order."""
     answers = _answers(first)
     return sum(answers.get(row) != answer for row, answer in _answers(second).items())
 
 
 def _answers(score: Score) -> dict[str, tuple[Any, ...]]:
-    """Return what was read in the response to each row, what it earned and what the metric sees."""
+    """Return the parsed answer to each row, its credit and the metric's view of the row, by id."""
     seen = score.computed_by.rows(score)
     return {p.id: (p.value, p.credit, row) for p, row in zip(score.predictions, seen, strict=True)}
 

@@ -1,4 +1,4 @@
-"""What models are asked: tasks, where their rows come from, the registry of them, suites."""
+"""Tasks: their prompts, sources of rows and registry; suites of tasks."""
 
 from starmerge_models.evaluation.tasks.bare_rows import task_of_rows as task_of_rows
 from starmerge_models.evaluation.tasks.registry import TASKS as TASKS

@@ -1,4 +1,4 @@
-"""A task of bare rows: a file with inputs and labels and nothing else, or a folder of two."""
+"""Tasks made from bare rows: a file of inputs and labels without a task file, or a folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from starmerge_models.errors import UsageError, explain, nearest
-from starmerge_models.evaluation.tasks.sources import FileSource, absence, read_named, text_of
+from starmerge_models.evaluation.tasks.sources import (
+    FileSource,
+    missing_marker,
+    read_named,
+    text_of,
+)
 from starmerge_models.evaluation.tasks.task import Task
 from starmerge_models.reading import read_text
 
@@ -21,20 +26,20 @@ COLUMNS = ("input", "label", "choices")
 
 
 def task_of_rows(path: Path, columns: Mapping[str, str] | None = None) -> Task:
-    """Make a task of a bare file of rows, or of a folder with ``train.jsonl`` and ``test.jsonl``.
+    """Make a task from a file of rows, or from a folder with ``train.jsonl`` and ``test.jsonl``.
 
     Each row has ``input`` and ``label``, and ``choices``, a list, where the answers to rank differ
-    from row to row. Without choices, the labels that occur are the closed set of answers. A folder
-    may hold the instruction in ``INSTRUCTION.txt``; it stands before each input. Of a single file
-    one row in five is held out, by a hash of the input.
+    between rows. Without choices, the labels that occur are the closed set of answers. A folder
+    may have an instruction in ``INSTRUCTION.txt``, which is prepended to each input. In a single
+    file one row in five is held out for scoring, chosen by a hash of the input.
 
     Args:
         path: The file or the folder.
-        columns: The file's names of these columns, where they are others: ``{"input": "text"}``.
+        columns: Maps these columns to the file's own names: ``{"input": "text"}``.
 
     Raises:
-        UsageError: A missing file, a broken line, a row without input or label, or with an empty
-            one; fewer than two labels.
+        UsageError: A file is missing, a line is broken, a row lacks an input or label or has an
+            empty one, or there are fewer than two labels.
     """
     names = dict(columns or {})
     for name in names:
@@ -58,9 +63,9 @@ def task_of_rows(path: Path, columns: Mapping[str, str] | None = None) -> Task:
     if len(labels) == 1 and not is_open:
         ((label, count),) = labels.items()
         raise UsageError(
-            f"{path}: all {count} rows have the label {label!r}, and nothing can be told apart by "
-            "it. Add rows of another label, or a column 'choices' with the answers to rank; or "
-            "name the labels in a task file."
+            f"{path}: all {count} rows have the label {label!r}, so there is nothing to classify. "
+            "Add rows of another label, or a column 'choices' with the answers to rank; or name "
+            "the labels in a task file."
         )
     text = read_text(instruction).strip() if instruction.is_file() else ""
     head = text.replace("{", "{{").replace("}", "}}") + "\n" if text else ""
@@ -77,7 +82,7 @@ def task_of_rows(path: Path, columns: Mapping[str, str] | None = None) -> Task:
 
 
 def _rows(files: list[Path], names: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of files, and what errors call each."""
+    """Yield the rows of files, each with its name for error messages."""
     for file in files:
         for number, row in enumerate(read_named(file, names), start=1):
             yield f"{file}, row {number}", row
@@ -98,11 +103,11 @@ def _check_row(row: Mapping[str, Any], where: str, names: Mapping[str, str]) -> 
         )
         raise UsageError(
             f"{where}: a row has 'input' and 'label', and this one has "
-            f"{', '.join(map(repr, row)) or 'no columns'}. If others of these are meant, say so: "
+            f"{', '.join(map(repr, row)) or 'no columns'}. If other columns hold them, name these: "
             f"--columns {guess}"
         )
     for name in ("input", "label"):
-        what = absence(row[name]) or ("" if text_of(row[name]).strip() else "no text")
+        what = missing_marker(row[name]) or ("" if text_of(row[name]).strip() else "no text")
         if what:
             raise UsageError(
                 f"{where}: {names.get(name, name)!r} is empty ({what}). Fill it in, or leave the "

@@ -1,4 +1,4 @@
-"""Task files: from YAML to a task, with errors that name the file and the key."""
+"""Task files: reads YAML into a task; errors name the file and the key."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from starmerge_models.evaluation.tasks.task import Gold, Task
 from starmerge_models.reading import read_yaml
 
 DataTask = Task | ImageTask
-"""What a task file may hold."""
+"""The kinds of task that a task file describes."""
 
 _KINDS: dict[str, tuple[type[Task] | type[ImageTask], Mapping[str, type[Data]]]] = {
     "text": (Task, {"hub": HubSource, "file": FileSource, "generator": GeneratorSource}),
     "image-classification": (ImageTask, IMAGE_SOURCES),
 }
-"""By a file's ``kind``: what it describes, and its sources by the key that tells them."""
+"""By a file's ``kind``: the task's class, and its source classes by their distinguishing key."""
 
 
 def load_task(file: Path) -> DataTask:
-    """Read a task from a YAML file; without a ``name`` it has the file's.
+    """Read a task from a YAML file; the file's name is the default of ``name``.
 
     Raises:
         UsageError: The file is missing or not YAML, lacks a key, has an unknown one or a value
@@ -48,14 +48,14 @@ def load_task(file: Path) -> DataTask:
 
 
 def make_task(content: Mapping[str, Any], *, where: str, folder: Path = Path()) -> DataTask:
-    """Make a task of the content of its file.
+    """Make a task from the content of its file.
 
     Args:
         content: The keys and values; ``kind`` is "text" or "image-classification", by default the
             former.
-        where: What to call it in errors.
-        folder: Where relative paths begin, also those of files with a matcher, a metric or a
-            generator, which are executed.
+        where: Name of the task in error messages.
+        folder: Folder that relative paths are resolved against, also those of Python files
+            with a matcher, a metric or a generator, which are executed.
 
     Raises:
         UsageError: A key is missing or unknown, or a value does not fit.
@@ -65,7 +65,7 @@ def make_task(content: Mapping[str, Any], *, where: str, folder: Path = Path()) 
         raise UsageError(f"{where}: the kind {kind!r} is unknown.{nearest(kind, _KINDS)}")
     model, sources = _KINDS[kind]
     named = {
-        key: plugins.beside(content[key], folder.absolute())
+        key: plugins.absolute_reference(content[key], folder.absolute())
         for key in ("match", "metric")
         if isinstance(content.get(key), str)
     }
@@ -80,7 +80,7 @@ def make_task(content: Mapping[str, Any], *, where: str, folder: Path = Path()) 
 def _with_one_source(
     content: Mapping[str, Any], sources: Mapping[str, type[Data]], where: str
 ) -> dict[str, Any]:
-    """Decide by its first key which kind of source is meant, so that errors speak of that one."""
+    """Validate the source as the kind that its keys name, so that errors concern that kind only."""
     source = content.get("source")
     if source is not None and not isinstance(source, Mapping):
         raise UsageError(f"{where}: source holds keys, such as file: rows.jsonl.")
@@ -98,6 +98,6 @@ def _with_one_source(
 
 
 def as_yaml(task: DataTask) -> str:
-    """Write a task as the file that it could be read from."""
+    """Return a task as the YAML text of a task file."""
     content = task.model_dump(mode="json", exclude_unset=True)
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)

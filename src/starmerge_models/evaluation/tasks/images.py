@@ -28,32 +28,38 @@ from starmerge_models.evaluation.tasks.sources import (
     function_of,
     is_held_out,
 )
-from starmerge_models.evaluation.tasks.task import Example, MetricName, as_words, check_words
+from starmerge_models.evaluation.tasks.task import (
+    Example,
+    Labels,
+    MetricName,
+    check_labels,
+    normalise_labels,
+)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-"""Of the files that are taken from a class folder; others are left out."""
+"""Suffixes of the image files in a class folder; other files are ignored."""
 
 Pixels = NDArray[np.uint8]
 """An image, (height, width) or (height, width, channels)."""
 
 Row = tuple[str, Path | Pixels, str]
-"""Where an image stands in its source, its file or its pixels, and the label the data gives it."""
+"""An image's id in its source, its file or its pixels, and its label in the data."""
 
 
 class FolderSource(Source):
     """Image files in one sub-folder for each class, or the same within ``train`` and ``test``.
 
-    The sub-folders' names are the labels. If there is a sub-folder ``test`` that has sub-folders,
-    its images are those to score, and those of ``train`` are to train on.
+    The sub-folders' names are the labels. If there is a sub-folder ``test`` with sub-folders, its
+    images are scored, and those of ``train`` are training images.
     """
 
     folder: Path
-    """A relative path begins at the task file."""
+    """A relative path is resolved against the task file's folder."""
     held_out: float | None = Field(default=None, gt=0, lt=1)
     """Score this share of the images, chosen by a hash of the files, and train on the rest."""
 
-    def undivided(self) -> Self:
-        """Return the source with all images to score."""
+    def with_all_rows(self) -> Self:
+        """Return the source without a held-out share."""
         return self if self.held_out is None else self.model_copy(update={"held_out": None})
 
 
@@ -65,12 +71,12 @@ class ArraySource(Source):
     """
 
     array: Path
-    """A relative path begins at the task file."""
+    """A relative path is resolved against the task file's folder."""
     images: str = "images"
     """Array of the images to score."""
     labels: str = "labels"
     train_images: str | None = None
-    """Array of the images to train on."""
+    """Array of the training images."""
     train_labels: str | None = None
     held_out: float | None = Field(default=None, gt=0, lt=1)
     """Score this share of the images, chosen by a hash of the pixels, and train on the rest."""
@@ -83,15 +89,16 @@ class ArraySource(Source):
             raise ValueError("give train_images or held_out, not both")
         return self
 
-    def undivided(self) -> Self:
-        """Return the source with all images to score."""
+    def with_all_rows(self) -> Self:
+        """Return the source without a held-out share."""
         return self if self.held_out is None else self.model_copy(update={"held_out": None})
 
 
 class ImageGeneratorSource(Source):
     """Images that a Python function makes: it gets a ``random.Random`` and yields (array, label).
 
-    Each array is one image as :class:`ArraySource` has them, each label a whole number or a text.
+    Each array is one image, with shape and dtype as in :class:`ArraySource`; each label is a whole
+    number or a text.
     """
 
     generator: str | Callable[..., Any]
@@ -105,7 +112,7 @@ IMAGE_SOURCES: dict[str, type[Data]] = {
     "array": ArraySource,
     "generator": ImageGeneratorSource,
 }
-"""The kinds of source by the key that tells them."""
+"""The source classes by their distinguishing key."""
 
 
 class ImageTask(Data):
@@ -123,54 +130,57 @@ class ImageTask(Data):
 
     kind: Literal["image-classification"] = "image-classification"
     name: str = Field(min_length=1)
-    """In tables, and by which a fine-tune is matched to it."""
+    """The task's name; a fine-tune with the same name is this task's own."""
     description: str = ""
     source: FolderSource | ArraySource | ImageGeneratorSource
     sample: Sample = Sample()
-    labels: Annotated[dict[str, tuple[str, ...]] | None, BeforeValidator(as_words)] = None
-    """The classes to choose from: what the data calls one, and its names, one of which the model's
-    ``id2label`` has. Where that says nothing (LABEL_0, LABEL_1 ...), the order is that of the
-    outputs. Without labels, all classes of the model are there to choose from, and the data has
-    their names, or all the numbers of their outputs."""
+    labels: Annotated[
+        dict[str, tuple[str, ...]] | None,
+        BeforeValidator(normalise_labels, json_schema_input_type=Labels),
+    ] = None
+    """The classes to choose from: the label in the data, and the names of the class, one of which
+    must be in the model's ``id2label``. If ``id2label`` has only placeholders (LABEL_0, LABEL_1
+    ...), the labels are in the order of the outputs. Without labels, the model chooses from all of
+    its classes, and the data's labels are their names, or the indices of the outputs."""
     metric: MetricName = DEFAULT
 
     @model_validator(mode="after")
     def _parts_fit(self) -> ImageTask:
         if self.labels is not None:
-            check_words(self.labels)
+            check_labels(self.labels)
         self.scored_by.check(None, closed=self.labels is not None)
         return self
 
     @cached_property
     def scored_by(self) -> Metric:
-        """The metric itself."""
+        """The metric that ``metric`` names."""
         return METRICS.find(self.metric)
 
     @property
     def words(self) -> tuple[tuple[str, ...], ...]:
-        """The names of each class, in their order; none for tasks without labels."""
+        """The names of each class, in order; empty for tasks without labels."""
         return tuple(self.labels.values()) if self.labels is not None else ()
 
     @property
     def answers(self) -> str:
-        """What is answered, in a word or two, for lists."""
+        """Short description of the answers, for lists."""
         return f"{len(self.words)} classes" if self.words else "classes"
 
     def beside(self, folder: Path) -> ImageTask:
-        """Return the task with the paths of its source beginning at a folder."""
+        """Return the task with the relative paths of its source resolved against a folder."""
         return self.model_copy(update={"source": self.source.beside(folder)})
 
     def examples(self, split: Split, limit: int | None = None) -> list[Example]:
         """Return the images of a split, sampled and shuffled with the sample's seed.
 
-        The field ``image`` of an example is the file, which is not opened yet, or the pixels.
+        The field ``image`` of an example is the path of the unopened file, or the pixels.
 
         Args:
-            split: "test": the images to score; "train": those to train on, of which all are taken.
-            limit: How many at most.
+            split: "test": the sample of the images to score; "train": all training images.
+            limit: Most images.
 
         Raises:
-            UsageError: There are none, or one has a label that the task does not know.
+            UsageError: There are no images, or an image has an unknown label.
             StarmergeError: The arrays are broken.
         """
         rows = _read(self.source, split, self.name)
@@ -182,7 +192,7 @@ class ImageTask(Data):
         return self.sample.take(found, lambda row: row.label, limit)
 
     def fingerprint(self, examples: Sequence[Example]) -> str:
-        """Return a hash of all that decides what a model is asked, and how it is scored."""
+        """Return a hash of everything that determines the model's input and the scoring."""
         spec = self.model_dump(mode="json", exclude={"name", "description", "source", "sample"})
         rows = [(row.id, _digest(row.fields["image"]), row.label) for row in examples]
         return blake3(json.dumps([spec, rows]).encode()).hexdigest()
@@ -192,15 +202,15 @@ class ImageTask(Data):
             return Example(place, {"image": image}, label)
         if label not in self.labels:
             raise UsageError(
-                f"Task {self.name}, image {place}: the label {label!r} is none of the task's: "
-                f"{some(self.labels)}."
+                f"Task {self.name}, image {place}: the label {label!r} is not one of the task's: "
+                f"{list_names(self.labels)}."
             )
         choices = tuple(words[0] for words in self.words)
         return Example(place, {"image": image}, self.labels[label][0], choices)
 
 
-def described(source: FolderSource | ArraySource | ImageGeneratorSource) -> str:
-    """Say where images come from."""
+def describe_images(source: FolderSource | ArraySource | ImageGeneratorSource) -> str:
+    """Return the folder, file or function of a source, for lists and errors."""
     if isinstance(source, FolderSource):
         return str(source.folder)
     if isinstance(source, ArraySource):
@@ -240,7 +250,7 @@ def _read(
 
 
 def _part(rows: list[Row], share: float, split: Split) -> list[Row]:
-    """Take one part of rows by a hash of the images; an image that is there twice is taken once."""
+    """Return one split of the rows by a hash of the images, without duplicate images."""
     unique = {_digest(image): (place, image, label) for place, image, label in rows}
     return [row for key, row in unique.items() if (split == "test") == is_held_out(key, share)]
 
@@ -316,10 +326,10 @@ def _generated(source: ImageGeneratorSource) -> Iterator[Row]:
 
 
 def _as_pixels(image: NDArray[Any], where: str) -> Pixels:
-    """Check an image, and make it uint8.
+    """Check an image and convert it to uint8.
 
     Raises:
-        StarmergeError: Its shape, dtype or range is not that of an image.
+        StarmergeError: Its shape, dtype or range is not an image's.
     """
     if (
         not image.size
@@ -341,8 +351,8 @@ def _as_pixels(image: NDArray[Any], where: str) -> Pixels:
     return np.round(image * 255).astype(np.uint8)
 
 
-def some(names: Iterable[str]) -> str:
-    """List names, the first ten if there are more."""
+def list_names(names: Iterable[str]) -> str:
+    """Return names as text; only the first ten if there are more."""
     names = list(names)
     rest = f" ... ({len(names)} in all)" if len(names) > 10 else ""
     return ", ".join(map(repr, names[:10])) + rest

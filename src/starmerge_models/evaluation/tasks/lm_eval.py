@@ -1,8 +1,8 @@
-"""Tasks of EleutherAI's lm-evaluation-harness, asked by the harness and scored row by row.
+"""Tasks of EleutherAI's lm-evaluation-harness, run by the harness and scored row by row.
 
-``lm-eval:arc_easy`` names one. The harness makes the prompts (with the few-shot examples its task
-file asks for, without a chat template), asks the model and says what each row earns; from there on
-the rows are like those of any other task.
+``lm-eval:arc_easy`` names one. The harness makes the prompts (with the few-shot examples of its
+task file, without a chat template), runs the model and gives each row a credit; the credits are
+then scored like those of any other task.
 """
 
 from __future__ import annotations
@@ -26,44 +26,44 @@ from starmerge_models.errors import StarmergeError, UsageError, near
 from starmerge_models.evaluation.scoring.metrics import Prediction, Score, score
 
 PREFIX = "lm-eval:"
-"""What the names of the harness's tasks begin with."""
+"""Prefix of the names of the harness's tasks."""
 
 SEED = 1234
-"""The harness's own seed, by which few-shot examples are drawn."""
+"""The harness's default seed, which draws few-shot examples."""
 
 BATCH_SIZE = 16
-"""Rows at once, where nothing else is asked for."""
+"""Default batch size, in rows."""
 
 _RIGHT_OR_WRONG = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")
-"""Metrics that the harness itself gives a row as 0 or 1."""
+"""Metrics whose value for a row is 0 or 1 in the harness."""
 
 _NOTHING_FOUND = "[invalid]"
-"""What the harness's filters put where a response has no answer."""
+"""Placeholder of the harness's filters for a response without an answer."""
 
 
 @dataclass(frozen=True)
 class HarnessTask:
-    """A task of the harness, with its dataset; :func:`load_tasks` makes them."""
+    """A task of the harness, with its dataset; made by :func:`load_tasks`."""
 
     name: str
-    """With :data:`PREFIX`."""
+    """The task's name, including :data:`PREFIX`."""
     measure: str
-    """The harness's name of what is scored: the first of the task's metrics whose mean over the
-    rows is its value, and of which more is better."""
+    """The harness's name of the metric: the first of the task's metrics that is a mean over the
+    rows and for which higher is better."""
     task: Any
     """An ``lm_eval.api.task.Task``."""
 
     @property
     def is_right_or_wrong(self) -> bool:
-        """Whether the harness itself gives each row 0 or 1: the score then is an accuracy."""
+        """Whether the harness gives each row 0 or 1, so that the score is an accuracy."""
         return self.task.config.process_results is None and self.measure in _RIGHT_OR_WRONG
 
     def fingerprint(self, rows: int | None, skipped: int = 0) -> str:
-        """Return a hash of all that decides what a model is asked, and what a row earns.
+        """Return a hash of everything that determines the prompts and the credits.
 
         Args:
-            rows: How many of the first rows are asked; None for all.
-            skipped: How many of those are left out at the beginning.
+            rows: Number of rows, from the first; None for all.
+            skipped: How many of these to skip at the beginning.
         """
         from lm_eval import __version__  # noqa: PLC0415
 
@@ -77,10 +77,10 @@ class HarnessTask:
         return str(blake3(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest())
 
     def size(self, rows: int | None) -> int:
-        """Return how many rows are asked, of the first ``rows``."""
+        """Return how many rows there are among the first ``rows``."""
         return sum(1 for _ in self.task.doc_iterator(limit=rows))
 
-    def ask(
+    def run(
         self,
         model: Any,
         tokenizer: Any,
@@ -89,23 +89,23 @@ class HarnessTask:
         skipped: int = 0,
         batch_size: int | None = None,
     ) -> list[Prediction]:
-        """Ask a model the task.
+        """Run a model on the task.
 
         The response of a multiple-choice row is the choice with the highest log-likelihood,
-        whatever the measure. Of a task with several filters the first one's reading counts.
+        whatever the measure. In a task with several filters, the first filter's result counts.
 
         Args:
             model: A causal or encoder-decoder model of transformers, on its device.
-            tokenizer: The model's.
-            rows: How many of the first rows to ask; None for all. They are the ones that the
-                harness takes with ``--limit``.
-            skipped: How many of those to leave out at the beginning. Few-shot examples are drawn
-                as if the rows began there.
-            batch_size: Rows at once.
+            tokenizer: The model's tokenizer.
+            rows: Number of rows, from the first; None for all. The harness takes the same rows
+                with ``--limit``.
+            skipped: How many of these to skip at the beginning. Few-shot examples are drawn as if
+                the rows began after them.
+            batch_size: Rows of a batch.
 
         Raises:
-            StarmergeError: The harness cannot run the task; the model gives NaN.
-            UsageError: What the harness gives a row is not from 0 to 1.
+            StarmergeError: The harness cannot run the task, or the model computes NaN.
+            UsageError: The harness gives a row a credit that is not from 0 to 1.
         """
         from lm_eval.evaluator import evaluate  # noqa: PLC0415
         from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
@@ -133,19 +133,19 @@ class HarnessTask:
         return [self._prediction(sample, harness) for sample in counted]
 
     def score(self, predictions: Sequence[Prediction]) -> Score:
-        """Score what a model answered: the share of right rows, or the mean of what rows earn."""
+        """Score a model's predictions: the share of right rows, or the mean credit."""
         if self.is_right_or_wrong:
             return score(predictions, "accuracy")
         return replace(score(predictions, "f1"), metric=self.measure)  # the mean of the credits
 
     def _which(self, rows: int | None, skipped: int) -> dict[str, Any]:
-        """Return the rows as the harness's functions take them."""
+        """Return the rows as arguments of the harness's functions."""
         if not skipped:
             return {"limit": rows}
         return {"samples": list(range(skipped, self.size(rows)))}
 
     def _seed(self) -> None:
-        """Set all that the harness draws from, so that each model gets the same prompts."""
+        """Seed every generator that the harness uses, so that each model gets the same prompts."""
         random.seed(SEED)
         np.random.seed(SEED)
         torch.manual_seed(SEED)
@@ -175,7 +175,7 @@ class HarnessTask:
     def _answer(
         self, sample: dict[str, Any], choices: Sequence[str] | None, place: str
     ) -> tuple[str, str | None]:
-        """Return what the model answered to a row, and what the harness read in it."""
+        """Return the model's response to a row, and the answer that the harness parsed."""
         first = sample["resps"][0][0]
         if isinstance(first, str):
             read = sample["filtered_resps"][0]
@@ -186,7 +186,7 @@ class HarnessTask:
                 f"{self.name}, row {place}: the model gives NaN. Look for NaN in its weights, or "
                 "load it in a wider dtype."
             )
-        if choices is None:  # whether the text given is what the model would have written
+        if choices is None:  # whether greedy decoding would produce the given text
             answer = sample["arguments"][0][1] if first[1] else ""
         else:
             answer = choices[int(np.argmax(likelihoods[: len(choices)]))]
@@ -207,12 +207,14 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> list[Harness
     """Load tasks of the harness and their datasets.
 
     Args:
-        names: ``lm-eval:arc_easy``. A group or a tag (``lm-eval:mmlu``) stands for its tasks.
-        folder: The user's own task files, in the harness's YAML; they win over the harness's.
+        names: Names such as ``lm-eval:arc_easy``. A group or a tag (``lm-eval:mmlu``) expands to
+            its tasks.
+        folder: Folder of the user's own task files, in the harness's YAML format; they take
+            precedence over the harness's.
 
     Raises:
-        UsageError: lm_eval is not installed; an unknown name; a dataset that cannot be had; a task
-            that has no metric of rows, or runs what the model writes.
+        UsageError: lm_eval is not installed, a name is unknown, a dataset cannot be downloaded, or
+            a task has no metric of single rows, or executes code that the model writes.
     """
     try:
         from lm_eval.tasks import TaskManager  # noqa: PLC0415
@@ -221,7 +223,7 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> list[Harness
             f"{names[0]}: tasks of lm-evaluation-harness need its package lm_eval: install "
             "starmerge with its extra 'lm-eval'."
         ) from error
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what its own files leave out
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its own task files cause warnings
     wanted = [name.removeprefix(PREFIX) for name in names]
     manager = TaskManager(include_path=folder, include_defaults=False)
     if not set(wanted) <= {*manager.all_subtasks, *manager.all_tags}:
@@ -245,9 +247,9 @@ def _load(manager: Any, name: str) -> list[HarnessTask]:
     except Exception as error:  # whatever datasets, the network and a task's own code raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(
-            f"{PREFIX}{name} cannot be loaded: {reason} If its dataset cannot be had, copy the "
-            "task's YAML file into a folder of your own and let dataset_path and dataset_kwargs "
-            "name local files."
+            f"{PREFIX}{name} cannot be loaded: {reason} If its dataset cannot be downloaded, copy "
+            "the task's YAML file into a folder of your own and let dataset_path and "
+            "dataset_kwargs name local files."
         ) from error
     return [_task(task) for task in loaded.values()]
 
@@ -267,8 +269,8 @@ def _task(task: Any) -> HarnessTask:
     }
     if not any(measures.values()):
         raise UsageError(
-            f"{name} has no metric that is a mean over the rows and better when it is more (it has "
-            f"{', '.join(map(str, measures))}), so a row earns nothing of its own. Choose another "
+            f"{name} has no metric that is a mean over the rows with higher values better (it has "
+            f"{', '.join(map(str, measures))}), so single rows have no credit. Choose another "
             "task."
         )
     if task.config.num_fewshot is None:
@@ -277,12 +279,12 @@ def _task(task: Any) -> HarnessTask:
 
 
 def _is_cut(harness: Any, prompt: str, follows: str | dict[str, Any]) -> bool:
-    """Tell whether a prompt was too long for the model; the harness then cuts off its beginning.
+    """Return whether a prompt was too long, so that the harness cut off its beginning.
 
     Args:
         harness: An HFLM.
         prompt: The prompt.
-        follows: The continuation to rate, or how to generate one.
+        follows: The continuation to score, or the arguments of the generation.
     """
     from lm_eval.models.utils import normalize_gen_kwargs  # noqa: PLC0415
 
@@ -297,6 +299,6 @@ def _is_cut(harness: Any, prompt: str, follows: str | dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
-    """Keep the harness's own progress bars off the screen; nothing else switches them off."""
+    """Hide the harness's progress bars, which no option switches off."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield

@@ -1,8 +1,8 @@
-"""Prompts that stand in an installed package, in place of a task's own wording.
+"""Prompts from an installed package, in place of a task's own wording.
 
-A fine-tune answers best to the wording it was trained on. Published fine-tunes were trained on
-prompts that are others' texts, so they are read from the package that holds them, when they are
-wanted.
+A fine-tune answers best to the wording that it was trained on. The prompts of some published
+fine-tunes are copyrighted by others, so they are read from the package that contains them, on
+request.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ AnyKind = TypeVar("AnyKind")
 
 @dataclass(frozen=True)
 class Template:
-    """How a fine-tune was asked in its training."""
+    """The prompt that a fine-tune was trained with."""
 
     prompt: str
-    """With a row's fields in braces, as in a task."""
+    """The prompt, with a row's fields in braces, as in a task."""
     answers: Mapping[str, str] | None
-    """The answer to each value of the label; None where the answers are numbers."""
+    """The answer for each value of the label; None where the answers are numbers."""
 
 
 def with_prompts_of(package: str, tasks: Sequence[AnyKind]) -> tuple[list[AnyKind], str]:
-    """Ask tasks in the words of a package, where it has some for a task of their name.
+    """Replace the prompts of tasks by those of a package, where it has one for the task's name.
 
     Args:
         package: A name of :data:`PACKAGES`.
-        tasks: The tasks. Those of images and of lm-evaluation-harness stay as they are.
+        tasks: The tasks. Tasks of images and of lm-evaluation-harness are unchanged.
 
     Returns:
-        The tasks, and a sentence that says which are asked in whose words.
+        The tasks, and a sentence that names the tasks with replaced prompts.
 
     Raises:
         UsageError: The package is unknown or not installed, has no prompt for any of the tasks, or
-            asks for other answers than a task reads.
-        StarmergeError: The package has no such prompts where they are looked for.
+            its prompt has other answers than the task.
+        StarmergeError: The package's file of prompts is missing or has another format.
     """
     if package not in PACKAGES:
         raise UsageError(
@@ -62,7 +62,7 @@ def with_prompts_of(package: str, tasks: Sequence[AnyKind]) -> tuple[list[AnyKin
     if not others:
         raise UsageError(
             f"--prompts {package}: it has prompts for {', '.join(templates)}, and none of these "
-            "is asked. Leave the option out."
+            "is selected. Leave the option out."
         )
     own = [_name(task) for task, before in zip(found, tasks, strict=True) if task is before]
     version = importlib.metadata.version(package)
@@ -103,8 +103,8 @@ def _name(task: object) -> str:
 def _fusion_bench() -> dict[str, Template]:
     """Return the prompts that the ``tanganke/flan-t5-*_glue-*`` adapters were trained on.
 
-    Source: github.com/tanganke/fusion_bench. The file that holds them is loaded alone, since the
-    package itself imports much that merging does not need.
+    Source: github.com/tanganke/fusion_bench. Only the file with the prompts is loaded, since
+    importing the package needs many dependencies.
     """
     package = find_spec("fusion_bench")  # finds the package without importing it
     if package is None or not package.submodule_search_locations:
@@ -135,4 +135,4 @@ def _fusion_bench() -> dict[str, Template]:
 
 
 PACKAGES: dict[str, Callable[[], dict[str, Template]]] = {"fusion-bench": _fusion_bench}
-"""By the name that pip knows: reads a package's prompts, by the task's name."""
+"""By distribution name: reads a package's prompts, by task name."""

@@ -1,4 +1,4 @@
-"""The registry of tasks: YAML files, in a folder for each suite; finding a task by its name."""
+"""The registry of tasks: YAML files in a folder for each suite; looks up tasks by name."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from starmerge_models.plugins import Registry, is_file_reference
 from starmerge_models.storage import exists
 
 FOLDER = Path(__file__).parent / "built_in"
-"""Where the tasks lie that come with the package: a folder for each suite."""
+"""The folder of the included tasks, with a sub-folder for each suite."""
 
 
 def _built_in() -> dict[str, Callable[[], DataTask]]:
-    """Return how to read each task that comes with the package, by suite and name: "demo/past"."""
+    """Return a loader for each included task, by suite and name: "demo/past"."""
     files = sorted(FOLDER.glob("*/*.yaml"))
     return {f"{file.parent.name}/{file.stem}": partial(load_task, file) for file in files}
 
 
 def _fault(thing: Any) -> str | None:
-    """Return why something is no task that can be used."""
+    """Return why an object is not a usable task; None if it is one."""
     if isinstance(thing, DataTask):
         return None
     return f"it is of the type {type(thing).__name__}, and a task is a Task or an ImageTask"
@@ -40,7 +40,7 @@ TASKS: Registry[DataTask] = Registry(
     unknown="No task is called {name!r}, and no such file or folder exists.",
     listing="starmerge tasks",
 )
-"""Every task by suite and name; other packages and files have more."""
+"""Every task by suite and name; other packages and files can add tasks."""
 
 
 def folder_tasks(folder: Path) -> dict[str, DataTask]:
@@ -71,12 +71,12 @@ def find_task(
             (.yaml); rows (.jsonl, .csv, .parquet) with ``input`` and ``label``; a folder with
             train.jsonl and test.jsonl; the name of a task of an installed package; or one of a
             file, ``path/to/file.py:NAME``.
-        own: Tasks of the user's, which go before those of the package.
-        columns: Of bare rows, the file's names of ``input``, ``label`` and ``choices``.
+        own: The user's tasks, which take precedence over those of the package.
+        columns: For bare rows, the file's names of ``input``, ``label`` and ``choices``.
 
     Raises:
-        UsageError: There is no such task and no such path, the name is of several, or the file is
-            broken.
+        UsageError: There is no such task and no such path, several tasks have the name, or the
+            file is broken.
         StarmergeError: The package or the Python file of the task cannot be loaded.
     """
     mine = {task.name: task for task in own}
@@ -98,21 +98,22 @@ def find_task(
 
 
 def _alike(name: str) -> list[str]:
-    """Return the full names of the tasks that have a name in their suite."""
+    """Return the full names of the tasks with this name, in any suite."""
     return [full for full in TASKS if full.partition("/")[2] == name]
 
 
 def with_rows_of(tasks: Mapping[str, DataTask], files: Mapping[str, Path]) -> list[DataTask]:
-    """Return tasks of which some have the rows of a file in place of their own, all to be scored.
+    """Replace the rows of some tasks by those of local files, all of which are scored.
 
-    For datasets that cannot be had, or are newer elsewhere. The columns must be the same.
+    For datasets that cannot be downloaded, or that have a newer version elsewhere. The columns
+    must be the same.
 
     Args:
-        tasks: By the name they were asked for.
-        files: JSONL, CSV or Parquet, by that name or by the task's own.
+        tasks: Tasks by the name that the user gave.
+        files: JSONL, CSV or Parquet files by that name or by the task's own.
 
     Raises:
-        UsageError: A file is for none of the tasks, or for one of images.
+        UsageError: A file's name matches no task, or an image task.
     """
     replaced = dict(tasks)
     for name, file in files.items():
@@ -127,13 +128,13 @@ def with_rows_of(tasks: Mapping[str, DataTask], files: Mapping[str, Path]) -> li
 
 
 def all_rows_of(tasks: Iterable[DataTask]) -> list[DataTask]:
-    """Return tasks that score all rows of their files, also those that count as training rows.
+    """Return tasks that score all rows of their files, including those that count as training rows.
 
     Raises:
-        UsageError: None of them holds rows of a file back.
+        UsageError: No task holds out a share of a file.
     """
     tasks = list(tasks)
-    whole = [task.source.undivided() for task in tasks]
+    whole = [task.source.with_all_rows() for task in tasks]
     if all(task.source is source for task, source in zip(tasks, whole, strict=True)):
         raise UsageError(
             "--all-rows: none of the tasks has a file of which some rows count as training rows. "
@@ -146,16 +147,17 @@ def all_rows_of(tasks: Iterable[DataTask]) -> list[DataTask]:
 
 
 def task_of_prompts(name: str, path: Path) -> Task:
-    """Make a task of which only the prompts are wanted, of rows that need no label.
+    """Make a task for its prompts alone, from rows that need no label.
 
     Args:
-        name: Its name. Where that is a task's, the rows are asked as that task asks, and have its
-            columns; else they have ``input``.
-        path: JSONL, CSV or Parquet. All its rows are taken; but where there are labels and the
-            name is no task's, the rows that :func:`task_of_rows` holds out for testing are not.
+        name: The task's name. If a known task has it, the rows must have that task's columns and
+            get its prompt; otherwise the prompt is their ``input``.
+        path: JSONL, CSV or Parquet. All its rows are used; but if the rows have labels and no
+            known task has the name, the rows that :func:`task_of_rows` holds out are not.
 
     Raises:
-        UsageError: A missing file, a broken line, a task of images, a name of several tasks.
+        UsageError: The file is missing or has a broken line, the task is one of images, or several
+            tasks have the name.
     """
     if name in TASKS or _alike(name) or TASKS.offers(name):
         task = find_task(name)

@@ -1,4 +1,4 @@
-"""Where rows come from: Hub datasets, local files, generators; splits and samples of them."""
+"""Sources of rows: Hub datasets, local files, generators; their splits and samples."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DATA_SEED = 42
 """Seed of generators, and of the share of a Hub split that is held out."""
 
 Row = tuple[str, dict[str, Any]]
-"""Where a row stands in its source, and what it holds."""
+"""A row's id in its source, and its fields."""
 
 _Row = TypeVar("_Row")
 
@@ -42,23 +42,23 @@ class Data(BaseModel):
 
 
 class Source(Data):
-    """Where rows come from."""
+    """A source of rows."""
 
     def beside(self, folder: Path) -> Self:
-        """Return the source with its paths beginning at a folder."""
+        """Return the source with its relative paths resolved against a folder."""
         places: dict[str, Any] = {}
         for key in type(self).model_fields:
             value = getattr(self, key)
             if isinstance(value, Path):
                 places[key] = (folder / value).absolute()
             elif key == "generator" and isinstance(value, str):
-                places[key] = plugins.beside(value, folder.absolute())
+                places[key] = plugins.absolute_reference(value, folder.absolute())
         return self.model_copy(update=places)
 
-    def undivided(self) -> Self:
-        """Return the source with all rows of its file to score, where a share is held out.
+    def with_all_rows(self) -> Self:
+        """Return the source without a held-out share, so that all rows of its file are scored.
 
-        A source without such a file is returned itself.
+        A source that holds no share of a file out is returned unchanged.
         """
         return self
 
@@ -70,32 +70,32 @@ class HubSource(Source):
     """The dataset's id."""
     config: str | None = None
     split: str = "test"
-    """Of the rows to score."""
+    """Split with the rows to score."""
     train_split: str | None = None
-    """Of the rows to train on."""
+    """Split with the training rows."""
     revision: str | None = None
     """Branch, tag or commit of the dataset."""
     data_dir: str | None = None
-    """Folder of the repository, where its parts are folders."""
+    """Sub-folder of the repository, where its parts are folders."""
     test_share: float | None = Field(default=None, gt=0, lt=1)
     """Score this share of ``split``, chosen by seed 42, and train on the rest."""
     note: str | None = None
-    """What to pass instead, for a dataset that is hard to have."""
+    """Hint for the error message of a dataset that is hard to download."""
 
 
 class FileSource(Source):
-    """Rows of local files: JSONL, CSV with a header, or Parquet, told by the suffix."""
+    """Rows of local files: JSONL, CSV with a header, or Parquet, by suffix."""
 
     file: Path
-    """With the rows to score; a relative path begins at the task file."""
+    """File with the rows to score; a relative path is resolved against the task file's folder."""
     train_file: Path | None = None
-    """With the rows to train on."""
+    """File with the training rows."""
     held_out: float | None = Field(default=None, gt=0, lt=1)
     """Score this share of ``file``, chosen by a hash of ``key``, and train on the rest."""
     key: str = "input"
-    """Field that tells rows apart where a share is held out."""
+    """Field that identifies a row where a share is held out."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Fields by the names that the task knows them by, and the file's columns that hold them."""
+    """Maps the task's field names to the file's columns."""
 
     @model_validator(mode="after")
     def _one_way_to_split(self) -> FileSource:
@@ -103,8 +103,8 @@ class FileSource(Source):
             raise ValueError("give train_file or held_out, not both")
         return self
 
-    def undivided(self) -> Self:
-        """Return the source with all rows of the file to score."""
+    def with_all_rows(self) -> Self:
+        """Return the source without a held-out share."""
         return self if self.held_out is None else self.model_copy(update={"held_out": None})
 
 
@@ -114,20 +114,20 @@ class GeneratorSource(Source):
     generator: str | Callable[..., Any]
     """``package.module:function``, ``path/to/file.py:function``, or the function itself."""
     held_out: float = Field(default=0.2, gt=0, lt=1)
-    """Share to score, chosen by a hash of ``key``; the rest is to train on."""
+    """Share to score, chosen by a hash of ``key``; the rest are training rows."""
     key: str = "input"
-    """Field that tells rows apart."""
+    """Field that identifies a row."""
 
 
 class Sample(Data):
-    """Which of a source's rows are asked."""
+    """The sample of a source's rows that is scored."""
 
     kind: Literal["all", "random", "balanced"] = "all"
     """``balanced``: as many rows of each label, capped at the rarest."""
     n: int | None = Field(default=None, ge=1)
-    """Rows, or rows of each label."""
+    """Number of rows, or of rows of each label."""
     seed: int = 42
-    """Of the order of the rows, whatever the kind."""
+    """Seed of the rows' order, for every kind."""
 
     @model_validator(mode="after")
     def _n_fits_the_kind(self) -> Sample:
@@ -147,10 +147,10 @@ class Sample(Data):
         """Return the sample of some rows, shuffled.
 
         Args:
-            rows: At least one.
-            label: Tells a row's label.
-            limit: How many at most; of a balanced sample, as many of each label as fit into it,
-                but one at least.
+            rows: At least one row.
+            label: Returns a row's label.
+            limit: Most rows; a balanced sample has the same number of each label within the
+                limit, but at least one.
         """
         mixed = self.shuffled(rows)
         if self.kind != "balanced" or self.n is None:
@@ -169,7 +169,7 @@ class Sample(Data):
 
 
 def describe(source: HubSource | FileSource | GeneratorSource) -> str:
-    """Say where rows come from, for lists and errors."""
+    """Return the dataset, file or function of a source, for lists and errors."""
     if isinstance(source, HubSource):
         parts = [source.hub, source.config, source.data_dir, source.split]
         at = f" at {source.revision}" if source.revision else ""
@@ -180,7 +180,7 @@ def describe(source: HubSource | FileSource | GeneratorSource) -> str:
 
 
 def function_name(generator: str | Callable[..., Any]) -> str:
-    """Return the name of a generator, package.module:function."""
+    """Return the name of a generator: ``package.module:function``."""
     if callable(generator):
         return f"{generator.__module__}:{generator.__qualname__}"
     return generator
@@ -188,15 +188,15 @@ def function_name(generator: str | Callable[..., Any]) -> str:
 
 @singledispatch
 def read_rows(source: Any, split: Split, task: str) -> list[Row]:
-    """Read the rows of a split from a source, in its order.
+    """Read the rows of a split from a source, in the source's order.
 
     Args:
         source: The source.
-        split: Which rows.
+        split: The split.
         task: The task's name, for errors.
 
     Raises:
-        UsageError: They cannot be had.
+        UsageError: The rows cannot be read.
     """
     raise NotImplementedError(type(source))
 
@@ -227,7 +227,7 @@ def _(source: HubSource, split: Split, task: str) -> list[Row]:
         reason = " ".join(str(error).split()) or type(error).__name__
         note = f" {source.note}" if source.note else ""
         raise UsageError(
-            f"Task {task}: the dataset {describe(source)} cannot be had: {reason.rstrip('.')}."
+            f"Task {task}: the dataset {describe(source)} cannot be loaded: {reason.rstrip('.')}."
             f"{note} Or pass rows with the same columns from a file: --data {task}=rows.jsonl "
             "(.csv, .parquet)."
         ) from error
@@ -267,7 +267,7 @@ def _(source: GeneratorSource, split: Split, task: str) -> list[Row]:
 
 
 def split_sizes(source: Any, task: str) -> tuple[int, int] | None:
-    """Return how many rows of a file are held out, and how many are left to train on.
+    """Return the number of held-out rows of a file, and of its training rows.
 
     Returns:
         None where no share of a file is held out.
@@ -303,17 +303,17 @@ def function_of(generator: str | Callable[..., Any]) -> Callable[[random.Random]
 
 
 def _split(rows: list[Row], key: str, share: float, split: Split) -> list[Row]:
-    """Take one part of rows, of which each is taken once.
+    """Return one split of the rows, without duplicates.
 
     Whether a row is held out depends on a hash of its key alone, so that neither a new release of
-    what is behind a task nor another limit can move a row between the parts.
+    the dataset or package nor another limit moves a row between the splits.
     """
     unique = {_text_at(row, key, place): (place, row) for place, row in rows}
     return [row for text, row in unique.items() if (split == "test") == is_held_out(text, share)]
 
 
 def is_held_out(text: str, share: float) -> bool:
-    """Tell by the hash of a row's key whether the row is held out."""
+    """Return whether a row is held out, from a hash of its key."""
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
@@ -322,7 +322,7 @@ def read_file(file: Path) -> Iterator[dict[str, Any]]:
     """Read the rows of a JSONL, CSV or Parquet file.
 
     Raises:
-        UsageError: It is missing, of another kind, or broken; the message names the line.
+        UsageError: The file is missing, of another kind, or broken; the message names the line.
     """
     readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
     reader = readers.get(file.suffix.lower())
@@ -346,14 +346,14 @@ def read_file(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_named(file: Path, columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """Read the rows of a file, with some of its columns under other names, too.
+    """Read the rows of a file, with some columns also under other names.
 
     Args:
         file: JSONL, CSV or Parquet.
-        columns: By the new name, the file's.
+        columns: Maps the new names to the file's columns.
 
     Raises:
-        UsageError: As :func:`read_file`; or a row lacks such a column.
+        UsageError: As :func:`read_file`; or a row lacks one of the columns.
     """
     for number, row in enumerate(read_file(file), start=1):
         for column in columns.values():
@@ -366,7 +366,7 @@ def read_named(file: Path, columns: Mapping[str, str]) -> Iterator[dict[str, Any
 
 
 def _place_of_fault(file: Path) -> str:
-    """Return which line or row of a file is not UTF-8, for errors; nothing where none is found."""
+    """Return the line or row of a file that is not UTF-8, for errors; "" if none is found."""
     if file.suffix.lower() != ".parquet":
         for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
             try:
@@ -402,7 +402,7 @@ def _read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
 
 
 _LONGEST_FIELD = 2**30
-"""Characters; the csv module's own limit is 131,072."""
+"""Longest CSV field in characters; the csv module's default limit is 131,072."""
 
 
 def _read_csv(file: Path) -> Iterator[dict[str, Any]]:
@@ -436,14 +436,14 @@ def _read_parquet(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def look_up(fields: Mapping[str, Any], path: str) -> Any:
-    """Return what stands at a path of a row, such as ``endings[0]``.
+    """Return the value at a path of a row, such as ``endings[0]``.
 
     Raises:
         LookupError: There is no such field.
     """
     value: Any = fields
     for index, name in _STEP.findall(path):
-        # A text has places too, and would give its letters.
+        # A str is a sequence too, and an index would return a character.
         if not isinstance(value, Mapping if name else Sequence) or isinstance(value, str):
             raise LookupError(path)
         try:
@@ -453,15 +453,15 @@ def look_up(fields: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def absence(value: Any) -> str | None:
-    """Return what stands in a field that holds nothing, "null" or "NaN"; None if it holds some."""
+def missing_marker(value: Any) -> str | None:
+    """Return "null" or "NaN" for a missing value; None for any other value."""
     if value is None:
         return "null"
     return "NaN" if isinstance(value, float) and math.isnan(value) else None
 
 
 def text_of(value: Any) -> str:
-    """Write a field of a row as text: 1.0 is "1", and None is empty."""
+    """Return a field of a row as text: 1.0 becomes "1", and None the empty string."""
     if value is None:
         return ""
     if isinstance(value, float) and value.is_integer():
@@ -478,5 +478,5 @@ def _text_at(row: dict[str, Any], key: str, place: str) -> str:
         raise UsageError(f"Row {place}: {key!r} holds half a character: {error}.") from error
     except LookupError as error:
         raise UsageError(
-            f"Row {place} has no field {key!r}, by which rows are told apart."
+            f"Row {place} has no field {key!r}, by which rows are identified."
         ) from error

@@ -1,7 +1,7 @@
-"""What a task is: where its rows come from, how they are asked, how answers are read and scored.
+"""Tasks of text: source of the rows, prompt, parsing and scoring of the answers.
 
-A task is data, after inspect_ai's ``Task``: a small YAML file, or the same as an object. Unknown
-keys are errors.
+A task is data, modelled on inspect_ai's ``Task``: a small YAML file, or the same as an object.
+Unknown keys are errors.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from starmerge_models.evaluation.tasks.sources import (
     Row,
     Sample,
     Split,
-    absence,
     describe,
     look_up,
+    missing_marker,
     read_rows,
     text_of,
 )
@@ -42,7 +42,7 @@ Chat = Literal["auto", "none", "template", "template-without-generation-prompt"]
 
 
 def _known_in(registry: Registry[Any]) -> AfterValidator:
-    """Return what makes sure that a registry knows a name."""
+    """Return a validator that a registry has a name."""
 
     def check(name: str) -> str:
         try:
@@ -55,11 +55,11 @@ def _known_in(registry: Registry[Any]) -> AfterValidator:
 
 
 MatcherName = Annotated[str, _known_in(MATCHERS)]
-"""How a response is read: a matcher of :mod:`starmerge_models.evaluation.scoring.matching` or of an
+"""Name of a matcher of :mod:`starmerge_models.evaluation.scoring.matching` or of an
 installed package, or one of a file, ``path/to/file.py:NAME``."""
 
 MetricName = Annotated[str, _known_in(METRICS)]
-"""What a score is: a metric of :mod:`starmerge_models.evaluation.scoring.metrics` or of an
+"""Name of a metric of :mod:`starmerge_models.evaluation.scoring.metrics` or of an
 installed package, or one of a file, ``path/to/file.py:NAME``."""
 
 _PATH = re.compile(r"\w+(\[\d+\]|\.\w+)*")
@@ -70,17 +70,17 @@ class Example:
     """One row of a task."""
 
     id: str
-    """Where the row stands in its source: "validation/17"."""
+    """The row's id in its source: "validation/17"."""
     fields: Mapping[str, Any]
-    """The row; the prompt is filled from it."""
+    """The row's fields, which fill in the prompt."""
     label: str
-    """The right answer in words: a label's first word, a text, or a number."""
+    """The right answer as text: a label's first word, a text, or a number."""
     choices: tuple[str, ...] = ()
-    """The answers to rank, the label among them; without any, the row cannot be ranked."""
+    """The answers to rank, including the label; a row without choices cannot be ranked."""
 
 
 class Gold(Data):
-    """Where a row's right answer stands, if it is but a part of a field."""
+    """The location of a row's right answer, if it is only part of a field."""
 
     field: str
     pattern: str
@@ -97,8 +97,12 @@ class Gold(Data):
         raise ValueError("needs a group, in parentheses")
 
 
-def as_words(labels: object) -> object:
-    """Bring the shorter ways to write labels into the long one: data value → its words."""
+Labels = list[str | int] | dict[str, str | tuple[str, ...]] | None
+"""The notations of labels in a file."""
+
+
+def normalise_labels(labels: object) -> object:
+    """Convert the shorter notations of labels into the full one: data value → its words."""
     if isinstance(labels, list | tuple):
         labels = {label: label for label in labels}
     if not isinstance(labels, Mapping):
@@ -132,32 +136,35 @@ class Task(Data):
 
     kind: Literal["text"] = "text"
     name: str = Field(min_length=1)
-    """In tables, and by which a fine-tune is matched to it."""
+    """The task's name; a fine-tune with the same name is this task's own."""
     description: str = ""
     source: HubSource | FileSource | GeneratorSource
     sample: Sample = Sample()
     prompt: str
-    """What is asked; ``{field}``, ``{field[0]}`` or ``{field.part}`` stand for those of a row."""
+    """The prompt; ``{field}``, ``{field[0]}`` or ``{field.part}`` are filled in from the row."""
     passage: str | None = None
-    """Field that loses its end when a prompt is too long; by default the longest of the row."""
+    """Field that is truncated when a prompt is too long; by default the longest of the row."""
     chat: Chat = "auto"
     gold: str | Gold = "label"
     """Field of the right answer, such as ``label`` or ``output[0]``."""
-    labels: Annotated[dict[str, tuple[str, ...]] | None, BeforeValidator(as_words)] = None
-    """A closed set of answers: what the rows have in ``gold``, and the words that say so, the first
-    of which is trained on and ranked. Without, any text or number may be right."""
+    labels: Annotated[
+        dict[str, tuple[str, ...]] | None,
+        BeforeValidator(normalise_labels, json_schema_input_type=Labels),
+    ] = None
+    """A closed set of answers: the values in ``gold``, and the words for each value, the first
+    of which is trained on and ranked. Without labels, any text or number may be right."""
     choices: str | None = None
     """Field with a row's own answers to rank, for tasks without labels."""
     match: MatcherName = "whole-word"
-    """How an answer is read, see :mod:`starmerge_models.evaluation.scoring.matching`; by default
+    """How answers are parsed, see :mod:`starmerge_models.evaluation.scoring.matching`; by default
     ``whole-word`` with labels and ``contains`` without."""
     answer: str = r"\w+"
-    """For ``contains``: regular expression of what counts as an answer at all."""
+    """For ``contains``: regular expression of a readable answer."""
     range: tuple[float, float] | None = None
     """Least and greatest answer, for ``number``."""
     metric: MetricName = DEFAULT
     max_new_tokens: int = Field(default=10, ge=1)
-    """Length of an answer; 10 is the rule of arXiv 2502.10339."""
+    """Most tokens of an answer; arXiv 2502.10339 uses 10."""
     case_sensitive: bool = False
 
     @model_validator(mode="before")
@@ -181,7 +188,7 @@ class Task(Data):
         if self.labels is not None:
             if self.choices is not None:
                 raise ValueError("choices are for tasks without labels: labels are ranked")
-            check_words(self.labels)
+            check_labels(self.labels)
         if self.range is not None and not self.read_by.reads_numbers:
             raise ValueError("range is for match 'number'")
         self.scored_by.check(self.read_by, closed=closed)
@@ -189,62 +196,62 @@ class Task(Data):
 
     @cached_property
     def read_by(self) -> Matcher:
-        """The matcher itself."""
+        """The matcher that ``match`` names."""
         return MATCHERS.find(self.match)
 
     @cached_property
     def scored_by(self) -> Metric:
-        """The metric itself."""
+        """The metric that ``metric`` names."""
         return METRICS.find(self.metric)
 
     @property
     def words(self) -> tuple[tuple[str, ...], ...]:
-        """The words of each label, in their order; none for tasks without labels."""
+        """The words of each label, in order; empty for tasks without labels."""
         return tuple(self.labels.values()) if self.labels is not None else ()
 
     @property
     def answers(self) -> str:
-        """What is answered, in a word or two, for lists."""
+        """Short description of the answers, for lists."""
         return f"{len(self.words)} labels" if self.words else self.read_by.name
 
     @property
     def where(self) -> str:
-        """Where the rows come from, for lists."""
+        """Short description of the source, for lists."""
         if isinstance(self.source, GeneratorSource):
             return "made at run time"
         return describe(self.source)
 
     def beside(self, folder: Path) -> Task:
-        """Return the task with the paths of its source beginning at a folder."""
+        """Return the task with the relative paths of its source resolved against a folder."""
         return self.model_copy(update={"source": self.source.beside(folder)})
 
     def examples(self, split: Split, limit: int | None = None) -> list[Example]:
         """Return the rows of a split, sampled and shuffled with the sample's seed.
 
         Args:
-            split: "test": the rows to score; "train": those to train on, of which all are taken.
-            limit: How many at most.
+            split: "test": the sample of the rows to score; "train": all training rows.
+            limit: Most rows.
 
         Raises:
-            UsageError: There are no such rows, they cannot be had, or one lacks a field or has a
-                label that the task does not know.
+            UsageError: There are no such rows, they cannot be read, or a row lacks a field or has
+                an unknown label.
         """
         found = [_example(self, place, fields) for place, fields in self._rows(split)]
         if split == "train":
             return self.sample.shuffled(found)[:limit]
         return self.sample.take(found, lambda row: row.label, limit)
 
-    def questions(self, split: Split, limit: int | None = None) -> list[Example]:
-        """Return rows to ask without looking at their answers, which they need not have.
+    def unlabelled_examples(self, split: Split, limit: int | None = None) -> list[Example]:
+        """Return rows for their prompts alone, which need no right answer.
 
-        They come shuffled with the sample's seed. Their label is the empty text.
+        The rows are shuffled with the sample's seed. Their label is the empty string.
 
         Args:
-            split: "test": the rows to score; "train": those to train on.
-            limit: How many at most.
+            split: "test": the rows to score; "train": the training rows.
+            limit: Most rows.
 
         Raises:
-            UsageError: There are no such rows, they cannot be had, or one lacks a field.
+            UsageError: There are no such rows, they cannot be read, or a row lacks a field.
         """
         rows = self.sample.shuffled(self._rows(split))[:limit]
         for place, fields in rows:
@@ -260,17 +267,17 @@ class Task(Data):
             )
         return rows
 
-    def ask(self, fields: Mapping[str, Any], passage: str | None = None) -> str:
+    def render(self, fields: Mapping[str, Any], passage: str | None = None) -> str:
         """Return the prompt of a row.
 
         Args:
             fields: The row.
-            passage: What stands in place of the passage, if it is to be shortened.
+            passage: Text that replaces the passage, to shorten the prompt.
 
         Raises:
             LookupError: The row lacks a field of the prompt.
         """
-        place = self.passage_of(fields)
+        place = self.passage_field(fields)
         parts = []
         for literal, name, _, _ in Formatter().parse(self.prompt):
             parts.append(literal)
@@ -281,19 +288,19 @@ class Task(Data):
         return "".join(parts)
 
     def passage_text(self, fields: Mapping[str, Any]) -> str:
-        """Return the passage of a row, which a too long prompt loses the end of."""
-        place = self.passage_of(fields)
+        """Return the passage of a row, which is truncated when the prompt is too long."""
+        place = self.passage_field(fields)
         return "" if place is None else text_of(look_up(fields, place))
 
-    def passage_of(self, fields: Mapping[str, Any]) -> str | None:
-        """Return which field a too long prompt is shortened by; None if it has no fields."""
+    def passage_field(self, fields: Mapping[str, Any]) -> str | None:
+        """Return the field that is truncated in a too long prompt; None if it has no fields."""
         if self.passage is not None:
             return self.passage
         places = list(_placeholders(self.prompt))
         return max(places, key=lambda place: len(text_of(look_up(fields, place))), default=None)
 
     def fingerprint(self, examples: list[Example]) -> str:
-        """Return a hash of all that decides what a model is asked, and how it is read."""
+        """Return a hash of everything that determines the prompts and their parsing."""
         spec = self.model_dump(mode="json", exclude={"name", "description", "source", "sample"})
         spec |= {
             key: [found.name, found_in.record()]
@@ -319,11 +326,11 @@ def _placeholders(prompt: str) -> Iterator[str]:
             yield name
 
 
-def check_words(labels: Mapping[str, tuple[str, ...]]) -> None:
-    """Make sure that there are two labels at least, each with words of its own.
+def check_labels(labels: Mapping[str, tuple[str, ...]]) -> None:
+    """Make sure that there are at least two labels, each with its own words.
 
     Raises:
-        ValueError: There are fewer, one has no word, or two share one.
+        ValueError: There are fewer than two labels, a label has no word, or two share one.
     """
     if len(labels) < 2:
         raise ValueError("labels: there must be two at least")
@@ -338,7 +345,7 @@ def check_words(labels: Mapping[str, tuple[str, ...]]) -> None:
 
 
 def _example(task: Task, place: str, fields: dict[str, Any]) -> Example:
-    """Find a row's right answer, and make sure that it can be asked.
+    """Make an example from a row, with its right answer and choices.
 
     Raises:
         UsageError: A field is missing, or the label is unknown.
@@ -368,16 +375,16 @@ def _example(task: Task, place: str, fields: dict[str, Any]) -> Example:
 
 
 def _check_prompt(task: Task, place: str, fields: dict[str, Any]) -> str:
-    """Make sure that a row can be asked; return what errors call it.
+    """Make sure that a row has every field of the prompt; return its name for error messages.
 
     Raises:
-        UsageError: A field of the prompt is missing or empty, or is no text.
+        UsageError: A field of the prompt is missing or empty, or is not valid text.
     """
     where = f"Task {task.name}, row {place}"
     try:
-        task.ask(fields).encode()
+        task.render(fields).encode()
         for path in _placeholders(task.prompt):
-            nothing = absence(look_up(fields, path))
+            nothing = missing_marker(look_up(fields, path))
             if nothing is not None:
                 raise UsageError(f"{where}: the field {path!r} is empty ({nothing}).")
     except UnicodeEncodeError as error:
@@ -394,7 +401,7 @@ def _no_field(where: str, fields: dict[str, Any], error: LookupError) -> UsageEr
 
 def _gold(task: Task, fields: dict[str, Any], where: str) -> str:
     field = task.gold.field if isinstance(task.gold, Gold) else task.gold
-    nothing = absence(look_up(fields, field))
+    nothing = missing_marker(look_up(fields, field))
     if nothing is not None:
         raise UsageError(
             f"{where}: the right answer {field!r} is empty ({nothing}). Fill it in, or leave the "
@@ -414,7 +421,7 @@ def _gold(task: Task, fields: dict[str, Any], where: str) -> str:
 
 
 def _words_of(task: Task, gold: str, where: str) -> tuple[str, ...]:
-    """Return the words of the label that the data has as ``gold``; it is never guessed."""
+    """Return the words of the label with the data value ``gold``."""
     assert task.labels is not None
     if gold in task.labels:
         return task.labels[gold]
@@ -422,5 +429,6 @@ def _words_of(task: Task, gold: str, where: str) -> tuple[str, ...]:
         if not task.case_sensitive and value.casefold() == gold.strip().casefold():
             return words
     raise UsageError(
-        f"{where}: the label {gold!r} is none of the task's: {', '.join(map(repr, task.labels))}."
+        f"{where}: the label {gold!r} is not one of the task's: "
+        f"{', '.join(map(repr, task.labels))}."
     )

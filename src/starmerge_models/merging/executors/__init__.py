@@ -1,1 +1,1 @@
-"""Who carries out the work of a merge: threads of this process."""
+"""Executors of the work of a merge: threads of this process, or workers of a Ray cluster."""

@@ -1,10 +1,9 @@
-"""The seam between the work of a merge and who carries it out.
+"""The interface between the work of a merge and its executors.
 
-Work is a job and numbers. What is done for a number depends on the job and the number alone,
-changes nothing but the number's own part of the output, and is told by a result that can be
-pickled, as the job can. So it may be done anywhere, in any order, and again if it was lost. Methods
-look at tensors by functions that are defined in functions: cloudpickle, which Ray uses, pickles
-them.
+Work consists of a job and item numbers. The work on an item depends only on the job and the number,
+writes only to the item's part of the output, and returns a result. Jobs and results can be pickled.
+So the items can be processed on any machine, in any order, and repeated after a loss. Surveys of
+methods are closures, which cloudpickle, the pickler of Ray, supports.
 """
 
 from __future__ import annotations
@@ -19,68 +18,68 @@ Result_co = TypeVar("Result_co", covariant=True)
 
 
 class Job(Protocol[Result_co]):
-    """Work that is done for numbers."""
+    """Work on numbered items."""
 
     def open(self) -> AbstractContextManager[Callable[[int], Result_co]]:
-        """Yield a function that does the work for a number; several threads may call it.
+        """Yield a thread-safe function that processes the item of a number.
 
-        A process opens a job once, works on any numbers, and closes what it wrote at the end.
+        A process opens a job once, processes any number of items, and closes its files at the end.
         """
 
     def memory(self, number: int) -> int:
-        """Estimate the bytes in memory while a number is worked on."""
+        """Estimate the memory that an item takes, in bytes."""
 
     def nbytes(self, number: int) -> int | None:
-        """Return how many bytes are read for a number; None if that is not known."""
+        """Return the number of bytes that are read for an item; None if not known."""
 
     def announce(self, number: int) -> None:
-        """Begin to read ahead for a number that will soon be worked on."""
+        """Start to prefetch the input of an item that will be processed soon."""
 
     def check(self) -> None:
-        """Make sure, on another machine, that what the job reads and writes is reached from there.
+        """Check, on another machine, that the job's inputs and outputs are reachable.
 
         Raises:
-            StarmergeError: Something is not.
+            StarmergeError: Some file is not reachable.
         """
 
     def label(self, number: int) -> str:
-        """Return what errors call the work for a number, such as "the tensor lm_head.weight"."""
+        """Return the name of an item for error messages, such as "the tensor lm_head.weight"."""
 
 
 class Executor(Protocol):
-    """Carries out jobs."""
+    """Runs jobs."""
 
     @property
     def threads(self) -> int | None:
-        """How many numbers are worked on at once; None: as many as a cluster has processors."""
+        """Number of items processed at the same time; None for all processors of a cluster."""
 
     @property
     def memory(self) -> int | None:
-        """Bytes that what is worked on at once on a machine may take; None: a quarter of its."""
+        """Limit in bytes for concurrent items on a machine; None for a quarter of its memory."""
 
     @property
     def spans_machines(self) -> bool:
-        """Whether several machines may fill one output; False: this one alone."""
+        """Whether several machines may write to the output."""
 
     def run(self, job: Job[Result], numbers: Iterable[int]) -> Generator[Result]:
-        """Yield the results of some numbers, in the order of the numbers.
+        """Yield the results of items, in the order of the numbers.
 
-        If the work for one raises, or the iterator is closed early, no other begins, and what has
-        begun is waited for.
+        If an item raises an error, or the iterator is closed early, no further item is started, and
+        the iterator waits for running ones.
 
         Args:
             job: The work.
-            numbers: What it is done for.
+            numbers: Numbers of the items.
         """
 
 
 @dataclass(frozen=True)
 class FunctionJob(Generic[Result]):
-    """A function as a job: for threads of this process, unless it can be pickled.
+    """A job that calls a function; executors other than threads require it to be picklable.
 
     Args:
-        function: The work.
-        cost: Estimates the bytes in memory while a number is worked on.
+        function: Function of an item's number.
+        cost: Function that estimates the memory of an item, in bytes.
     """
 
     function: Callable[[int], Result]
@@ -92,11 +91,11 @@ class FunctionJob(Generic[Result]):
         yield self.function
 
     def memory(self, number: int) -> int:
-        """Estimate the bytes in memory while a number is worked on."""
+        """Estimate the memory that an item takes, in bytes."""
         return self.cost(number)
 
     def nbytes(self, number: int) -> None:
-        """Return None: it is not known what is read."""
+        """Return None: the input of the function is not known."""
 
     def announce(self, number: int) -> None:
         """Do nothing: what is read is not known."""

@@ -1,16 +1,16 @@
-"""Workers on a Ray cluster: processes of one machine or of many, which share nothing but files.
+"""Executor on a Ray cluster: worker processes on one or many machines that only share files.
 
-The process that runs the merge, the driver, puts a job into Ray's object store once. Each worker is
-an actor that opens the job and does the groups of numbers that the driver hands it, one at a time;
-it reads its inputs and writes its part of the output itself, and only what a number's result says
-goes back. What a lost worker had in hand, another does again.
+The driver, which is the process that runs the merge, puts a job into Ray's object store once. Each
+worker is an actor that opens the job and processes one group of items at a time, as assigned by the
+driver. The worker reads its inputs and writes its part of the output itself, and sends back only
+the results. Another worker repeats the groups of a lost worker.
 
-**Bytes.** A worker computes as a thread of
-:class:`~starmerge_models.merging.executors.threads.Threads` does: with one thread of BLAS, and on a
-GPU where the driver would. So whether there is a GPU in it is decided by the driver's machine: if
-it has one, only machines with GPUs work, a worker for each GPU; if it has none, workers do not see
-theirs. Packages of other versions are refused, and machines of several kinds, whose libraries may
-round differently, get a warning.
+**Reproducible bytes.** A worker computes like a thread of
+:class:`~starmerge_models.merging.executors.threads.Threads`: with one BLAS thread, and on a GPU if
+the driver would use one. The driver's machine decides: if it has a GPU, only machines with GPUs are
+used, with one worker per GPU; if it has none, workers hide their GPUs. Machines with other versions
+of the packages are refused, and machines of different kinds, whose libraries may round differently,
+cause a warning.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from starmerge_models.device import ACCELERATOR
 from starmerge_models.errors import StarmergeError, UsageError, WorkersLostError
 from starmerge_models.events import Retry, emit
 from starmerge_models.merging.executors.executor import Job, Result
-from starmerge_models.merging.executors.ray_worker import PACKAGES, Machine, Work
+from starmerge_models.merging.executors.ray_worker import PACKAGES, Machine, WorkerActor
 from starmerge_models.merging.executors.schedule import Group, Schedule
 from starmerge_models.merging.executors.threads import (
     bytes_of,
@@ -44,46 +44,46 @@ from starmerge_models.versions import installed_versions
 LOG = logging.getLogger("starmerge_models.ray")
 
 OBJECT_STORE = 128 * 2**20
-"""Bytes of the object store of a cluster of this machine: it holds jobs, and no tensors."""
+"""Bytes of the object store of a local cluster, which holds jobs but no tensors."""
 
 PATIENCE = 60.0
-"""Seconds after which a group that takes much longer than others is begun a second time."""
+"""Seconds after which a group that takes much longer than others is started a second time."""
 
 WAIT = 600.0
 """Seconds to wait for a first worker, which an autoscaler may have to start a machine for."""
 
 _TICK = 2.0
-"""Seconds after which the driver looks for workers that hang."""
+"""Seconds between the driver's checks for hanging workers."""
 
 _END = 60.0
-"""Seconds that workers get to finish what they have begun when a merge is given up."""
+"""Seconds that workers get to finish their groups when a merge is aborted."""
 
 _HOST_AND_PORT = re.compile(r"([\w.-]+|\[[\w.:%]+\]):(\d{1,5})", re.ASCII)
 """Addresses of clusters."""
 
 _REACHED = 20.0
-"""Seconds in which the head of a cluster accepts a connection."""
+"""Timeout in seconds for a connection to the head of a cluster."""
 
 _FAILED_STARTS = 3
-"""Workers in a row that did not start, after which none is tried any more."""
+"""Number of consecutive failed starts of workers after which the merge is aborted."""
 
 
 class RayExecutor:
-    """An executor: workers on a Ray cluster. To be used as a context manager.
+    """An executor with workers on a Ray cluster, used as a context manager.
 
     Args:
-        address: The cluster: "auto" for the one that this machine belongs to, or HOST:PORT; None
-            starts one of this machine alone, and ends it afterwards. A program that has called
-            ``ray.init`` itself is left connected as it is.
-        threads: How many numbers are worked on at once in the whole cluster; None: as many as it
-            has processors, or with GPUs a share of their machines' processors for each.
-        memory: Bytes that the work on one machine may take together, or a text such as "4GB"; None
-            for a quarter of the machine's. What needs more is done alone there.
-        places: How many numbers a worker does at once, in threads; None: 1, and with a GPU as many
-            as there are processors for it.
+        address: The cluster: "auto" for the cluster of this machine, or HOST:PORT; None starts a
+            local cluster, and stops it afterwards. If the program has called ``ray.init`` itself,
+            its connection is used and kept.
+        threads: Number of items processed at the same time in the whole cluster; None for the
+            number of its processors, or with GPUs a share of their machines' processors for each.
+        memory: Limit in bytes for concurrent items on one machine, or a text such as "4GB"; None
+            for a quarter of the machine's memory. An item that needs more is processed alone.
+        places: Number of items that a worker processes at the same time, in threads; None for 1,
+            and with a GPU the number of processors for it.
 
     Raises:
-        UsageError: Ray is not installed, or one of them is wrong.
+        UsageError: Ray is not installed, or an argument is wrong.
     """
 
     def __init__(
@@ -117,13 +117,13 @@ class RayExecutor:
 
     @property
     def spans_machines(self) -> bool:
-        """Whether several machines may fill one output; False: this one alone."""
+        """Whether several machines may write to the output."""
         return not self._is_ours
 
     def __enter__(self) -> RayExecutor:
         self._connect()
         try:
-            self._hire()
+            self._start_workers()
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -144,15 +144,15 @@ class RayExecutor:
             ray.shutdown()
 
     def run(self, job: Job[Result], numbers: Iterable[int]) -> Generator[Result]:
-        """Yield the results of some numbers, in the order of the numbers.
+        """Yield the results of items, in the order of the numbers.
 
         Args:
             job: The work.
-            numbers: What it is done for.
+            numbers: Numbers of the items.
 
         Raises:
-            StarmergeError: A worker does not reach the files, or has other packages.
-            WorkersLostError: The same work cost several workers, or no worker could be had.
+            StarmergeError: A worker cannot reach the files, or has other versions of packages.
+            WorkersLostError: Several workers were lost at the same item, or no worker started.
         """
         import ray  # noqa: PLC0415  (an extra)
         from ray import cloudpickle  # noqa: PLC0415  (an extra)
@@ -172,7 +172,7 @@ class RayExecutor:
         except BaseException as error:
             run.end(flush=False)
             if isinstance(error, SystemError) and error.__cause__ is not None:
-                # What a signal's handler has raised while Ray's own code was waiting.
+                # The error was raised by a signal handler while Ray's code was waiting.
                 raise error.__cause__ from None
             raise
         run.end(flush=True)
@@ -180,9 +180,9 @@ class RayExecutor:
     # ------------------------------------------------------------------------------- The workers
 
     def _connect(self) -> None:
-        """Join the cluster, or start one of this machine."""
+        """Join the cluster, or start a local one."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Ray would otherwise warn of what it will do in future: leave CUDA_VISIBLE_DEVICES alone.
+        # Opt in to Ray's future handling of CUDA_VISIBLE_DEVICES, to avoid a warning.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray  # noqa: PLC0415  (an extra)
 
@@ -196,12 +196,12 @@ class RayExecutor:
                 "num_cpus": self.threads or default_threads(),
                 "object_store_memory": OBJECT_STORE,
                 "include_dashboard": False,
-                # Without it, Ray would join a cluster that the environment names.
+                # Otherwise Ray would join a cluster that an environment variable names.
                 "address": "local",
             }
-            # Ray would give way to all other processes, and a merge by threads does not.
+            # By default Ray lowers the priority of workers, which merges by threads do not.
             os.environ.setdefault("RAY_worker_niceness", "0")
-        # Ray takes the signal for itself, and would end the driver without its clearing up.
+        # Ray replaces the handler of SIGTERM, and would end the driver without cleaning up.
         handler = signal.getsignal(signal.SIGTERM)
         try:
             _check_answers(self.address)
@@ -214,11 +214,11 @@ class RayExecutor:
                 "Start one with `ray start --head`, or leave --address out."
             ) from error
         finally:
-            with contextlib.suppress(ValueError):  # of a thread that is not the main one
+            with contextlib.suppress(ValueError):  # not the main thread
                 signal.signal(signal.SIGTERM, handler)
 
-    def _hire(self) -> None:
-        """Ask for the workers; they start while the driver goes on."""
+    def _start_workers(self) -> None:
+        """Start the workers asynchronously."""
         import ray  # noqa: PLC0415  (an extra)
 
         self._has_gpu = ACCELERATOR.exists()
@@ -243,50 +243,50 @@ class RayExecutor:
                 gpus,
             )
         self._places = self._wanted_places or self._places
-        self._actor = ray.remote(Work).options(
+        self._actor = ray.remote(WorkerActor).options(
             num_cpus=processors,
             num_gpus=int(self._has_gpu),
             max_restarts=0,
             max_concurrency=self._places,
-            # On as many machines as there are.
+            # Spread the workers over all machines.
             scheduling_strategy="SPREAD",
         )
         for _ in range(count):
-            self.hire()
+            self.start_worker()
 
-    def hire(self) -> _Worker:
-        """Ask for one more worker."""
+    def start_worker(self) -> _Worker:
+        """Start one more worker asynchronously."""
         worker = _Worker(self._actor.remote(self._has_gpu))
         self._workers.append(worker)
         return worker
 
-    def dismiss(self, worker: _Worker) -> None:
-        """End a worker, which may be lost already."""
+    def stop_worker(self, worker: _Worker) -> None:
+        """Stop a worker, which may be lost already."""
         self._end(worker)
         self._workers.remove(worker)
 
     def _end(self, worker: _Worker) -> None:
         import ray  # noqa: PLC0415  (an extra)
 
-        with contextlib.suppress(Exception):  # it is gone, or the cluster is
+        with contextlib.suppress(Exception):  # the worker or the cluster is lost already
             ray.kill(worker.actor)
 
     @property
     def workers(self) -> Sequence[_Worker]:
-        """The workers that are there, or will be."""
+        """The running and the starting workers."""
         return self._workers
 
     @property
     def places(self) -> int:
-        """How many groups a worker has at once."""
+        """Number of groups that a worker processes at the same time."""
         return self._places
 
 
 def _check_answers(address: str | None) -> None:
-    """Make sure that something listens at HOST:PORT: Ray would try for longer than ten minutes.
+    """Check that HOST:PORT accepts connections; Ray itself would retry for over ten minutes.
 
     Raises:
-        OSError: Nothing does, or there is no such host.
+        OSError: The connection is refused, or the host does not exist.
     """
     found = _HOST_AND_PORT.fullmatch(address or "auto")
     if found is not None:
@@ -295,28 +295,28 @@ def _check_answers(address: str | None) -> None:
 
 @dataclass(eq=False)
 class _Worker:
-    """A worker, as the driver knows it."""
+    """The driver's handle of a worker."""
 
     actor: Any
     machine: Machine | None = None
-    """None until it has opened a job."""
+    """The worker's machine; None until the worker has opened a job."""
 
 
 class _RemoteError(Exception):
-    """The traceback of a worker, as the cause of the error that it raised."""
+    """The traceback in a worker, attached as the cause of the worker's error."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
 
 
 class _Run:
-    """One job being done.
+    """A running job.
 
     Args:
-        executor: Whose workers do it.
-        schedule: What is begun next.
+        executor: The executor with the workers.
+        schedule: The schedule of the job's groups.
         packed: The job in Ray's object store.
-        serial: Number of the job, higher than those of earlier ones.
+        serial: Number of the job, which increases from job to job.
     """
 
     def __init__(
@@ -330,14 +330,14 @@ class _Run:
         self._open: list[_Worker] = []
         """Workers that have opened the job."""
         self._failed = 0
-        """Workers in a row that were lost before they had opened it."""
+        """Number of consecutive workers that were lost before they opened the job."""
         self._kinds: set[str] = set()
         self._alone_since = time.monotonic()
         for worker in executor.workers:
-            self._ask_to_open(worker)
+            self._open_job(worker)
 
     def results(self) -> Generator[Any]:
-        """Yield the results in their order."""
+        """Yield the results in order."""
         import ray  # noqa: PLC0415  (an extra)
 
         while not self._schedule.is_done:
@@ -347,22 +347,22 @@ class _Run:
             if ready:  # and all others that are
                 ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
             for reference in ready:
-                self._take(reference)
-            self._check_alone()
+                self._receive(reference)
+            self._check_has_workers()
             yield from self._schedule.results()
 
     def end(self, *, flush: bool) -> None:
-        """Have every worker that has opened the job close it; those that hang are ended.
+        """Make every worker that has opened the job close it, and stop hanging workers.
 
-        A worker that is still starting closes it when it is to open the next.
+        A worker that is still starting closes the job when it opens the next one.
 
         Args:
-            flush: Whether all went well.
+            flush: Whether the job succeeded.
         """
         import ray  # noqa: PLC0415  (an extra)
 
         working = list(self._working)
-        if not flush and working:  # what has begun is waited for
+        if not flush and working:  # wait for running groups
             ray.wait(working, num_returns=len(working), timeout=_END)
         for reference, (worker, _) in self._working.items():
             ready, _ = ray.wait([reference], timeout=0)
@@ -383,14 +383,14 @@ class _Run:
                 raise said.error from _RemoteError(said.trace)
 
     def _hand_out(self) -> None:
-        """Give work to the workers that have a place free."""
+        """Assign groups to the workers with free capacity."""
         now = time.monotonic()
         busy: dict[_Worker, int] = {}
         memory: dict[str, int] = {}
         for worker, held in self._working.values():
             assert worker.machine is not None
             busy[worker] = busy.get(worker, 0) + 1
-            # A worker that hangs must not keep the others of its machine waiting for its memory.
+            # Do not count the memory of hanging workers, for which others would wait.
             if not self._schedule.is_late(held, now, PATIENCE):
                 memory[worker.machine.node] = memory.get(worker.machine.node, 0) + held.memory
         for worker in self._open:
@@ -403,7 +403,7 @@ class _Run:
 
             while busy.get(worker, 0) < self._executor.places:
                 own = [held for holder, held in self._working.values() if holder is worker]
-                group = self._schedule.begin(now, fits) or self._schedule.again(
+                group = self._schedule.begin(now, fits) or self._schedule.begin_copy(
                     now, PATIENCE, fits, own
                 )
                 if group is None:
@@ -412,8 +412,8 @@ class _Run:
                 busy[worker] = busy.get(worker, 0) + 1
                 memory[machine.node] = memory.get(machine.node, 0) + group.memory
 
-    def _take(self, reference: Any) -> None:
-        """Take what a worker answers."""
+    def _receive(self, reference: Any) -> None:
+        """Process the reply of a worker."""
         import ray  # noqa: PLC0415  (an extra)
 
         group: Group | None = None
@@ -426,7 +426,7 @@ class _Run:
         except ray.exceptions.RayTaskError:  # raised by Ray in the worker, not by the work
             raise
         except ray.exceptions.RayError as error:
-            self._lose(worker, group, error)
+            self._handle_lost_worker(worker, group, error)
             return
         for name, level, text in said.messages:
             host = worker.machine.host if worker.machine else "a worker"
@@ -434,12 +434,12 @@ class _Run:
         if said.error is not None:
             raise said.error from _RemoteError(said.trace)
         if group is None:
-            self._welcome(worker, said.results[0])
+            self._add_worker(worker, said.results[0])
         else:
             self._schedule.done(group, said.results, time.monotonic())
 
-    def _welcome(self, worker: _Worker, machine: Machine) -> None:
-        """Let a worker take part that has opened the job."""
+    def _add_worker(self, worker: _Worker, machine: Machine) -> None:
+        """Add a worker that has opened the job, after checking its machine."""
         ours = installed_versions(PACKAGES)
         others = [
             f"{name} {version} there and {ours[name]} here"
@@ -463,8 +463,8 @@ class _Run:
         self._failed = 0
         self._open.append(worker)
 
-    def _lose(self, worker: _Worker, group: Group | None, error: Exception) -> None:
-        """Do again elsewhere what a lost worker had in hand, and ask for another one."""
+    def _handle_lost_worker(self, worker: _Worker, group: Group | None, error: Exception) -> None:
+        """Reschedule the group of a lost worker, and start a replacement."""
         reason = " ".join(str(error).split())
         if group is None:
             self._failed += 1
@@ -479,21 +479,21 @@ class _Run:
             emit(Retry(what, losses, 0.0, f"a worker on {worker.machine.host} was lost"))
 
     def _replace(self, worker: _Worker) -> None:
-        """End a worker and ask for another one."""
+        """Stop a worker and start another one."""
         if worker in self._open:
             self._open.remove(worker)
-        self._executor.dismiss(worker)
-        fresh = self._executor.hire()
+        self._executor.stop_worker(worker)
+        fresh = self._executor.start_worker()
         if not self._schedule.is_done:
-            self._ask_to_open(fresh)
+            self._open_job(fresh)
 
-    def _ask_to_open(self, worker: _Worker) -> None:
+    def _open_job(self, worker: _Worker) -> None:
         elsewhere = self._executor.spans_machines
         reference = worker.actor.open.remote(self._serial, self._packed, self._files, elsewhere)
         self._opening[reference] = worker
 
-    def _check_alone(self) -> None:
-        """Give up if there has been no worker for long."""
+    def _check_has_workers(self) -> None:
+        """Abort if there has been no worker for :data:`WAIT` seconds."""
         now = time.monotonic()
         if self._open:
             self._alone_since = now

@@ -1,4 +1,4 @@
-"""What runs in the processes of a Ray cluster: an actor that opens a job and does its numbers."""
+"""The worker process of a Ray cluster: an actor that opens a job and processes its items."""
 
 from __future__ import annotations
 
@@ -26,40 +26,40 @@ from starmerge_models.merging.executors.threads import prepare_thread
 from starmerge_models.versions import installed_versions
 
 PACKAGES = ("torch", "numpy", "scipy")
-"""What computes; their versions must be the same everywhere."""
+"""Packages that compute; all machines must have the same versions."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a worker says of the machine that it runs on."""
+    """The machine of a worker."""
 
     node: str
-    """Ray's name of it."""
+    """Ray's id of the node."""
     host: str
     memory: int
-    """Bytes of memory that may be used."""
+    """Usable memory in bytes."""
     versions: dict[str, str]
-    """Of what computes."""
+    """Versions of the packages that compute."""
     kind: str
-    """Processor and GPU, as far as arithmetic differs between them."""
+    """Processor and GPU model, which determine the rounding of arithmetic."""
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a worker answers: results, or what was raised; and what it logged."""
+class Reply:
+    """A worker's reply: results or an error, and log messages."""
 
     results: list[Any] = field(default_factory=list)
     error: BaseException | None = None
     trace: str = ""
     messages: list[tuple[str, int, str]] = field(default_factory=list)
-    """Logger, level and text."""
+    """Logger, level and text of each message."""
 
 
-class Work:
-    """What runs in a worker's process.
+class WorkerActor:
+    """The actor in a worker's process.
 
     Args:
-        has_gpu: Whether it is to compute on a GPU; without, it sees none.
+        has_gpu: Whether the worker computes on a GPU; otherwise GPUs are hidden.
     """
 
     def __init__(self, has_gpu: bool) -> None:
@@ -70,17 +70,17 @@ class Work:
         self._opened = ExitStack()
         self._work: Callable[[int], Any] | None = None
         self._serial = 0
-        self._heard = _Ear()
+        self._heard = _WarningCollector()
         logging.getLogger().addHandler(self._heard)
         logging.captureWarnings(True)
 
-    def open(self, serial: int, packed: bytes, files: Sequence[Path], is_elsewhere: bool) -> Said:
-        """Open a job in place of an earlier one, and tell the machine.
+    def open(self, serial: int, packed: bytes, files: Sequence[Path], is_elsewhere: bool) -> Reply:
+        """Open a job in place of an earlier one, and return the machine.
 
         Args:
-            serial: Of the job: the driver may be done with one before it has been opened here.
-            packed: The job, pickled.
-            files: Files of plug-ins, which define what is unpickled.
+            serial: Number of the job; the driver may finish a job before this worker opens it.
+            packed: The pickled job.
+            files: Files of plug-ins whose classes the job contains.
             is_elsewhere: Whether this may be another machine than the driver's.
         """
         from ray import cloudpickle  # noqa: PLC0415  (an extra)
@@ -110,8 +110,8 @@ class Work:
         with self._lock:
             return self._answer(begin)
 
-    def work(self, numbers: Sequence[int]) -> Said:
-        """Do the work for some numbers."""
+    def work(self, numbers: Sequence[int]) -> Reply:
+        """Process the items of some numbers."""
 
         def do() -> list[Any]:
             assert self._work is not None, "the driver opens a job first"
@@ -121,8 +121,8 @@ class Work:
 
         return self._answer(do)
 
-    def close(self, flush: bool) -> Said:
-        """Close the job; without ``flush`` as if the work had failed."""
+    def close(self, flush: bool) -> Reply:
+        """Close the job; without ``flush`` as after a failure."""
 
         def end() -> list[Any]:
             self._close(flush=flush)
@@ -136,42 +136,42 @@ class Work:
         if flush:
             opened.close()
         else:
-            error = _GivenUpError()
-            with contextlib.suppress(_GivenUpError):
+            error = _AbandonedError()
+            with contextlib.suppress(_AbandonedError):
                 opened.__exit__(type(error), error, None)
 
-    def _answer(self, work: Callable[[], list[Any]]) -> Said:
+    def _answer(self, work: Callable[[], list[Any]]) -> Reply:
         prepare_thread()
         try:
-            return Said(work(), messages=self._heard.take())
+            return Reply(work(), messages=self._heard.take())
         except Exception as error:
             text = "".join(traceback.format_exception(error))
-            return Said(error=_sendable(error), trace=text, messages=self._heard.take())
+            return Reply(error=_picklable(error), trace=text, messages=self._heard.take())
 
 
-class _GivenUpError(Exception):
-    """Closes a job whose merge is given up."""
+class _AbandonedError(Exception):
+    """Raised inside a job to close it when its merge is aborted."""
 
 
-class _Ear(logging.Handler):
-    """Keeps warnings, which the driver logs in its own process."""
+class _WarningCollector(logging.Handler):
+    """Collects warnings, which the driver logs in its own process."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self._kept: list[tuple[str, int, str]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep a message."""
+        """Collect a message."""
         self._kept.append((record.name, record.levelno, record.getMessage()))
 
     def take(self) -> list[tuple[str, int, str]]:
-        """Return what was kept since the last time."""
+        """Return the messages since the last call."""
         kept, self._kept = self._kept, []
         return kept
 
 
-def _sendable(error: Exception) -> Exception:
-    """Return an error that arrives as itself at the driver, or says the same."""
+def _picklable(error: Exception) -> Exception:
+    """Return the error if it can be pickled, otherwise a picklable error with the same message."""
     from ray import cloudpickle  # noqa: PLC0415  (an extra)
 
     try:

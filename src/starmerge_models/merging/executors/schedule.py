@@ -1,8 +1,8 @@
-"""Which work is begun next, where, and again: the plan of an executor with many workers.
+"""Scheduling of work on many workers: the order of groups, and repetitions after losses.
 
-A schedule knows no clock and no machine: its caller tells what was begun, done or lost. So the same
-schedule runs on a cluster (:mod:`starmerge_models.merging.executors.ray`) and in a simulation of
-one.
+A schedule has no clock and no knowledge of machines: the caller reports which groups were started,
+finished or lost. So the same code runs on a cluster
+(:mod:`starmerge_models.merging.executors.ray`) and in a simulation of a cluster.
 """
 
 from __future__ import annotations
@@ -16,57 +16,57 @@ from starmerge_models.errors import WorkersLostError
 from starmerge_models.merging.executors.executor import Job, Result
 
 GROUPS = 16
-"""Groups of numbers for each place where one is worked on: many, so that a slow worker gets fewer
-of them, and that little is lost with one."""
+"""Number of groups per slot: many, so that a slow worker gets fewer groups, and a lost worker loses
+little work."""
 
 WINDOW = 4
-"""Groups for each place that are in work, wait, or are done and wait for their turn."""
+"""Number of groups per slot in the window: running, waiting, or finished before earlier groups."""
 
 MOST = 64
-"""Most numbers in a group: few enough that the progress shows."""
+"""Most items in a group, few enough for a smooth progress."""
 
 LEAST = 2**22
-"""Bytes of a group below which handing it out costs more than working on it."""
+"""Bytes of a group below which assigning it costs more than processing it."""
 
 DEATHS = 3
-"""Workers that a number may cost before it is given up."""
+"""Number of workers lost at the same item after which the job is aborted."""
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Neighbouring numbers that one worker does one after the other."""
+    """Consecutive items that one worker processes one after the other."""
 
     position: int
-    """Of the first number among all."""
+    """Index of the first item among all items."""
     numbers: tuple[int, ...]
     cost: float
-    """Grows with the time that it takes."""
+    """Estimated cost, which grows with the run time."""
     memory: int
-    """Bytes that the work takes at most."""
+    """Upper bound of the memory in bytes."""
 
 
 @dataclass
-class _Begun:
-    """A group in work."""
+class _Running:
+    """A running group."""
 
     since: float
     copies: int = 1
-    """Workers that have it."""
+    """Number of workers that process it."""
 
 
 @dataclass
 class Schedule(Generic[Result]):
-    """The numbers of a job, put into groups, and the state of each.
+    """The items of a job in groups, with the state of each group.
 
-    Groups have about the same cost, which is the bytes that are read and the memory that the work
-    takes: methods that compute much also hold much. Of the next groups the most expensive is begun
-    first, so that no large tensor is left for the end, when the other workers have nothing to do.
-    Results come in the order of the numbers, and a bounded number of them waits for its turn.
+    Groups have about the same cost, which is the bytes that are read plus the memory of the work:
+    methods that compute more also hold more. Of the groups in the window the most expensive is
+    started first, so that no large tensor remains at the end, when the other workers are idle.
+    Results are returned in order, and a bounded number of them is buffered.
 
     Args:
         job: The work.
-        numbers: What it is done for; no number stands there twice.
-        places: How many groups can be worked on at once.
+        numbers: Numbers of the items, without duplicates.
+        places: Number of groups that can be processed at the same time.
     """
 
     job: Job[Result]
@@ -75,24 +75,24 @@ class Schedule(Generic[Result]):
     _found: dict[int, Result] = field(default_factory=dict, init=False)
     _deaths: Counter[int] = field(default_factory=Counter, init=False)
     _open: list[Group] = field(default_factory=list, init=False)
-    """Those of the window that nobody works on, by position."""
-    _begun: dict[Group, _Begun] = field(default_factory=dict, init=False)
+    """Groups of the window that no worker processes, by position."""
+    _running: dict[Group, _Running] = field(default_factory=dict, init=False)
     _spent: float = field(default=0.0, init=False)
     _cost: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         self._waiting = deque(_groups(self.job, self.numbers, self.places))
         self._window: deque[Group] = deque()
-        """Groups whose results have not all been handed on, by position."""
+        """Groups whose results have not all been returned, by position."""
         self._left = deque(self.numbers)
 
     @property
     def is_done(self) -> bool:
-        """Whether all results have been handed on."""
+        """Whether all results have been returned."""
         return not self._left
 
     def results(self) -> Iterator[Result]:
-        """Hand on the results whose turn it is."""
+        """Yield the results that are next in order."""
         while self._left and self._left[0] in self._found:
             number = self._left.popleft()
             yield self._found.pop(number)
@@ -100,11 +100,11 @@ class Schedule(Generic[Result]):
                 self._window.popleft()
 
     def begin(self, now: float, fits: Callable[[int], bool]) -> Group | None:
-        """Choose what a worker begins; None if there is nothing for it now.
+        """Choose a group for a worker to start; None if there is none now.
 
         Args:
-            now: Seconds, of any clock.
-            fits: Tells whether the worker's machine has room for the bytes of some work.
+            now: Time in seconds, of any clock.
+            fits: Returns whether the worker's machine has a number of bytes free.
         """
         while self._waiting and len(self._window) < WINDOW * self.places:
             group = self._waiting.popleft()
@@ -113,36 +113,36 @@ class Schedule(Generic[Result]):
         fitting = [group for group in self._open if fits(group.memory)]
         if not fitting:
             return None
-        # The first group holds up the window, so while more groups wait for it to move on, the
-        # first is begun before half of the window is.
+        # The window only moves on after its first group, so while more groups wait behind the
+        # window, the first group is started before half of the window is.
         is_late = self._waiting and len(self._open) <= WINDOW * self.places // 2
         first = fitting[0]
         chosen = first if is_late else max(fitting, key=lambda group: group.cost)
         self._open.remove(chosen)
-        self._begun[chosen] = _Begun(now)
+        self._running[chosen] = _Running(now)
         return chosen
 
-    def again(
+    def begin_copy(
         self,
         now: float,
         patience: float,
         fits: Callable[[int], bool],
         own: Sequence[Group] = (),
     ) -> Group | None:
-        """Choose what a worker with nothing else to do begins a second time.
+        """Choose a running group for an idle worker to process a second time.
 
-        That is the first group whose worker has needed much longer than others need for their
-        groups: it may hang, and the results of all later groups wait for it.
+        It is the first group that has taken much longer than others: its worker may hang, and the
+        results of all later groups wait for it.
 
         Args:
             now: As for :meth:`begin`.
-            patience: Seconds that no group is too long.
+            patience: Seconds during which no group counts as late.
             fits: As for :meth:`begin`.
-            own: What the worker has in work itself.
+            own: The groups that this worker is processing itself.
         """
         if self._open:
             return None
-        for group, begun in self._begun.items():
+        for group, begun in self._running.items():
             is_late = self.is_late(group, now, patience)
             if is_late and begun.copies == 1 and group not in own and fits(group.memory):
                 begun.copies += 1
@@ -150,44 +150,44 @@ class Schedule(Generic[Result]):
         return None
 
     def is_late(self, group: Group, now: float, patience: float) -> bool:
-        """Tell whether a group takes so long that its worker may hang.
+        """Return whether a group has taken so long that its worker may hang.
 
         Args:
-            group: What is in work.
+            group: A running group.
             now: As for :meth:`begin`.
-            patience: Seconds that no group is too long.
+            patience: Seconds during which no group counts as late.
         """
-        begun = self._begun.get(group)
+        begun = self._running.get(group)
         if begun is None:  # another worker has done it
             return True
         pace = 3 * self._spent / self._cost if self._cost else 0.0
         return now - begun.since > max(patience, pace * group.cost)
 
     def done(self, group: Group, results: Sequence[Result], now: float) -> None:
-        """Note the results of a group; those of a second worker are the same."""
-        begun = self._begun.pop(group, None)
+        """Record the results of a group; those of a second worker are identical."""
+        begun = self._running.pop(group, None)
         if begun is None:
             return
         self._spent, self._cost = self._spent + now - begun.since, self._cost + group.cost
         self._found.update(zip(group.numbers, results, strict=True))
 
     def lost(self, group: Group, reason: str) -> int:
-        """Note that a worker was lost while it worked on a group, which is then done again.
+        """Record that a worker was lost while it processed a group, and reschedule the group.
 
-        Its numbers are begun one by one, so that one which kills workers is found.
+        The items of the group are then started one by one, to find an item that kills workers.
 
         Args:
-            group: What it worked on.
-            reason: What is known of the loss, a sentence.
+            group: The group of the lost worker.
+            reason: The reason of the loss, a sentence.
 
         Returns:
-            How many workers a number of the group has cost so far, at most; 0 if another worker
-            has done the group or is at it, so that nothing is begun again.
+            The largest number of workers that were lost at an item of the group; 0 if another
+            worker has processed or is processing the group, so that nothing is repeated.
 
         Raises:
-            WorkersLostError: A number of the group has cost too many workers.
+            WorkersLostError: Too many workers were lost at an item of the group.
         """
-        begun = self._begun.get(group)
+        begun = self._running.get(group)
         if begun is None:  # done by another
             return 0
         self._deaths.update(group.numbers)
@@ -199,9 +199,9 @@ class Schedule(Generic[Result]):
                 f"{reason} If memory was short, give machines with more, or fewer --threads."
             )
         begun.copies -= 1
-        if begun.copies:  # another worker has it, too
+        if begun.copies:  # another worker processes it too
             return 0
-        del self._begun[group]
+        del self._running[group]
         job = self.job
         self._open += [
             Group(group.position + i, (number,), _cost(job, number), job.memory(number))
@@ -211,21 +211,21 @@ class Schedule(Generic[Result]):
         return max(self._deaths[number] for number in group.numbers)
 
     def _is_left(self, group: Group) -> bool:
-        """Tell whether some result of a group in the window has not been handed on."""
+        """Return whether a result of a group in the window has not been returned yet."""
         done = len(self.numbers) - len(self._left)
         return group.position + len(group.numbers) > done
 
 
 def _cost(job: Job[Result], number: int) -> float:
-    """Return the bytes that are read and held, which the time of the work grows with."""
+    """Return the cost of an item: the bytes that are read and held."""
     return job.memory(number) + (job.nbytes(number) or 0)
 
 
 def _groups(job: Job[Result], numbers: Sequence[int], places: int) -> Iterator[Group]:
-    """Put neighbours together until they cost what a group should."""
+    """Combine consecutive items until they reach the cost of a group."""
     costs: Mapping[int, float] = {number: _cost(job, number) for number in numbers}
     share = max(LEAST, sum(costs.values()) / (GROUPS * places))
-    # Work of which nothing is known may take long.
+    # Items of unknown cost may take long, so each gets its own group.
     most = MOST if any(costs.values()) else 1
     group: list[int] = []
     for position, number in enumerate(numbers):

@@ -1,10 +1,10 @@
-"""Several tensors at once: worker threads with one BLAS thread each, within a bound of memory.
+"""Executor with worker threads, each with one BLAS thread, within a limit of memory.
 
-BLAS libraries share one product among all cores, and their threads wait for each other in loops: on
-a machine with other work a matrix then takes a multiple of its time. Whole tensors need not wait
-for each other. So each is worked on by a single thread, and as many tensors as there are threads
-are worked on at once. As the arithmetic of a tensor is never shared, the results are the same
-bytes whatever the number of threads.
+BLAS libraries split one product among all cores, and their threads wait for each other in spin
+loops: on a machine with other load, a matrix then takes several times as long. Whole tensors are
+independent of each other. So each tensor is processed by a single thread, and several tensors are
+processed at the same time. Because the arithmetic of a tensor is never split, the results are the
+same bytes for any number of threads.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from starmerge_models.machine import usable_memory, usable_processors
 from starmerge_models.merging.executors.executor import Job, Result
 
 _WINDOW = 4
-"""Groups of items per thread that are in work, wait, or are done and wait for their turn."""
+"""Number of groups per thread in the window: running, waiting, or finished before earlier ones."""
 
 _SMALL = 2**22
-"""Bytes of a small item, to read and to work with: it costs more Python than arithmetic."""
+"""Bytes, read and held, up to which an item is small, so that Python costs more than arithmetic."""
 
 _GROUP = 64
-"""Most small items in a group: few enough that the progress shows."""
+"""Most small items in a group, few enough for a smooth progress."""
 
 
 class Threads:
-    """An executor: threads of this process. To be used as a context manager.
+    """An executor with threads of this process, used as a context manager.
 
     Args:
-        threads: How many tensors are worked on at once; None for :func:`default_threads`.
-        memory: Bytes that the tensors in work may take together, or a text such as "4GB"; None for
-            a quarter of :func:`usable_memory`. A tensor that needs more is worked on alone.
+        threads: Number of tensors processed at the same time; None for :func:`default_threads`.
+        memory: Limit in bytes for concurrent tensors, or a text such as "4GB"; None for a quarter
+            of :func:`usable_memory`. A tensor that needs more is processed alone.
 
     Raises:
-        UsageError: One of them is not a positive number.
+        UsageError: An argument is not a positive number.
     """
 
     def __init__(self, threads: int | None = None, memory: int | str | None = None) -> None:
@@ -72,14 +72,14 @@ class Threads:
             _outside.leave()
 
     def run(self, job: Job[Result], numbers: Iterable[int]) -> Generator[Result]:
-        """Yield the results of some numbers, in the order of the numbers.
+        """Yield the results of items, in the order of the numbers.
 
-        Small neighbours are worked on in groups, one group at a time: several threads would wait
-        for Python's lock, and lose more by handing it around than one of them needs for all.
+        Consecutive small items are processed in groups, one group at a time: several threads would
+        contend for Python's global lock and take longer than a single thread.
 
         Args:
             job: The work.
-            numbers: What it is done for.
+            numbers: Numbers of the items.
         """
         waiting: deque[Future[list[Result]]] = deque()
         costs: dict[Future[list[Result]], int] = {}
@@ -108,10 +108,10 @@ class Threads:
                     waiting.append(future)
                     costs[future] = cost
                     while waiting and (waiting[0].done() or len(waiting) >= self.threads * _WINDOW):
-                        yield from _head(waiting)
+                        yield from _next_result(waiting)
                         costs.pop(waiting.popleft(), None)
                 while waiting:
-                    yield from _head(waiting)
+                    yield from _next_result(waiting)
                     waiting.popleft()
             finally:
                 for future in waiting:
@@ -120,7 +120,7 @@ class Threads:
 
 
 def _groups(numbers: Iterable[int], is_small: Callable[[int], bool]) -> Iterator[tuple[int, ...]]:
-    """Put small neighbours together; others stay alone."""
+    """Yield groups of consecutive small items; each large item is its own group."""
     for small, run in groupby(numbers, is_small):
         while group := tuple(islice(run, _GROUP if small else 1)):
             yield group
@@ -130,8 +130,8 @@ def _work_on(work: Callable[[int], Result], group: Sequence[int]) -> list[Result
     return [work(number) for number in group]
 
 
-def _head(waiting: Sequence[Future[Result]]) -> Result:
-    """Wait for the first, or for a failure of another, and return its result."""
+def _next_result(waiting: Sequence[Future[Result]]) -> Result:
+    """Wait for the first future and return its result; raise earlier if another future fails."""
     while not waiting[0].done():
         for future in waiting:
             if future.done():
@@ -141,16 +141,16 @@ def _head(waiting: Sequence[Future[Result]]) -> Result:
 
 
 def prepare_thread() -> None:
-    """Prepare a thread that works: no threads of its own below it, and no graphs for gradients."""
+    """Limit torch to one thread in the current thread, and disable gradients."""
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
 
 
-class _Outside:
-    """How many threads torch uses outside of workers.
+class _TorchThreads:
+    """Torch's number of threads outside of workers.
 
-    Each thread has a number of its own, but those to come have the last that was set, so the
-    workers' must be taken back: when the last pool is left, of several at the same time.
+    The setting is per thread, but new threads inherit the value that was set last. So the value of
+    the workers must be reset when the last of several concurrent pools is closed.
     """
 
     def __init__(self) -> None:
@@ -176,14 +176,14 @@ class _Outside:
             return self._threads if self._pools else torch.get_num_threads()
 
 
-_outside = _Outside()
+_outside = _TorchThreads()
 
 
 def bytes_of(memory: int | str) -> int:
-    """Return the bytes that a number, or a text such as "4GB", stands for.
+    """Parse a number of bytes, or a text such as "4GB".
 
     Raises:
-        UsageError: It is no positive number.
+        UsageError: It is not a positive number.
     """
     count = 0
     if isinstance(memory, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*[kmgtp]?i?b?\s*", memory, re.I):
@@ -196,9 +196,9 @@ def bytes_of(memory: int | str) -> int:
 
 
 def default_threads() -> int:
-    """Return how many threads torch would use, but not more than the process may have processors.
+    """Return torch's default number of threads, limited to the processors that the process may use.
 
-    That is what OMP_NUM_THREADS says, or the number of processors; in a container with a quota, as
-    many as the quota pays for.
+    It is OMP_NUM_THREADS, or the number of processors; in a container with a quota, the number that
+    the quota allows.
     """
     return min(_outside.threads, max(1, int(usable_processors())))

@@ -1,4 +1,4 @@
-"""What a merge is written as: a model, an adapter, or EMR's vector with a mask for each task."""
+"""The kinds of output of a merge: a model, an adapter, or EMR's vector with masks of the tasks."""
 
 from starmerge_models.errors import UsageError
 from starmerge_models.merging.outputs.adapter import AdapterOutput
@@ -14,10 +14,10 @@ __all__ = ["Finished", "Output", "Slot", "Writing", "is_output_file", "make_outp
 
 
 def is_output_file(recipe: Recipe, path: Place) -> bool:
-    """Tell whether the output is meant as one file, by its name.
+    """Return whether the output's name is that of a single file.
 
     Raises:
-        UsageError: It is a model, which is a folder.
+        UsageError: The output is a model, which is a folder.
     """
     wanted = {".safetensors": AdapterOutput.kind, ".gguf": GgufOutput.kind}
     kind = wanted.get(path.suffix.lower())
@@ -31,16 +31,16 @@ def is_output_file(recipe: Recipe, path: Place) -> bool:
 
 
 def make_output(recipe: Recipe, pipeline: Pipeline, *, is_file: bool = False) -> Output:
-    """Return what a recipe's merge is written as.
+    """Return the output of a recipe's merge.
 
     Args:
         recipe: The recipe.
         pipeline: The chain that merges.
-        is_file: Whether it is one file, and not a folder.
+        is_file: Whether the output is a single file instead of a folder.
 
     Raises:
-        UsageError: What the chain makes cannot be written so, or something is set that this kind
-            of output does not have.
+        UsageError: The chain's result cannot be written as this kind of output, or an option is set
+            that this kind does not have.
     """
     possible, wanted = pipeline.merge.outputs, recipe.output
     kind = wanted.kind or possible[0]

@@ -1,4 +1,4 @@
-"""A merged adapter: the update itself, as a LoRA that the tool loads which made the merged ones."""
+"""Output as an adapter: the merged update as a LoRA in the format of the merged adapters."""
 
 from __future__ import annotations
 
@@ -23,26 +23,33 @@ from starmerge_models.checkpoints.lora.file import (
 from starmerge_models.checkpoints.opening import open_checkpoint
 from starmerge_models.checkpoints.tensors import Checkpoint, TensorInfo
 from starmerge_models.checkpoints.writer import OutputTensor, ShardWriter, json_bytes
-from starmerge_models.deltas import LowRank, is_finite, matrix_shape
+from starmerge_models.deltas import matrix_shape
 from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.merging.fold import fold
 from starmerge_models.merging.layout import Contents, PlannedTensor
 from starmerge_models.merging.outputs.approximation import (
-    approximated,
+    approximate,
     approximation_bytes,
-    distance,
     distance_bytes,
+    rounded,
 )
 from starmerge_models.merging.outputs.model import finite
 from starmerge_models.merging.outputs.output import Finished, Slot
-from starmerge_models.merging.outputs.places import Where, carried, others, places_of, style_of
-from starmerge_models.methods.pipeline import Merged
+from starmerge_models.merging.outputs.places import (
+    AdapterPlace,
+    carried_over,
+    places_of,
+    style_of,
+    unadapted_modules,
+)
+from starmerge_models.methods.memory import TensorShape
+from starmerge_models.methods.pipeline import Merged, Pipeline
 from starmerge_models.recipe import Dtype
 from starmerge_models.storage import OutputFolder
-from starmerge_models.versions import own_version
+from starmerge_models.versions import __version__
 
 FACTORS = "factors"
-"""Folder of the factors before all ranks are known."""
+"""Temporary folder of the factors until all ranks are known."""
 
 _COMMON_METADATA = (
     "modelspec.architecture",
@@ -53,7 +60,7 @@ _COMMON_METADATA = (
     "ss_base_model_version",
     "ss_v2",
 )
-"""Keys of headers that say which model an adapter is of; kept where all adapters agree."""
+"""Header keys that identify the base model of an adapter; copied if all adapters agree."""
 
 _TASK_TYPES = {
     "ForCausalLM": "CAUSAL_LM",
@@ -63,34 +70,34 @@ _TASK_TYPES = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
-"""PEFT's types of tasks, by how the names of transformers' classes end."""
+"""PEFT's task types, by the suffix of transformers' class names."""
 
 
 @dataclass(frozen=True)
 class AdapterOutput:
-    """An adapter whose B·A is the merged update: a folder, or one file.
+    """An adapter whose B·A is the merged update: a folder, or a single file.
 
-    It has the layout of the merged adapters: PEFT's, or for diffusion models kohya's or that of
-    diffusers. PEFT's needs a config beside it, and is a folder.
+    It has the format of the merged adapters: PEFT's, or for diffusion models that of kohya or
+    diffusers. PEFT's format needs a config file, so it is always a folder.
 
-    Where the update has no more factors than the rank allows, they are written as they are, in
-    float32, and the adapter is exact: merged alone into the base, it gives the bytes of the merged
-    model. Else it has the leading singular triplets of the update, the best approximation of that
-    rank (Eckart and Young), as U√σ and √σVᵀ.
+    If the update has no more factors than the rank allows, they are written unchanged, in float32,
+    and the adapter is exact: merged alone into the base, it gives the bytes of the merged model.
+    Otherwise the adapter contains the leading singular triplets of the update, the best
+    approximation of that rank (Eckart and Young), as U√σ and √σVᵀ.
 
-    Vectors have no factors, and tied embeddings no module of their own: what full fine-tunes change
-    of them is left out, and counts in the error.
+    Vectors have no factors, and tied embeddings have no separate module: changes of these by full
+    fine-tunes are left out, and count in the error.
 
     Args:
-        wanted: Dtype of the factors; "keep" is float32, in which they are made.
-        rank: The highest rank; None: as high as the updates need.
-        max_error: Refuse an adapter whose update is farther from the merge's, in the Frobenius norm
-            relative to it.
-        is_file: Write one file alone, instead of a folder.
-        recipe: The recipe in YAML, for the header of a file that has no report beside it.
+        wanted_dtype: Dtype of the factors; "keep" is float32, in which they are computed.
+        rank: The highest rank; None for as high as the updates need.
+        max_error: Refuse an adapter whose relative error of the update, in the Frobenius norm, is
+            larger.
+        is_file: Write a single file instead of a folder.
+        recipe: The recipe in YAML, for the header of a file without a report.
     """
 
-    wanted: Dtype
+    wanted_dtype: Dtype
     rank: int | None = None
     max_error: float | None = None
     is_file: bool = False
@@ -102,20 +109,22 @@ class AdapterOutput:
     reads_inputs = False
 
     writing: ClassVar[type[AdapterWriting]]
-    """What writes it."""
+    """Class of the writer."""
 
     @property
     def member(self) -> str | None:
-        """The file of the folder that alone is published; None: all."""
+        """The only file of the folder that is published; None for the whole folder."""
         return WEIGHTS["kohya"] if self.is_file else None
 
     def dtype(self, source: TensorInfo, *, is_merged: bool) -> torch.dtype | None:
-        """Return the dtype of the factors, for tensors that some model changes."""
-        dtype: torch.dtype = getattr(torch, "float32" if self.wanted == "keep" else self.wanted)
+        """Return the dtype of the factors for merged tensors, and None for others."""
+        dtype: torch.dtype = getattr(
+            torch, "float32" if self.wanted_dtype == "keep" else self.wanted_dtype
+        )
         return dtype if is_merged else None
 
     def check(self, contents: Contents) -> None:
-        """Make sure that there is something to write, and that a file alone can be loaded."""
+        """Check that the adapter has content, and that a single file can be loaded."""
         self.check_places(contents)
         if self.is_file and style_of(contents) == "peft":
             raise UsageError(
@@ -124,7 +133,7 @@ class AdapterOutput:
             )
 
     def check_places(self, contents: Contents) -> None:
-        """Make sure that some update has a place in an adapter, and all of experts have."""
+        """Check that an update can be stored in an adapter, and that all of joined experts can."""
         for tensor in contents.tensors:
             if stack_of(tensor.source.name):
                 raise UsageError(
@@ -138,16 +147,16 @@ class AdapterOutput:
                     f"{name} is replaced whole, together with the output layer that is tied to it, "
                     "and an adapter is not written of both. Write a model."
                 )
-        if all(place is None for place in places.values()) and not carried(contents):
+        if all(place is None for place in places.values()) and not carried_over(contents):
             raise UsageError(
                 "Nothing that the models change can be in an adapter: neither vectors nor tied "
                 "embeddings can. Write a model."
             )
 
     def memory(self, contents: Contents, tensor: PlannedTensor) -> int:
-        """Count what the decomposition needs, and the factors that are written, in some stages."""
+        """Estimate the memory of the decomposition and of the written factors, in bytes."""
         m, n = matrix_shape(tensor.source.shape)
-        known = tensor.as_read(contents.pipeline, contents.tasks)
+        known = tensor.tensor_shape(contents.pipeline, contents.tasks)
         r = contents.pipeline.result(known).rank
         k = min(x for x in (self.rank, r, m, n) if x is not None)
         needs = [approximation_bytes(m, n, r, k, known.width)]
@@ -156,17 +165,18 @@ class AdapterOutput:
         return max(needs) + 24 * (m + n) * k
 
     def bytes_to_write(self, contents: Contents) -> int:
-        """Return twice the bytes of factors of the highest rank that may be needed."""
+        """Return twice the bytes of the factors at the highest rank that may be needed."""
         return 2 * sum(tensor.nbytes for tensor in self._layout(contents, places_of(contents)))
 
     def nbytes(self, tensor: PlannedTensor) -> int:
-        """Return what is read for a tensor: what is written is little beside it."""
+        """Return the bytes that are read for a tensor, which are many more than are written."""
         return tensor.bytes_to_read
 
     def lay_out(self, contents: Contents, folder: OutputFolder) -> AdapterWriting:
-        """Make room for the factors at the highest rank that may be needed.
+        """Allocate files for the factors at the highest rank that may be needed.
 
-        They go into a folder of their own, and into the adapter's file once the rank is known.
+        The factors are first written to a temporary folder, and to the adapter's file when the rank
+        is known.
 
         Raises:
             UsageError: Some update has no factors, and no rank is given.
@@ -179,11 +189,11 @@ class AdapterOutput:
         return self.writing(self, contents, places, folder, factors)
 
     def library(self, contents: Contents) -> str:
-        """Return the library that loads adapters of such models."""
+        """Return the library that loads adapters of this kind of model."""
         return "peft" if style_of(contents) == "peft" else "diffusers"
 
     def usage(self, contents: Contents, folder: str) -> str:
-        """Return how to load it, and how to fold it into the base."""
+        """Return instructions to load the adapter, and to merge it into the base."""
         if style_of(contents) != "peft":
             return f"Load it with diffusers (`pipeline.load_lora_weights('{folder}')`) or ComfyUI."
         base = contents.base.source.name or "BASE"
@@ -194,7 +204,7 @@ class AdapterOutput:
         )
 
     def _check_rank(self, contents: Contents) -> None:
-        """Make sure that there is a rank for what has no factors."""
+        """Check that a rank is given for updates without factors."""
         if self.rank is not None:
             return
         places = places_of(contents)
@@ -208,7 +218,7 @@ class AdapterOutput:
                     "output: in a recipe); --dry-run shows the error of each rank."
                 )
 
-    def _layout(self, contents: Contents, places: Mapping[str, Where]) -> list[OutputTensor]:
+    def _layout(self, contents: Contents, places: Mapping[str, AdapterPlace]) -> list[OutputTensor]:
         layout = []
         for tensor in contents.tensors:
             place, source = places[tensor.source.name], tensor.source
@@ -228,26 +238,26 @@ class AdapterOutput:
 
 @dataclass(frozen=True)
 class AdapterWriting:
-    """An adapter that is being written, its factors as yet at the highest rank they may have."""
+    """The writer of an adapter, whose factors are first stored at the highest possible rank."""
 
     output: AdapterOutput
     contents: Contents
-    where: Mapping[str, Where]
+    where: Mapping[str, AdapterPlace]
     folder: OutputFolder
     factors: ShardWriter
 
     def slots(self, tensor: PlannedTensor) -> list[Slot]:
-        """Return those of the two factors, or of the whole weight."""
+        """Return the slots of the two factors, or of the whole weight."""
         place = self.where[tensor.source.name]
         keys = place.keys() if isinstance(place, Module) else () if place is None else (place,)
         return [(self.factors, key) for key in keys]
 
     def leave(self, tensor: PlannedTensor) -> str:
-        """Never called: what no model changes has no place."""
+        """Never called: an adapter does not contain unchanged tensors."""
         raise AssertionError(f"{tensor.source.name} has no place in an adapter.")
 
     def put(self, tensor: PlannedTensor, base: Tensor | None, merged: Merged) -> dict[str, Any]:
-        """Write the factors of the update, or the whole weight where an adapter has it so."""
+        """Write the factors of the update, or the whole weight if the adapters store it whole."""
         place = self.where[tensor.source.name]
         if place is None:
             norm = merged.delta.frobenius()
@@ -258,27 +268,23 @@ class AdapterWriting:
             self.factors.write(place, finite(whole.weight, base, tensor))
             return {"update_norm": whole.update_norm, "stored": "whole", "error": 0.0}
         bound = self.output.bound(self.contents, tensor)
-        made = approximated(merged.delta, bound)
-        A, B = place.factors(made.left.to(tensor.dtype), made.right.to(tensor.dtype))
-        if not (is_finite(A) and is_finite(B)):
+        made = rounded(approximate(merged.delta, bound), tensor.dtype)
+        if not math.isfinite(made.error):
             raise StarmergeError(
                 f"The factors of {tensor.source.name} overflow {tensor.dtype}. Choose a wider "
                 "--dtype, or none: then it is float32."
             )
+        A, B = place.factors(made.left, made.right)
         rank = A.shape[0]
         padded = A.new_zeros(bound, A.shape[1]), B.new_zeros(B.shape[0], bound)
         padded[0][:rank], padded[1][:, :rank] = A, B
         for key, factor in zip(place.keys(), padded, strict=True):
             self.factors.write(key, factor)
-        error = made.error
-        if tensor.dtype != torch.float32:
-            right, left = place.factors(B.float(), A.float())
-            error = math.hypot(error, distance(made, LowRank(left, right)))
         return {
             "update_norm": made.norm,
             "stored": f"rank {rank}",
             "rank": rank,
-            "error": error / made.norm if made.norm else 0.0,
+            "error": made.error / made.norm if made.norm else 0.0,
         }
 
     def finish(
@@ -287,9 +293,9 @@ class AdapterWriting:
         """Write the adapter's file with one rank for all factors, and its config.
 
         Raises:
-            StarmergeError: The adapter is farther from the merge than it may be.
+            StarmergeError: The error of the adapter is larger than ``max_error``.
         """
-        r = max([1, *(record.get("rank", 1) for record in records)])  # PEFT knows no rank 0
+        r = max([1, *(record.get("rank", 1) for record in records)])  # PEFT does not allow rank 0
         error = overall_error(records)
         if self.output.max_error is not None and error > self.output.max_error:
             raise StarmergeError(
@@ -297,10 +303,10 @@ class AdapterWriting:
                 f"merge's, and max_error is {self.output.max_error:g}. --dry-run shows the rank "
                 "that each error costs."
             )
-        taken = carried(self.contents)
+        taken = carried_over(self.contents)
         assembled = self.assemble(r)
         left_out = overall_error([{**q, "error": q["stored"] == "left out"} for q in records])
-        facts = {"rank": r, "error": error, "kept": _kept(error), "left_out": left_out**2}
+        facts = {"rank": r, "error": error, "kept": _kept_energy(error), "left_out": left_out**2}
         return Finished(_summary(r, error, left_out**2, taken), facts, digests=assembled)
 
     def _config(self, r: int) -> dict[str, Any]:
@@ -313,7 +319,7 @@ class AdapterWriting:
             modules.values(),
             r=r,
             targets=target_modules(
-                [m.name for m in modules.values()], others(self.contents.base, modules)
+                [m.name for m in modules.values()], unadapted_modules(self.contents.base, modules)
             ),
             saved=[module for adapter in saving for module in adapter.config.modules_to_save],
             base_name=_base_name(self.contents.base, adapters),
@@ -324,7 +330,7 @@ class AdapterWriting:
         return config
 
     def _metadata(self, r: int) -> dict[str, str]:
-        """Return the texts of the header: what tools of diffusion models look for; the recipe."""
+        """Return the header's metadata: keys for tools of diffusion models, and the recipe."""
         style = style_of(self.contents)
         if style == "peft":
             return {}
@@ -341,14 +347,14 @@ class AdapterWriting:
                 "ss_network_dim": str(r),
                 "ss_network_alpha": str(float(r)),
             }
-        made = {"version": own_version(), "recipe": self.output.recipe}
+        made = {"version": __version__, "recipe": self.output.recipe}
         return {**common, **{f"starmerge_{key}": text for key, text in made.items()}}
 
     def assemble(self, r: int) -> dict[str, list[tuple[OutputTensor, str]]]:
-        """Write all factors at rank r, and delete what they were collected in.
+        """Write all factors at rank r to the final file, and delete the temporary folder.
 
         Returns:
-            The tensors that were written and their digests, by file.
+            The written tensors and their digests, by file.
         """
         collected = open_checkpoint(self.folder.place(FACTORS))
         layout: list[OutputTensor] = []
@@ -361,12 +367,12 @@ class AdapterWriting:
                 sources |= {factor.name: read for factor, read in own}
                 for key, alpha in place.alpha(r).items():
                     layout.append(OutputTensor(key, alpha.dtype, (), alpha.nbytes))
-                    sources[key] = _always(alpha)
+                    sources[key] = _constant(alpha)
             elif place is not None:
                 info = collected[place]
                 layout.append(OutputTensor(place, info.dtype, info.shape, info.nbytes))
                 sources[place] = _reader(collected.read, place)
-        for name, (adapter, key) in carried(self.contents).items():
+        for name, (adapter, key) in carried_over(self.contents).items():
             info = adapter.checkpoint[key]
             layout.append(OutputTensor(name, info.dtype, info.shape, info.nbytes))
             sources[name] = _reader(adapter.checkpoint.read, key)
@@ -389,13 +395,13 @@ class AdapterWriting:
     def factors_at(
         self, r: int, tensor: PlannedTensor, place: Module, collected: Checkpoint
     ) -> list[tuple[OutputTensor, Callable[[], Tensor]]]:
-        """Return how A and B are stored at rank r, and what reads them with zeros up to it.
+        """Return the layouts of A and B at rank r, and functions that read them, padded by zeros.
 
         Args:
             r: The rank.
             tensor: The tensor that they change.
-            place: Its module.
-            collected: The factors at the highest rank that they may have.
+            place: The tensor's module.
+            collected: The stored factors at their highest possible rank.
         """
         own = place.layout(tensor.source.shape, r, tensor.dtype)
         return [(f, _resized(collected.read, f, axis, r)) for axis, f in enumerate(own)]
@@ -409,22 +415,31 @@ AdapterOutput.writing = AdapterWriting
 
 
 def overall_error(records: Sequence[Mapping[str, Any]]) -> float:
-    """Return the error of a whole adapter, relative to the norm of the whole update."""
+    """Return the relative error of the whole adapter in the Frobenius norm."""
     total_energy = math.fsum(record["update_norm"] ** 2 for record in records)
     lost = math.fsum((record["error"] * record["update_norm"]) ** 2 for record in records)
     return math.sqrt(lost / total_energy) if total_energy else 0.0
 
 
 def rank_bound(contents: Contents, tensor: PlannedTensor) -> int | None:
-    """Return the highest number of factors of a tensor's merged update; None: it has none.
+    """Return the highest number of factors of a tensor's merged update; None if it is dense."""
+    known = tensor.tensor_shape(contents.pipeline, contents.tasks)
+    return factors_made(contents.pipeline, known)
 
-    An update may be dense because the models' factors together are as many as the matrix has rows
-    or columns: then it needs no more than these.
+
+def factors_made(pipeline: Pipeline, known: TensorShape) -> int | None:
+    """Return the highest number of factors of a tensor's merged update; None if it is dense.
+
+    If the update is dense only because the models have as many factors together as the matrix has
+    rows or columns, the bound is that number of rows or columns.
+
+    Args:
+        pipeline: The chain.
+        known: The shapes of the tensor's task vectors.
     """
-    known = tensor.as_read(contents.pipeline, contents.tasks)
     if known.has_dense:
         return None
-    rank = contents.pipeline.result(known).rank
+    rank = pipeline.result(known).rank
     if rank is None and known.total_rank >= min(known.matrix):
         return known.total_rank
     return rank
@@ -433,7 +448,7 @@ def rank_bound(contents: Contents, tensor: PlannedTensor) -> int | None:
 def _resized(
     read: Callable[[str], Tensor], factor: OutputTensor, axis: int, r: int
 ) -> Callable[[], Tensor]:
-    """Return what reads a factor and gives it the rank r along an axis, with zeros."""
+    """Return a function that reads a factor and pads it with zeros to rank r along an axis."""
 
     def resized() -> Tensor:
         stored = read(factor.name)
@@ -445,7 +460,7 @@ def _resized(
     return resized
 
 
-def _always(tensor: Tensor) -> Callable[[], Tensor]:
+def _constant(tensor: Tensor) -> Callable[[], Tensor]:
     return lambda: tensor
 
 
@@ -461,9 +476,9 @@ def _base_name(base: Base, adapters: Sequence[Adapter]) -> str | None:
 
 
 def _task_type(base: Base, adapters: Sequence[Adapter]) -> str | None:
-    """Return the type of task that all adapters have, or the one with whole modules.
+    """Return the task type that all adapters have, or that of the adapter with whole modules.
 
-    Without adapters, that of the base's architecture.
+    Without adapters, return that of the base's architecture.
     """
     if not adapters:
         kind = str((base.config.get("architectures") or [""])[0])
@@ -473,17 +488,16 @@ def _task_type(base: Base, adapters: Sequence[Adapter]) -> str | None:
     return saving[0] if saving else kinds.pop() if len(kinds) == 1 else None
 
 
-def _kept(error: float) -> float:
-    """Return the share of the update's energy that is kept."""
+def _kept_energy(error: float) -> float:
+    """Return the kept share of the update's energy for a relative error."""
     return max(0.0, 1 - error**2)
 
 
 def _summary(r: int, error: float, left_out: float, carried: Mapping[str, object]) -> str:
     text = f"adapter of rank {r}, exact"
     if error:
-        text = (
-            f"adapter of rank {r}, which keeps {_kept(error):.2%} of the update (error {error:.3g})"
-        )
+        kept = _kept_energy(error)
+        text = f"adapter of rank {r}, which keeps {kept:.2%} of the update (error {error:.3g})"
     if left_out:
         text += f"; {left_out:.2%} of the update, in vectors and tied embeddings, is left out"
     if carried:

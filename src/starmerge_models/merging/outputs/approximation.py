@@ -1,36 +1,37 @@
-"""A merged update in factors of some rank."""
+"""Low-rank approximation of a merged update."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from starmerge_models.deltas import Delta, Dense, LowRank, total
+from starmerge_models.deltas import Delta, Dense, LowRank, is_finite, total
 from starmerge_models.merging.fold import factors_of
 from starmerge_models.spectral import svd
 from starmerge_models.spectral.gram import svd_dense_bytes
 from starmerge_models.spectral.leading import leading, leading_bytes
-from starmerge_models.spectral.svd import SVD, certainly
+from starmerge_models.spectral.svd import SVD, with_exact_fallback
 
 
 @dataclass(frozen=True, eq=False)
-class Approximated:
-    """An update as ``left @ right`` in float32."""
+class Approximation:
+    """An approximation ``left @ right`` of an update, in float32 unless :func:`rounded`."""
 
     left: Tensor
     """(m, r)."""
     right: Tensor
     """(r, n)."""
     norm: float
-    """‖δ‖ of the update itself."""
+    """‖δ‖ of the update."""
     error: float
-    """‖δ − left @ right‖; 0 where the factors are the update's own."""
+    """‖δ − left @ right‖; 0 if the factors are those of the update."""
 
 
-def approximated(delta: Delta, rank: int) -> Approximated:
-    """Return the best approximation of an update of at most some rank, in factors.
+def approximate(delta: Delta, rank: int) -> Approximation:
+    """Return the best approximation of an update by factors of at most a given rank.
 
     Args:
         delta: The update.
@@ -39,41 +40,60 @@ def approximated(delta: Delta, rank: int) -> Approximated:
     if isinstance(delta, LowRank):
         if int((delta.B.any(0) & delta.A.any(1)).sum()) <= rank:
             left, right = factors_of(delta)
-            return Approximated(left, right, delta.frobenius(), 0.0)
+            return Approximation(left, right, delta.frobenius(), 0.0)
         return _composed(*leading(delta, rank))
     decomposed = svd(delta)
-    first = certainly(decomposed, lambda sure: sure.first(rank))
+    first = with_exact_fallback(decomposed, lambda sure: sure.first(rank))
     return _composed(first, float(decomposed.S[len(first.S) :].square().sum()))
 
 
-def _composed(first: SVD, lost: float) -> Approximated:
+def _composed(first: SVD, lost: float) -> Approximation:
     root = first.S.sqrt()
     left = (first.U * root).float()
     right = (first.V * root).T.float().contiguous()
     norm = math.sqrt(float(first.S.square().sum()) + lost)
-    return Approximated(left, right, norm, math.sqrt(lost))
+    return Approximation(left, right, norm, math.sqrt(lost))
+
+
+def rounded(made: Approximation, dtype: torch.dtype) -> Approximation:
+    """Return an update whose factors are stored in a dtype; the error is that of both steps.
+
+    Args:
+        made: The update, its factors in float32.
+        dtype: Of the factors that are stored.
+
+    Returns:
+        The factors in that dtype; the error is infinite where they overflow it.
+    """
+    left, right = made.left.to(dtype), made.right.to(dtype)
+    if not (is_finite(left) and is_finite(right)):
+        return Approximation(left, right, made.norm, math.inf)
+    if dtype == torch.float32:
+        return made
+    apart = distance(made, LowRank(left.float(), right.float()))
+    return Approximation(left, right, made.norm, math.hypot(made.error, apart))
 
 
 def approximation_bytes(m: int, n: int, r: int | None, k: int, width: int) -> int:
-    """Return the bytes at the peak of :func:`approximated`, beside the update, at most.
+    """Return an upper bound of the peak bytes of :func:`approximate`, without the update.
 
     Args:
         m: Rows of the update.
-        n: Its columns.
-        r: Its factors, at most; None: it is dense.
+        n: Columns of the update.
+        r: Upper bound of its number of factors; None for a dense update.
         k: The highest rank.
-        width: Bytes of an entry of a dense update as it is looked at, 4 or 8.
+        width: Bytes of an entry of a dense update when it is read, 4 or 8.
     """
     decomposing = svd_dense_bytes(m, n, width, k) if r is None else leading_bytes(m, n, r, k)
-    # The triplets, times the roots in float64, and the factors.
+    # The triplets, the vectors times √σ in float64, and the factors.
     return decomposing + 24 * (m + n) * k
 
 
-def distance(made: Approximated, stored: LowRank) -> float:
-    """Return how far factors that were rounded are from the product that they stand for.
+def distance(made: Approximation, stored: LowRank) -> float:
+    """Return the Frobenius norm of the change of a product L R by the rounding of its factors.
 
-    ``L R − L' R' = (L − L') R + L' (R − R')``: of the products' own difference, rounding in the
-    products would be left.
+    Computed as ``L R − L' R' = (L − L') R + L' (R − R')``, because the direct difference would be
+    dominated by the rounding of the products.
 
     Args:
         made: The factors L and R.
@@ -82,16 +102,16 @@ def distance(made: Approximated, stored: LowRank) -> float:
     left, right = stored.B, stored.A
     apart = total([LowRank(made.left - left, made.right), LowRank(left, made.right - right)])
     if apart.rank > min(apart.shape):
-        return Dense(apart.entries()).frobenius()  # is smaller than so many factors
+        return Dense(apart.entries()).frobenius()  # takes less memory than that many factors
     return apart.frobenius()
 
 
 def distance_bytes(m: int, n: int, k: int) -> int:
-    """Return the bytes at the peak of :func:`distance`, of factors (m, k) and (k, n)."""
+    """Return the peak bytes of :func:`distance` for factors (m, k) and (k, n)."""
     r = 2 * k
     differences = 8 * (m + n) * r
     if r > min(m, n):
-        # The factors in float64; their product, scaled, and rounded to float32.
+        # The float64 factors, their product, the scaled product, and its float32 copy.
         return differences + 8 * (m + n) * r + 20 * m * n
-    # As for the core of any factors.
+    # The core of the factors; see LowRank.core.
     return differences + 8 * max(m, n) * r + 64 * r**2

@@ -1,9 +1,9 @@
-"""A merged adapter in GGUF, as llama.cpp loads it beside a model (``--lora``).
+"""Output as an adapter in GGUF, which llama.cpp loads together with a model (``--lora``).
 
 Sources: github.com/ggml-org/llama.cpp, ``convert_lora_to_gguf.py`` and ``conversion`` of models
-for names and order of rows, ``src/llama-adapter.cpp`` for what is loaded: the update of a weight is
-alpha/r · B·A with A (r, in) and B (out, r); of the embedding A is stored as (rows, r). The names
-come from the ``gguf`` library.
+for names and order of rows, ``src/llama-adapter.cpp`` for the loader: the update of a weight is
+alpha/r · B·A with A (r, in) and B (out, r); for the embedding A is stored as (rows, r). The names
+are those of the ``gguf`` library.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from starmerge_models.checkpoints.writer import OutputTensor
 from starmerge_models.errors import UsageError
 from starmerge_models.merging.layout import Contents
 from starmerge_models.merging.outputs.adapter import FACTORS, AdapterOutput, AdapterWriting
-from starmerge_models.merging.outputs.places import carried, places_of, style_of
+from starmerge_models.merging.outputs.places import carried_over, places_of, style_of
 
 _ARCHITECTURES = {
     "gemma": "gemma",
@@ -39,7 +39,7 @@ _ARCHITECTURES = {
 """llama.cpp's architectures, by ``model_type`` in config.json."""
 
 _INTERLEAVED = ("llama",)
-"""Architectures of which llama.cpp keeps the rows of q_proj and k_proj in Meta's order."""
+"""Architectures for which llama.cpp stores the rows of q_proj and k_proj in Meta's order."""
 
 _TOOL = (
     "Write an adapter in PEFT's layout (--as adapter), and convert it with llama.cpp's "
@@ -52,26 +52,26 @@ _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _FILE = "adapter.gguf"
 
 _MOST_LAYERS = 10_000
-"""Most layers of a model. The library lists the names of all beforehand."""
+"""Most layers of a model, because the library lists the names of all layers in advance."""
 
 
 @dataclass(frozen=True)
 class GgufOutput(AdapterOutput):
     """An adapter in one GGUF file, alone or in a folder with its report.
 
-    Its factors are those of :class:`AdapterOutput`. The base's config tells the architecture, and
-    how many heads it has.
+    The factors are those of :class:`AdapterOutput`. The architecture and the number of heads are
+    read from the base's config.
     """
 
     kind = "gguf"
 
     @property
     def member(self) -> str | None:
-        """The file, where it is the output alone."""
+        """The file, if it is the whole output; None for a folder."""
         return _FILE if self.is_file else None
 
     def check(self, contents: Contents) -> None:
-        """Make sure that llama.cpp has a name for each module that is changed."""
+        """Check that llama.cpp has a name for each changed module."""
         self.check_places(contents)
         if find_spec("gguf") is None:
             raise UsageError(
@@ -92,8 +92,8 @@ class GgufOutput(AdapterOutput):
                 f"{', '.join(_ARCHITECTURES)}. {_TOOL}"
             )
         whole = [place for place in places_of(contents).values() if isinstance(place, str)]
-        if whole or carried(contents):
-            name = next(iter((*whole, *carried(contents))))
+        if whole or carried_over(contents):
+            name = next(iter((*whole, *carried_over(contents))))
             raise UsageError(
                 f"{name} is stored whole (modules_to_save), and an adapter in GGUF has factors "
                 "alone. Merge into a model, and convert that."
@@ -109,18 +109,18 @@ class GgufOutput(AdapterOutput):
                 )
 
     def library(self, contents: Contents) -> str:
-        """Return what loads it."""
+        """Return the library that loads the adapter."""
         return "llama.cpp"
 
     def usage(self, contents: Contents, folder: str) -> str:
-        """Return how to load it."""
+        """Return instructions to load the adapter."""
         return f"Load it beside the model: `llama-cli -m MODEL.gguf --lora {folder}/{_FILE}`."
 
 
 @dataclass(frozen=True)
 class _GgufWriting(AdapterWriting):
     def assemble(self, r: int) -> dict[str, list[tuple[OutputTensor, str]]]:
-        """Write all factors at rank r, with alpha = r, and delete what they were collected in."""
+        """Write all factors at rank r, with alpha = r, and delete the temporary folder."""
         import gguf  # noqa: PLC0415  (an extra)
 
         collected = open_checkpoint(self.folder.place(FACTORS))
@@ -163,7 +163,7 @@ class _GgufWriting(AdapterWriting):
 
 
 def _stored(read: Callable[[], Tensor], *, turns: bool, heads: int | None) -> Tensor:
-    """Return a factor as GGUF has it."""
+    """Return a factor in GGUF's layout."""
     factor = read()
     if heads is not None:
         factor = interleaved(factor, heads)
@@ -174,20 +174,20 @@ GgufOutput.writing = _GgufWriting
 
 
 def interleaved(rows: Tensor, heads: int) -> Tensor:
-    """Put the rows of q_proj or k_proj in Meta's order, from Hugging Face's.
+    """Reorder the rows of q_proj or k_proj from Hugging Face's order to Meta's.
 
-    Rotary embeddings turn two rows of a head into each other: neighbours in Meta's order, half a
-    head apart in Hugging Face's.
+    Rotary embeddings rotate pairs of rows of a head. The rows of a pair are adjacent in Meta's
+    order, and half a head apart in Hugging Face's.
 
     Args:
         rows: (heads · d, r).
-        heads: How many heads the rows are of.
+        heads: Number of heads.
     """
     return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def _modules(contents: Contents) -> dict[str, Module]:
-    """Return the modules that get factors, by the names of their weights."""
+    """Return the modules with factors, by the names of their weights."""
     places = places_of(contents)
     return {name: place for name, place in places.items() if isinstance(place, Module)}
 
@@ -196,7 +196,7 @@ def _name(contents: Contents, module: Module) -> str:
     """Return llama.cpp's name of a module's weight.
 
     Raises:
-        UsageError: It has none.
+        UsageError: llama.cpp has no name for it.
     """
     config = contents.base.config
     kind, layers = _ARCHITECTURES[config["model_type"]], config.get("num_hidden_layers")
@@ -222,10 +222,10 @@ def _names(kind: str, layers: int) -> Any:
 
 
 def _heads(contents: Contents, module: Module) -> int | None:
-    """Return how many heads the rows of a module are of, where they change their order.
+    """Return the number of heads of a module whose rows are reordered; None for other modules.
 
     Raises:
-        UsageError: The config does not say.
+        UsageError: The config does not contain it.
     """
     config = contents.base.config
     own = module.name.rpartition(".")[2]

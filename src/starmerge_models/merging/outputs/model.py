@@ -1,4 +1,4 @@
-"""A merged model: the base with the update added to its weights."""
+"""Output as a model: the base with the update added to its weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from starmerge_models.recipe import Dtype
 from starmerge_models.storage import OutputFolder, Place, copy_file, storage_of
 
 _LITTLE = 0.9
-"""Share of the update; when less survives, that is said."""
+"""Share of the update that must survive rounding; below it the summary recommends float32."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class ModelOutput:
     """A folder that ``transformers`` loads.
 
     Args:
-        wanted: Dtype of its floating-point tensors; "keep" keeps each as it is.
+        wanted_dtype: Dtype of the floating-point tensors; "keep" keeps the dtype of each tensor.
     """
 
-    wanted: Dtype
+    wanted_dtype: Dtype
 
     kind = "model"
     needs_base = True
@@ -44,15 +44,15 @@ class ModelOutput:
     member = None
 
     def dtype(self, source: TensorInfo, *, is_merged: bool) -> torch.dtype:
-        """Return the dtype that is wanted, for tensors that can have it."""
-        is_kept = self.wanted == "keep" or source.dtype not in MERGEABLE
-        dtype: torch.dtype = source.dtype if is_kept else getattr(torch, self.wanted)
+        """Return the wanted dtype for floating-point tensors, and the base's for others."""
+        is_kept = self.wanted_dtype == "keep" or source.dtype not in MERGEABLE
+        dtype: torch.dtype = source.dtype if is_kept else getattr(torch, self.wanted_dtype)
         return dtype
 
     def check(self, contents: Contents) -> None:
-        """Make sure that there is a dtype to write; what is added to the base may be anything."""
+        """Check that a dtype is chosen for a quantised base; any update can be written."""
         base = contents.base
-        if base.quantised and self.wanted == "keep":
+        if base.quantised and self.wanted_dtype == "keep":
             own = base.config.get("dtype") or base.config.get("torch_dtype")
             computes = ", in which its config computes" if own in get_args(Dtype) else ""
             dtype = own if computes else "bfloat16"
@@ -62,14 +62,16 @@ class ModelOutput:
             )
 
     def memory(self, contents: Contents, tensor: PlannedTensor) -> int:
-        """Count the panels and the factors of the sum, or a tensor that is only converted."""
+        """Estimate the memory of panels and factors, or of converting an unchanged tensor."""
         if tensor.models:
-            merged = contents.pipeline.result(tensor.as_read(contents.pipeline, contents.tasks))
+            merged = contents.pipeline.result(
+                tensor.tensor_shape(contents.pipeline, contents.tasks)
+            )
             return fold_bytes(*matrix_shape(tensor.source.shape), merged.rank or 0)
         return 0 if _is_copied(tensor) else tensor.nbytes
 
     def bytes_to_write(self, contents: Contents) -> int:
-        """Return the bytes of weights and of the files beside them."""
+        """Return the bytes of the weights and of all other files."""
         beside = contents.base.side_files.values()
         return sum(map(_size, beside)) + sum(map(self.nbytes, contents.tensors))
 
@@ -78,32 +80,32 @@ class ModelOutput:
         return tensor.nbytes
 
     def lay_out(self, contents: Contents, folder: OutputFolder) -> _ModelWriting:
-        """Make the shards."""
+        """Create the shards."""
         layout = [
             OutputTensor(t.source.name, t.dtype, t.source.shape, t.nbytes) for t in contents.tensors
         ]
         shards = ShardWriter(folder, layout, stem=contents.base.stem)
         shards.lay_out()
-        return _ModelWriting(self.wanted, contents, folder, shards)
+        return _ModelWriting(self.wanted_dtype, contents, folder, shards)
 
     def library(self, contents: Contents) -> str:
-        """Return the library whose models they are."""
+        """Return the library of the base, which also loads the merged model."""
         return "diffusers" if contents.base.stem == DIFFUSION_STEM else "transformers"
 
     def usage(self, contents: Contents, folder: str) -> str:
-        """Return nothing: the card's metadata say what loads it."""
+        """Return an empty text: the metadata of the card name the library."""
         return ""
 
 
 @dataclass(frozen=True)
 class _ModelWriting:
-    wanted: Dtype
+    wanted_dtype: Dtype
     contents: Contents
     folder: OutputFolder
     shards: ShardWriter
 
     def slots(self, tensor: PlannedTensor) -> list[Slot]:
-        """Return the tensor's own."""
+        """Return the tensor's slot in the shards."""
         return [(self.shards, tensor.source.name)]
 
     def leave(self, tensor: PlannedTensor) -> str:
@@ -116,8 +118,8 @@ class _ModelWriting:
         return digest
 
     def put(self, tensor: PlannedTensor, base: Tensor | None, merged: Merged) -> dict[str, Any]:
-        """Add the update to the base, panel by panel."""
-        assert base is not None, "a model is made of the base's weights"
+        """Add the update to the base, by panels."""
+        assert base is not None, "a model contains the base's weights"
         adding = Fold(base, merged.delta, tensor.dtype)
         for start, panel in adding.panels():
             self.shards.write(tensor.source.name, finite(panel, base, tensor), start)
@@ -126,7 +128,7 @@ class _ModelWriting:
     def finish(
         self, records: Sequence[Mapping[str, Any]], digests: Mapping[str, Sequence[str]]
     ) -> Finished:
-        """Write the config, and copy the tokenizer and what else stands beside the weights."""
+        """Write the config, and copy the tokenizer and other side files."""
         for name, file in self.contents.base.side_files.items():
             if isinstance(file, bytes):
                 self.folder.put(name, file)
@@ -141,21 +143,21 @@ class _ModelWriting:
         self.shards.close(flush=flush)
 
     def _config(self) -> dict[str, Any]:
-        """Return the base's config, without its name and with the dtype of the output."""
+        """Return the base's config without its name, and with the dtype of the output."""
         base = self.contents.base.config
         config = {key: value for key, value in base.items() if key != "_name_or_path"}
-        if self.wanted != "keep":
+        if self.wanted_dtype != "keep":
             for key in ("dtype", "torch_dtype"):
                 if key in config:
-                    config[key] = self.wanted
+                    config[key] = self.wanted_dtype
         return config
 
 
 def finite(weight: Tensor, base: Tensor, tensor: PlannedTensor) -> Tensor:
-    """Return a part of the output, made from the base's tensor.
+    """Return a part of the merged weight after checking that it is finite.
 
     Raises:
-        StarmergeError: It has a NaN or an infinity, of the base or by overflow.
+        StarmergeError: It has a NaN or an infinity, from the base or by overflow.
     """
     if not is_finite(weight):
         check_base(tensor.source, base)
@@ -167,7 +169,7 @@ def finite(weight: Tensor, base: Tensor, tensor: PlannedTensor) -> Tensor:
 
 
 def survival(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return in half a sentence how much of an update survives the rounding of the output.
+    """Return a phrase with the share of the update that survives the rounding of the output.
 
     Args:
         records: ``update_norm`` and ``survived`` of each tensor.
@@ -181,10 +183,10 @@ def survival(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _size(file: Place | bytes) -> int:
-    """Return the bytes of a file, or of its content."""
+    """Return the size in bytes of a file, given by its place or its content."""
     return len(file) if isinstance(file, bytes) else storage_of(file).state(file).size
 
 
 def _is_copied(tensor: PlannedTensor) -> bool:
-    """Tell whether the output has the base's bytes."""
+    """Return whether the output has the same bytes as the base."""
     return not tensor.models and tensor.dtype == tensor.source.dtype

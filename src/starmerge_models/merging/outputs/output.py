@@ -1,7 +1,7 @@
-"""The seam between the engine and what it writes.
+"""The interface between the engine and the kinds of output.
 
-The engine asks an output for the dtype of each tensor in it and for its memory, hands it the merged
-tensors, and never asks what kind it is.
+The engine asks an output for the dtype of each tensor and for its memory, and passes it the merged
+tensors. The engine has no code for particular kinds of output.
 """
 
 from __future__ import annotations
@@ -13,38 +13,38 @@ from typing import Any, Protocol, TypeAlias
 from torch import Tensor
 
 from starmerge_models.checkpoints.writer import OutputTensor, ShardWriter
-from starmerge_models.merging.layout import Contents, Placing, PlannedTensor
+from starmerge_models.merging.layout import Contents, Placement, PlannedTensor
 from starmerge_models.methods.pipeline import Merged
 from starmerge_models.storage import OutputFolder
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What an output says of itself once it is complete."""
+    """The result of a finished output."""
 
     summary: str
-    """What became of the update, in half a sentence."""
+    """A phrase about the precision of the written update."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What the report holds of it, as plain data."""
+    """Entries for the report, as plain data."""
     findings: Mapping[str, Any] = field(default_factory=dict)
-    """What only the whole model told of a method, by the method's name."""
+    """Statistics of methods that need the whole output, by the method's name."""
     digests: Mapping[str, Sequence[tuple[OutputTensor, str]]] = field(default_factory=dict)
     """Every tensor with the BLAKE3 of its bytes, by its file, relative to the folder."""
 
 
 Slot: TypeAlias = tuple[ShardWriter, str]
-"""Where some of an output's bytes go: what writes them, and the name of the tensor there."""
+"""A place for bytes of an output: the writer of the shards, and the name of the tensor in them."""
 
 
 class Writing(Protocol):
-    """An output that is being written.
+    """The writer of an output.
 
-    Threads put tensors into it, in any order; so do other processes, to which it is pickled. What
-    all of them have put is there when one of them finishes the output.
+    Threads write tensors to it in any order, and so do other processes, to which it is pickled. The
+    output is finished by one process, after all tensors have been written.
     """
 
     def slots(self, tensor: PlannedTensor) -> Sequence[Slot]:
-        """Return where a tensor goes, always in the same order."""
+        """Return the slots of a tensor, always in the same order."""
 
     def leave(self, tensor: PlannedTensor) -> str:
         """Write a tensor that no model changes; return the BLAKE3 of the base's bytes."""
@@ -54,92 +54,92 @@ class Writing(Protocol):
 
         Args:
             tensor: The tensor.
-            base: The base's, as it was read; None where it is not.
-            merged: What to add to the base.
+            base: The values of the base's tensor; None if it is not read.
+            merged: The update to add to the base.
 
         Returns:
-            What the report says of it, as plain data.
+            The tensor's entries for the report, as plain data.
 
         Raises:
-            StarmergeError: It overflows the dtype of the output.
+            StarmergeError: The result overflows the dtype of the output.
         """
 
     def finish(
         self, records: Sequence[Mapping[str, Any]], digests: Mapping[str, Sequence[str]]
     ) -> Finished:
-        """Write what belongs beside the tensors.
+        """Write all files other than the tensors.
 
         Args:
-            records: What :meth:`put` returned, in the order of the plan.
-            digests: BLAKE3 of what lies in the slots of each tensor, by the tensor's name.
+            records: The results of :meth:`put`, in the order of the plan.
+            digests: BLAKE3 of the content of each tensor's slots, by the tensor's name.
         """
 
     def close(self, *, flush: bool) -> None:
-        """Let go of the files that this process has written to.
+        """Close the files that this process has written.
 
         Args:
-            flush: Make what it has written survive a power cut.
+            flush: Sync the written data to the disk first.
         """
 
 
-class Output(Placing, Protocol):
-    """What a merge is written as."""
+class Output(Placement, Protocol):
+    """A kind of output with its options."""
 
     @property
     def kind(self) -> str:
-        """Its name in recipes."""
+        """Name of the kind in recipes."""
 
     @property
     def is_assembled(self) -> bool:
-        """Whether its files are put together, when it is finished, of all tensors."""
+        """Whether the final files are assembled from all tensors at the end."""
 
     @property
     def reads_inputs(self) -> bool:
-        """Whether it looks at the task vectors beside the merged update."""
+        """Whether the output reads the task vectors in addition to the merged update."""
 
     @property
     def member(self) -> str | None:
-        """The file of the folder that alone is published, under the output's name; None: all."""
+        """The only file that is published, under the output's name; None for the whole folder."""
 
     def check(self, contents: Contents) -> None:
-        """Make sure, before anything is read, that what is merged can be written so.
+        """Check, before any tensor is read, that the merge can be written as this kind of output.
 
         Raises:
             UsageError: It cannot.
         """
 
     def memory(self, contents: Contents, tensor: PlannedTensor) -> int:
-        """Estimate the bytes that writing a tensor takes, beside those of merging it."""
+        """Estimate the memory for writing a tensor, without that for merging it, in bytes."""
 
     def bytes_to_write(self, contents: Contents) -> int:
-        """Return the bytes of the output, at most."""
+        """Return an upper bound of the output's bytes."""
 
     def nbytes(self, tensor: PlannedTensor) -> int:
-        """Return the bytes of what is written of a tensor, for a progress bar."""
+        """Return the bytes that count for a tensor in the progress bar."""
 
     def lay_out(self, contents: Contents, folder: OutputFolder) -> Writing:
-        """Make the files that the tensors go into, or take up those of an interrupted run."""
+        """Create the files for the tensors, or open those of an interrupted run."""
 
     def library(self, contents: Contents) -> str:
-        """Return the library that loads it, as the Hub calls it."""
+        """Return the Hub's name of the library that loads the output."""
 
     def usage(self, contents: Contents, folder: str) -> str:
-        """Return how to use what was written, in a sentence or two for its card.
+        """Return instructions for the model card, one or two sentences.
 
         Args:
-            contents: What went into it.
-            folder: The name of its folder.
+            contents: The content of the output.
+            folder: The name of the output's folder.
         """
 
 
 def digests_by_file(
     writing: Writing, tensors: Iterable[PlannedTensor], digests: Mapping[str, Sequence[str]]
 ) -> dict[str, list[tuple[OutputTensor, str]]]:
-    """Return all tensors of an output and their BLAKE3 by their files.
+    """Return all tensors of an output with their BLAKE3, by file.
 
     Args:
-        writing: The output.
-        tensors: What it is made of.
+        writing: The writer of the output.
+        tensors: The tensors of the plan.
         digests: As for :meth:`Writing.finish`.
     """
     known: dict[ShardWriter, dict[str, str]] = {}

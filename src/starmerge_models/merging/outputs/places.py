@@ -1,4 +1,4 @@
-"""Where the updates of a base's tensors go in an adapter, and what their modules are called."""
+"""The modules of an adapter for the updates of a base's tensors, and the modules' names."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from starmerge_models.checkpoints.lora.flat_names import flattened, part_of
 from starmerge_models.checkpoints.names import Change, changed, names_in_model, prefix_change
 from starmerge_models.merging.layout import Contents, PlannedTensor
 
-Where: TypeAlias = Module | str | None
-"""A module that gets factors; or the key of a whole weight, where an adapter has it so; or None:
-an adapter has no place for the update."""
+AdapterPlace: TypeAlias = Module | str | None
+"""The module that stores a tensor's factors; or the key of a weight that is stored whole; or None
+if an adapter cannot store the update."""
 
 
-def places_of(contents: Contents) -> dict[str, Where]:
-    """Return where each tensor's update goes in an adapter, by the tensor's name.
+def places_of(contents: Contents) -> dict[str, AdapterPlace]:
+    """Return the place of each tensor's update in an adapter, by the tensor's name.
 
-    Modules have the names that the adapters have for them; those that only full fine-tunes change
-    have the names that transformers gives them, which is asked in a process of its own. In adapters
-    of diffusion models names begin with a part of the pipeline; see :func:`style_of`.
+    Modules get the names that they have in the adapters. Modules that only full fine-tunes change
+    get transformers' names, which a separate process determines. In adapters of diffusion models
+    names begin with a part of the pipeline; see :func:`style_of`.
     """
     style = style_of(contents)
     if style != "peft":
         return _places_in_pipeline(contents, style)
-    places: dict[str, Where] = {}
+    places: dict[str, AdapterPlace] = {}
     unnamed = []
     change = _common_change(contents)
     for tensor in contents.tensors:
@@ -43,15 +43,17 @@ def places_of(contents: Contents) -> dict[str, Where]:
     for stored in unnamed:
         name = names.get(stored, stored).removesuffix(".weight")
         is_linear = len(base.checkpoint[stored].shape) == 2 and not base.is_embedding(stored)
-        places[stored] = Module(name, base.looks_up(stored), base.stores_input_first and is_linear)
+        places[stored] = Module(
+            name, base.is_lookup_table(stored), base.stores_input_first and is_linear
+        )
     return places
 
 
 def style_of(contents: Contents) -> Style:
-    """Return whose names the modules of an adapter have: those that the merged adapters have.
+    """Return the naming style of an adapter's modules, which is that of the merged adapters.
 
-    Of diffusion models they are kohya's if one of the adapters has them so, since dots can be left
-    out and not put back.
+    For diffusion models it is kohya's if one of the adapters uses it, because kohya's names replace
+    dots, which cannot be undone.
     """
     formats = [model.format for model in contents.models if isinstance(model, Adapter)]
     if not any(own.is_diffusion for own in formats):
@@ -59,9 +61,9 @@ def style_of(contents: Contents) -> Style:
     return "kohya" if any(own.has_flat_names for own in formats) else "diffusers"
 
 
-def _places_in_pipeline(contents: Contents, style: Style) -> dict[str, Where]:
+def _places_in_pipeline(contents: Contents, style: Style) -> dict[str, AdapterPlace]:
     """Return the places in an adapter of a diffusion model."""
-    places: dict[str, Where] = {}
+    places: dict[str, AdapterPlace] = {}
     modules: dict[str, Module] = {}
     for tensor in contents.tensors:
         name, place = tensor.source.name, _place_by_models(tensor)
@@ -78,7 +80,7 @@ def _places_in_pipeline(contents: Contents, style: Style) -> dict[str, Where]:
 
 
 def _in_one_part(names: Sequence[str]) -> list[str]:
-    """Put names that have no part of a pipeline into the part that others have, if it is one."""
+    """Prefix names without a part of the pipeline with the part of the others, if it is unique."""
     heads = {name.partition(".")[0] for name in names if part_of(name)[0]}
     if len(heads) != 1:
         return list(names)
@@ -86,8 +88,8 @@ def _in_one_part(names: Sequence[str]) -> list[str]:
     return [name if part_of(name)[0] else f"{head}.{name}" for name in names]
 
 
-def _place_by_models(tensor: PlannedTensor) -> Where:
-    """Return the place that a tensor has in the adapters that change it."""
+def _place_by_models(tensor: PlannedTensor) -> AdapterPlace:
+    """Return the place of a tensor in the adapters that change it."""
     name = tensor.source.name
     for model in tensor.models.values():
         if isinstance(model, Adapter) and name in model.replacements:
@@ -98,12 +100,12 @@ def _place_by_models(tensor: PlannedTensor) -> Where:
 
 
 def _common_change(contents: Contents) -> Change | None:
-    """Return how stored names become those of one model, where adapters were made in several.
+    """Return the change from stored names to those of one model, for adapters of several models.
 
-    The names of one adapter may have a prefix that those of another lack, as it was trained in the
-    inner model. PEFT loads an adapter into one model: all modules get the names of the adapter
-    whose naming fits every tensor; of several that with whole modules, then that with the longest
-    names, which are the outermost model's. None, if all agree or none fits.
+    An adapter of the inner model lacks a prefix that the names of other adapters have. PEFT
+    loads an adapter into one model, so all modules get the names of the adapter whose naming fits
+    every tensor. If several fit, one with whole modules is preferred, then the one with the longest
+    names, which are those of the outermost model. None is returned if all agree or none fits.
     """
     namings: dict[Change, tuple[bool, int]] = {}
     for model in contents.models:
@@ -125,14 +127,14 @@ def _common_change(contents: Contents) -> Change | None:
 
 
 def _names_in(adapter: Adapter) -> dict[str, str]:
-    """Return the names that an adapter has for the weights that it changes, by the stored ones."""
+    """Return an adapter's names of the weights that it changes, by their stored names."""
     names = {tensor: placed.update.weight for tensor, placed in adapter.updates.items()}
     whole = {tensor: key.removeprefix(PREFIX) for tensor, key in adapter.replacements.items()}
     return names | whole
 
 
 def _renamed(place: Module | str, name: str | None) -> Module | str:
-    """Return a place under the name of another weight."""
+    """Return a place with the name of another weight."""
     if name is None:
         return place
     return (
@@ -143,17 +145,17 @@ def _renamed(place: Module | str, name: str | None) -> Module | str:
 
 
 def _has_factors(base: Base, tensor: PlannedTensor) -> bool:
-    """Tell whether a tensor is the weight of a module that PEFT can adapt."""
+    """Return whether a tensor is the weight of a module that PEFT can adapt."""
     name = tensor.source.name
     is_matrix = len(tensor.source.shape) > 1 and name.endswith(".weight")
     return is_matrix and name not in base.tied
 
 
-def carried(contents: Contents) -> dict[str, tuple[Adapter, str]]:
-    """Return the whole modules that are taken over as an adapter has them.
+def carried_over(contents: Contents) -> dict[str, tuple[Adapter, str]]:
+    """Return the whole modules that are copied unchanged from an adapter.
 
     Returns:
-        The adapter and its key for each, by the key in the output.
+        The adapter and its key for each module, by the key in the output.
     """
     return {
         key if key.startswith(PREFIX) else PREFIX + key: (model, key)
@@ -163,30 +165,31 @@ def carried(contents: Contents) -> dict[str, tuple[Adapter, str]]:
     }
 
 
-def others(base: Base, modules: Mapping[str, Module]) -> list[str]:
-    """Return the names of a model's modules that are not adapted, of any kind.
+def unadapted_modules(base: Base, modules: Mapping[str, Module]) -> list[str]:
+    """Return the names of all modules of a model that are not adapted.
 
-    PEFT refuses to load an adapter that names a module which it cannot adapt, such as a layer.
+    PEFT refuses to load an adapter that targets a module of a kind that it cannot adapt, such as a
+    whole layer.
 
     Args:
         base: The base.
-        modules: Those that are adapted, by the names of their weights in the base.
+        modules: The adapted modules, by the names of their weights in the base.
     """
     adapted = [module.name for module in modules.values()]
     if base.has_weights:
         own = {name.removesuffix(".weight") for name in modules}
         return sorted(_parents(base.checkpoint) - own)
-    # Of a base that is not known, each layer that occurs has all kinds of modules that occur.
+    # For an unknown base, assume that every layer has all kinds of modules that occur.
     return [*_missing_in_layers(adapted), *(_parents(adapted) - set(adapted))]
 
 
 def _parents(names: Iterable[str]) -> set[str]:
-    """Return all modules that the owners of some names lie in: of ``a.b.weight`` a and a.b."""
+    """Return all parent modules of the owners of names: for ``a.b.weight`` a and a.b."""
     return {name[:place] for name in names for place, part in enumerate(name) if part == "."}
 
 
 def _missing_in_layers(names: Sequence[str]) -> list[str]:
-    """Return the names that are missing where every layer has all ends that some layer has."""
+    """Return the names that layers lack compared to the union of all layers' names."""
     places: dict[str, set[str]] = {}
     for name in names:
         parts = name.split(".")

@@ -1,4 +1,4 @@
-"""EMR-Merging's output: a vector for all tasks, a mask and a number for each."""
+"""Output of EMR-Merging: one vector for all tasks, and a mask and a rescaler for each task."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ class UnifiedOutput:
     """The unified vector in a folder ``unified``, and a folder for each task.
 
     Args:
-        wanted: Dtype of the vector; "keep" is float32, as differences have no dtype to keep.
+        wanted_dtype: Dtype of the vector; "keep" is float32, because a difference has no original
+            dtype.
     """
 
-    wanted: Dtype
+    wanted_dtype: Dtype
 
     kind = "unified"
     needs_base = False
@@ -50,16 +51,18 @@ class UnifiedOutput:
     member = None
 
     def dtype(self, source: TensorInfo, *, is_merged: bool) -> torch.dtype | None:
-        """Return the dtype of the vector, for tensors that some model changes."""
-        dtype: torch.dtype = getattr(torch, "float32" if self.wanted == "keep" else self.wanted)
+        """Return the dtype of the vector for merged tensors, and None for others."""
+        dtype: torch.dtype = getattr(
+            torch, "float32" if self.wanted_dtype == "keep" else self.wanted_dtype
+        )
         return dtype if is_merged else None
 
     def check(self, contents: Contents) -> None:
-        """Make sure that the models' names can be names of folders."""
+        """Check that the models' names are valid names of folders."""
         check_task_names([model.name for model in contents.models])
 
     def memory(self, contents: Contents, tensor: PlannedTensor) -> int:
-        """Count the vector before and after it is rounded, and one task's mask."""
+        """Estimate the memory of the vector before and after rounding, and of one task's mask."""
         vectors = tensor.source.size * (4 + 4 + 1)
         return vectors + fold_bytes(*matrix_shape(tensor.source.shape))
 
@@ -72,7 +75,7 @@ class UnifiedOutput:
         return tensor.nbytes + len(tensor.models) * mask_layout(tensor.source).nbytes
 
     def lay_out(self, contents: Contents, folder: OutputFolder) -> _UnifiedWriting:
-        """Make the shards of the vector, and the masks."""
+        """Create the shards of the vector, and the files of the masks."""
         names = [model.name for model in contents.models]
         layout = [
             OutputTensor(stored_name(t.source.name), t.dtype, t.source.shape, t.nbytes)
@@ -86,15 +89,15 @@ class UnifiedOutput:
         with ExitStack() as opened:
             for writer in (unified, *masks):
                 opened.enter_context(writer)
-            opened.pop_all()  # all could be laid out, and stay open
+            opened.pop_all()  # all files were created: keep them open
         return _UnifiedWriting(contents, folder, names, unified, masks)
 
     def library(self, contents: Contents) -> str:
-        """Return the library of the models that are made of it."""
+        """Return the library that loads the tasks' models."""
         return "starmerge"
 
     def usage(self, contents: Contents, folder: str) -> str:
-        """Return how to get a task's model."""
+        """Return instructions to create a task's model."""
         name = contents.models[0].name
         return (
             f"This folder is no model. It holds one vector for all tasks, in `{UNIFIED}`, and for "
@@ -112,12 +115,12 @@ class _UnifiedWriting:
     masks: Sequence[ShardWriter]
 
     def slots(self, tensor: PlannedTensor) -> list[Slot]:
-        """Return that in the unified vector, and those of the masks."""
+        """Return the slot in the unified vector, and those of the masks."""
         name = stored_name(tensor.source.name)
         return [(self.unified, name), *((self.masks[t], name) for t in tensor.models)]
 
     def leave(self, tensor: PlannedTensor) -> str:
-        """Never called: what no model changes has no place."""
+        """Never called: the vector does not contain unchanged tensors."""
         raise AssertionError(f"{tensor.source.name} has no place in the unified vector.")
 
     def put(self, tensor: PlannedTensor, base: Tensor | None, merged: Merged) -> dict[str, Any]:
@@ -160,7 +163,7 @@ class _UnifiedWriting:
 
 
 def _stored(merged: Merged, tensor: PlannedTensor) -> Folded:
-    """Return τ_uni as it is stored: folded into nothing."""
+    """Return τ_uni rounded to its stored dtype, as a fold into zeros."""
     zero = torch.zeros((), dtype=torch.float32)
     folded = fold(zero.expand(tensor.source.shape), merged.delta, tensor.dtype)
     if not torch.isfinite(folded.weight).all():

@@ -1,7 +1,7 @@
-"""Linear combinations of the weights, with coefficients that depend on their inner products.
+"""Linear combinations of weights whose coefficients depend only on their inner products.
 
-Interpolation on the sphere and Model Stock are of this kind: whatever they do to angles and norms,
-the Gram matrix of the base and the task vectors decides it, and the result is a sum Σ c_i v_i.
+Spherical interpolation and Model Stock are such merges: angles and norms follow from the Gram
+matrix of the base and the task vectors, and the result is a sum Σ c_i v_i.
 """
 
 from __future__ import annotations
@@ -25,26 +25,27 @@ from starmerge_models.methods.memory import (
 from starmerge_models.methods.method import Deltas, TensorContext
 
 _VANISHED = 1e-14
-"""A square of a norm that is at most this share of its terms is rounding."""
+"""A squared norm of at most this share of its terms is treated as rounding, that is as zero."""
 
 Along = Literal["tensor", "rows", "columns"]
-"""What counts as one vector: the tensor, each row (last axis), each column (first axis)."""
+"""The vectors of a tensor: the whole tensor, its rows (last axis), or its columns (first axis)."""
 
 Solve = Callable[[Tensor], Tensor]
-"""From Gram matrices (..., K, K) float64 to coefficients (..., K) float64."""
+"""A function from Gram matrices (..., K, K) float64 to coefficients (..., K) float64."""
 
 
 def combine(vectors: Sequence[Delta], solve: Solve, tensor: TensorContext, along: Along) -> Delta:
-    """Return Σ c_i v_i with coefficients that are found from the inner products ⟨v_i, v_j⟩.
+    """Return Σ c_i v_i with coefficients computed from the inner products ⟨v_i, v_j⟩.
 
-    Inner products and sum are taken in float64 panels, and the result is rounded once. Where the
-    tensor is one vector, and all that have a coefficient are low-rank, the result stays so.
+    Inner products and the sum are computed in float64, by panels of rows, and the result is rounded
+    once. If the tensor is one vector and all v_i with a nonzero coefficient are low-rank, the
+    result is low-rank too.
 
     Args:
         vectors: K operators of one shape: task vectors, and the base as a :class:`Dense`.
-        solve: Finds the coefficients.
+        solve: Computes the coefficients.
         tensor: The tensor. With fewer than two dimensions it is one vector.
-        along: What counts as one vector.
+        along: Whether the tensor, each row or each column is one vector.
     """
     if 0 in tensor.shape:
         return Dense(torch.zeros(matrix_shape(tensor.shape), dtype=torch.float32))
@@ -73,28 +74,28 @@ def combine(vectors: Sequence[Delta], solve: Solve, tensor: TensorContext, along
 
 
 def combine_bytes(tensor: TensorShape, along: Along, *, with_base: bool) -> int:
-    """Return the bytes at the peak of :func:`combine`, of the task vectors that it holds too.
+    """Return the peak memory of :func:`combine` in bytes, including the task vectors it holds.
 
-    Panels, the float32 result, and with columns the inner products of each.
+    It counts panels, the float32 result, and with columns the inner products of each column.
 
     Args:
         tensor: The tensor.
-        along: What counts as one vector.
+        along: Whether the tensor, each row or each column is one vector.
         with_base: Whether the base is one of the vectors.
     """
     if combined_shape(tensor, along, with_base=with_base).rank is not None:
         own = set(tensor.deltas)
         pairs = max(inner_bytes(tensor, [left, right]) for left in own for right in own)
-        return tensor.held + max(total_bytes(tensor), pairs)
+        return tensor.deltas_nbytes + max(total_bytes(tensor), pairs)
     K = tensor.tasks + with_base
     products = 16 * tensor.matrix[1] * K * K if along == "columns" else 0
-    # All vectors are stacked, in float32 and in float64, and multiplied by the coefficients.
+    # combine stacks all vectors, in float32 and in float64, and multiplies by the coefficients.
     stacked = panel_bytes(tensor, 2 * K, numbers=2 * K + 2)
-    return tensor.held + stacked + products + 4 * tensor.size
+    return tensor.deltas_nbytes + stacked + products + 4 * tensor.size
 
 
 def combined_shape(tensor: TensorShape, along: Along, *, with_base: bool) -> DeltaShape:
-    """Return what :func:`combine` makes: a low-rank sum where the tensor is one vector."""
+    """Return the shape of the result of :func:`combine`: low-rank if the tensor is one vector."""
     is_one = along == "tensor" or len(tensor.shape) < 2
     if is_one and not with_base and not tensor.has_dense:
         return total_shape(tensor)
@@ -117,12 +118,12 @@ def gram(vectors: Sequence[Delta]) -> Tensor:
 
 def base_weight(tensor: TensorContext) -> Dense:
     """Return the base's weight as an operator, for merges that need the base."""
-    assert tensor.base is not None, "the merge says that it needs the base"
+    assert tensor.base is not None, "a merge with needs_base is given the base"
     return Dense(tensor.base)
 
 
-def every_task(deltas: Deltas, tensor: TensorContext) -> list[Delta]:
-    """Return the deltas of all T tasks: of those that leave the tensor alone, zeros of rank 0."""
+def deltas_of_all_tasks(deltas: Deltas, tensor: TensorContext) -> list[Delta]:
+    """Return the deltas of all T tasks; zeros of rank 0 for tasks that do not change the tensor."""
     held = dict(deltas.items())
     m, n = matrix_shape(tensor.shape)
     zero = LowRank(torch.zeros(m, 0, dtype=torch.float32), torch.zeros(0, n, dtype=torch.float32))
@@ -130,10 +131,10 @@ def every_task(deltas: Deltas, tensor: TensorContext) -> list[Delta]:
 
 
 def weights_gram(products: Tensor) -> Tensor:
-    """Turn the Gram matrix of W_0, τ_1, …, τ_T into that of W_0, W_1, …, W_T, (..., T+1, T+1).
+    """Return the Gram matrix of W_0, W_1, …, W_T from that of W_0, τ_1, …, τ_T, (..., T+1, T+1).
 
-    Where τ_t is −W_0 but for rounding, W_t counts as zero: ‖W_t‖² ≤ 1e-14 (‖W_0‖² + ‖τ_t‖²) may be
-    negative, and its angles are any.
+    If τ_t is −W_0 up to rounding, that is ‖W_t‖² ≤ 1e-14 (‖W_0‖² + ‖τ_t‖²), W_t is set to zero:
+    the computed ‖W_t‖² may be negative, and the angles of W_t are arbitrary.
     """
     M = torch.eye(products.shape[-1], dtype=torch.float64)
     M[1:, 0] = 1
@@ -143,16 +144,16 @@ def weights_gram(products: Tensor) -> Tensor:
     return torch.where(vanished[..., :, None] | vanished[..., None, :], 0.0, G)
 
 
-def lengths(G: Tensor) -> Tensor:
-    """Return the norms (..., K) that Gram matrices (..., K, K) tell; 0 for a negative square.
+def gram_norms(G: Tensor) -> Tensor:
+    """Return the norms (..., K) of the vectors with Gram matrices (..., K, K).
 
-    Factors whose terms cancel leave rounding, which may be negative.
+    The norm is 0 where a square is negative, which is rounding of factors whose terms cancel.
     """
     return G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
 
 
-def update(c: Tensor) -> Tensor:
-    """Turn Σ c_t W_t over t = 0 … T into coefficients of W_0, τ_1, …, τ_T, less the base itself."""
+def task_vector_coefficients(c: Tensor) -> Tensor:
+    """Return the coefficients of W_0, τ_1, …, τ_T in Σ c_t W_t − W_0, t = 0 … T."""
     return torch.cat([c.sum(-1, keepdim=True) - 1, c[..., 1:]], -1)
 
 

@@ -1,4 +1,4 @@
-"""What the merges have in common that look at each entry by itself."""
+"""Base class and helpers of merges that work entry by entry."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from starmerge_models.methods.memory import DeltaShape, TensorShape, dense_shape
 from starmerge_models.methods.method import Deltas, Merge, TensorContext
 
 PANEL_ENTRIES = 2**20
-"""Entries of all tasks together that are merged at once, at most."""
+"""Most entries in one panel, summed over all tasks."""
 _ENTRIES_OF_ONE = 2**16
-"""And of each task: 256 KiB of float32, which stay in a processor's cache while they are used."""
+"""Most entries of each task in one panel: 256 KiB of float32, which fit into the CPU's cache."""
 _LEAST_SAMPLE = 64
 
 
 class EntrywiseMerge(Merge):
-    """A merge of which each entry depends on the same entry of the task vectors alone.
+    """A merge in which each entry of the result depends on the same entry of the task vectors.
 
-    It sees panels of some rows, the float32 entries of the task vectors, and sums in float64.
-    Adapters and differences of stored tensors never become whole matrices.
+    It processes panels of some rows, with float32 entries of the task vectors, and sums in float64.
+    Adapters and lazy differences of stored tensors are never expanded to whole matrices.
     """
 
     def memory(self, tensor: TensorShape) -> int:
-        """Tell the bytes needed; see :meth:`Method.memory`."""
+        """Return the peak memory in bytes; see :meth:`Method.memory`."""
         # The panels of all tasks, and the float32 result.
-        return tensor.held + panel_bytes(tensor) + 4 * tensor.size
+        return tensor.deltas_nbytes + panel_bytes(tensor) + 4 * tensor.size
 
     def result(self, tensor: TensorShape) -> DeltaShape:
-        """Tell what is made; see :meth:`Merge.result`."""
+        """Return the shape of the result; see :meth:`Merge.result`."""
         return dense_shape(tensor)
 
     def merge(self, deltas: Deltas, tensor: TensorContext, survey: Any) -> Delta:
         """Merge one tensor; see :meth:`Merge.merge`."""
         held = dict(deltas.items())
-        local = self.look(held, tensor, survey)
+        local = self.prepare_tensor(held, tensor, survey)
         first = next(iter(held.values()))
         merged = torch.empty(first.shape, dtype=torch.float32)
         for rows in panels(first.shape, len(held)):
@@ -48,13 +48,13 @@ class EntrywiseMerge(Merge):
             merged[rows] = self.merge_entries(tau, tuple(held), tensor, local)
         return Dense(merged)
 
-    def look(self, deltas: dict[int, Delta], tensor: TensorContext, survey: Any) -> Any:
-        """Find out what must be known of the whole tensor; by default what the survey found.
+    def prepare_tensor(self, deltas: dict[int, Delta], tensor: TensorContext, survey: Any) -> Any:
+        """Compute statistics of the whole tensor; by default return ``survey``.
 
         Args:
             deltas: By task, w_t · τ_t.
             tensor: The tensor.
-            survey: What :meth:`survey` found.
+            survey: The result of :meth:`survey`.
         """
         return survey
 
@@ -66,10 +66,10 @@ class EntrywiseMerge(Merge):
 
         Args:
             tau: (rows, n) float32 each, w_t · τ_t of the T' ≤ T tasks that change the tensor. They
-                may be views of what is stored: not to be changed.
+                may be views of stored data and must not be modified.
             tasks: (T',) their numbers t.
             tensor: The tensor.
-            local: What :meth:`look` found.
+            local: The result of :meth:`prepare_tensor`.
 
         Returns:
             The merged entries, (rows, n), float64 or exact in float32.
@@ -82,7 +82,7 @@ def stacked(deltas: Iterable[Delta], rows: slice) -> Tensor:
 
 
 def absolute_sum(entries: Tensor) -> float:
-    """Return Σ|x|, in float64; NumPy adds in an order that no number of threads changes."""
+    """Return Σ|x| in float64; NumPy's order of addition does not depend on the threads."""
     return float(np.abs(entries.numpy()).sum(dtype=np.float64))
 
 
@@ -96,12 +96,12 @@ def task_sum(tau: Iterable[Tensor]) -> Tensor:
 
 
 def panels(shape: tuple[int, int], tasks: int = 1, step: int = 1) -> Iterator[slice]:
-    """Yield slices of rows, each of few entries, or of one row.
+    """Yield slices of rows that cover a matrix, each of few entries, and of one row at least.
 
     Args:
-        shape: (m, n) of the matrix that they cover.
-        tasks: How many tasks there are.
-        step: Every how many rows are taken.
+        shape: (m, n) of the matrix.
+        tasks: Number of tasks.
+        step: Stride between the rows of a slice.
     """
     entries = min(_ENTRIES_OF_ONE, PANEL_ENTRIES // max(1, tasks))
     stride = step * max(1, entries // max(1, shape[1]))
@@ -110,15 +110,15 @@ def panels(shape: tuple[int, int], tasks: int = 1, step: int = 1) -> Iterator[sl
 
 
 def panel_bytes(tensor: TensorShape, count: int | None = None, *, numbers: int = 10) -> int:
-    """Return the bytes of the panels of rows that are in work at a time.
+    """Return the bytes of the panels of rows that are in memory at the same time.
 
-    Factors become float64 each time that some of their rows are looked at, A as a whole.
+    Each panel of a low-rank delta converts its rows of B, and all of A, to float64.
 
     Args:
         tensor: The tensor.
-        count: How many deltas are looked at side by side, in float32; by default those of all
+        count: Number of deltas whose float32 panels are in memory together; by default those of all
             tasks that change the tensor.
-        numbers: How many float64 numbers are made of each entry, at most.
+        numbers: Upper bound of the float64 temporaries per entry.
     """
     m, n = tensor.matrix
     if count is None:
@@ -134,7 +134,7 @@ def entries_of(delta: Delta, step: int = 1) -> Iterator[Tensor]:
 
     Args:
         delta: The delta.
-        step: Every how many rows are taken; all, if these would be fewer than 64.
+        step: Stride between the rows; 1 is used instead if there would be fewer than 64 rows.
     """
     taken = step if delta.shape[0] >= _LEAST_SAMPLE * step else 1
     for rows in panels(delta.shape, step=taken):

@@ -1,4 +1,4 @@
-"""Which entries of a task vector stay, and how those that stay make up for the others."""
+"""Masks that select entries of a task vector, and the factors that rescale the kept entries."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from starmerge_models.methods.kinds.entrywise import absolute_sum
 from starmerge_models.selection import kth_largest
 
 _SMALLEST = 1e-7
-"""Sums of magnitudes below this are not divided by."""
+"""Sums of magnitudes below this are treated as zero, so that nothing is divided by them."""
 
 
 def largest(values: Tensor, k: int) -> Tensor:
-    """Return where the k largest magnitudes are; of equal ones the first, in row-major order.
+    """Return a mask of the k largest magnitudes; ties go to the first in row-major order.
 
     Args:
         values: float32, any shape, no NaN.
-        k: How many, at most all.
+        k: Number of entries, at most all.
 
     Returns:
         A mask of the same shape, bool.
@@ -34,22 +34,23 @@ def largest(values: Tensor, k: int) -> Tensor:
 
 
 def masked(entries: Tensor, mask: Tensor) -> Tensor:
-    """Return entries, float32, of which those outside of a mask are zero."""
-    # The bits times 0 or 1: a number times 0 may be −0.
+    """Return float32 entries with those outside of a mask set to +0."""
+    # Multiply the bits by 0 or 1, because a float times 0 may be −0.
     bits = entries.numpy().view(np.int32) * mask.numpy()
     return torch.from_numpy(bits.view(np.float32))
 
 
-def chances_by_rank(rows: Tensor, density: float, epsilon: float) -> Tensor:
-    """Return the chance of each entry to stay, by the rank of its magnitude in its row.
+def keep_probabilities(rows: Tensor, density: float, epsilon: float) -> Tensor:
+    """Return the probability of keeping each entry, by the rank of its magnitude in its row.
 
-    From density − ε for the least to density + ε for the largest, in equal steps. Of equal
-    magnitudes the first has the lower rank; a row of one entry has the density.
+    The probabilities rise in equal steps from density − ε for the smallest magnitude to density + ε
+    for the largest. Of equal magnitudes the first has the lower rank. In a row of one entry the
+    probability is the density.
 
     Args:
         rows: (m, n) float32.
-        density: Mean of the chances.
-        epsilon: Half their range.
+        density: Mean of the probabilities.
+        epsilon: Half of their range.
 
     Returns:
         (m, n) float64.
@@ -58,8 +59,8 @@ def chances_by_rank(rows: Tensor, density: float, epsilon: float) -> Tensor:
     if n == 1:
         return torch.full(rows.shape, density, dtype=torch.float64)
     steps = density - epsilon + 2 * epsilon * torch.arange(n, dtype=torch.float64) / max(n - 1, 1)
-    # Magnitudes order as their bits do. With the places below them no two are alike, and sorting
-    # numbers takes a fraction of what finding their order does.
+    # Magnitudes sort like their bits. With the index in the low bits all keys are distinct, and
+    # sorting keys is several times faster than argsort.
     keys = np.abs(rows.contiguous().numpy()).view(np.uint32).astype(np.uint64) << np.uint64(32)
     keys |= np.arange(n, dtype=np.uint64)
     keys.sort(axis=1)
@@ -69,10 +70,10 @@ def chances_by_rank(rows: Tensor, density: float, epsilon: float) -> Tensor:
 
 
 def l1_factor(entries: Tensor, mask: Tensor) -> float:
-    """Return Σ|x| / Σ|x ⊙ mask|, which makes what stays as large as all was; 1 below 1e-7."""
+    """Return Σ|x| / Σ|x ⊙ mask|, which restores the L1 norm; 1 if a sum is below 1e-7."""
     return l1_ratio(absolute_sum(entries), absolute_sum(entries * mask))
 
 
 def l1_ratio(whole: float, left: float) -> float:
-    """Return Σ|x| / Σ|x ⊙ mask| of two sums; 1 if one is below 1e-7."""
+    """Return Σ|x| / Σ|x ⊙ mask| from the two sums; 1 if one of them is below 1e-7."""
     return 1.0 if min(whole, left) < _SMALLEST else whole / left

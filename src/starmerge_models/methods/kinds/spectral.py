@@ -1,4 +1,4 @@
-"""What the merges have in common that any rotation leaves alone."""
+"""Base classes of merges that are equivariant under rotations of inputs and outputs."""
 
 from __future__ import annotations
 
@@ -25,47 +25,47 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True)
 class CoreSpaceMerge(Merge):
-    """A merge that gives Q·M·R for Q·τ_t·R, Q and R being rotations.
+    """A merge that maps Q·τ_t·R to Q·M·R for all rotations Q and R.
 
-    Such a merge sees the task vectors in Core Space: the small matrices of adapters, the whole ones
-    of full fine-tunes, in float64 both. Those that need but the SVD of each task vector derive from
-    this class, and take it from the factors of adapters; those that look at the matrices derive
-    from :class:`SpectralMerge`. Vectors have one singular value, so they are averaged; so
-    are embeddings of full fine-tunes, whose rows are tokens and not directions. Fine-tunes that
-    were stored in bfloat16 or float16 have rounding noise in all directions: :mod:`denoise
-    <starmerge_models.methods.denoise>` them first.
+    Such a merge works on the task vectors in Core Space: float64 matrices, small ones for adapters,
+    whole ones for full fine-tunes. A merge that only uses the SVD of each task vector derives from
+    this class and gets the SVD of an adapter from its factors. A merge that uses the matrices
+    derives from :class:`SpectralMerge`. Vectors have one singular value, so they are averaged.
+    Embeddings of full fine-tunes are averaged too, because their rows are tokens, not directions.
+    Fine-tunes that were stored in bfloat16 or float16 have rounding noise in all directions: apply
+    :mod:`denoise <starmerge_models.methods.denoise>` first.
 
-    With a metric it sees them in whitened inputs (:mod:`starmerge_models.spectral.metric`), and
-    what it makes there is brought back.
+    With a metric the merge works in whitened inputs (:mod:`starmerge_models.spectral.metric`), and
+    the result is transformed back.
     """
 
     embeddings: Annotated[
         Literal["average", "merge"],
-        Field(description="what is done with embeddings of full fine-tunes"),
+        Field(description="how embeddings of full fine-tunes are merged: averaged, or as matrices"),
     ] = "average"
 
     averages: ClassVar[bool] = True
     uses_metric: ClassVar[bool] = True
 
     def memory(self, tensor: TensorShape) -> int:
-        """Tell the bytes needed for one tensor; see :meth:`Method.memory`."""
+        """Return the peak memory in bytes for one tensor; see :meth:`Method.memory`."""
         if will_average(tensor, embeddings=self.embeddings):
-            return tensor.held + total_bytes(tensor)
+            return tensor.deltas_nbytes + total_bytes(tensor)
         if not self.uses_metric:
             tensor = replace(tensor, inputs=None)
         space = self.core_shape(tensor)
-        work = max(self.matrix_memory(space), space.leaving)
-        return tensor.held + max(space.making, space.nbytes + work)
+        work = max(self.matrix_memory(space), space.result_peak_bytes)
+        return tensor.deltas_nbytes + max(space.construction_bytes, space.nbytes + work)
 
     def core_shape(self, tensor: TensorShape) -> CoreShape:
         """Return the sizes of the space to merge in; see :meth:`space`."""
         return tensor.core()
 
     def matrix_memory(self, space: CoreShape) -> int:
-        """Tell the bytes that merging needs beside what the space holds, its result too.
+        """Return the peak bytes of the merge beyond the space itself, including the result.
 
-        All of starmerge's own methods tell it. One that does not counts as if it had an SVD and two
-        matrices of each task, square ones of the longer side, and eight more.
+        All built-in methods override it. The default counts, for each task, an SVD and two square
+        matrices of the longer side, and eight such matrices more.
 
         Args:
             space: The sizes of the space.
@@ -75,7 +75,7 @@ class CoreSpaceMerge(Merge):
         return own + squares + 8 * space.size + svd_bytes(space.p, space.q)
 
     def result(self, tensor: TensorShape) -> DeltaShape:
-        """Tell what is made of one tensor; see :meth:`Merge.result`."""
+        """Return the shape of the result of one tensor; see :meth:`Merge.result`."""
         if will_average(tensor, embeddings=self.embeddings):
             return total_shape(tensor)
         space = self.core_shape(tensor)
@@ -107,7 +107,7 @@ class CoreSpaceMerge(Merge):
         Args:
             deltas: w_t · τ_t by task; one or more.
             tensor: The tensor.
-            work: Is called with the space to merge in and, by task, what is there and is not zero.
+            work: Function of the space and, by task, the coordinates that are not zero.
         """
         given = list(deltas.values())
         inputs = tensor.inputs if self.uses_metric else None
@@ -124,7 +124,7 @@ class CoreSpaceMerge(Merge):
         return on_best_device(given, work_on, beside=beside)
 
     def extra_memory(self, deltas: Sequence[Delta]) -> int:
-        """Return the bytes that merging takes beside what merges in Core Space usually do."""
+        """Return the bytes that this merge takes in addition to other merges in Core Space."""
         return 0
 
     def space(
@@ -143,32 +143,32 @@ class CoreSpaceMerge(Merge):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Merge the task vectors of one tensor in common orthonormal bases.
 
-        They may lie on a GPU, and so must everything that is put together with them.
+        The coordinates may be on a GPU, so new tensors must be created on their device.
 
         Args:
             tau: (p, q) each: w_t · τ_t of the tasks for which it is not zero, as matrix or factors.
             weights: Their w_t.
-            space: The bases, the true shape (m, n), and below what a singular value is rounding.
+            space: The bases, the true shape (m, n), and the noise floor of singular values.
             tensor: The tensor.
 
         Returns:
-            As :meth:`SpectralMerge.merge_matrices`.
+            The same as :meth:`SpectralMerge.merge_matrices`.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpectralMerge(CoreSpaceMerge):
-    """A merge that rotations leave alone, and that sees the matrix of each task vector."""
+    """A rotation-equivariant merge that works on the matrix of each task vector."""
 
     def core_shape(self, tensor: TensorShape) -> CoreShape:
         """Return the sizes of the space to merge in; see :meth:`CoreSpaceMerge.core_shape`."""
-        return tensor.core().whole()
+        return tensor.core().as_matrices()
 
     def space(
         self, deltas: Sequence[Delta], device: torch.device, whitening: Whitening | None
     ) -> CoreSpace:
         """Return the space to merge in; see :meth:`CoreSpaceMerge.space`."""
-        return super().space(deltas, device, whitening).whole()
+        return super().space(deltas, device, whitening).as_matrices()
 
     def merge_coordinates(
         self,
@@ -186,30 +186,30 @@ class SpectralMerge(CoreSpaceMerge):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Merge the task vectors of one tensor in common orthonormal bases.
 
-        They may lie on a GPU, and so must everything that is put together with them: make tensors
-        of them (``tau[0].new_zeros(…)``, ``torch.eye(…, device=tau[0].device)``).
+        The matrices may be on a GPU, so new tensors must be created on their device
+        (``tau[0].new_zeros(…)``, ``torch.eye(…, device=tau[0].device)``).
 
         Args:
             tau: (p, q) float64 each: w_t · τ_t of the tasks for which it is not zero.
             weights: Their w_t.
-            space: The bases, the true shape (m, n), and below what a singular value is rounding.
+            space: The bases, the true shape (m, n), and the noise floor of singular values.
             tensor: The tensor.
 
         Returns:
-            The merged matrix (p, q), float64, on their device; or factors (p, r) and (q, r) of
-            left · rightᵀ, of which the update then has the rank r.
+            The merged matrix (p, q), float64, on the same device; or factors (p, r) and (q, r) of
+            left · rightᵀ, so that the update has the rank r.
         """
 
 
 def is_averaged(deltas: Sequence[Delta], tensor: TensorContext, *, embeddings: str) -> bool:
-    """Tell whether a spectral method leaves a tensor to averaging."""
+    """Return whether a spectral method averages a tensor: a vector, or an embedding matrix."""
     return any(isinstance(delta, Dense) for delta in deltas) and _has_no_directions(
         tensor.shape, tensor.is_embedding, embeddings
     )
 
 
 def will_average(tensor: TensorShape, *, embeddings: str) -> bool:
-    """Tell the same before the tensor is read."""
+    """Return the result of :func:`is_averaged` from the shape, before the tensor is read."""
     return tensor.has_dense and _has_no_directions(tensor.shape, tensor.is_embedding, embeddings)
 
 

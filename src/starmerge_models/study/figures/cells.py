@@ -1,4 +1,4 @@
-"""Numbers as coloured cells: heat maps, matrices, maps of layers and modules."""
+"""Matrices of coloured cells: heat maps, conflict matrices, maps of layers and modules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.image import AxesImage
 
-from starmerge_models.study.figures.style import SMALL, bare_rows, fitted
+from starmerge_models.study.figures.style import SMALL, fit_labels, label_rows
 from starmerge_models.study.palette import DIVERGING, SEQUENTIAL
 
 if TYPE_CHECKING:
@@ -33,16 +33,16 @@ def draw_cells(
     """Draw a matrix with the names of its rows and columns.
 
     Args:
-        axes: Where to.
+        axes: The axes to draw on.
         cells: The numbers, (rows, columns); NaN is an empty cell.
         rows: Names of the rows, the first on top.
         columns: Names of the columns.
-        limits: The numbers at the ends of the colours; else the least and the largest.
-        is_diverging: Whether the numbers lie around zero, which then is the middle of the colours.
-        has_numbers: Whether the numbers stand in the cells.
+        limits: The numbers at the ends of the colour scale; None: the smallest and the largest.
+        is_diverging: Whether the colour scale is centred at zero.
+        has_numbers: Whether to write the numbers into the cells.
 
     Returns:
-        What a colour bar is made of.
+        The image, for a colour bar.
     """
     known = cells[~np.isnan(cells)]
     low, high = limits or ((known.min(), known.max()) if len(known) else (0.0, 1.0))
@@ -53,10 +53,10 @@ def draw_cells(
     image = axes.imshow(
         cells, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest"
     )
-    bare_rows(axes, rows)
+    label_rows(axes, rows)
     axes.set_xticks(
         range(len(columns)),
-        fitted(columns, 72 * 1.4, SMALL),
+        fit_labels(columns, 72 * 1.4, SMALL),
         rotation=40,
         ha="right",
         rotation_mode="anchor",

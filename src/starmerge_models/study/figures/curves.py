@@ -1,17 +1,17 @@
-"""What a study found: normalised averages against the number of models and against parameters.
+"""Figures of studies: normalised averages against the number of models and against parameters.
 
 All functions take ``averages``, a frame with a row for each method, setting and number of models:
 
-- ``label``: the method with those of its parameters that do not vary, such as ``"star:rank=4"``
-- ``method``: its name
+- ``label``: the method with its non-default parameters, such as ``"star:rank=4"``
+- ``method``: the method's name
 - ``parameters``: all its parameters, as a dict
-- ``n``: how many models were merged
-- ``combinations``: over how many sets of models this is the mean
+- ``n``: number of merged models
+- ``combinations``: number of sets of models in the mean
 - ``value``, ``low``, ``high``: the mean of the normalised averages and its 95 % interval
 
-and, where single merges are to be seen as well, ``runs``, with a row for each run: ``label``,
-``method``, ``parameters``, ``n``, ``combination`` (its number), ``models`` (their names), ``seed``,
-``value`` (its normalised average) and ``base`` (that of the base on the same tasks).
+and optionally, to show single merges, ``runs``, with a row for each run: ``label``, ``method``,
+``parameters``, ``n``, ``combination`` (its index), ``models`` (their names), ``seed``, ``value``
+(its normalised average) and ``base`` (the base's on the same tasks).
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from starmerge_models.study.figures.style import (
     SMALL,
     TUNED_LINE,
     add_legend,
-    bare_rows,
     base_handle,
     dot_of,
-    fitted,
+    fit_labels,
+    label_rows,
     line_of,
     new_figure,
     save,
     styled,
     tuned_handle,
 )
-from starmerge_models.study.palette import Look, looks, ordered_looks
+from starmerge_models.study.palette import PlotStyle, ordered_styles, plot_styles
 
 Frame: TypeAlias = Any
-"""A pandas.DataFrame, whose types mypy does not see."""
+"""A pandas.DataFrame, for which mypy has no types."""
 
 _Y = "normalised average, 95 % interval"
 
@@ -66,25 +66,25 @@ def plot_against_number(
     Args:
         averages: Described above; one row for each label and n.
         path: Figure to write; see :func:`starmerge_models.study.figures.style.save`.
-        title: Stands above.
-        runs: Described above; without it there are neither single combinations nor the base.
+        title: The figure's title.
+        runs: Described above; without it single combinations and the base are omitted.
 
     Raises:
         UsageError: There is nothing to draw, or a label has two rows for one n.
     """
     points = [(label, n, row) for label, n, row in _rows(averages)]
     _check_once([(label, n) for label, n, _ in points], "number of models")
-    shown = looks(label for label, _, _ in points)
+    shown = plot_styles(label for label, _, _ in points)
     counts = sorted({n for _, n, _ in points})
     with styled():
         figure = new_figure(7, 4.2 + _legend_height(len(shown) + 2), title)
         axes = figure.subplots()
         place = _places(axes, counts, len(shown))
-        for number, (label, look) in enumerate(shown.items()):
+        for number, (label, style) in enumerate(shown.items()):
             _draw_curve(
                 axes,
                 [(place(n, number), row) for other, n, row in points if other == label],
-                look,
+                style,
                 [
                     (place(run.n, number), run.value)
                     for run in _runs(runs)
@@ -104,16 +104,16 @@ def plot_against_parameter(
 ) -> Figure:
     """Draw the normalised average against a parameter such as ``eta``, ``k`` or ``p``.
 
-    With one label there is a curve for each number of models, from cold to warm colours; with
-    several there is a panel for each number of models, and in it a curve for each label. A label
+    With one label there is a curve for each number of models, in colours from cold to warm; with
+    several labels there is a panel for each number of models with a curve for each label. A label
     with a single value of the parameter is a point.
 
     Args:
-        averages: Described above; rows without the parameter are left out.
+        averages: Described above; rows without the parameter are ignored.
         parameter: Its name.
         path: Figure to write; see :func:`starmerge_models.study.figures.style.save`.
-        title: Stands above.
-        runs: Described above; without it there are neither single combinations nor the base.
+        title: The figure's title.
+        runs: Described above; without it single combinations and the base are omitted.
 
     Raises:
         UsageError: No row has the parameter as a number, or a curve has two rows for one value.
@@ -122,13 +122,13 @@ def plot_against_parameter(
     _check_once([(label, n, x) for label, n, x, _ in points], parameter)
     labels = list(dict.fromkeys(label for label, _, _, _ in points))
     counts = sorted({n for _, n, _, _ in points})
-    panels: list[tuple[str, dict[str, Look], list[tuple[str, float, Any, int]]]]
+    panels: list[tuple[str, dict[str, PlotStyle], list[tuple[str, float, Any, int]]]]
     if len(labels) == 1:
-        shades = ordered_looks([f"n = {n}" for n in counts])
+        shades = ordered_styles([f"n = {n}" for n in counts])
         named = [(f"n = {n}", x, row, n) for _, n, x, row in points]
         panels = [(labels[0], shades, named)]
     else:
-        shades = looks(labels)
+        shades = plot_styles(labels)
         panels = [
             (f"n = {n}", shades, [(label, x, row, n) for label, m, x, row in points if m == n])
             for n in counts
@@ -145,7 +145,7 @@ def plot_against_parameter(
         has_base = False
         place = Dodge({x for *_, x, _ in points}, len(shades))
         for axes, (name, curves, rows) in zip(grid.flat, panels, strict=False):
-            for number, (curve, look) in enumerate(curves.items()):
+            for number, (curve, style) in enumerate(curves.items()):
                 own = [(place(x, number), row) for other, x, row, _ in rows if other == curve]
                 single = [
                     (place(x, number), run.value)
@@ -155,16 +155,16 @@ def plot_against_parameter(
                     and run.label in labels
                     and run.n in {n for _, _, _, n in rows}
                 ]
-                _draw_curve(axes, own, look, single)
+                _draw_curve(axes, own, style, single)
             base = _base_by_number(runs)
             levels = [base[n] for n in sorted({n for *_, n in rows}) if n in base]
             if levels:
                 has_base = True
                 axes.axhline(float(np.mean(levels)), **BASE_LINE)
             axes.axhline(1, **TUNED_LINE)
-            axes.set_xlabel(*fitted([parameter], 150, SMALL))
+            axes.set_xlabel(*fit_labels([parameter], 150, SMALL))
             if len(panels) > 1 or len(labels) == 1:
-                axes.set_title(*fitted([name], 72 * 2.6, SMALL), loc="left")
+                axes.set_title(*fit_labels([name], 72 * 2.6, SMALL), loc="left")
         for axes in grid[:, 0]:
             axes.set_ylabel(_Y)
         _legend(figure, shades, has_base)
@@ -176,10 +176,10 @@ def plot_best_parameter(best: Frame, parameter: str, path: Path, *, title: str) 
 
     Args:
         best: A row for each label and n with ``label``, ``n``, ``best``, and ``low`` and ``high``,
-            the ends of the interval that the best value has over resamples of the rows.
+            the interval of the best value over resamples of the rows.
         parameter: Its name.
         path: Figure to write; see :func:`starmerge_models.study.figures.style.save`.
-        title: Stands above.
+        title: The figure's title.
 
     Raises:
         UsageError: There is nothing to draw, or a label has two rows for one n.
@@ -188,13 +188,13 @@ def plot_best_parameter(best: Frame, parameter: str, path: Path, *, title: str) 
     if not points:
         raise UsageError(f"No method was run with several values of {parameter!r}.")
     _check_once([(label, n) for label, n, _ in points], "number of models")
-    shown = looks(label for label, _, _ in points)
+    shown = plot_styles(label for label, _, _ in points)
     counts = sorted({n for _, n, _ in points})
     with styled():
         figure = new_figure(6.5, 3.8 + _legend_height(len(shown)), title)
         axes = figure.subplots()
         place = _places(axes, counts, len(shown))
-        for number, (label, look) in enumerate(shown.items()):
+        for number, (label, style) in enumerate(shown.items()):
             own = [(place(n, number), row) for other, n, row in points if other == label]
             own.sort(key=lambda pair: pair[0])
             axes.errorbar(
@@ -204,11 +204,11 @@ def plot_best_parameter(best: Frame, parameter: str, path: Path, *, title: str) 
                     [row.best - row.low for _, row in own],
                     [row.high - row.best for _, row in own],
                 ],
-                **line_of(look),
+                **line_of(style),
                 elinewidth=1,
             )
         axes.set_xlabel("models in a merge")
-        axes.set_ylabel(f"best {fitted([parameter], 100, SMALL)[0]}, 95 % interval")
+        axes.set_ylabel(f"best {fit_labels([parameter], 100, SMALL)[0]}, 95 % interval")
         _legend(figure, shown, None)
     return save(figure, path)
 
@@ -216,24 +216,24 @@ def plot_best_parameter(best: Frame, parameter: str, path: Path, *, title: str) 
 def plot_grid(
     averages: Frame, one_shot: Mapping[str, Mapping[str, Any]], path: Path, *, title: str
 ) -> Figure:
-    """Draw for each label and number of models one setting beside the best of its grid.
+    """Draw the default setting and the best of the grid, for each label and number of models.
 
-    A filled dot with its interval is the setting that is taken without a search, a hollow one the
-    best of the grid; pale dots are the grid's other settings. A label whose setting was not run
-    has the hollow dot alone.
+    A filled dot with its interval is the default setting, without a search; a hollow dot is the
+    best of the grid; pale dots are the grid's other settings. A label without a run of the default
+    has only the hollow dot.
 
     Args:
         averages: Described above.
-        one_shot: By label, the parameters that are taken without a search.
+        one_shot: The default parameters by label.
         path: Figure to write; see :func:`starmerge_models.study.figures.style.save`.
-        title: Stands above.
+        title: The figure's title.
 
     Raises:
         UsageError: There is nothing to draw.
     """
     points = list(_rows(averages))
     keys = sorted(dict.fromkeys((n, label) for label, n, _ in points), key=lambda key: key[0])
-    shown = looks(label for _, label in keys)
+    shown = plot_styles(label for _, label in keys)
     several = len({n for n, _ in keys}) > 1
     with styled():
         figure = new_figure(7, 0.27 * len(keys) + 1.1, title)
@@ -248,7 +248,7 @@ def plot_grid(
                 if dict(row.parameters) == dict(one_shot.get(label, {"": None})):
                     axes.plot([row.value, best.value], [place] * 2, color=dot["color"], lw=0.8)
                     axes.errorbar(row.value, place, xerr=_error([row]), **dot, elinewidth=1.2)
-        bare_rows(axes, [f"{label}, n = {n}" if several else label for n, label in keys])
+        label_rows(axes, [f"{label}, n = {n}" if several else label for n, label in keys])
         axes.set_xlabel(_Y)
         handles = [
             Line2D([], [], color=FAINT, marker="o", linestyle="none"),
@@ -271,9 +271,9 @@ def plot_heat_map(
     """Draw one number for each pair, such as each task and method, as a coloured cell.
 
     Args:
-        frame: A row for each pair; what is missing, or NaN, is an empty cell.
+        frame: A row for each pair; a missing pair or a NaN is an empty cell.
         path: Figure to write; see :func:`starmerge_models.study.figures.style.save`.
-        title: Stands above.
+        title: The figure's title.
         rows: The column of ``frame`` with the names of the rows, in order.
         columns: The column of ``frame`` with the names of the columns, in order.
         value: The column of ``frame`` with the numbers; also names the colour scale.
@@ -296,12 +296,12 @@ def plot_heat_map(
         image = draw_cells(axes, cells, *names)
         bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.02)
         bar.outline.set_visible(False)
-        bar.set_label(*fitted([value], 100, SMALL))
+        bar.set_label(*fit_labels([value], 100, SMALL))
     return save(figure, path)
 
 
 def _rows(averages: Frame) -> Iterator[tuple[str, int, Any]]:
-    """Yield label, number of models and row of the averages that are numbers."""
+    """Yield label, number of models and row of the averages that are not NaN."""
     count = 0
     for row in averages.itertuples(index=False):
         if not math.isnan(row.value):
@@ -312,7 +312,7 @@ def _rows(averages: Frame) -> Iterator[tuple[str, int, Any]]:
 
 
 def _with_parameter(averages: Frame, parameter: str) -> list[tuple[str, int, float, Any]]:
-    """Return label, number of models, the parameter's value and row, by rising values."""
+    """Return label, number of models, the parameter's value and row, sorted by the value."""
     found = [
         (label, n, x, row)
         for label, n, row in _rows(averages)
@@ -343,13 +343,13 @@ def _check_once(keys: Sequence[Any], what: str) -> None:
         if key in seen:
             raise UsageError(
                 f"{', '.join(map(str, key))}: there are two averages for this {what}. Give the "
-                "rows of one setting, or labels that tell settings apart."
+                "rows of one setting, or a different label for each setting."
             )
         seen.add(key)
 
 
 def _error(rows: Sequence[Any]) -> list[list[float]]:
-    """Return the lengths of error bars below and above; 0 where there is no interval."""
+    """Return the lengths of error bars below and above; 0 without an interval."""
     return [
         [max(0.0, row.value - row.low) if row.low == row.low else 0.0 for row in rows],
         [max(0.0, row.high - row.value) if row.high == row.high else 0.0 for row in rows],
@@ -359,30 +359,30 @@ def _error(rows: Sequence[Any]) -> list[list[float]]:
 def _draw_curve(
     axes: Axes,
     points: Sequence[tuple[float, Any]],
-    look: Look,
+    style: PlotStyle,
     single: Sequence[tuple[float, float]],
 ) -> None:
-    """Draw the means with their intervals, joined by a line, and single merges behind them."""
+    """Draw the means with their intervals, connected by a line, and single merges behind them."""
     points = sorted(points, key=lambda point: point[0])
     if single:
         axes.plot(
             [x for x, _ in single],
             [value for _, value in single],
-            **dot_of(look) | {"markersize": 3.2, "alpha": 0.4, "markeredgewidth": 0},
+            **dot_of(style) | {"markersize": 3.2, "alpha": 0.4, "markeredgewidth": 0},
             zorder=1.8,
         )
     axes.errorbar(
         [x for x, _ in points],
         [row.value for _, row in points],
         yerr=_error([row for _, row in points]),
-        **line_of(look),
+        **line_of(style),
         elinewidth=1,
         zorder=2.5,
     )
 
 
 def _draw_base(axes: Axes, base: Mapping[int, float]) -> bool:
-    """Draw the base's averages by number of models, if any; one alone from side to side."""
+    """Draw the base's averages by number of models, if any; a single one as a horizontal line."""
     if len(base) == 1:
         axes.axhline(*base.values(), **BASE_LINE)
     elif base:
@@ -400,9 +400,9 @@ def _base_by_number(runs: Frame | None) -> dict[int, float]:
 
 
 def _places(axes: Axes, counts: Sequence[int], curves: int) -> Dodge:
-    """Set an axis up for numbers of models, rising, and return where curves stand on it.
+    """Set up the x-axis for ascending numbers of models, and return the dodge of the curves.
 
-    The x-axis gets a tick for each number, on a logarithmic scale where they span much.
+    The axis has a tick for each number, and a logarithmic scale for a large range.
     """
     is_log = counts[-1] > 8 * counts[0]
     if is_log:
@@ -419,9 +419,9 @@ def _legend_height(count: int) -> float:
     return 0.17 * math.ceil(count / 3)
 
 
-def _legend(figure: Figure, shown: Mapping[str, Look], has_base: bool | None) -> None:
-    """Add a legend of the curves and, unless ``has_base`` is None, the lines for comparison."""
-    handles: list[Artist] = [Line2D([], [], **line_of(look)) for look in shown.values()]
+def _legend(figure: Figure, shown: Mapping[str, PlotStyle], has_base: bool | None) -> None:
+    """Add a legend of the curves and, unless ``has_base`` is None, of the reference lines."""
+    handles: list[Artist] = [Line2D([], [], **line_of(style)) for style in shown.values()]
     names = list(shown)
     if has_base is not None:
         handles += [*([base_handle()] if has_base else ()), tuned_handle()]

@@ -1,4 +1,4 @@
-"""Figures of an inspection: rank map, spectra, conflicts, what merges keep."""
+"""Figures of an inspection: rank map, spectra, conflicts, retention by merges."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from starmerge_models.study.figures.style import (
     SMALL,
     TUNED_LINE,
     add_legend,
-    bare_rows,
     dot_of,
-    fitted,
+    fit_labels,
+    label_rows,
     line_of,
     new_figure,
     save,
@@ -30,7 +30,7 @@ from starmerge_models.study.figures.style import (
 )
 from starmerge_models.study.inspection import frames
 from starmerge_models.study.inspection.inspection import Inspection
-from starmerge_models.study.palette import looks
+from starmerge_models.study.palette import plot_styles
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 Plot: TypeAlias = Callable[[Inspection, Path], Figure]
 
 _MOST_WRITTEN = 16
-"""Of more models, the numbers in a matrix are left to its colours."""
+"""Matrices of more models have no numbers in their cells."""
 
 _LEVEL_LINE: dict[str, Any] = {
     "color": FAINT,
@@ -50,7 +50,7 @@ _LEVEL_LINE: dict[str, Any] = {
 
 
 def plots_of(inspection: Inspection) -> dict[str, Plot]:
-    """Return the figures that there is something to draw for, by name."""
+    """Return the figures that have data, by name."""
     found: dict[str, Plot] = {}
     if frames.has_spectra(inspection):
         found |= {"ranks": plot_ranks, "spectra": plot_spectra}
@@ -62,10 +62,10 @@ def plots_of(inspection: Inspection) -> dict[str, Plot]:
 
 
 def plot_ranks(inspection: Inspection, path: Path) -> Figure:
-    """Draw the rank that STAR keeps, by layer and module: the paper's Figure 3, a panel a model.
+    """Draw the rank that STAR keeps, by layer and module: the paper's Figure 3, a panel per model.
 
     Args:
-        inspection: With at least one matrix that a model changes.
+        inspection: An inspection with at least one changed matrix.
         path: Figure to write; see :func:`starmerge_models.study.figures.style.save`.
     """
     frame = frames.rank_maps(inspection)
@@ -102,16 +102,16 @@ def plot_ranks(inspection: Inspection, path: Path) -> Figure:
 def plot_spectra(inspection: Inspection, path: Path) -> Figure:
     """Draw the share of the nuclear norm in the first singular values: a panel for each module.
 
-    Lines are models, means over the layers. STAR keeps the singular values up to η, which is a
-    dashed line.
+    Each line is a model's mean over the layers. STAR keeps the singular values up to η, the dashed
+    line.
 
     Args:
-        inspection: With at least one matrix that a model changes.
+        inspection: An inspection with at least one changed matrix.
         path: Figure to write; see :func:`starmerge_models.study.figures.style.save`.
     """
     frame = frames.spectra_by_module(inspection)
     modules, names = _categories(frame, "module"), _categories(frame, "model")
-    shown = looks(names)
+    shown = plot_styles(names)
     rows, columns = _panels(len(modules))
     with styled():
         figure = new_figure(
@@ -133,17 +133,17 @@ def plot_spectra(inspection: Inspection, path: Path) -> Figure:
         for axes in grid[:, 0]:
             axes.set_ylabel("share, %")
         _clear(grid, len(modules))
-        handles = [Line2D([], [], **line_of(look), ms=3, lw=1) for look in shown.values()]
+        handles = [Line2D([], [], **line_of(style), ms=3, lw=1) for style in shown.values()]
         level = Line2D([], [], **_LEVEL_LINE)
         add_legend(figure, [*handles, level], [*names, f"η = {inspection.eta:g}"])
     return save(figure, path)
 
 
 def plot_conflicts(inspection: Inspection, path: Path) -> Figure:
-    """Draw what pairs of models do to each other: a matrix for each of the six measures.
+    """Draw the conflicts of pairs of models: a matrix for each of the six measures.
 
     Args:
-        inspection: Of two models and more that change a matrix together.
+        inspection: An inspection with at least two models that change the same matrix.
         path: Figure to write; see :func:`starmerge_models.study.figures.style.save`.
     """
     names = inspection.names
@@ -173,16 +173,16 @@ def plot_conflicts(inspection: Inspection, path: Path) -> Figure:
 
 
 def plot_kept(inspection: Inspection, path: Path) -> Figure:
-    """Draw what merges keep of each task on its own inputs, beside what else they do there.
+    """Draw how much of each task merges keep on the task's inputs, and their other response there.
 
     Args:
-        inspection: With at least one merge.
+        inspection: An inspection with at least one merge.
         path: Figure to write; see :func:`starmerge_models.study.figures.style.save`.
     """
     frame = frames.kept(inspection)
     names = [name for name in inspection.names if name in set(frame["model"])]
     merges = list(dict.fromkeys(frame["merge"].tolist()))
-    shown = looks(merges)
+    shown = plot_styles(merges)
     with styled():
         figure = new_figure(
             8.0, 1.1 + len(names) * (0.16 + 0.09 * max(2, len(merges))),
@@ -194,14 +194,14 @@ def plot_kept(inspection: Inspection, path: Path) -> Figure:
                 mine = frame[frame["merge"] == merge].set_index("model")[column].reindex(names)
                 shift = 0.6 * ((number + 0.5) / len(merges) - 0.5)
                 axes.plot(mine, np.arange(len(names)) + shift, **dot_of(shown[merge]))
-            bare_rows(axes, names)
+            label_rows(axes, names)
             most = max(float(frame[column].max()), 1.0 if column == "own" else 0.1)
             axes.set_xlim(min(0.0, float(frame[column].min())) - 0.04 * most, 1.05 * most)
         own_axes.axvline(1, **TUNED_LINE)
         own_axes.set_xlabel("of the task itself (1: all)")
         others_axes.set_xlabel("something else, over the task's own answer")
         others_axes.tick_params(labelleft=False)
-        handles = [Line2D([], [], **dot_of(look)) for look in shown.values()]
+        handles = [Line2D([], [], **dot_of(style)) for style in shown.values()]
         add_legend(figure, handles, merges)
     return save(figure, path)
 
@@ -212,7 +212,7 @@ def _title(inspection: Inspection, about: str) -> str:
 
 
 def _categories(frame: pd.DataFrame, column: str) -> list[str]:
-    """Return the names in a column in their order."""
+    """Return the categories of a column in order."""
     return [str(name) for name in frame[column].cat.categories]
 
 
@@ -224,26 +224,26 @@ def _cells(
     columns: Sequence[str],
     value: str,
 ) -> NDArray[np.float64]:
-    """Return a matrix of the values by the names of rows and columns, NaN where there is none."""
+    """Return a matrix of the values by the names of rows and columns; NaN for missing ones."""
     table = frame.pivot(index=row, columns=column, values=value)
     cells: NDArray[np.float64] = table.reindex(index=rows, columns=columns).to_numpy(np.float64)
     return cells
 
 
 def _panels(count: int) -> tuple[int, int]:
-    """Return rows and columns that hold some panels."""
+    """Return the number of rows and columns of a grid of panels."""
     columns = 3 if count in (5, 6, 9) else min(count, 4)
     return math.ceil(count / columns), columns
 
 
 def _name_panel(axes: Axes, name: str, width: float) -> None:
-    """Put a name above a panel of so many inches."""
-    (short,) = fitted([name], 72 * width, SIZE)
+    """Put a name above a panel with a width in inches."""
+    (short,) = fit_labels([name], 72 * width, SIZE)
     axes.set_title(short, loc="left")
 
 
 def _clear(grid: NDArray[np.object_], count: int) -> None:
-    """Hide the panels after the first ``count``; those above them get labels below."""
+    """Hide the panels after the first ``count``; the panels above them get tick labels."""
     columns = grid.shape[1]
     for place, axes in enumerate(grid.flat):
         if place >= count:

@@ -1,4 +1,4 @@
-"""Many methods in one figure: a row each, by their normalised average."""
+"""A figure of many methods: a row for each, sorted by normalised average."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from starmerge_models.evaluation.evaluation import Evaluation
-from starmerge_models.evaluation.subjects import BASE
+from starmerge_models.evaluation.model_groups import BASE
 from starmerge_models.study.figures.style import (
     BASE_LINE,
     TUNED_LINE,
     add_legend,
-    bare_rows,
     base_handle,
+    label_rows,
     new_figure,
     save,
     styled,
@@ -25,13 +25,13 @@ from starmerge_models.study.palette import COLOURS
 def plot_methods(evaluation: Evaluation, path: Path, *, title: str) -> Figure:
     """Draw the normalised averages of the merges as dots with intervals, the best on top.
 
-    A dashed line stands at the base's average, another line at 1, that of the fine-tunes. Models
-    without a normalised average are left out.
+    A dashed line marks the base's average, a solid line the fine-tunes' (1). Models without a
+    normalised average are omitted.
 
     Args:
         evaluation: The scores.
         path: Figure to write; see :func:`starmerge_models.study.figures.style.save`.
-        title: Stands above.
+        title: The figure's title.
     """
     averages = {model: evaluation.normalised(model) for model in evaluation.others}
     shown = sorted(
@@ -55,7 +55,7 @@ def plot_methods(evaluation: Evaluation, path: Path, *, title: str) -> Figure:
             axes.axvspan(base.low, base.high, color=BASE_LINE["color"], alpha=0.15, linewidth=0)
             axes.axvline(base.value, **BASE_LINE)
         axes.axvline(1, **TUNED_LINE)
-        bare_rows(axes, [model for _, model, _ in shown], width=2.6)
+        label_rows(axes, [model for _, model, _ in shown], width=2.6)
         axes.set_xlabel("normalised average, 95 % interval")
         add_legend(figure, [base_handle(), tuned_handle()], ["base", "fine-tunes"])
     return save(figure, path)

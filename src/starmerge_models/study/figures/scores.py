@@ -1,4 +1,4 @@
-"""The scores of an evaluation as dots with intervals: a row a task, one for the average."""
+"""A figure of an evaluation: scores as dots with intervals, a row per task and the average."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from starmerge_models.evaluation.evaluation import Evaluation
+from starmerge_models.evaluation.model_groups import BASE
 from starmerge_models.evaluation.scoring.comparison import Interval
 from starmerge_models.evaluation.scoring.metrics import Score
-from starmerge_models.evaluation.subjects import BASE
 from starmerge_models.study.figures.style import (
     BASE_LINE,
     GRID,
@@ -21,39 +21,38 @@ from starmerge_models.study.figures.style import (
     TEXT,
     TUNED_LINE,
     add_legend,
-    bare_rows,
     base_handle,
     dot_of,
+    label_rows,
     new_figure,
     save,
     styled,
     tuned_handle,
 )
-from starmerge_models.study.palette import Look, looks
+from starmerge_models.study.palette import PlotStyle, plot_styles
 
 AVERAGE = "normalised average"
 
 _STEP, _GAP = 0.115, 0.2
-"""Height of a model in a row and what is left free between rows, in inches."""
+"""Height of a model in a row, and the free space between rows, in inches."""
 
 
 def plot_scores(evaluation: Evaluation, path: Path, *, title: str) -> Figure:
     """Draw the scores on each task, merges as dots, base and fine-tunes as lines, with intervals.
 
-    Base and fine-tunes stand behind the dots of their row, with a pale band for their interval, so
-    that a dot shows how far it came from the one to the other. The last row, with an axis of its
-    own, has the normalised averages, where every task has its fine-tune; the legend gives them as
-    numbers.
+    Base and fine-tunes are vertical lines behind the dots of a row, with a pale band for their
+    intervals, so that a dot shows where a merge lies between them. The last row, with its own axis,
+    has the normalised averages, if every task has its fine-tune; the legend lists their values.
 
     Args:
         evaluation: The scores.
         path: Figure to write; see :func:`starmerge_models.study.figures.style.save`.
-        title: Stands above; names models, not folders.
+        title: The figure's title; it should name models, not folders.
     """
     tasks, models = evaluation.tasks, evaluation.others
     averages = {model: evaluation.normalised(model) for model in (BASE, *models)}
     has_average = any(averages.values())
-    shown = looks(models)
+    shown = plot_styles(models)
     row = _STEP * max(2, len(models)) + _GAP
     heights = [row * len(tasks), *([row] if has_average else ())]
     with styled():
@@ -69,7 +68,7 @@ def plot_scores(evaluation: Evaluation, path: Path, *, title: str) -> Figure:
             panels[1].set_yticks([0], [AVERAGE], fontweight="bold", fontsize=SIZE, color=TEXT)
             panels[1].set_xlabel(f"{AVERAGE} (1: each task's own fine-tune), 95 % interval")
             panels[1].set_xlim(*_limits(panels[1]))
-        handles = [Line2D([], [], **dot_of(look)) for look in shown.values()]
+        handles = [Line2D([], [], **dot_of(style)) for style in shown.values()]
         lines = {BASE: base_handle()} | ({"fine-tuned": tuned_handle()} if evaluation.tuned else {})
         names = [
             f"{name} ({average.value:.3f})" if (average := averages.get(name)) else name
@@ -84,7 +83,7 @@ def _draw_rows(
     rows: Sequence[str],
     scores: Mapping[str, Mapping[str, Score | Interval]],
     tuned: Mapping[str, Score | Interval],
-    shown: Mapping[str, Look],
+    shown: Mapping[str, PlotStyle],
 ) -> None:
     """Draw a row for each task, and in it a line for each merged model."""
     count = max(2, len(shown))
@@ -93,7 +92,7 @@ def _draw_rows(
         for score, line in ((scores[BASE].get(task), BASE_LINE), (tuned.get(task), TUNED_LINE)):
             if score is None or math.isnan(score.value):
                 continue
-            # Around the row by fractions of its height, whose middle is at `place`.
+            # The row's middle is at `place`, and offsets are fractions of its height.
             low, high = place - share / 2 - 0.06, place + share / 2 + 0.06
             axes.plot([score.value] * 2, [low, high], **line)
             if score.high > score.low:
@@ -102,7 +101,7 @@ def _draw_rows(
                 )
         if place:
             axes.axhline(place - 0.5, color=GRID, linewidth=0.7, zorder=0)
-    for number, (model, look) in enumerate(shown.items()):
+    for number, (model, style) in enumerate(shown.items()):
         found = [
             (place + share * ((number + 0.5) / len(shown) - 0.5), score)
             for place, task in enumerate(rows)
@@ -116,15 +115,15 @@ def _draw_rows(
                 [max(0.0, score.value - score.low) for _, score in found],
                 [max(0.0, score.high - score.value) for _, score in found],
             ],
-            **dot_of(look),
+            **dot_of(style),
             elinewidth=1.2,
             zorder=3,
         )
-    bare_rows(axes, rows)
+    label_rows(axes, rows)
 
 
 def _limits(axes: Axes) -> tuple[float, float]:
-    """Return the ends of an axis that holds all that is drawn, and 0 to 1."""
+    """Return the limits of an axis that includes all data and the range 0 to 1."""
     low, high = axes.dataLim.intervalx
     low, high = min(0.0, low), max(1.0, high)
     room = 0.015 * (high - low)

@@ -1,4 +1,4 @@
-"""The one style of all figures, text that fits, and how a figure is written."""
+"""The style of all figures, fitting of text, and saving."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from matplotlib.lines import Line2D
 
 from starmerge_models.errors import UsageError
 from starmerge_models.storage.publishing import output_file
-from starmerge_models.study.palette import BASE_COLOUR, BASE_DASHES, TUNED_COLOUR, Look
+from starmerge_models.study.palette import BASE_COLOUR, BASE_DASHES, TUNED_COLOUR, PlotStyle
 
 DPI = 200
-"""Of PNG files, in pixels an inch."""
+"""Resolution of PNG files, in pixels per inch."""
 
 TEXT, FAINT, GRID = "#222222", "#5F6B76", "#E4E8EB"
 SIZE, SMALL, LARGE = 9, 8, 11
-"""Sizes of text in points: of names and numbers, of notes, of titles."""
+"""Font sizes in points: of names and numbers, of notes, of titles."""
 
 _SETTINGS: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": SIZE,
     "text.color": TEXT,
-    # Names of models and tasks are text, whatever signs they contain.
+    # Names of models and tasks are plain text, even if they contain "$".
     "text.parse_math": False,
     "text.usetex": False,
     "axes.titlesize": SIZE,
@@ -88,46 +88,46 @@ BASE_LINE: dict[str, Any] = {
 TUNED_LINE: dict[str, Any] = {"color": TUNED_COLOUR, "linewidth": 1.2, "zorder": 1.5}
 
 _FORMATS = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
-"""By suffix, metadata that would differ between two runs, taken away."""
+"""By suffix, options that remove metadata that would differ between two runs."""
 
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Draw in the style of all figures within the block."""
+    """Apply the style of all figures within the block."""
     with mpl.rc_context(_SETTINGS):
         yield
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
-    """Return an empty figure with its title at the top left, in lines that fit.
+    """Return an empty figure with its title at the top left, wrap to the width.
 
     Args:
         width: In inches.
-        height: In inches, of all but the title.
+        height: In inches, without the title.
         title: Any text.
     """
-    lines = wrapped(middle_out(title, 140), 72 * (width - 0.3), LARGE)
+    lines = wrap(elide_middle(title, 140), 72 * (width - 0.3), LARGE)
     figure = Figure(figsize=(width, height + 0.19 * len(lines)), layout="constrained")
     figure.suptitle("\n".join(lines), x=0.1 / width, ha="left", fontsize=LARGE)
     return figure
 
 
 def save(figure: Figure, path: Path) -> Figure:
-    """Write a figure, whole or not at all, in place of what stood there, and return it.
+    """Write a figure atomically, replacing an existing file, and return it.
 
     Args:
         figure: The figure.
-        path: Its suffix gives the format: ``.png`` with 200 dots an inch, ``.pdf`` with its fonts
-            embedded, ``.svg`` with letters as outlines.
+        path: Its suffix determines the format: ``.png`` with 200 dots per inch, ``.pdf`` with
+            embedded fonts, ``.svg`` with letters as outlines.
 
     Raises:
-        UsageError: The suffix is none of these, or no file can be written there.
+        UsageError: The suffix is not one of these, or the path is not writable.
         StarmergeError: The disk is full, or fails otherwise.
     """
     suffix = path.suffix.lower()
     if suffix not in _FORMATS:
         raise UsageError(f"{path}: a figure is written as {', '.join(_FORMATS)}. Choose one.")
-    # Drawn in memory: matplotlib hides that a disk is full behind an error of its own.
+    # Drawn in memory: on a full disk, matplotlib would raise an error of its own.
     drawn = io.BytesIO()
     with styled(), output_file(path, overwrite=True) as partial:
         figure.savefig(drawn, format=suffix[1:], metadata=_FORMATS[suffix])
@@ -135,28 +135,28 @@ def save(figure: Figure, path: Path) -> Figure:
     return figure
 
 
-def line_of(look: Look) -> dict[str, Any]:
-    """Return matplotlib's options of a line and its markers."""
+def line_of(style: PlotStyle) -> dict[str, Any]:
+    """Return matplotlib's options for a line with markers."""
     return {
-        "color": look.colour,
-        "marker": _MARKERS[look.marker],
-        "linestyle": (0, look.dashes) if look.dashes else "solid",
+        "color": style.colour,
+        "marker": _MARKERS[style.marker],
+        "linestyle": (0, style.dashes) if style.dashes else "solid",
     }
 
 
-def dot_of(look: Look) -> dict[str, Any]:
-    """Return matplotlib's options of markers without a line."""
-    return line_of(look) | {"linestyle": "none"}
+def dot_of(style: PlotStyle) -> dict[str, Any]:
+    """Return matplotlib's options for markers without a line."""
+    return line_of(style) | {"linestyle": "none"}
 
 
 def add_legend(figure: Figure, handles: Sequence[Artist], names: Sequence[str]) -> None:
-    """Put a legend below all panels, in as many columns as the width has place for."""
-    names = fitted(names, 72 * 2.4, SMALL)
+    """Add a legend below all panels, with as many columns as fit the width."""
+    names = fit_labels(names, 72 * 2.4, SMALL)
     widths = [_width(name, SMALL) + 5.2 * SMALL for name in names]
     columns = len(names)
     while columns > 1 and _total(widths, columns) > 72 * (figure.get_figwidth() - 0.2):
         columns -= 1
-    # matplotlib leaves out labels that begin with an underscore, so the names are set afterwards.
+    # matplotlib omits labels that begin with an underscore, so the names are set afterwards.
     legend = figure.legend(
         handles, ["x"] * len(names), loc="outside lower center", ncols=columns, handlelength=2.4
     )
@@ -174,23 +174,25 @@ def tuned_handle() -> Line2D:
     return Line2D([], [], **TUNED_LINE)
 
 
-def bare_rows(axes: Axes, names: Sequence[str], *, width: float = 2.2) -> None:
-    """Make an axes one of named rows, the first on top.
+def label_rows(axes: Axes, names: Sequence[str], *, width: float = 2.2) -> None:
+    """Label the y-axis with the names of rows, the first on top, without ticks and spine.
 
     Args:
         axes: The axes.
-        names: Of the rows, which stand at 0, 1, 2 …
-        width: Of the longest name at most, in inches.
+        names: The names of the rows, at the positions 0, 1, 2 …
+        width: Largest width of a name, in inches.
     """
-    axes.set_yticks(range(len(names)), fitted(names, 72 * width, SIZE), fontsize=SIZE, color=TEXT)
+    axes.set_yticks(
+        range(len(names)), fit_labels(names, 72 * width, SIZE), fontsize=SIZE, color=TEXT
+    )
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
 
 
-def middle_out(text: str, most: int) -> str:
-    """Return a text in one line of at most so many characters, its middle left out: ``be…nd``."""
+def elide_middle(text: str, most: int) -> str:
+    """Return a text on one line of at most ``most`` characters, its middle elided: ``be…nd``."""
     text = " ".join(text.split())
     if len(text) <= most:
         return text
@@ -198,15 +200,15 @@ def middle_out(text: str, most: int) -> str:
     return f"{text[: most - 1 - tail]}…{text[len(text) - tail :]}"
 
 
-def fitted(names: Iterable[str], width: float, size: float) -> list[str]:
-    """Return names that are at most so wide, without their middles where they are wider.
+def fit_labels(names: Iterable[str], width: float, size: float) -> list[str]:
+    """Elide the middles of names that are wider than a width.
 
-    Names that differ stay different: those that would become the same get a number.
+    Different names stay different: names that would become equal get a number.
 
     Args:
         names: Any texts.
-        width: In points.
-        size: Of the font, in points.
+        width: Largest width, in points.
+        size: Font size, in points.
     """
     found: dict[str, str] = {}
     for name in names:
@@ -218,13 +220,13 @@ def fitted(names: Iterable[str], width: float, size: float) -> list[str]:
     return [found[name] for name in names]
 
 
-def wrapped(text: str, width: float, size: float) -> list[str]:
-    """Return a text as lines that are at most so wide; long words are broken.
+def wrap(text: str, width: float, size: float) -> list[str]:
+    """Wrap a text into lines of a largest width; long words are broken.
 
     Args:
         text: Any text.
-        width: In points.
-        size: Of the font, in points.
+        width: Largest width, in points.
+        size: Font size, in points.
     """
     for characters in range(max(1, int(width / (0.4 * size))), 0, -1):
         lines = textwrap.wrap(text, characters) or [""]
@@ -234,25 +236,25 @@ def wrapped(text: str, width: float, size: float) -> list[str]:
 
 
 def _total(widths: Sequence[float], columns: int) -> float:
-    """Return how wide a legend of so many columns is, which matplotlib fills one by one."""
+    """Return the width of a legend with a number of columns, in matplotlib's column-major order."""
     return float(sum(column.max() for column in np.array_split(np.array(widths), columns)))
 
 
 def _fit(name: str, width: float, size: float) -> str:
     most = len(name)
-    while most > 1 and _width(middle_out(name, most), size) > width:
+    while most > 1 and _width(elide_middle(name, most), size) > width:
         most -= max(1, most // 12)
-    return middle_out(name, most)
+    return elide_middle(name, most)
 
 
 def _width(text: str, size: float) -> float:
-    """Return how wide a line of text is, in points, with some room for how it is rendered."""
+    """Return the width of a line of text, in points, with a margin for rendering."""
     return 1.03 * size * sum(map(_advance, text))
 
 
 @cache
 def _advance(character: str) -> float:
-    """Return how wide a character is, in units of the size of the font."""
+    """Return the width of a character, in units of the font size."""
     font = get_font(findfont(_SETTINGS["font.family"]))
     font.set_size(100, 72)
     return float(font.load_char(ord(character)).linearHoriAdvance) / 65536 / 100

@@ -1,1 +1,1 @@
-"""Looking at task vectors before a merge, and after one: spectra, conflicts, what is kept."""
+"""Analysis of task vectors: spectra, conflicts, and how much of each task a merge keeps."""

@@ -1,26 +1,25 @@
-"""What the task vectors of one tensor do to each other.
+"""Conflicts between the task vectors of one tensor.
 
-Written τ_i = U_i diag(σ) V_iᵀ. Nobody has the inputs of the tasks, so what a task reads is taken
-from its update, as ``covariance`` and ``shares`` do: C_j = τ_jᵀτ_j/‖τ_j‖² stands for the second
-moments of task j's inputs. Its eigenvectors are task j's right singular vectors, its eigenvalues
-their shares of the energy. So no rank has to be chosen, and what rounding leaves of small
-directions counts for nothing. With K = U_iᵀU_j and L = V_iᵀV_j everything is a sum over entries of
-small matrices:
+Let τ_i = U_i diag(σ) V_iᵀ. The inputs of the tasks are not available, so their second moments are
+estimated from the updates, as in ``covariance`` and ``shares``: C_j = τ_jᵀτ_j/‖τ_j‖² for task j.
+Its eigenvectors are task j's right singular vectors, its eigenvalues their shares of the energy. So
+no rank has to be chosen, and small directions that are rounding errors have no weight. With K =
+U_iᵀU_j and L = V_iᵀV_j all measures are sums over entries of small matrices:
 
 - ⟨τ_i, τ_j⟩ = Σ_kl σ_k s_l K_kl L_kl, where s are the singular values of τ_j;
 - the **response** of task i to the inputs of task j, ‖τ_i C_j^½‖² = Σ_kl σ_k² s_l² L_kl²/‖τ_j‖²;
-- its part **along** what task j itself does there, ⟨τ_i C_j, τ_j⟩ = Σ_kl σ_k s_l³ K_kl L_kl/‖τ_j‖²;
+- its part **along** task j's own response, ⟨τ_i C_j, τ_j⟩ = Σ_kl σ_k s_l³ K_kl L_kl/‖τ_j‖²;
 - the **overlap** of the inputs, tr(C_i C_j)/(‖C_i‖‖C_j‖), and of the outputs, the same with
-  τ_jτ_jᵀ. It is 1 for the same directions in the same proportions; the mean over random rotations
+  τ_jτ_jᵀ. It is 1 for the same directions in the same proportions; its mean over random rotations
   in n dimensions is √(d_i d_j)/n, where d = (Σσ²)²/Σσ⁴;
 - the share of task i's energy that is **acting** on task j's leading inputs, ‖τ_i P_j‖²/‖τ_i‖²,
   where P_j projects on the right singular vectors that STAR keeps of task j.
 
-**The paper's bound** (arXiv 2502.10339) is on what a task vector B of rank r_B does to an input x
-of unit length in the span of the r_A right singular vectors of A: ‖Bx‖ ≤ r_B β √r_A. Here
-β = max_kl σ_k(B) |v_k(B)ᵀ v_l(A)|: with x = Σ_l α_l v_l(A), each of the r_B terms σ_k v_k(B)ᵀx is
-at most β Σ|α_l| ≤ β √r_A. Beside it stand the largest ‖Bx‖ there is, the **reach** ‖diag(σ) L‖₂,
-and its root mean square over all such x, ‖diag(σ) L‖_F/√r_A.
+**The paper's bound** (arXiv 2502.10339) is on the response of a task vector B of rank r_B to an
+input x of unit length in the span of the r_A right singular vectors of A: ‖Bx‖ ≤ r_B β √r_A. Here β
+= max_kl σ_k(B) |v_k(B)ᵀ v_l(A)|: with x = Σ_l α_l v_l(A), each of the r_B terms σ_k v_k(B)ᵀx is at
+most β Σ|α_l| ≤ β √r_A. For comparison, the largest ‖Bx‖ is the **reach** ‖diag(σ) L‖₂, and the root
+mean square of ‖Bx‖ over all such x is ‖diag(σ) L‖_F/√r_A.
 """
 
 from __future__ import annotations
@@ -42,36 +41,36 @@ Matrix: TypeAlias = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Conflict:
-    """Of one tensor, each (T, T) by the places i and j of the tasks; NaN where not defined.
+    """The measures of one tensor, each (T, T) by the tasks' indices i and j; NaN if undefined.
 
-    Only what is in ``inner`` is defined for vectors, and for embeddings of full fine-tunes.
+    For vectors, and embeddings of full fine-tunes, only ``inner`` is defined.
     """
 
     inner: Matrix
     """⟨τ_i, τ_j⟩."""
     response: Matrix
-    """‖τ_i C_j^½‖²: on the diagonal, of the task to its own inputs."""
+    """‖τ_i C_j^½‖²; the diagonal has the tasks' responses to their own inputs."""
     along: Matrix
-    """⟨τ_i C_j, τ_j⟩; on the diagonal the same as ``response``."""
+    """⟨τ_i C_j, τ_j⟩; the diagonal equals that of ``response``."""
     overlap_in: Matrix
-    """Of the inputs, 0 to 1."""
+    """Overlap of the inputs, 0 to 1."""
     overlap_out: Matrix
-    """Of the outputs, 0 to 1."""
+    """Overlap of the outputs, 0 to 1."""
     chance_in: Matrix
-    """What random directions would overlap."""
+    """Expected overlap of random directions."""
     chance_out: Matrix
     acting: Matrix
     """‖τ_i P_j‖², an energy."""
     bound: Matrix
     """r_B β √r_A for B = τ_i and A = τ_j, each truncated to the rank that STAR keeps."""
     reach: Matrix
-    """The largest ‖Bx‖ of the same."""
+    """The largest ‖Bx‖ for the same B and A."""
     rms: Matrix
-    """The root mean square of ‖Bx‖ of the same."""
+    """The root mean square of ‖Bx‖ for the same B and A."""
     bound_whole: Matrix
-    """The bound without truncation, of all triplets that are looked at."""
+    """The bound without truncation, for all triplets in use."""
     reach_whole: Matrix
-    """The largest ‖Bx‖ of the same."""
+    """The largest ‖Bx‖ without truncation."""
 
 
 def conflict_of(deltas: Sequence[Delta], spectra: Sequence[Spectrum | None]) -> Conflict:
@@ -81,7 +80,7 @@ def conflict_of(deltas: Sequence[Delta], spectra: Sequence[Spectrum | None]) -> 
 
     Args:
         deltas: τ of each task.
-        spectra: Their spectra, None where a delta has none.
+        spectra: Their spectra; None for a delta without one.
     """
     T = len(deltas)
     found = {field.name: np.full((T, T), np.nan) for field in fields(Conflict)}
@@ -102,7 +101,7 @@ def conflict_of(deltas: Sequence[Delta], spectra: Sequence[Spectrum | None]) -> 
 
 
 def conflict_bytes(shape: tuple[int, int], ranks: Sequence[int]) -> int:
-    """Return the bytes that comparing triplets takes: all side by side, and products of them.
+    """Return the bytes for comparing triplets: all of them in one matrix, and products.
 
     Args:
         shape: (m, n) of the tensor.
@@ -113,7 +112,7 @@ def conflict_bytes(shape: tuple[int, int], ranks: Sequence[int]) -> int:
 
 
 def _compared(spectra: Sequence[Spectrum]) -> Mapping[str, Matrix]:
-    """Return all that the triplets tell, by name; each task has one triplet at least."""
+    """Return the measures that follow from the triplets, by name; each task has at least one."""
     counts = [len(own.svd.S) for own in spectra]
     U = torch.cat([own.svd.U for own in spectra], dim=1)
     V = torch.cat([own.svd.V for own in spectra], dim=1)
@@ -160,10 +159,11 @@ def _bound(
     """Return r_B β √r_A and the largest ‖Bx‖, each (T, T) by B and A.
 
     Args:
-        S: (R,) singular values of all tasks, those that B leaves out zero.
-        L: (R, R) inner products of right singular vectors, the columns that A leaves out zero.
-        starts: Where the triplets of each task begin; the first of each are those it keeps.
-        ranks: How many it keeps.
+        S: (R,) singular values of all tasks, zero for those that B does not keep.
+        L: (R, R) inner products of right singular vectors, zero columns for those that A does not
+            keep.
+        starts: Index of the first triplet of each task; the kept triplets come first.
+        ranks: Number of kept triplets of each task.
     """
     weighed = S[:, None] * L
     magnitudes = np.maximum.reduceat(weighed.abs().numpy(), starts, axis=0)
@@ -171,7 +171,7 @@ def _bound(
     r = np.array(ranks, dtype=np.float64)
     T = len(ranks)
     most = max(ranks)
-    # Blocks of one size, filled up with zeros, which LAPACK decomposes in one call a row.
+    # Blocks of one size, zero-padded, so that one call of LAPACK decomposes a row of them.
     blocks = torch.zeros(T, most, most, dtype=torch.float64)
     reach = np.empty((T, T))
     for i, start in enumerate(starts.tolist()):

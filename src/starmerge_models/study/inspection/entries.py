@@ -1,7 +1,7 @@
-"""What is seen of task vectors entry by entry: signs, magnitudes, and the rounding of a sum.
+"""Entry-wise measures of task vectors: signs, magnitudes, and the rounding of the sum.
 
-Methods such as TIES look at entries, so signs are compared there. Of a large tensor some of the
-rows are looked at, evenly spread; sums over them are scaled up to the whole.
+Signs are compared for methods such as TIES, which work on entries. Of a large tensor only every
+``step``-th row is used, and the sums are scaled up to the whole tensor.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch import Tensor
 from starmerge_models.deltas import Delta, Dense, LowRank, Stored, matrix_shape
 from starmerge_models.merging.fold import Fold, fold_bytes
 
-MOST = 2**20
-"""Entries of a tensor that are looked at, more or less; of one no larger, all are."""
+MAX_ENTRIES = 2**20
+"""Approximate number of sampled entries of a larger tensor."""
 
 _PANEL = 2**20
-"""Entries of all tasks together that are in memory at once, or one row of each."""
+"""Entries of all tasks together in memory at once, but at least one row of each."""
 
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """Of the tasks of one tensor; sums are scaled up to the whole tensor."""
+    """Measures of the tasks of one tensor; sums are scaled up to the whole tensor."""
 
     step: int
-    """Every how manyth row was looked at; 1: all."""
+    """Stride of the sampled rows; 1: all rows."""
     products: npt.NDArray[np.float64]
     """(T, T), Σ τ_i τ_j over entries."""
     magnitudes: npt.NDArray[np.float64]
@@ -38,26 +38,26 @@ class Entries:
     sizes: npt.NDArray[np.float64]
     """(T,), Σ |τ_i|."""
     outvoted: npt.NDArray[np.float64]
-    """(T,), Σ |τ_i| of the entries whose sign is not that of Σ_j τ_j: they lose an election of
-    signs."""
+    """(T,), Σ |τ_i| over the entries whose sign differs from that of Σ_j τ_j: they lose a sign
+    election."""
     updates: npt.NDArray[np.float64]
     """(T,), Σ τ_i²."""
     lost: npt.NDArray[np.float64]
-    """(T,), the part of it that is lost if base + τ_i is rounded to the base's dtype."""
+    """(T,), the part of Σ τ_i² that is lost if base + τ_i is rounded to the base's dtype."""
     base: float
     """‖W‖² of the base's tensor."""
 
 
 def entries_of(deltas: Sequence[Delta], base: Tensor) -> Entries:
-    """Look at entries of one tensor.
+    """Measure the entries of one tensor.
 
     Args:
         deltas: τ of each task.
         base: The base's tensor, any shape and floating dtype.
     """
     m, n = matrix_shape(tuple(base.shape))
-    step = math.ceil(m * n / MOST)
-    step += (step + 1) % 2  # odd, so that heads of 64 rows are not met at the same places
+    step = math.ceil(m * n / MAX_ENTRIES)
+    step += (step + 1) % 2  # odd, so that heads of 64 rows are sampled at different offsets
     rows = slice(None, None, step)
     weight = base.reshape(m, n)[rows]
     parts = [_rows_of(delta, rows) for delta in deltas]
@@ -95,7 +95,7 @@ def entries_of(deltas: Sequence[Delta], base: Tensor) -> Entries:
 
 
 def entries_bytes(shape: tuple[int, int], count: int) -> int:
-    """Return the bytes that :func:`entries_of` takes beside the deltas.
+    """Return the bytes that :func:`entries_of` needs in addition to the deltas.
 
     Args:
         shape: (m, n) of the tensor.
@@ -106,7 +106,7 @@ def entries_bytes(shape: tuple[int, int], count: int) -> int:
 
 
 def _rows_of(delta: Delta, rows: slice) -> Delta:
-    """Return some rows of a delta, which share its memory."""
+    """Return some rows of a delta, as views."""
     if isinstance(delta, LowRank):
         return LowRank(delta.B[rows], delta.A, delta.scale)
     if isinstance(delta, Stored):

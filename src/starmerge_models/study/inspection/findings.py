@@ -1,7 +1,7 @@
-"""What an inspection found, in words, and what to do about it.
+"""Findings of an inspection as sentences, with advice.
 
-The thresholds stand here, each beside its reason. None of them was fitted to scores: they say what
-is worth a look, not what a merge will keep; ``starmerge choose`` finds that out.
+The thresholds are defined here, each with its reason. They were not fitted to scores: they mark
+notable values and do not predict the score of a merge, which ``starmerge choose`` measures.
 """
 
 from __future__ import annotations
@@ -15,56 +15,55 @@ from typing import Any, Literal
 from starmerge_models.study.inspection.totals import Record
 
 LARGE = 2.0
-"""A model so many times as large as the others' median norm is an outlier; so is one that is as
-many times smaller."""
+"""A model whose norm is at least this many times the others' median, or the median this many times
+its norm, is an outlier."""
 
 SAME = 0.9
-"""Task vectors of at least this cosine are as good as one model, given twice."""
+"""Task vectors with at least this cosine are nearly the same model."""
 
 OPPOSED = -0.1
-"""Task vectors of at most this cosine take away from each other in a sum."""
+"""Task vectors with at most this cosine cancel each other in a sum."""
 
 STRONG = 0.5
-"""A task that answers at least so strongly to another's inputs, over the other's own answer, is
-heard there."""
+"""A task interferes with another if its response to the other's inputs is at least this share of
+the other's own response."""
 
 SHARED = 0.5
-"""Input or output directions that overlap at least so much, and ten times as much as by chance, are
-shared."""
+"""Input or output directions are shared if their overlap is at least this, and ten times the
+overlap by chance."""
 
 _BY_CHANCE = 10.0
 
 SURVIVES = 0.9
-"""An update of which less than this survives the rounding suffers from it."""
+"""Rounding matters if less than this share of an update's energy survives it."""
 
 NOISY = 0.1
 """A stored fine-tune with at least this share of its energy below the noise floor is noisy."""
 
 ONE_DIRECTION = 2.0
-"""Where STAR keeps fewer directions than this in the mean, it keeps hardly more than the first."""
+"""If STAR keeps fewer directions than this on average, it keeps little more than the first."""
 
 APART = 0.5
-"""A model with at least this share of its energy in tensors that at most half of the models change
-is apart."""
+"""A model is apart if at least this share of its energy is in tensors that at most half of the
+models change."""
 
 STANDS_OUT = 1.25
-"""A layer or module stands out with a conflict so many times that of the whole model."""
+"""A layer or module stands out if its conflict is at least this many times the whole model's."""
 
 FEW_TENSORS = 0.05
-"""The share of a model's tensors that counts as few."""
+"""This share of a model's tensors counts as few."""
 
 DOMINATED = 0.5
-"""Few tensors that hold at least this share of its energy dominate a model."""
+"""Few tensors dominate a model if they hold at least this share of its energy."""
 
 WEAK = 0.25
-"""A merge that does less than this of what tasks do on their own inputs, in the median, is weak."""
+"""A merge is weak if the median over tasks of ``own`` is less than this."""
 
 BEHIND = 0.5
-"""A task of which a merge does less than this share of the median over the tasks suffers most."""
+"""A task is behind the others if its ``own`` is less than this share of the median over tasks."""
 
 OVERLAID = 0.75
-"""A merge overlays a task if its other answer to the task's inputs is at least so strong, over the
-task's own answer, and stronger than what it keeps of the task."""
+"""Other tasks overlay a task if ``others`` is at least this, and larger than ``own``."""
 
 _MOST_NAMED = 3
 
@@ -77,18 +76,18 @@ Topic = Literal[
 
 @dataclass(frozen=True)
 class Finding:
-    """A sentence on the models, and what to do."""
+    """A sentence on the models, with advice."""
 
     topic: Topic
     text: str
     advice: str | None = None
     models: tuple[str, ...] = ()
-    """Those that it is about, where it is about some."""
+    """The models that the finding concerns; empty: all."""
     options: str | None = None
-    """Options of ``starmerge merge`` that do as advised, as a shell reads them."""
+    """Options of ``starmerge merge`` that follow the advice, quoted for a shell."""
 
     def record(self) -> dict[str, Any]:
-        """Return it as plain data."""
+        """Return the fields as JSON-serialisable data."""
         return {
             "topic": self.topic,
             "text": self.text,
@@ -98,7 +97,7 @@ class Finding:
         }
 
     def __str__(self) -> str:
-        """Return both in one line."""
+        """Return text and advice in one line."""
         return f"{self.text} {self.advice}" if self.advice else self.text
 
 
@@ -114,18 +113,18 @@ def findings_of(
     eta: float,
     dtype: str,
 ) -> list[Finding]:
-    """Return what is worth saying of an inspection, the weightiest first.
+    """Return the findings of an inspection, the most important first.
 
     Args:
         models: A record for each model.
         conflicts: A record for each pair of models.
         tensors: A record for each tensor and model.
         kept: A record for each merge and model.
-        conflict: That of the whole model.
-        by_layer: The conflict in each layer, by what it is called.
-        by_module: The same by module.
+        conflict: The conflict of the whole model.
+        by_layer: The conflict of each layer, by the layer's name.
+        by_module: The conflict of each module, by the module's name.
         eta: STAR's η.
-        dtype: The base's.
+        dtype: The base's dtype.
     """
     changing = [model for model in models if model["norm"] > 0]
     return [
@@ -147,8 +146,8 @@ def _nothing(models: Sequence[Record]) -> Iterator[Finding]:
     if empty:
         yield Finding(
             "nothing",
-            f"{_listed(empty)}: all task vectors are zero. As a model of a merge it counts, and "
-            "an average is divided by its number.",
+            f"{_listed(empty)}: all task vectors are zero. A merge still counts it as a model, so "
+            "it makes an average smaller.",
             "Leave it out, unless it is meant to weaken the others.",
             empty,
         )
@@ -177,7 +176,7 @@ def _sizes(models: Sequence[Record]) -> Iterator[Finding]:
             yield Finding(
                 "size",
                 f"{model['model']} is {times:.1f} times as large as the others (median of norms): "
-                "in a sum or an average it drowns them.",
+                "it dominates a sum or an average.",
                 _equalised(model["model"], typical / model["norm"]),
                 (model["model"],),
                 _weighted(model["model"], typical / model["norm"]),
@@ -188,7 +187,7 @@ def _sizes(models: Sequence[Record]) -> Iterator[Finding]:
             yield Finding(
                 "size",
                 f"{model['model']} is {1 / times:.1f} times smaller than the others (median of "
-                "norms): it may be drowned.",
+                "norms): the others may dominate it.",
                 f"Try {_weighted(model['model'], min(1 / times, 4))}.",
                 (model["model"],),
                 _weighted(model["model"], min(1 / times, 4)),
@@ -203,7 +202,7 @@ def _equalised(name: str, weight: float) -> str:
 
 
 def _weighted(name: str, weight: float) -> str:
-    """Return the options of an average with a model's weight, as a shell reads them."""
+    """Return the options of an average with a model's weight, quoted for a shell."""
     return f"-m average -w {shlex.quote(f'{name}={weight:.2g}')}"
 
 
@@ -215,8 +214,8 @@ def _rounding(models: Sequence[Record], dtype: str) -> Iterator[Finding]:
         yield Finding(
             "rounding",
             f"Added to the base and rounded to {dtype}, {worst['survived']:.0%} of the energy of "
-            f"{worst['model']}'s update survives{more}; an average divides by the number of "
-            "models, and keeps less.",
+            f"{worst['model']}'s update survives{more}; in an average, which divides by the number "
+            "of models, less survives.",
             "Merge with --dtype float32, or as an adapter (--as adapter).",
             tuple(model["model"] for model in hurt),
             "--dtype float32",
@@ -231,9 +230,10 @@ def _noise(models: Sequence[Record]) -> Iterator[Finding]:
             "noise",
             f"{worst['noise']:.0%} of the energy of {worst['model']}'s update is explained by the "
             f"rounding of its stored weights ({len(noisy)} of {len(models)} models have "
-            f"{NOISY:.0%} or more). Ranks and spectra here are of what stands above that floor.",
-            "star drops it by itself; before other spectral merges write denoise, as in "
-            "-m denoise+shares, which -m auto does.",
+            f"{NOISY:.0%} or more). Ranks and spectra here count only values above the noise "
+            "floor.",
+            "star removes the noise by itself; for other spectral merges add denoise, as in "
+            "-m denoise+shares, or use -m auto, which does it.",
             tuple(model["model"] for model in noisy),
             "-m denoise+shares",
         )
@@ -244,7 +244,7 @@ def _pairs(conflicts: Sequence[Record], *, has_adapters: bool) -> Iterator[Findi
     for pair in same[:_MOST_NAMED]:
         yield Finding(
             "pair",
-            f"{pair['a']} and {pair['b']} are nearly one model (cosine {pair['cosine']:.2f}).",
+            f"{pair['a']} and {pair['b']} are nearly the same model (cosine {pair['cosine']:.2f}).",
             "Leave one out: it counts twice.",
             (pair["a"], pair["b"]),
         )
@@ -272,9 +272,9 @@ def _pairs(conflicts: Sequence[Record], *, has_adapters: bool) -> Iterator[Findi
         named = "; ".join(f"{one} on {other} {ratio:.2f}" for ratio, one, other in loud[:3])
         yield Finding(
             "pair",
-            f"Some tasks answer to another's inputs half as strongly as the other itself, or more: "
-            f"{named}{_and_more(len(loud) - _MOST_NAMED)}.",
-            "Merges that divide shared directions keep such tasks apart: -m auto, "
+            "Some tasks respond to another's inputs at least half as strongly as the other "
+            f"itself: {named}{_and_more(len(loud) - _MOST_NAMED)}.",
+            "Merges that divide shared directions separate these tasks: -m auto, "
             "-m covariance+own_response, -m tsv_m.",
             tuple(dict.fromkeys(name for _, one, other in loud[:3] for name in (one, other))),
             "-m auto",
@@ -291,16 +291,16 @@ def _pairs(conflicts: Sequence[Record], *, has_adapters: bool) -> Iterator[Findi
             top = max(shared, key=lambda pair: float(pair[f"overlap_{side}"]))
             if side == "out":
                 how = (
-                    "The tasks push the same outputs: try -m pico+task_arithmetic+mean_norm, or "
+                    "The tasks change the same outputs: try -m pico+task_arithmetic+mean_norm, or "
                     f"{_BY_OUTPUTS}."
                 )
             else:
                 how = (
-                    "Merges that tell tasks apart by their inputs have little to go by: try "
+                    "Merges that separate tasks by their inputs cannot work well here: try "
                     f"{_BY_OUTPUTS}."
                 )
                 if has_adapters:
-                    how += " Adapters trained from one seed share their first A, and so inputs."
+                    how += " Adapters trained from one seed have the same initial A, and so inputs."
             yield Finding(
                 "pair",
                 f"{len(shared)} of {len(conflicts)} pairs share their {words} directions; most "
@@ -315,9 +315,9 @@ def _pairs(conflicts: Sequence[Record], *, has_adapters: bool) -> Iterator[Findi
         most = max(max(pair["a_on_b"], pair["b_on_a"] or 0.0) for pair in known)
         yield Finding(
             "pair",
-            f"No pair clashes: no task answers more than {most:.2f} times as strongly to "
+            f"No pair clashes: no task responds more than {most:.2f} times as strongly to "
             "another's inputs as the other itself.",
-            "Averaging then weakens more than it mixes up: try -m auto.",
+            "Averaging then weakens the tasks more than it mixes them: try -m auto.",
             options="-m auto",
         )
 
@@ -340,7 +340,7 @@ def _places(
         named = _listed([f"{name} ({value:.2f})" for name, value in high])
         yield Finding(
             "layers",
-            f"Tasks clash most in {named}; in the whole model one answers to another's inputs "
+            f"Tasks clash most in {named}; in the whole model a task responds to another's inputs "
             f"{conflict:.2f} times as strongly as the other itself.",
             f"STAR can keep less there: {fewer}.",
             options=fewer,
@@ -357,9 +357,10 @@ def _ranks(models: Sequence[Record], eta: float) -> Iterator[Finding]:
     if kept < ONE_DIRECTION <= rank / 2:
         yield Finding(
             "rank",
-            f"STAR at η = {eta:g} keeps {kept:.1f} of {rank:.1f} directions in the mean: one "
+            f"STAR at η = {eta:g} keeps {kept:.1f} of {rank:.1f} directions on average: one "
             f"singular value holds {top:.0%} of the nuclear norm.",
-            "Then STAR is near an average of first directions: try -m star -p eta=60, or -m auto.",
+            "STAR is then close to an average of first directions: try -m star -p eta=60, or -m "
+            "auto.",
             options="-m star -p eta=60",
         )
 
@@ -373,8 +374,8 @@ def _apart(models: Sequence[Record]) -> Iterator[Finding]:
             "apart",
             f"{most['apart']:.0%} of the energy of {most['model']}'s update lies in tensors that "
             f"at most half of the models change{f'; so does most of {others}' if others else ''}. "
-            "Methods that divide what tasks share keep it nearly whole, and the other tasks meet "
-            "it in later layers.",
+            "Methods that divide shared directions keep it nearly whole, so it affects the other "
+            "tasks in later layers.",
             "Let starmerge choose race -m shares:response=0.5 and -m average against -m auto.",
             tuple(model["model"] for model in apart),
         )
@@ -408,9 +409,9 @@ def _kept(kept: Sequence[Record]) -> Iterator[Finding]:
         if typical < WEAK:
             yield Finding(
                 "kept",
-                f"{merge} weakens all tasks: on their own inputs it does {low:.2f} to {high:.2f} "
-                "of what they do.",
-                "Merges that keep tasks apart may be stronger: try -m auto, or "
+                f"{merge} weakens all tasks: on the tasks' own inputs it keeps {low:.2f} to "
+                f"{high:.2f} of their responses.",
+                "Merges that separate tasks may be stronger: try -m auto, or "
                 "-m covariance+own_response.",
                 options="-m auto",
             )
@@ -418,8 +419,8 @@ def _kept(kept: Sequence[Record]) -> Iterator[Finding]:
             if len(own) > 1 and record["own"] < BEHIND * typical:
                 yield Finding(
                     "kept",
-                    f"{merge}: {record['model']} suffers more than the others. On its inputs the "
-                    f"merge does {record['own']:.2f} of what it does, of the others' "
+                    f"{merge}: {record['model']} is weakened more than the others. On its inputs "
+                    f"the merge keeps {record['own']:.2f} of its response, and of the others' "
                     f"{typical:.2f} (median).",
                     f"Give it more weight: -w {record['model']}=2.",
                     (record["model"],),
@@ -431,12 +432,12 @@ def _kept(kept: Sequence[Record]) -> Iterator[Finding]:
             yield Finding(
                 "kept",
                 f"{merge}: other tasks overlay {named}{_and_more(len(overlaid) - _MOST_NAMED)}: on "
-                "the task's inputs they are heard as strongly as the task itself, or more.",
-                "Merge fewer models, or leave out the one that is heard most (pairs: a on b)"
+                "the task's inputs they respond at least as strongly as the task itself.",
+                "Merge fewer models, or leave out the one that responds most (pairs: a on b)"
                 + (
                     "."
                     if merge.startswith("auto")
-                    else "; merges that divide shared directions may be clearer: -m auto."
+                    else "; merges that divide shared directions may interfere less: -m auto."
                 ),
                 tuple(r["model"] for r in overlaid),
             )

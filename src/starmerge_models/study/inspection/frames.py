@@ -1,4 +1,4 @@
-"""The frames that figures and pages of an inspection are drawn from, one way for both."""
+"""DataFrames for the figures and pages of an inspection."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from starmerge_models.study.inspection.inspection import Inspection
-from starmerge_models.study.inspection.look import LISTED
+from starmerge_models.study.inspection.tensor_measures import LISTED
 
 if TYPE_CHECKING:
     import pandas as pd
 
 MOST_MODELS = 12
-"""Of more models, maps and spectra show the mean over all."""
+"""For more models, maps and spectra show the mean over all models."""
 
 NO_LAYER = "–"
-"""The layer of tensors outside of layers."""
+"""Layer name of tensors outside of layers."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number for each ordered pair of models, of which a matrix is drawn."""
+    """A measure of ordered pairs of models, shown as a matrix."""
 
     title: str
     name: str
-    """A word for the number."""
-    forth: str
-    """The key of a pair's record that has the number for row a and column b."""
-    back: str
-    """The key of the number for row b and column a."""
+    """Short name of the measure."""
+    row_key: str
+    """Key of a pair's record with the number for row a and column b."""
+    column_key: str
+    """Key of a pair's record with the number for row b and column a."""
     about: str
     is_diverging: bool = False
-    """Whether the numbers lie around zero."""
+    """Whether the colour scale is centred at zero."""
 
 
 MEASURES = (
@@ -66,7 +66,7 @@ MEASURES = (
 
 
 def matrices_of(inspection: Inspection) -> pd.DataFrame:
-    """Return the tensors with a spectrum of more than one value, which vectors lack."""
+    """Return the tensors that have a spectrum and are not vectors."""
     frame = inspection.to_frame("tensors")
     frame = frame[frame["kept"].notna()]
     frame = frame[frame["shape"].str.contains("×")]
@@ -76,10 +76,10 @@ def matrices_of(inspection: Inspection) -> pd.DataFrame:
 def rank_maps(inspection: Inspection) -> pd.DataFrame:
     """Return the mean rank that STAR keeps, by ``model``, ``layer`` and ``module``, as ``kept``.
 
-    All three are ordered categories: models and modules in their order, layers rising. Of more
-    than :data:`MOST_MODELS` models there is one, their mean.
+    All three are ordered categories, layers ascending. More than :data:`MOST_MODELS` models are
+    replaced by their mean.
     """
-    frame = _merged(inspection, matrices_of(inspection))
+    frame = _averaged_models(inspection, matrices_of(inspection))
     means = frame.groupby(["model", "layer", "module"], as_index=False)["kept"].mean()
     orders = {
         "model": _models(frame["model"], inspection),
@@ -90,7 +90,7 @@ def rank_maps(inspection: Inspection) -> pd.DataFrame:
 
 
 def conflict_map(inspection: Inspection) -> pd.DataFrame:
-    """Return the table of layers where tasks meet, layers and modules as ordered categories."""
+    """Return the table of layers with a defined conflict, with layers and modules as categories."""
     frame = inspection.to_frame("layers")
     frame = frame[frame["conflict"].notna()]
     frame = frame.assign(layer=_named_layers(frame))
@@ -102,8 +102,8 @@ def spectra_by_module(inspection: Inspection) -> pd.DataFrame:
     """Return the mean share of the nuclear norm in the first singular values.
 
     Columns ``module``, ``model`` (ordered categories), ``index`` from 0 and ``share`` from 0 to 1;
-    the mean is over the matrices of a module. A spectrum that has ended holds all of its nuclear
-    norm from there on. Of more than :data:`MOST_MODELS` models there is one, their mean.
+    the mean is over the matrices of a module. After the end of a spectrum its share is constant.
+    More than :data:`MOST_MODELS` models are replaced by their mean.
     """
     import pandas as pd  # noqa: PLC0415  (slow to import)
 
@@ -115,7 +115,7 @@ def spectra_by_module(inspection: Inspection) -> pd.DataFrame:
         & (frame["index"] <= LISTED)
     ]
     frame = frame.assign(curve=frame["tensor"] + "\n" + frame["model"])
-    frame = _merged(inspection, frame)
+    frame = _averaged_models(inspection, frame)
     modules = list(dict.fromkeys(known["module"]))
     found = []
     for module in modules:
@@ -145,29 +145,29 @@ def conflict_matrix(inspection: Inspection, measure: Measure) -> pd.DataFrame:
     rows = []
     for pair in inspection.conflicts:
         a, b = pair["a"], pair["b"]
-        rows += [(a, b, pair[measure.forth]), (b, a, pair[measure.back])]
+        rows += [(a, b, pair[measure.row_key]), (b, a, pair[measure.column_key])]
     frame = pd.DataFrame(rows, columns=["row", "column", "value"]).astype({"value": float})
     return _ordered(frame, {"row": inspection.names, "column": inspection.names})
 
 
 def kept(inspection: Inspection) -> pd.DataFrame:
-    """Return what merges keep of each task that they change: the table of that name."""
+    """Return the table "kept" without undefined rows."""
     frame = inspection.to_frame("kept")
     return frame[frame["own"].notna()] if len(frame) else frame
 
 
 def has_spectra(inspection: Inspection) -> bool:
-    """Tell whether there is a rank map to draw."""
+    """Return whether there is a rank map to draw."""
     return any(record["kept"] and "×" in record["shape"] for record in inspection.tensors)
 
 
 def has_conflicts(inspection: Inspection) -> bool:
-    """Tell whether two models change one matrix."""
+    """Return whether two models change the same matrix."""
     return any(record["a_on_b"] is not None for record in inspection.conflicts)
 
 
 def _layers(frame: pd.DataFrame) -> list[str]:
-    """Return the names of a frame's layers, rising."""
+    """Return the names of a frame's layers, ascending."""
     return sorted(set(frame["layer"]), key=lambda name: -1 if name == NO_LAYER else int(name))
 
 
@@ -178,8 +178,8 @@ def _named_layers(frame: pd.DataFrame) -> list[str]:
     ]
 
 
-def _merged(inspection: Inspection, frame: pd.DataFrame) -> pd.DataFrame:
-    """Return a frame with one model for all where there are too many to be shown one by one."""
+def _averaged_models(inspection: Inspection, frame: pd.DataFrame) -> pd.DataFrame:
+    """Replace the models of a frame by a single mean model if there are too many."""
     count = len(inspection.models)
     return frame.assign(model=f"mean of {count} models") if count > MOST_MODELS else frame
 
@@ -190,7 +190,7 @@ def _models(values: pd.Series[str], inspection: Inspection) -> list[str]:
 
 
 def _ordered(frame: pd.DataFrame, orders: Mapping[str, Sequence[str]]) -> pd.DataFrame:
-    """Return the rows sorted by columns of names, which become ordered categories."""
+    """Sort the rows by columns of names, converted to ordered categories."""
     import pandas as pd  # noqa: PLC0415
 
     sorts = {

@@ -1,4 +1,4 @@
-"""What an inspection found: tables, findings, JSON."""
+"""The result of an inspection: tables, findings, JSON."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 from starmerge_models.errors import UsageError
 from starmerge_models.study.inspection import text
 from starmerge_models.study.inspection.findings import Finding, findings_of
-from starmerge_models.study.inspection.look import TensorLook
-from starmerge_models.study.inspection.places import modules
+from starmerge_models.study.inspection.module_names import module_names
+from starmerge_models.study.inspection.tensor_measures import TensorMeasures
 from starmerge_models.study.inspection.totals import (
+    ModelInfo,
     Record,
-    Subject,
     Sums,
     conflict_records,
     grouped_conflict,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = 1
-"""Of the JSON: raised when a reader of an earlier one would misread it."""
+"""Version of the JSON; incremented when older readers would misread it."""
 
 Table: TypeAlias = Literal[
     "models", "conflicts", "layers", "tensors", "pairs", "spectra", "kept", "kept_tensors"
@@ -38,37 +38,37 @@ Table: TypeAlias = Literal[
 
 @dataclass(frozen=True, repr=False)
 class Inspection:
-    """The task vectors of some models, and what they do to each other; made by :func:`inspect`.
+    """Measures of the task vectors of some models and of their conflicts; made by :func:`inspect`.
 
-    Each table is a list of records, one a row, as :meth:`to_frame` gives it to pandas. Something
-    that is not defined, as the overlap of vectors, is None. docs/inspect.md has the columns.
+    Each table is a list of records, one per row; :meth:`to_frame` converts it to a DataFrame.
+    Undefined values, such as the overlap of vectors, are None. docs/inspect.md lists the columns.
     """
 
     base: str
     """The base's name."""
     dtype: str
-    """The dtype of the base's weights: of most bytes of them."""
+    """The dtype of most bytes of the base's weights."""
     eta: float
     """STAR's η, in percent."""
     models: list[Record]
-    """One for each model."""
+    """A record for each model."""
     conflicts: list[Record]
-    """One for each pair of models, over all tensors."""
+    """A record for each pair of models, over all tensors."""
     layers: list[Record]
-    """One for each layer and module."""
+    """A record for each layer and module."""
     tensors: list[Record]
-    """One for each tensor and model."""
+    """A record for each tensor and model."""
     kept: list[Record]
-    """One for each merge and model."""
+    """A record for each merge and model."""
     kept_tensors: list[Record]
-    """One for each merge, tensor and model."""
+    """A record for each merge, tensor and model."""
     findings: tuple[Finding, ...]
     sampled: int
-    """Tensors of which some rows alone were looked at for signs and rounding."""
+    """Number of tensors whose signs and rounding were measured on a sample of the rows."""
     notes: tuple[str, ...]
-    """Sentences on base and models that a reader should know."""
-    _looks: tuple[TensorLook, ...]
-    """What was measured, tensor by tensor."""
+    """Notes on base and models."""
+    _measures: tuple[TensorMeasures, ...]
+    """The measures of each tensor."""
 
     @property
     def names(self) -> list[str]:
@@ -79,16 +79,18 @@ class Inspection:
     def pairs(self) -> list[Record]:
         """A record for each tensor and pair of models that change it.
 
-        Of 50 models, 300 tensors make 370,000 records; so they are made when they are asked for.
+        The records are computed on access: 50 models and 300 tensors have 370,000.
         """
-        subjects = [Subject(record["model"], record["kind"]) for record in self.models]
-        return pair_records(self._looks, subjects, modules(look.name for look in self._looks))
+        infos = [ModelInfo(record["model"], record["kind"]) for record in self.models]
+        return pair_records(
+            self._measures, infos, module_names(tensor.name for tensor in self._measures)
+        )
 
     @property
     def spectra(self) -> list[Record]:
         """A record for each singular value: ``tensor``, ``model``, ``index`` from 1, ``value``.
 
-        ``cumulative`` is the share of the nuclear norm that it and those before it hold.
+        ``cumulative`` is the share of the nuclear norm up to and including the value.
         """
         records = []
         for own in self.tensors:
@@ -101,11 +103,11 @@ class Inspection:
         return records
 
     def to_frame(self, table: Table = "tensors") -> pd.DataFrame:
-        """Return one of the tables for pandas.
+        """Return a table as a DataFrame.
 
         Args:
             table: "models", "conflicts" (pairs of models), "layers", "tensors", "pairs" (of models
-                in a tensor), "spectra", "kept" (what merges keep) or "kept_tensors".
+                in a tensor), "spectra", "kept" (merges and tasks) or "kept_tensors".
 
         Raises:
             UsageError: There is no such table.
@@ -119,11 +121,11 @@ class Inspection:
         return frame.drop(columns="spectrum") if "spectrum" in frame else frame
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything as plain data."""
+        """Return everything as JSON-serialisable data."""
         own = {
             field.name: getattr(self, field.name)
             for field in fields(self)
-            if field.name not in ("findings", "notes", "_looks")
+            if field.name not in ("findings", "notes", "_measures")
         }
         return {
             "schema": SCHEMA,
@@ -135,11 +137,11 @@ class Inspection:
 
     @property
     def report(self) -> str:
-        """The tables of models, pairs and merges, and the findings, in Markdown: one screen."""
+        """The tables of models, pairs and merges, and the findings, in Markdown."""
         return text.markdown(self._tables, self.findings, self.all_notes)
 
     def __repr__(self) -> str:
-        """Return a line on what was inspected, and the findings."""
+        """Return a line on the models and tensors, and the findings."""
         count = len({record["tensor"] for record in self.tensors})
         first = f"<Inspection of {text.shortened(self.names)}: {count} tensors, η = {self.eta:g}>"
         return "\n".join([first, *(f"- {finding.text}" for finding in self.findings[:10])])
@@ -154,56 +156,56 @@ class Inspection:
 
     @property
     def legends(self) -> list[str]:
-        """What the columns of the tables in the report mean, a paragraph for each table."""
+        """The meaning of the columns of the report's tables, a paragraph for each table."""
         return [table.legend for table in self._tables]
 
     @property
     def all_notes(self) -> tuple[str, ...]:
-        """The notes, and whether tensors were looked at in part."""
+        """The notes, including one on sampled tensors."""
         if not self.sampled:
             return self.notes
         noun = "1 large tensor" if self.sampled == 1 else f"{self.sampled} large tensors"
-        sampled = f"of {noun} some rows, evenly spread, were looked at for signs and rounding."
+        sampled = f"signs and rounding of {noun} were measured on evenly spaced rows."
         return (sampled, *self.notes)
 
 
 def make_inspection(
-    looks: Sequence[TensorLook],
-    subjects: Sequence[Subject],
+    measures: Sequence[TensorMeasures],
+    infos: Sequence[ModelInfo],
     *,
     base: str,
     dtype: str,
     eta: float,
     notes: Sequence[str] = (),
 ) -> Inspection:
-    """Put the measures of all tensors together.
+    """Aggregate the measures of all tensors.
 
     Args:
-        looks: What was measured, tensor by tensor.
-        subjects: The models.
+        measures: The measures of each tensor.
+        infos: The models.
         base: The base's name.
         dtype: The dtype of its weights.
         eta: STAR's η.
-        notes: Sentences on base and models.
+        notes: Notes on base and models.
     """
-    labels = modules([look.name for look in looks])
-    sums = Sums(looks, len(subjects))
-    models = model_records(looks, subjects, sums)
-    conflicts = conflict_records(subjects, sums)
-    layers = layer_records(looks, labels, sums)
-    tensors = tensor_records(looks, subjects, labels)
-    kept, kept_tensors = kept_records(looks, subjects, labels)
+    labels = module_names([tensor.name for tensor in measures])
+    sums = Sums(measures, len(infos))
+    models = model_records(measures, infos, sums)
+    conflicts = conflict_records(infos, sums)
+    layers = layer_records(measures, labels, sums)
+    tensors = tensor_records(measures, infos, labels)
+    kept, kept_tensors = kept_records(measures, infos, labels)
     by_layer, by_module = defaultdict(list), defaultdict(list)
-    for look in looks:
-        by_module[labels[look.name]].append(look)
-        if look.layer is not None:
-            by_layer[f"layer {look.layer}"].append(look)
+    for tensor in measures:
+        by_module[labels[tensor.name]].append(tensor)
+        if tensor.layer is not None:
+            by_layer[f"layer {tensor.layer}"].append(tensor)
     findings = findings_of(
         models,
         conflicts,
         tensors,
         kept,
-        conflict=grouped_conflict(looks),
+        conflict=grouped_conflict(measures),
         by_layer={name: grouped_conflict(own) or 0.0 for name, own in by_layer.items()},
         by_module={name: grouped_conflict(own) or 0.0 for name, own in by_module.items()},
         eta=eta,
@@ -220,7 +222,7 @@ def make_inspection(
         kept=kept,
         kept_tensors=kept_tensors,
         findings=tuple(findings),
-        sampled=sum(look.entries.step > 1 for look in looks),
+        sampled=sum(tensor.entries.step > 1 for tensor in measures),
         notes=tuple(notes),
-        _looks=tuple(looks),
+        _measures=tuple(measures),
     )

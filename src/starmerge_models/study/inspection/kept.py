@@ -1,12 +1,13 @@
-"""What a merge keeps of each task: how strongly it answers to the task's inputs, and with what.
+"""How much of each task a merge keeps: its response to the task's inputs.
 
-On the inputs of task i, of second moments C_i (:mod:`starmerge_models.study.inspection.conflict`),
-a merge M should do what τ_i does. There it is own · τ_i and a rest that has nothing to do with τ_i:
+On the inputs of task i, with second moments C_i
+(:mod:`starmerge_models.study.inspection.conflict`), a merge M should equal τ_i. There M is the sum
+of own · τ_i and a remainder orthogonal to τ_i:
 
     own = ⟨M C_i, τ_i⟩/⟨τ_i C_i, τ_i⟩,  others² = ‖(M − own · τ_i) C_i^½‖²/‖τ_i C_i^½‖²,
 
-and the relative error of M there is √((1 − own)² + others²). A task with a small ``own`` is
-weakened; one with a large ``others`` is overlaid by the other tasks.
+and the relative error of M is √((1 − own)² + others²). A small ``own`` means that the merge weakens
+the task; a large ``others``, that other tasks interfere on its inputs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from starmerge_models.study.inspection.spectrum import Spectrum
 
 @dataclass(frozen=True)
 class Kept:
-    """Sums over tensors of what a merge M keeps of τ_i; those of several tensors add up."""
+    """Sums over tensors that compare a merge M with τ_i; the sums of several tensors add up."""
 
     inner: float = 0.0
     """⟨M, τ_i⟩."""
@@ -38,19 +39,19 @@ class Kept:
     response: float = 0.0
     """‖M C_i^½‖²."""
     inside: float = 0.0
-    """‖U_iU_iᵀ M V_iV_iᵀ‖², of the singular vectors that STAR keeps of τ_i."""
+    """‖U_iU_iᵀ M V_iV_iᵀ‖², for the singular vectors that STAR keeps of τ_i."""
 
     def __add__(self, other: Kept) -> Kept:
         """Return the sums over the tensors of both."""
         return Kept(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def record(self) -> dict[str, float | None]:
-        """Return the ratios as plain data; None where one is not defined."""
+        """Return the ratios as JSON-serialisable data; None if undefined."""
         own = _ratio(self.along, self.own)
         response = _ratio(self.response, self.own)
         others = error = None
         if own is not None and response is not None:
-            # Of rounding, the difference may be negative.
+            # Rounding errors may make the difference negative.
             others = math.sqrt(max(0.0, response - own**2))
             error = math.hypot(1 - own, others)
         return {
@@ -63,12 +64,12 @@ class Kept:
 
 
 def kept_of(merged: Delta, delta: Delta, spectrum: Spectrum | None) -> Kept:
-    """Measure one task in the merge of one tensor.
+    """Compare the merge of one tensor with one task.
 
     Args:
         merged: M.
         delta: τ_i.
-        spectrum: Its spectrum; None for what spectral methods average.
+        spectrum: The spectrum of τ_i; None for tensors that spectral methods average.
     """
     inner, energy = merged.inner(delta), delta.frobenius() ** 2
     squares = merged.frobenius() ** 2
@@ -92,7 +93,7 @@ def kept_of(merged: Delta, delta: Delta, spectrum: Spectrum | None) -> Kept:
 
 
 def _times(delta: Delta, V: Tensor) -> Tensor:
-    """Return δ V, float64; of a dense delta the product in its own width."""
+    """Return δ V, float64; the product with a dense delta is computed in the delta's dtype."""
     if isinstance(delta, LowRank):
         return delta.scale * (delta.B.double() @ (delta.A.double() @ V))
     matrix = delta.matrix

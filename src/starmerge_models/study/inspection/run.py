@@ -1,4 +1,4 @@
-"""Inspecting models: opening them, measuring tensor by tensor, within bounded memory."""
+"""Runs an inspection: opens the models and measures tensor by tensor, in bounded memory."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from starmerge_models.study.candidates import candidate_name
 from starmerge_models.study.inspection.conflict import conflict_bytes
 from starmerge_models.study.inspection.entries import entries_bytes
 from starmerge_models.study.inspection.inspection import Inspection, make_inspection
-from starmerge_models.study.inspection.look import TensorLook, look_at
 from starmerge_models.study.inspection.spectrum import LEADING
-from starmerge_models.study.inspection.totals import Subject
+from starmerge_models.study.inspection.tensor_measures import TensorMeasures, measure_tensor
+from starmerge_models.study.inspection.totals import ModelInfo
 from starmerge_models.study.names import model_name
 
-_Seen = TypeVar("_Seen")
+_Result = TypeVar("_Result")
 
 Models = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 
@@ -57,33 +57,35 @@ def inspect(
     memory: int | str | None = None,
     progress: bool = False,
 ) -> Inspection:
-    """Look at the task vectors of fine-tunes of one base, and at what they do to each other.
+    """Measure the task vectors of fine-tunes of one base, and the conflicts between them.
 
-    Everything is computed from the weights; nothing is run. Adapters stay factors. Base and models
-    are opened and checked as :func:`starmerge_models.merge` does, and read tensor by tensor, so
-    that the tensors in work are all that is in memory. The result does not depend on ``threads``.
+    Everything is computed from the weights; no model is run. Adapters stay in factored form. Base
+    and models are opened and checked as by :func:`starmerge_models.merge`, and read tensor by
+    tensor, so that only the current tensors are in memory. The result does not depend on
+    ``threads``.
 
-    With ``methods`` or ``merged``, merges are compared with the task vectors that went into them:
-    how much each keeps of a task on the task's own inputs, and what else it does there.
+    With ``methods`` or ``merged``, merges are compared with their task vectors: how much of each
+    task a merge keeps on the task's own inputs, and its other response there.
 
     Args:
         base: The base model: a folder, or a Hub id ``org/name`` or ``org/name@revision``.
         models: LoRA adapters and full fine-tunes, as folders or Hub ids; a mapping names them.
-        eta: STAR's η, in percent: the ranks that it keeps, and the subspaces of the paper's bound.
-        methods: How to merge the models, in memory: methods, chains or their names.
+        eta: STAR's η, in percent; it determines the kept ranks and the subspaces of the paper's
+            bound.
+        methods: Methods, chains or their names, to merge the models by in memory.
         weights: Factors of the task vectors in these merges; by default all are 1.
-        merged: Merges of the models that are there already: merged models or adapters.
+        merged: Existing merges of the models: merged models or adapters.
         any_base: Accept models whose config names another base, or differs from the base's.
-        common: Take what the models share with the base.
-        threads: How many tensors are looked at once; by default as many as for a merge.
-        memory: Bytes that the tensors in work may take together, or a text such as "4GB".
+        common: Use only the tensors that the models share with the base.
+        threads: How many tensors to measure concurrently; by default as many as for a merge.
+        memory: Limit of the current tensors' memory in bytes, or as a text such as "4GB".
         progress: Whether to show a progress bar.
 
     Raises:
-        UsageError: Something was asked for wrongly: η, a method, a model that cannot be merged, two
-            merges or models of one name.
-        StarmergeError: An input is broken, does not fit, or has a NaN or an infinity; none of the
-            models changes anything.
+        UsageError: An argument is invalid: η, a method, a model that cannot be merged, or two
+            merges or models with the same name.
+        StarmergeError: An input is broken, does not fit, or has a NaN or an infinity, or the models
+            change no tensor.
 
     Example:
         ``sm.inspect("base", ["adapters/a", "adapters/b"]).to_frame("conflicts")``
@@ -91,12 +93,12 @@ def inspect(
     if not 0 < eta <= 100:
         raise UsageError(f"eta is {eta!r}. Give a percentage: above 0, up to 100.")
     single = isinstance(methods, str | Method | Pipeline)
-    chains = _named([methods] if single else methods)  # type: ignore[list-item, arg-type]
+    chains = _by_name([methods] if single else methods)  # type: ignore[list-item, arg-type]
     entries, others = model_entries(models), model_entries(merged)
     for entry in others:
         if entry["name"] in chains:
             raise UsageError(
-                f"Two merges are called {entry['name']!r}. Name the one that is there already: "
+                f"Two merges are called {entry['name']!r}. Give the existing merge another name: "
                 "NAME=PATH."
             )
     recipe = make_recipe(
@@ -116,22 +118,22 @@ def inspect(
     chosen = {name: choose(chain, tasks, None)[0] for name, chain in chains.items()}
     for chain in chosen.values():
         check_merge(chain, opened, tasks, factors, lay_out(opened, tasks), None)
-    reading = _Reading(opened, tasks, merges, tensors, factors, tuple(chosen.values()))
+    reading = _TensorReader(opened, tasks, merges, tensors, factors, tuple(chosen.values()))
     with Threads(threads, memory) as executor:
         prepared = {
-            name: _prepared(name, chain, reading, executor, show=progress)
+            name: _prepare(name, chain, reading, executor, show=progress)
             for name, chain in chosen.items()
         }
-        looks = _walk(
-            reading, executor, partial(reading.look, prepared, eta), "Inspecting", show=progress
+        measures = _walk(
+            reading, executor, partial(reading.measure, prepared, eta), "Inspecting", show=progress
         )
-        found = list(looks)
+        found = list(measures)
     sizes: Counter[str] = Counter()
     for tensor in tensors:
         sizes[str(tensor.source.dtype).removeprefix("torch.")] += tensor.source.nbytes
     return make_inspection(
         found,
-        [Subject(model.name, model.kind) for model in tasks],
+        [ModelInfo(model.name, model.kind) for model in tasks],
         base=model_name(base),
         dtype=sizes.most_common(1)[0][0],
         eta=eta,
@@ -139,16 +141,16 @@ def inspect(
     )
 
 
-def _named(methods: Iterable[str | Method | Pipeline]) -> dict[str, Pipeline]:
-    """Return chains by the names that tell them apart."""
+def _by_name(methods: Iterable[str | Method | Pipeline]) -> dict[str, Pipeline]:
+    """Return chains by their unique names."""
     chains: dict[str, Pipeline] = {}
     for chain in map(as_pipeline, methods):
         check_one_update(chain)
         name = candidate_name(chain)
         if chain.needs_moments:
             raise UsageError(
-                f"{name} merges by a metric of the inputs, and an inspection has none. Merge with "
-                "starmerge merge --metric, and give the result as a merge that is there already."
+                f"{name} needs a metric of the inputs, and an inspection has none. Merge with "
+                "starmerge merge --metric, and pass the result as an existing merge."
             )
         if name in chains:
             raise UsageError(f"The merge {name} is given twice. Leave one out.")
@@ -156,16 +158,16 @@ def _named(methods: Iterable[str | Method | Pipeline]) -> dict[str, Pipeline]:
     return chains
 
 
-class _Reading:
-    """The tensors that some model changes, read when they are looked at.
+class _TensorReader:
+    """The tensors that at least one model changes, read lazily.
 
     Args:
         base: The base.
-        models: The models that are inspected.
-        merges: Merges of them that are there already.
-        tensors: The tensors that some of the models changes.
+        models: The inspected models.
+        merges: Existing merges of them.
+        tensors: The tensors that at least one of the models changes.
         weights: Factors of the task vectors in merges.
-        chains: The merges to make.
+        chains: The merges to compute.
     """
 
     def __init__(
@@ -182,8 +184,8 @@ class _Reading:
         self._weights = weights
         self._chains = chains
 
-    def see(self, look: Callable[[Deltas, TensorContext], _Seen], number: int) -> _Seen:
-        """Return what a method sees of a tensor, whose task vectors are read as they are taken."""
+    def apply(self, look: Callable[[Deltas, TensorContext], _Result], number: int) -> _Result:
+        """Apply a method's function to a tensor, whose task vectors are read lazily."""
         tensor = self.tensors[number]
         base = self._base.checkpoint.read(tensor.source.name)
         deltas = Deltas(
@@ -191,8 +193,8 @@ class _Reading:
         )
         return look(deltas, tensor.context(self._tasks, self._weights, base))
 
-    def look(self, prepared: Mapping[str, Prepared], eta: float, number: int) -> TensorLook:
-        """Measure a tensor, with the merges of it."""
+    def measure(self, prepared: Mapping[str, Prepared], eta: float, number: int) -> TensorMeasures:
+        """Measure a tensor and its merges."""
         tensor = self.tensors[number]
         base = self._base.checkpoint.read(tensor.source.name)
         deltas = {t: self._delta(model, tensor, base) for t, model in tensor.models.items()}
@@ -206,17 +208,17 @@ class _Reading:
             else:
                 nothing = torch.zeros(matrix_shape(tensor.source.shape))
                 merges[model.name] = Dense(nothing)
-        found = look_at(deltas, merges, context, eta)
+        found = measure_tensor(deltas, merges, context, eta)
         if not math.isfinite(found.entries.base):
             check_base(tensor.source, base)
         return found
 
     def memory(self, number: int) -> int:
-        """Estimate the bytes in memory while a tensor is looked at."""
+        """Estimate the bytes in memory while a tensor is measured."""
         tensor = self.tensors[number]
         star = make_pipeline("star")
         merging = max(tensor.memory(chain, self._tasks) for chain in (star, *self._chains))
-        shape = tensor.as_read(star, self._tasks)
+        shape = tensor.tensor_shape(star, self._tasks)
         (m, n), p = shape.matrix, min(shape.matrix)
         ranks = [_triplets(delta, p) for delta in shape.deltas]
         dense = sum(delta.rank is None for delta in shape.deltas)
@@ -233,30 +235,30 @@ class _Reading:
 
 
 def _triplets(delta: DeltaShape, p: int) -> int:
-    """Return how many triplets are held of a task vector, more or less."""
+    """Estimate how many triplets of a task vector are in memory."""
     return min(p, delta.rank if delta.rank is not None else max(LEADING, math.ceil(0.3 * p)))
 
 
-def _prepared(
-    name: str, chain: Pipeline, reading: _Reading, executor: Threads, *, show: bool
+def _prepare(
+    name: str, chain: Pipeline, reading: _TensorReader, executor: Threads, *, show: bool
 ) -> Prepared:
-    """Let the methods of a chain look at the whole model."""
+    """Run the surveys of a chain's methods over the whole model."""
 
-    def walk(look: Callable[[Deltas, TensorContext], _Seen]) -> Generator[_Seen]:
-        return _walk(reading, executor, partial(reading.see, look), f"Merging: {name}", show=show)
+    def walk(look: Callable[[Deltas, TensorContext], _Result]) -> Generator[_Result]:
+        return _walk(reading, executor, partial(reading.apply, look), f"Merging: {name}", show=show)
 
     return chain.prepare(walk)
 
 
 def _walk(
-    reading: _Reading,
+    reading: _TensorReader,
     executor: Threads,
-    work: Callable[[int], _Seen],
+    work: Callable[[int], _Result],
     label: str,
     *,
     show: bool,
-) -> Generator[_Seen]:
-    """Yield what comes of the work on each tensor, in order, behind a progress bar."""
+) -> Generator[_Result]:
+    """Yield the result of the work on each tensor, in order, with a progress bar."""
     numbers = range(len(reading.tensors))
     with (
         progress_bar(label, len(numbers), show=show) as advance,

@@ -1,4 +1,4 @@
-"""One task vector of one tensor: its spectrum, and the directions that matter."""
+"""The spectrum of one task vector of one tensor, and its leading singular triplets."""
 
 from __future__ import annotations
 
@@ -12,31 +12,38 @@ from starmerge_models.deltas import Delta, LowRank
 from starmerge_models.methods.denoise import rounding_of
 from starmerge_models.methods.kinds.spectral import is_averaged
 from starmerge_models.methods.method import TensorContext
-from starmerge_models.spectral import SVD, Decomposition, Truncation, certainly, svd, truncation_of
+from starmerge_models.spectral import (
+    SVD,
+    Decomposition,
+    Truncation,
+    svd,
+    truncation_of,
+    with_exact_fallback,
+)
 from starmerge_models.spectral.core_space import FLOAT32_NOISE
 
 LEADING = 128
-"""Triplets of a dense delta that are compared with other tasks', unless STAR keeps more."""
+"""Number of a dense delta's triplets that are compared with other tasks, unless STAR keeps more."""
 
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """The singular values of τ, those above the noise floor where it applies, and triplets of it.
+    """The singular values of τ (above the noise floor where it applies) and its leading triplets.
 
-    p_k stands for σ_k/Σσ.
+    Below, p_k = σ_k/Σσ.
     """
 
     values: Tensor
     """(k,) float64, descending."""
     svd: SVD
-    """The triplets that are compared with other tasks': of factors all, of a dense delta the first
+    """The triplets that are compared with other tasks: all of factors; of a dense delta the first
     :data:`LEADING`, or as many as STAR keeps."""
     truncation: Truncation
-    """What STAR does to it."""
+    """STAR's truncation."""
     energy: float
-    """‖τ‖² of the whole delta, noise included."""
+    """‖τ‖² of the whole delta, including noise."""
     rank: int
-    """Singular values that are not rounding."""
+    """Number of singular values above rounding errors."""
 
     @property
     def kept(self) -> int:
@@ -50,7 +57,7 @@ class Spectrum:
 
     @property
     def noise(self) -> float:
-        """The share of ‖τ‖² that lies below the noise floor; 0 where no floor applies."""
+        """The share of ‖τ‖² below the noise floor; 0 if no floor applies."""
         floor = self.truncation.noise
         if floor is None or not floor.applies or not self.energy:
             return 0.0
@@ -71,7 +78,7 @@ class Spectrum:
 
     @property
     def participation(self) -> float:
-        """(Σσ²)²/Σσ⁴ of the triplets: how many directions share the energy."""
+        """The participation ratio (Σσ²)²/Σσ⁴ of the triplets: an effective number of directions."""
         squares = self.svd.S.square()
         return float(squares.sum().square() / squares.square().sum()) if len(squares) else 0.0
 
@@ -89,7 +96,7 @@ class Spectrum:
 def spectrum_of(delta: Delta, tensor: TensorContext, eta: float) -> Spectrum | None:
     """Return the spectrum of a delta.
 
-    Of factors exactly, in O((m + n)r²); of a dense delta by the kernels that STAR uses.
+    It is exact for factors, in O((m + n)r²); for a dense delta it uses the kernels of STAR.
 
     Args:
         delta: τ.
@@ -97,7 +104,7 @@ def spectrum_of(delta: Delta, tensor: TensorContext, eta: float) -> Spectrum | N
         eta: STAR's η, in percent.
 
     Returns:
-        None for what spectral methods average: vectors, and embeddings of full fine-tunes.
+        None for tensors that spectral methods average: vectors, and embeddings of full fine-tunes.
     """
     if is_averaged([delta], tensor, embeddings="average"):
         return None
@@ -118,4 +125,4 @@ def spectrum_of(delta: Delta, tensor: TensorContext, eta: float) -> Spectrum | N
         triplets = SVD(found.U.double(), found.S, found.V.double())
         return Spectrum(values, triplets, truncation, energy, rank)
 
-    return certainly(svd(delta), look)
+    return with_exact_fallback(svd(delta), look)

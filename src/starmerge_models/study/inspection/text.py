@@ -1,4 +1,4 @@
-"""An inspection for people: one screen of Markdown, or HTML for notebooks."""
+"""An inspection as text: one screen of Markdown, or HTML for notebooks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from starmerge_models.evaluation.grids import aligned, html_table
+from starmerge_models.evaluation.text_tables import html_table, markdown_table
 from starmerge_models.study.inspection.findings import Finding
 from starmerge_models.study.inspection.totals import Record
 
@@ -15,19 +15,19 @@ _MOST_PAIRS = 8
 _MOST_NAMES = 8
 
 _MODELS_LEGEND = (
-    "norm: ‖τ‖, beside the base's of the same tensors and the median of the other models'; ranks: "
-    "means over matrices, first σ its share of the nuclear norm; survives: of the update, added to "
-    "the base and rounded to its dtype; others on it: their answer to its inputs over its own, if "
-    "they were summed up and had nothing in common."
+    "norm: ‖τ‖, also relative to the base's norm in the same tensors and to the other models' "
+    "median; ranks: means over matrices; first σ: its share of the nuclear norm; survives: share "
+    "of the update's energy that survives rounding to the base's dtype; others on it: the others' "
+    "response to its inputs over its own, if they were summed and uncorrelated."
 )
 _PAIRS_LEGEND = (
-    "a on b: how strongly a answers to b's inputs, over b's own answer; inputs, outputs: overlap "
-    "of their directions (by chance); signs: share of Σ|τ_a τ_b| where they differ, ½ by chance. A "
-    "task's inputs are taken from its update: nothing was run."
+    "a on b: a's response to b's inputs over b's own response; inputs, outputs: overlap of their "
+    "directions (by chance); signs: share of Σ|τ_a τ_b| where signs differ, ½ by chance. A task's "
+    "inputs are estimated from its update: no model was run."
 )
 _KEPT_LEGEND = (
-    "Of each merge: how much of the task it does on the task's own inputs (1 is all), and in "
-    "brackets how strongly it does something else there, over the task's own answer."
+    "For each merge: the share of the task's response on the task's own inputs that it keeps (1 is "
+    "all), and in brackets its other response there, over the task's own."
 )
 
 
@@ -36,10 +36,10 @@ class TextTable:
     """A table of text cells."""
 
     rows: list[list[str]]
-    """The first is the head."""
+    """The cells; the first row is the header."""
     legend: str
     left_out: str = ""
-    """A sentence on the rows that are not shown."""
+    """A sentence on omitted rows."""
 
 
 def tables(
@@ -70,14 +70,14 @@ def markdown(shown: Sequence[TextTable], findings: Sequence[Finding], notes: Seq
     """Return tables, findings and notes in Markdown."""
     parts = []
     for table in shown:
-        parts.append(aligned(table.rows))
+        parts.append(markdown_table(table.rows))
         parts.append(" ".join(filter(None, [table.left_out, table.legend])))
     parts.append("\n".join(f"- {finding}" for finding in findings))
     return "\n\n".join(filter(None, [*parts, *(f"Note: {note}" for note in notes)]))
 
 
 def html(shown: Sequence[TextTable], findings: Sequence[Finding], notes: Sequence[str]) -> str:
-    """Return the same in HTML, for notebooks."""
+    """Return tables, findings and notes in HTML, for notebooks."""
     parts = []
     for table in shown:
         parts.append(html_table(table.rows))
@@ -88,7 +88,7 @@ def html(shown: Sequence[TextTable], findings: Sequence[Finding], notes: Sequenc
 
 
 def shortened(names: Sequence[str]) -> str:
-    """Return names in a line, of many the first."""
+    """Return names on one line, only the first of many."""
     more = len(names) - _MOST_NAMES
     return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 

@@ -1,7 +1,7 @@
-"""From tensors to models, pairs and layers: everything measured, as flat records.
+"""Aggregates the measures of tensors by model, pair and layer, as flat records.
 
-A record is a dictionary of plain data, None where something is not defined. Energies add up over
-tensors, and ratios are those of the sums: a tensor counts by the size of its update.
+A record is a JSON-serialisable dictionary; undefined values are None. Energies are summed over
+tensors, and ratios are ratios of sums, so tensors are weighted by the energy of their updates.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ import numpy as np
 
 from starmerge_models.study.inspection.conflict import Matrix
 from starmerge_models.study.inspection.kept import Kept
-from starmerge_models.study.inspection.look import TensorLook, responses
+from starmerge_models.study.inspection.tensor_measures import TensorMeasures, responses
 
 Record: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model that is inspected."""
+class ModelInfo:
+    """An inspected model."""
 
     name: str
     kind: str
-    """"LoRA adapter", or what else it is, for people."""
+    """Display name of the kind of model, such as "LoRA adapter"."""
 
 
 def tensor_records(
-    looks: Sequence[TensorLook], subjects: Sequence[Subject], modules: Mapping[str, str]
+    measures: Sequence[TensorMeasures], infos: Sequence[ModelInfo], modules: Mapping[str, str]
 ) -> list[Record]:
     """Return a record for each tensor and each model that changes it."""
     records = []
-    for look in looks:
-        for place, t in enumerate(look.tasks):
-            own, entries = look.spectra[place], look.entries
+    for tensor in measures:
+        for place, t in enumerate(tensor.tasks):
+            own, entries = tensor.spectra[place], tensor.entries
             record: Record = {
-                "tensor": look.name,
-                "layer": look.layer,
-                "module": modules[look.name],
-                "shape": "×".join(map(str, look.shape)),
-                "model": subjects[t].name,
-                "norm": math.sqrt(look.energies[place]),
-                "relative_norm": _root(look.energies[place], entries.base),
+                "tensor": tensor.name,
+                "layer": tensor.layer,
+                "module": modules[tensor.name],
+                "shape": "×".join(map(str, tensor.shape)),
+                "model": infos[t].name,
+                "norm": math.sqrt(tensor.energies[place]),
+                "relative_norm": _root(tensor.energies[place], entries.base),
                 "survived": _survived(entries.lost[place], entries.updates[place]),
                 "outvoted": _ratio(entries.outvoted[place], entries.sizes[place]),
             }
@@ -62,29 +62,29 @@ def tensor_records(
 
 
 def pair_records(
-    looks: Sequence[TensorLook], subjects: Sequence[Subject], modules: Mapping[str, str]
+    measures: Sequence[TensorMeasures], infos: Sequence[ModelInfo], modules: Mapping[str, str]
 ) -> list[Record]:
-    """Return a record for each tensor and each two models that change it."""
+    """Return a record for each tensor and each pair of models that change it."""
     records = []
-    for look in looks:
+    for tensor in measures:
         where: Record = {
-            "tensor": look.name,
-            "layer": look.layer,
-            "module": modules[look.name],
+            "tensor": tensor.name,
+            "layer": tensor.layer,
+            "module": modules[tensor.name],
         }
-        for i, j in combinations(range(len(look.tasks)), 2):
-            if look.energies[i] > 0 and look.energies[j] > 0:
-                a, b = look.tasks[i], look.tasks[j]
-                names = {"a": subjects[a].name, "b": subjects[b].name}
-                records.append({**where, **names, **_pair_in(look, i, j)})
+        for i, j in combinations(range(len(tensor.tasks)), 2):
+            if tensor.energies[i] > 0 and tensor.energies[j] > 0:
+                a, b = tensor.tasks[i], tensor.tasks[j]
+                names = {"a": infos[a].name, "b": infos[b].name}
+                records.append({**where, **names, **_pair_in(tensor, i, j)})
     return records
 
 
-def _pair_in(look: TensorLook, i: int, j: int) -> Record:
-    c, e = look.conflict, look.entries
-    above = [0.0 if own is None else own.above for own in look.spectra]
+def _pair_in(tensor: TensorMeasures, i: int, j: int) -> Record:
+    c, e = tensor.conflict, tensor.entries
+    above = [0.0 if own is None else own.above for own in tensor.spectra]
     record: Record = {
-        "cosine": _ratio(c.inner[i, j], math.sqrt(look.energies[i] * look.energies[j])),
+        "cosine": _ratio(c.inner[i, j], math.sqrt(tensor.energies[i] * tensor.energies[j])),
         "sign_conflict": _conflicting(e.products[i, j], e.magnitudes[i, j]),
         "overlap_in": _known(c.overlap_in[i, j]),
         "overlap_out": _known(c.overlap_out[i, j]),
@@ -106,9 +106,9 @@ def _pair_in(look: TensorLook, i: int, j: int) -> Record:
 
 
 class Sums:
-    """Sums over tensors of what tasks do to each other, by the tasks' numbers."""
+    """Sums of the measures over tensors, by the tasks' indices."""
 
-    def __init__(self, looks: Iterable[TensorLook], count: int) -> None:
+    def __init__(self, measures: Iterable[TensorMeasures], count: int) -> None:
         T = count
         self.inner, self.response, self.along, self.acting = np.zeros((4, T, T))
         self.products, self.magnitudes = np.zeros((2, T, T))
@@ -122,17 +122,17 @@ class Sums:
         self.sizes, self.outvoted, self.updates, self.lost, self.noise = np.zeros((5, T))
         self.tensors = np.zeros(T, dtype=np.int64)
         self.tightness: dict[tuple[int, int], list[float]] = defaultdict(list)
-        for look in looks:
-            self._add(look)
+        for tensor in measures:
+            self._add(tensor)
 
-    def _add(self, look: TensorLook) -> None:
-        places = np.ix_(look.tasks, look.tasks)
-        tasks = list(look.tasks)
-        c, e = look.conflict, look.entries
-        energies = np.array(look.energies)
+    def _add(self, tensor: TensorMeasures) -> None:
+        places = np.ix_(tensor.tasks, tensor.tasks)
+        tasks = list(tensor.tasks)
+        c, e = tensor.conflict, tensor.entries
+        energies = np.array(tensor.energies)
         changed = energies > 0
         self.inner[places] += np.nan_to_num(c.inner)
-        self.response[places] += responses(look)
+        self.response[places] += responses(tensor)
         self.along[places] += np.nan_to_num(c.along)
         self.acting[places] += np.nan_to_num(c.acting)
         self.products[places] += e.products
@@ -143,10 +143,10 @@ class Sums:
         for key, total in self.overlaps.items():
             total[places] += weights * np.nan_to_num(getattr(c, key))
         self.energy[tasks] += energies
-        self.above[tasks] += [0.0 if own is None else own.above for own in look.spectra]
+        self.above[tasks] += [0.0 if own is None else own.above for own in tensor.spectra]
         self.noise[tasks] += [
             0.0 if own is None else own.noise * energy
-            for own, energy in zip(look.spectra, look.energies, strict=True)
+            for own, energy in zip(tensor.spectra, tensor.energies, strict=True)
         ]
         self.tensors[tasks] += changed
         self.base[tasks] += np.where(changed, e.base, 0.0)
@@ -159,23 +159,23 @@ class Sums:
         known = np.argwhere(c.bound > 0)
         for i, j in known[known[:, 0] != known[:, 1]].tolist():
             tightness = float(c.reach[i, j] / c.bound[i, j])
-            self.tightness[look.tasks[i], look.tasks[j]].append(tightness)
+            self.tightness[tensor.tasks[i], tensor.tasks[j]].append(tightness)
 
 
 def model_records(
-    looks: Sequence[TensorLook], subjects: Sequence[Subject], sums: Sums
+    measures: Sequence[TensorMeasures], infos: Sequence[ModelInfo], sums: Sums
 ) -> list[Record]:
     """Return a record for each model."""
     norms = [math.sqrt(energy) for energy in sums.energy]
-    means = _means_by_task(looks, len(subjects))
+    means = _means_by_task(measures, len(infos))
     records = []
-    for t, subject in enumerate(subjects):
+    for t, info in enumerate(infos):
         others = [norm for other, norm in enumerate(norms) if other != t and norm > 0]
         on_it = sums.response[:, t].sum() - sums.response[t, t]
         records.append(
             {
-                "model": subject.name,
-                "kind": subject.kind,
+                "model": info.name,
+                "kind": info.kind,
                 "tensors": int(sums.tensors[t]),
                 "norm": norms[t],
                 "relative_norm": _root(sums.energy[t], sums.base[t]),
@@ -191,14 +191,14 @@ def model_records(
     return records
 
 
-def _means_by_task(looks: Sequence[TensorLook], count: int) -> list[Record]:
-    """Return means over the matrices that each task changes, one for one, and its Σσ."""
+def _means_by_task(measures: Sequence[TensorMeasures], count: int) -> list[Record]:
+    """Return unweighted means over the matrices that each task changes, and its Σσ."""
     keys = ("rank", "kept", "effective_rank", "stable_rank", "top_share", "top_energy")
     found: list[dict[str, list[float]]] = [defaultdict(list) for _ in range(count)]
-    for look in looks:
-        for t, own in zip(look.tasks, look.spectra, strict=True):
-            # A vector has one singular value, which says nothing of ranks.
-            if own is not None and own.rank and len(look.shape) > 1:
+    for tensor in measures:
+        for t, own in zip(tensor.tasks, tensor.spectra, strict=True):
+            # The rank of a vector is always 1, so vectors are excluded.
+            if own is not None and own.rank and len(tensor.shape) > 1:
                 for key in ("nuclear", *keys):
                     found[t][key].append(getattr(own, key))
     return [
@@ -210,13 +210,13 @@ def _means_by_task(looks: Sequence[TensorLook], count: int) -> list[Record]:
     ]
 
 
-def conflict_records(subjects: Sequence[Subject], sums: Sums) -> list[Record]:
-    """Return a record for each two models, over all tensors."""
+def conflict_records(infos: Sequence[ModelInfo], sums: Sums) -> list[Record]:
+    """Return a record for each pair of models, over all tensors."""
     records = []
-    for i, j in combinations(range(len(subjects)), 2):
+    for i, j in combinations(range(len(infos)), 2):
         record: Record = {
-            "a": subjects[i].name,
-            "b": subjects[j].name,
+            "a": infos[i].name,
+            "b": infos[j].name,
             "tensors": int(sums.shared[i, j]),
             "cosine": _ratio(sums.inner[i, j], math.sqrt(sums.energy[i] * sums.energy[j])),
             "sign_conflict": _conflicting(sums.products[i, j], sums.magnitudes[i, j]),
@@ -238,79 +238,82 @@ def conflict_records(subjects: Sequence[Subject], sums: Sums) -> list[Record]:
 
 
 def layer_records(
-    looks: Sequence[TensorLook], modules: Mapping[str, str], sums: Sums
+    measures: Sequence[TensorMeasures], modules: Mapping[str, str], sums: Sums
 ) -> list[Record]:
     """Return a record for each layer and module: means over its tensors and the models."""
-    groups: dict[tuple[int | None, str], list[TensorLook]] = defaultdict(list)
-    for look in looks:
-        groups[look.layer, modules[look.name]].append(look)
+    groups: dict[tuple[int | None, str], list[TensorMeasures]] = defaultdict(list)
+    for tensor in measures:
+        groups[tensor.layer, modules[tensor.name]].append(tensor)
     return [
         {"layer": layer, "module": module, **_place(own, sums)}
         for (layer, module), own in groups.items()
     ]
 
 
-def grouped_conflict(looks: Iterable[TensorLook]) -> float | None:
-    """Return how strongly one task answers to another's inputs in some tensors, over the other's.
+def grouped_conflict(measures: Iterable[TensorMeasures]) -> float | None:
+    """Return tasks' responses to each other's inputs over the own responses, in some tensors.
 
     √(Σ_{i≠j} ‖τ_i C_j^½‖² / Σ_j (n − 1)‖τ_j C_j^½‖²) with sums over the tensors and the n tasks
-    that change each: the root mean square of ``a_on_b``, weighted by the size of b's own answer.
+    that change each: the root mean square of ``a_on_b``, weighted by b's own response.
     """
     cross = own = 0.0
-    for look in looks:
-        found = responses(look)
+    for tensor in measures:
+        found = responses(tensor)
         diagonal = np.diag(found)
         cross += float(found.sum() - diagonal.sum())
         own += float(diagonal.sum() * (np.count_nonzero(diagonal) - 1))
     return _root(cross, own)
 
 
-def _place(looks: Sequence[TensorLook], sums: Sums) -> Record:
-    shapes = [own for look in looks for own in look.spectra if own is not None and own.rank]
+def _place(measures: Sequence[TensorMeasures], sums: Sums) -> Record:
+    shapes = [own for tensor in measures for own in tensor.spectra if own is not None and own.rank]
     keys = ("rank", "kept", "effective_rank", "stable_rank", "top_share")
-    record: Record = {"tensors": len(looks), "models": len({t for k in looks for t in k.tasks})}
+    record: Record = {
+        "tensors": len(measures),
+        "models": len({t for k in measures for t in k.tasks}),
+    }
     record |= {
         key: math.fsum(getattr(own, key) for own in shapes) / len(shapes) if shapes else None
         for key in keys
     }
     by_task = np.zeros(len(sums.energy))
-    for look in looks:
-        by_task[list(look.tasks)] += look.energies
+    for tensor in measures:
+        by_task[list(tensor.tasks)] += tensor.energies
     shares = by_task[sums.energy > 0] / sums.energy[sums.energy > 0]
     record["energy_share"] = float(shares.mean()) if len(shares) else None
-    record["conflict"] = grouped_conflict(looks)
+    record["conflict"] = grouped_conflict(measures)
     for key in ("overlap_in", "overlap_out"):
-        record[key] = _mean_off_diagonal(getattr(look.conflict, key) for look in looks)
-    products = sum(_off_diagonal(look.entries.products).sum() for look in looks)
-    magnitudes = sum(_off_diagonal(look.entries.magnitudes).sum() for look in looks)
+        record[key] = _mean_off_diagonal(getattr(tensor.conflict, key) for tensor in measures)
+    products = sum(_off_diagonal(tensor.entries.products).sum() for tensor in measures)
+    magnitudes = sum(_off_diagonal(tensor.entries.magnitudes).sum() for tensor in measures)
     record["sign_conflict"] = _conflicting(products, magnitudes)
     return record
 
 
 def kept_records(
-    looks: Sequence[TensorLook], subjects: Sequence[Subject], modules: Mapping[str, str]
+    measures: Sequence[TensorMeasures], infos: Sequence[ModelInfo], modules: Mapping[str, str]
 ) -> tuple[list[Record], list[Record]]:
-    """Return what merges keep: a record for each merge and model, and for each tensor besides."""
+    """Return how much merges keep: a record for each merge and model, and for each tensor."""
     totals: dict[tuple[str, int], Kept] = defaultdict(Kept)
     by_tensor = []
-    for look in looks:
-        for merge, kept in look.kept.items():
-            for t, own in zip(look.tasks, kept, strict=True):
+    for tensor in measures:
+        for merge, kept in tensor.kept.items():
+            for t, own in zip(tensor.tasks, kept, strict=True):
                 totals[merge, t] += own
                 where: Record = {
                     "merge": merge,
-                    "tensor": look.name,
-                    "layer": look.layer,
-                    "module": modules[look.name],
-                    "model": subjects[t].name,
+                    "tensor": tensor.name,
+                    "layer": tensor.layer,
+                    "module": modules[tensor.name],
+                    "model": infos[t].name,
                 }
                 if own.energy > 0:
                     by_tensor.append(where | own.record())
     merges = list(dict.fromkeys(merge for merge, _ in totals))
     whole = [
-        {"merge": merge, "model": subject.name, **totals[merge, t].record()}
+        {"merge": merge, "model": info.name, **totals[merge, t].record()}
         for merge in merges
-        for t, subject in enumerate(subjects)
+        for t, info in enumerate(infos)
         if (merge, t) in totals
     ]
     return whole, by_tensor
@@ -344,6 +347,6 @@ def _survived(lost: float, update: float) -> float:
 
 
 def _conflicting(product: float, magnitude: float) -> float | None:
-    """Return the share of Σ|τ_i τ_j| of entries whose signs differ; ½ for independent signs."""
+    """Return the share of Σ|τ_i τ_j| over entries with different signs; ½ for independent signs."""
     ratio = _ratio(product, magnitude)
     return None if ratio is None else min(1.0, max(0.0, (1 - ratio) / 2))

@@ -1,4 +1,4 @@
-"""Report pages, one HTML file each: charts, tables that sort and filter, things to copy."""
+"""Report pages: self-contained HTML files with charts, sortable tables and commands to copy."""
 
 from starmerge_models.study.page.page import Page, Section, check_page, write_page
 from starmerge_models.study.page.parts import (

@@ -1,8 +1,8 @@
-"""Charts for pages, from plain frames: curves, dots with intervals, heat maps.
+"""Charts for pages, from DataFrames: curves, dots with intervals, heat maps.
 
-All have tooltips, and the colours, markers and lines of the figures
-(:mod:`starmerge_models.study.palette`). Text and lines of the axes have the page's colour of text,
-so that a chart is right in the light and in the dark, and on paper.
+All charts have tooltips, and the plot styles of the figures
+(:mod:`starmerge_models.study.palette`). Text and axes have the page's text colour, so that charts
+are readable in light and dark mode, and in print.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import altair as alt
 
 from starmerge_models.errors import UsageError
-from starmerge_models.evaluation.subjects import BASE, TUNED
+from starmerge_models.evaluation.model_groups import BASE, TUNED
 from starmerge_models.study.dodge import Dodge
 from starmerge_models.study.page.parts import Chart
 from starmerge_models.study.palette import (
@@ -22,30 +22,30 @@ from starmerge_models.study.palette import (
     BASE_DASHES,
     DIVERGING,
     SEQUENTIAL,
-    Look,
-    looks,
-    ordered_looks,
+    PlotStyle,
+    ordered_styles,
+    plot_styles,
 )
 
 Frame: TypeAlias = Any
-"""A pandas.DataFrame, whose types mypy does not see."""
+"""A pandas.DataFrame, for which mypy has no types."""
 
 _INK = "currentColor"
 _NARROW = 560
-"""Width that a chart has at least, in pixels; narrower pages scroll it."""
+"""Smallest width of a chart, in pixels; narrower pages scroll it."""
 
 
 def dots(frame: Frame, *, title: str = "score", zero_to_one: bool = True) -> alt.LayerChart:
-    """Draw values with intervals as dots: a row for each ``row``, in it a dot for each label.
+    """Draw values with intervals as dots: a row for each ``row``, with a dot for each label.
 
-    The labels "base" and "fine-tuned" are lines across their row with a pale band for the interval,
-    the base's dashed.
+    The labels "base" (dashed) and "fine-tuned" (solid) are vertical lines across their row, with a
+    pale band for the interval.
 
     Args:
-        frame: ``row`` (such as the task), ``label`` (such as the model), ``value``, and ``low``
-            and ``high`` where there are intervals; all further columns are shown in the tooltips.
-        title: Of the axis.
-        zero_to_one: Whether the axis has 0 and 1 in any case.
+        frame: ``row`` (such as the task), ``label`` (such as the model), ``value``, and optionally
+            ``low`` and ``high``; the tooltips show all further columns.
+        title: Title of the axis.
+        zero_to_one: Whether the axis always includes 0 and 1.
 
     Raises:
         UsageError: There is nothing to draw.
@@ -57,7 +57,7 @@ def dots(frame: Frame, *, title: str = "score", zero_to_one: bool = True) -> alt
         for label in dict.fromkeys(record["label"] for record in records)
         if label not in (BASE, TUNED)
     ]
-    shown = looks(labels)
+    shown = plot_styles(labels)
     ends = [
         number
         for record in records
@@ -109,9 +109,9 @@ def dots(frame: Frame, *, title: str = "score", zero_to_one: bool = True) -> alt
             line.mark_rule(color=colour, strokeWidth=1.8).encode(x=x, strokeDash=dashes),
         ]
     merged = [record for record in records if record["label"] in shown]
-    # Dots that share a row stand below each other.
+    # Dots in the same row are offset vertically.
     is_shared = len({record["row"] for record in merged}) < len(merged)
-    # A row that has the name of its dot needs no legend.
+    # A row named after its dot needs no legend.
     has_legend = any(record["row"] != record["label"] for record in merged)
     if merged:
         offset = {"yOffset": alt.YOffset("label:N", sort=labels)} if is_shared else {}
@@ -137,15 +137,15 @@ def curves(
 ) -> alt.LayerChart:
     """Draw normalised averages against the number of models or a parameter, a curve for each label.
 
-    Where ``x`` is a parameter, one label has a curve for each number of models; with several
-    labels the reader chooses the number of models from a list.
+    If ``x`` is a parameter, a single label has a curve for each number of models; with several
+    labels the reader selects the number of models from a list.
 
     Args:
-        averages: As :mod:`starmerge_models.study.figures.curves` describes: ``label``, ``method``,
-            ``parameters``, ``n``, ``combinations``, ``value``, ``low``, ``high``.
-        x: ``"n"``, or the name of a parameter that is a number.
-        runs: As described there; gives single combinations as small dots, and the base's line.
-        title: Of the x-axis.
+        averages: As described in :mod:`starmerge_models.study.figures.curves`: ``label``,
+            ``method``, ``parameters``, ``n``, ``combinations``, ``value``, ``low``, ``high``.
+        x: ``"n"``, or the name of a numeric parameter.
+        runs: As described there; adds single combinations as small dots, and the base's line.
+        title: Title of the x-axis.
 
     Raises:
         UsageError: There is nothing to draw, no run has the parameter, or a curve has two rows for
@@ -159,7 +159,7 @@ def curves(
     counts = sorted({point["n"] for point in points})
     by_count = x != "n" and len(labels) == 1
     series = [f"n = {n}" for n in counts] if by_count else labels
-    shown = ordered_looks(series) if by_count else looks(series)
+    shown = ordered_styles(series) if by_count else plot_styles(series)
     single = [
         point
         for point in _points(_rows_of(runs), x)
@@ -243,15 +243,15 @@ def heat_map(
     """Draw one number for each pair as a coloured cell: a rank map, a matrix of conflicts.
 
     Args:
-        frame: A row for each pair; further columns are shown in the tooltips.
-        x: The column of ``frame`` with the names or numbers of the columns: in the order of its
-            categories if it has some, else of the rows.
-        y: The column of ``frame`` with the names or numbers of the rows, in the same order.
+        frame: A row for each pair; the tooltips show further columns.
+        x: The column of ``frame`` with the names or numbers of the columns, ordered by its
+            categories if it has any, otherwise by occurrence.
+        y: The column of ``frame`` with the names or numbers of the rows, ordered likewise.
         value: The column of ``frame`` with the number.
-        choice: A column of names, of which the reader chooses one from a list; the colours mean
-            the same for all of them.
-        diverging: Whether the numbers lie around zero, which then is the middle of the colours.
-        form: How numbers are written, as D3 has it.
+        choice: A column of names, of which the reader selects one from a list; all share the colour
+            scale.
+        diverging: Whether the colour scale is centred at zero.
+        form: D3's format of the numbers.
 
     Raises:
         UsageError: There is nothing to draw.
@@ -305,15 +305,15 @@ def lines(
         frame: ``label`` and the columns named below, a row for each point.
         x: The column with the places on the x-axis, and its title.
         y: The column with the numbers, and the axis' title.
-        choice: A column of names, of which the reader chooses one from a list.
-        level: A number to draw a dashed line at, and what it is called.
+        choice: A column of names, of which the reader selects one from a list.
+        level: Value and label of a dashed line.
 
     Raises:
         UsageError: There is nothing to draw.
     """
     names = {y: "value", x: "x"} | ({choice: "choice"} if choice is not None else {})
     records = _records(frame[["label", *names]].rename(columns=names), "value", ("label", "choice"))
-    shown = looks(record["label"] for record in records)
+    shown = plot_styles(record["label"] for record in records)
     upright: dict[str, Any] = {"title": y, "scale": alt.Scale(nice=False, zero=True)}
     chosen = alt.selection_point(fields=["label"], bind="legend")
     titles = {"x": x, "value": y, "choice": choice or ""}
@@ -375,7 +375,7 @@ def specification(part: Chart) -> dict[str, Any]:
 
 
 def _chosen(records: Sequence[Mapping[str, Any]], choice: str | None) -> alt.Chart:
-    """Return a chart of the records, of those that the reader has chosen if there is a choice."""
+    """Return a chart of the records, filtered by the reader's selection if there is a choice."""
     chart = alt.Chart(alt.Data(values=list(records)))
     return chart if choice is None else chart.transform_filter("datum.choice == shown")
 
@@ -383,7 +383,7 @@ def _chosen(records: Sequence[Mapping[str, Any]], choice: str | None) -> alt.Cha
 def _with_list(
     chart: alt.LayerChart, records: Sequence[Mapping[str, Any]], choice: str | None
 ) -> alt.LayerChart:
-    """Return a chart with the list that the reader chooses from, the first chosen."""
+    """Return a chart with a selection list, the first entry selected."""
     if choice is None:
         return chart
     options = list(dict.fromkeys(record["choice"] for record in records))
@@ -396,7 +396,7 @@ def _wide(chart: alt.LayerChart, height: int) -> alt.LayerChart:
 
 
 def _names_in(column: Any) -> list[str]:
-    """Return the names in a column of a frame, each once: its categories, if it has some."""
+    """Return the unique names in a column of a frame: its categories, if it has any."""
     names = column.cat.categories if hasattr(column, "cat") else column
     return list(dict.fromkeys(str(_plain(name)) for name in names))
 
@@ -405,7 +405,7 @@ _NAMES = ("row", "label", "x", "y", "choice")
 
 
 def _records(frame: Frame, number: str, names: Sequence[str] = _NAMES) -> list[dict[str, Any]]:
-    """Return the rows in which a column has a number, as plain data; ``names`` become text."""
+    """Return the rows with a number in a column, as plain data; ``names`` are converted to str."""
     found = []
     for row in frame.to_dict("records"):
         record = {str(key): _plain(value) for key, value in row.items()}
@@ -431,7 +431,7 @@ def _rows_of(frame: Frame | None) -> list[dict[str, Any]]:
 
 
 def _points(rows: Iterable[Mapping[str, Any]], x: str) -> list[dict[str, Any]]:
-    """Return the rows that have a place on the x-axis, as plain data without nested values."""
+    """Return the rows with a position on the x-axis, as plain data without nested values."""
     found = []
     for row in rows:
         place = _plain(row["n"] if x == "n" else row["parameters"].get(x))
@@ -450,14 +450,14 @@ def _points(rows: Iterable[Mapping[str, Any]], x: str) -> list[dict[str, Any]]:
 
 
 def _is_wide(values: Sequence[float], x: str) -> bool:
-    """Tell whether numbers of models, rising, are shown on a logarithmic scale."""
+    """Return whether ascending numbers of models need a logarithmic scale."""
     return x == "n" and values[-1] > 8 * values[0] > 0
 
 
 def _along(values: Sequence[float], x: str, title: str, field: str = "place") -> alt.X:
-    """Return the x-axis of curves, with a tick at each of its values, of many at round numbers."""
+    """Return the x-axis of curves, with a tick at each value, or at round numbers for many."""
     log = {"type": "log", "base": 2} if _is_wide(values, x) else {"zero": False}
-    # As they are written elsewhere: 2 and 0.25, not 2.00.
+    # The same format as elsewhere: 2 and 0.25, not 2.00.
     axis = alt.Axis(values=list(values), format="~g") if len(values) <= 12 else alt.Axis()
     title = "models in a merge" if title == "n" else title
     return alt.X(f"{field}:Q", title=title, scale=alt.Scale(padding=12, **log), axis=axis)
@@ -486,20 +486,20 @@ def _base(points: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> list[di
 
 
 def _check_once(points: Sequence[Mapping[str, Any]], x: str) -> None:
-    """Make sure that a curve has one average for each place."""
+    """Make sure that a curve has one average for each position."""
     seen = set()
     for point in points:
         key = (point["label"], point["n"], point["x"])
         if key in seen:
             raise UsageError(
                 f"{point['label']}, n = {point['n']}: there are two averages for {x} = "
-                f"{point['x']}. Give the rows of one setting, or labels that tell settings apart."
+                f"{point['x']}. Give the rows of one setting, or a label for each setting."
             )
         seen.add(key)
 
 
 def _line_at_one(upright: Mapping[str, Any]) -> list[alt.Chart]:
-    """Return the line of the fine-tunes, with its name at the right end."""
+    """Return the fine-tunes' line at 1, labelled at its right end."""
     line = alt.Chart(alt.Data(values=[{"level": 1}])).encode(y=alt.Y("level:Q", **upright))
     name = line.mark_text(text="fine-tunes", align="right", dy=-8, fontSize=11, color=_INK)
     return [
@@ -509,33 +509,35 @@ def _line_at_one(upright: Mapping[str, Any]) -> list[alt.Chart]:
 
 
 def _coloured(
-    shown: Mapping[str, Look],
+    shown: Mapping[str, PlotStyle],
     key: str = "label",
     *,
     has_legend: bool = True,
 ) -> dict[str, Any]:
-    """Return the encoding of colour, with a legend above in as many columns as have place."""
+    """Return the encoding of colour, with a legend above the chart in as many columns as fit."""
     longest = max((min(len(name), 40) for name in shown), default=1)
     columns = max(1, min(len(shown), 78 // (longest + 6)))
     legend = alt.Legend(orient="top", columns=columns, title=None, symbolOpacity=1)
     return {
         "color": alt.Color(
             f"{key}:N",
-            scale=alt.Scale(domain=list(shown), range=[look.colour for look in shown.values()]),
+            scale=alt.Scale(domain=list(shown), range=[style.colour for style in shown.values()]),
             legend=legend if has_legend else None,
         )
     }
 
 
-def _dashed(shown: Mapping[str, Look], key: str) -> alt.StrokeDash:
-    strokes = [list(look.dashes) or [1, 0] for look in shown.values()]
+def _dashed(shown: Mapping[str, PlotStyle], key: str) -> alt.StrokeDash:
+    strokes = [list(style.dashes) or [1, 0] for style in shown.values()]
     scale = alt.Scale(domain=list(shown), range=strokes)
     return alt.StrokeDash(f"{key}:N", scale=scale, title=None)
 
 
-def _shape(shown: Mapping[str, Look], key: str = "label", *, has_legend: bool = True) -> alt.Shape:
-    scale = alt.Scale(domain=list(shown), range=[look.marker for look in shown.values()])
-    # A legend of both colour and shape is drawn where neither is switched off.
+def _shape(
+    shown: Mapping[str, PlotStyle], key: str = "label", *, has_legend: bool = True
+) -> alt.Shape:
+    scale = alt.Scale(domain=list(shown), range=[style.marker for style in shown.values()])
+    # Vega merges the legends of colour and shape if both are enabled.
     off = {} if has_legend else {"legend": None}
     return alt.Shape(f"{key}:N", scale=scale, title=None, **off)
 
@@ -543,7 +545,7 @@ def _shape(shown: Mapping[str, Look], key: str = "label", *, has_legend: bool = 
 def _tooltip(
     records: Sequence[Mapping[str, Any]], first: Sequence[str], titles: Mapping[str, str]
 ) -> list[alt.Tooltip]:
-    """Return tooltips of the columns, those in ``first`` first; of the rest, flat ones."""
+    """Return tooltips of the columns without nested values, those in ``first`` first."""
     keys = [key for key in first if any(key in record for record in records)]
     known = {*keys, "series", "place", "method", "base"}
     keys += [key for key in records[0] if key not in known and key.isidentifier()]

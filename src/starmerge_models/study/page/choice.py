@@ -1,4 +1,4 @@
-"""The page of a choice: how the candidates of a race stood after each round, and the recipe."""
+"""The page of a choice: the candidates of a race after each round, and the recipe."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from starmerge_models.evaluation.model_groups import BASE
 from starmerge_models.evaluation.scoring.comparison import Difference, Interval
-from starmerge_models.evaluation.subjects import BASE
 from starmerge_models.study.choose import Choice
 from starmerge_models.study.names import model_name
 from starmerge_models.study.page.charts import dots
@@ -23,7 +23,7 @@ from starmerge_models.study.page.parts import (
     Table,
     Text,
 )
-from starmerge_models.study.palette import BASE_COLOUR, looks
+from starmerge_models.study.palette import BASE_COLOUR, plot_styles
 
 _STOPPED = {None: "–", "behind": "clearly behind", "budget": "by the budget"}
 
@@ -38,8 +38,8 @@ def choice_page(choice: Choice, *, title: str) -> Page:
     """Make the page of a choice.
 
     Args:
-        choice: What came out of the race.
-        title: Names models, not folders.
+        choice: The result of the race.
+        title: The title; it should name models, not folders.
     """
     standings = choice.outcome.standings
     rounds = max(standing.rounds for standing in standings)
@@ -62,7 +62,9 @@ def _average(choice: Choice) -> str:
 
 
 def _verdict(choice: Choice) -> list[Part]:
-    colour = looks(standing.name for standing in choice.outcome.standings)[choice.chosen].colour
+    colour = plot_styles(standing.name for standing in choice.outcome.standings)[
+        choice.chosen
+    ].colour
     chosen = next(s for s in choice.outcome.standings if s.name == choice.chosen)
     figures = [
         KeyFigure(f"{choice.chosen}: {_average(choice)}", *_figure(chosen.average), colour=colour),
@@ -118,14 +120,14 @@ def _standings(choice: Choice) -> list[Part]:
         parts.append(
             Chart(
                 dots(pd.DataFrame(drawn), title=f"{average}, 95 % interval"),
-                "How the candidates stood when they were last asked",
-                "A row for each candidate, those that came farthest on top. Those that stopped "
-                "earlier answered fewer rows and have wider intervals. The dashed line is the "
-                "base on the rows that the chosen one was asked.",
+                "The candidates after their last round",
+                "A row for each candidate, those with the most rounds on top. Candidates that "
+                "stopped earlier answered fewer rows and have wider intervals. The dashed line is "
+                "the base on the rows that the chosen candidate answered.",
             )
         )
     table = Table(
-        frame, "Candidates, those that came farthest first",
+        frame, "Candidates, those with the most rounds first",
         intervals={average: ("low", "high"), "− best": ("− best low", "− best high")},
         formats={"− best": "+.3f"},
         choices=("stopped",),
@@ -158,7 +160,7 @@ def _rounds(choice: Choice) -> list[Part]:
     )
     table = Table(
         frame.rename(columns={"row": "round", "label": "candidate", "value": _average(choice)}),
-        "Averages after each round, on all rows up to it",
+        "Averages after each round, on all rows so far",
         intervals={_average(choice): ("low", "high")},
         choices=("round",),
     )
@@ -166,13 +168,13 @@ def _rounds(choice: Choice) -> list[Part]:
         return [table]
     return [
         Text(
-            "Each round asks as many rows again as all before it. A candidate that is clearly "
-            "behind the best of a round is not asked in the next."
+            "Each round doubles the number of rows. A candidate that is clearly behind the best of "
+            "a round stops."
         ),
         Chart(
             dots(frame, title=f"{_average(choice)}, 95 % interval"),
-            "How the candidates stood after each round",
-            "A row for each round, in it a dot for each candidate that was still in the race.",
+            "The candidates after each round",
+            "A row for each round, with a dot for each candidate that was still in the race.",
         ),
         table,
     ]
@@ -181,13 +183,13 @@ def _rounds(choice: Choice) -> list[Part]:
 def _recipe(choice: Choice) -> list[Part]:
     return [
         Copy("The chosen merge, as a file recipe.yaml", choice.recipe.to_yaml()),
-        Copy("What merges it", "starmerge merge recipe.yaml -o merged"),
+        Copy("The command that merges it", "starmerge merge recipe.yaml -o merged"),
     ]
 
 
 def _notes(choice: Choice) -> list[str]:
     lines = [
-        "Averages have 95 % intervals on the rows that a candidate was asked; differences are "
+        "Averages have 95 % intervals on the rows that a candidate answered; differences are "
         "paired, on the same rows.",
         *choice.notes,
     ]

@@ -1,4 +1,4 @@
-"""The page of an evaluation: what each model scored, how sure that is, and what it answered."""
+"""The page of an evaluation: the models' scores with their uncertainty, and their answers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import pandas as pd
 
 from starmerge_models.evaluation.evaluation import Evaluation
+from starmerge_models.evaluation.model_groups import BASE, TUNED
 from starmerge_models.evaluation.scoring.comparison import Interval
 from starmerge_models.evaluation.scoring.metrics import Score
-from starmerge_models.evaluation.subjects import BASE, TUNED
 from starmerge_models.evaluation.table import LEGEND, differences, notes
 from starmerge_models.study.names import model_name
 from starmerge_models.study.page.charts import dots, heat_map
@@ -29,16 +29,16 @@ from starmerge_models.study.page.parts import (
     Table,
     Text,
 )
-from starmerge_models.study.palette import BASE_COLOUR, looks
+from starmerge_models.study.palette import BASE_COLOUR, plot_styles
 
 ANSWERS = 200
-"""Rows of tasks at most whose answers are shown."""
+"""Most rows of tasks in the table of answers."""
 
 LETTERS = 160
-"""Of a response at most that are shown."""
+"""Most characters shown of a response."""
 
 PAIRS = 6
-"""Of models at most that are told in words one by one, and drawn task by task."""
+"""Most pairs of models with a sentence each, and a chart by task."""
 
 _OVERALL = "all: normalised average"
 
@@ -60,15 +60,15 @@ def evaluation_page(
 
     Args:
         evaluation: The scores.
-        title: Names models, not folders.
-        remarks: Sentences that belong under the scores, such as what was published.
-        commands: Commands to copy, by what they do.
+        title: The title; it should name models, not folders.
+        remarks: Sentences to add, such as published numbers.
+        commands: Commands to copy, by their description.
     """
     models, tasks = evaluation.others, evaluation.tasks
     rows = sum(score.n for score in evaluation.scores[BASE].values())
     subtitle = (
-        f"{_counted(len(tasks), 'task')}, {rows} rows, {_counted(len(models), 'model')} beside the "
-        "base, each asked the same rows."
+        f"{_counted(len(tasks), 'task')}, {rows} rows, {_counted(len(models), 'model')} besides "
+        "the base, all on the same rows."
     )
     has_average = evaluation.normalised(BASE) is not None
     sections = [
@@ -84,7 +84,7 @@ def evaluation_page(
 
 
 def _summary(evaluation: Evaluation) -> list[Part]:
-    shown = looks(evaluation.others)
+    shown = plot_styles(evaluation.others)
     figures = []
     for model in (*evaluation.others, BASE):
         average = evaluation.normalised(model)
@@ -102,7 +102,7 @@ def _summary(evaluation: Evaluation) -> list[Part]:
 
 
 def _sentences(evaluation: Evaluation) -> list[str]:
-    """Return how models differ, in words: each pair, or of many only those with the best."""
+    """Return sentences on the differences of pairs of models; of many, only pairs with the best."""
     sentences = differences(evaluation)
     if len(sentences) <= PAIRS:
         return sentences
@@ -133,7 +133,7 @@ def _averages(evaluation: Evaluation) -> list[Part]:
             ends = {"value": average.value, "low": average.low, "high": average.high}
             rows.append({"row": model, "label": model, **ends})
     merged = [row for row in rows if row["label"] != BASE]
-    # The base stands in the row of each merge.
+    # The base is in the row of each merge.
     base = [{**rows[-1], "row": row["row"]} for row in merged]
     best = max(merged, key=lambda row: row["value"])
     table = pd.DataFrame(
@@ -207,10 +207,9 @@ def _by_task(evaluation: Evaluation) -> list[Part]:
             Chart(
                 dots(pd.DataFrame(tidy), title="score, 95 % interval"),
                 "Scores by task",
-                "A row for each task, in it a dot for each model. Dashed lines are the base, "
-                "lines without gaps the tasks' own fine-tunes; pale bands are their intervals. A "
-                "click on a name in the legend brings its dots to the front. The table below has "
-                "the same numbers.",
+                "A row for each task, with a dot for each model. Dashed lines are the base, solid "
+                "lines the tasks' own fine-tunes; pale bands are their intervals. Click a name in "
+                "the legend to bring its dots to the front. The table below has the same numbers.",
             )
         )
     parts.append(
@@ -233,7 +232,7 @@ def _by_task(evaluation: Evaluation) -> list[Part]:
         parts.append(
             Chart(
                 heat_map(shares, "model", "task", "share"),
-                "Share of the fine-tune's score that is kept",
+                "Share of the fine-tune's score",
                 "A row for each task, a column for each model; 1 is as good as the fine-tune.",
             )
         )
@@ -246,7 +245,7 @@ def _spread(model: str, score: Score | None) -> dict[Any, float]:
 
 
 def _columns(model: str) -> tuple[tuple[str, str], tuple[str, str], tuple[str, str]]:
-    """Return the keys of a model's score and its interval, which no other column has."""
+    """Return unique keys of a model's score and its interval."""
     return (model, "score"), (model, "low"), (model, "high")
 
 
@@ -278,15 +277,15 @@ def _differences(evaluation: Evaluation) -> list[Part]:
         description = "A row for each pair of models, by their normalised averages."
     parts: list[Part] = [
         Text(
-            "Paired, row against row, so that a difference may be clear where the intervals of "
-            "two scores overlap. The p-values are those of McNemar's exact test for accuracies and "
-            "of a paired bootstrap for all else; those of tasks are corrected for the number of "
-            "tasks (Benjamini and Hochberg), none for the number of pairs of models."
+            "Paired by rows, so that a difference may be clear although the intervals of the two "
+            "scores overlap. The p-values are from McNemar's exact test for accuracies and from a "
+            "paired bootstrap for other metrics; those of tasks are corrected for the number of "
+            "tasks (Benjamini and Hochberg), but not for the number of pairs of models."
         )
     ]
     if not drawn.value.isna().all():
         chart = dots(drawn, title="difference, paired 95 % interval", zero_to_one=False)
-        description += " The first of a pair is the better one right of 0."
+        description += " Right of 0, the first of the pair is better."
         parts.append(Chart(chart, "Differences of two models", description))
     table = Table(
         frame, "Paired differences with their 95 % intervals",
@@ -298,7 +297,7 @@ def _differences(evaluation: Evaluation) -> list[Part]:
 
 
 def _answers(evaluation: Evaluation) -> list[Part]:
-    """Return a table of what models answered, rows of all tasks in turn, until there are enough."""
+    """Return a table of the models' answers, from all tasks in turn up to :data:`ANSWERS` rows."""
     asked = {model: evaluation.scores[model] for model in (BASE, *evaluation.others)}
     by_task: list[list[dict[Any, str]]] = []
     for task in evaluation.tasks:
@@ -327,8 +326,8 @@ def _answers(evaluation: Evaluation) -> list[Part]:
     said = f"The first {len(rows)} of {total} rows" if len(rows) < total else f"All {total} rows"
     return [
         Text(
-            f"{said}. ✓ and ✗ say whether an answer is right, a number what it earned. Filter by "
-            "✗ to see mistakes."
+            f"{said}. ✓ marks right answers, ✗ wrong ones; a number is a fractional credit. Filter "
+            "by ✗ to see mistakes."
         ),
         Table(pd.DataFrame(rows), "Answers of the models", titles=titles, choices=("task",)),
     ]
@@ -362,8 +361,8 @@ def _reading(
     evaluation: Evaluation, remarks: Sequence[str], commands: Mapping[str, str]
 ) -> list[Part]:
     scored = {
-        "generate": "Answers were generated greedily and read.",
-        "rank": "The likeliest of the possible answers was taken.",
+        "generate": "Answers were generated greedily and parsed.",
+        "rank": "The most likely of the possible answers was taken.",
     }
     lines = [scored.get(evaluation.scorer, ""), LEGEND, *remarks, *notes(evaluation)]
     parts: list[Part] = [*_listed([line for line in lines if line])]

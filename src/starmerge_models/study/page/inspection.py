@@ -1,4 +1,4 @@
-"""The page of an inspection: task vectors, where they clash, and what merges keep of them."""
+"""The page of an inspection: task vectors, their conflicts, and how much merges keep of them."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from starmerge_models.study.page.parts import (
     Table,
     Text,
 )
-from starmerge_models.study.palette import looks
+from starmerge_models.study.palette import plot_styles
 
 KEYS = 8
-"""Models at most that have a number at the head of a page, the largest."""
+"""Most models (the largest) with a key figure at the top of the page."""
 
 PAIRS, TENSORS = 500, 1500
-"""Rows at most of the tables of pairs and of tensors, with which a page stays below 5 MB."""
+"""Most rows of the tables of pairs and of tensors, which keep a page below 5 MB."""
 
 _ALL = "all modules"
 
 _TRIES: dict[Topic, str] = {
     "kept": "A merge that keeps more of the tasks",
-    "size": "A merge that evens out sizes",
-    "rounding": "A merge without the loss by rounding",
+    "size": "A merge that equalises sizes",
+    "rounding": "A merge without rounding loss",
     "noise": "A merge without the noise of stored weights",
-    "pair": "A merge that keeps apart tasks that meet",
+    "pair": "A merge that separates conflicting tasks",
     "layers": "A merge with fewer directions where tasks clash most",
     "rank": "A merge with more directions",
 }
-"""By topic, what a finding's options are tried for."""
+"""By topic, the purpose of a finding's options."""
 
 _SHARES = ".0%"
 
@@ -81,7 +81,7 @@ def inspection_page(inspection: Inspection) -> Page:
 
 def _summary(inspection: Inspection) -> list[Part]:
     models = sorted(inspection.models, key=lambda record: -float(record["norm"]))[:KEYS]
-    shown = looks(record["model"] for record in models)
+    shown = plot_styles(record["model"] for record in models)
     figures = [
         KeyFigure(
             record["model"], f"{record['norm']:.3g}", _note(record), shown[record["model"]].colour
@@ -110,7 +110,7 @@ def _note(record: Record) -> str:
 
 
 def _commands(inspection: Inspection) -> list[Part]:
-    """Return commands that do as the findings advise, each once."""
+    """Return commands that follow the findings' advice, without duplicates."""
     tries: dict[str, str] = {}
     for finding in inspection.findings:
         if finding.options is not None and finding.topic in _TRIES:
@@ -164,7 +164,7 @@ def _rank_map(inspection: Inspection) -> list[Part]:
     frame = frames.rank_maps(inspection).rename(columns={"kept": "rank kept"})
     several = frame["model"].nunique() > 1
     about = "A row for each layer, a column for each module. "
-    chosen = "Choose a model below the map; colours mean the same for all. " if several else ""
+    chosen = "Select a model below the map; all share the colour scale. " if several else ""
     return [
         Chart(
             heat_map(
@@ -173,8 +173,8 @@ def _rank_map(inspection: Inspection) -> list[Part]:
                 choice="model" if several else None, form=".3~g",
             ),
             f"Rank that STAR keeps at η = {inspection.eta:g}",
-            f"{about}{chosen}The more directions a tensor needs for η percent of its nuclear "
-            "norm, the brighter it is.",
+            f"{about}{chosen}Brighter tensors need more directions for η percent of their nuclear "
+            "norm.",
         )
     ]  # fmt: skip
 
@@ -183,7 +183,7 @@ def _spectra(inspection: Inspection) -> list[Part]:
     import pandas as pd  # noqa: PLC0415
 
     frame = frames.spectra_by_module(inspection)
-    # Far down a spectrum every fourth point draws the same line.
+    # In the tail of a spectrum every fourth point is enough for the same line.
     frame = frame[(frame["index"] <= 32) | (frame["index"] % 4 == 0)]
     mean = frame.groupby(["model", "index"], observed=True, as_index=False)["share"].mean()
     frame = pd.concat([mean.assign(module=_ALL), frame], ignore_index=True)
@@ -201,9 +201,9 @@ def _spectra(inspection: Inspection) -> list[Part]:
                 level=(inspection.eta / 100, f"η = {inspection.eta:g}"),
             ),
             "Share of the nuclear norm in the first singular values",
-            "A line for each model, the mean over its matrices; choose a module below the chart. "
-            "STAR keeps the singular values up to the dashed line and removes the rest. A click "
-            "on a name in the legend brings its line forward.",
+            "A line for each model, the mean over its matrices; select a module below the chart. "
+            "STAR keeps the singular values up to the dashed line and removes the rest. Click a "
+            "name in the legend to bring its line forward.",
         )
     ]  # fmt: skip
 
@@ -211,8 +211,8 @@ def _spectra(inspection: Inspection) -> list[Part]:
 def _conflicts(inspection: Inspection) -> list[Part]:
     parts: list[Part] = [
         Text(
-            "What pairs of models do to each other, over all tensors that both change. A task's "
-            "inputs are taken from its update: no data was run through the models."
+            "Conflicts of pairs of models, over all tensors that both change. A task's inputs are "
+            "estimated from its update: no data was run through the models."
         )
     ]
     for measure in frames.MEASURES:
@@ -224,7 +224,7 @@ def _conflicts(inspection: Inspection) -> list[Part]:
     pairs = inspection.to_frame("conflicts")
     order = pairs[["a_on_b", "b_on_a"]].astype(float).max(axis=1).sort_values(ascending=False)
     pairs = pairs.loc[order.index]
-    said = _first(len(pairs), PAIRS, "pairs", "those that answer most to each other's inputs")
+    said = _first(len(pairs), PAIRS, "pairs", "those with the largest responses to each other")
     bounds = {f"{x}_reach_of_bound_on_{y}": f"{x} on {y}: reach of its bound" for x, y in _WAYS}
     table = Table(
         _known(pairs.head(PAIRS)), "Pairs of models",
@@ -252,11 +252,11 @@ def _layers(inspection: Inspection) -> list[Part]:
         Chart(
             chart,
             "Where tasks clash",
-            "How strongly one task answers to another's inputs, over the other's own answer: the "
-            "root mean square over the pairs, for each layer and module. Bright is a clash.",
+            "A task's response to another's inputs over the other's own response: the root mean "
+            "square over the pairs, for each layer and module. Bright cells are clashes.",
         ),
         Table(
-            _known(table), "Layers and modules, first those that clash most",
+            _known(table), "Layers and modules, largest conflicts first",
             formats={
                 "sign_conflict": _SHARES, "top_share": _SHARES, "energy_share": ".1%",
                 **dict.fromkeys(("rank", "kept", "effective_rank", "stable_rank"), ".1f"),
@@ -271,18 +271,18 @@ def _kept(frame: Frame) -> list[Part]:
     own = drawn[["row", "label", "own"]].rename(columns={"own": "value"})
     others = drawn[["row", "label", "others"]].rename(columns={"others": "value"})
     return [
-        Text("On the task's own inputs, taken from its update. Neither number is a score."),
+        Text("On the task's own inputs, estimated from its update. Neither number is a score."),
         Chart(
             dots(own, title="of the task itself (1: all)"),
-            "How much of each task a merge does",
-            "A row for each model, a dot for each merge. At 1 the merge does all of what the "
-            "task's model does on its own inputs.",
+            "How much of each task a merge keeps",
+            "A row for each model, a dot for each merge. At 1 the merge keeps all of the task's "
+            "response to its own inputs.",
         ),
         Chart(
             dots(others, title="something else, over the task's own answer"),
-            "What else a merge does there",
-            "A row for each model, a dot for each merge. At 1 other tasks are heard as strongly "
-            "as the task itself.",
+            "A merge's other response there",
+            "A row for each model, a dot for each merge. At 1 other tasks respond as strongly as "
+            "the task itself.",
         ),
         Table(frame, "What merges keep of each model", choices=("merge", "model")),
     ]
@@ -290,7 +290,7 @@ def _kept(frame: Frame) -> list[Part]:
 
 def _tensors(inspection: Inspection) -> list[Part]:
     frame = inspection.to_frame("tensors").sort_values("norm", ascending=False)
-    said = _first(len(frame), TENSORS, "rows", "those of the largest updates")
+    said = _first(len(frame), TENSORS, "rows", "those with the largest updates")
     shown = [
         "tensor", "model", "layer", "module", "shape", "norm", "relative_norm", "survived",
         "outvoted", "rank", "kept", "effective_rank", "stable_rank", "top_share", "noise",
@@ -327,12 +327,12 @@ def _reading(inspection: Inspection) -> list[Part]:
 
 
 def _known(frame: Frame) -> Frame:
-    """Return a frame without the columns in which there is nothing."""
+    """Return a frame without its empty columns."""
     return frame.dropna(axis="columns", how="all")
 
 
 def _first(count: int, most: int, noun: str, which: str) -> Sequence[Part]:
-    """Say which rows a table has, if it has not all."""
+    """Return a sentence on the rows of a table, if it does not have all."""
     return [Text(f"The first {most} of {count} {noun}, {which}.")] if count > most else []
 
 

@@ -1,7 +1,7 @@
-"""The JavaScript libraries that a page has inside, out of installed Python packages.
+"""The JavaScript libraries that are embedded in a page, from installed Python packages.
 
-- Vega, Vega-Lite and vega-embed, from ``vl-convert-python``: the versions that Altair writes for.
-- DataTables, from ``itables``, which has it bundled for notebooks without a network.
+- Vega, Vega-Lite and vega-embed, from ``vl-convert-python``: the versions that Altair targets.
+- DataTables, from ``itables``, which bundles it for offline notebooks.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from starmerge_models.errors import StarmergeError
 
 @cache
 def vega() -> str:
-    """Return a script that offers ``window.vegaEmbed``."""
+    """Return a script that defines ``window.vegaEmbed``."""
     version = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
     return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", version))
 
 
 @cache
 def datatables() -> str:
-    """Return a script that offers ``window.jQuery`` with DataTables.
+    """Return a script that defines ``window.jQuery`` with DataTables.
 
     Raises:
-        StarmergeError: The installed itables has it in another form.
+        StarmergeError: The bundle in the installed itables has another format.
     """
     text = resources.files("itables").joinpath("html/dt_bundle.js").read_text(encoding="utf-8")
-    # The bundle is a module that exports jQuery. In one file it has nobody to export it to.
+    # The bundle is an ES module that exports jQuery. Inline, it must set a global instead.
     changed, count = re.subn(
         r"\bexport\s*\{[^{}]*?([\w$]+) as jQuery\b[^{}]*\};?", r"window.jQuery=\1;", text
     )

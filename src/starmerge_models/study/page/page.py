@@ -1,7 +1,7 @@
-"""A page: sections of parts, rendered into one HTML file that needs nothing else.
+"""Renders a page, made of sections of parts, into one self-contained HTML file.
 
-The file forbids itself the network and every script but its own by a content security policy with
-their hashes, so that a name or a response of a model that were taken for HTML could do nothing.
+A content security policy with the hashes of the page's own scripts blocks the network and all other
+scripts, so that even an unescaped name or model response could execute nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from starmerge_models.study.page.parts import Chart, Part, Text
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it."""
+    """A heading and its content."""
 
     title: str
     parts: Sequence[Part]
@@ -39,7 +39,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A report: a title, and sections that the reader finds in the list of contents."""
+    """A report: a title, and sections with a table of contents."""
 
     title: str
     subtitle: str
@@ -47,19 +47,18 @@ class Page:
 
 
 def check_page(file: Path, *, overwrite: bool) -> None:
-    """Make sure that a page may be written to ``file``: to be called before long work.
+    """Make sure that a page may be written to ``file``; the caller checks before long work.
 
     Raises:
-        UsageError: It is no HTML file by its name, something else stands there, or a file that may
-            not be replaced.
+        UsageError: The name does not end in .html, or the path exists and may not be replaced.
     """
     if file.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"{file}: a report's file ends in .html, by which browsers know it.")
+        raise UsageError(f"{file}: a report is an HTML file, so its name ends in .html.")
     check_output_file(file, overwrite=overwrite)
 
 
 def write_page(page: Page, file: Path, *, overwrite: bool = False) -> None:
-    """Write a page, which appears whole or not at all.
+    """Write a page atomically.
 
     Raises:
         UsageError: As for :func:`check_page`.
@@ -68,7 +67,7 @@ def write_page(page: Page, file: Path, *, overwrite: bool = False) -> None:
     check_page(file, overwrite=overwrite)
     text = html(page)
     with output_file(file, overwrite=overwrite) as partial:
-        # Names of files may hold bytes that are no text.
+        # File names may contain bytes that are not valid text.
         partial.write_text(text, encoding="utf-8", errors="replace", newline="\n")
 
 
@@ -95,7 +94,7 @@ def _kind(part: Part) -> str:
 
 
 def _markdown(part: Text) -> Markup:
-    """Return paragraphs as HTML; what would be HTML in them is escaped."""
+    """Return paragraphs as HTML; HTML in them is escaped."""
     reader = MarkdownIt("zero").enable(["emphasis", "backticks", "list", "newline"])
     return Markup(reader.render(part.markdown))
 
@@ -117,7 +116,7 @@ def _asset(name: str) -> str:
 
 
 def _script(text: str) -> str:
-    """Return a script such that its text cannot end the element that it stands in."""
+    """Escape a script so that its text cannot end its script element."""
     return re.sub(r"<(?=/script|!--|script)", r"\\x3c", f"\n{text.strip()}\n", flags=re.IGNORECASE)
 
 
@@ -126,7 +125,7 @@ def _digest(script: str) -> str:
 
 
 def _json(content: Any) -> Markup:
-    """Return plain data for a script element, in which nothing looks like HTML."""
+    """Return data as JSON for a script element, with HTML's special characters escaped."""
     text = json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")

@@ -1,4 +1,4 @@
-"""The parts that a section of a page is made of. Whatever they hold is text, and never HTML."""
+"""The parts of a page's sections. Their content is text, never HTML."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any, TypeAlias
 import altair as alt
 
 Frame: TypeAlias = Any
-"""A pandas.DataFrame, whose types mypy does not see."""
+"""A pandas.DataFrame, for which mypy has no types."""
 
 
 @dataclass(frozen=True)
 class Text:
     """Paragraphs in Markdown: emphasis, code, lists; neither HTML, links nor images.
 
-    For sentences of the project alone. What contains names that others chose belongs in
-    :class:`Notes`, which shows each sign as it is.
+    For the project's own sentences only. Text with user-defined names must be in :class:`Notes`,
+    which shows every character literally.
     """
 
     markdown: str
@@ -26,66 +26,66 @@ class Text:
 
 @dataclass(frozen=True)
 class Notes:
-    """Sentences, a line each, shown sign by sign."""
+    """Sentences, one per line, shown literally."""
 
     lines: Sequence[str]
 
 
 @dataclass(frozen=True)
 class KeyFigure:
-    """A number to be seen first."""
+    """A prominent number."""
 
     label: str
     value: str
     note: str = ""
-    """Such as its interval."""
+    """A note, such as its interval."""
     colour: str | None = None
-    """A colour ``#RRGGBB`` that stands for the label in the charts."""
+    """The label's colour in the charts, ``#RRGGBB``."""
 
 
 @dataclass(frozen=True)
 class KeyFigures:
-    """Some numbers to be seen first, beside each other."""
+    """Prominent numbers in a row."""
 
     figures: Sequence[KeyFigure]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table that the reader sorts by any column and filters by words."""
+    """A table that the reader can sort by any column and filter by words."""
 
     frame: Frame
-    """Numbers stay numbers: they are sorted as such. NaN and None are shown as "–"."""
+    """The data. Numbers are sorted numerically; NaN and None are shown as "–"."""
     caption: str
     intervals: Mapping[Any, tuple[Any, Any]] = field(default_factory=dict)
-    """For a column, those of the ends of its intervals, which are shown in its cells."""
+    """For a column, the columns with the ends of its intervals, shown in the same cells."""
     formats: Mapping[Any, str] = field(default_factory=dict)
-    """Format specifications of columns of numbers, such as ``".2f"``; by default three digits
-    after the point, and none for integers."""
+    """Format specifications of numeric columns, such as ``".2f"``; by default three decimals, and
+    none for integers."""
     titles: Mapping[Any, str] = field(default_factory=dict)
-    """What stands above columns, where that is not their name in ``frame``."""
+    """Titles of columns that differ from their name in ``frame``."""
     choices: Sequence[Any] = ()
-    """Columns of few values, for each of which there is a list to choose one from."""
+    """Columns of few values, each with a list to filter by."""
 
     @property
     def columns(self) -> list[Any]:
-        """The columns that are shown."""
+        """The visible columns."""
         ends = {end for pair in self.intervals.values() for end in pair}
         return [column for column in self.frame.columns if column not in ends]
 
     def title(self, column: Any) -> str:
-        """Return what stands above a column."""
+        """Return the title of a column."""
         return self.titles.get(column, str(column))
 
     @property
     def rows(self) -> list[list[Cell]]:
-        """The cells that are shown, row by row."""
+        """The visible cells, row by row."""
         records = self.frame.to_dict("records")
         return [[self._cell(record, column) for column in self.columns] for record in records]
 
     @property
     def numeric(self) -> list[bool]:
-        """For each column that is shown whether it holds numbers and nothing else."""
+        """For each visible column, whether it has only numbers."""
         return [
             all(value is None or isinstance(value, int | float) for value in map(_value, values))
             for values in (self.frame[column] for column in self.columns)
@@ -110,24 +110,24 @@ class Cell:
 
     text: str
     order: float | None
-    """The number by which it is sorted; None where it is sorted by its text."""
+    """The number to sort by; None to sort by the text."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart of Vega-Altair, as wide as the page."""
+    """A Vega-Altair chart with the page's width."""
 
     chart: alt.TopLevelMixin
-    """With ``width="container"``; made by :mod:`starmerge_models.study.page.charts`, for
-    example."""
+    """The chart, with ``width="container"``, such as from
+    :mod:`starmerge_models.study.page.charts`."""
     caption: str
     description: str
-    """What is to be seen, for who cannot see it."""
+    """A description of the chart, also for screen readers."""
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A recipe or a command, with a button that copies it."""
+    """A recipe or a command, with a copy button."""
 
     label: str
     text: str
@@ -135,14 +135,14 @@ class Copy:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where the numbers come from: nested plain data, folded away."""
+    """Provenance of the numbers: nested data, collapsed by default."""
 
     content: Mapping[str, Any]
     label: str = "Provenance"
 
     @property
     def lines(self) -> list[tuple[str, str]]:
-        """Each value with its path of keys, such as ``models.star.path``."""
+        """The values with their key paths, such as ``models.star.path``."""
         return list(_flat("", self.content))
 
 
@@ -150,7 +150,7 @@ Part: TypeAlias = Text | Notes | KeyFigures | Table | Chart | Copy | Provenance
 
 
 def _value(value: Any) -> Any:
-    """Return a value as Python's own, None for NaN and what pandas holds for nothing."""
+    """Return a value as a Python object; None for NaN and pandas' missing values."""
     value = value.item() if hasattr(value, "item") else value
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return None

@@ -1,4 +1,4 @@
-"""The page of a study: how much merges keep, by method, number of models and parameter."""
+"""The page of a study: normalised averages by method, number of models and parameter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from starmerge_models.evaluation.subjects import BASE
+from starmerge_models.evaluation.model_groups import BASE
 from starmerge_models.methods.pipeline import make_pipeline
 from starmerge_models.study.averages import Averages, RunAverage
 from starmerge_models.study.frames import (
@@ -18,7 +18,7 @@ from starmerge_models.study.frames import (
     shares_by_task,
 )
 from starmerge_models.study.grids import GridBest, best_of_grids
-from starmerge_models.study.outcome import figure_entries, title_of
+from starmerge_models.study.outputs import figure_entries, title_of
 from starmerge_models.study.page.charts import curves, dots, heat_map
 from starmerge_models.study.page.page import Page, Section
 from starmerge_models.study.page.parts import (
@@ -32,12 +32,12 @@ from starmerge_models.study.page.parts import (
     Table,
     Text,
 )
-from starmerge_models.study.palette import BASE_COLOUR, looks
+from starmerge_models.study.palette import BASE_COLOUR, plot_styles
 from starmerge_models.study.study_file import FigureEntry, FigureKind
 from starmerge_models.study.tables import GRID_LEGEND, LEGEND, failures, left_out
 
 KEYS = 6
-"""Methods at most whose averages stand at the head of a page."""
+"""Most methods with a key figure at the top of the page."""
 
 
 def study_page(averages: Averages) -> Page:
@@ -48,7 +48,7 @@ def study_page(averages: Averages) -> Page:
     name, about = head["study"]["name"], head["study"]["description"].strip().removesuffix(".")
     subtitle = (
         f"{f'Study {name}: ' if about else ''}{len(merges)} merges of {len(head['models'])} "
-        f"fine-tunes of {head['base']['name']}, asked {len(head['tasks'])} tasks."
+        f"fine-tunes of {head['base']['name']}, on {len(head['tasks'])} tasks."
     )
     grids = [grid for grid in best_of_grids(averages) if grid.points > 1]
     sections = [
@@ -71,7 +71,7 @@ def _summary(averages: Averages) -> list[Part]:
         for label in dict.fromkeys(run.label for run in runs)
     }
     best = sorted(means, key=lambda label: -means[label].value)[:KEYS]
-    shown = looks(best)
+    shown = plot_styles(best)
     base = averages.base_mean(runs)
     figures = [
         KeyFigure(
@@ -89,7 +89,7 @@ def _summary(averages: Averages) -> list[Part]:
         KeyFigures(figures),
         Text(
             f"{several} at {most} merged models: the mean over tasks of a merge's score, divided "
-            "by that of the task's own fine-tune. The best of many is partly the luckiest."
+            "by that of the task's own fine-tune. The best of many is biased upwards."
         ),
     ]
     if len(best) > 1:
@@ -98,7 +98,7 @@ def _summary(averages: Averages) -> list[Part]:
 
 
 def _comparison(averages: Averages, runs: list[RunAverage], first: str, second: str) -> str:
-    """Say whether the rows tell two settings apart."""
+    """Describe the difference of two settings in a sentence."""
     of = {label: [run for run in runs if run.label == label] for label in (first, second)}
     found = averages.difference(of[first], of[second])
     better = first if found.value > 0 else second
@@ -117,9 +117,9 @@ def _number(averages: Averages, entry: FigureEntry) -> list[Part]:
         Chart(
             curves(means, runs=runs),
             title_of(averages.store, entry),
-            "A curve for each method: the mean normalised average over the combinations of as many "
-            "models, with its interval; small dots are single combinations, the dashed line is the "
-            "base on the same tasks. A click on a name in the legend brings its curve forward.",
+            "A curve for each method: the mean normalised average over the combinations, with its "
+            "interval; small dots are single combinations, the dashed line is the base on the same "
+            "tasks. Click a name in the legend to bring its curve forward.",
         )
     ]
 
@@ -145,13 +145,13 @@ def _best(averages: Averages, entry: FigureEntry) -> list[Part]:
         frame, f"The best {parameter} for each number of models",
         intervals={"best": ("low", "high")},
         formats={"best": "g"},
-        titles={"value": "normalised average there"},
+        titles={"value": "normalised average"},
     )  # fmt: skip
     chart = Chart(
         dots(drawn.drop(columns=["best", "n"]), title=f"best {parameter}", zero_to_one=False),
         title_of(averages.store, entry),
-        "A row for each number of models. The line holds the middle 95 % of the best values in "
-        "resamples of the rows: where it is long, these rows cannot tell.",
+        "A row for each number of models. The line spans the middle 95 % of the best values in "
+        "resamples of the rows: if it is long, the rows do not determine the best value.",
     )
     return [chart, table]
 
@@ -177,7 +177,7 @@ def _one_shot(averages: Averages, entry: FigureEntry) -> list[Part]:
             dots(pd.DataFrame(rows), title="normalised average, 95 % interval"),
             title_of(averages.store, entry),
             f"A row for each method, at {most} merged models: its defaults, and the best of its "
-            "grid, which was found on the rows that it is scored on.",
+            "grid, which was selected on the rows that it is scored on.",
         )
     ]
 

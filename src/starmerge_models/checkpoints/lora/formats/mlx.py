@@ -64,7 +64,7 @@ class Mlx:
         base = file.settings.get("model")
         content = {"base_model_name_or_path": base} if isinstance(base, str) else {}
         config = AdapterConfig(file.config, content)
-        return AdapterContents(self, file.checkpoint, updates, config, beside=(file.config,))
+        return AdapterContents(self, file.checkpoint, updates, config, other_files=(file.config,))
 
 
 def _parameters(file: AdapterFile) -> tuple[float, int | None]:

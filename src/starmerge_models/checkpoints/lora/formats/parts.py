@@ -15,14 +15,14 @@ from starmerge_models.checkpoints.lora.formats.contents import AdapterFile
 from starmerge_models.checkpoints.lora.update import (
     Change,
     Difference,
+    FactoredMatrix,
     Hadamard,
-    Half,
     Kronecker,
     Magnitude,
     Product,
+    StoredMatrix,
     Tucker,
     Update,
-    Whole,
 )
 from starmerge_models.errors import StarmergeError, UsageError
 
@@ -257,20 +257,20 @@ class _Reader:
 
     def lokr(self) -> Kronecker:
         """LoKr; where both matrices are stored whole, alpha counts for nothing."""
-        sides: list[tuple[Half | Whole, tuple[int, ...]]] = []
+        sides: list[tuple[FactoredMatrix | StoredMatrix, tuple[int, ...]]] = []
         for name in ("lokr_w1", "lokr_w2"):
             a, b = f"{name}_a", f"{name}_b"
             if name in self._parts:
                 self._refuse(a, b, *(("lokr_t2",) if name == "lokr_w2" else ()), beside=name)
                 whole = self._shape(name)
                 self._check(len(whole) > 1 and 0 not in whole, name)
-                sides.append((Whole(self._parts[name]), whole))
+                sides.append((StoredMatrix(self._parts[name]), whole))
             else:
                 has_core = name == "lokr_w2" and "lokr_t2" in self._parts
                 sides.append(self._half(a, b, "lokr_t2" if has_core else None))
         (first, one), (second, two) = sides
         self._check(len(one) == 2, "lokr_w1" if "lokr_w1" in self._parts else "lokr_w1_a")
-        ranks = {part.rank for part in (first, second) if isinstance(part, Half)}
+        ranks = {part.rank for part in (first, second) if isinstance(part, FactoredMatrix)}
         if len(ranks) > 1:
             self._check(False, "lokr_w1_b", "lokr_w2_b")
         shape = (one[0] * two[0], one[1] * two[1], *two[2:])
@@ -278,16 +278,20 @@ class _Reader:
         scale = self._scale(ranks.pop()) if ranks else 1.0
         return Kronecker(first, second, scale, shape, sizes)
 
-    def _half(self, a: str, b: str, core: str | None) -> tuple[Half, tuple[int, ...]]:
+    def _half(self, a: str, b: str, core: str | None) -> tuple[FactoredMatrix, tuple[int, ...]]:
         """Return P·Q and its shape: (out, in·k), or (out, in, …) with a core."""
         p, q = self._shape(a), self._shape(b)
         if core is None:
             self._check(len(p) == len(q) == 2 and p[1] == q[0] > 0, a, b)
-            return Half(self._parts[a], self._parts[b], None, p[1]), (p[0], q[1])
+            return FactoredMatrix(self._parts[a], self._parts[b], None, p[1]), (p[0], q[1])
         t = self._shape(core)
         fits = len(p) == len(q) == 2 and len(t) > 2 and t[:2] == (p[0], q[0]) and p[0] == q[0] > 0
         self._check(fits, a, core, b)
-        return Half(self._parts[a], self._parts[b], self._parts[core], p[0]), (p[1], q[1], *t[2:])
+        return FactoredMatrix(self._parts[a], self._parts[b], self._parts[core], p[0]), (
+            p[1],
+            q[1],
+            *t[2:],
+        )
 
     def _scale(self, rank: int) -> float:
         """Return alpha/r.

@@ -92,7 +92,7 @@ class Torchtune:
             modules.setdefault(match["module"] or match["dora"], {})[part] = key
         updates = [_update(file, model, name, parts) for name, parts in modules.items()]
         config = AdapterConfig(file.config, {"base_model_name_or_path": base})
-        return AdapterContents(self, file.checkpoint, updates, config, beside=(file.config,))
+        return AdapterContents(self, file.checkpoint, updates, config, other_files=(file.config,))
 
 
 def _update(

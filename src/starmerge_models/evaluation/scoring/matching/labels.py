@@ -1,4 +1,4 @@
-"""Matchers of a closed set of labels: the label that stands first, or that opens the response."""
+"""Matchers for closed sets of labels: the first label, or the label at the start."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from starmerge_models.evaluation.scoring.matching.phrases import (
 
 
 class WholeWord(Matcher):
-    """The label that stands first in the response."""
+    """The label that occurs first in the response."""
 
     name, labels = "whole-word", "needed"
 
     def read(self, rules: Rules, response: str, gold: str) -> Reading:
-        """Read the first label, unless it is negated."""
+        """Parse the first label, unless it is negated."""
         text, known = fold(response, rules.case_sensitive), _vocabulary(rules)
         found = self._first(known, text)
         if found is None or is_negated(text, found):
@@ -30,13 +30,13 @@ class WholeWord(Matcher):
         label = known.labels[found["phrase"]]
         return Reading(label, float(label == gold))
 
-    def read_as_the_paper(self, rules: Rules, response: str, gold: str) -> Reading:
-        """Read the first label in the task's order that is a substring."""
+    def read_reference(self, rules: Rules, response: str, gold: str) -> Reading:
+        """Parse the first label in the task's order that is a substring."""
         label = first_substring(rules.words, response, at_start=False)
         return Reading(label, float(label == gold))
 
     def is_final(self, rules: Rules, text: str) -> bool:
-        """Tell whether a label has been read that nothing after it can change."""
+        """Return whether the parsed label is final, whatever text follows."""
         text, known = fold(text, rules.case_sensitive), _vocabulary(rules)
         found = self._first(known, text)
         if found is not None:
@@ -47,7 +47,7 @@ class WholeWord(Matcher):
             last = self._last_start(text)
         if last is None:
             return False
-        # A label that begins there or earlier, and is not complete yet, would be read instead.
+        # An incomplete label that begins there or earlier would be parsed instead.
         rests = (text[start:] for start in range(last + 1))
         return not any(
             label.startswith(rest) and label != rest for rest in rests for label in known.labels
@@ -57,17 +57,17 @@ class WholeWord(Matcher):
         return known.anywhere.search(text)
 
     def _last_start(self, text: str) -> int | None:
-        """Return where a label may begin at the latest; None: anywhere."""
+        """Return the last position where a label may begin; None: anywhere."""
         return None
 
 
 class StartsWith(WholeWord):
-    """The label that opens the response."""
+    """The label at the start of the response."""
 
     name = "starts-with"
 
-    def read_as_the_paper(self, rules: Rules, response: str, gold: str) -> Reading:
-        """Read the first label in the task's order that the response begins with."""
+    def read_reference(self, rules: Rules, response: str, gold: str) -> Reading:
+        """Parse the first label in the task's order that the response starts with."""
         label = first_substring(rules.words, response, at_start=True)
         return Reading(label, float(label == gold))
 

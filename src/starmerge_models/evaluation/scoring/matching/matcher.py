@@ -1,4 +1,4 @@
-"""A matcher: the rules by which a response is read, and what the reading earns."""
+"""The interface of matchers, their registry, and parsing by a task's matcher."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from starmerge_models.evaluation.scoring.metrics import Metric
 from starmerge_models.plugins import Registry
 
 Mode = Literal["strict", "reference"]
-"""``strict``: by the matcher's own rules. ``reference``: as the scripts of arXiv 2502.10339 read;
-see :func:`read`."""
+"""``strict``: by the matcher's own rules. ``reference``: by those of the scripts of arXiv
+2502.10339; see :func:`read`."""
 
 
 class Rules(Protocol):
-    """The rules by which a task has its responses read; a task is an object of this kind."""
+    """The parsing rules of a task; tasks implement this protocol."""
 
     @property
     def read_by(self) -> Matcher:
-        """The matcher, which reads responses."""
+        """The matcher that parses responses."""
 
     @property
     def words(self) -> tuple[tuple[str, ...], ...]:
-        """The words of each label, in their order; none without labels."""
+        """The words of each label, in order; empty without labels."""
 
     @property
     def answer(self) -> str:
-        """For ``contains``: regular expression of what counts as an answer at all."""
+        """For ``contains``: regular expression of a readable answer."""
 
     @property
     def range(self) -> tuple[float, float] | None:
@@ -39,21 +39,21 @@ class Rules(Protocol):
 
     @property
     def scored_by(self) -> Metric:
-        """The metric, which says whether single rows earn anything."""
+        """The metric, which determines whether single rows have a credit."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read in a response."""
+    """The answer parsed from a response."""
 
     value: str | float | None
     """The label (its first word), text or number; None: the response is unreadable."""
     credit: float | None
-    """What the row earns, 0 to 1; None where only all rows together have a score."""
+    """The row's credit, 0 to 1; None where the metric is defined only for all rows together."""
 
 
 class Matcher(ABC):
-    """A way to read responses; a task names one by its ``match``.
+    """A way to parse responses; a task names its matcher in ``match``.
 
     To define one, decorate a function with
     :func:`starmerge_models.evaluation.scoring.matching.matcher`.
@@ -62,20 +62,20 @@ class Matcher(ABC):
     name: str
     __qualname__: str
     labels: ClassVar[Literal["needed", "possible", "none"]]
-    """Whether a task that is read so has a closed set of labels."""
+    """Whether the matcher is for tasks with a closed set of labels."""
     is_graded: bool = False
-    """Whether a row may earn part of a point; else it earns 0 or 1."""
+    """Whether credits may be fractional; otherwise they are 0 or 1."""
     reads_numbers: bool = False
-    """Whether it reads numbers; right answers must then be numbers, and may have a range."""
+    """Whether the matcher parses numbers; right answers must then be numbers."""
 
     def check(self, *, closed: bool) -> None:
-        """Make sure that a task can be read so.
+        """Make sure that the matcher fits a task.
 
         Args:
-            closed: Whether it has labels.
+            closed: Whether the task has labels.
 
         Raises:
-            ValueError: It cannot.
+            ValueError: The matcher does not fit.
         """
         if closed and self.labels == "none":
             raise ValueError(f"match {self.name!r} is for tasks without labels")
@@ -83,13 +83,13 @@ class Matcher(ABC):
             raise ValueError(f"match {self.name!r} needs labels")
 
     def gold(self, text: str) -> str:
-        """Return the right answer of a row without labels as responses are compared with it.
+        """Normalise the right answer of a row without labels, for the comparison with responses.
 
         Args:
-            text: The right answer as the data has it.
+            text: The right answer in the data.
 
         Raises:
-            ValueError: It is no answer that can be given.
+            ValueError: No response could give this answer.
         """
         if not text.strip():
             raise ValueError("the right answer is empty")
@@ -97,25 +97,25 @@ class Matcher(ABC):
 
     @abstractmethod
     def read(self, rules: Rules, response: str, gold: str) -> Reading:
-        """Read a response.
+        """Parse a response.
 
         Args:
             rules: The task.
-            response: The text that the model wrote.
-            gold: The right answer of the row that was asked.
+            response: The model's response.
+            gold: The row's right answer.
         """
 
-    def read_as_the_paper(self, rules: Rules, response: str, gold: str) -> Reading:
-        """Read a response as the scripts of arXiv 2502.10339 do, where they have such a task."""
+    def read_reference(self, rules: Rules, response: str, gold: str) -> Reading:
+        """Parse a response like the scripts of arXiv 2502.10339, if they have such tasks."""
         return self.read(rules, response, gold)
 
     def is_final(self, rules: Rules, text: str) -> bool:
-        """Tell whether the reading of a text stays, whatever is written after it."""
+        """Return whether the parsed answer is final, whatever text follows."""
         return False
 
 
 def _fault(thing: Any) -> str | None:
-    """Return why something is no matcher that can be used."""
+    """Return why an object is not a usable matcher; None if it is one."""
     if isinstance(thing, Matcher):
         return None
     if callable(thing):
@@ -124,44 +124,50 @@ def _fault(thing: Any) -> str | None:
 
 
 MATCHERS: Registry[Matcher] = Registry("matcher", "starmerge_models.matchers", fault=_fault)
-"""Every matcher by name; other packages and files have more."""
+"""Every matcher by name; other packages and files can add matchers."""
 
 
 def read(rules: Rules, response: str, gold: str, mode: Mode = "strict") -> Reading:
-    """Read a response.
+    """Parse a response by the matcher of a task.
 
-    Mode ``reference`` is for comparison with numbers published with arXiv 2502.10339, and for
-    nothing else. It reads as that paper's scripts do, and without case, which the script of
-    Flan-T5 alone counts (it looks for each label in two spellings): of a closed set of labels, the
-    first in the task's order one of whose words is a substring of the response, or its beginning
-    (``starts-with``); a right answer is given if it is a substring; a number loses its sign if it
-    has no decimals, is clipped to the range, and is 0 if there is none; ``token-f1`` compares the
-    set of the response's words with the set of the right answer's *characters*. That finds "no" in
-    "not" and "know", "entail" in "does not entail" and "a" in almost anything; it never finds a
-    label that contains an earlier one; and what cannot be read looks like a true 0. Matchers that
-    the paper does not have, such as a plug-in's, read as they do otherwise.
+    Mode ``reference`` is only for comparison with numbers published with arXiv 2502.10339. It
+    parses like that paper's scripts, but ignores case (only the Flan-T5 script is case-sensitive,
+    and it tries two spellings of each label):
+
+    - of a closed set of labels, the first in the task's order with a word that is a substring of
+      the response, or its beginning (``starts-with``);
+    - a right answer counts as given if it is a substring;
+    - a number loses its sign if it has no decimals, is clipped to the range, and is 0 if there is
+      none;
+    - ``token-f1`` compares the set of the response's words with the set of the right answer's
+      *characters*.
+
+    This finds "no" in "not" and "know", "entail" in "does not entail" and "a" in almost anything;
+    it never finds a label that contains an earlier one; and an unreadable number is
+    indistinguishable from a true 0. Matchers that the paper does not have, such as plug-ins, are
+    the same in both modes.
 
     Args:
-        rules: Say how to read: a task.
-        response: What the model wrote, without its special tokens.
-        gold: The right answer of the row that was asked.
+        rules: The task.
+        response: The model's response, without special tokens.
+        gold: The row's right answer.
         mode: ``strict``, or ``reference`` for comparison only.
 
     Returns:
-        The reading. What is unreadable earns 0; no row earns anything towards a correlation.
+        The answer and its credit: 0 if unreadable, None if the metric is a correlation.
     """
     matcher = rules.read_by
-    how = matcher.read if mode == "strict" else matcher.read_as_the_paper
+    how = matcher.read if mode == "strict" else matcher.read_reference
     reading = how(rules, response, gold)
-    return reading if rules.scored_by.earns else replace(reading, credit=None)
+    return reading if rules.scored_by.has_row_credits else replace(reading, credit=None)
 
 
 def is_final(rules: Rules, text: str) -> bool:
-    """Tell whether the strict reading of ``text`` stays as it is, whatever is written after it.
+    """Return whether the strict reading of ``text`` is final, whatever text follows.
 
-    Generation can stop there. With labels, that is as soon as one has been read and what follows
-    it shows that it is neither part of a longer word or number nor the beginning of a longer
-    label; with ``starts-with`` also as soon as no label can come any more. A number is final when
-    no further digit can belong to it. Other responses are read as a whole, and are never final.
+    Generation can stop there. A label is final when the text after it shows that it is neither
+    part of a longer word or number nor the beginning of a longer label; with ``starts-with``, an
+    unreadable text is final when no label can follow any more. A number is final when no further
+    digit can belong to it. Other matchers need the whole response, so it is never final.
     """
     return rules.read_by.is_final(rules, text)

@@ -1,4 +1,4 @@
-"""The matcher of numbers: the first one of a response."""
+"""The matcher of numbers: the first number of a response."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from starmerge_models.evaluation.scoring.matching.matcher import Matcher, Readin
 
 
 class Number(Matcher):
-    """The first number; one outside of the task's range is no answer."""
+    """The first number; a number outside of the task's range is not an answer."""
 
     name, labels = "number", "none"
     reads_numbers = True
 
     def gold(self, text: str) -> str:
-        """Return the right answer as Python writes a float."""
+        """Return the right answer in Python's float format."""
         return number_of(text)
 
     def read(self, rules: Rules, response: str, gold: str) -> Reading:
-        """Read the first number."""
+        """Parse the first number."""
         number = _first_number(response, rules.range)
         return Reading(number, float(number == float(gold)))
 
-    def read_as_the_paper(self, rules: Rules, response: str, gold: str) -> Reading:
-        """Read the first digits, clipped to the range; 0 where there are none."""
+    def read_reference(self, rules: Rules, response: str, gold: str) -> Reading:
+        """Parse the first digits, clipped to the range; 0 if there are none."""
         found = re.search(r"([-+]?\d*\.)?\d+", response.strip().lower())
         low, high = rules.range or (-math.inf, math.inf)
         number = min(max(float(found[0]), low), high) if found else 0.0
         return Reading(number, float(number == float(gold)))
 
     def is_final(self, rules: Rules, text: str) -> bool:
-        """Tell whether no further digit can belong to the first number."""
+        """Return whether no further digit can belong to the first number."""
         number = _NUMBER.search(text)
         return number is not None and _AFTER_A_NUMBER.match(text, number.end()) is not None
 
 
 def number_of(text: str) -> str:
-    """Return a right answer that is a number as Python writes a float.
+    """Return a right answer that is a number in Python's float format.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not a finite number.
     """
     try:
         number = float(text)

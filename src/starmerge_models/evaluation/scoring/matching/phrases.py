@@ -1,7 +1,8 @@
-"""Labels and other phrases in a text: whole words, their spellings, negation.
+"""Search for labels and other phrases in a text: whole words, spellings, negation.
 
-Texts and phrases are folded, and then compared letter by letter, so that a text's folding begins
-with the folding of its beginning: a reading can then be final before the text ends.
+Texts and phrases are folded (case, whitespace, apostrophes) and then compared character by
+character. The folding of a prefix is a prefix of the text's folding, so that a parsed answer can
+be final before the text ends.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 OPENING = " \"'`“‘«([{<*"
-"""What may stand before a label that opens a response (after folding)."""
+"""Characters that may precede a label at the start of a response (after folding)."""
 
 _BEFORE = (
     r"(?<!\w(?=[\w+-]))"  # not inside a word, nor the sum 5+1
@@ -22,7 +23,7 @@ _BEFORE = (
 _AFTER = r"(?!(?<=\w)\w)(?!(?<=\d)[.,]\d)"
 
 OPEN_END = re.compile(r"(?<=\w)\Z|(?<=\d)[.,]\Z")
-"""The text ends before ``_AFTER`` is settled."""
+"""Matches where the text ends before ``_AFTER`` can be decided."""
 
 _NEGATION = re.compile(
     r"(?<!\w)(?:not|never|no|non|nor|neither|cannot|\w*n't)(?: an?| the)?"
@@ -33,17 +34,17 @@ _NEGATION = re.compile(
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What is looked for in a text."""
+    """Compiled patterns of the labels' spellings."""
 
     labels: dict[str, str]
-    """Every spelling of every word, folded, and its label; the longest first."""
+    """The label of every folded spelling of every word; the longest spelling first."""
     anywhere: re.Pattern[str]
     at_start: re.Pattern[str]
 
 
 @lru_cache(maxsize=1024)
 def vocabulary(words: tuple[tuple[str, ...], ...], case_sensitive: bool) -> Vocabulary:
-    """Return what finds labels by their words.
+    """Compile the patterns that find labels by their words.
 
     Args:
         words: The words of each label.
@@ -62,19 +63,19 @@ def vocabulary(words: tuple[tuple[str, ...], ...], case_sensitive: bool) -> Voca
 
 
 def fold(text: str, case_sensitive: bool) -> str:
-    """Return a text with plain spaces, apostrophes and minus signs, and without case."""
+    """Normalise the spaces, apostrophes, minus signs and, unless it counts, the case of a text."""
     text = re.sub(r"\s+", " ", text).replace("’", "'").replace("−", "-")
     return text if case_sensitive else text.casefold()
 
 
 def _spellings(word: str) -> tuple[str, str]:
-    """Return a word with its numbers written like 12345 and like 12,345."""
+    """Return a word with its numbers written as 12345 and as 12,345."""
     plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", word)
     return plain, re.sub(r"(?<=\d)(?=(\d{3})+(?!\d))", ",", plain)
 
 
 def is_negated(text: str, found: re.Match[str]) -> bool:
-    """Tell whether a negation stands straight before a phrase that was found."""
+    """Return whether a negation directly precedes a phrase that was found."""
     return _NEGATION.search(text, 0, found.start("phrase")) is not None
 
 
@@ -85,15 +86,15 @@ def trim(text: str) -> str:
 
 
 def first_substring(words: tuple[tuple[str, ...], ...], text: str, *, at_start: bool) -> str | None:
-    """Return the label that the scripts of arXiv 2502.10339 find in a text, without case.
+    """Return the label that the scripts of arXiv 2502.10339 find in a text, ignoring case.
 
     Args:
-        words: The words of each label, in their order.
+        words: The words of each label, in order.
         text: The text.
-        at_start: Whether a word must stand at its beginning.
+        at_start: Whether the text must start with the word.
 
     Returns:
-        The first label, in their order, that has a word which is a substring of the text.
+        The first label with a word that is a substring of the text.
     """
     text = text.strip().lower()
     for own in words:

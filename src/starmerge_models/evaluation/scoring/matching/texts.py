@@ -33,8 +33,8 @@ class Exact(Matcher):
             return Reading(label, float(label == gold))
         return Reading(trim(response) or None, 0.0)
 
-    def read_as_the_paper(self, rules: Rules, response: str, gold: str) -> Reading:
-        """Read the first label that is a substring, or look for the right answer as one."""
+    def read_reference(self, rules: Rules, response: str, gold: str) -> Reading:
+        """Parse the first label that is a substring, or look for the right answer as one."""
         if not rules.words:
             return _paper_substring(response, gold)
         label = first_substring(rules.words, response, at_start=False)
@@ -42,12 +42,12 @@ class Exact(Matcher):
 
 
 class Contains(Matcher):
-    """The right answer stands in the response, as whole words."""
+    """The right answer occurs in the response, as whole words."""
 
     name, labels = "contains", "none"
 
     def read(self, rules: Rules, response: str, gold: str) -> Reading:
-        """Look for the right answer; read a wrong one by the task's pattern of answers."""
+        """Look for the right answer; parse a wrong one by the task's pattern of answers."""
         text = fold(response, rules.case_sensitive)
         places = vocabulary(((gold,),), rules.case_sensitive).anywhere.finditer(text)
         if not all(is_negated(text, place) for place in places):
@@ -55,7 +55,7 @@ class Contains(Matcher):
         other = re.search(rules.answer, response)
         return Reading(other[0] if other else None, 0.0)
 
-    def read_as_the_paper(self, rules: Rules, response: str, gold: str) -> Reading:
+    def read_reference(self, rules: Rules, response: str, gold: str) -> Reading:
         """Look for the right answer as a substring."""
         return _paper_substring(response, gold)
 
@@ -72,7 +72,7 @@ class TokenF1(Matcher):
         credit = _f1(tokens, _squad_tokens(fold(gold, rules.case_sensitive)))
         return Reading(response.strip() if tokens else None, credit)
 
-    def read_as_the_paper(self, rules: Rules, response: str, gold: str) -> Reading:
+    def read_reference(self, rules: Rules, response: str, gold: str) -> Reading:
         """Compare the set of the response's words with that of the right answer's characters."""
         text = response.strip().lower()
         credit = _f1(Counter(set(text.split())), Counter(set(gold.lower())))

@@ -2,6 +2,7 @@
 
 from starmerge_models.evaluation.scoring.metrics.accuracy import Accuracy
 from starmerge_models.evaluation.scoring.metrics.correlation import Correlation
+from starmerge_models.evaluation.scoring.metrics.custom import metric as metric
 from starmerge_models.evaluation.scoring.metrics.f1 import F1
 from starmerge_models.evaluation.scoring.metrics.metric import RESAMPLES as RESAMPLES
 from starmerge_models.evaluation.scoring.metrics.metric import Metric as Metric
@@ -10,7 +11,6 @@ from starmerge_models.evaluation.scoring.metrics.metric import Reader as Reader
 from starmerge_models.evaluation.scoring.metrics.metric import Score as Score
 from starmerge_models.evaluation.scoring.metrics.metric import percentiles as percentiles
 from starmerge_models.evaluation.scoring.metrics.metric import resample as resample
-from starmerge_models.evaluation.scoring.metrics.own import metric as metric
 from starmerge_models.evaluation.scoring.metrics.registry import DEFAULT as DEFAULT
 from starmerge_models.evaluation.scoring.metrics.registry import METRICS as METRICS
 from starmerge_models.evaluation.scoring.metrics.registry import score as score

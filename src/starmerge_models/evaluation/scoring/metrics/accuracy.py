@@ -12,10 +12,10 @@ class Accuracy(Credits):
     name = "accuracy"
 
     def check(self, matcher: Reader | None, *, closed: bool) -> None:
-        """Refuse a matcher that gives part of a point."""
+        """Refuse a matcher with fractional credits."""
         if matcher is not None and matcher.is_graded:
             raise ValueError(
-                f"match {matcher.name!r} needs metric 'f1', the mean of what the rows earn"
+                f"match {matcher.name!r} needs metric 'f1', the mean of the rows' credits"
             )
 
     def credit(self, prediction: Prediction) -> float:
@@ -25,11 +25,11 @@ class Accuracy(Credits):
         return float(prediction.credit)
 
     def interval(self, score: Score) -> tuple[float, float, int]:
-        """Return Wilson's interval; there are no resamples."""
+        """Return Wilson's interval, which needs no resamples."""
         return *wilson(score.value, score.n), 0
 
     def paired_test(self, first: Score, second: Score) -> tuple[float, str]:
-        """Return the exact p-value of McNemar."""
+        """Return the p-value of McNemar's exact test."""
         from scipy.stats import binomtest  # noqa: PLC0415
 
         pairs = zip(first.predictions, second.predictions, strict=True)

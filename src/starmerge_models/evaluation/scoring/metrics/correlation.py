@@ -1,4 +1,4 @@
-"""Correlations of the numbers read with the right ones: Pearson's and Spearman's."""
+"""Correlations of the parsed numbers with the right ones: Pearson's and Spearman's."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from starmerge_models.evaluation.scoring.metrics.metric import (
 class Correlation(Metric):
     """Pearson's correlation, as SciPy computes it, of the numbers or of their ranks."""
 
-    earns = False
+    has_row_credits = False
 
     def __init__(self, name: str, *, ranked: bool) -> None:
         self.name, self._ranked = name, ranked
 
     def check(self, matcher: Reader | None, *, closed: bool) -> None:
-        """Refuse a matcher that does not read numbers."""
+        """Refuse a matcher that does not parse numbers."""
         if matcher is None or not matcher.reads_numbers:
             raise ValueError(f"metric {self.name!r} is of numbers: it needs match 'number'")
 
     def rows(self, score: Score) -> list[tuple[Any, ...]]:
-        """Return the right number and the one read, None where there is none, of each row."""
+        """Return the right number and the parsed one (None if unreadable) of each row."""
         return [(_number(p, p.gold), _number(p, p.value)) for p in score.predictions]
 
     def value(self, score: Score, rows: Sequence[tuple[Any, ...]]) -> float:
-        """Return the correlation, NaN where it is undefined."""
+        """Return the correlation; NaN if it is undefined."""
         return _correlation(rows, ranked=self._ranked)
 
     def statistic(self, score: Score, rows: Sequence[tuple[Any, ...]]) -> Statistic:
-        """Return the correlation as a function of the rows' counts."""
+        """Return the correlation as a function of how often each row was drawn."""
         gold, answers, read = _numbers(rows)
         ranked = self._ranked
         return lambda counts: _counted_correlation(gold, answers, read, counts, ranked=ranked)
@@ -74,7 +74,7 @@ def _correlation(rows: Sequence[tuple[float, float | None]], *, ranked: bool) ->
 def _numbers(
     rows: Sequence[tuple[float, float | None]],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
-    """Return gold, answers (0 where unreadable) and whether they are readable, (rows,) each."""
+    """Return gold, answers (0 if unreadable) and whether they are readable; (rows,) each."""
     gold, answers = zip(*rows, strict=True)
     read = np.array([answer is not None for answer in answers])
     return np.array(gold), np.array([answer or 0.0 for answer in answers]), read
@@ -88,7 +88,7 @@ def _counted_correlation(
     *,
     ranked: bool,
 ) -> NDArray[np.float64]:
-    """Return the correlation in each resample; an unreadable answer deviates from no mean."""
+    """Return the correlation in each resample; an unreadable answer has deviation 0."""
     counts_read = counts * read
     x, x_sum = _deviations(answers, counts_read, ranked=ranked)
     y, y_sum = _deviations(gold, counts, ranked=ranked)
@@ -106,10 +106,10 @@ def _deviations(
     Args:
         values: (patterns,).
         counts: (resamples, patterns).
-        ranked: Whether the values' ranks are meant, equal values sharing the mean of theirs.
+        ranked: Whether to use the ranks of the values; equal values have their mean rank.
 
     Returns:
-        (resamples, patterns) and (resamples,), 0 exactly where all values drawn are equal.
+        (resamples, patterns) and (resamples,); exactly 0 if all drawn values are equal.
     """
     order = np.argsort(values, kind="stable")
     distinct, first = np.unique(values[order], return_index=True)

@@ -1,4 +1,4 @@
-"""F1: macro-F1 of a closed set of labels, or the mean of the rows' own F1."""
+"""F1: macro-F1 of a closed set of labels, or the mean of the rows' token F1."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from starmerge_models.evaluation.scoring.metrics.metric import Reader, Score, St
 
 
 class F1(Credits):
-    """Macro-F1 with labels, the mean of the rows' token F1 without."""
+    """Macro-F1 with labels; without labels, the mean of the rows' token F1."""
 
     name = "f1"
 
     def check(self, matcher: Reader | None, *, closed: bool) -> None:
-        """Refuse a task without labels whose matcher gives no part of a point."""
+        """Refuse a task without labels whose matcher has no fractional credits."""
         if not closed and (matcher is None or not matcher.is_graded):
             raise ValueError("metric 'f1' needs labels, or match 'token-f1'")
 
     def rows(self, score: Score) -> list[tuple[Any, ...]]:
-        """Return the right label and the one read, or without labels what each row earns."""
+        """Return each row's right and parsed label, or its credit for a task without labels."""
         if not score.labels:
             return super().rows(score)
         for p in score.predictions:
@@ -36,7 +36,7 @@ class F1(Credits):
         return [(p.gold, p.value) for p in score.predictions]
 
     def value(self, score: Score, rows: Sequence[tuple[Any, ...]]) -> float:
-        """Return it as scikit-learn computes it."""
+        """Return F1, computed by scikit-learn."""
         if not score.labels:
             return super().value(score, rows)
         from sklearn.metrics import f1_score  # noqa: PLC0415
@@ -48,7 +48,7 @@ class F1(Credits):
         return float(f1_score(gold, read, labels=range(len(present)), average="macro"))
 
     def statistic(self, score: Score, rows: Sequence[tuple[Any, ...]]) -> Statistic:
-        """Return F1 as a function of the rows' counts."""
+        """Return F1 as a function of how often each row was drawn."""
         if not score.labels:
             return super().statistic(score, rows)
         return lambda counts: _counted_f1(rows, counts)
@@ -57,7 +57,7 @@ class F1(Credits):
 def _counted_f1(
     rows: Sequence[tuple[str, str | None]], counts: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Macro-F1 over the labels that a resample has: 2·hits / (gold + predicted) of each."""
+    """Macro-F1 over the labels that occur in a resample: 2·hits / (gold + predicted) of each."""
     total, present = np.zeros(len(counts)), np.zeros(len(counts))
     for label in sorted({gold for gold, _ in rows}):
         is_gold = np.array([gold == label for gold, _ in rows], np.float64)

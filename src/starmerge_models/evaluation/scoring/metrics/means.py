@@ -1,4 +1,4 @@
-"""Metrics that are a mean of what single rows earn."""
+"""Metrics that are the mean of the rows' credits."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from starmerge_models.evaluation.scoring.metrics.metric import Metric, Predictio
 
 
 class Credits(Metric):
-    """The mean of what the rows earn."""
+    """The mean of the rows' credits."""
 
     def rows(self, score: Score) -> list[tuple[Any, ...]]:
-        """Return what each row earns."""
+        """Return each row's credit."""
         return [(self.credit(p),) for p in score.predictions]
 
     def credit(self, prediction: Prediction) -> float:
-        """Return what a row earns.
+        """Return a row's credit.
 
         Raises:
-            UsageError: It earns nothing by itself, or a number that the metric cannot use.
+            UsageError: The row has no credit, or one that the metric cannot use.
         """
         if prediction.credit is None:
             raise self.unusable(prediction, "a number from 0 to 1")
@@ -41,11 +41,11 @@ class Credits(Metric):
         return fmean(credit for (credit,) in rows)
 
     def statistic(self, score: Score, rows: Sequence[tuple[Any, ...]]) -> Statistic:
-        """Return the mean as a function of the rows' counts."""
+        """Return the mean as a function of how often each row was drawn."""
         credits_ = np.array([credit for (credit,) in rows], np.float64)
         return lambda counts: counts @ credits_ / counts.sum(axis=1)
 
-    def unvaried(self, score: Score) -> tuple[float, float]:
+    def degenerate_interval(self, score: Score) -> tuple[float, float]:
         """Return Wilson's interval."""
         return wilson(score.value, score.n)
 

@@ -1,4 +1,4 @@
-"""A metric, the scores that it gives, and their intervals by resampling the rows."""
+"""The interface of metrics, their scores, and bootstrap intervals over the rows."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 2000
-"""Bootstrap resamples behind an interval."""
+"""Number of bootstrap resamples of an interval."""
 
 BLOCK = 250
-"""Resamples worked on at once: bounds the memory to a few arrays of (BLOCK, rows)."""
+"""Resamples computed at once, which bounds the memory to a few arrays of (BLOCK, rows)."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one model answered to one row, and what was read from it."""
+    """One model's response to one row, the parsed answer and the credit."""
 
     id: str
-    """Where the row stands in its source: "test/17"."""
+    """The row's id in its source: "test/17"."""
     response: str
     value: str | float | None
-    """The label, text or number that was read; None where none could be read."""
+    """The parsed label, text or number; None if unreadable."""
     gold: str
     credit: float | None
-    """What the row earns, 0 to 1; None where only all rows together have a score."""
+    """The row's credit, 0 to 1; None where the metric is defined only for all rows together."""
     shortened: bool = False
-    """Whether the passage was cut to fit the context."""
+    """Whether the passage was truncated to fit into the context."""
 
 
 @dataclass(frozen=True)
@@ -43,37 +43,37 @@ class Score:
     """The metric's name."""
     computed_by: Metric = field(repr=False)
     value: float
-    """NaN where the metric is undefined: a correlation with a constant."""
+    """NaN if the metric is undefined: a correlation with a constant."""
     low: float
-    """Lower end of the 95 % interval; NaN where there is none."""
+    """Lower end of the 95 % interval; NaN if there is none."""
     high: float
     n: int
     unparsed: float
-    """Share of responses from which no answer could be read."""
+    """Share of unreadable responses."""
     shortened: int
-    """Rows whose passage was cut."""
+    """Number of rows with a truncated passage."""
     predictions: tuple[Prediction, ...] = field(repr=False)
     labels: tuple[str, ...] = ()
-    """The labels of a closed task; what F1 is depends on whether there are any."""
+    """The labels of a task with a closed set; F1 is macro-F1 if there are any."""
     left_out: int = 0
-    """Resamples without a value, left out of the interval."""
+    """Number of resamples without a value, which the interval ignores."""
 
 
 def resample(
     scores: Sequence[Score], generator: np.random.Generator | None = None
 ) -> list[NDArray[np.float64]]:
-    """Return the value of each score in bootstrap resamples of the rows, the same for all.
+    """Return the value of each score in bootstrap resamples of the rows, the same for all scores.
 
-    Rows that are alike in all scores are drawn together: their number in a resample is
+    Rows with equal values in all scores form one pattern, whose count in a resample is
     multinomial. So accuracies need a draw for each pattern of right and wrong, not for each row,
     and the order of the rows does not matter.
 
     Args:
-        scores: Of one or more models on one task, with their rows in the same order.
-        generator: Where the draws come from; a new one of seed 0 when None.
+        scores: Scores of one or more models on one task, with the rows in the same order.
+        generator: Random generator; None: a new one with seed 0.
 
     Returns:
-        For each score (:data:`RESAMPLES`,) float64; NaN where a resample has no value.
+        For each score (:data:`RESAMPLES`,) float64; NaN for a resample without a value.
     """
     generator = generator or np.random.default_rng(0)
     tally = Counter(zip(*(one.computed_by.rows(one) for one in scores), strict=True))
@@ -92,9 +92,9 @@ def resample(
 
 
 def percentiles(samples: NDArray[np.float64]) -> tuple[float, float, int]:
-    """Return the ends of the 95 % percentile interval of resamples, and how many are NaN.
+    """Return the ends of the 95 % percentile interval of resamples, and the number of NaNs.
 
-    Those are left out. The ends are NaN when nothing remains.
+    NaNs are ignored. The ends are NaN if all values are.
     """
     defined = samples[~np.isnan(samples)]
     left_out = samples.size - defined.size
@@ -105,89 +105,89 @@ def percentiles(samples: NDArray[np.float64]) -> tuple[float, float, int]:
 
 
 class Reader(Protocol):
-    """What a metric must know of a task's matcher."""
+    """The properties of a task's matcher that metrics need."""
 
     @property
     def name(self) -> str:
-        """The name that the task has it by."""
+        """The matcher's name."""
 
     @property
     def is_graded(self) -> bool:
-        """Whether a row may earn part of a point."""
+        """Whether credits may be fractional."""
 
     @property
     def reads_numbers(self) -> bool:
-        """Whether it reads numbers."""
+        """Whether the matcher parses numbers."""
 
 
 Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
-"""From (resamples, patterns), how often each pattern of a row was drawn, to (resamples,)."""
+"""From counts (resamples, patterns) of how often each pattern was drawn to (resamples,) values."""
 
 
 class Metric(ABC):
-    """A way to score all rows of a task together; 1 is the score of right answers.
+    """A metric over all rows of a task; perfect answers have the score 1.
 
     To define one, decorate a function with :func:`metric`.
     """
 
     name: str
     __qualname__: str
-    earns: ClassVar[bool] = True
-    """Whether a row earns what its matcher gives it; else all rows together have a score alone."""
+    has_row_credits: ClassVar[bool] = True
+    """Whether rows keep their matcher's credit; otherwise only all rows together have a score."""
 
     def check(self, matcher: Reader | None, *, closed: bool) -> None:  # noqa: B027
-        """Make sure that a task can be scored so.
+        """Make sure that the metric fits a task.
 
         Args:
-            matcher: What reads its responses; None: they need not be read.
-            closed: Whether it has labels.
+            matcher: The task's matcher; None for images, whose responses need no parsing.
+            closed: Whether the task has labels.
 
         Raises:
-            ValueError: It cannot.
+            ValueError: The metric does not fit.
         """
 
     def read(self, prediction: Prediction) -> Prediction:
-        """Return a prediction with what its row earns by this metric."""
+        """Return a prediction with the credit that this metric gives."""
         return prediction
 
     @abstractmethod
     def rows(self, score: Score) -> list[tuple[Any, ...]]:
-        """Return what the metric sees of each row.
+        """Return the values of each row that the metric depends on.
 
-        Rows that count alike look alike, so that they are sorted alike: numbers are floats, 0.0 has
-        no sign.
+        Equivalent rows must have equal values with equal ``repr``: numbers are floats, 0.0 has no
+        sign.
 
         Raises:
-            UsageError: It cannot use one, named by its id.
+            UsageError: The metric cannot use a row; the message has the row's id.
         """
 
     @abstractmethod
     def value(self, score: Score, rows: Sequence[tuple[Any, ...]]) -> float:
-        """Return the metric of all rows, NaN where it is undefined."""
+        """Return the metric of all rows; NaN if it is undefined."""
 
     @abstractmethod
     def statistic(self, score: Score, rows: Sequence[tuple[Any, ...]]) -> Statistic:
-        """Return the metric as a function of how often each of the rows was drawn."""
+        """Return the metric as a function of how often each row was drawn."""
 
     def interval(self, score: Score) -> tuple[float, float, int]:
-        """Return the ends of the 95 % interval, and how many resamples have no value."""
+        """Return the ends of the 95 % interval, and the number of resamples without a value."""
         low, high, left_out = percentiles(resample([score])[0])
         if high - low < 1e-9:
-            low, high = self.unvaried(score)
+            low, high = self.degenerate_interval(score)
         return low, high, left_out
 
-    def unvaried(self, score: Score) -> tuple[float, float]:
-        """Return the ends of the interval where all resamples are alike; NaN: it has none."""
+    def degenerate_interval(self, score: Score) -> tuple[float, float]:
+        """Return the ends of the interval if all resamples are equal; NaN: there is none."""
         return math.nan, math.nan
 
     def paired_test(self, first: Score, second: Score) -> tuple[float, str] | None:
-        """Return the two-sided p-value of a test of this metric's own, and the test's name.
+        """Return the two-sided p-value of a test specific to this metric, and the test's name.
 
         Args:
             first: A model's score by this metric.
-            second: Another's, of the same rows in the same order.
+            second: Another model's score, on the same rows in the same order.
 
         Returns:
-            None where the metric has no test: the paired bootstrap then serves.
+            None if the metric has no such test: the caller then uses the paired bootstrap.
         """
         return None

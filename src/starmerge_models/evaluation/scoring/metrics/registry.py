@@ -1,4 +1,4 @@
-"""Every metric by its name, and the score of predictions by one of them."""
+"""The registry of metrics, and the score of predictions by a metric."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from starmerge_models.evaluation.scoring.metrics.metric import Metric, Predictio
 from starmerge_models.plugins import Registry
 
 DEFAULT = "accuracy"
-"""The metric of a task that names none; tables leave its name out."""
+"""The default metric of a task; tables omit its name."""
 
 
 def _fault(thing: Any) -> str | None:
-    """Return why something is no metric that can be used."""
+    """Return why an object is not a usable metric; None if it is one."""
     if isinstance(thing, Metric):
         return None
     if callable(thing):
@@ -25,7 +25,7 @@ def _fault(thing: Any) -> str | None:
 
 
 METRICS: Registry[Metric] = Registry("metric", "starmerge_models.metrics", fault=_fault)
-"""Every metric by name; other packages and files have more."""
+"""Every metric by name; other packages and files can add metrics."""
 
 
 def score(
@@ -34,39 +34,37 @@ def score(
     """Summarise the predictions of one model for one task.
 
     accuracy
-        The share of right answers, credits that are 0 or 1; an unreadable answer has 0. The
-        interval is Wilson's.
+        The share of right answers; an unreadable answer is wrong. The interval is Wilson's.
     f1, with labels
-        The mean over the labels of their F1 (macro-F1). An unreadable answer is a miss of its
-        gold label and a prediction of none. A label that no row has as its gold answer has no
-        F1 and is left out of the mean: with it, right answers alone would not earn 1.
+        The mean over the labels of their F1 (macro-F1). An unreadable answer is a false negative of
+        its gold label and a prediction of no label. A label that is no row's gold answer has no F1
+        and is not part of the mean: otherwise perfect answers would not have the score 1.
     f1, without labels
         The mean of the rows' credits, their token F1.
     spearman, pearson
-        The correlation of the numbers read with the gold ones. An unreadable answer counts as
-        the mean of the readable ones (of their ranks, for Spearman, so that the scale of the
-        answers does not matter): it tells nothing and invents nothing. When a share u is
-        unreadable at random, the correlation falls to √(1 − u) of what it was. It is NaN when
-        fewer than 3 answers are readable, or all of them or all gold numbers are equal.
-    another
-        A plug-in's: the mean of what it gives each row, or what it makes of the sums over the rows;
-        see
-        :func:`starmerge_models.evaluation.scoring.metrics.metric`.
+        The correlation of the parsed numbers with the gold ones. An unreadable answer is replaced
+        by the mean of the readable ones (of their ranks, for Spearman, so that the scale of the
+        answers does not matter). If a share u is unreadable at random, this multiplies the
+        correlation by √(1 − u). It is NaN if fewer than 3 answers are readable, or all readable
+        answers or all gold numbers are equal.
+    another name
+        A plug-in's metric: the mean of its function over the rows, or a function of sums over the
+        rows; see :func:`starmerge_models.evaluation.scoring.metrics.metric`.
 
     The interval of F1 and of correlations is the percentile interval of :data:`RESAMPLES` bootstrap
-    resamples of the rows, with a fixed seed. The percentile one, since the comparisons of two
-    models have it too and it bears resamples without a value, which are left out and counted.
-    Where all resamples are alike (every answer right) they say nothing of the rows that were not
-    seen: a mean and F1 then have Wilson's interval at their value, others none (NaN).
+    resamples of the rows, with a fixed seed. It is a percentile interval, since comparisons of two
+    models use the same and it allows for resamples without a value, which are ignored and counted.
+    If all resamples are equal (every answer right), they give no information on other rows: a mean
+    and F1 then have Wilson's interval at their value, other metrics none (NaN).
 
     Args:
-        predictions: One for each row.
-        metric: One of :data:`METRICS`, or what that finds under its name.
-        labels: The labels of a closed task, as gold and values have them.
+        predictions: One prediction for each row.
+        metric: A metric, or its name in :data:`METRICS`.
+        labels: The labels of a task with a closed set, as in ``gold`` and ``value``.
 
     Raises:
-        UsageError: No predictions; an unknown metric; a row that the metric cannot use, named
-            by its id.
+        UsageError: There are no predictions, the metric is unknown, or it cannot use a row; the
+            message has the row's id.
     """
     if not predictions:
         raise UsageError("There are no predictions to score. Give the task at least one row.")

@@ -1,4 +1,4 @@
-"""Rows that are made at run time, so that none is stored in the project: a file per kind of data.
+"""Generators of rows: deterministic, from small packages of the ``demo`` extra, a file per topic.
 
-Each is made from a small package of the ``demo`` extra, the same rows in every run.
+The project stores no rows of these tasks.
 """

