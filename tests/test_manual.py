@@ -147,8 +147,9 @@ def _lay_out(folder: Path, code: str, models: Path) -> None:
     for name in ("BASE", "base", "path/to/base", "org/base"):
         put(models / "base", folder / name)
     adapters = [*re.findall(r"\badapters/([\w-]+)", code), "a", "b", "c"]
+    adapters += re.findall(r'find_task\("(\w+)"\)', code)
     for number, name in enumerate(dict.fromkeys(adapters)):
-        place = f"adapters/{name}" if f"adapters/{name}" in code or "adapters/*" in code else name
+        place = f"adapters/{name}" if "adapters" in code else name
         put(models / f"adapter-{number % 3}", folder / place)
         put(models / f"adapter-{number % 3}", folder / name)
     for number, name in enumerate(("org/adapter", "org/math", "org/french", "org/german")):
