@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import starmerge_models
-from starmerge_models.checkpoints import aside, filling, renaming
+from starmerge_models.checkpoints import filling, isolated, renaming
 from starmerge_models.checkpoints.metric import open_metric
 from starmerge_models.checkpoints.opening import open_checkpoint, open_safetensors
 from starmerge_models.checkpoints.renaming import naming
@@ -51,7 +51,7 @@ def world(tmp_path: Path) -> World:
 
 @pytest.fixture
 def without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aside, "find_spec", lambda _: None)
+    monkeypatch.setattr(isolated, "find_spec", lambda _: None)
 
 
 def _refuses(
@@ -496,11 +496,11 @@ def test_a_config_that_transformers_cannot_use_ends_soon(
 def test_a_process_of_its_own_answers_what_the_function_does(tiny_base: Path) -> None:
     names = list(load_file(tiny_base / "model.safetensors"))
     question = [str(tiny_base), names]
-    assert aside.ask(renaming, question) == renaming.naming(*question)
+    assert isolated.call_isolated(renaming, question) == renaming.naming(*question)
     config = json.loads((tiny_base / "config.json").read_text())
     configs = [[config, {"model_type": "no such model"}]]
-    assert aside.ask(filling, configs) == filling.filled(*configs)
-    assert aside.ask(renaming, ["no such folder", names]) is None
+    assert isolated.call_isolated(filling, configs) == filling.filled(*configs)
+    assert isolated.call_isolated(renaming, ["no such folder", names]) is None
 
 
 def test_a_config_that_transformers_refuses_does_not_hide_the_message(world: World) -> None:

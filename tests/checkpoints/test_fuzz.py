@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 
-from starmerge_models.checkpoints import aside
+from starmerge_models.checkpoints import isolated
 from starmerge_models.checkpoints.opening import open_safetensors
 from starmerge_models.errors import StarmergeError
 from tests.checkpoints.bad_files import (
@@ -44,7 +44,7 @@ def test_a_spoilt_file_merges_or_is_refused(
     world: World, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # To ask transformers takes seconds. Of a base without its names it would say nothing.
-    monkeypatch.setattr(aside, "find_spec", lambda _: None)
+    monkeypatch.setattr(isolated, "find_spec", lambda _: None)
     outcomes: Counter[str] = Counter()
     started = time.monotonic()
     for number in range(EXAMPLES):

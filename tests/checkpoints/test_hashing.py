@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from starmerge_models.checkpoints.hashing import (
     blake3_of_update,
+    cached_blake3_of_tensor,
     read_and_hash,
-    remembered_blake3_of_tensor,
 )
 from starmerge_models.checkpoints.opening import open_safetensors
 from starmerge_models.deltas import Delta, Dense, LowRank, Stored
@@ -110,11 +110,11 @@ def test_the_hash_of_a_file_that_takes_the_name_is_its_own(
     assert digest == blake3(old.numpy().tobytes()).hexdigest()
     with monkeypatch.context() as patched:
         patched.setattr("starmerge_models.checkpoints.hashing.read_tensor", lambda info: None)
-        assert remembered_blake3_of_tensor(info) == digest, "it is not read again"
+        assert cached_blake3_of_tensor(info) == digest, "it is not read again"
     save_file({"x": new}, tmp_path / "other")
     (tmp_path / "other").replace(file)
     assert torch.equal(tensor, old), "it is a window of the file that was opened"
-    assert remembered_blake3_of_tensor(info) == blake3(new.numpy().tobytes()).hexdigest()
+    assert cached_blake3_of_tensor(info) == blake3(new.numpy().tobytes()).hexdigest()
 
 
 @pytest.mark.parametrize("first", ["renamed", "part", "stored"])
@@ -134,5 +134,5 @@ def test_a_tensor_under_the_name_of_another_of_its_file_has_its_own_hash(
     for name in (first, *infos):
         info, tensor = infos[name]
         expected = blake3(tensor.numpy().tobytes()).hexdigest()
-        assert remembered_blake3_of_tensor(info) == expected, name
+        assert cached_blake3_of_tensor(info) == expected, name
         assert read_and_hash(info)[1] == expected, name

@@ -17,7 +17,7 @@ from platformdirs import user_cache_path
 from safetensors.torch import load_file, save_file
 
 import starmerge_models
-from starmerge_models.checkpoints.hashing import remembered_blake3_of
+from starmerge_models.checkpoints.hashing import cached_blake3_of
 from starmerge_models.evaluation.cache import Record, ScoreCache, score_key
 from starmerge_models_demo import ADAPTERS
 from tests.conftest import edit_json
@@ -226,7 +226,7 @@ def test_a_file_that_was_just_written_is_read_again(tmp_path: Path) -> None:
     hashes = set()
     for number in range(200):  # some within one tick of the file system's clock
         file.write_bytes(number.to_bytes(4, "big"))
-        hashes.add(remembered_blake3_of(file))
+        hashes.add(cached_blake3_of(file))
     assert len(hashes) == 200
 
 

@@ -277,7 +277,7 @@ def test_a_repository_that_holds_something_else_is_not_touched(
     hub: FakeHub, merged: Path, name: str
 ) -> None:
     hub.put(REPO, {"README.md": b"# Mine", name: b"x"})
-    with pytest.raises(sm.UsageError, match=rf"holds {name}, and no merge_report.json"):
+    with pytest.raises(sm.UsageError, match=rf"has {name} and no merge_report.json"):
         sm.push(merged, REPO)
     assert hub.files(REPO) == {"README.md": b"# Mine", name: b"x"}
     assert hub.uploads == []
@@ -328,7 +328,9 @@ def test_what_is_no_repository_is_refused_before_anything_is_asked(
 def test_tokens_that_cannot_push_are_refused_before_anything_is_written(
     hub: FakeHub, merged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(sm.UsageError, match="of alice, who may not write to bob.*: alice, acme"):
+    with pytest.raises(
+        sm.UsageError, match="belongs to alice, who may not write to bob.*: alice, acme"
+    ):
         sm.push(merged, "bob/merged")
     with pytest.raises(sm.UsageError, match="alice's role in look only allows reading"):
         sm.push(merged, "look/merged")
@@ -524,5 +526,5 @@ def test_merge_asks_the_hub_first(
     command = ["merge", tiny_base, tiny_base, "-o", tmp_path / "out"]
     refused = starmerge(*command, "--push", REPO, env=environment)
     assert refused.returncode == 2
-    assert "holds model.safetensors" in refused.stderr
+    assert "has model.safetensors" in refused.stderr
     assert not (tmp_path / "out").exists()

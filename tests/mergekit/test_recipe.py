@@ -452,7 +452,7 @@ TIES = {
         ({"parameters": {"weight": "half"}}, "weight: .*'half'"),
         ({"parameters": {"weight": None}}, "weight: .*None"),
         ({"parameters": {"weight": float("nan")}}, "weight: .*finite"),
-        ({"parameters": {"weight": []}}, "weight: An empty list"),
+        ({"parameters": {"weight": []}}, "weight: The list is empty"),
         (
             {"parameters": {"weight": [{"filter": "mlp", "value": 1}, 2]}},
             "'weight' mixes plain values",

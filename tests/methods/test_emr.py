@@ -249,5 +249,5 @@ def test_refuses_weights(weight):
 
 
 def test_has_no_single_update_of_deltas_in_memory():
-    with pytest.raises(UsageError, match=r"a model for each task.*starmerge\.methods\.emr"):
+    with pytest.raises(UsageError, match=r"a model for each task.*starmerge_models\.methods\.emr"):
         merge_state([{"x": samples.dense(2, 2)}], "emr")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import starmerge_models
-from starmerge_models.checkpoints import aside
+from starmerge_models.checkpoints import isolated
 from tests.checkpoints import bad_files
 from tests.soak.spoilt import KINDS
 
@@ -60,7 +60,7 @@ def test_a_spoilt_file_is_used_or_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # To ask transformers takes seconds. Of a base without its names it would say nothing.
-    monkeypatch.setattr(aside, "find_spec", lambda _: None)
+    monkeypatch.setattr(isolated, "find_spec", lambda _: None)
     kind = KINDS[name](tmp_path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     outcomes: Counter[str] = Counter()

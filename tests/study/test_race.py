@@ -13,7 +13,7 @@ from scipy.stats import norm
 
 from starmerge_models.evaluation.scoring.comparison import difference
 from starmerge_models.evaluation.scoring.metrics import Prediction, Score, score
-from starmerge_models.study.race import FIRST_ROWS, Outcome, race, sizes
+from starmerge_models.study.race import FIRST_ROWS, Outcome, race, round_sizes
 
 Answers = Mapping[str, NDArray[np.bool_]]
 """By candidate: (tasks, rows), which it answers right."""
@@ -43,7 +43,7 @@ def _race(
     answers: Answers, rows: int, budget: int | None = None
 ) -> tuple[Outcome, list[list[str]]]:
     """Race candidates under perfect ceilings; return how it ended, and who was asked each round."""
-    ends, asked = sizes(rows), []
+    ends, asked = round_sizes(rows), []
     tasks = len(next(iter(answers.values())))
 
     def ask(names: Sequence[str], number: int) -> dict[str, dict[str, Score]]:
@@ -58,10 +58,10 @@ def _race(
 
 
 def test_rounds_double_until_the_last() -> None:
-    assert sizes(64) == [8, 16, 32, 64]
-    assert sizes(50) == [8, 16, 32, 50]
-    assert sizes(8) == [FIRST_ROWS] == [8]
-    assert sizes(3) == [3]
+    assert round_sizes(64) == [8, 16, 32, 64]
+    assert round_sizes(50) == [8, 16, 32, 50]
+    assert round_sizes(8) == [FIRST_ROWS] == [8]
+    assert round_sizes(3) == [3]
 
 
 def test_what_is_clearly_behind_is_not_asked_again() -> None:
@@ -71,7 +71,7 @@ def test_what_is_clearly_behind_is_not_asked_again() -> None:
     assert all("poor" not in names for names in asked[2:])
     poor = outcome.standings[-1]
     assert (poor.name, poor.stopped) == ("poor", "behind")
-    assert poor.rows == 4 * sizes(64)[poor.rounds - 1] < 4 * 64
+    assert poor.rows == 4 * round_sizes(64)[poor.rounds - 1] < 4 * 64
     right = answers["poor"][:, : poor.rows // 4].mean()
     assert poor.average is not None
     assert poor.average.value == pytest.approx(right)
@@ -132,7 +132,7 @@ def test_a_budget_is_kept_and_the_best_so_far_goes_on(seed: int, budget: int, ro
     outcome, asked = _race(answers, rows, budget)
     spent = sum(standing.rows for standing in outcome.standings)
     assert spent <= budget
-    ends = sizes(rows)
+    ends = round_sizes(rows)
     assert spent == sum(
         2 * (end - start) * len(names)
         for (start, end), names in zip(pairwise([0, *ends]), asked, strict=False)

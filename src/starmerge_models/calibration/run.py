@@ -23,7 +23,7 @@ from starmerge_models.calibration.sources import (
 )
 from starmerge_models.calibration.text import Advance, Reading, TextGenerator, texts_of
 from starmerge_models.checkpoints.base import Base, open_base
-from starmerge_models.checkpoints.hashing import remembered_blake3_of
+from starmerge_models.checkpoints.hashing import cached_blake3_of
 from starmerge_models.checkpoints.metric import MetricWriter, is_metric
 from starmerge_models.checkpoints.source import resolve_local
 from starmerge_models.errors import StarmergeError, UsageError, nearest
@@ -295,7 +295,7 @@ def calibrate(
 def _run(plan: _Plan, *, progress: bool) -> Calibrated:
     """Generate and process the text, and write the file."""
     started = time.monotonic()
-    hashes = {file.name: remembered_blake3_of(file) for file in plan.base.checkpoint.files}
+    hashes = {file.name: cached_blake3_of(file) for file in plan.base.checkpoint.files}
     name = plan.base.source.name or real(plan.base.source.path).name
     notes = list(plan.notes)
     entries = 0

@@ -12,7 +12,7 @@ from typing import Any
 from blake3 import blake3
 
 from starmerge_models.calibration.text import Advance, Reading, TextGenerator
-from starmerge_models.checkpoints.hashing import remembered_blake3_of
+from starmerge_models.checkpoints.hashing import cached_blake3_of
 from starmerge_models.errors import UsageError
 from starmerge_models.evaluation.tasks import find_task, task_of_prompts
 from starmerge_models.evaluation.tasks.task import Task
@@ -65,7 +65,7 @@ def text_of_file(
     record = {
         "kind": "texts",
         "file": file.name,
-        "blake3": remembered_blake3_of(file),
+        "blake3": cached_blake3_of(file),
         "sequences": len(readings),
         "length": length,
         "seed": seed,

@@ -1,1 +1,1 @@
-"""Reading bases, adapters and fine-tunes; writing merged models."""
+"""Readers of bases, adapters and fine-tunes, and the writer of merged models."""

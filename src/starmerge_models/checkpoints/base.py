@@ -1,4 +1,4 @@
-"""The base model: its tensors, its config, the files that stand beside them."""
+"""The base model: its tensors, its config, and its side files."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from starmerge_models.reading import read_json
 from starmerge_models.storage import Place, exists, is_file
 
 _EMBEDDINGS = ("wte", "wpe", "relative_attention_bias")
-"""Parts of the names of embeddings that have no "embed" in them."""
+"""Parts of the names of embeddings that do not contain "embed"."""
 
 _OUTPUTS = ("shared", "lm_head", "embed_out", "output_layer", "output", "predictions", "head")
-"""Parts of the names of tables of tokens that have no "embed" in them."""
+"""Parts of the names of token tables that do not contain "embed"."""
 
 
 @dataclass(frozen=True)
@@ -34,68 +34,68 @@ class Base:
     config: dict[str, Any]
     """``config.json``."""
     notes: tuple[str, ...] = ()
-    """Sentences on it that whoever merges into it should read."""
+    """Notes for the user."""
     quantised: str | None = None
-    """What the files store the weights as, if not as they are: "GPTQ, 4 bits". The checkpoint and
-    the config are those of plain weights."""
+    """Format of quantised weights in the files, such as "GPTQ, 4 bits"; None for plain weights. The
+    checkpoint and the config are those of plain weights in both cases."""
 
     head: str | None = None
-    """The output layer, where the files tie it to the embedding and the merge does not."""
-    beside: Mapping[str, Place | bytes | None] = field(default_factory=dict)
-    """Files beside merged weights in place of those in the base's folder, by their names: a file to
-    copy, or its content; None: it is left out."""
+    """The output layer, if the files tie it to the embedding and the merge does not."""
+    replaced_files: Mapping[str, Place | bytes | None] = field(default_factory=dict)
+    """Side files of the output that replace those of the base's folder, by name: a file to copy, or
+    its content; None leaves the file out."""
     made_of: tuple[Place, ...] = ()
-    """Files beside the weights that decide what is merged, such as tokenizers."""
+    """Files other than the weights on which the merge depends, such as tokenizers."""
 
     has_weights: ClassVar[bool] = True
     """Whether the checkpoint's tensors can be read."""
 
     @property
     def stem(self) -> str:
-        """What the names of a merged model's files with weights begin with, for what loads it."""
+        """Prefix of the names of a merged model's weight files, which the loader expects."""
         names = {file.name for file in self.checkpoint.opened.files}
         is_diffusion = any(name.startswith(DIFFUSION_STEM) for name in names)
         return DIFFUSION_STEM if is_diffusion else "model"
 
     @property
     def settings(self) -> tuple[Place, ...]:
-        """The config, where the weights are quantised: what they are depends on it."""
+        """The config of quantised weights, on which their values depend; empty for plain ones."""
         return () if self.quantised is None else (self.source.path / "config.json",)
 
     @property
     def side_files(self) -> dict[str, Place | bytes]:
-        """The files to put beside merged weights, by their names relative to the folder.
+        """The side files of a merged model, by name relative to the folder.
 
         Raises:
-            StarmergeError: One is a link to a file outside of the base's folder, or has a name
-                that is not UTF-8.
+            StarmergeError: A file is a link out of the base's folder, or has a name that is not
+                UTF-8.
         """
-        files = {**side_files(self.source.path), **self.beside}
+        files = {**side_files(self.source.path), **self.replaced_files}
         return {name: file for name, file in files.items() if file is not None}
 
     def is_embedding(self, name: str) -> bool:
-        """Tell whether each row of a tensor stands for a token or a position.
+        """Return whether each row of a tensor belongs to a token or a position.
 
-        Such are the tables of tokens, and matrices with "embed", the GPT-2 names wte and wpe or
-        T5's relative_attention_bias in their name.
+        This holds for the token tables, and for matrices whose name contains "embed", GPT-2's wte
+        and wpe, or T5's relative_attention_bias.
         """
         named = any(map(is_embedding_name, name.lower().split(".")))
         return len(self.checkpoint[name].shape) == 2 and (named or name in self.token_matrices)
 
-    def looks_up(self, name: str) -> bool:
-        """Tell whether a tensor is the table of a module that looks rows up, by the module's name.
+    def is_lookup_table(self, name: str) -> bool:
+        """Return whether a tensor is the table of an embedding module, by the module's name.
 
-        The output layer of a language model has a row a token, too, and multiplies by all.
+        The output layer of a language model also has a row per token, but is a linear layer.
         """
         own = name.lower().removesuffix(".weight").rpartition(".")[2]
         return len(self.checkpoint[name].shape) == 2 and is_embedding_name(own)
 
     @cached_property
     def tied(self) -> list[str]:
-        """Names of the tensors that the config ties to each other; the files may hold only one.
+        """Names of the tensors that the config ties to each other; the files may contain only one.
 
-        They are tied unless ``tie_word_embeddings`` is false wherever it stands: a config that was
-        saved by transformers 4 leaves it out where it is true.
+        They are tied unless ``tie_word_embeddings`` is false wherever the config contains it:
+        transformers 4 leaves the key out of a config if it is true.
         """
         key = "tie_word_embeddings"
         configs = (self.config, self.config.get("text_config") or {})
@@ -105,25 +105,25 @@ class Base:
 
     @cached_property
     def token_matrices(self) -> list[str]:
-        """Names of those of the token tables that are matrices: all but biases of output layers."""
+        """Names of the token tables that are matrices, without biases of output layers."""
         return [name for name in self.token_tables if len(self.checkpoint[name].shape) == 2]
 
     @cached_property
     def embedding(self) -> str | None:
-        """Name of the table that tokens are looked up in, if it is known."""
-        tables = sorted(self.token_matrices, key=lambda name: not self.looks_up(name))
+        """Name of the input embedding's table, if it is known."""
+        tables = sorted(self.token_matrices, key=lambda name: not self.is_lookup_table(name))
         return tables[0] if tables else None
 
     def untied(self, head: str, ties: Mapping[str, str]) -> Base:
-        """Return the same model with an output layer of its own, which has the embedding's values.
+        """Return the same model with a separate output layer that has the embedding's values.
 
         Args:
-            head: The name of its weight; it is stored already, or added.
-            ties: What transformers ties in the model, by name the other's name; what the output
-                layer has beside its weight, such as BERT's bias, is added likewise.
+            head: The name of the output layer's weight; it is added if it is not stored.
+            ties: The tied tensors of transformers' model, by name the name of the other tensor.
+                Other tensors of the output layer, such as BERT's bias, are added too.
 
         Raises:
-            UsageError: The model is of a kind that computes otherwise where the two are tied.
+            UsageError: Models of this kind compute another function when the two are tied.
         """
         if self.config.get("is_encoder_decoder") or self.embedding is None:
             raise UsageError(
@@ -150,9 +150,9 @@ class Base:
 
     @cached_property
     def stores_input_first(self) -> bool:
-        """Whether some layers hold their weight as (in, out), as GPT-2's Conv1D does.
+        """Whether some layers store their weight as (in, out), like GPT-2's Conv1D.
 
-        Such a weight is as wide, not as high, as its bias is long.
+        The bias of such a layer has the length of the weight's columns, not of its rows.
         """
         for name in self.checkpoint:
             bias = f"{name.removesuffix('.weight')}.bias"
@@ -164,9 +164,10 @@ class Base:
 
     @cached_property
     def token_tables(self) -> list[str]:
-        """Names of the tensors with a row, or an entry, for each token: embeddings, output layers.
+        """Names of the tensors with a row or an entry for each token: embeddings, output layers.
 
-        Other tensors may have as many rows by chance. If some tensor of a layer has, names tell.
+        Other tensors may have the same number of rows by chance. If a tensor of a layer has it,
+        token tables are recognised by their names instead.
         """
         text = self.config.get("text_config") or self.config
         found = {
@@ -180,9 +181,9 @@ class Base:
         return list(found)
 
     def fits(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Tell whether a tensor of another model has the shape of one of the base.
+        """Return whether the shape of another model's tensor fits that of the base.
 
-        Tables of tokens may have any number of rows: tokenizers tell which belong together.
+        Token tables may have any number of rows, which are matched by the tokenizers.
         """
         own = self.checkpoint[name].shape
         return shape == own or (
@@ -191,27 +192,27 @@ class Base:
 
 
 def _is_of_tokens(parts: list[str]) -> bool:
-    """Tell whether a name is that of an embedding or of an output layer."""
+    """Return whether a name is that of an embedding or of an output layer."""
     return any(is_embedding_name(part) or part in _OUTPUTS for part in parts)
 
 
 def _is_of_positions(parts: list[str]) -> bool:
-    """Tell whether a name is that of an embedding of positions or of segments."""
+    """Return whether a name is that of an embedding of positions or of segments."""
     return any("position" in part or "token_type" in part or part == "wpe" for part in parts)
 
 
 def is_embedding_name(part: str) -> bool:
-    """Tell whether a part of a tensor's name is that of a module that looks rows up."""
+    """Return whether a part of a tensor's name is that of an embedding module."""
     return "embed" in part or part in _EMBEDDINGS
 
 
 def open_base(source: Source) -> Base:
     """Open a base model; reads its config and the headers of its weights.
 
-    Quantised weights stand in the checkpoint as plain ones, which are computed when they are read.
+    Quantised weights appear in the checkpoint as plain weights, which are computed lazily.
 
     Raises:
-        UsageError: The folder is an adapter, or a model quantised in a way that is not read.
+        UsageError: The folder is an adapter, or a model with an unsupported quantisation.
         StarmergeError: A file is missing or broken.
     """
     if is_file(source.path) or is_file(source.path / "adapter_config.json"):
@@ -231,7 +232,7 @@ def open_base(source: Source) -> Base:
 
 
 def read_config(folder: Place) -> dict[str, Any]:
-    """Read a model's ``config.json``, and check the types of the values that are looked at.
+    """Read a model's ``config.json``, and check the types of the values that are used.
 
     Raises:
         StarmergeError: The file is missing or broken, or a value has another type.
@@ -251,16 +252,16 @@ def read_config(folder: Place) -> dict[str, Any]:
 
 
 def known_config(name: str | None) -> dict[str, Any]:
-    """Return the ``config.json`` of a model by its folder or Hub id; nothing if it is not at hand.
+    """Return the ``config.json`` of a local folder or a cached Hub model; empty if not available.
 
-    Nothing is fetched.
+    Nothing is downloaded.
     """
     if name is None:
         return {}
     local = Path(name).expanduser() / "config.json"
     if is_file(local):
         return read_json(local)
-    with suppress(ValueError):  # the name is no Hub id
+    with suppress(ValueError):  # the name is not a Hub id
         from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415  (slow to import)
 
         cached = try_to_load_from_cache(name, "config.json")

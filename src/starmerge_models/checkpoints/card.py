@@ -30,11 +30,11 @@ def card_of(
     Args:
         title: Name of the merged model.
         base: The base.
-        models: What was merged.
+        models: The merged models.
         recipe: The recipe in YAML.
-        summary: What came out, in a sentence or two.
-        library: What loads the folder.
-        metric: Name of the file with the moments of inputs, if the merge had one.
+        summary: A summary of the result, one or two sentences.
+        library: The library that loads the folder.
+        metric: Name of the file with the moments of inputs, if the merge used one.
     """
     sources = [own.source for own in bases_of(base)]
     sources += [part.source for model in models for part in parts_of(model)]
@@ -67,10 +67,10 @@ def card_of(
 
 
 def _code(text: str, *, in_table: bool = False) -> str:
-    """Return a text that people chose as code, in which Markdown sees neither links nor HTML.
+    """Return an untrusted text as Markdown code, in which links and HTML are not interpreted.
 
-    What is not printed, such as a line break, is shown as Python writes it. GitHub's tables end a
-    cell at a bar even within code, unless a backslash stands before it.
+    Unprintable characters, such as line breaks, are escaped as in Python. Bars are escaped in
+    tables, because GitHub ends a cell at a bar even inside code.
     """
     shown = _printed(text)
     fence = "`" * (_longest_run(shown) + 1)
@@ -80,7 +80,7 @@ def _code(text: str, *, in_table: bool = False) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return a text that people chose as Markdown that shows it, without links and HTML."""
+    """Return an untrusted text as Markdown in which links and HTML are escaped."""
     return re.sub(r"([\\`*\[\]<>|&~#!])|(?<=[\w]):(?=//)|(?<=www)\.", r"\\\g<0>", _printed(text))
 
 
@@ -89,5 +89,5 @@ def _printed(text: str) -> str:
 
 
 def _longest_run(text: str) -> int:
-    """Return how many backticks follow each other at most."""
+    """Return the length of the longest run of backticks."""
     return max(map(len, re.findall("`+", text)), default=0)

@@ -1,9 +1,9 @@
-"""Whether two models compute the same function of their weights, as far as their configs tell.
+"""Comparison of two models' configs: whether both compute the same function of their weights.
 
-Weights of one shape may be read with other numbers of heads, other rotary embeddings or another
-activation: such models have nothing to average. A key may stand in one config alone, or be spelled
-as another version of transformers did: then transformers is asked for what both say, with all
-defaults. Where it does not know the model, what both configs say decides.
+Weights of the same shape may be used with other numbers of heads, other rotary embeddings or
+another activation; averages of such models are meaningless. A key may be missing in one config, or
+have the name of another version of transformers. Then transformers fills both configs with all
+defaults. If transformers does not know the model, the keys that both configs have are compared.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from starmerge_models.checkpoints import filling
-from starmerge_models.checkpoints.aside import ask
+from starmerge_models.checkpoints.isolated import call_isolated
 
 _FUNCTION = (
     "model_type",
@@ -87,7 +87,7 @@ _FUNCTION = (
     "vision_feature_*",
     "pooling_type",
 )
-"""Patterns of the keys that change what a model makes of its weights."""
+"""Patterns of the keys that change the function that a model computes."""
 
 _NOTED = (
     "max_position_embeddings",
@@ -104,8 +104,8 @@ _NOTED = (
     "torch_dtype",
     "transformers_version",
 )
-"""Keys that do not, or only for long texts, and are worth a note. An encoder alone is told by the
-tensors that it lacks."""
+"""Keys that do not change the function, or only for long texts, and are reported in a note. A model
+that is only an encoder is recognised by its missing tensors."""
 
 
 _SAME = (
@@ -114,61 +114,61 @@ _SAME = (
     ("longrope", "su"),
     ("default", "mrope"),
 )
-"""Values that say the same: activations, and kinds of rotary embeddings."""
+"""Synonymous values of activations and of kinds of rotary embeddings."""
 
 _ASIDE = ("architectures", "id2label", "label2id", "auto_map", "task_specific_params")
-"""Keys that tell transformers nothing of what a model computes."""
+"""Keys that do not affect the function of a model in transformers."""
 
 
 _MISSING = object()
-"""Stands for the value of a key that a config does not have."""
+"""The value of a key that a config lacks."""
 
 
 @dataclass(frozen=True)
 class _Difference:
-    """A key whose value is another in a fine-tune's config than in the base's."""
+    """A key whose value differs between a fine-tune's config and the base's."""
 
     key: str
     before: object
-    """The base's value; :data:`_MISSING` where it lacks the key."""
+    """The base's value; :data:`_MISSING` if it lacks the key."""
     after: object
-    """The fine-tune's, likewise."""
+    """The fine-tune's value; :data:`_MISSING` if it lacks the key."""
 
     @property
     def is_on_both_sides(self) -> bool:
-        """Whether both have the key."""
+        """Whether both configs have the key."""
         return self.before is not _MISSING and self.after is not _MISSING
 
     @property
     def is_said(self) -> bool:
-        """Whether both give the key a value."""
+        """Whether both configs have a value other than null for the key."""
         return self.is_on_both_sides and self.before is not None and self.after is not None
 
     def __str__(self) -> str:
-        """Return the difference in words."""
+        """Return the difference as text."""
         return f"{self.key}: {_shown(self.after)}, in the base {_shown(self.before)}"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a fine-tune's config differs from the base's."""
+    """The differences between a fine-tune's config and the base's."""
 
     is_part: bool
-    """Whether the fine-tune is a part of the base, as the text model of one for images and text."""
+    """Whether the fine-tune is a part of the base, such as the text model of a multimodal one."""
     function: tuple[str, ...]
-    """What makes it another function of the same weights, as "key: 8, in the base 4"."""
+    """Differences that change the function of the weights, as "key: 8, in the base 4"."""
     noted: tuple[str, ...]
-    """Other differences that are worth a note."""
+    """Other differences to report in a note."""
 
 
 def compare_configs(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Comparison:
-    """Compare the content of two ``config.json``, or of those parts that are of one kind.
+    """Compare the content of two ``config.json``, or of their parts of the same kind.
 
-    transformers is asked, which takes seconds, where something of the function may differ.
+    If the function may differ, transformers is called, which takes seconds.
 
     Args:
-        base: The base's.
-        tuned: The fine-tune's.
+        base: The base's config.
+        tuned: The fine-tune's config.
     """
     ours, theirs, is_part = _counterparts(base, tuned)
     differences = _differences(_normal(ours), _normal(theirs))
@@ -179,15 +179,15 @@ def compare_configs(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Compar
         if filled is not None:
             ours, theirs, is_part = _counterparts(*filled)
             differences = _differences(_normal(ours), _normal(theirs))
-            # Both have all keys of their class; nothing reads a key that only one of them has.
+            # Both are filled with all keys of their class, so a key of only one of them is unused.
             said = [each for each in differences if each.is_on_both_sides]
     return Comparison(is_part, tuple(map(str, filter(_is_of_function, said))), noted)
 
 
 @lru_cache(maxsize=64)
 def _filled(*configs: str) -> list[dict[str, Any]] | None:
-    """Return configs as transformers fills them; None where it does not know them all."""
-    answer = ask(filling, [[json.loads(config) for config in configs]])
+    """Return configs filled by transformers; None if it does not know all of them."""
+    answer = call_isolated(filling, [[json.loads(config) for config in configs]])
     return None if answer is None or None in answer else answer
 
 
@@ -199,10 +199,10 @@ def _as_text(config: Mapping[str, Any]) -> str:
 def _counterparts(
     base: Mapping[str, Any], tuned: Mapping[str, Any]
 ) -> tuple[Mapping[str, Any], Mapping[str, Any], bool]:
-    """Return the configs to compare: the whole ones, or a part of one that is of the other's kind.
+    """Return the configs to compare: whole configs, or the part of one that matches the other.
 
     Returns:
-        The base's, the fine-tune's, and whether the fine-tune is a part of the base.
+        The base's config, the fine-tune's, and whether the fine-tune is a part of the base.
     """
     kind, other = base.get("model_type"), tuned.get("model_type")
     if kind == other or None in (kind, other):
@@ -223,10 +223,10 @@ def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _normal(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with its rotary embeddings in one spelling.
+    """Return a config with its rotary embeddings in a single notation.
 
-    transformers 4 wrote ``rope_theta`` and ``rope_scaling``, 5 writes ``rope_parameters``; where
-    several stand, it takes them as here.
+    transformers 4 wrote ``rope_theta`` and ``rope_scaling``, transformers 5 writes
+    ``rope_parameters``. If a config has several, the precedence is that of transformers.
     """
     normal = dict(config)
     rope: dict[str, Any] = {}
@@ -255,12 +255,12 @@ def _normal(config: Mapping[str, Any]) -> dict[str, Any]:
 def _differences(
     base: Mapping[str, Any], tuned: Mapping[str, Any], prefix: str = ""
 ) -> list[_Difference]:
-    """Return the keys whose values differ, those that only one config has among them.
+    """Return the keys whose values differ, including keys of only one config.
 
     Args:
-        base: The base's config, or a part of it, in :func:`_normal` spelling.
-        tuned: The fine-tune's, likewise.
-        prefix: The names of the part, which keys of parts have before a dot.
+        base: The base's config, or a part of it, normalised by :func:`_normal`.
+        tuned: The fine-tune's config or part, normalised too.
+        prefix: Name of the part with a dot, which precedes the keys.
     """
     found: list[_Difference] = []
     for key in {**base, **tuned}:
@@ -277,7 +277,7 @@ def _differences(
 
 
 def _are_same(before: object, after: object) -> bool:
-    """Tell whether two values of a key say the same; one of none says nothing."""
+    """Return whether two values of a key are equivalent; null is equivalent to every value."""
     if before == after or {id(before), id(after)} <= {id(None), id(_MISSING)}:
         return True
     return any(before in group and after in group for group in _SAME)

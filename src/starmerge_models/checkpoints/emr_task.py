@@ -44,7 +44,7 @@ _TAKEN = (UNIFIED, REPORT, "README.md")
 
 @dataclass(frozen=True)
 class EmrTask:
-    """One task's model of an EMR merge; its deltas are dense."""
+    """The model of one task of an EMR merge; its deltas are dense."""
 
     kind = "EMR task"
 
@@ -55,13 +55,13 @@ class EmrTask:
     unified: Checkpoint
     """τ_uni."""
     masks: Checkpoint
-    """M, eight entries a byte."""
+    """M, packed to eight entries per byte."""
     base_name: str | None
-    """Hub id of the base of its merge."""
+    """Hub id of the base of the merge."""
     notes: tuple[str, ...] = ()
-    """None: it was made by a merge."""
+    """Empty: models of a merge need no notes."""
     untied: str | None = None
-    """The base's name of the output layer, where the base ties it and the model does not."""
+    """The base's name of the output layer, if the base ties it and the model does not."""
 
     @property
     def tensors(self) -> frozenset[str]:
@@ -74,12 +74,12 @@ class EmrTask:
         return [self.masks, self.unified]
 
     @property
-    def beside(self) -> list[Place]:
+    def other_files(self) -> list[Place]:
         """The file with the rescaler."""
         return [self.source.path / TASK_FILE]
 
     def inputs(self, tensor: str) -> list[TensorInfo]:
-        """Return what is read for a tensor's delta."""
+        """Return the tensors that are read for a tensor's delta."""
         return [self.unified[tensor], self.masks[tensor]]
 
     def rank(self, tensor: str) -> int | None:
@@ -87,18 +87,18 @@ class EmrTask:
         return None
 
     def needs_base(self, tensor: str) -> bool:
-        """Return False: the vector is a difference already."""
+        """Return False: the vector is a difference from the base."""
         return False
 
     def module(self, tensor: str) -> None:
-        """Return None: the vector does not know its modules' names in PEFT."""
+        """Return None: the modules' names in PEFT are unknown."""
 
     def delta(self, tensor: str, base: Tensor | None) -> Dense:
-        """Return λ · M ⊙ τ_uni in float32, or in float64 if τ_uni is so.
+        """Return λ · M ⊙ τ_uni in float32, or in float64 if τ_uni is float64.
 
         Args:
-            tensor: Its name.
-            base: The base's tensor, which is not looked at.
+            tensor: Name of the tensor.
+            base: The base's tensor, which is not used.
         """
         tau_uni = self.unified.read(tensor)
         M = unpack(self.masks.read(tensor), tuple(tau_uni.shape))
@@ -145,7 +145,7 @@ def open_emr_task(name: str, source: Source, base: Base, *, any_base: bool = Fal
     masks = _by_base(open_safetensors(source.path / f"{_STEM}.safetensors"), base)
     unified = _by_base(open_checkpoint(folder), base)
     head = content.get("untied")
-    # Opened again with the base that is untied then, it is like any other.
+    # The caller then unties the base and opens the task again.
     is_untied = isinstance(head, str) and bool(base.tied) and head in masks
     task = EmrTask(
         name, source, float(rescaler), unified, masks, base_name, untied=head if is_untied else None
@@ -157,10 +157,10 @@ def open_emr_task(name: str, source: Source, base: Base, *, any_base: bool = Fal
 
 
 def check_task_names(names: Sequence[str]) -> None:
-    """Make sure that each task can have a folder of its name beside the unified vector.
+    """Check that each task's name is valid for a folder next to the unified vector.
 
     Raises:
-        UsageError: One cannot, or two names differ in case alone.
+        UsageError: A name is invalid, or two names differ only in case.
     """
     seen = [name.casefold() for name in _TAKEN]
     for name in names:
@@ -184,18 +184,19 @@ def stored_name(tensor: str) -> str:
 
 
 def mask_layout(tensor: TensorInfo) -> OutputTensor:
-    """Return a tensor's mask as it is stored."""
+    """Return the layout of a tensor's stored mask."""
     nbytes = -(-tensor.size // 8)
     return OutputTensor(stored_name(tensor.name), torch.uint8, (nbytes,), nbytes)
 
 
 def mask_writer(folder: OutputFolder, task: str, layouts: Sequence[OutputTensor]) -> ShardWriter:
-    """Return what writes a task's masks, packed, into its folder.
+    """Return the writer of a task's packed masks.
 
     Args:
-        folder: The output, which holds the folders of all tasks.
+        folder: The output, which contains the folders of all tasks.
         task: The task's name.
-        layouts: Of the tensors that the task changes, in the order they are written in.
+        layouts: Layouts of the masks of the tensors that the task changes, in the order of the
+            file.
     """
     whole = sum(layout.nbytes for layout in layouts)
     return ShardWriter(folder, layouts, shard_bytes=whole, stem=f"{task}/{_STEM}")
@@ -205,7 +206,7 @@ def write_task(folder: OutputFolder, task: str, base: Base, rescaler: float) -> 
     """Write ``emr.json`` into a task's folder.
 
     Args:
-        folder: The output, which holds the unified vector and the folders of all tasks.
+        folder: The output, which contains the unified vector and the folders of all tasks.
         task: The task's name.
         base: The base of the merge.
         rescaler: λ.
@@ -223,12 +224,12 @@ def write_task(folder: OutputFolder, task: str, base: Base, rescaler: float) -> 
 
 
 def pack(M: Tensor) -> Tensor:
-    """Return a mask as bytes, (⌈size/8⌉,) uint8."""
+    """Pack a mask to bytes, (⌈size/8⌉,) uint8."""
     return torch.from_numpy(np.packbits(M.numpy().reshape(-1)))
 
 
 def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return the mask of some shape, bool, from its bytes."""
+    """Unpack a mask of a given shape, bool, from its bytes."""
     bits = np.unpackbits(packed.numpy(), count=math.prod(shape))
     return torch.from_numpy(bits.view(np.bool_)).reshape(shape)
 

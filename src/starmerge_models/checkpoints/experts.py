@@ -1,10 +1,9 @@
-"""Joined experts: tensors that hold one matrix for each expert of a layer, one after the other.
+"""Joined experts: tensors that contain the matrices of all experts of a layer.
 
 A mixture of experts may be stored with a tensor for each expert, ``experts.3.gate_proj.weight``, or
-with one tensor for all, ``experts.gate_up_proj`` (experts, rows, columns), as transformers 5 holds
-them in memory. Each expert is a weight matrix of its own, so a checkpoint presents joined experts
-one by one: ``experts.gate_up_proj[3]``. They lie in the file one behind the other, and so they are
-written.
+with one tensor for all, ``experts.gate_up_proj`` (experts, rows, columns), like the modules of
+transformers 5. Each expert is a separate weight matrix, so a checkpoint lists joined experts one by
+one: ``experts.gate_up_proj[3]``. They are contiguous in the file, and are written in this order.
 """
 
 from __future__ import annotations
@@ -14,17 +13,17 @@ import re
 _STACKED = re.compile(r"(?P<stack>.+)\[(?P<expert>\d+)\]")
 
 _MOST = 4096
-"""Experts of one tensor that are presented one by one."""
+"""Most experts of one tensor that are listed one by one."""
 
 
 def is_stack(name: str, shape: tuple[int, ...]) -> bool:
-    """Tell whether a tensor holds a matrix, or a bias, for each of several experts.
+    """Return whether a tensor contains a matrix or a bias for each of several experts.
 
-    Such has "experts" in its name, with no number of an expert behind it, or "moe".
+    The name of such a tensor contains "experts" without a following number, or "moe".
 
     Args:
-        name: Its name.
-        shape: Its shape.
+        name: Name of the tensor.
+        shape: Shape of the tensor.
     """
     parts = name.split(".")
     if "experts" in parts:
@@ -37,30 +36,30 @@ def is_stack(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def expert_name(stack: str, expert: int) -> str:
-    """Return how one expert of a joined tensor is called."""
+    """Return the name of one expert of a joined tensor."""
     return f"{stack}[{expert}]"
 
 
-def beside(name: str, suffix: str) -> str:
+def companion_name(name: str, suffix: str) -> str:
     """Return the name of a tensor that belongs to a weight, such as its scale.
 
-    That of one of joined experts is one of joined tensors, too: ``NAMEsuffix[3]``.
+    For a joined expert the companion is a joined tensor too: ``NAMEsuffix[3]``.
 
     Args:
-        name: The weight's.
-        suffix: What is put behind the name that the weight has in its file.
+        name: Name of the weight.
+        suffix: Suffix that is appended to the weight's name in its file.
     """
     joined = stack_of(name)
     return expert_name(joined[0] + suffix, joined[1]) if joined else name + suffix
 
 
 def name_in_file(name: str) -> str:
-    """Return a tensor's name in its file: of one of joined experts, that of all."""
+    """Return a tensor's name in its file; for a joined expert, that of the joined tensor."""
     joined = stack_of(name)
     return joined[0] if joined else name
 
 
 def stack_of(name: str) -> tuple[str, int] | None:
-    """Return the joined tensor that an expert belongs to, and its number; None if to none."""
+    """Return the joined tensor and the number of an expert; None for other tensors."""
     match = _STACKED.fullmatch(name)
     return (match["stack"], int(match["expert"])) if match else None

@@ -1,6 +1,6 @@
-"""What a config says with the defaults of its class: a program that configs.py runs.
+"""Program that fills a config with the defaults of its class, called by configs.py.
 
-It asks transformers, in a process of its own; see :mod:`~starmerge_models.checkpoints.aside`.
+It calls transformers in a separate process; see :mod:`~starmerge_models.checkpoints.isolated`.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from starmerge_models.checkpoints.aside import answer_with
+from starmerge_models.checkpoints.isolated import serve
 
 
 def filled(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | None]:
-    """Return configs in the spelling of the installed transformers, every key of theirs with it.
+    """Return configs in the notation of the installed transformers, with all keys of their class.
 
     Args:
         configs: Contents of ``config.json``.
 
     Returns:
-        For each what transformers makes of it; None if it does not know the model.
+        The filled config for each; None if transformers does not know the model.
 
     Raises:
-        ImportError: transformers is absent.
+        ImportError: transformers is not installed.
     """
     return [_filled(config) for config in configs]
 
@@ -35,10 +35,10 @@ def _filled(config: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
         made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
         found: dict[str, Any] = json.loads(made.to_json_string(use_diff=False))
-    except Exception:  # whatever transformers raises of a config
+    except Exception:  # transformers may raise anything for a config
         return None
     return found
 
 
 if __name__ == "__main__":
-    answer_with(filled)
+    serve(filled)

@@ -1,4 +1,4 @@
-"""Full fine-tunes: checkpoints of the base's weights, or of a part of them."""
+"""Full fine-tunes: checkpoints of all or most of the base's weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from starmerge_models.storage import Place
 
 @dataclass(frozen=True)
 class FinetunedModel:
-    """A checkpoint of all of the model's weights, or of most; its deltas are dense."""
+    """A checkpoint of all or most of the model's weights; its deltas are dense."""
 
     kind = "full fine-tune"
 
@@ -34,34 +34,34 @@ class FinetunedModel:
     source: Source
     checkpoint: Checkpoint
     found: Mapping[str, TensorInfo]
-    """Its tensors, by the names of the base's that they may have changed."""
+    """The fine-tune's tensors, by the base's names."""
     notes: tuple[str, ...] = ()
-    """Sentences on it that whoever merges it should read."""
+    """Notes for the user."""
     base_name: str | None = None
-    """None: a checkpoint does not say what it was made from."""
+    """None: a checkpoint does not record its base."""
     untied: str | None = None
-    """The base's name of the output layer, where the base ties it to the embedding and the
-    fine-tune does not."""
+    """The base's name of the output layer, if the base ties it to the embedding and the fine-tune
+    does not."""
     settings: tuple[Place, ...] = ()
-    """The config, where its weights are quantised: what they are depends on it."""
+    """The config of quantised weights, on which their values depend; empty for plain ones."""
 
     @property
     def tensors(self) -> frozenset[str]:
-        """Names of the base's tensors that it may have changed."""
+        """Names of the base's tensors that the fine-tune may have changed."""
         return frozenset(self.found)
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
-        """Its own."""
+        """The fine-tune's checkpoint."""
         return [self.checkpoint]
 
     @property
-    def beside(self) -> list[Place]:
+    def other_files(self) -> list[Place]:
         """The config of quantised weights."""
         return list(self.settings)
 
     def inputs(self, tensor: str) -> list[TensorInfo]:
-        """Return what is read for a tensor's delta."""
+        """Return the tensors that are read for a tensor's delta."""
         return [self.found[tensor]]
 
     def rank(self, tensor: str) -> int | None:
@@ -69,17 +69,17 @@ class FinetunedModel:
         return None
 
     def needs_base(self, tensor: str) -> bool:
-        """Return True: the delta is a difference from it."""
+        """Return True: the delta is a difference from the base."""
         return True
 
     def module(self, tensor: str) -> None:
-        """Return None: a checkpoint does not know its modules' names in PEFT."""
+        """Return None: the modules' names in PEFT are unknown."""
 
     def delta(self, tensor: str, base: Tensor | None) -> Dense:
         """Return W_finetuned − W_base.
 
         Args:
-            tensor: Its name.
+            tensor: Name of the tensor.
             base: The base's tensor, any floating dtype.
         """
         assert base is not None, "needs_base says so"
@@ -87,14 +87,14 @@ class FinetunedModel:
 
 
 def difference(tuned: Tensor, base: Tensor) -> Dense:
-    """Return W_finetuned − W_base, subtracted when it is looked at.
+    """Return the lazy difference W_finetuned − W_base.
 
     Args:
         tuned: The fine-tuned tensor.
         base: The base's tensor, of the same shape.
     """
     if tuned.dtype != base.dtype and torch.equal(tuned, base.to(tuned.dtype)):
-        # Nothing was changed but the dtype.
+        # Only the dtype differs.
         return Dense(torch.zeros((), dtype=torch.float32).expand(base.shape))
     return Stored([(1.0, tuned)], base)
 
@@ -102,19 +102,19 @@ def difference(tuned: Tensor, base: Tensor) -> Dense:
 def open_finetuned(
     name: str, source: Source, base: Base, *, any_base: bool = False, common: bool = False
 ) -> FinetunedModel:
-    """Open a full fine-tune: compare its config with the base's, and match its tensors to them.
+    """Open a full fine-tune: compare its config with the base's, and match the tensors of both.
 
     Args:
         name: The model's name in tables and reports.
         source: The fine-tune's folder.
-        base: The base it is to be merged into.
-        any_base: Accept a config that makes another function of the weights.
-        common: Leave out what only one side has, or has in another shape, such as heads.
+        base: The base of the merge.
+        any_base: Accept a config that changes the function of the weights.
+        common: Leave out tensors of only one side or with different shapes, such as heads.
 
     Raises:
-        UsageError: Its config is that of another model.
-        StarmergeError: A tensor is missing, is there in excess, or has another shape; a file is
-            missing or broken.
+        UsageError: The config is that of another model.
+        StarmergeError: A tensor is missing, unknown, or has another shape; a file is missing or
+            broken.
     """
     own = open_base(source)
     compared = compare_configs(base.config, own.config)
@@ -173,7 +173,7 @@ def _check_complete(
     fitting: Mapping[str, TensorInfo],
     misshapen: tuple[str, ...],
 ) -> None:
-    """Refuse what no merge of common parts can help."""
+    """Refuse fine-tunes that cannot be merged even with ``common``."""
     for tensor in misshapen:
         if not matched.found[tensor].size and base.checkpoint[tensor].size:
             raise StarmergeError(
@@ -192,7 +192,7 @@ def _check_complete(
 
 
 def _check_same(source: Source, base: Base, matched: Match, misshapen: tuple[str, ...]) -> None:
-    """Refuse what only a merge of the common part can take."""
+    """Refuse fine-tunes that can only be merged with ``common``."""
     remedy = (
         "To merge the part that both have, and leave the base's heads and towers as they are, say "
         "--common (common: true in a recipe)."
@@ -219,5 +219,5 @@ def _check_same(source: Source, base: Base, matched: Match, misshapen: tuple[str
 
 
 def _names(found: Mapping[str, TensorInfo]) -> list[str]:
-    """Return the names that a fine-tune's tensors have in its files."""
+    """Return the names of a fine-tune's tensors in its files."""
     return [stored.name for stored in stored_of(found.values())]

@@ -1,4 +1,4 @@
-"""A model with adapters folded into it, as one model to merge."""
+"""A model with adapters folded into it, which is merged like one model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from starmerge_models.storage import Place, real
 
 @dataclass(frozen=True)
 class Composite:
-    """What a model to merge has that is made of several."""
+    """Base class of models to merge that consist of several models."""
 
     name: str
     source: Source
@@ -32,7 +32,7 @@ class Composite:
 
     @property
     def untied(self) -> str | None:
-        """As the first part that is not tied where the base is says."""
+        """The untied output layer of the first part that has one."""
         return next((part.untied for part in self.parts if part.untied is not None), None)
 
     @property
@@ -41,28 +41,27 @@ class Composite:
         return [own for part in self.parts for own in part.checkpoints]
 
     @property
-    def beside(self) -> list[Place]:
+    def other_files(self) -> list[Place]:
         """Those of all parts."""
-        return [file for part in self.parts for file in part.beside]
+        return [file for part in self.parts for file in part.other_files]
 
 
 @dataclass(frozen=True)
 class FoldedModel(Composite):
-    """Models of which each is laid on those before it; the delta is the sum of theirs.
+    """A model and the adapters that were trained on top of it; the delta is the sum of all.
 
-    That of a full fine-tune W with an adapter on it is (W − W_base) + s · B A, never rounded to the
-    dtype of W in between. The parts are the model and its adapters, in the order in which they are
-    folded in.
+    The delta of a full fine-tune W with an adapter is (W − W_base) + s · B A, without rounding to
+    the dtype of W in between. The parts are the model and its adapters, in the order of folding.
     """
 
     @property
     def kind(self) -> str:
-        """What it is, for people."""
+        """Description of the kind of model."""
         return " + ".join(part.kind for part in self.parts)
 
     @property
     def base_name(self) -> str | None:
-        """That of the first part; the others may name the model below them."""
+        """The base's name of the first part; other parts may name the model below them."""
         return self.parts[0].base_name
 
     @property
@@ -71,36 +70,36 @@ class FoldedModel(Composite):
         return frozenset().union(*(part.tensors for part in self.parts))
 
     def inputs(self, tensor: str) -> list[TensorInfo]:
-        """Return what is read for a tensor's delta."""
+        """Return the tensors that are read for a tensor's delta."""
         return [info for part in self._changing(tensor) for info in part.inputs(tensor)]
 
     def rank(self, tensor: str) -> int | None:
-        """Return the sum of the parts' ranks; None if one of them may be full."""
+        """Return the sum of the parts' ranks; None if the rank of a part may be full."""
         ranks = [part.rank(tensor) for part in self._changing(tensor)]
         known = [rank for rank in ranks if rank is not None]
         return sum(known) if len(known) == len(ranks) else None
 
     def needs_base(self, tensor: str) -> bool:
-        """Tell whether some part needs it."""
+        """Return whether a part needs the base's weight."""
         return any(part.needs_base(tensor) for part in self._changing(tensor))
 
     def module(self, tensor: str) -> Module | None:
-        """Return a tensor's module as an adapter of the parts knows it."""
+        """Return a tensor's module as named in an adapter of the parts."""
         modules = (part.module(tensor) for part in self._changing(tensor))
         return next((module for module in modules if module is not None), None)
 
     def delta(self, tensor: str, base: Tensor | None) -> Delta:
-        """Return the sum of the parts' deltas, each of them from the model below it.
+        """Return the sum of the parts' deltas, each relative to the model below it.
 
         Args:
-            tensor: Its name.
-            base: The base's tensor, where it is needed.
+            tensor: Name of the tensor.
+            base: The base's tensor, if it is needed.
         """
         deltas = list[Delta]()
         for part in self._changing(tensor):
             below = base
             if deltas and base is not None and part.needs_base(tensor):
-                # DoRA and whole modules depend on the weight that they are laid on.
+                # DoRA and whole modules depend on the weight of the model below.
                 added = total(deltas).to_dense().reshape(base.shape)
                 below = base.to(compute_dtype(base.dtype)) + added
             deltas.append(part.delta(tensor, below))
@@ -119,7 +118,7 @@ def open_folded(
     common: bool = False,
     alone: bool = True,
 ) -> FineTune:
-    """Open a model with the adapters that are folded into it.
+    """Open a model with the adapters to fold into it.
 
     Args:
         name: The model's name in tables and reports.
@@ -127,11 +126,11 @@ def open_folded(
         base: The base.
         any_base: As for :func:`open_model`.
         common: As for :func:`open_model`.
-        alone: Whether adapters on the base itself are opened without it. Not where they are merged
-            into other layers than those that they were trained on.
+        alone: Whether adapters on the base itself may be opened without the base. False if they are
+            merged into other layers than those on which they were trained.
 
     Raises:
-        UsageError: What is folded into the model is another model.
+        UsageError: A reference after the first is not an adapter.
         StarmergeError: As for :func:`open_model`.
     """
     sources = [resolve(reference, may_be_file=True) for reference in references]
@@ -139,7 +138,7 @@ def open_folded(
         del sources[0]
     first, *others = sources
     parts = [open_model(name, first, base, any_base=any_base, common=common)]
-    # An adapter on a fine-tune may name that one as its base.
+    # An adapter on a fine-tune may name the fine-tune as its base.
     parts += [open_model(name, source, base, any_base=True) for source in others]
     for part in parts[1:]:
         if part.kind == "full fine-tune":

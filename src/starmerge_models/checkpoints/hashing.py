@@ -1,4 +1,4 @@
-"""BLAKE3 of files and updates: one way to hash, and a memory of the files of this process."""
+"""BLAKE3 of files, tensors and updates, with a cache for the files of this process."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def blake3_of(file: Place) -> str:
     return digest.hexdigest()
 
 
-def remembered_blake3_of(file: Place) -> str:
-    """Return the BLAKE3 of a file's content, read once a process while the file stays as it is."""
+def cached_blake3_of(file: Place) -> str:
+    """Return the BLAKE3 of a file's content, cached per process while the file is unchanged."""
     state = storage_of(file).state(file)
     if state.identity in _remembered:
         return _remembered[state.identity]
@@ -41,34 +41,34 @@ def remembered_blake3_of(file: Place) -> str:
 
 
 def blake3_of_tensor(tensor: Tensor) -> blake3:
-    """Return the BLAKE3 of a tensor's bytes, row after row; one thread."""
+    """Return the BLAKE3 of a tensor's bytes in row-major order; one thread."""
     digest = blake3(max_threads=1)
     for piece in _pieces(tensor):
         digest.update(piece)
     return digest
 
 
-def remembered_blake3_of_tensor(info: TensorInfo) -> str:
-    """Return the BLAKE3 of a tensor's bytes, row after row, in hexadecimal.
+def cached_blake3_of_tensor(info: TensorInfo) -> str:
+    """Return the BLAKE3 of a tensor's bytes in row-major order, in hexadecimal.
 
-    That of a tensor of a file is computed once a process while the file stays as it is.
+    The hash of a stored tensor is cached per process while the file is unchanged.
     """
     if not info.is_stored:
         return str(blake3_of_tensor(read_tensor(info)).hexdigest())
     state = storage_of(info.file).state(info.file)
-    known = _remembered.get(_key(info, state)) or _taken_while_read(info, state)
+    known = _remembered.get(_key(info, state)) or _hash_from_storage(info, state)
     return known or _hash_and_remember(info, state, read_tensor(info))
 
 
 def read_and_hash(info: TensorInfo) -> tuple[Tensor, str]:
-    """Return a tensor, and the same hash as :func:`remembered_blake3_of_tensor`."""
-    if not info.is_stored:  # its name is not the one that it has in the file
+    """Return a tensor, and the same hash as :func:`cached_blake3_of_tensor`."""
+    if not info.is_stored:  # a renamed or derived tensor
         tensor = read_tensor(info)
         return tensor, str(blake3_of_tensor(tensor).hexdigest())
-    # The state of the file before it is read: another may take its name at any time.
+    # Take the file's state before reading, because the file may be replaced at any time.
     state = storage_of(info.file).state(info.file)
     tensor = read_tensor(info)
-    known = _remembered.get(_key(info, state)) or _taken_while_read(info, state)
+    known = _remembered.get(_key(info, state)) or _hash_from_storage(info, state)
     return tensor, known or _hash_and_remember(info, state, tensor)
 
 
@@ -76,8 +76,8 @@ def _key(info: TensorInfo, state: FileState) -> tuple[int | str, ...]:
     return *state.identity, info.name
 
 
-def _taken_while_read(info: TensorInfo, state: FileState) -> str | None:
-    """Return the hash that the storage has taken of a tensor's bytes as it fetched them."""
+def _hash_from_storage(info: TensorInfo, state: FileState) -> str | None:
+    """Return the hash that the storage computed when it fetched a tensor; None without one."""
     if not isinstance(info, StoredTensor) or info.stride is not None or not state.is_settled:
         return None
     digest = storage_of(info.file).digest(info.file, info.offset, info.nbytes)
@@ -94,29 +94,30 @@ def _hash_and_remember(info: TensorInfo, state: FileState, tensor: Tensor) -> st
 
 
 class Layout(Protocol):
-    """What describes a tensor that is stored, or will be."""
+    """The description of a stored or planned tensor."""
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """Name of the tensor."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Its dtype."""
+        """Dtype of the tensor."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape."""
+        """Shape of the tensor."""
 
 
 def blake3_of_contents(tensors: Iterable[tuple[Layout, str]]) -> str:
-    """Return one BLAKE3 of some tensors, such as those of a file.
+    """Return one BLAKE3 of several tensors, such as those of a file.
 
-    That of a line of JSON for each, sorted by name: its name, dtype and shape, and the BLAKE3 of
-    its bytes. So the hash of a file can be put together from what several processes have read.
+    It is the hash of one line of JSON per tensor, sorted by name, with its name, dtype and shape,
+    and the BLAKE3 of its bytes. So the hash of a file can be computed from the results of several
+    processes.
 
     Args:
-        tensors: Each with the BLAKE3 of its bytes, row after row, in hexadecimal.
+        tensors: Tensors, each with the BLAKE3 of its bytes in row-major order, in hexadecimal.
     """
     digest = blake3(max_threads=1)
     for info, own in sorted(tensors, key=lambda entry: entry[0].name):
@@ -128,12 +129,12 @@ def blake3_of_contents(tensors: Iterable[tuple[Layout, str]]) -> str:
 def blake3_of_update(update: Mapping[str, Delta]) -> str:
     """Return the BLAKE3 of an update in memory: of its tensors' names, shapes, dtypes and values.
 
-    What is hashed are the factors of a low-rank delta and the stored tensors of a difference, as
-    they are held: no matrix is formed. So one update held in two ways has two hashes, but two
-    updates never have one. The order of the tensors does not count.
+    The hash covers the factors of a low-rank delta and the stored tensors of a lazy difference; no
+    matrix is computed. So equal updates in different representations have different hashes, and
+    different updates always have different hashes. The order of the tensors does not matter.
 
     Args:
-        update: What is added to each tensor, by name; some 3 GB/s of what is held.
+        update: The delta of each tensor, by name; hashed at some 3 GB/s.
     """
     digest = blake3(max_threads=1)
     for name in sorted(update):
@@ -148,7 +149,7 @@ def blake3_of_update(update: Mapping[str, Delta]) -> str:
 
 
 def _held(delta: Delta) -> tuple[list[str], list[Tensor]]:
-    """Return the numbers and the tensors that a delta is made of."""
+    """Return the numbers and the tensors that represent a delta."""
     if isinstance(delta, LowRank):
         return [float(delta.scale).hex()], [delta.B, delta.A]
     if isinstance(delta, Stored):
@@ -158,12 +159,12 @@ def _held(delta: Delta) -> tuple[list[str], list[Tensor]]:
 
 
 def _pieces(tensor: Tensor) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor, row after row, some at a time where they must be copied."""
+    """Yield the bytes of a tensor in row-major order, in chunks if they must be copied."""
     rows = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))
     if not rows.numel():
         return
     step = len(rows) if rows.is_contiguous() else max(1, _CHUNK // rows[0].nbytes)
     for start in range(0, len(rows), step):
-        # Flat, as torch takes a single column for contiguous whatever its last stride is.
+        # Flatten, because torch treats a single column as contiguous for any last stride.
         piece = rows[start : start + step].cpu().contiguous().flatten()
         yield piece.view(torch.uint8).numpy().data.cast("B")

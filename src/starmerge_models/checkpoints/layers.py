@@ -1,4 +1,4 @@
-"""Layers and parts of a model, by the names of its tensors."""
+"""Layers and parts of a model, recognised by the names of tensors."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ _PARTS = {
     "vision": ("vision_tower", "vision_model", "visual"),
     "projector": ("multi_modal_projector", "merger", "deepstack_merger_list"),
 }
-"""Parts of models, and the words in tensors' names that tell them; of several the last counts."""
+"""Parts of models, with the words in tensors' names by which they are recognised; the last word of
+a name decides."""
 
 PARTS = ("text", *_PARTS)
-"""The parts that a model may have; "text" is what belongs to none of the others."""
+"""The parts that a model may have; tensors of no other part belong to "text"."""
 
 _BEFORE = ("embed", "wte", "wpe", "shared", "patch", "conv1", "conv2")
-"""Parts of words in the names of tensors that stand before the layers."""
+"""Parts of words in the names of tensors that are applied before the layers."""
 
 _BEHIND = ("embed_out", "lm_head")
-"""Words in the names of tensors that stand behind them, whatever else they are called."""
+"""Words in the names of tensors that are applied after the layers; they take precedence."""
 
 OF_ALL_LAYERS = "relative_attention_bias"
-"""What T5's first layer holds for all."""
+"""The tensor of T5's first layer that all layers use."""
 
 
 def is_of(part: str, name: str) -> bool:
-    """Tell whether a tensor belongs to a part of a model; all do to the part "", the whole."""
+    """Return whether a tensor belongs to a part of a model; the part "" is the whole model."""
     words = name.split(".")
     found = ["text", *(p for p, signs in _PARTS.items() if any(sign in words for sign in signs))]
     return part in ("", found[-1])
 
 
 def is_before_layers(name: str) -> bool:
-    """Tell whether a tensor outside of the layers stands before them, as embeddings do."""
+    """Return whether a tensor outside of the layers is applied before them, like embeddings."""
     words = name.lower().split(".")
     if any(word in _BEHIND for word in words):
         return False
@@ -41,11 +42,11 @@ def is_before_layers(name: str) -> bool:
 
 
 def layers(names: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Return the layer of each tensor that belongs to one: its index, and how many there are.
+    """Return the layer of each tensor in a layer: its index, and the number of layers.
 
-    The layer is the first part of the name that is a number; layers whose names begin alike are
-    counted together: ``encoder.layers.3.fc.weight`` is one of those of ``encoder.layers``. A name
-    without a number, as that of an embedding, belongs to none.
+    The layer is the first part of the name that is a number. Layers with the same prefix are
+    counted together: ``encoder.layers.3.fc.weight`` belongs to ``encoder.layers``. Names without a
+    number, such as those of embeddings, have no layer.
     """
     places: dict[str, tuple[str, int]] = {}
     counts: dict[str, int] = {}
@@ -58,13 +59,13 @@ def layers(names: Iterable[str]) -> dict[str, tuple[int, int]]:
 
 
 def layer_of(name: str) -> str:
-    """Return a tensor's name up to its first part that is a number, the layer; else all of it."""
+    """Return a tensor's name up to and including its layer number; the whole name without one."""
     parts = name.split(".")
     place = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
     return ".".join(parts[: place + 1])
 
 
 def family_of(name: str) -> str:
-    """Return what the layers are called that a tensor lies in, as ``model.layers``; or nothing."""
+    """Return the prefix of a tensor's layers, such as ``model.layers``; empty without a layer."""
     prefix, _, number = layer_of(name).rpartition(".")
     return prefix if number.isdecimal() else ""

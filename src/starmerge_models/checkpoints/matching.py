@@ -1,4 +1,4 @@
-"""Which tensors of a full fine-tune are which of the base's, and what only one side has."""
+"""Matching of a full fine-tune's tensors to the base's."""
 
 from __future__ import annotations
 
@@ -17,46 +17,46 @@ _RECOMPUTED = re.compile(
     r"(.*\.)?((\w+_)?inv_freq|rotary_emb\.(cos|sin)_cached|freqs_cis|position_ids"
     r"|token_type_ids|relative_position_index|attn\.masked_bias|attention\.masked_bias)"
 )
-"""Names of buffers that a model computes when it is made: old files hold them, new ones do not."""
+"""Names of buffers that a model computes when it is created; only old files contain them."""
 
 _MASK = re.compile(r"(.*\.)?(attn|attention)\.bias")
-"""Names of causal masks, which have four dimensions, and of biases, which have one."""
+"""Names of causal masks (four dimensions) and of biases (one dimension)."""
 
 
 _LOGITS_BIAS = re.compile(r"(.*\.)?final_logits_bias")
-"""Names of the buffers that BART and its kin add to the logits."""
+"""Names of the buffers that BART-like models add to the logits."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """A fine-tune's tensors beside the base's; without buffers that models compute themselves."""
+    """The result of matching, without buffers that models compute themselves."""
 
     found: dict[str, TensorInfo]
-    """The fine-tune's, by the base's names."""
+    """The fine-tune's tensors, by the base's names."""
     lacking: tuple[str, ...]
-    """Names of those that the fine-tune lacks."""
+    """Names of the base's tensors that the fine-tune lacks."""
     excess: tuple[str, ...]
-    """Names of the fine-tune's that the base lacks."""
+    """Names of the fine-tune's tensors that the base lacks."""
     untied: str | None
-    """The base's name of the output layer, where the base ties it to the embedding and the
-    fine-tune does not."""
+    """The base's name of the output layer, if the base ties it to the embedding and the fine-tune
+    does not."""
 
 
 def match(source: Source, own: Base, base: Base) -> Match:
     """Match a fine-tune's tensors to the base's.
 
-    By their names, as :func:`match_stored` does; where those of the files do not fit, by those that
-    transformers gives them, which are the same whether the files hold experts joined or one by one.
-    An output layer that is tied to the embedding is the embedding, whether it is stored or not; and
-    what a file holds twice counts once.
+    They are matched by name, as in :func:`match_stored`; if the names in the files do not fit, by
+    transformers' names, which are the same for joined and for single experts. A tied output layer
+    is identified with the embedding, whether it is stored or not, and duplicates of tied tensors
+    are ignored.
 
     Args:
         source: The fine-tune.
-        own: The same, opened.
+        own: The opened fine-tune.
         base: The base.
 
     Raises:
-        StarmergeError: Its names may mean several of the base's.
+        StarmergeError: A name matches several of the base's tensors.
     """
     own = _unwrapped(own)
     theirs = {name: own.checkpoint[name] for name in weights_of(own)}
@@ -71,7 +71,7 @@ def match(source: Source, own: Base, base: Base) -> Match:
             continue
         if tied and has_embedding and embedding is not None and tensor in base.token_matrices:
             found[tensor] = embedding
-        elif twin := _twin(base, tensor, found):
+        elif twin := _equal_table(base, tensor, found):
             found[tensor] = found[twin]
     head, untied = _untied_head(own, base, found) or (None, None)
     used = {(info.file, info.name) for info in stored_of(found.values())}
@@ -80,7 +80,7 @@ def match(source: Source, own: Base, base: Base) -> Match:
         for name, info in theirs.items()
         if not (head and name.rpartition(".")[0] == head.rpartition(".")[0])
         and not used.issuperset((part.file, part.name) for part in info.stored)
-        and not _twin(own, name, theirs)
+        and not _equal_table(own, name, theirs)
     )
     lacking = tuple(name for name in weights_of(base) if name not in found)
     if excess:
@@ -91,7 +91,7 @@ def match(source: Source, own: Base, base: Base) -> Match:
 
 
 def _unwrapped(model: Base) -> Base:
-    """Return a model under the names that its tensors have without wrappers of its training."""
+    """Return a model with the names of its tensors without those of training wrappers."""
     names = {name: unwrapped(name) for name in model.checkpoint}
     if all(name == plain for name, plain in names.items()):
         return model
@@ -100,9 +100,9 @@ def _unwrapped(model: Base) -> Base:
 
 
 def _without_idle(model: Base, names: Iterable[str]) -> tuple[str, ...]:
-    """Return those of a model's tensors that count, as far as transformers knows.
+    """Return a model's tensors without those that transformers does not use.
 
-    A bias of the output that is 0 is the one of a model that lacks it.
+    An output bias of zeros is equivalent to no bias and is left out too.
     """
     idle = naming_of(model).idle
     return tuple(
@@ -114,22 +114,22 @@ def _without_idle(model: Base, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def weights_of(model: Base) -> list[str]:
-    """Return the names of a model's tensors, without the buffers that it computes itself."""
+    """Return the names of a model's tensors, without buffers that the model computes itself."""
     return [name for name in model.checkpoint if not is_recomputed(model, name)]
 
 
 def is_recomputed(model: Base, name: str) -> bool:
-    """Tell whether a tensor is a buffer that models of its kind compute when they are made."""
+    """Return whether a tensor is a buffer that models of its kind compute when created."""
     is_mask = _MASK.fullmatch(name) and len(model.checkpoint[name].shape) == 4
     return bool(is_mask or _RECOMPUTED.fullmatch(name))
 
 
 def in_words(names: Sequence[str], others: Iterable[str]) -> str:
-    """Return the names of tensors, those of one part of a model together: cls.* (3 tensors).
+    """Return a text of names of tensors, grouped by modules: cls.* (3 tensors).
 
     Args:
         names: The tensors.
-        others: Names of the others, which do not lie in these parts.
+        others: Names of other tensors, which the groups must not contain.
     """
     taken = {part for name in others for part in _parents(name)}
     parts: dict[str, list[str]] = {}
@@ -141,7 +141,7 @@ def in_words(names: Sequence[str], others: Iterable[str]) -> str:
 
 
 def _parents(name: str) -> list[str]:
-    """Return the modules that a tensor lies in, the outermost first."""
+    """Return the parent modules of a tensor, the outermost first."""
     parts = name.split(".")
     return [".".join(parts[:depth]) for depth in range(1, len(parts))]
 
@@ -149,7 +149,7 @@ def _parents(name: str) -> list[str]:
 def _by_name(
     source: Source, own: Base, base: Base, theirs: Mapping[str, TensorInfo]
 ) -> dict[str, TensorInfo]:
-    """Return a fine-tune's tensors by the base's names, as far as names tell."""
+    """Return a fine-tune's tensors by the base's names, matched by the names in the files."""
     ours = weights_of(base)
     pairs = match_stored(source, list(theirs), {name: name for name in ours})
     found = {tensor: theirs[name] for name, tensor in pairs.items()}
@@ -160,7 +160,7 @@ def _by_name(
 
 
 def _by_name_in_model(source: Source, own: Base, base: Base) -> dict[str, TensorInfo]:
-    """Return a fine-tune's tensors by the base's names, by what both are called in the model."""
+    """Return a fine-tune's tensors by the base's names, matched by transformers' names."""
     theirs, ours = naming_of(own).sources, naming_of(base).sources
     found: dict[str, TensorInfo] = {}
     for name, stored in match_stored(source, list(theirs), {n: n for n in ours}).items():
@@ -170,12 +170,12 @@ def _by_name_in_model(source: Source, own: Base, base: Base) -> dict[str, Tensor
 
 
 def _divided(parts: Sequence[TensorInfo], base: Base, names: Sequence[str]) -> Sequence[TensorInfo]:
-    """Return tensors that lie one below the other, divided as some of the base's are.
+    """Split the concatenation of tensors into tensors of the shapes of the base's.
 
     Args:
-        parts: The tensors.
+        parts: The tensors, which are concatenated along the first dimension.
         base: The base.
-        names: Those of its tensors that lie one below the other likewise.
+        names: The base's tensors whose concatenation has the same rows.
     """
     if len(parts) == len(names):
         return parts
@@ -197,8 +197,8 @@ def _is_like_embedding(model: Base, name: str) -> bool:
     )
 
 
-def _twin(model: Base, name: str, others: Iterable[str]) -> str | None:
-    """Return another of a model's tables over the vocabulary that holds the same values."""
+def _equal_table(model: Base, name: str, others: Iterable[str]) -> str | None:
+    """Return another token table of a model with the same values; None if there is none."""
     if name not in model.token_tables:
         return None
     info = model.checkpoint[name]
@@ -215,18 +215,20 @@ def _twin(model: Base, name: str, others: Iterable[str]) -> str | None:
 
 
 def _untied_head(own: Base, base: Base, found: Mapping[str, TensorInfo]) -> tuple[str, str] | None:
-    """Return the output layer of a fine-tune that does not tie it, of a base that does.
-
-    None where both ends are the same all the same.
+    """Return the untied output layer of a fine-tune whose base ties it.
 
     Returns:
-        Its name, and the base's name for it.
+        The fine-tune's name and the base's name of the layer; None if it equals the embedding.
     """
     if not base.tied or own.tied or own.embedding is None:
         return None
     embedding = read_tensor(own.checkpoint[own.embedding])
     for name in own.token_matrices:
-        is_end = name != own.embedding and not own.looks_up(name) and _is_like_embedding(own, name)
+        is_end = (
+            name != own.embedding
+            and not own.is_lookup_table(name)
+            and _is_like_embedding(own, name)
+        )
         if is_end and not torch.equal(read_tensor(own.checkpoint[name]), embedding):
             pairs = {info.name: tensor for tensor, info in found.items()}
             return name, pairs.get(name) or completed([name], pairs)[name]

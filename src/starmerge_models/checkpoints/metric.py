@@ -1,7 +1,7 @@
-"""Metric files: the second moments of the inputs of a base's linear modules, kept as roots.
+"""Metric files: the second moments of the inputs of a base's linear modules, stored as roots.
 
-One safetensors file. Its tensors "0", "1", … are roots R (k, n), float32, of second moments
-Σ = RᵀR; a JSON text in its metadata says which of the base's tensors each belongs to:
+A metric is one safetensors file. Its tensors "0", "1", … are roots R (k, n), float32, of second
+moments Σ = RᵀR; a JSON text in its metadata assigns them to the base's tensors:
 
     {"version": 1,
      "base": {"name": "org/name", "blake3": {"model.safetensors": "…"}},
@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from torch import Tensor
 
 from starmerge_models.checkpoints.base import Base
-from starmerge_models.checkpoints.hashing import remembered_blake3_of
+from starmerge_models.checkpoints.hashing import cached_blake3_of
 from starmerge_models.checkpoints.opening import open_safetensors
 from starmerge_models.checkpoints.tensors import DTYPE_CODES, Checkpoint, raw_bytes
 from starmerge_models.errors import StarmergeError, UsageError, explain
@@ -36,7 +36,7 @@ from starmerge_models.storage import Place, exists, place_of, storage_of
 from starmerge_models.storage.local_folder import LocalFile
 
 KEY = "starmerge_metric"
-"""Of the JSON text in the file's metadata."""
+"""Key of the JSON text in the file's metadata."""
 
 VERSION = 1
 
@@ -71,14 +71,14 @@ class _Content(_Part):
 
 
 class Metric:
-    """The second moments of a metric file; their roots are read when they are asked for.
+    """The second moments of a metric file; roots are read lazily.
 
-    Its methods may be called by several threads at once.
+    Its methods are thread-safe.
 
     Args:
-        file: The file, for messages.
+        file: The file, for error messages.
         checkpoint: Its tensors.
-        content: What its metadata says.
+        content: Its metadata.
     """
 
     def __init__(self, file: Place, checkpoint: Checkpoint, content: _Content) -> None:
@@ -91,40 +91,40 @@ class Metric:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks that have moments of their own, in the order of the file."""
+        """Names of the tasks with separate moments, in the order of the file."""
         names = (entry.task for entry in self._content.entries)
         return tuple(dict.fromkeys(name for name in names if name is not None))
 
     @property
     def along(self) -> Mapping[str, Mapping[str, str]] | None:
-        """The BLAKE3 of the files, by model and file, whose merge the prompts were read along.
+        """BLAKE3 of the models' files, by model and file, if inputs were computed along a merge.
 
-        None: the base read them.
+        None if the inputs are those of the base.
         """
         return self._content.made_from.get("along")
 
     @property
     def made_from(self) -> Mapping[str, Any]:
-        """The text, the seed, the settings and the versions that the moments come from."""
+        """Provenance of the moments: the text, the seed, the settings and the versions."""
         return self._content.made_from
 
     def has(self, tensor: str, task: str | None = None) -> bool:
-        """Tell whether there is a moment of the inputs of a tensor of the base.
+        """Return whether there is a moment of the inputs of a tensor of the base.
 
         Args:
-            tensor: Its name in the base's files.
-            task: Of which task's prompts; None: of the text for all tasks.
+            tensor: Name of the tensor in the base's files.
+            task: The task whose prompts are the inputs; None for the text that all tasks share.
         """
         return (tensor, task) in self._entries
 
     def moment(self, tensor: str, task: str | None = None) -> Moment:
-        """Read the second moment of the inputs that a tensor of the base is multiplied with.
+        """Read the second moment of the inputs of a tensor of the base.
 
-        Whichever side the input lies on, the root's columns are the entries of the input.
+        The root's columns are always the entries of the input, for both sides of the tensor.
 
         Args:
-            tensor: Its name in the base's files.
-            task: Of which task's prompts; None: of the text for all tasks.
+            tensor: Name of the tensor in the base's files.
+            task: The task whose prompts are the inputs; None for the text that all tasks share.
 
         Raises:
             UsageError: The file has no such moment.
@@ -143,8 +143,8 @@ class Metric:
         """Return the bytes of a moment's root, 4 k n.
 
         Args:
-            tensor: The tensor's name in the base's files.
-            task: Of which task's prompts; None: of the text for all tasks.
+            tensor: Name of the tensor in the base's files.
+            task: The task whose prompts are the inputs; None for the text that all tasks share.
 
         Raises:
             UsageError: The file has no such moment.
@@ -152,7 +152,7 @@ class Metric:
         return self._checkpoint[self._entry(tensor, task).key].nbytes
 
     def side(self, tensor: str) -> Side:
-        """Return on which side of the base's stored tensor the input lies.
+        """Return the side of the base's stored tensor on which the inputs are.
 
         Raises:
             UsageError: The file has no moment of it.
@@ -163,18 +163,18 @@ class Metric:
         return self._entry(tensor, None).side
 
     def check_base(self, base: Base) -> None:
-        """Make sure that the moments are those of a base: its files hash as recorded.
+        """Check that the moments are those of a base, by the recorded hashes of its files.
 
         Reads the base's weights, unless this process has hashed them before.
 
         Raises:
-            UsageError: The base's weights are others.
-            StarmergeError: A moment does not fit the tensor that it is said to belong to.
+            UsageError: The base has other weights.
+            StarmergeError: A moment does not fit the tensor to which it is assigned.
         """
         recorded = self._content.base
         files = {file.name: file for file in base.checkpoint.opened.files}
         if files.keys() != recorded.blake3.keys() or any(
-            remembered_blake3_of(file) != recorded.blake3[name] for name, file in files.items()
+            cached_blake3_of(file) != recorded.blake3[name] for name, file in files.items()
         ):
             raise UsageError(
                 f"{self.file} was made from {recorded.name}, and the weights of {base.source} are "
@@ -202,14 +202,14 @@ class Metric:
 
 
 def open_metric(path: str | Place) -> Metric:
-    """Open a metric file; reads its header alone.
+    """Open a metric file; reads only its header.
 
     Args:
         path: A file that ``starmerge calibrate`` wrote.
 
     Raises:
-        UsageError: There is no such file, it is no metric file, or one of another version.
-        StarmergeError: It is broken.
+        UsageError: The file does not exist, is not a metric, or is of another version.
+        StarmergeError: The file is broken.
     """
     file = place_of(path)
     if not exists(file) or storage_of(file).is_folder(file):
@@ -241,7 +241,7 @@ def open_metric(path: str | Place) -> Metric:
 
 
 def is_metric(path: Place) -> bool:
-    """Tell whether a file is a metric, whole or damaged, of whatever version."""
+    """Return whether a file is a metric, of any version, intact or damaged."""
     try:
         return KEY in open_safetensors(path).metadata
     except StarmergeError:
@@ -249,7 +249,7 @@ def is_metric(path: Place) -> bool:
 
 
 def _check_entries(damaged: str, checkpoint: Checkpoint, entries: Sequence[_Entry]) -> None:
-    """Make sure that entries and tensors belong together, one to one."""
+    """Check that entries and tensors correspond one to one."""
     unused = dict.fromkeys(checkpoint)
     seen: dict[tuple[str, str | None], Side] = {}
     sides: dict[str, Side] = {}
@@ -281,16 +281,16 @@ def _check_entries(damaged: str, checkpoint: Checkpoint, entries: Sequence[_Entr
 class MetricWriter:
     """Writes a metric file, root by root, and its header at the end.
 
-    A safetensors file begins with its header, and the ranks that stand in it are known only when
-    the last root is. So room is left for the longest header that there may be, and what is left of
-    it is filled with spaces, as the format allows.
+    A safetensors file begins with its header, which contains the ranks, and these are only known
+    after the last root. So space for the longest possible header is reserved, and the rest is
+    filled with blanks, as the format allows.
 
     Args:
-        file: Where to write; no one else should look at it before the block ends.
-        base: The base's name, and the BLAKE3 of its weights' files by their names.
-        made_from: The text, the seed, the settings and the versions, as JSON can hold them.
+        file: The file to write; it is incomplete until the ``with`` block ends.
+        base: The base's name, and the BLAKE3 of its weights' files by name.
+        made_from: The text, the seed, the settings and the versions, as JSON values.
         tensors: All tensors of the base that may get a moment.
-        tasks: The tasks that may get moments of their own.
+        tasks: The tasks that may get separate moments.
     """
 
     def __init__(
@@ -340,10 +340,10 @@ class MetricWriter:
 
         Args:
             root: R (k, n), float32, on the CPU.
-            tensors: The base's tensors whose inputs it is of.
-            side: On which side of them these inputs lie.
-            task: The task whose prompts they come from, if from one's.
-            tokens: How many inputs the mean was taken over.
+            tensors: The base's tensors with these inputs.
+            side: The side of the tensors on which the inputs are.
+            task: The task whose prompts are the inputs; None for the shared text.
+            tokens: Number of inputs in the mean.
         """
         key = str(len(self._entries))
         entry = _Entry(key=key, tensors=tuple(tensors), side=side, task=task, tokens=tokens)
@@ -387,7 +387,7 @@ class MetricWriter:
         ]
         text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
         parts = [("__metadata__", {"format": "pt", KEY: text}), *tensors]
-        # Not a dictionary: the keys that only take room are all alike.
+        # Joined by hand instead of a dictionary, because the placeholder keys are not unique.
         joined = ",".join(
             f"{json.dumps(key)}:{json.dumps(part, separators=(',', ':'), ensure_ascii=False)}"
             for key, part in parts

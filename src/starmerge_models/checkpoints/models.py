@@ -1,4 +1,4 @@
-"""Opening a model to merge, whatever it is."""
+"""Opening of models to merge: adapters, full fine-tunes and tasks of EMR merges."""
 
 from __future__ import annotations
 
@@ -23,63 +23,63 @@ from starmerge_models.storage import Place, is_file
 
 
 class FineTune(Protocol):
-    """A model to merge: it knows which of the base's tensors it changes, and by what."""
+    """A model to merge, with the deltas of the base's tensors that it changes."""
 
     @property
     def kind(self) -> str:
-        """What it is, for people."""
+        """Description of the kind of model."""
 
     @property
     def name(self) -> str:
-        """Its name in tables and reports."""
+        """The model's name in tables and reports."""
 
     @property
     def source(self) -> Source:
-        """Where it lies."""
+        """Source of the model's files."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences on it that whoever merges it should read."""
+        """Notes for the user."""
 
     @property
     def base_name(self) -> str | None:
-        """Hub id of the base that it says it was made from."""
+        """Hub id of the base, if the model names it."""
 
     @property
     def untied(self) -> str | None:
-        """The base's name of the output layer, where the base ties it and the model does not."""
+        """The base's name of the output layer, if the base ties it and the model does not."""
 
     @property
     def tensors(self) -> frozenset[str]:
-        """Names of the base's tensors that it changes."""
+        """Names of the base's tensors that the model changes."""
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
-        """The tensors that its deltas are made of."""
+        """The checkpoints from which the deltas are computed."""
 
     @property
-    def beside(self) -> list[Place]:
-        """The files that its deltas depend on beside them."""
+    def other_files(self) -> list[Place]:
+        """Other files on which the deltas depend."""
 
     def inputs(self, tensor: str) -> list[TensorInfo]:
-        """Return what is read for a tensor's delta."""
+        """Return the tensors that are read for a tensor's delta."""
 
     def rank(self, tensor: str) -> int | None:
         """Return an upper bound of the rank of a tensor's delta, None if it may be full."""
 
     def needs_base(self, tensor: str) -> bool:
-        """Tell whether a tensor's delta is made, or checked, with the base's weight."""
+        """Return whether a tensor's delta is computed or checked with the base's weight."""
 
     def module(self, tensor: str) -> Module | None:
-        """Return a tensor's module as PEFT knows it, where the model says so."""
+        """Return a tensor's module as named in PEFT, if the model contains it."""
 
     def delta(self, tensor: str, base: Tensor | None) -> Delta:
-        """Return a tensor's delta, given the base's tensor where it is needed."""
+        """Return a tensor's delta, given the base's tensor if it is needed."""
 
 
 def files_of(model: FineTune) -> list[Place]:
     """Return the files that a model's deltas are read from."""
-    return [*model.beside, *(file for own in model.checkpoints for file in own.opened.files)]
+    return [*model.other_files, *(file for own in model.checkpoints for file in own.opened.files)]
 
 
 def open_models(
@@ -88,16 +88,16 @@ def open_models(
     """Open the models of a merge.
 
     Args:
-        opened: Opens them, given the base they are to be merged into.
-        base: That base.
+        opened: Function that opens the models for a base.
+        base: The base of the merge.
         any_base: Accept models that name different bases.
 
     Returns:
-        The base, untied where one of the models changes one end of tied weights alone; the models.
+        The base, untied if a model changes only one of the tied weights; the models.
 
     Raises:
-        UsageError: A model is of another base, or of a kind that cannot be merged.
-        StarmergeError: One does not fit the base, or a file is broken.
+        UsageError: A model has another base, or is of a kind that cannot be merged.
+        StarmergeError: A model does not fit the base, or a file is broken.
     """
     found = opened(base)
     base = _named(base, found, any_base=any_base)
@@ -109,10 +109,10 @@ def open_models(
 
 
 def _named(base: Base, models: Sequence[FineTune], *, any_base: bool) -> Base:
-    """Return the base with the Hub id that the models name, where it is not known otherwise.
+    """Return the base with the Hub id that the models name, if the base has none.
 
     Raises:
-        UsageError: They name different ones.
+        UsageError: The models name different bases.
     """
     named: dict[str, FineTune] = {}
     for model in models:
@@ -132,18 +132,18 @@ def _named(base: Base, models: Sequence[FineTune], *, any_base: bool) -> Base:
 def open_model(
     name: str, source: Source, base: Base, *, any_base: bool = False, common: bool = False
 ) -> FineTune:
-    """Open an adapter, a full fine-tune or a task of an EMR merge; which, is found out by looking.
+    """Open an adapter, a full fine-tune or a task of an EMR merge, and detect which it is.
 
     Args:
-        name: Its name in tables and reports.
-        source: Where it lies.
-        base: The base it is to be merged into.
+        name: The model's name in tables and reports.
+        source: Source of the model.
+        base: The base of the merge.
         any_base: Accept a model that names another base, or whose config differs.
-        common: Merge what it shares with the base.
+        common: Merge only the tensors that the model and the base have in common.
 
     Raises:
-        UsageError: It is none of them, or of a kind that cannot be merged.
-        StarmergeError: It does not fit the base, or a file is broken.
+        UsageError: The source is none of these, or of a kind that cannot be merged.
+        StarmergeError: The model does not fit the base, or a file is broken.
     """
     if is_adapter(source):
         return open_adapter(name, source, base, any_base=any_base, common=common)

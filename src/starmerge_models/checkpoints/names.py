@@ -1,10 +1,10 @@
-"""Which tensor of the base a model's name means.
+"""Matching of tensor names between models and the base.
 
-Adapters name a module by its path in the model they were trained in, and full fine-tunes a tensor
-by its path in the model that was saved. The base's files may have been saved from its inner model,
-or from a larger one around it: then all names differ by one prefix. And transformers renames and
-joins tensors of some architectures between the files and the model; it is asked for the names where
-those of the files do not match.
+Adapters name a module by its path in the trained model, and full fine-tunes a tensor by its path in
+the saved model. The base's files may have been saved from its inner model, or from a larger model
+around it: then all names differ by one prefix. For some architectures transformers also renames and
+joins tensors when it loads the files. If the names of the files do not match, transformers' names
+are used.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from starmerge_models.checkpoints import renaming
-from starmerge_models.checkpoints.aside import ask
 from starmerge_models.checkpoints.base import Base
 from starmerge_models.checkpoints.experts import expert_name, stack_of
+from starmerge_models.checkpoints.isolated import call_isolated
 from starmerge_models.checkpoints.source import Source
 from starmerge_models.errors import StarmergeError
 from starmerge_models.storage import Place, local_files
 
 Change = tuple[str, str]
-"""A prefix to take away from an adapter's name, and one to put there instead."""
+"""A prefix to remove from an adapter's name, and the prefix to put in its place."""
 
 _NONE: Change = ("", "")
 
 _WRAPPER = re.compile(
     r"(?:(?<=\.)|^)(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\."
 )
-"""What FSDP, torch.compile and activation checkpointing put into the paths of modules."""
+"""Parts that FSDP, torch.compile and activation checkpointing insert into the paths of modules."""
 
 
 def unwrapped(name: str) -> str:
-    """Return a tensor's name without what FSDP and others put into it while a model is trained."""
+    """Return a tensor's name without the parts that FSDP and other wrappers insert."""
     return _WRAPPER.sub("", name)
 
 
 def match_names(source: Source, base: Base, names: Sequence[str]) -> dict[str, str]:
-    """Find the base's tensors by the names that a model has for them.
+    """Match a model's names of tensors to the base's.
 
-    Names are changed by prefixes; see :func:`match_stored`. Where those of the base's files do not
-    fit, those in the model, as transformers loads it, are tried.
+    Names are matched up to a prefix; see :func:`match_stored`. If the names in the base's files do
+    not fit, those of the model that transformers loads are tried.
 
     Args:
         source: The model, such as an adapter.
         base: The base.
-        names: Names of tensors in the model that an adapter was trained in.
+        names: Names of tensors in the model on which an adapter was trained.
 
     Returns:
-        The base's name for each of ``names`` that is found.
+        The base's name for each of the ``names`` that matches.
 
     Raises:
         StarmergeError: Several prefixes fit all names.
@@ -68,15 +68,15 @@ def match_names(source: Source, base: Base, names: Sequence[str]) -> dict[str, s
 def match_stored(source: Source, names: Sequence[str], stored: Mapping[str, str]) -> dict[str, str]:
     """Match ``names`` against the keys of ``stored``, return its values; see :func:`match_names`.
 
-    All names are changed by the same prefix, if by any: one is taken away, or put before, or parts
-    are put into it, as in ``model.`` → ``model.language_model.``. What is then left over, such as
-    an output layer outside of the inner model, is found if it fits as it stands. Indices of layers
-    are never part of a prefix.
+    The same change of the prefix, if any, is applied to all names: a prefix is removed, added, or
+    extended, as in ``model.`` → ``model.language_model.``. Remaining names, such as that of an
+    output layer outside of the inner model, match if they are equal. Layer indices are never part
+    of a prefix.
 
     Args:
         source: The model.
-        names: Names of tensors in the model that an adapter was trained in.
-        stored: Names to find them by.
+        names: Names of tensors in the model on which an adapter was trained.
+        stored: The result for each stored name.
 
     Raises:
         StarmergeError: Several prefixes fit all names.
@@ -101,18 +101,18 @@ def match_stored(source: Source, names: Sequence[str], stored: Mapping[str, str]
 
 
 def completed(names: Sequence[str], found: Mapping[str, str]) -> dict[str, str]:
-    """Return all names changed by the prefix by which some were found; as they are if none was.
+    """Apply the prefix change of the matched names to all names; unchanged if none matched.
 
     Args:
         names: An adapter's names.
-        found: What :func:`match_stored` found of them.
+        found: The result of :func:`match_stored`.
     """
     change = prefix_change(*next(iter(found.items()), ("", "")))
     return {each: found.get(each, changed(each, change) or each) for each in names}
 
 
 def prefix_change(name: str, stored: str) -> Change:
-    """Return the prefixes of two names of one tensor, without the parts at the end they share."""
+    """Return the prefixes of two names of one tensor, without their common suffix."""
     common = 0
     for ours, theirs in zip(reversed(name.split(".")), reversed(stored.split(".")), strict=False):
         common += len(ours) + 1 if ours == theirs else 0
@@ -122,12 +122,12 @@ def prefix_change(name: str, stored: str) -> Change:
 
 
 def changed(name: str, change: Change) -> str | None:
-    """Return a name with its prefix changed; None if it has another prefix."""
+    """Return a name with a changed prefix; None if it has another prefix."""
     return _changed(name, change) if name.startswith(change[0]) else None
 
 
 def _fitting_changes(name: str, ends: Mapping[str, Sequence[str]]) -> Iterator[Change]:
-    """Yield the changes of prefixes by which a name becomes a stored one."""
+    """Yield the changes of the prefix that turn a name into a stored name."""
     for prefix, end in _splits(name):
         for other in ends.get(end, ()):
             if _may_become(prefix, other) and ("." in end or not (prefix and other)):
@@ -135,20 +135,20 @@ def _fitting_changes(name: str, ends: Mapping[str, Sequence[str]]) -> Iterator[C
 
 
 def _may_become(prefix: str, other: str) -> bool:
-    """Tell whether one prefix may stand for another: one has all parts of the other, and more.
+    """Return whether one prefix contains all parts of the other.
 
-    ``model.`` may be ``model.language_model.``, but ``encoder.`` is not ``decoder.``.
+    ``model.`` may become ``model.language_model.``, but ``encoder.`` not ``decoder.``.
     """
     if prefix == other:
-        return not prefix  # a longer end of the name says the same
+        return not prefix  # a longer suffix gives the same change
     ours, theirs = Counter(prefix.split(".")[:-1]), Counter(other.split(".")[:-1])
     if ours and theirs and prefix.split(".")[-2] == other.split(".")[-2]:
-        return False  # likewise
+        return False  # a longer suffix gives the same change
     return ours <= theirs or theirs <= ours
 
 
 def _splits(name: str) -> Iterator[Change]:
-    """Yield the ways to split a name into a prefix without an index, and its end."""
+    """Yield all splits of a name into a prefix without a layer index, and a suffix."""
     parts = name.split(".")
     yield "", name
     for depth in range(1, len(parts)):
@@ -158,7 +158,7 @@ def _splits(name: str) -> Iterator[Change]:
 
 
 def _ends(names: Iterable[str], stored: Iterable[str]) -> dict[str, list[str]]:
-    """Return the prefixes of stored names by the ends that they share with one of ``names``."""
+    """Return the prefixes of stored names, by the suffixes that they share with ``names``."""
     wanted = {end for name in names for _, end in _splits(name)}
     found: dict[str, list[str]] = defaultdict(list)
     for other in stored:
@@ -174,22 +174,22 @@ def _changed(name: str, change: Change) -> str:
 
 @dataclass(frozen=True)
 class Naming:
-    """What transformers makes of a checkpoint's tensors when it loads them."""
+    """The mapping between a checkpoint's tensors and those of the model that transformers loads."""
 
     sources: Mapping[str, tuple[str, ...]]
-    """For each tensor in the model, by its name, those of the files that make it up, one below the
-    other; of joined experts there is one tensor for each. Tensors that are made otherwise, by
-    splitting or permuting, are left out."""
+    """For each tensor of the model, by name, the stored tensors whose concatenation along the first
+    dimension it is; joined experts have one entry each. Tensors that are split or permuted are left
+    out."""
     ties: Mapping[str, str]
-    """By the name of a tensor in the model that of the other which it is tied to."""
+    """For each tied tensor of the model, by name, the name of the tensor to which it is tied."""
     idle: frozenset[str] = frozenset()
-    """Names in the files of tensors that the model computes itself, or does not use."""
+    """Stored names of tensors that the model computes itself, or does not use."""
 
 
 def names_in_model(base: Base) -> dict[str, str]:
-    """Return the base's tensors by the names they have once transformers has loaded them.
+    """Return the base's tensors by their names in the model that transformers loads.
 
-    Tensors that are joined or split on the way have no such name; see :func:`naming_of`.
+    Tensors that are joined or split when loaded are left out; see :func:`naming_of`.
     """
     return {
         name: stored[0]
@@ -199,10 +199,10 @@ def names_in_model(base: Base) -> dict[str, str]:
 
 
 def naming_of(base: Base) -> Naming:
-    """Return what transformers makes of a checkpoint's tensors.
+    """Return the mapping of a checkpoint's tensors to those of transformers' model.
 
-    Nothing is known, and the result is empty, where transformers is absent, or older than 5, or
-    does not know the model.
+    The result is empty if transformers is not installed, is older than 5, or does not know the
+    model.
     """
     # Joined experts have one name in the file.
     experts: dict[str, list[str]] = {}
@@ -222,11 +222,11 @@ def naming_of(base: Base) -> Naming:
 
 
 def made_of(base: Base, names: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
-    """Return what other tensors than the base's own would make up in the model.
+    """Return the mapping for stored tensors other than the base's own.
 
     Args:
-        base: The base, which says what model it is.
-        names: Of tensors as files might hold them, such as those of single experts.
+        base: The base, whose config determines the model.
+        names: Names of stored tensors, such as those of single experts.
 
     Returns:
         As :attr:`Naming.sources`.
@@ -237,15 +237,15 @@ def made_of(base: Base, names: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
 
 @lru_cache(maxsize=8)
 def _asked(folder: Place, config: str, names: tuple[str, ...]) -> Naming:
-    """Ask transformers for names; the result is kept for the other models of a merge.
+    """Call transformers for the mapping; the result is cached for the other models of a merge.
 
     Args:
-        folder: The base's.
-        config: What its config says; by it, the result is known again.
-        names: Of its tensors, in its files.
+        folder: The base's folder.
+        config: The content of its config, a part of the cache key.
+        names: Names of the tensors in its files.
     """
     with local_files(folder, ["config.json"]) as local:
-        answer = ask(renaming, [str(local.absolute()), names])
+        answer = call_isolated(renaming, [str(local.absolute()), names])
     if answer is None:
         return Naming({}, {})
     sources = {name: tuple(stored) for name, stored in answer["sources"].items()}

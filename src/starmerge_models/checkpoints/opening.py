@@ -1,4 +1,4 @@
-"""Opening a checkpoint's files: their headers are read and checked, and no tensor yet.
+"""Opening of a checkpoint's files: headers are read and checked, tensors are not read.
 
 The format of safetensors files is that of github.com/huggingface/safetensors: eight bytes with the
 length of a JSON header, the header, the tensors one after the other.
@@ -33,23 +33,23 @@ from starmerge_models.reading import read_json
 from starmerge_models.storage import Place, exists, storage_of
 
 DIFFUSION_STEM = "diffusion_pytorch_model"
-"""What diffusers' names of files with weights begin with."""
+"""Prefix of the names of diffusers' weight files."""
 
 _MOST_TENSORS = 250_000
 """Most tensors in one file. A million take a process gigabytes of memory."""
 
 _LONGEST_NAME = 1000
-"""Bytes of a tensor's name."""
+"""Most bytes of a tensor's name."""
 
 _LONGEST_LAYER = 18
-"""Digits of a part of a name that is a number, so that it fits into 64 bits."""
+"""Most digits of a number in a name, so that it fits into 64 bits."""
 
 
 def open_checkpoint(folder: Place) -> Checkpoint:
     """Read the headers of a model's weights in a folder.
 
-    Looked for, in this order: ``model.safetensors``, ``model.safetensors.index.json``, the same for
-    ``diffusion_pytorch_model``, as diffusers calls them, ``pytorch_model.bin``,
+    The files are searched in this order: ``model.safetensors``, ``model.safetensors.index.json``,
+    the same for diffusers' ``diffusion_pytorch_model``, ``pytorch_model.bin``,
     ``pytorch_model.bin.index.json``. No code from a ``.bin`` file is run.
 
     Raises:
@@ -84,7 +84,7 @@ def open_safetensors(file: Place) -> Checkpoint:
 
 
 def open_pickle(file: Place) -> Checkpoint:
-    """Read the tensors' places of one ``.bin`` file; no code of it is run.
+    """Read the descriptions of tensors in one ``.bin`` file, without running its code.
 
     Raises:
         StarmergeError: The file is missing, broken, or asks for code to be run.
@@ -93,7 +93,7 @@ def open_pickle(file: Place) -> Checkpoint:
 
 
 def open_weights(file: Place) -> Checkpoint:
-    """Read the header of one file of weights: safetensors, or by any other ending a pickle.
+    """Read the header of one file of weights: safetensors, or a pickle for any other suffix.
 
     Raises:
         StarmergeError: The file is missing or broken, or asks for code to be run.
@@ -103,10 +103,10 @@ def open_weights(file: Place) -> Checkpoint:
 
 
 def open_shards(file: Place) -> Checkpoint:
-    """Read the headers of safetensors files that belong together, such as those of an adapter.
+    """Read the headers of safetensors shards, such as those of an adapter.
 
     Args:
-        file: Their index, or any of them, ``NAME-00001-of-00003.safetensors``, where there is none.
+        file: The index, or without an index any shard, ``NAME-00001-of-00003.safetensors``.
 
     Raises:
         StarmergeError: A file is missing, truncated or broken; they and the index disagree.
@@ -129,7 +129,7 @@ def open_shards(file: Place) -> Checkpoint:
 
 
 def _by_expert(tensors: Iterable[TensorInfo]) -> Iterator[TensorInfo]:
-    """Yield tensors, those of joined experts one expert at a time."""
+    """Yield tensors, with joined experts split into single ones."""
     left = _MOST_TENSORS
     for tensor in tensors:
         if not is_stack(tensor.name, tensor.shape):
@@ -148,7 +148,7 @@ def _by_expert(tensors: Iterable[TensorInfo]) -> Iterator[TensorInfo]:
 def _read_shards(
     index: Place, read: Callable[[Place], Iterable[StoredTensor | UnpackedTensor]]
 ) -> Iterator[StoredTensor | UnpackedTensor]:
-    """Yield the tensors of all shards of an index, and compare them with it."""
+    """Yield the tensors of all shards of an index, after checking them against the index."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise StarmergeError(f"{index} has no 'weight_map'. Fetch it again.")
@@ -181,7 +181,7 @@ def _read_safetensors(file: Place) -> list[StoredTensor]:
 
 
 def _read_header(file: Place) -> tuple[dict[str, str], list[StoredTensor]]:
-    """Return the metadata of a safetensors file, and its tensors in their order."""
+    """Return the metadata of a safetensors file, and its tensors in order."""
     broken = f"{file} is not a complete safetensors file"
     try:
         with storage_of(file).stream(file) as stream:
@@ -228,7 +228,7 @@ def _read_header(file: Place) -> tuple[dict[str, str], list[StoredTensor]]:
 def _stored(
     name: str, entry: Mapping[str, Any], file: Place, begin: int, size: int, broken: str
 ) -> StoredTensor:
-    """Check an entry of a header, of a file of some size whose tensors begin at some byte."""
+    """Check an entry of a header, given the file's size and the offset of its tensors."""
     _check_name(file, name)
     (start, end), shape = entry["data_offsets"], entry["shape"]
     if not isinstance(shape, list) or not all(
@@ -242,7 +242,7 @@ def _stored(
             "or copied. Use an unquantised checkpoint."
         )
     stored = StoredTensor(name, dtype, tuple(shape), file, begin + start)
-    # Along the dimensions, as safetensors multiplies them: a zero at the end does not help.
+    # Check the partial products, like safetensors, which overflow even before a final zero.
     if any(entries >= 2**63 for entries in accumulate(shape, mul)):
         raise StarmergeError(f"{broken}: tensor {name} has 2⁶³ entries or more.")
     if stored.nbytes != end - start:
@@ -256,7 +256,7 @@ def _stored(
 
 
 def _check_name(file: Place, name: str) -> None:
-    """Refuse names whose handling would take for ever, or layers beyond what 64 bits count."""
+    """Refuse names that are too long, and layer numbers beyond 64 bits."""
     if len(name.encode()) > _LONGEST_NAME:
         raise StarmergeError(
             f"{file}: the name of tensor {name[:60]!a}… is longer than {_LONGEST_NAME} bytes. "

@@ -1,14 +1,14 @@
-"""``.bin`` files of ``torch.save``: where the tensors lie in them. No code of theirs is run.
+"""``.bin`` files of ``torch.save``: finding the tensors without running code of the file.
 
-Since torch 1.6 such a file is a zip archive: ``data.pkl`` says which tensors are views of which
-storages, and each storage is a record ``data/KEY``, not compressed. Before, it was a series of
-pickles, and the storages after them. Source of both: github.com/pytorch/pytorch,
-``torch/serialization.py`` and ``torch/_utils.py``.
+Since torch 1.6 such a file is a zip archive: ``data.pkl`` describes tensors as views of storages,
+and each storage is an uncompressed record ``data/KEY``. Older files are a series of pickles,
+followed by the storages. Source of both: github.com/pytorch/pytorch, ``torch/serialization.py`` and
+``torch/_utils.py``.
 
-Here the pickle only describes: the unpickler knows the functions that rebuild plain tensors, by
-their names, and puts descriptions in their place. So whatever a file asks for is compared with what
-it holds before memory is taken. The unpickler is the one that Python has in Python: that in C
-allocates whatever length a pickle claims.
+The unpickler replaces the functions that rebuild plain tensors, by their names, with functions that
+return descriptions. So the claims of a file are checked against its content before memory is
+allocated. It is the unpickler written in Python, because the one in C allocates any length that a
+pickle claims.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ from starmerge_models.errors import StarmergeError
 from starmerge_models.storage import Place, storage_of
 
 _LONGEST_PICKLE = 2**23
-"""Bytes; of 50,000 tensors."""
+"""Most bytes of a pickle, enough for 50,000 tensors."""
 
 _LONGEST_DIRECTORY = 2**23
-"""Bytes of an archive's directory; of 100,000 records."""
+"""Most bytes of an archive's directory, enough for 100,000 records."""
 
 _MOST_COMPRESSED = 2**30
-"""Bytes that the compressed records of a file may come to: they must be held in memory."""
+"""Most bytes of a file's compressed records after decompression, because they are held in
+memory."""
 
 _MOST_DIMENSIONS = 64
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
-"""With which files of before torch 1.6 begin."""
+"""The numbers at the beginning of files from before torch 1.6."""
 
 _STORAGES: dict[str, torch.dtype] = {
     "DoubleStorage": torch.float64,
@@ -58,7 +59,7 @@ _STORAGES: dict[str, torch.dtype] = {
     "ComplexFloatStorage": torch.complex64,
     "UntypedStorage": torch.uint8,
 }
-"""Names of classes in torch, and what their numbers are."""
+"""Names of torch's storage classes, and their dtypes."""
 
 _OPCODES = (
     pickle.PROTO + pickle.FRAME + pickle.STOP + pickle.MARK + pickle.POP
@@ -71,7 +72,7 @@ _OPCODES = (
     + pickle.BINPUT + pickle.LONG_BINPUT + pickle.MEMOIZE + pickle.BINGET + pickle.LONG_BINGET
     + pickle.GLOBAL + pickle.STACK_GLOBAL + pickle.REDUCE + pickle.BINPERSID
 )  # fmt: skip
-"""What pickles of tensors are made of; besides those that :class:`_Unpickler` reads itself."""
+"""Opcodes of pickles of tensors, in addition to those that :class:`_Unpickler` overrides."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class PickledTensor:
     stride: tuple[int, ...]
     """Entries from one to the next, along each dimension."""
     offset: int
-    """Byte at which the first entry lies: of the file, or of ``storage`` where that is given."""
+    """Byte offset of the first entry, in the file, or in ``storage`` if it is set."""
     storage: bytearray | None
     """The storage, if it was compressed."""
 
@@ -101,14 +102,14 @@ class _View:
     storage: _Storage
     dtype: torch.dtype
     offset: int
-    """In entries, as the strides."""
+    """Offset in entries, like the strides."""
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class _Record:
-    """Where the bytes of a storage are."""
+    """The place of a storage's bytes."""
 
     offset: int
     nbytes: int
@@ -116,15 +117,15 @@ class _Record:
 
 
 class _ForeignError(Exception):
-    """A pickle asks for something that is no part of a plain tensor."""
+    """A pickle contains something that is not part of a plain tensor."""
 
 
 def read_pickle(file: Place) -> list[PickledTensor]:
     """Find the tensors of a ``.bin`` file.
 
     Raises:
-        StarmergeError: The file is missing, broken, of another kind, or asks for code to be run; a
-            tensor is larger than its storage, or a storage is not of the size it is said to have.
+        StarmergeError: The file is missing, broken, of another kind, or would run code; a tensor is
+            larger than its storage, or a storage has another size than declared.
     """
     try:
         with storage_of(file).stream(file) as stream:
@@ -169,7 +170,7 @@ def _tensors(content: Any, find: Callable[[_Storage], _Record]) -> Iterator[Pick
 
 
 def _check_view(name: str, view: _View) -> None:
-    """Make sure that a tensor lies within its storage and has no more entries."""
+    """Check that a tensor is within its storage and does not have more entries."""
     numbers = (view.offset, *view.shape, *view.stride)
     if (
         len(view.shape) != len(view.stride)
@@ -189,7 +190,7 @@ def _check_view(name: str, view: _View) -> None:
 
 
 class _Unpickler(pickle._Unpickler):
-    """Reads a pickle of tensors into descriptions of them."""
+    """Reads a pickle of tensors as descriptions."""
 
     stack: list[Any]
     pop_mark: Callable[[], list[Any]]
@@ -204,7 +205,7 @@ class _Unpickler(pickle._Unpickler):
         self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for a function or class of a plain tensor."""
+        """Return the replacement of a function or class of plain tensors."""
         found = _KNOWN.get((module, name))
         if found is not None:
             return found
@@ -225,7 +226,7 @@ class _Unpickler(pickle._Unpickler):
         )
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """Return a storage, of which the pickle has only its key."""
+        """Return the description of a storage, which the pickle references by its key."""
         kind, dtype, key, _, numel, *view = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
             raise _ForeignError("holds more than tensors. Save the tensors alone.")
@@ -246,7 +247,7 @@ class _Unpickler(pickle._Unpickler):
             self._set(key, value)
 
     def _set(self, key: Any, value: Any) -> None:
-        # Python would overflow its stack on the hash of a deep tuple.
+        # The hash of a deeply nested tuple would overflow Python's stack.
         if not isinstance(key, str | int):
             raise pickle.UnpicklingError(f"a key is a {type(key).__name__}")
         self.stack[-1][key] = value
@@ -300,12 +301,12 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter_with_state"): _first,
     ("torch._tensor", "_rebuild_from_type_v2"): _of_type,
 }
-"""What stands for what pickles of tensors ask for. Nothing here copies what it is given: a pickle
-may call it as often as it likes."""
+"""Replacements of the functions and classes in pickles of tensors. They never copy their arguments,
+because a pickle may call them any number of times."""
 
 
 def _is_zip(stream: RawIOBase) -> bool:
-    """Tell whether a file is an archive; refuse one whose directory is too long to read."""
+    """Return whether a file is an archive; refuse archives with a too long directory."""
     end = stream.seek(0, io.SEEK_END)
     stream.seek(max(0, end - 2**16 - 100))
     tail = stream.read(2**16 + 100) or b""
@@ -328,7 +329,7 @@ def _is_zip(stream: RawIOBase) -> bool:
 
 
 def _read_zip(stream: RawIOBase) -> tuple[Any, Callable[[_Storage], _Record]]:
-    """Return what an archive's pickle says, and a function that finds storages."""
+    """Return the content of an archive's pickle, and a function that finds storages."""
     archive = zipfile.ZipFile(stream)
     records = {info.filename: info for info in archive.infolist()}
     if len(records) < len(archive.infolist()):
@@ -369,7 +370,7 @@ def _read_zip(stream: RawIOBase) -> tuple[Any, Callable[[_Storage], _Record]]:
 
 
 def _unpacked(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int) -> bytes:
-    """Read a record of at most ``most`` bytes, which must have the size and the CRC it says."""
+    """Read a record of at most ``most`` bytes, and check its declared size and CRC."""
     if info.file_size > most:
         raise StarmergeError(
             f"the record {info.filename} has {info.file_size:,} bytes, and {most:,} are read at "
@@ -386,7 +387,7 @@ def _unpacked(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int) -> byt
 
 
 def _place(stream: RawIOBase, info: zipfile.ZipInfo) -> int:
-    """Return the byte of the file at which a record that is not compressed begins."""
+    """Return the byte offset of an uncompressed record in the file."""
     stream.seek(info.header_offset)
     head = stream.read(30) or b""
     if len(head) < 30 or head[:4] != b"PK\3\4":
@@ -403,7 +404,7 @@ def _place(stream: RawIOBase, info: zipfile.ZipInfo) -> int:
 
 
 def _read_old(stream: RawIOBase) -> tuple[Any, Callable[[_Storage], _Record]]:
-    """Return what the pickles of a file of before torch 1.6 say, and what finds storages."""
+    """Return the content of a file from before torch 1.6, and a function that finds storages."""
     stream.seek(0)
     head = io.BytesIO(stream.read(_LONGEST_PICKLE) or b"")
     start = head.getvalue()[:20]

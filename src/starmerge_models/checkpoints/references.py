@@ -1,4 +1,4 @@
-"""How models are referred to: a folder or Hub id; adapters on it; layers of several, stacked.
+"""References to models: a folder or Hub id, a model with adapters, or a stack of layers.
 
 ::
 
@@ -27,18 +27,18 @@ _PIECE = re.compile(r"(?P<models>.+?)\[(?:(?P<part>\w+) )?(?P<start>\d+):(?P<sto
 
 @dataclass(frozen=True)
 class Cut:
-    """Which layers are taken of a model."""
+    """A range of a model's layers."""
 
     start: int
-    """The first."""
+    """The first layer."""
     stop: int
-    """The one after the last."""
+    """The layer after the last."""
     part: str = ""
-    """Which part of a model with several stacks of layers; empty: it has one."""
+    """The part of a model with several stacks of layers; empty for a model with one stack."""
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of layers."""
         return self.stop - self.start
 
     def __str__(self) -> str:
@@ -53,17 +53,17 @@ class Piece:
     models: tuple[str, ...]
     """Folders or Hub ids: a model, and the adapters that are folded into it."""
     cut: Cut | None = None
-    """Which layers; None: all of the model."""
+    """The layers; None for the whole model."""
 
     def __str__(self) -> str:
         return "+".join(self.models) + str(self.cut or "")
 
 
 def is_place(text: str) -> bool:
-    """Tell whether there is a folder or a file of this path."""
+    """Return whether a folder or a file of this path exists."""
     try:
         return exists(place_of(text))
-    except UsageError:  # of a user who is not there, or a URL that names nothing
+    except UsageError:  # an unknown user, or an invalid URL
         return False
 
 
@@ -72,10 +72,10 @@ def parse_reference(text: str, is_there: Callable[[str], bool] = is_place) -> tu
 
     Args:
         text: The reference.
-        is_there: Tells whether a folder exists.
+        is_there: Returns whether a folder exists.
 
     Raises:
-        UsageError: Something is missing beside a ``+``, or a range of layers is empty.
+        UsageError: An operand of a ``+`` is missing, or a range of layers is empty.
     """
     if {"+", "["}.isdisjoint(text) or is_there(text):
         return (Piece((text,)),)
@@ -94,7 +94,7 @@ def parse_reference(text: str, is_there: Callable[[str], bool] = is_place) -> tu
 
 
 def spell(pieces: Sequence[Piece]) -> str:
-    """Return the reference that :func:`parse_reference` reads as these pieces."""
+    """Return the reference text of pieces, the inverse of :func:`parse_reference`."""
     return ",".join(map(str, pieces))
 
 
@@ -105,17 +105,17 @@ def map_reference(
 
     Args:
         text: The reference.
-        place: Returns what stands for one of them.
-        is_there: Tells whether a folder exists.
+        place: Returns the replacement of a folder or Hub id.
+        is_there: Returns whether a folder exists.
     """
     pieces = parse_reference(text, is_there)
     return spell([Piece(tuple(map(place, p.models)), p.cut) for p in pieces])
 
 
 def name_of(text: str) -> str:
-    """Return what a model is called after its reference: the last parts of its paths.
+    """Return the default name of a model from its reference: the last parts of its paths.
 
-    Of a Hub id without the revision, of a file without its ending, of ``demo:digits`` digits.
+    The revision of a Hub id, the suffix of a file and the prefix ``demo:`` are left out.
     """
 
     def last(place: str) -> str:
@@ -130,7 +130,7 @@ def name_of(text: str) -> str:
 
 
 def _summands(text: str, is_there: Callable[[str], bool]) -> tuple[str, ...]:
-    """Return a model and its adapters; a + within the name of a folder separates nothing."""
+    """Split a reference into a model and its adapters; a + inside a folder's name is kept."""
     parts, found = text.split("+"), list[str]()
     while parts:
         n = next(n for n in range(len(parts), 0, -1) if n == 1 or is_there("+".join(parts[:n])))

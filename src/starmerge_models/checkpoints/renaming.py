@@ -1,7 +1,7 @@
-"""What transformers calls the tensors of a checkpoint: a program that names.py runs.
+"""Program that maps a checkpoint's tensors to those of transformers' model, called by names.py.
 
-It asks transformers, in a process of its own; see :mod:`~starmerge_models.checkpoints.aside`. Of a
-model that is loaded already, :func:`naming_in` tells it in the caller's process.
+It calls transformers in a separate process; see :mod:`~starmerge_models.checkpoints.isolated`. For
+a loaded model, :func:`naming_in` computes the mapping in the caller's process.
 """
 
 from __future__ import annotations
@@ -11,35 +11,35 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from starmerge_models.checkpoints.aside import answer_with
+from starmerge_models.checkpoints.isolated import serve
 
 _JOINS = {
     (("MergeModulelist", 0),),
     (("MergeModulelist", 0), ("Concatenate", 1)),
     (("Concatenate", 0),),
 }
-"""Operations of transformers' converters that put tensors of the files one below the other: those
-of an expert, and of several experts into one tensor of all."""
+"""Operations of transformers' converters that concatenate stored tensors: those of one expert, and
+those of several experts into a joined tensor."""
 
 
 def naming(folder: str, names: Sequence[str]) -> dict[str, Any]:
-    """Return what a model's tensors are made of, and which are tied.
+    """Return the sources of a model's tensors, and the tied and unused tensors.
 
     Args:
-        folder: Of the model, with its config.
-        names: Of the tensors in its files.
+        folder: The model's folder, with its config.
+        names: Names of the tensors in its files.
 
     Returns:
-        ``sources``: for each tensor in the model, by its name, the names in the files of those that
-        make it up, one below the other; of joined experts there is one tensor for each expert,
-        ``NAME[EXPERT]``. Tensors that are made otherwise are left out. ``ties``: by the name of a
-        tensor in the model that of the other which it is tied to. ``idle``: names in the files of
-        those that the model computes itself when it is made, or does not use.
+        ``sources``: for each tensor of the model, by name, the stored tensors whose concatenation
+        along the first dimension it is; joined experts have one entry each, ``NAME[EXPERT]``.
+        Tensors that are split or permuted are left out. ``ties``: for each tied tensor of the
+        model, by name, the tensor to which it is tied. ``idle``: stored names of tensors that the
+        model computes itself, or does not use.
 
     Raises:
-        ImportError: transformers is absent, or older than 5.
-        LookupError: The config names no model of transformers.
-        Exception: Whatever transformers raises of a config.
+        ImportError: transformers is not installed, or older than 5.
+        LookupError: transformers does not know the model of the config.
+        Exception: transformers may raise any error for a config.
     """
     import torch  # noqa: PLC0415  (slow to import, as all below)
     import transformers  # noqa: PLC0415
@@ -68,11 +68,11 @@ def naming(folder: str, names: Sequence[str]) -> dict[str, Any]:
 
 
 def naming_in(model: Any, names: Sequence[str]) -> dict[str, Any]:
-    """Return what the tensors of a model of transformers are made of, and which are tied.
+    """Return the sources of a loaded model's tensors, and the tied and unused tensors.
 
     Args:
         model: The model, a ``PreTrainedModel``.
-        names: Of tensors in its files.
+        names: Names of tensors in its files.
 
     Returns:
         As :func:`naming`.
@@ -90,7 +90,7 @@ def naming_in(model: Any, names: Sequence[str]) -> dict[str, Any]:
     converters = [change for change in changes if isinstance(change, WeightConverter)]
     renamings = [change for change in changes if not isinstance(change, WeightConverter)]
     renamed = {name: rename_source_key(name, renamings, converters) for name in names}
-    # The files of a bare model lack the name that it has in one with a head.
+    # The files of a bare model lack the prefix that it has in a model with a head.
     own, prefix = dict(model.named_parameters(remove_duplicate=False)), model.base_model_prefix
     for stored, (name, converter) in renamed.items():
         if name not in own and f"{prefix}.{name}" in own:
@@ -119,7 +119,7 @@ def naming_in(model: Any, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _is_idle(model: Any, name: str) -> bool:
-    """Tell whether a model does not save a tensor, or drops it when it is loaded."""
+    """Return whether a model does not save a tensor, or drops it when it is loaded."""
     module, _, leaf = name.rpartition(".")
     try:
         own = model.get_submodule(module)
@@ -139,4 +139,4 @@ def _operations(converter: Any) -> tuple[tuple[str, object], ...]:
 
 
 if __name__ == "__main__":
-    answer_with(naming)
+    serve(naming)

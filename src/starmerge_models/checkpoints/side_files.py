@@ -1,10 +1,10 @@
-"""The files beside a model's weights that are copied with them: tokenizer, processor, licence.
+"""The side files of a model that are copied with its weights: tokenizer, processor, licence.
 
-A tokenizer's files may have any name, and a list of names would lack one some day: the output would
-load elsewhere, or not at all. So at the top of a folder all files are copied but those that
-:data:`WEIGHT_FILES` and :data:`KEPT_BACK` name, and those too long for anything but weights. In
-folders lie checkpoints of the training, weights in other formats and results of evaluations: from
-there only those files are copied that something in the model names.
+A tokenizer's files may have any name, so a list of names to copy could be incomplete, and the
+output would not load. So all files at the top of a folder are copied, except for those that
+:data:`WEIGHT_FILES` and :data:`KEPT_BACK` match, and files so long that they must be weights.
+Subfolders contain checkpoints of the training, weights in other formats and results of evaluations:
+from subfolders only files are copied that the model's configs name.
 """
 
 from __future__ import annotations
@@ -44,50 +44,50 @@ KEPT_BACK = (
     ),
     *("training_args*", "trainer_log*", "*_results.json", "zero_to_fp32.py", "latest"),
     *("*.log", "*.out", "events.out.tfevents*", "*.jsonl", "*.parquet", "*.arrow"),
-    # What others must not see, and what belongs to a machine or to a repository.
+    # Secrets, and files of a machine or a repository.
     *(".*", "*.pem", "*.key", "*.p12", "*.pfx", "id_rsa*", "id_ed25519*", "*.pyc"),
     *("token", "*secret*", "*credential*"),
     # The card, its pictures, archives.
     "[Rr][Ee][Aa][Dd][Mm][Ee].md",
     *("*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.pdf", "*.mp3", "*.mp4", "*.wav"),
     *("*.zip", "*.tar", "*.tar.*", "*.tgz", "*.7z"),
-    # What a merge has written.
+    # Files of an earlier merge.
     REPORT,
 )
-"""Names of further files that are neither downloaded nor copied."""
+"""Names of other files that are neither downloaded nor copied."""
 
 _OWN = (
     *("config.json", INDEX, "adapter_config.json"),
-    # Of GPTQ and AWQ: settings of weights that are stored as plain ones now.
+    # Settings of GPTQ and AWQ, which do not apply to the plain weights of the output.
     *("quantize_config.json", "quant_config.json"),
 )
-"""Files that are read, and that a merged model gets anew or must not have."""
+"""Files that are read, but that a merge rewrites or leaves out."""
 
 _MOST_BYTES = 256 * 2**20
-"""Longest file that is copied from beside the weights: a longer one holds weights, whatever its
-name says. The longest of tokenizers has some forty megabytes."""
+"""Longest side file that is copied; longer files are treated as weights for any name. The longest
+tokenizers have some forty megabytes."""
 
 TEMPLATES = "additional_chat_templates"
-"""Folder of the chat templates that a tokenizer has beside its default one."""
+"""Folder of a tokenizer's additional chat templates."""
 
 _MODULES = "modules.json"
-"""Where a SentenceTransformer names the folders of its modules."""
+"""File in which a SentenceTransformer lists the folders of its modules."""
 
 _CONFIGS = ("config.json", "tokenizer_config.json", "preprocessor_config.json")
-"""Files whose ``auto_map`` names code of the model's own."""
+"""Files whose ``auto_map`` names custom code of the model."""
 
 PASSED_OVER = ("checkpoint*", "global_step*", "runs", "wandb", "logs", "original", "onnx", ".*")
-"""Names of folders in which no code of the model lies."""
+"""Names of folders that never contain code of the model."""
 
 _DEEPEST = 4
-"""Folders inside each other in which files are looked for."""
+"""Deepest nesting of folders in which files are searched."""
 
 
 def parts(folder: Place) -> list[str]:
-    """Return patterns of the files to copy from folders inside a model's, relative to it.
+    """Return patterns of the files to copy from subfolders of a model, relative to its folder.
 
-    They are those of the modules of a SentenceTransformer, which have weights of their own; further
-    chat templates; and Python files, where a config says that the model has code of its own.
+    They match the modules of a SentenceTransformer, which have separate weights; additional chat
+    templates; and Python files, if a config names custom code.
     """
     found = [f"{TEMPLATES}/*.jinja"]
     modules = _json(folder / _MODULES)
@@ -101,11 +101,10 @@ def parts(folder: Place) -> list[str]:
 
 
 def side_files(folder: Place) -> dict[str, Place]:
-    """Return the files to copy beside merged weights, by their names relative to the folder.
+    """Return the side files to copy, by name relative to the folder.
 
     Raises:
-        StarmergeError: One is a link to a file outside of the model's folder, or has a name that is
-            not UTF-8.
+        StarmergeError: A file is a link out of the model's folder, or has a name that is not UTF-8.
     """
     files = _files(folder)
     left_out = _too_long(files)
@@ -113,12 +112,12 @@ def side_files(folder: Place) -> dict[str, Place]:
 
 
 def too_long(folder: Place) -> list[str]:
-    """Return the names of files that are not copied for their length alone."""
+    """Return the names of files that are not copied only because of their length."""
     return sorted(_too_long(_files(folder)))
 
 
 def _files(folder: Place) -> dict[str, Place]:
-    """Return the files to copy, by their names, as far as names tell."""
+    """Return the files to copy by name, without the check of their length."""
     files = {
         name: folder / name
         for name in storage_of(folder).names(folder)
@@ -135,7 +134,7 @@ def _files(folder: Place) -> dict[str, Place]:
 
 
 def _too_long(files: Mapping[str, Place]) -> set[str]:
-    """Return the names of files too long for anything but weights; modules may have such."""
+    """Return the names of files so long that they must be weights, except for those of modules."""
     return {
         name
         for name, file in files.items()
@@ -144,20 +143,20 @@ def _too_long(files: Mapping[str, Place]) -> set[str]:
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Tell whether a name, or a path with slashes, matches one of some patterns of shells."""
+    """Return whether a name, or a path with slashes, matches one of several glob patterns."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _names_inside(folder: Place, wanted: Iterable[str] = ("*",), place: str = "") -> Iterator[str]:
-    """Yield the files in the folders inside a folder, relative to the model's.
+    """Yield the files in subfolders of a folder, relative to the model's folder.
 
-    A link to a folder is followed only where it is asked for by its name: it may lead to all that
-    the disk holds, or back.
+    Links to folders are only followed if they are requested by name, because a link may lead to the
+    whole disk or form a cycle.
 
     Args:
-        folder: Where to look.
-        wanted: Patterns of the names of its folders to look into.
-        place: The folder, relative to the model's, and a slash; empty for the model's own.
+        folder: The folder to search.
+        wanted: Patterns of the names of subfolders to search.
+        place: The folder's path relative to the model's, with a slash; empty for the model's own.
     """
     storage = storage_of(folder)
     named = [pattern for pattern in wanted if pattern != "*"]
@@ -176,14 +175,14 @@ def _names_inside(folder: Place, wanted: Iterable[str] = ("*",), place: str = ""
 
 
 def _inside(path: str) -> str | None:
-    """Return the path of a folder inside a model's, None for the model's own or one outside."""
+    """Return the path of a subfolder of a model; None for the model's own folder or one outside."""
     pure = PurePosixPath(path)
     is_inside = not pure.is_absolute() and ".." not in pure.parts and pure.parts
     return str(pure) if is_inside else None
 
 
 def _escaped(name: str) -> str:
-    """Return a pattern that matches a name alone."""
+    """Return a pattern that matches exactly this name."""
     return "".join(f"[{character}]" if character in "*?[" else character for character in name)
 
 
@@ -192,7 +191,7 @@ def _has_code(config: Any) -> bool:
 
 
 def _json(file: Place) -> Any:
-    """Return what a JSON file says; None where there is none, or no JSON in it."""
+    """Return the content of a JSON file; None if it does not exist or is not JSON."""
     if not is_file(file):
         return None
     try:
@@ -206,9 +205,10 @@ def _json(file: Place) -> Any:
 
 
 def _check_link(folder: Place, file: Place) -> None:
-    """Refuse a link out of its folder: what it points to would be copied, and perhaps published.
+    """Refuse a link out of its folder, whose target would be copied and perhaps published.
 
-    The Hub's cache is made of links, to files beside the snapshots (``blobs``) under their hashes.
+    The Hub's cache consists of links to files named by their hashes in the folder ``blobs``, which
+    are allowed.
     """
     target = real(file)
     is_cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
@@ -220,7 +220,7 @@ def _check_link(folder: Place, file: Place) -> None:
 
 
 def _check_name(file: Place, name: str) -> None:
-    """Refuse a name that the report, which lists all files, cannot hold."""
+    """Refuse a name that is not UTF-8, which the report could not list."""
     try:
         name.encode()
     except UnicodeEncodeError as error:

@@ -1,8 +1,8 @@
-"""Layers of several models, stacked and renumbered: a base, and fine-tunes that are cut alike.
+"""Stacks of layers of several models: a base, and fine-tunes with the same layers.
 
-Tensors outside of the layers come from the first piece where they stand before the layers, as
-embeddings do, and from the last piece where they stand behind them. ``config.json`` and what else
-stands beside the weights come from the first piece, with the new number of layers.
+Tensors applied before the layers, such as embeddings, come from the first piece, and tensors
+applied after the layers from the last piece. ``config.json``, with the new number of layers, and
+other side files come from the first piece.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from starmerge_models.deltas import Delta
 from starmerge_models.errors import UsageError
 
 _OF_LAYERS = ("layer_types",)
-"""Keys of configs that have an entry for each layer, which each layer brings with it."""
+"""Config keys with an entry for each layer, which is copied with the layer."""
 
 
 class Spot(NamedTuple):
-    """Where a tensor of a stack comes from."""
+    """The origin of a tensor of a stack."""
 
     piece: int
     """The number of the piece."""
     name: str
-    """Its name in the model of that piece."""
+    """The tensor's name in the model of that piece."""
     in_layer: bool
-    """Whether it belongs to one of the layers that are cut."""
+    """Whether it belongs to one of the stacked layers."""
 
 
 @dataclass(frozen=True)
@@ -55,43 +55,43 @@ class StackedBase(Base):
     bases: tuple[Base, ...] = ()
     """The model of each piece."""
     spots: Mapping[str, Spot] = field(default_factory=dict)
-    """Where each tensor comes from."""
+    """The origin of each tensor."""
 
     @property
     def parts(self) -> tuple[Base, ...]:
-        """The models of the pieces, each once."""
+        """The models of the pieces, without duplicates."""
         return tuple({base.source.reference: base for base in self.bases}.values())
 
     def untied(self, head: str, ties: Mapping[str, str]) -> Base:
-        """Return the same stack of models with output layers of their own; see :class:`Base`."""
+        """Return the same stack with untied output layers; see :class:`Base`."""
         bases = [base.untied(head, ties) if base.tied else base for base in self.bases]
         return _stacked(self.pieces, bases, self.notes)
 
 
 @dataclass(frozen=True)
 class StackedModel(Composite):
-    """A model to merge whose layers are those of others; its parts are these, each once."""
+    """A model to merge whose layers come from other models, which are its parts."""
 
     spots: Mapping[str, tuple[FineTune, str]]
-    """For each tensor that some piece changes, the model there and the name in its base."""
+    """For each tensor that a piece changes, the piece's model and the name in its base."""
 
     @property
     def kind(self) -> str:
-        """What it is, for people."""
+        """Description of the kind of model."""
         kinds = dict.fromkeys(part.kind for part in self.parts)
         return f"layers of {', '.join(kinds)}"
 
     @property
     def base_name(self) -> None:
-        """None: its layers may be of several."""
+        """None: the layers may come from several bases."""
 
     @property
     def tensors(self) -> frozenset[str]:
-        """Names of the base's tensors that it changes."""
+        """Names of the base's tensors that the model changes."""
         return frozenset(self.spots)
 
     def inputs(self, tensor: str) -> list[TensorInfo]:
-        """Return what is read for a tensor's delta."""
+        """Return the tensors that are read for a tensor's delta."""
         model, name = self.spots[tensor]
         return model.inputs(name)
 
@@ -101,26 +101,26 @@ class StackedModel(Composite):
         return model.rank(name)
 
     def needs_base(self, tensor: str) -> bool:
-        """Tell whether a tensor's delta is made with the base's weight."""
+        """Return whether a tensor's delta is computed with the base's weight."""
         model, name = self.spots[tensor]
         return model.needs_base(name)
 
     def module(self, tensor: str) -> None:
-        """Return None: its modules have other numbers than those of the adapters."""
+        """Return None: layer numbers differ from those of the adapters."""
 
     def delta(self, tensor: str, base: Tensor | None) -> Delta:
-        """Return a tensor's delta, given the base's tensor where it is needed."""
+        """Return a tensor's delta, given the base's tensor if it is needed."""
         model, name = self.spots[tensor]
         return model.delta(name, base)
 
 
 def bases_of(base: Base) -> tuple[Base, ...]:
-    """Return the models that a base is made of, each once: itself, unless it is a stack."""
+    """Return the models of a stacked base without duplicates, or the base itself."""
     return base.parts if isinstance(base, StackedBase) else (base,)
 
 
 def parts_of(model: FineTune) -> tuple[FineTune, ...]:
-    """Return the models that lie in folders of their own, of which a model to merge is made."""
+    """Return the models with separate folders of which a model to merge consists."""
     if isinstance(model, Composite):
         return tuple(own for part in model.parts for own in parts_of(part))
     return (model,)
@@ -130,11 +130,11 @@ def open_referenced_base(reference: str, *, any_base: bool = False) -> Base:
     """Open a base by its reference: a model, or a stack of layers.
 
     Args:
-        reference: Where it lies.
-        any_base: Stack layers though by their configs they are other functions of their weights.
+        reference: The reference.
+        any_base: Stack layers even if their configs define different functions of the weights.
 
     Raises:
-        UsageError: There are adapters on it; a range of layers does not fit.
+        UsageError: The reference has adapters, or a range of layers does not fit.
         StarmergeError: A file is missing or broken.
     """
     pieces = parse_reference(reference)
@@ -156,19 +156,19 @@ def open_referenced_base(reference: str, *, any_base: bool = False) -> Base:
 def open_referenced_model(
     name: str, reference: str, base: Base, *, any_base: bool = False, common: bool = False
 ) -> FineTune:
-    """Open a model to merge by its reference: any that :func:`parse_reference` reads.
+    """Open a model to merge by any reference that :func:`parse_reference` accepts.
 
-    Where the base is a stack, a model is cut as it is, unless the reference says its own layers.
+    For a stacked base, the same layers are taken of the model, unless the reference gives others.
 
     Args:
-        name: Its name in tables and reports.
-        reference: Where it lies.
-        base: The base it is to be merged into.
+        name: The model's name in tables and reports.
+        reference: The reference.
+        base: The base of the merge.
         any_base: As for :func:`starmerge_models.checkpoints.models.open_model`.
         common: As for :func:`starmerge_models.checkpoints.models.open_model`.
 
     Raises:
-        UsageError: The model is cut otherwise than the base.
+        UsageError: The layers of the model do not correspond to those of the base.
         StarmergeError: As for :func:`starmerge_models.checkpoints.models.open_model`.
     """
     pieces = parse_reference(reference)
@@ -215,10 +215,10 @@ def _compared(bases: Sequence[Base], *, any_base: bool) -> tuple[str, ...]:
     """Compare the configs of the models of a stack.
 
     Returns:
-        A sentence on each model whose layers are functions that the first one's config is not of.
+        A note on each model whose config defines another function than that of the first.
 
     Raises:
-        UsageError: There is one, and that is not asked for.
+        UsageError: There is such a model, and ``any_base`` is not set.
     """
     first, *others = bases
     notes = []
@@ -242,12 +242,12 @@ def _compared(bases: Sequence[Base], *, any_base: bool) -> tuple[str, ...]:
 def _stacked(
     pieces: Sequence[Piece], bases: Sequence[Base], notes: Sequence[str] = ()
 ) -> StackedBase:
-    """Stack pieces of models that have been opened.
+    """Stack pieces of opened models.
 
     Args:
         pieces: The pieces.
-        bases: Their models.
-        notes: Sentences on all of them.
+        bases: The models of the pieces.
+        notes: Notes for the user.
     """
     first, cuts = bases[0], _cuts(pieces)
     config = first.config
@@ -290,7 +290,7 @@ def _stacked(
 
 
 def _cut_like(pieces: Sequence[Piece], base: Base) -> StackedBase:
-    """Cut a base, from its first layer on, into pieces as long as those of a model."""
+    """Split a base, from its first layer, into pieces of the lengths of a model's pieces."""
     own, places = [], defaultdict[str, int](int)
     for cut in _cuts(pieces):
         start = places[cut.part]
@@ -307,10 +307,10 @@ def _cut_like(pieces: Sequence[Piece], base: Base) -> StackedBase:
 
 
 def _layers(base: Base, part: str) -> tuple[str, int, dict[int, list[str]]]:
-    """Return how the names of a part's layers begin, their number, and the tensors of each.
+    """Return the name prefix of a part's layers, their number, and the tensors of each.
 
     Raises:
-        UsageError: There are none, or several stacks of them.
+        UsageError: The part has no layers, or several stacks of layers.
     """
     found: dict[str, dict[int, list[str]]] = {}
     for name in base.checkpoint:
@@ -331,7 +331,7 @@ def _layers(base: Base, part: str) -> tuple[str, int, dict[int, list[str]]]:
 
 
 def _checked_layers(base: Base, first: Base, cut: Cut) -> dict[int, list[str]]:
-    """Return the tensors of each layer of a model, which must be like those of the first one."""
+    """Return the tensors of each layer of a model, after checking them against the first model."""
     family, count, layers = _layers(base, cut.part)
     if cut.stop > count:
         raise UsageError(
@@ -357,7 +357,7 @@ def _checked_layers(base: Base, first: Base, cut: Cut) -> dict[int, list[str]]:
 
 
 def _outside(name: str, base: Base, first: Base) -> str:
-    """Return what a model calls a tensor outside of the layers of the first one."""
+    """Return a model's name for a tensor of the first model outside of its layers."""
     own, shape = name, first.checkpoint[name].shape
     if (
         name not in base.checkpoint
@@ -376,7 +376,7 @@ def _outside(name: str, base: Base, first: Base) -> str:
 
 
 def _index(name: str, family: str) -> int | None:
-    """Return the number of the layer that a tensor belongs to, if it is one of a family."""
+    """Return the layer number of a tensor; None if it is not in a layer of the family."""
     prefix, _, number = layer_of(name).rpartition(".")
     if prefix != family or not number.isdecimal() or OF_ALL_LAYERS in name.split("."):
         return None
@@ -389,7 +389,7 @@ def _rest(name: str) -> str:
 
 
 def _moved(name: str, step: int) -> str:
-    """Return the name of the same tensor some layers further."""
+    """Return a tensor's name with its layer number shifted by ``step``."""
     prefix, _, number = layer_of(name).rpartition(".")
     return f"{prefix}.{int(number) + step}{_rest(name)}"
 

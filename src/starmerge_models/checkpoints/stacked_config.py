@@ -1,4 +1,4 @@
-"""The config of a model whose layers are those of others."""
+"""The config of a stack of layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _COUNTS = {
     "encoder": ("encoder_layers", "num_layers", "num_hidden_layers"),
     "decoder": ("decoder_layers", "num_decoder_layers"),
 }
-"""Keys for the number of layers that depend on the part of the model."""
+"""Keys of the number of layers for each part of a model."""
 
 _ANY_COUNT = (
     "num_hidden_layers",
@@ -22,13 +22,13 @@ _ANY_COUNT = (
     "num_transformer_layers",
     "depth",
 )
-"""The other keys for it."""
+"""Other keys of the number of layers."""
 
 _LISTS = ("layer", "block", "heads", "kv_", "type", "rope", "window", "multiplier", "pattern")
 """Parts of the keys of lists that may have an entry for each layer."""
 
 _INDICES = ("mlp_only_layers", "full_attn_idxs")
-"""Keys of lists of numbers of layers."""
+"""Keys of lists of layer numbers."""
 
 
 def restacked(
@@ -39,18 +39,17 @@ def restacked(
 ) -> dict[str, Any]:
     """Return a config with other layers.
 
-    The number of layers is changed wherever it stands. Lists that have an entry for each layer get
-    that of each layer's own config, or the first config's where that one has no such list.
+    All occurrences of the number of layers are changed. Lists with an entry for each layer get the
+    entry of each layer's own config, or of the first config if that list is missing.
 
     Args:
-        config: Of the first model.
-        part: The part of the model that the layers belong to; empty: the only one that has some.
-        count: How many layers it has.
-        layers: For each layer of the stack, the config of the model that it is of, and its number
-            there.
+        config: Config of the first model.
+        part: The part of the model with the layers; empty if only one part has layers.
+        count: Number of layers of the first model.
+        layers: For each layer of the stack, the config of its model, and its number there.
 
     Raises:
-        UsageError: No key has the number of layers.
+        UsageError: No known key has the number of layers.
     """
     result = copy.deepcopy(dict(config))
     found = False
@@ -76,7 +75,7 @@ def restacked(
 
 
 def _sections(config: Mapping[str, Any], part: str) -> Iterator[str | None]:
-    """Yield the keys of the sections that speak of a part; None for the config itself."""
+    """Yield the keys of the sections about a part; None for the config itself."""
     if part in ("vision", "projector"):
         yield "vision_config"
         return
@@ -86,6 +85,6 @@ def _sections(config: Mapping[str, Any], part: str) -> Iterator[str | None]:
 
 
 def _entry(values: Any, index: int, otherwise: list[Any]) -> Any:
-    """Return an entry of a list of another config, or of the first one's."""
+    """Return an entry of another config's list, or of the first config's."""
     own = values if isinstance(values, list) and index < len(values) else otherwise
     return own[min(index, len(own) - 1)]

@@ -1,7 +1,7 @@
-"""A checkpoint's tensors: stored in its files or computed of such, read one at a time.
+"""A checkpoint's tensors: stored in its files or computed from stored ones, and read lazily.
 
 The headers are read when a checkpoint is opened (:mod:`~starmerge_models.checkpoints.opening`), the
-tensors when they are asked for.
+tensors on request.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ MERGEABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Dtypes of tensors that a merge may change."""
 
 _MAPPED = 2**16
-"""Bytes; what is smaller is read sooner than it is mapped."""
+"""Tensors of fewer bytes are read instead of mapped, which is faster."""
 
 _AHEAD = 2**20
-"""Bytes; what is smaller is not worth a word to the system before it is read."""
+"""Tensors of fewer bytes are not prefetched."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of one tensor before it is read."""
+    """The name, dtype and shape of a tensor, known before its data is read."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     file: Place
     origin: TensorInfo | None = field(default=None, kw_only=True, repr=False)
-    """The tensor of the file, where this is the same under another name, or a part of it."""
+    """The stored tensor, if this is a renamed one or a part of it."""
 
     @property
     def size(self) -> int:
@@ -69,12 +69,12 @@ class TensorInfo:
 
     @property
     def stored(self) -> tuple[TensorInfo, ...]:
-        """The tensors of files that it is read from, under the names that they have there."""
+        """The stored tensors from which it is read, under their names in the files."""
         return (self.origin or self,)
 
     @property
     def is_stored(self) -> bool:
-        """Whether a file holds all of it under its name."""
+        """Whether it is a whole stored tensor under its name in the file."""
         return self.origin is None
 
     @property
@@ -84,7 +84,7 @@ class TensorInfo:
 
     @property
     def bytes_computed(self) -> int:
-        """Bytes of memory that reading it takes, where it is no window of a mapped file."""
+        """Bytes of memory that reading it allocates; 0 if the file is memory-mapped."""
         return 0
 
     def renamed(self, name: str) -> TensorInfo:
@@ -92,15 +92,15 @@ class TensorInfo:
         return replace(self, name=name, origin=self.origin or self)
 
     def rows(self, name: str, start: int, stop: int) -> TensorInfo:
-        """Return some rows, entries of the first dimension, as a tensor of their own.
+        """Return a slice of rows, which are the entries of the first dimension, as a tensor.
 
         Args:
-            name: Its name.
+            name: Name of the new tensor.
             start: The first row.
-            stop: The one after the last.
+            stop: The row after the last.
 
         Raises:
-            NotImplementedError: The tensor lies in no file; only its shape is known.
+            NotImplementedError: The tensor is not stored; only its shape is known.
         """
         raise NotImplementedError(f"{self.name} lies in no file.")
 
@@ -111,16 +111,16 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class StoredTensor(TensorInfo):
-    """A tensor whose entries lie in the file as they are."""
+    """A tensor that is stored in a file without encoding."""
 
     offset: int
     """Position of its first byte in the file."""
     stride: tuple[int, ...] | None = None
-    """Entries from one to the next, along each dimension; None: row after row, without gaps."""
+    """Stride of each dimension in entries; None for a contiguous tensor in row-major order."""
 
     @property
     def extent(self) -> int:
-        """Bytes of the file from its first to its last, with what lies between."""
+        """Bytes of the file from the tensor's first to its last entry, including gaps."""
         if self.stride is None or not self.size:
             return self.nbytes
         steps = zip(self.shape, self.stride, strict=True)
@@ -128,11 +128,11 @@ class StoredTensor(TensorInfo):
 
     @property
     def bytes_computed(self) -> int:
-        """Its bytes, where the file is not mapped into memory but fetched."""
+        """The tensor's bytes if the file is remote; 0 if it is memory-mapped."""
         return 0 if storage_of(self.file).is_mapped else self.extent
 
     def rows(self, name: str, start: int, stop: int) -> StoredTensor:
-        """Return some rows; their bytes lie in the file as they are."""
+        """Return a slice of rows, which is a stored tensor too."""
         step = self.stride[0] if self.stride else math.prod(self.shape[1:])
         return replace(
             self,
@@ -150,12 +150,12 @@ class StoredTensor(TensorInfo):
 
 @dataclass(frozen=True)
 class UnpackedTensor(TensorInfo):
-    """A tensor of a ``.bin`` file that was compressed, and is held in memory."""
+    """A tensor of a compressed ``.bin`` file, which is held in memory."""
 
     tensor: Tensor
 
     def rows(self, name: str, start: int, stop: int) -> TensorInfo:
-        """Return some rows of the tensor in memory."""
+        """Return a slice of rows of the tensor in memory."""
         shape = (stop - start, *self.shape[1:])
         tensor = self.tensor[start:stop]
         return replace(self, name=name, shape=shape, tensor=tensor, origin=self.origin or self)
@@ -166,29 +166,29 @@ class UnpackedTensor(TensorInfo):
         return replace(self, name=name, shape=self.shape[1:], tensor=tensor, origin=origin)
 
 
-class Way(Protocol):
-    """How a derived tensor is computed; it can be pickled."""
+class Computation(Protocol):
+    """The picklable function that computes a derived tensor."""
 
     def __call__(self, *parts: Tensor) -> Tensor:
-        """Return the tensor, in the dtype and shape that were announced.
+        """Return the tensor, in its declared dtype and shape.
 
         Args:
-            parts: What it is made of, as stored; not to be written to.
+            parts: The tensors from which it is computed, read-only.
         """
 
 
 @dataclass(frozen=True)
 class Derived(TensorInfo):
-    """A tensor that is computed of others when it is read, and lies in no file as it is."""
+    """A tensor that is not stored but computed lazily from other tensors."""
 
     parts: tuple[TensorInfo, ...]
-    """What it is made of; :attr:`file` is that of the first."""
-    way: Way
+    """The tensors from which it is computed; :attr:`file` is that of the first."""
+    computation: Computation
     is_stored = False
 
     @property
     def stored(self) -> tuple[TensorInfo, ...]:
-        """The tensors of files that it is read from, each once."""
+        """The stored tensors from which it is computed, without duplicates."""
         return stored_of(self.parts)
 
     @property
@@ -198,7 +198,7 @@ class Derived(TensorInfo):
 
     @property
     def bytes_computed(self) -> int:
-        """Its own bytes, and those of parts that are computed."""
+        """The tensor's bytes, and those of computed parts."""
         return self.nbytes + sum(part.bytes_computed for part in self.parts)
 
     def renamed(self, name: str) -> TensorInfo:
@@ -206,54 +206,54 @@ class Derived(TensorInfo):
         return replace(self, name=name)
 
     def rows(self, name: str, start: int, stop: int) -> TensorInfo:
-        """Return some rows; all of the tensor is computed for them."""
+        """Return a slice of rows; reading it computes the whole tensor."""
         shape = (stop - start, *self.shape[1:])
         return Derived(name, self.dtype, shape, self.file, (self,), RowsOf(start, stop))
 
     def item(self, name: str, index: int) -> TensorInfo:
-        """Return one entry of the first dimension; all of the tensor is computed for it."""
+        """Return one entry of the first dimension; reading it computes the whole tensor."""
         return Derived(name, self.dtype, self.shape[1:], self.file, (self,), RowsOf(index, None))
 
 
 @dataclass(frozen=True)
 class RowsOf:
-    """Some entries of the first dimension; or one, without that dimension.
+    """A slice of the first dimension, or one entry without that dimension.
 
     Args:
-        start: The first.
-        stop: The one after the last; None: only the first.
+        start: The first entry.
+        stop: The entry after the last; None for the single entry ``start``.
     """
 
     start: int
     stop: int | None
 
     def __call__(self, *parts: Tensor) -> Tensor:
-        """Return them, of the one part."""
+        """Return the slice or entry of the single part."""
         (whole,) = parts
         return whole[self.start] if self.stop is None else whole[self.start : self.stop]
 
 
 @dataclass(frozen=True)
 class Joined:
-    """Tensors one below the other, joined along the first dimension."""
+    """The concatenation of tensors along the first dimension."""
 
     def __call__(self, *parts: Tensor) -> Tensor:
-        """Return one tensor of all rows."""
+        """Return the concatenated tensor."""
         return torch.cat(parts)
 
 
 def stored_of(tensors: Iterable[TensorInfo]) -> tuple[TensorInfo, ...]:
-    """Return the tensors of files that some tensors are read from, each once, in their order."""
+    """Return the stored tensors from which tensors are read, in order, without duplicates."""
     found = {(own.file, own.name): own for tensor in tensors for own in tensor.stored}
     return tuple(found.values())
 
 
 def joined(name: str, parts: Sequence[TensorInfo]) -> TensorInfo:
-    """Return tensors one below the other as one, of the widest dtype among theirs.
+    """Return the lazy concatenation of tensors along the first dimension, in the widest dtype.
 
     Args:
-        name: Its name.
-        parts: They differ in the first dimension at most; one alone is only renamed.
+        name: Name of the new tensor.
+        parts: Tensors that differ in the first dimension at most; a single one is only renamed.
     """
     if len(parts) == 1:
         return parts[0].renamed(name)
@@ -266,10 +266,10 @@ class Checkpoint(Mapping[str, TensorInfo]):
     """The tensors of a folder, single-file or sharded, by name and in the order of the files.
 
     Args:
-        tensors: What the headers say.
-        mapped: Whether tensors are mapped into memory rather than read. Each that is in use then
-            takes a file descriptor: not for hundreds of adapters.
-        metadata: The texts that the header of a single safetensors file holds beside its tensors.
+        tensors: The tensors, from the headers.
+        mapped: Whether tensors are memory-mapped instead of read. Each mapped tensor in use takes a
+            file descriptor, which is too many for hundreds of adapters.
+        metadata: The metadata in the header of a single safetensors file.
     """
 
     def __init__(
@@ -283,7 +283,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         self._mapped = mapped
         self.metadata = dict(metadata or {})
         self.opened = self
-        """The checkpoint with the tensors that its files have, under their names there."""
+        """The original checkpoint, with the stored tensors under their names in the files."""
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
@@ -299,7 +299,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     @property
     def files(self) -> list[Place]:
-        """The files that hold the tensors, or what they are computed of."""
+        """The files of the tensors, or of those from which they are computed."""
         stored = (own for tensor in self._tensors.values() for own in tensor.stored)
         return list(dict.fromkeys(own.file for own in stored))
 
@@ -314,15 +314,14 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return view
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor, in the dtype it is stored in.
+        """Return one tensor in its stored dtype.
 
-        A large tensor of a model is a window of its file, mapped into memory: what is not looked
-        at is not read, and what was read takes no memory that the system could not have back. It is
-        not to be written to. If the file is cut off while it is looked at, the system ends the
-        process.
+        A large tensor of a model is memory-mapped: only accessed pages are read, and the system can
+        reclaim their memory. The caller must not write to it. If the file is truncated while it is
+        accessed, the system kills the process.
 
         Raises:
-            StarmergeError: The file is shorter than it was.
+            StarmergeError: The file has become shorter.
         """
         return read_tensor(self._tensors[name], mapped=self._mapped)
 
@@ -332,7 +331,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         Args:
             name: The tensor.
             target: The file.
-            offset: Where the first byte goes.
+            offset: Position of the first byte in the target.
 
         Raises:
             StarmergeError: The file ends early.
@@ -352,15 +351,15 @@ def read_tensor(info: TensorInfo, *, mapped: bool = True) -> Tensor:
 
     Args:
         info: The tensor.
-        mapped: Whether it is mapped into memory rather than read, if it is large.
+        mapped: Whether a large tensor is memory-mapped instead of read.
 
     Raises:
-        StarmergeError: The file is shorter than it was.
+        StarmergeError: The file has become shorter.
     """
     if isinstance(info, UnpackedTensor):
         return info.tensor
     if isinstance(info, Derived):
-        return info.way(*(read_tensor(part, mapped=mapped) for part in info.parts))
+        return info.computation(*(read_tensor(part, mapped=mapped) for part in info.parts))
     if not isinstance(info, StoredTensor):
         raise TypeError(f"{info.name} lies in no file.")
     if not info.size:
@@ -373,7 +372,7 @@ def read_tensor(info: TensorInfo, *, mapped: bool = True) -> Tensor:
 
 
 def prefetch(info: TensorInfo) -> None:
-    """Tell the storage that a tensor will soon be read."""
+    """Let the storage prefetch a tensor that will be read soon."""
     if isinstance(info, Derived):
         for part in info.parts:
             prefetch(part)
@@ -382,14 +381,14 @@ def prefetch(info: TensorInfo) -> None:
 
 
 def _content(info: StoredTensor, *, mapped: bool) -> memoryview:
-    """Return a tensor's bytes: mapped into memory, or read."""
+    """Return a tensor's bytes, memory-mapped or read."""
     storage = storage_of(info.file)
     fetch = storage.window if mapped else storage.read
     try:
         content = fetch(info.file, info.offset, info.extent)
     except ShortFileError as error:
         raise _ends_early(info) from error
-    # Files of others may begin a tensor at any byte; arithmetic wants numbers where they belong.
+    # A tensor may start at any byte of a file, but arithmetic requires aligned memory.
     is_aligned = not mapped or info.offset % info.dtype.itemsize == 0
     return content if is_aligned else memoryview(bytearray(content))
 
@@ -399,5 +398,5 @@ def _ends_early(info: TensorInfo) -> StarmergeError:
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """Return the memory of a contiguous CPU tensor as bytes, sharing it."""
+    """Return a view of the memory of a contiguous CPU tensor as bytes."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data

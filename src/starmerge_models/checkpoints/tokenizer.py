@@ -1,4 +1,4 @@
-"""The tokenizer beside a model's weights: its tokens and chat templates, read as plain JSON.
+"""The tokenizer of a model: its tokens and chat templates, read as plain JSON.
 
 The format of ``tokenizer.json`` is that of github.com/huggingface/tokenizers: ``model.vocab`` has
 the vocabulary that was trained, ``added_tokens`` the tokens that were added to it since. The other
@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
 
-from starmerge_models.checkpoints.hashing import remembered_blake3_of
+from starmerge_models.checkpoints.hashing import cached_blake3_of
 from starmerge_models.checkpoints.side_files import TEMPLATES, matches, side_files
 from starmerge_models.checkpoints.writer import json_bytes
 from starmerge_models.errors import StarmergeError
@@ -35,7 +35,7 @@ FILES = (
     *("*.tiktoken", "vocab*", "merges.txt", "*.bpe", "bpe.codes", "dict.txt", "tekken.json"),
     *("prophetnet.tokenizer", "emoji.json", "normalizer.json", *TEMPLATE_FILES),
 )
-"""Patterns of the files that belong to a tokenizer, its chat templates among them."""
+"""Patterns of a tokenizer's files, including its chat templates."""
 
 ROLES = (
     "bos_token",
@@ -46,7 +46,7 @@ ROLES = (
     "cls_token",
     "mask_token",
 )
-"""Keys of a tokenizer's config that name a token for a purpose."""
+"""Keys of special tokens in a tokenizer's config."""
 
 _LOOKED_FOR = {
     "single_word": False,
@@ -55,10 +55,10 @@ _LOOKED_FOR = {
     "normalized": False,
     "special": True,
 }
-"""How an added token is looked for in a text where nothing is said of it."""
+"""Default options for matching an added token in a text."""
 
 _SPELLED = ("content", *_LOOKED_FOR)
-"""Keys of a token in a tokenizer's config, which has its id apart."""
+"""Keys of a token in a tokenizer's config, in which the id is stored separately."""
 
 _TEMPLATE_NAME = re.compile(r"\w[\w. -]{0,99}")
 
@@ -66,48 +66,47 @@ _MOST_BYTES = 2**20
 """Longest chat template."""
 
 _MOST_LISTED = 64 * 2**20
-"""Longest list of tokens, bytes."""
+"""Longest list of tokens in bytes."""
 
 _MOST_TOKENS = 10**7
-"""Bound of ids. The largest vocabularies have a million tokens."""
+"""Upper bound of ids. The largest vocabularies have a million tokens."""
 
 _LONGEST_ID = 18
-"""Digits of an id that are read as a number."""
+"""Most digits of an id."""
 
 _SHOWN = 6
-"""Most tokens that a sentence names."""
+"""Most tokens that a message names."""
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """The files of a tokenizer, which are read when something of them is asked for.
+    """The files of a tokenizer, which are read lazily.
 
-    Every property raises a :class:`StarmergeError` where a file is broken, or says what no
-    tokenizer says.
+    Every property raises a :class:`StarmergeError` if a file is broken or has invalid content.
     """
 
     folder: Place
     names: tuple[str, ...]
-    """Its files, relative to the folder."""
+    """The files, relative to the folder."""
 
     @cached_property
     def content(self) -> dict[str, Any]:
-        """``tokenizer.json``; empty where there is none."""
+        """``tokenizer.json``; empty if it does not exist."""
         return _object(self.folder / TOKENIZER)
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """``tokenizer_config.json``; empty where there is none."""
+        """``tokenizer_config.json``; empty if it does not exist."""
         return _object(self.folder / CONFIG)
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:
-        """Ids by token, of the vocabulary that was trained; empty where no JSON file says it."""
+        """Ids by token of the trained vocabulary; empty if no JSON file contains it."""
         return _vocabulary(self.folder / TOKENIZER, self.content)
 
     @cached_property
     def added(self) -> dict[str, dict[str, Any]]:
-        """Tokens that were added, by their text: ``id`` and how they are looked for."""
+        """Added tokens by their text, with ``id`` and options for matching."""
         return _added(self.folder, self.content, self.config)
 
     @cached_property
@@ -117,7 +116,7 @@ class Tokenizer:
 
     @cached_property
     def _listed(self) -> set[str]:
-        """Tokens that the files of a slow tokenizer list: of byte-pairs or of word pieces."""
+        """Tokens in the files of a slow tokenizer, of byte pairs or word pieces."""
         found = set(_object(self.folder / "vocab.json"))
         if is_file(self.folder / "vocab.txt"):
             found.update(read_text(self.folder / "vocab.txt", _MOST_LISTED).split("\n"))
@@ -125,7 +124,7 @@ class Tokenizer:
 
     @cached_property
     def roles(self) -> dict[str, str]:
-        """Tokens by their purpose, such as ``eos_token``."""
+        """Special tokens by purpose, such as ``eos_token``."""
         special = _object(self.folder / "special_tokens_map.json")
         return {
             role: token
@@ -136,39 +135,39 @@ class Tokenizer:
 
     @cached_property
     def templates(self) -> dict[str, str]:
-        """Chat templates by name; that of the file without a name is called "default"."""
+        """Chat templates by name; the unnamed one is called "default"."""
         return _templates(self.folder, self.names, self.config)
 
     @cached_property
     def _digests(self) -> dict[str, str]:
-        """BLAKE3 of the files that say its tokens, by name."""
-        return {file.name: remembered_blake3_of(file) for file in self.token_files}
+        """BLAKE3 of the files with tokens, by name."""
+        return {file.name: cached_blake3_of(file) for file in self.token_files}
 
     @property
     def token_files(self) -> list[Place]:
-        """The files that say its tokens: ``tokenizer.json``, or all where it is not."""
+        """The files with tokens: ``tokenizer.json``, or all files without it."""
         own = [TOKENIZER] if TOKENIZER in self.names else self.names
         return [self.folder / name for name in own if not matches(name, TEMPLATE_FILES)]
 
     @property
     def template_files(self) -> list[Place]:
-        """The files that say its chat templates."""
+        """The files with chat templates."""
         own = (CONFIG, *TEMPLATE_FILES)
         return [self.folder / name for name in self.names if matches(name, own)]
 
     def has_same_files(self, other: Tokenizer) -> bool:
-        """Tell whether another tokenizer has the same tokens, as its files are the same."""
+        """Return whether another tokenizer has the same files with tokens."""
         return self._digests == other._digests
 
     def tells(self, other: Tokenizer) -> bool:
-        """Tell whether it is known which tokens of another tokenizer are this one's."""
+        """Return whether the tokens of both tokenizers are known well enough to compare them."""
         return self.has_same_files(other) or bool(self.vocabulary and other.vocabulary)
 
     def lacks(self, other: Tokenizer) -> dict[str, int]:
-        """Return the tokens of another tokenizer that this one does not have, with their ids there.
+        """Return the tokens of another tokenizer that this one lacks, with the other's ids.
 
-        Where ``tokenizer.json`` does not have the vocabulary of one of them, added tokens are
-        compared: those that are beyond the other's trained vocabulary, if that is known.
+        If the vocabulary of one of them is unknown, only added tokens are compared, without those
+        in the other's trained vocabulary, if that is known.
         """
         ours = {*self.tokens, *(() if self.vocabulary else self._listed)}
         if self.has_same_files(other) or not (ours or other.vocabulary):
@@ -179,7 +178,7 @@ class Tokenizer:
         return {token: number for token, number in theirs.items() if token not in ours}
 
     def moved(self, other: Tokenizer) -> dict[str, int]:
-        """Return the tokens to which another tokenizer gives another id, with their ids there."""
+        """Return the tokens with a different id in another tokenizer, with the other's ids."""
         if self.has_same_files(other):
             return {}
         ours = self.tokens
@@ -187,9 +186,9 @@ class Tokenizer:
 
 
 def open_tokenizer(folder: Place) -> Tokenizer | None:
-    """Return the tokenizer in a folder, of which no file has been read; None if there is none.
+    """Return the tokenizer of a folder without reading its files; None if there is none.
 
-    An adapter that is one file has none.
+    An adapter that is a single file has no tokenizer.
     """
     storage = storage_of(folder)
     if not storage.is_folder(folder):
@@ -201,12 +200,12 @@ def open_tokenizer(folder: Place) -> Tokenizer | None:
 
 
 def _vocabulary(file: Place, content: Mapping[str, Any]) -> dict[str, int]:
-    """Return the trained vocabulary that a ``tokenizer.json`` says, ids by token.
+    """Return the trained vocabulary of a ``tokenizer.json``, as ids by token.
 
-    Unigram models have a list of tokens with their scores, in the order of the ids.
+    Unigram models have a list of tokens with scores, in the order of the ids.
 
     Raises:
-        StarmergeError: It is neither a mapping nor a list.
+        StarmergeError: The vocabulary is neither a mapping nor a list.
     """
     model = content.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
@@ -222,17 +221,17 @@ def _vocabulary(file: Place, content: Mapping[str, Any]) -> dict[str, int]:
 
 
 def named(tokens: Iterable[str]) -> str:
-    """Return some tokens as text, the first few of them by name."""
+    """Return a text that names the first few of some tokens."""
     listed = list(tokens)
     shown = ", ".join(repr(token)[1:-1] for token in listed[:_SHOWN])
     return shown + (f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else "")
 
 
 def files_of(folder: Place) -> dict[str, Place]:
-    """Return a tokenizer's files, by their names relative to the folder.
+    """Return a tokenizer's files, by name relative to the folder.
 
     Raises:
-        StarmergeError: One is a link out of the folder, or has a name that is not UTF-8.
+        StarmergeError: A file is a link out of the folder, or has a name that is not UTF-8.
     """
     return {name: file for name, file in side_files(folder).items() if matches(name, FILES)}
 
@@ -240,12 +239,12 @@ def files_of(folder: Place) -> dict[str, Place]:
 def with_tokens(
     tokenizer: Tokenizer, entries: Sequence[Mapping[str, Any]]
 ) -> dict[str, Place | bytes | None]:
-    """Return the files of a tokenizer that change when tokens are added, by their names.
+    """Return the files of a tokenizer that change when tokens are added, by name.
 
     Args:
         tokenizer: The tokenizer.
-        entries: Of the tokens, as ``tokenizer.json`` has them: ``id``, ``content`` and how they are
-            looked for; their ids follow on those that it has.
+        entries: The tokens in the format of ``tokenizer.json``: ``id``, ``content`` and options for
+            matching; the ids continue those of the tokenizer.
     """
     ordered = sorted(({**_LOOKED_FOR, **entry} for entry in entries), key=lambda own: own["id"])
     listed = [*(tokenizer.content.get("added_tokens") or []), *ordered]
@@ -266,14 +265,14 @@ def with_tokens(
 def with_templates(
     files: Mapping[str, Place | bytes], templates: Mapping[str, str]
 ) -> dict[str, Place | bytes | None]:
-    """Return the files that change when a tokenizer gets other chat templates, by their names.
+    """Return the files that change when a tokenizer gets other chat templates, by name.
 
     Args:
-        files: Those beside the output's weights.
+        files: The side files of the output.
         templates: Chat templates by name.
 
     Raises:
-        StarmergeError: A name cannot be that of a file.
+        StarmergeError: A name is not valid for a file.
     """
     changed: dict[str, Place | bytes | None] = {
         name: None for name in files if matches(name, TEMPLATE_FILES)
@@ -298,7 +297,7 @@ def with_templates(
 def _added(
     folder: Place, content: Mapping[str, Any], config: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Return the tokens that were added, of all files that list some."""
+    """Return the added tokens of all files that contain some."""
     found: dict[str, dict[str, Any]] = {}
     for token, number in _object(folder / ADDED).items():
         found[token] = {"id": number, "content": token}
@@ -322,7 +321,7 @@ def _added(
 
 
 def _templates(folder: Place, names: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the chat templates by name; files count before the config."""
+    """Return the chat templates by name; files take precedence over the config."""
     found: dict[str, str] = {}
     for part in (_object(folder / "chat_template.json"), config):
         given = part.get("chat_template")
@@ -343,11 +342,11 @@ def _is_id(number: Any) -> bool:
 
 
 def _text(token: Any) -> str | None:
-    """Return a token that a config gives as text, or as an object with its content."""
+    """Return the text of a token, given as text or as an object with its content."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
 
 
 def _object(file: Place) -> dict[str, Any]:
-    """Return a JSON object, an empty one where there is no such file."""
+    """Return the JSON object in a file; empty if the file does not exist."""
     return read_json(file) if is_file(file) else {}

@@ -1,4 +1,4 @@
-"""What adapters tell of their base, where its weights are not needed."""
+"""An unknown base: shapes and names that follow from the adapters, without weights."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.storage import Place
 
 _MOST_ENTRIES = 2**34
-"""Entries of a dense update. The factors of a LoKr of a few kilobytes may claim any number."""
+"""Most entries of a dense update, because small factors of LoKr can describe a huge matrix."""
 
 
 class _Shapes(Checkpoint):
-    """Names and shapes of tensors that lie nowhere."""
+    """A checkpoint of names and shapes without data."""
 
     def __init__(self, tensors: dict[str, TensorInfo]) -> None:
         super().__init__([], mapped=False)
@@ -34,41 +34,41 @@ class _Shapes(Checkpoint):
 
     @property
     def files(self) -> list[Place]:
-        """None."""
+        """An empty list."""
         return []
 
     def read(self, name: str) -> Tensor:
-        """Refuse.
+        """Raise an error, because there are no weights.
 
         Raises:
-            StarmergeError: Always: there are no weights.
+            StarmergeError: Always.
         """
         raise StarmergeError(f"The base's weight {name} is needed, and no base was given.")
 
 
 @dataclass(frozen=True)
 class UnknownBase(Base):
-    """A base of which only the shapes of what adapters change are known.
+    """A base of which only the shapes of the adapted weights are known.
 
-    Linear weights stand as (out, in), as PEFT has them, whatever the base's files do.
+    Linear weights are (out, in), as in PEFT, for any layout of the base's files.
     """
 
     has_weights: ClassVar[bool] = False
 
 
 def unknown_base(sources: Sequence[Source], *, any_base: bool = False) -> Base:
-    """Put together what adapters tell of their base: its name, and the weights that they change.
+    """Collect the name of the base and the shapes of its weights from adapters.
 
-    The base's config is read if the adapters name a folder that is there, or a model of which the
-    Hub's cache has it; nothing is fetched.
+    The base's config is read if the adapters name an existing folder or a model in the Hub's cache;
+    nothing is downloaded.
 
     Args:
         sources: The adapters.
         any_base: Accept adapters of different bases.
 
     Raises:
-        UsageError: A model is no adapter; the adapters name different bases, or the layers of one
-            base differently.
+        UsageError: A model is not an adapter; the adapters name different bases, or use different
+            names for the layers of one base.
         StarmergeError: A file is broken; two adapters disagree on the shape of a weight.
     """
     names: dict[str, AdapterConfig] = {}
@@ -124,7 +124,7 @@ def unknown_base(sources: Sequence[Source], *, any_base: bool = False) -> Base:
 
 
 def _check_one_model(source: Source, names: Iterable[str], known: Mapping[str, Source]) -> None:
-    """Refuse names of which nothing tells whether they lack a prefix that the known ones have."""
+    """Refuse names that may or may not be known names without a prefix."""
     ours, theirs = ({family_of(name): name for name in each} for each in (names, known))
     for layers, name in ours.items():
         for others, other in theirs.items():

@@ -1,7 +1,7 @@
-"""Tables with a row for each token: which tensors they are, and their rows in another order.
+"""Token tables, and the reordering of their rows for another tokenizer.
 
-Models whose tokenizers differ have their rows in different places. Before they can be subtracted
-and merged, the rows of each are brought into the order of the merged model's tokens.
+Models with different tokenizers have different rows for the same token. Before such tables are
+subtracted and merged, the rows of each are reordered to the tokens of the merged model.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from starmerge_models.deltas import Delta, Dense, LowRank
 from starmerge_models.errors import UsageError
 
 ABSENT = -1
-"""Stands for the row of a token that a table does not have."""
+"""Row number of a token that a table lacks."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenRows:
-    """Rows of several tables, as one table.
+    """A table whose rows are gathered from several tables.
 
-    A row that several tables give is their mean, taken in float64; one that no table gives is the
-    mean of all rows of the first, as for tokens that were never trained. Rows of one table keep
-    their bits, but for a change of dtype.
+    A row that several tables have is their mean, computed in float64; a row that no table has is
+    the mean of all rows of the first table, as for untrained tokens. Rows of a single table are
+    copied exactly, up to a change of dtype.
 
     Args:
-        rows: For each table the numbers of its rows, (n,) int64; :data:`ABSENT` where it has none.
-        dtype: That of the result.
+        rows: For each table the number of its row for each token, (n,) int64; :data:`ABSENT` for
+            none.
+        dtype: Dtype of the result.
     """
 
     rows: tuple[Tensor, ...]
@@ -59,17 +60,17 @@ class TokenRows:
 
 @dataclass(frozen=True, eq=False)
 class _OtherTokens:
-    """The change of a table, with its rows in the order of other tokens; others are not changed."""
+    """The change of a table with its rows reordered to other tokens; absent rows do not change."""
 
     change: Change
     rows: Tensor
-    """Its own row for each, (n,) int64, :data:`ABSENT` where it has none."""
+    """The row of the original change for each token, (n,) int64; :data:`ABSENT` for none."""
     is_embedding: bool
-    """Whether the table is the change's transpose."""
+    """Whether the table is the transpose of the change."""
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The tensors that it is made of."""
+        """Keys of the stored tensors."""
         return self.change.keys
 
     @property
@@ -80,11 +81,11 @@ class _OtherTokens:
 
     @property
     def rank(self) -> int | None:
-        """That of the change."""
+        """The rank of the original change."""
         return self.change.rank
 
     def delta(self, read: Read) -> Delta:
-        """Return the change, with zeros where it has no row."""
+        """Return the change, with zeros for absent rows."""
         delta = self.change.delta(read)
         if isinstance(delta, LowRank):
             if self.is_embedding:
@@ -102,30 +103,30 @@ class _OtherTokens:
 def table(
     name: str, parts: Sequence[TensorInfo], rows: Sequence[Tensor], dtype: torch.dtype
 ) -> TensorInfo:
-    """Return rows of several tables as one tensor; see :class:`TokenRows`.
+    """Return rows of several tables as one lazy tensor; see :class:`TokenRows`.
 
     Args:
-        name: Its name.
-        parts: The tables, which differ in their number of rows at most.
-        rows: For each of them its rows, (n,) int64.
-        dtype: Its dtype.
+        name: Name of the new tensor.
+        parts: The tables, which differ at most in their number of rows.
+        rows: For each table its rows, (n,) int64.
+        dtype: Dtype of the new tensor.
     """
     shape = (len(rows[0]), *parts[0].shape[1:])
     return Derived(name, dtype, shape, parts[0].file, tuple(parts), TokenRows(tuple(rows), dtype))
 
 
 def with_tables(checkpoint: Checkpoint, tables: Mapping[str, TensorInfo]) -> Checkpoint:
-    """Return a checkpoint with some of its entries exchanged, in their order."""
+    """Return a checkpoint with some of its entries replaced, in the same order."""
     return checkpoint.viewed(tables.get(name, info) for name, info in checkpoint.items())
 
 
 def without_tables(model: FinetunedModel, names: Collection[str]) -> FinetunedModel:
-    """Return a fine-tune that leaves some of the base's tables as they are."""
+    """Return a fine-tune that does not change some of the base's tables."""
     return replace(model, found={n: info for n, info in model.found.items() if n not in names})
 
 
 def own_table(model: FineTune, name: str) -> TensorInfo | None:
-    """Return a model's own table for a tensor of the base, if it has one that is whole."""
+    """Return a model's whole table for a tensor of the base; None if it has none."""
     if isinstance(model, FinetunedModel):
         return model.found.get(name)
     if isinstance(model, Adapter) and name in model.replacements:
@@ -134,7 +135,7 @@ def own_table(model: FineTune, name: str) -> TensorInfo | None:
 
 
 def _copied_table(model: FineTune, name: str) -> TensorInfo | None:
-    """Return the base's table as a model was trained with it, if it comes with another one."""
+    """Return an adapter's copy of the base's table, if it has one of another size."""
     if isinstance(model, Adapter) and name in model.copies:
         return model.checkpoint[model.copies[name]]
     return None
@@ -143,19 +144,18 @@ def _copied_table(model: FineTune, name: str) -> TensorInfo | None:
 def donor_rows(
     model: FineTune, base: Base, name: str, numbers: Sequence[int]
 ) -> tuple[TensorInfo, list[int]]:
-    """Return what has some rows of a model for a tensor of the base, and where they are in it.
+    """Return a table with given rows of a model's token table, and their numbers in it.
 
-    A model that does not change the tensor has the base's rows, and those it was trained with.
+    A model that does not change the tensor has the rows of the base, or of its copy of the table.
 
     Args:
-        model: The model, with its rows where its own tokenizer has them.
-        base: The base, likewise.
+        model: The model, with rows in the order of its own tokenizer.
+        base: The base, with rows in the order of its own tokenizer.
         name: The tensor.
         numbers: The model's rows.
 
     Returns:
-        A table, and for each of the rows its number there; :data:`ABSENT` where there is no such
-        row.
+        A table, and the number of each row in it; :data:`ABSENT` if the row does not exist.
     """
     own, ours = own_table(model, name), _copied_table(model, name) or base.checkpoint[name]
     if own is not None or not isinstance(model, Adapter) or name not in model.updates:
@@ -176,12 +176,12 @@ def donor_rows(
 
 @dataclass(frozen=True, eq=False)
 class _AdaptedRows:
-    """Rows of a table with an adapter's change.
+    """Rows of a table with an adapter's change added.
 
     Args:
-        change: The change, of an embedding the transpose of the table's.
-        rows: Their numbers, (k,) int64; :data:`ABSENT` for any.
-        is_embedding: Whether the table is an embedding's.
+        change: The change; for an embedding, the transpose of the table's change.
+        rows: Numbers of the rows, (k,) int64; :data:`ABSENT` for arbitrary rows.
+        is_embedding: Whether the table is that of an embedding.
     """
 
     change: Change
@@ -189,7 +189,7 @@ class _AdaptedRows:
     is_embedding: bool
 
     def __call__(self, *parts: Tensor) -> Tensor:
-        """Return the rows, (k, …), of the table and of what the change is made of."""
+        """Return the rows, (k, …), from the table and the stored tensors of the change."""
         table, *stored = parts
         read = dict(zip(self.change.keys, stored, strict=True)).__getitem__
         rows = self.rows.clamp(min=0)
@@ -199,10 +199,10 @@ class _AdaptedRows:
 
 
 def count_rows(model: FineTune, names: Iterable[str]) -> int | None:
-    """Return how many rows a model has in some tables of the base; None if it changes none.
+    """Return the number of rows of a model's token tables; None if it changes none of them.
 
     Raises:
-        UsageError: Its tables differ in that.
+        UsageError: The tables have different numbers of rows.
     """
     counts: dict[int, str] = {}
     for name in (name for name in names if name in model.tensors):
@@ -224,16 +224,16 @@ def count_rows(model: FineTune, names: Iterable[str]) -> int | None:
 
 
 def rearranged(model: FineTune, base: Base, names: Iterable[str], rows: Tensor) -> FineTune:
-    """Return a model with the rows of its tables in the order of the merged model's tokens.
+    """Return a model with the rows of its tables reordered to the merged model's tokens.
 
     Args:
         model: The model.
         base: The base, whose tables are in that order.
-        names: Its tables.
-        rows: The model's row for each token, (n,) int64; :data:`ABSENT` where it is the base's.
+        names: Names of the tables.
+        rows: The model's row for each token, (n,) int64; :data:`ABSENT` for the base's row.
 
     Raises:
-        UsageError: The model is of a kind whose rows cannot be moved.
+        UsageError: The model is of a kind whose rows cannot be reordered.
     """
     changed = [name for name in names if name in model.tensors]
     if not changed:

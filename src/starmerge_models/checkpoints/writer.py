@@ -1,4 +1,4 @@
-"""Writing a model: shards, tensor by tensor."""
+"""Writer of safetensors shards, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from blake3 import blake3
 from torch import Tensor
 
 from starmerge_models.checkpoints.experts import name_in_file
-from starmerge_models.checkpoints.hashing import remembered_blake3_of_tensor
+from starmerge_models.checkpoints.hashing import cached_blake3_of_tensor
 from starmerge_models.checkpoints.tensors import DTYPE_CODES, Checkpoint, raw_bytes
 from starmerge_models.storage import OutputFile, OutputFolder
 from starmerge_models.storage.storage import ShortFileError
 from starmerge_models.storage.write_behind import WriteBehind
 
 SHARD_BYTES = 5 * 10**9
-"""Largest shard, as transformers writes them; a larger tensor gets a shard of its own."""
+"""Largest shard, as in transformers; a larger tensor gets its own shard."""
 
 _PIECE = 2**23
-"""Bytes that are read back at once."""
+"""Bytes of one read for hashing written data."""
 
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor as it will be written."""
+    """Name, dtype and shape of a tensor to write."""
 
     name: str
     dtype: torch.dtype
@@ -41,54 +41,54 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class _Shard:
-    """A file of some tensors."""
+    """A file of several tensors."""
 
     name: str
-    """Relative to the output."""
+    """Path relative to the output."""
     size: int
     tensors: tuple[OutputTensor, ...]
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor belongs."""
+    """The place of a tensor in a shard."""
 
     tensor: OutputTensor
     shard: int
     offset: int
-    """Of its first byte in the shard."""
+    """Offset of its first byte in the shard."""
 
 
 @dataclass
 class _Progress:
-    """How much of a tensor this process has written."""
+    """The progress of this process in writing a tensor."""
 
     left: int
-    """Bytes still to be written."""
+    """Remaining bytes."""
     hashed: int = 0
-    """Bytes that the hash knows: all, if the pieces came one after the other."""
+    """Number of hashed bytes: all of them if the pieces were written in order."""
     hash: Any = None
-    """BLAKE3 of the first of them, while there are more to come and no thread adds to it."""
+    """Running BLAKE3 of the first bytes; None while a thread updates it, and at the end."""
     digest: str | None = None
-    """BLAKE3 of all of them, in hexadecimal."""
+    """BLAKE3 of all bytes, in hexadecimal."""
 
 
 class ShardWriter:
-    """Writes safetensors shards, each tensor into its place, in any order and by several threads.
+    """Writes the tensors of safetensors shards in any order, from several threads.
 
-    The headers come first in the files, so all names, dtypes and shapes are given at the start.
-    Nothing is held in memory, and what is written goes on to the disk meanwhile. A writer can be
-    pickled: each process then writes some of the tensors into the same files. Tensors that an
-    interrupted run left in them are taken up: what is not written again stays. As a context
-    manager it lays the files out, and closes them.
+    The headers are at the beginning of the files, so all names, dtypes and shapes are given to the
+    constructor. Tensors are not buffered, and written data is synced to the disk in the background.
+    A writer can be pickled, and several processes can write to the same files. Tensors of an
+    interrupted run are kept unless they are written again. As a context manager it creates the
+    files and closes them.
 
     Args:
         folder: The output.
-        tensors: What will be written, in the order of the files.
-        shard_bytes: Largest shard; a larger tensor gets one of its own.
-        stem: What the files' names begin with, and the folder within the output that they lie in,
-            such as ``unified/model``.
-        metadata: Texts that the headers hold beside the tensors.
+        tensors: The tensors to write, in the order of the files.
+        shard_bytes: Largest shard; a larger tensor gets its own shard.
+        stem: Prefix of the files' names, with a subfolder of the output if any, such as
+            ``unified/model``.
+        metadata: Metadata of the headers.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class ShardWriter:
         self.close(flush=kind is None)
 
     def lay_out(self) -> None:
-        """Make the shards, with their headers, and their index."""
+        """Create the shards with their headers, and the index."""
         try:
             for number, shard in enumerate(self._shards):
                 self._file(number).write(memoryview(_header(shard.tensors, self._metadata)), 0)
@@ -162,10 +162,10 @@ class ShardWriter:
             self._folder.put(f"{self._stem}.safetensors.index.json", json_bytes(index))
 
     def close(self, *, flush: bool = True) -> None:
-        """Let go of the files.
+        """Close the files.
 
         Args:
-            flush: Make all that this process has written survive a power cut.
+            flush: Sync the data that this process has written to the disk first.
 
         Raises:
             OSError: The storage failed.
@@ -180,12 +180,12 @@ class ShardWriter:
                 file.close()
 
     def write(self, name: str, tensor: Tensor, start: int = 0) -> None:
-        """Write a tensor, or a piece of it, given as it is to be stored.
+        """Write a tensor or a piece of it, in the dtype of the output.
 
         Args:
             name: The tensor.
-            tensor: Its entries, or some that follow each other in memory.
-            start: Number of the first of them.
+            tensor: Its entries, or a contiguous piece of them.
+            start: Index of the first entry of the piece.
         """
         place, progress = self._places[name], self._progress(name)
         offset = start * tensor.dtype.itemsize
@@ -197,7 +197,7 @@ class ShardWriter:
             )
         content = raw_bytes(tensor.contiguous())
         with self._lock:
-            if not progress.left:  # it is written anew
+            if not progress.left:  # the tensor is written again
                 progress.left, progress.digest = place.tensor.nbytes, None
         more = progress.left > tensor.nbytes
         self._file(place.shard).write(content, place.offset + offset, more=more)
@@ -205,7 +205,7 @@ class ShardWriter:
             if not offset:
                 progress.hashed, progress.hash = 0, blake3(max_threads=1)
             follows = progress.hash if offset == progress.hashed else None
-            if follows is not None:  # this thread has the hash until it has added to it
+            if follows is not None:  # this thread owns the hash until it has updated it
                 progress.hash = None
         if follows is not None:
             follows.update(content)
@@ -215,7 +215,7 @@ class ShardWriter:
                 progress.hashed += tensor.nbytes
                 progress.hash = follows
                 if progress.hashed == place.tensor.nbytes:
-                    # A hash has kilobytes, and there may be many tensors.
+                    # Free the hash, which takes kilobytes, because there may be many tensors.
                     progress.digest, progress.hash = follows.hexdigest(), None
         self._wrote(place, tensor.nbytes)
 
@@ -223,22 +223,22 @@ class ShardWriter:
         """Write a tensor by copying its bytes from a checkpoint.
 
         Returns:
-            Their BLAKE3, which is taken at the source.
+            The BLAKE3 of the bytes, computed from the source.
         """
-        if source[name].bytes_computed:  # it is computed or fetched once, for both
+        if source[name].bytes_computed:  # compute or fetch the tensor once, for both
             self.write(name, source.read(name))
             return self.digest(name)
         place, progress = self._places[name], self._progress(name)
-        digest = remembered_blake3_of_tensor(source[name])
+        digest = cached_blake3_of_tensor(source[name])
         source.copy(name, self._file(place.shard), place.offset)
         progress.digest, progress.left = digest, 0
         self._wrote(place, place.tensor.nbytes)
         return digest
 
     def digest(self, name: str) -> str:
-        """Return the BLAKE3 of the bytes of a tensor that this process has written, in hexadecimal.
+        """Return the BLAKE3 of a tensor that this process has written, in hexadecimal.
 
-        Bytes that came out of their order are read back for it.
+        Data that was not written in order is read back.
         """
         progress = self._progress(name)
         if progress.left:
@@ -248,22 +248,22 @@ class ShardWriter:
         return progress.digest
 
     def holds(self, name: str, digest: str) -> bool:
-        """Tell whether a tensor lies in its place already, by the BLAKE3 of its bytes."""
+        """Return whether the shard already contains a tensor with this BLAKE3."""
         try:
             return self._stored(name) == digest
         except ShortFileError:
             return False
 
     def sync(self, names: Iterable[str]) -> None:
-        """Make some tensors survive a power cut, whichever process of this machine wrote them."""
+        """Sync tensors that any process of this machine has written to the disk."""
         for shard in sorted({self._places[name].shard for name in names}):
             self._file(shard).sync()
 
     def by_file(self, digests: Mapping[str, str]) -> dict[str, list[tuple[OutputTensor, str]]]:
-        """Return tensors and their digests by their files, relative to the output.
+        """Return tensors with their digests by file, relative to the output.
 
         Args:
-            digests: BLAKE3 of some of the tensors, by their names.
+            digests: BLAKE3 of tensors by name.
         """
         return {
             shard.name: [(t, digests[t.name]) for t in shard.tensors if t.name in digests]
@@ -292,7 +292,7 @@ class ShardWriter:
         behind.wrote(file, nbytes)
 
     def _stored(self, name: str) -> str:
-        """Return the BLAKE3 of the bytes that lie in a tensor's place."""
+        """Return the BLAKE3 of the bytes at a tensor's place in the file."""
         place = self._places[name]
         file = self._file(place.shard)
         digest = blake3(max_threads=1)

@@ -19,7 +19,7 @@ from typing import Any
 from blake3 import blake3
 
 from starmerge_models import deltas
-from starmerge_models.checkpoints.hashing import remembered_blake3_of
+from starmerge_models.checkpoints.hashing import cached_blake3_of
 from starmerge_models.merging import apply, fold
 from starmerge_models.storage.publishing import REPORT
 from starmerge_models.versions import installed_versions
@@ -186,7 +186,7 @@ def _model_files(folder: Path) -> dict[str, str]:
     """Return the hashes of the files that affect a model's answers, by file name."""
     files = {file.relative_to(folder): file for file in folder.rglob("*") if file.is_file()}
     return {
-        path.as_posix(): remembered_blake3_of(file)
+        path.as_posix(): cached_blake3_of(file)
         for path, file in files.items()
         if not any(fnmatchcase(part, pattern) for part in path.parts for pattern in _IGNORED_FILES)
     }
@@ -196,7 +196,7 @@ def _code(*modules: ModuleType) -> list[str]:
     """Return the hashes of the source files of this package and of some other modules."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
     others = [Path(str(module.__file__)) for module in modules]
-    return [remembered_blake3_of(file) for file in [*files, *others]]
+    return [cached_blake3_of(file) for file in [*files, *others]]
 
 
 def _user_folder() -> Path:

@@ -41,7 +41,7 @@ def with_chat_template(
     templates, files = _found(wanted, base, models)
     changed = with_templates(base.side_files, templates)
     made_of = tuple(dict.fromkeys((*base.made_of, *files)))
-    return replace(base, beside={**base.beside, **changed}, made_of=made_of)
+    return replace(base, replaced_files={**base.replaced_files, **changed}, made_of=made_of)
 
 
 def folder_named(reference: str, what: str, models: Sequence[FineTune]) -> Place:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from starmerge_models.checkpoints.base import Base
-from starmerge_models.checkpoints.hashing import remembered_blake3_of
+from starmerge_models.checkpoints.hashing import cached_blake3_of
 from starmerge_models.checkpoints.metric import Metric
 from starmerge_models.checkpoints.models import FineTune, files_of
 from starmerge_models.errors import UsageError
@@ -80,7 +80,7 @@ def needed_moments(pipeline: Pipeline, tasks: Sequence[str]) -> Iterator[str | N
 def hashes_of(models: Sequence[FineTune]) -> dict[str, dict[str, str]]:
     """Return the BLAKE3 of the models' files, by model and file, to identify a metric's merge."""
     return {
-        model.name: {file.name: remembered_blake3_of(file) for file in files_of(model)}
+        model.name: {file.name: cached_blake3_of(file) for file in files_of(model)}
         for model in models
     }
 

@@ -42,13 +42,13 @@ class Input:
     source: Source
     checkpoints: tuple[Checkpoint, ...] = ()
     """Checkpoints whose tensors are read one by one."""
-    beside: tuple[Place, ...] = ()
+    other_files: tuple[Place, ...] = ()
     """Other files of the input, which are read whole."""
 
     @property
     def files(self) -> list[Place]:
         """All files of the input."""
-        return [*self.beside, *(file for own in self.checkpoints for file in own.files)]
+        return [*self.other_files, *(file for own in self.checkpoints for file in own.files)]
 
     def label(self, file: Place) -> str:
         """Return the name of a file in reports: its path relative to the input's folder."""
@@ -90,16 +90,16 @@ class Plan(Contents):
             parts = parts_of(model)
             for part in parts:
                 name = _name_of_part(model.name, part.source, parts)
-                own = tuple(own.opened for own in part.checkpoints), tuple(part.beside)
+                own = tuple(own.opened for own in part.checkpoints), tuple(part.other_files)
                 inputs.append(Input(name, part.kind, part.source, *own))
         for file in self.base.made_of:
             source = Source(str(file.parent), file.parent, None, None)
             name = f"{file.parent.name}/{file.name}"
-            inputs.append(Input(name, "tokenizer", source, beside=(file,)))
+            inputs.append(Input(name, "tokenizer", source, other_files=(file,)))
         if self.metric is not None:
             file = self.metric.file
             source = Source(str(file), file, None, None)
-            inputs.append(Input(file.name, "metric", source, beside=(file,)))
+            inputs.append(Input(file.name, "metric", source, other_files=(file,)))
         return inputs
 
     def check_unchanged(self) -> None:

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 from starmerge_models.checkpoints.hashing import (
     blake3_of_contents,
-    remembered_blake3_of,
-    remembered_blake3_of_tensor,
+    cached_blake3_of,
+    cached_blake3_of_tensor,
 )
 from starmerge_models.checkpoints.tensors import Checkpoint, TensorInfo, prefetch, stored_of
 from starmerge_models.merging.executors.executor import Executor
@@ -44,7 +44,7 @@ class HashJob:
     @contextmanager
     def open(self) -> Iterator[Callable[[int], str]]:
         """Yield a function that hashes the tensor of a number."""
-        yield lambda number: remembered_blake3_of_tensor(self.tensors[number])
+        yield lambda number: cached_blake3_of_tensor(self.tensors[number])
 
     def memory(self, number: int) -> int:
         """Return 0, because tensors are memory-mapped."""
@@ -105,7 +105,7 @@ def input_hashes(
                 phase.tensor_done(info.name, info.nbytes)
     return [
         {
-            "blake3": {given.label(file): remembered_blake3_of(file) for file in given.beside},
+            "blake3": {given.label(file): cached_blake3_of(file) for file in given.other_files},
             "tensors": {
                 given.label(file): digest
                 for checkpoint in _relevant_checkpoints(given, known)

@@ -327,7 +327,7 @@ class _Vocabularies:
             self._base,
             checkpoint=checkpoint,
             config=config,
-            beside=files,
+            replaced_files=files,
             made_of=tuple(dict.fromkeys(self._read)),
         )
         settled = []

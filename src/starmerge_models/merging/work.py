@@ -17,7 +17,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
-from starmerge_models.checkpoints.hashing import remembered_blake3_of_tensor
+from starmerge_models.checkpoints.hashing import cached_blake3_of_tensor
 from starmerge_models.checkpoints.tensors import prefetch
 from starmerge_models.deltas import Delta
 from starmerge_models.errors import StarmergeError
@@ -249,7 +249,7 @@ class WriteJob(TensorJob):
         already, and the pages of a memory-mapped file are in the page cache.
         """
         inputs = tensor.stored_inputs if self.hashes_inputs else ()
-        return [remembered_blake3_of_tensor(info) for info in inputs]
+        return [cached_blake3_of_tensor(info) for info in inputs]
 
     def _matches_plan(self, tensor: PlannedTensor, known: TensorResult) -> bool:
         """Return whether a journal's entry is valid for a tensor; the journal may be damaged."""

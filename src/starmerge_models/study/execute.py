@@ -16,7 +16,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from starmerge_models.checkpoints.hashing import remembered_blake3_of
+from starmerge_models.checkpoints.hashing import cached_blake3_of
 from starmerge_models.checkpoints.source import is_hub_id, place_named, resolve_local
 from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.evaluation.cache import ScoreCache, blake3_of_model, versions
@@ -409,7 +409,7 @@ def code_hash() -> str:
         for file in _PACKAGE.rglob("*.py")
         if file.relative_to(_PACKAGE).parts[0] not in _WITHOUT_EFFECT
     )
-    return _hash({str(file.relative_to(_PACKAGE)): remembered_blake3_of(file) for file in files})
+    return _hash({str(file.relative_to(_PACKAGE)): cached_blake3_of(file) for file in files})
 
 
 def _hash(content: Mapping[str, Any]) -> str:

@@ -241,5 +241,5 @@ def test_adapters_that_put_tokens_before_a_prompt_are_refused(tmp_path: Path) ->
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     get_peft_model(model, config).save_pretrained(tmp_path / "tuned", save_embedding_layers=False)
     plain, _ = load_model(folder)
-    with pytest.raises(UsageError, match="of the kind PROMPT_TUNING, which puts tokens"):
+    with pytest.raises(UsageError, match="of the kind PROMPT_TUNING, which prepends"):
         AdapterSwitch(plain, {"tuned": tmp_path / "tuned"})

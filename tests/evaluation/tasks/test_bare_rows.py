@@ -77,7 +77,7 @@ def test_a_task_file_may_name_columns_too(tmp_path: Path) -> None:
             r"mine.csv, row 1: a row has 'input' and 'label', and this one has 'text', 'kind'\. "
             r"If other columns hold them, name these: --columns input=text,label=kind$",
         ),
-        ({"input": "text"}, r"say so: --columns label=kind$"),
+        ({"input": "text"}, r"name these: --columns label=kind$"),
         ({"input": "txt"}, r"row 1: there is no column 'txt'. It has: text, kind. Did you mean"),
         ({"inputs": "text"}, r"--columns inputs=…: rows have input, label and choices"),
     ],

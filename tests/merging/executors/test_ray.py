@@ -244,6 +244,7 @@ def test_a_worker_that_hangs_holds_up_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ray_executor, "PATIENCE", 1.0)
+    monkeypatch.setattr(ray_executor, "_TICK", 0.2)
     local = tree(run(unlucky(tmp_path / "local" / "out"), Threads(1)).path)
     (tmp_path / "stop").write_text(_TENSOR)
     far = tree(run(unlucky(tmp_path / "ray" / "out"), kept(workers)).path)

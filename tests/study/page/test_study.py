@@ -24,7 +24,7 @@ def page(store: Store) -> Page:
 
 def test_a_study_has_a_section_for_each_of_its_figures(store: Store, page: Page) -> None:
     assert page.title == "Study: written"
-    assert page.subtitle == "12 merges of 4 fine-tunes of org/base, asked 4 tasks."
+    assert page.subtitle == "12 merges of 4 fine-tunes of org/base, on 4 tasks."
     assert [section.title for section in page.sections] == [
         "Summary", "By number of models", "By eta", "The best eta", "Without a search",
         "Task by task", "Averages", "Best of the grids", "All runs", "How to read this",

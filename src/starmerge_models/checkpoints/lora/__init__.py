@@ -1,1 +1,1 @@
-"""LoRA adapters: the layouts that people have them in, read into the same factors, and ours."""
+"""LoRA adapters: readers of all supported formats, and the writer."""

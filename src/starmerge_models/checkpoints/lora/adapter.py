@@ -1,4 +1,4 @@
-"""Adapters: a model that is the change of some weights, each change as factors or dense."""
+"""Adapters: models that consist of changes of some weights, as factors or dense."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from starmerge_models.storage import Place
 
 @dataclass(frozen=True)
 class PlacedUpdate:
-    """An update, and how the base holds the weight that it changes."""
+    """An update with the layout of the base's weight that it changes."""
 
     update: Update
     shape: tuple[int, ...]
-    """Of the base's tensor."""
+    """Shape of the base's tensor."""
     transposed: bool
-    """Whether the base holds the weight as (in, out), so that its change is the transpose."""
+    """Whether the base stores the weight as (in, out), so that the delta is the transpose."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter; its deltas stay in factors where it has them.
+    """An adapter; its deltas are factors if possible.
 
-    Dense are DoRA's, those of whole modules, and those of LoHa and LoKr whose factors would be as
-    large as the matrix.
+    The deltas of DoRA and of whole modules are dense, and those of LoHa and LoKr whose factors
+    would be as large as the matrix.
     """
 
     name: str
@@ -42,63 +42,63 @@ class Adapter:
     format: Format
     checkpoint: Checkpoint
     updates: dict[str, PlacedUpdate]
-    """By the base's names of the tensors."""
+    """Updates by the base's names of the tensors."""
     replacements: dict[str, str]
-    """Keys of the tensors that stand for the base's, by the base's names."""
+    """Keys of the tensors that replace the base's, by the base's names."""
     config: AdapterConfig
-    beside: list[Place]
-    """The files that its deltas depend on beside the weights, such as the config with the scale."""
+    other_files: list[Place]
+    """Other files on which the deltas depend, such as the config with the scale."""
     copies: dict[str, str] = field(default_factory=dict)
     """Keys of copies of the base's tables that have another number of rows, by the base's names."""
     carried: dict[str, str] = field(default_factory=dict)
-    """Keys of tensors of whole modules, by their names, where nothing is known of the base's."""
+    """Keys of tensors of whole modules, by name, if the base's weights are unknown."""
     notes: tuple[str, ...] = ()
-    """Sentences on it that whoever merges it should read."""
+    """Notes for the user."""
     untied: str | None = None
-    """The base's name of the output layer, where the base ties it and the model does not."""
+    """The base's name of the output layer, if the base ties it and the model does not."""
 
     @property
     def base_name(self) -> str | None:
-        """Hub id of the base that it was trained on, as its config has it."""
+        """Hub id of the base on which the adapter was trained, from its config."""
         return self.config.base_hub_id
 
     @property
     def kind(self) -> str:
-        """What it is, for people."""
+        """Description of the kind of model."""
         return self.format.title
 
     @property
     def tensors(self) -> frozenset[str]:
-        """Names of the base's tensors that it changes."""
+        """Names of the base's tensors that the adapter changes."""
         return frozenset((*self.updates, *self.replacements))
 
     @property
     def saved(self) -> frozenset[str]:
-        """Names of the tensors that it replaces, being those of ``modules_to_save``."""
+        """Names of the tensors that the adapter replaces, from ``modules_to_save``."""
         return frozenset((*self.replacements, *self.carried))
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
-        """Its factors."""
+        """The checkpoint of the factors."""
         return [self.checkpoint]
 
     def inputs(self, tensor: str) -> list[TensorInfo]:
-        """Return what is read for a tensor's delta."""
+        """Return the tensors that are read for a tensor's delta."""
         if tensor in self.replacements:
             return [self.checkpoint[self.replacements[tensor]]]
         return [self.checkpoint[key] for key in self.updates[tensor].update.keys]
 
     def needs_base(self, tensor: str) -> bool:
-        """Tell whether a tensor's delta is made, or checked, with the base's weight."""
+        """Return whether a tensor's delta is computed or checked with the base's weight."""
         if tensor in self.replacements:
             return True
         return bool(self.updates[tensor].update.magnitude)
 
     def module(self, tensor: str) -> Module | None:
-        """Return the module of a tensor as its tool knows it.
+        """Return the module of a tensor as named by the adapter's tool.
 
-        None where the tensor is replaced whole, is a vector, which has no factors, or one of
-        several experts that have theirs together.
+        None if the tensor is replaced whole, is a vector, or is one of several experts with common
+        factors.
         """
         if tensor in self.replacements or len(self.updates[tensor].shape) < 2:
             return None
@@ -109,18 +109,18 @@ class Adapter:
         return Module(placed.update.module, is_embedding, placed.transposed and not is_embedding)
 
     def rank(self, tensor: str) -> int | None:
-        """Return the rank r of a tensor's factors, None where the delta is dense."""
+        """Return the rank r of a tensor's factors; None if the delta is dense."""
         return None if tensor in self.replacements else self.updates[tensor].update.rank
 
     def delta(self, tensor: str, base: Tensor | None) -> Delta:
-        """Return the change of a tensor: in factors where it has them, scale included.
+        """Return the delta of a tensor, as factors if possible, including the scale.
 
-        For a convolution that is the matrix (out, in·k), for an embedding and for layers stored
-        input-first it is (B·A)ᵀ. DoRA's change and that of a whole module are dense.
+        For a convolution it is the matrix (out, in·k), for an embedding and for layers stored as
+        (in, out) it is (B·A)ᵀ. The deltas of DoRA and of whole modules are dense.
 
         Args:
-            tensor: Its name.
-            base: The base's tensor, any floating dtype; None where it is not needed.
+            tensor: Name of the tensor.
+            base: The base's tensor, any floating dtype; None if it is not needed.
         """
         if tensor in self.replacements:
             assert base is not None, "needs_base says so"

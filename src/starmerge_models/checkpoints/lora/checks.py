@@ -1,4 +1,4 @@
-"""What must hold of an adapter's tensors beside the base's: shapes, dtypes, copies, places."""
+"""Checks of an adapter's tensors against the base's: shapes, dtypes, copies, names."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from starmerge_models.errors import StarmergeError, UsageError
 def check_copies(
     source: Source, base: Base, contents: AdapterContents, found: Mapping[str, str]
 ) -> dict[str, str]:
-    """Make sure that what is said, or seems, to be a copy of the base's weight is one.
+    """Check that declared and apparent copies of the base's weights are equal to them.
 
     Returns:
-        Keys of those that have another number of rows, by the base's names of the tables.
+        Keys of copies with another number of rows, by the base's names of the tables.
     """
     grown: dict[str, str] = {}
     for name, key in contents.copies.items():
         tensor = found.get(name)
         copy = contents.checkpoint[key]
         if tensor is None and base.embedding is not None:
-            # The output layer, which the base's files do not hold where it is tied.
+            # The output layer, which the base's files do not contain if it is tied.
             tied = copy.shape == base.checkpoint[base.embedding].shape and bool(base.tied)
             tensor = base.embedding if tied else None
         is_same = tensor is not None and _is_copy(contents.checkpoint.read(key), base, tensor)
@@ -58,9 +58,9 @@ def check_copies(
 
 
 def _is_copy(copy: Tensor, base: Base, tensor: str) -> bool:
-    """Tell whether a tensor is the base's, which may have been rounded when it was loaded.
+    """Return whether a tensor equals the base's, up to rounding to the dtype of the training.
 
-    Of tables of tokens the rows that both have are compared.
+    For token tables only the rows of both are compared.
     """
     weight = base.checkpoint.read(tensor)
     if copy.ndim != weight.ndim or not base.fits(tensor, tuple(copy.shape)):
@@ -85,18 +85,18 @@ def check_all_found(
     experts: Mapping[str, Update],
     head: str | None,
 ) -> None:
-    """Make sure that every tensor of an adapter has its place in the base.
+    """Check that the base has every tensor that an adapter changes.
 
     Args:
         source: The adapter.
         base: The base.
-        contents: What the adapter holds.
+        contents: The content of the adapter.
         found: The base's names for the adapter's.
-        experts: The updates that were made for experts, by the base's names.
-        head: The adapter's name of an output layer that the base's files do not hold.
+        experts: The updates of experts, by the base's names.
+        head: The adapter's name of an output layer that the base's files do not contain.
 
     Raises:
-        StarmergeError: The base lacks one.
+        StarmergeError: The base lacks a tensor.
     """
     joined = {key for update in experts.values() for key in update.change.keys}
     lacks = f"but the base {base.source} has no tensor"
@@ -121,7 +121,7 @@ def check_all_found(
 def lacks_modules(
     source: Source, base: Base, contents: AdapterContents, lacking: Sequence[str]
 ) -> str:
-    """Return what is wrong with an adapter that replaces modules which the base does not have."""
+    """Return the error message for an adapter that replaces modules that the base lacks."""
     return (
         f"{source} holds {contents.saved[lacking[0]]}, of modules_to_save in adapter_config.json, "
         f"but the base {base.source} has no tensor {lacking[0]}. Give a base that has the module, "
@@ -132,10 +132,10 @@ def lacks_modules(
 
 
 def check_dtypes(base: Base, tensor: str, checkpoint: Checkpoint, update: Update) -> None:
-    """Make sure that an update and the base's tensor are stored as floating-point numbers.
+    """Check that an update and the base's tensor have floating-point dtypes of at least 16 bits.
 
     Raises:
-        StarmergeError: One is not, or in eight bits.
+        StarmergeError: One of them has another dtype.
     """
     parts = [checkpoint[key] for key in update.keys]
     for info in (*parts, base.checkpoint[tensor]):
@@ -149,10 +149,10 @@ def check_dtypes(base: Base, tensor: str, checkpoint: Checkpoint, update: Update
 def check_shapes(
     source: Source, base: Base, tensor: str, checkpoint: Checkpoint, update: Update
 ) -> None:
-    """Make sure that an update, and its magnitudes, fit the base's tensor either way round.
+    """Check that an update and its magnitudes fit the base's tensor or its transpose.
 
     Raises:
-        StarmergeError: They do not.
+        StarmergeError: They do not fit.
     """
     shape, target = update.change.shape, base.checkpoint[tensor].shape
     shape = shape[::-1] if update.is_embedding else shape
@@ -174,9 +174,9 @@ def check_shapes(
 
 
 def fits_weight(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    """Tell whether a change is one of a weight of some shape.
+    """Return whether the shape of a change fits that of a weight.
 
-    Tools store those of kernels flat, or those of kernels of one entry without their last axes.
+    Tools may flatten the changes of kernels, or leave out the last axes of 1 × 1 kernels.
     """
     if len(shape) == len(target) or len(shape) != 2:
         return shape == target
@@ -184,18 +184,18 @@ def fits_weight(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
 
 
 def _inputs(update: Update, target: tuple[int, ...]) -> int:
-    """Return how many inputs a weight has that the base holds in some shape."""
+    """Return the number of inputs of a weight, given its shape in the base."""
     return update.change.shape[1] if len(target) == 2 else target[1]
 
 
 def is_transposed(
     source: Source, config: AdapterConfig, base: Base, tensor: str, update: Update
 ) -> bool:
-    """Tell whether the base holds a weight as (in, out), given shapes that fit.
+    """Return whether the base stores a weight as (in, out), given shapes that fit.
 
-    An embedding's table always is so. For linear layers the shape tells. For a square weight the
-    config's ``fan_in_fan_out`` does, which PEFT keeps for the whole adapter though layers may
-    differ: it must agree with what the base looks like.
+    Tables of embeddings are always stored so. For linear layers the shape decides. For square
+    weights the config's ``fan_in_fan_out`` decides. PEFT has one value of it for all layers of an
+    adapter, so it must agree with the other layers of the base.
     """
     if update.is_embedding:
         return True
@@ -212,7 +212,7 @@ def is_transposed(
 
 
 def is_replacement(source: Source, base: Base, tensor: str, saved: TensorInfo) -> bool:
-    """Check a tensor of a whole module; tell whether it is weights, and no counter of steps."""
+    """Check a tensor of a whole module; return whether it is a weight, not a step counter."""
     stored = base.checkpoint[tensor]
     if not base.fits(tensor, saved.shape):
         raise StarmergeError(

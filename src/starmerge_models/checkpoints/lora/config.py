@@ -1,8 +1,8 @@
-"""``adapter_config.json``, read strictly.
+"""Strict reader of ``adapter_config.json``.
 
-A key that changes what an adapter computes is either applied or refused, and so is one that nobody
-knows. Source of the keys and of the scales: github.com/huggingface/peft, ``tuners/lora/config.py``
-and ``tuners/lora/layer.py``.
+A key that changes the function of an adapter is either applied or refused. Unknown keys are
+refused. Source of the keys and of the scales: github.com/huggingface/peft,
+``tuners/lora/config.py`` and ``tuners/lora/layer.py``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _READ = {
     "ensure_weight_tying",
     "peft_version",
 }
-"""Keys that are looked at below."""
+"""Keys that the code below reads."""
 
 _HARMLESS = {
     "auto_mapping",
@@ -58,7 +58,7 @@ _HARMLESS = {
     "revision",
     "runtime_config",
 }
-"""Keys of training and of bookkeeping. Those of initialisations count only together with
+"""Keys of training and of bookkeeping, which are ignored. Keys of initialisations only matter with
 ``init_lora_weights``."""
 
 _FOLD = "Fold the adapter with PEFT's merge_and_unload and give the full model."
@@ -82,7 +82,7 @@ _REFUSED = {
     "use_qalora": _NO_PRODUCT,
     "velora_config": f"the file holds more than the factors. {_FOLD}",
 }
-"""Keys that must be unset (None, False, empty, 'none'), why, and what to do instead."""
+"""Keys that must be unset (None, False, empty, 'none'), with the reason and a remedy."""
 
 _NEUTRAL: tuple[object, ...] = (None, False, "none", (), [], {})
 
@@ -96,67 +96,68 @@ _SWITCHES = (
     "use_qalora",
     "use_rslora",
 )
-"""Keys that are true or false."""
+"""Keys with boolean values."""
 
 _PATTERNS = ("rank_pattern", "alpha_pattern")
-"""Keys that give modules numbers, by patterns of their names."""
+"""Keys that map patterns of modules' names to numbers."""
 
 _LONGEST_PATTERN = 1000
-"""Characters."""
+"""Most characters of a pattern."""
 
 _MATCHING = 10.0
-"""Seconds that all patterns of a key may take. Some need years to see that they do not match."""
+"""Limit in seconds for matching all patterns of a key, because some patterns take exponential
+time."""
 
 _PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "mica", "orthogonal")
-"""Initialisations that leave the base's weights as they are."""
+"""Initialisations that do not change the base's weights."""
 
 _HEADLESS_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-"""PEFT's types of tasks whose models put out no tokens, so that nothing is tied to their input."""
+"""PEFT's task types whose models have no output over the vocabulary, so that nothing is tied."""
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What ``adapter_config.json`` says, once it has been checked."""
+    """The checked content of ``adapter_config.json``."""
 
     file: Place
     content: dict[str, Any]
 
     @property
     def use_dora(self) -> bool:
-        """Whether the update is DoRA's."""
+        """Whether the adapter uses DoRA."""
         return bool(self.content.get("use_dora"))
 
     @property
     def fan_in_fan_out(self) -> bool:
-        """Whether the adapted layers hold their weights as (in, out)."""
+        """Whether the adapted layers store their weights as (in, out)."""
         return bool(self.content.get("fan_in_fan_out"))
 
     @property
     def modules_to_save(self) -> list[str]:
-        """Ends of the names of modules that were trained whole."""
+        """Suffixes of the names of modules that were trained whole."""
         return list(self.content.get("modules_to_save") or [])
 
     @property
     def ties(self) -> bool:
-        """Whether a change of an embedding is one of the output layer that is tied to it, too."""
+        """Whether a change of an embedding also changes the output layer that is tied to it."""
         return bool(self.content.get("ensure_weight_tying"))
 
     @property
     def target_parameters(self) -> list[str]:
-        """Ends of the names of parameters, such as joined experts, that have factors."""
+        """Suffixes of the names of parameters with factors, such as joined experts."""
         return list(self.content.get("target_parameters") or [])
 
     @property
     def peft_version(self) -> tuple[int, ...] | None:
-        """The version of PEFT that wrote the adapter, as far as it says so."""
+        """The version of PEFT that wrote the adapter, if recorded."""
         numbers = re.match(r"\d{1,9}(\.\d{1,9})*", str(self.content.get("peft_version") or ""))
         return tuple(map(int, numbers[0].split("."))) if numbers else None
 
     def holds_parameters(self, module: str) -> bool:
-        """Tell whether a module's factors are those of parameters that it holds.
+        """Return whether a module's factors belong to its parameters instead of its weight.
 
         Args:
-            module: The module's name as PEFT knows it.
+            module: The module's name in PEFT.
         """
         if not self.parameters_of(module):
             return False
@@ -177,27 +178,27 @@ class AdapterConfig:
 
     @property
     def base_name(self) -> str | None:
-        """Hub id or path of the model that the adapter was trained on, as far as it is known."""
+        """Hub id or path of the model on which the adapter was trained, if recorded."""
         return str(self.content.get("base_model_name_or_path") or "") or None
 
     @property
     def base_hub_id(self) -> str | None:
-        """Hub id of the model that the adapter was trained on; None if it has a path."""
+        """Hub id of the model on which the adapter was trained; None for a path."""
         return self.base_name if self.base_name and is_hub_id(self.base_name) else None
 
     @property
     def task_type(self) -> str | None:
-        """PEFT's type of the task."""
+        """PEFT's task type."""
         value = self.content.get("task_type")
         return value if isinstance(value, str) else None
 
     def check_base_name(self, base: Base) -> None:
-        """Make sure that the adapter was trained on this base, as far as both have Hub ids.
+        """Check that the adapter was trained on this base, if both have Hub ids.
 
         Raises:
             UsageError: The config names another base.
         """
-        # A path says nothing of what lies there; two Hub ids do.
+        # Only Hub ids are compared, because paths do not identify a model.
         trained_on, known = self.base_hub_id, base.source.name
         if known and trained_on and trained_on.lower() != known.lower():
             raise UsageError(
@@ -209,7 +210,7 @@ class AdapterConfig:
         """Return s: alpha/r, or alpha/√r with rsLoRA; alpha and r may depend on the module.
 
         Args:
-            module: The module's name as PEFT knows it.
+            module: The module's name in PEFT.
             rank: The rank of its factors.
 
         Raises:
@@ -225,11 +226,11 @@ class AdapterConfig:
         return float(alpha) / (math.sqrt(rank) if self.content.get("use_rslora") else rank)
 
     def rank(self, module: str) -> float:
-        """Return the rank that a module, or a parameter, is said to have."""
+        """Return the declared rank of a module or a parameter."""
         return self._of_module("rank_pattern", module, self.content["r"])
 
     def _of_module(self, key: str, module: str, default: float) -> float:
-        """Return what the first matching pattern under ``key`` says of a module, or the default."""
+        """Return the number of the first pattern under ``key`` that matches, or the default."""
         value = self._patterns[key].find(module)
         return default if value is None else value
 
@@ -243,12 +244,12 @@ class AdapterConfig:
 
 
 class _Patterns:
-    """Patterns of modules' names, with a number each, that are matched in bounded time.
+    """Patterns of modules' names with a number each, matched in bounded time.
 
     Args:
-        file: The config, for messages.
-        key: Where they stand in it.
-        values: The numbers by the patterns.
+        file: The config, for error messages.
+        key: Key of the patterns in the config.
+        values: The numbers by pattern.
 
     Raises:
         StarmergeError: A pattern is broken or too long.
@@ -260,7 +261,7 @@ class _Patterns:
         self._patterns = [(self._compiled(pattern), values[pattern]) for pattern in values]
 
     def find(self, module: str) -> float | None:
-        """Return the number of the first pattern that matches a module's name, if one does.
+        """Return the number of the first pattern that matches a module's name; None without one.
 
         Raises:
             StarmergeError: The patterns take too long.
@@ -282,7 +283,7 @@ class _Patterns:
         return None
 
     def _compiled(self, pattern: str) -> Any:
-        # Slow to import and rarely needed. It can do what the re of Python can't: give up.
+        # Imported lazily: slow and rarely needed. Unlike re, regex has timeouts.
         import regex  # noqa: PLC0415
 
         if len(pattern) > _LONGEST_PATTERN:
@@ -299,21 +300,21 @@ class _Patterns:
 
 
 def read_adapter_config(file: Place) -> AdapterConfig:
-    """Read ``adapter_config.json`` and refuse what is not merged, by the name of the key.
+    """Read ``adapter_config.json`` and refuse unsupported keys by name.
 
     Raises:
-        UsageError: The adapter is of a kind that is not merged, or a key that is set is unknown.
+        UsageError: The adapter is of an unsupported kind, or an unknown key is set.
         StarmergeError: The file is missing or broken.
     """
     return checked_config(file, read_json(file))
 
 
 def checked_config(file: Place, content: dict[str, Any]) -> AdapterConfig:
-    """Check what a config of PEFT says; see :func:`read_adapter_config`.
+    """Check the content of a config of PEFT; see :func:`read_adapter_config`.
 
     Args:
-        file: Where it stands, for messages.
-        content: What it says.
+        file: The file, for error messages.
+        content: Its content.
     """
     kind = content.get("peft_type")
     if kind != "LORA":
@@ -325,7 +326,7 @@ def checked_config(file: Place, content: dict[str, Any]) -> AdapterConfig:
         if content.get(key) not in _NEUTRAL:
             raise UsageError(f"{file}: {key} is {content[key]!r}, and {reason.rstrip('.')}.")
     _check_initialisation(file, content.get("init_lora_weights", True))
-    # A newer PEFT writes keys that this list lacks; unset ones change nothing.
+    # Ignore unknown keys of a newer PEFT that are unset.
     unknown = {key for key in content if content[key] not in _NEUTRAL}
     unknown -= _READ | _HARMLESS | _REFUSED.keys()
     if unknown:
@@ -386,5 +387,5 @@ def _check_initialisation(file: Place, start: object) -> None:
 
 
 def is_number(value: object) -> bool:
-    """Tell whether a value of a config is a finite number."""
+    """Return whether a value of a config is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

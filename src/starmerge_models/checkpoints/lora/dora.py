@@ -1,8 +1,8 @@
-"""DoRA: a change of a weight's direction, and a magnitude for each of its outputs, or inputs.
+"""DoRA: a change of a weight's direction, and a magnitude for each of its outputs or inputs.
 
-Liu et al. 2024, arXiv 2402.09353, equation 5. Which axis the norms are taken over is the tools'
-rule: that of PEFT (github.com/huggingface/peft, ``tuners/lora/dora.py``) the outputs, that of
-LyCORIS (github.com/KohakuBlueleaf/LyCORIS, ``lycoris/functional/general.py``) either.
+Liu et al. 2024, arXiv 2402.09353, equation 5. The axis of the norms depends on the tool: PEFT
+(github.com/huggingface/peft, ``tuners/lora/dora.py``) has a norm for each output, LyCORIS
+(github.com/KohakuBlueleaf/LyCORIS, ``lycoris/functional/general.py``) for each output or input.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from starmerge_models.deltas import Delta, Dense, LowRank, compute_dtype
 
 _PANEL = 2**22
-"""Entries that are held in float64 at once."""
+"""Entries in one float64 panel."""
 
 
 def dora_delta(
@@ -27,20 +27,20 @@ def dora_delta(
 ) -> Dense:
     """Return W' − W, with W' = m·(W + δ)/(‖W + δ‖ + ε) and a norm for each output, or input.
 
-    Computed in float64 and rounded once, panel by panel.
+    Computed in float64 by panels, and rounded once.
 
     Args:
-        base: W, any floating dtype, as the base stores it: (out, in…), or (in, out).
+        base: W, any floating dtype, in the base's layout: (out, in…), or (in, out).
         update: δ as a matrix (out, in·k), such as s·B·A.
-        magnitude: m, with as many entries as there are outputs (or inputs), in any shape.
-        transposed: Whether W is stored as (in, out): linear layers stored input-first, and
-            embeddings, whose outputs are the columns of their table.
-        axis: 0 for a norm of each output, 1 for one of each input.
+        magnitude: m, with one entry for each output (or input), in any shape.
+        transposed: Whether W is stored as (in, out), as in some linear layers, and in embeddings,
+            whose outputs are the columns of the table.
+        axis: 0 for a norm of each output, 1 for a norm of each input.
         epsilon: ε.
 
     Returns:
-        The delta in the shape of W, in float32, or in float64 if W is so. With ε = 0 it has a NaN
-        where a slice of W + δ is zero, and thus without a direction.
+        The delta in the shape of W, in float32, or in float64 if W is float64. With ε = 0 it has a
+        NaN where a slice of W + δ is zero, whose direction is undefined.
     """
     delta = torch.empty(base.shape, dtype=compute_dtype(base.dtype))
     weight, target = (t.T if transposed else t for t in (base, delta))
@@ -65,7 +65,7 @@ def _as_inputs_and_kernel(weight: Tensor) -> Tensor:
 
 
 def _entries(update: Delta, slices: tuple[slice, slice], shape: torch.Size) -> Tensor:
-    """Return the entries of some outputs and inputs of a change of the shape (out, in, k)."""
+    """Return the entries of a change (out, in, k) for slices of outputs and inputs."""
     outputs, inputs = slices
     if isinstance(update, LowRank):
         A = update.A.view(-1, *shape[1:])[:, inputs].double()

@@ -1,9 +1,9 @@
-"""Updates of a mixture's experts, whichever way the base and the adapter store them.
+"""Updates of a mixture's experts, for all combinations of joined and single storage.
 
-PEFT adapts experts that transformers holds in one tensor by factors for all of them
+PEFT adapts experts that transformers joins in one tensor by joined factors
 (``target_parameters``); older adapters have factors for each expert's layers. The base's files
-hold the experts joined or one by one. Here the updates are taken apart, or put together, into those
-of the tensors that the base has.
+contain the experts joined or one by one. This module splits or joins the updates to match the
+tensors of the base.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from starmerge_models.checkpoints.source import Source
 from starmerge_models.errors import StarmergeError, UsageError
 
 _SWAPPED = (0, 19, 1)
-"""The first version of PEFT that takes parameters for (experts, out, in) unless their module says
-that it holds them transposed; before it took all for (experts, in, out)."""
+"""The first version of PEFT that assumes parameters of (experts, out, in) unless their module is
+marked as transposed; earlier versions assume (experts, in, out)."""
 
 Stack = tuple[tuple[str, ...], ...]
-"""For each expert the base's tensors that make up its matrix, one below the other."""
+"""For each expert the base's tensors whose rows, concatenated, are its matrix."""
 
 
 def joined_updates(source: Source, base: Base, contents: AdapterContents) -> dict[str, Update]:
-    """Take the factors of joined experts apart.
+    """Split the factors of joined experts.
 
     Args:
         source: The adapter.
         base: The base.
-        contents: What the adapter holds.
+        contents: The content of the adapter.
 
     Returns:
         An update of each expert's matrix, by the base's names.
 
     Raises:
-        UsageError: Nothing tells which way a square matrix is held.
-        StarmergeError: The factors fit none of the base's parameters.
+        UsageError: The orientation of a square matrix is unknown.
+        StarmergeError: The factors do not fit any of the base's parameters.
     """
     if not contents.parameters:
         return {}
@@ -53,18 +53,20 @@ def joined_updates(source: Source, base: Base, contents: AdapterContents) -> dic
         for factors, name in _assigned(source, base, contents, group, stacks)
     }
     turns = {
-        turned
+        transposed
         for factors, name in meant.values()
-        if (turned := _is_turned(contents, factors, _shape(base, stacks[name]))) is not None
+        if (transposed := _is_transposed(contents, factors, _shape(base, stacks[name]))) is not None
     }
     updates: dict[str, Update] = {}
     for factors, name in meant.values():
         stack = stacks[name]
         shape = _shape(base, stack)
-        turned = _is_turned(contents, factors, shape)
-        if turned is None:
-            turned = turns.pop() if len(turns) == 1 else _by_version(source, base, contents, stack)
-            turns = {turned}
+        transposed = _is_transposed(contents, factors, shape)
+        if transposed is None:
+            transposed = (
+                turns.pop() if len(turns) == 1 else _by_version(source, base, contents, stack)
+            )
+            turns = {transposed}
         rank = contents.checkpoint[factors.a].shape[0] // len(stack)
         scale = contents.config.scale(name, rank)
         for expert, tensors in enumerate(stack):
@@ -72,7 +74,7 @@ def joined_updates(source: Source, base: Base, contents: AdapterContents) -> dic
             for tensor in tensors:
                 own = base.checkpoint[tensor].shape
                 change = ExpertProduct(
-                    factors.a, factors.b, scale, own, rank, expert, len(stack), turned, start
+                    factors.a, factors.b, scale, own, rank, expert, len(stack), transposed, start
                 )
                 updates[tensor] = Update(name.rpartition(".")[0], change, parameter=tensor)
                 start += own[0]
@@ -82,13 +84,13 @@ def joined_updates(source: Source, base: Base, contents: AdapterContents) -> dic
 def single_updates(
     source: Source, base: Base, contents: AdapterContents, left: Sequence[Update]
 ) -> dict[str, Update]:
-    """Put the updates of single experts' layers together to those of a base that joins them.
+    """Join the updates of single experts' layers for a base with joined experts.
 
     Args:
         source: The adapter.
         base: The base.
-        contents: What the adapter holds.
-        left: Its updates of weights that the base does not have under their names.
+        contents: The content of the adapter.
+        left: The updates of weights whose names the base lacks.
 
     Returns:
         An update of each expert's matrix, by the base's names.
@@ -153,10 +155,10 @@ def _assigned(
     group: Sequence[Factors],
     stacks: Mapping[str, Stack],
 ) -> Iterator[tuple[Factors, str]]:
-    """Yield which parameter each of a module's factors are of, as their shapes and ranks tell.
+    """Assign a module's factors to its parameters, by shapes and ranks.
 
     Raises:
-        StarmergeError: They fit none, or several ways.
+        StarmergeError: There is no assignment, or there are several.
     """
     module, known = group[0].module, group[0].parameters
     names = [name for p in known if (name := f"{module}.{p}") in stacks]
@@ -192,15 +194,17 @@ def _shape(base: Base, stack: Stack) -> tuple[int, int]:
     return sum(shape[0] for shape in shapes), math.prod(shapes[0][1:])
 
 
-def _is_turned(contents: AdapterContents, factors: Factors, shape: tuple[int, int]) -> bool | None:
-    """Tell whether a weight's change is (B·A)ᵀ; None if the weight is square."""
+def _is_transposed(
+    contents: AdapterContents, factors: Factors, shape: tuple[int, int]
+) -> bool | None:
+    """Return whether a weight's change is (B·A)ᵀ; None if the weight is square."""
     if shape[0] == shape[1]:
         return None
     return contents.checkpoint[factors.b].shape[0] != shape[0]
 
 
 def _by_version(source: Source, base: Base, contents: AdapterContents, stack: Stack) -> bool:
-    """Tell by PEFT's version whether the change of a square weight is (B·A)ᵀ."""
+    """Return whether the change of a square weight is (B·A)ᵀ, by the version of PEFT."""
     version = contents.config.peft_version
     is_input_first = _is_input_first(base, stack)
     if version is None or is_input_first is None:
@@ -215,9 +219,9 @@ def _by_version(source: Source, base: Base, contents: AdapterContents, stack: St
 
 
 def _is_input_first(base: Base, stack: Stack) -> bool | None:
-    """Tell whether the base holds experts as (in, out); None if nothing tells.
+    """Return whether the base stores experts as (in, out); None if it is unknown.
 
-    Joined experts have twice as many inner units in gate_up_proj as in down_proj.
+    The inner dimension of joined experts is twice as large in gate_up_proj as in down_proj.
     """
     joined = stack_of(stack[0][0])
     if joined is None:

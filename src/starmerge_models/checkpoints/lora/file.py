@@ -1,11 +1,12 @@
-"""Writing a LoRA adapter as the tools read it that the merged ones came from.
+"""Layout of a written LoRA adapter, in the format of the merged adapters.
 
-For PEFT, and every server that takes its files, one file ``adapter_model.safetensors`` and an
+For PEFT, and all servers that read its files, the adapter is ``adapter_model.safetensors`` and an
 ``adapter_config.json`` with one rank and ``lora_alpha = r``, so that the scale is 1 and B·A is the
 update; no patterns, no rsLoRA, no DoRA. Source of the layout: github.com/huggingface/peft,
-``tuners/lora/layer.py`` and ``utils/save_and_load.py``. For diffusion models one file with the
-names of kohya's scripts, and ``alpha = r`` for each module, or with those of diffusers, which takes
-the rank for alpha where there is none; see :mod:`~starmerge_models.checkpoints.lora.formats`.
+``tuners/lora/layer.py`` and ``utils/save_and_load.py``. For diffusion models it is one file with
+the names of kohya's scripts and ``alpha = r`` for each module, or with the names of diffusers,
+which uses the rank as the default of alpha; see
+:mod:`~starmerge_models.checkpoints.lora.formats`.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from torch import Tensor
 from starmerge_models.checkpoints.writer import OutputTensor
 
 Style: TypeAlias = Literal["peft", "kohya", "diffusers"]
-"""Whose names the factors have."""
+"""The tool whose names the factors have."""
 
 _AFFIXES: dict[Style, tuple[str, str, str]] = {
     "peft": ("base_model.model.", ".lora_A.weight", ".lora_B.weight"),
     "kohya": ("", ".lora_down.weight", ".lora_up.weight"),
     "diffusers": ("", ".lora_A.weight", ".lora_B.weight"),
 }
-"""What stands before a module's name, and behind it for A and for B."""
+"""Prefix of a module's name, and the suffixes for A and B."""
 
 WEIGHTS: dict[Style, str] = {
     "peft": "adapter_model.safetensors",
     "kohya": "pytorch_lora_weights.safetensors",
     "diffusers": "pytorch_lora_weights.safetensors",
 }
-"""The file of an adapter in a folder, as what loads it looks for it."""
+"""Name of the adapter's file in a folder, which the loader expects."""
 
 CONFIG = "adapter_config.json"
 PREFIX = _AFFIXES["peft"][0]
@@ -45,11 +46,11 @@ class Module:
     """A module of the model that an adapter changes."""
 
     name: str
-    """As its tool knows it."""
+    """The module's name in the adapter's tool."""
     is_embedding: bool = False
-    """Whether it looks rows up, as torch's Embedding does; its weight is (rows, width)."""
+    """Whether it is an embedding like torch's Embedding; its weight is (rows, width)."""
     is_transposed: bool = False
-    """Whether the base holds its weight as (in, out), as GPT-2's Conv1D does."""
+    """Whether the base stores its weight as (in, out), as in GPT-2's Conv1D."""
     style: Style = "peft"
 
     @property
@@ -68,16 +69,16 @@ class Module:
         return f"{prefix}{self.name}{a}", f"{prefix}{self.name}{b}"
 
     def alpha(self, r: int) -> dict[str, Tensor]:
-        """Return the tensors that the scale is computed of, as alpha/r."""
+        """Return the alpha tensors from which the tool computes the scale alpha/r."""
         return {f"{self.name}.alpha": torch.tensor(float(r))} if self.style == "kohya" else {}
 
     def layout(self, shape: tuple[int, ...], r: int, dtype: torch.dtype) -> list[OutputTensor]:
-        """Return how A and B are stored.
+        """Return the layouts of A and B.
 
         Args:
-            shape: Of the base's weight.
+            shape: Shape of the base's weight.
             r: The rank.
-            dtype: Of the factors.
+            dtype: Dtype of the factors.
         """
         outputs, inputs = shape[0], shape[1:]
         if self.flips:
@@ -89,7 +90,7 @@ class Module:
         ]
 
     def factors(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A and B, matrices, of an update ``left @ right`` of the base's weight.
+        """Return the matrices A and B for an update ``left @ right`` of the base's weight.
 
         Args:
             left: (m, r).
@@ -110,12 +111,12 @@ def adapter_config(
     """Return the content of ``adapter_config.json``.
 
     Args:
-        modules: The modules that have factors.
+        modules: The modules with factors.
         r: Their rank.
-        targets: Ends of the modules' names; see :func:`target_modules`.
-        saved: Ends of the names of the modules that are stored whole.
+        targets: Suffixes of the modules' names; see :func:`target_modules`.
+        saved: Suffixes of the names of the modules that are stored whole.
         base_name: Hub id or path of the base.
-        task_type: PEFT's type of task.
+        task_type: PEFT's task type.
     """
     return {
         "alpha_pattern": {},
@@ -138,16 +139,15 @@ def adapter_config(
 
 
 def target_modules(adapted: Collection[str], others: Iterable[str]) -> list[str]:
-    """Return the shortest ends of names that mean the adapted modules and no others.
+    """Return the shortest suffixes of names that match the adapted modules and no others.
 
-    PEFT adapts a module whose name is an entry, or ends in a dot and the entry. Last parts of the
-    names, such as ``q_proj``, are what servers expect; where such an end would mean a module that
-    is not adapted, the full names of those with that end stand in its place; so where the end is a
-    number, which layers have too.
+    PEFT adapts a module whose name is an entry, or ends in a dot and the entry. Servers expect the
+    last parts of names, such as ``q_proj``. If such a suffix would match a module that is not
+    adapted, or is a number like that of a layer, the full names are used instead.
 
     Args:
         adapted: Names of the adapted modules.
-        others: Names of the other modules of the model, those that hold modules among them.
+        others: Names of all other modules of the model, including containers.
     """
     taken = {_end(name) for name in others}
     return sorted(

@@ -1,8 +1,8 @@
 """Names of modules in adapters of diffusion models, with dots and without.
 
-kohya's scripts call a module by its path with underscores in place of dots, behind the part of the
-pipeline it lies in: ``lora_unet_mid_block_attentions_0_proj_in``. Dots cannot be put back, since
-names hold underscores of their own; so names are compared without them.
+kohya's scripts name a module by the part of the pipeline and its path with underscores instead of
+dots: ``lora_unet_mid_block_attentions_0_proj_in``. The dots cannot be restored, because names also
+contain underscores; so names are compared without dots.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PARTS = {
     "text_encoder_2": "text_encoder_2",
     "text_encoder_3": "text_encoder_3",
 }
-"""A part of a pipeline, by what names in kohya's, diffusers' and ComfyUI's layout begin with."""
+"""The part of a pipeline for each prefix of names in kohya's, diffusers' and ComfyUI's layout."""
 
 _RIVALS = {
     "input_blocks": "down_blocks",
@@ -41,7 +41,7 @@ _RIVALS = {
     "double_blocks": "transformer_blocks",
     "single_blocks": "single_transformer_blocks",
 }
-"""What the makers of Stable Diffusion and Flux call layers, and what diffusers does; both ways."""
+"""Names of layers by the authors of Stable Diffusion and Flux and those of diffusers, both ways."""
 
 _RIVALS |= {ours: theirs for theirs, ours in _RIVALS.items()}
 
@@ -49,22 +49,22 @@ _RIVALS |= {ours: theirs for theirs, ours in _RIVALS.items()}
 def match_flat(
     source: Source, names: Sequence[str], stored: Collection[str], config: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Find a base's tensors by names without dots, or as if they had none.
+    """Match names of weights to a base's tensors without regard to dots.
 
     The base is one part of a pipeline, and its names may have a prefix that the adapter's lack.
 
     Args:
         source: The adapter.
-        names: Of weights, such as ``lora_unet_mid_block_attentions_0_proj_in.weight``.
+        names: Names of weights, such as ``lora_unet_mid_block_attentions_0_proj_in.weight``.
         stored: Names of the base's tensors.
-        config: The base's.
+        config: The base's config.
 
     Returns:
-        The base's name for each of ``names`` that is found, under the prefix by which most are. Of
-        diffusers' U-Nets, the names of their makers mean the same layers.
+        The base's name for each of the ``names`` that matches, under the prefix with most matches.
+        For diffusers' U-Nets, names of their authors match too.
 
     Raises:
-        StarmergeError: A name means several tensors.
+        StarmergeError: A name matches several tensors.
     """
     tensors: dict[str, list[str]] = defaultdict(list)
     for name in stored:
@@ -83,7 +83,7 @@ def match_flat(
     )
     if not votes:
         return {}
-    # Of several that fit as many, none is the best.
+    # Among prefixes with equally many matches, the shortest is preferred.
     best = max(votes, key=lambda prefix: (votes[prefix], -len(prefix)))
     found = {}
     for name, flat in own.items():
@@ -101,19 +101,19 @@ def match_flat(
 def match_parts(
     source: Source, names: Sequence[str], known: Iterable[str] | Mapping[str, object]
 ) -> dict[str, str]:
-    """Find the same weights under the names of other adapters, in any layout.
+    """Match the weights of an adapter to those of other adapters, in all layouts.
 
     Args:
         source: The adapter.
-        names: Of its weights.
-        known: Names of the weights of the others.
+        names: Names of its weights.
+        known: Names of the weights of the other adapters.
 
     Returns:
-        The others' name for each of ``names``, or the name itself where they do not have it.
+        The other adapters' name for each of ``names``, or the name itself if they lack it.
 
     Raises:
-        UsageError: The others call the layers of the same model differently.
-        StarmergeError: Two of ``names`` are one.
+        UsageError: The adapters have different naming schemes for the layers of the same model.
+        StarmergeError: Two of ``names`` refer to the same weight.
     """
     others = {_key(name): name for name in known}
     _check_spelling(source, names, others)
@@ -127,7 +127,7 @@ def match_parts(
 def _check_spelling(
     source: Source, names: Iterable[str], others: Mapping[tuple[str, str], str]
 ) -> None:
-    """Refuse names of diffusers' model beside those of the model's maker, for the same layers."""
+    """Refuse a mixture of diffusers' and the model authors' names for the same layers."""
     ours, theirs = (
         {kind: name for name in each if (kind := _spelling(name)) is not None}
         for each in (names, others.values())
@@ -143,13 +143,13 @@ def _check_spelling(
 
 
 def _spelling(name: str) -> str | None:
-    """Return what the layers of a denoiser are called that a name is of, where it is known."""
+    """Return the naming scheme of a denoiser's layers that a name belongs to; None if unknown."""
     rest = _flat(part_of(name)[1])
     return next((kind for kind in _RIVALS if rest.startswith(f"{kind}_")), None)
 
 
 def part_of(name: str) -> tuple[str, str]:
-    """Return the part of a pipeline that a name begins with, and the rest of the name."""
+    """Split a name into its part of a pipeline and the rest."""
     head, dot, rest = name.partition(".")
     if dot and head in _PARTS:
         return _PARTS[head], rest
@@ -160,13 +160,13 @@ def part_of(name: str) -> tuple[str, str]:
 
 
 def flattened(names: Sequence[str]) -> list[str]:
-    """Return the names of modules as kohya's scripts have them.
+    """Return the names of modules in kohya's notation.
 
-    Those of a pipeline's first text encoder begin with ``lora_te1`` where it has two, else with
-    ``lora_te``. Names of no part are of the denoiser.
+    Names of a pipeline's first text encoder begin with ``lora_te1`` if there are two encoders, else
+    with ``lora_te``. Names without a part belong to the denoiser.
 
     Args:
-        names: Of modules, with dots or as kohya has them.
+        names: Names of modules, with dots or in kohya's notation.
     """
     parts = [part_of(name) for name in names]
     has_two = any(part == "text_encoder_2" for part, _ in parts)
@@ -189,13 +189,13 @@ def _key(name: str) -> tuple[str, str]:
 
 
 def _flat(name: str) -> str:
-    """Return a weight's name with underscores, but for the dot before its last part."""
+    """Return a weight's name with underscores instead of dots, except for the last dot."""
     module, dot, parameter = name.rpartition(".")
     return f"{module.replace('.', '_')}{dot}{parameter}"
 
 
 def _prefixes(flat: str) -> Iterable[str]:
-    """Yield what a flat name may begin with that is no part of a module's own name."""
+    """Yield the possible prefixes of a flat name before the module's own name."""
     yield ""
     for match in re.finditer("_", flat):
         yield flat[: match.end()]

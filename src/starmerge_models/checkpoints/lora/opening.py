@@ -1,7 +1,7 @@
-"""Opening an adapter: the updates that a file holds, matched to the base and checked against it.
+"""Opening of adapters: the updates of a file are matched to the base and checked against it.
 
-The tensors of a file are read in :mod:`~starmerge_models.checkpoints.lora.formats`, whichever tool
-wrote them, and which of the base's they mean in :mod:`~starmerge_models.checkpoints.names` and
+Files of all tools are read in :mod:`~starmerge_models.checkpoints.lora.formats`, and their names
+are matched to the base's in :mod:`~starmerge_models.checkpoints.names` and
 :mod:`~starmerge_models.checkpoints.lora.flat_names`.
 """
 
@@ -38,12 +38,12 @@ def open_adapter(
 ) -> Adapter:
     """Open an adapter: read its config and header, and match every tensor to the base.
 
-    Copies of the base's weights that it comes with are compared with them.
+    Copies of the base's weights in the file are compared with them.
 
     Args:
         name: The model's name in tables and reports.
         source: The adapter's folder, or its file.
-        base: The base it is to be merged into.
+        base: The base of the merge.
         any_base: Accept an adapter whose config names another base.
         common: Leave out whole modules that the base lacks, such as a head.
 
@@ -96,7 +96,7 @@ def open_adapter(
 
 
 def _open_alone(name: str, source: Source, base: Base, contents: AdapterContents) -> Adapter:
-    """Open an adapter whose base is known by its shapes alone."""
+    """Open an adapter for a base of which only shapes are known."""
     found = names_alone(source, contents, base.checkpoint)
     updates: dict[str, PlacedUpdate] = {}
     for update in contents.updates:
@@ -116,16 +116,16 @@ def _open_alone(name: str, source: Source, base: Base, contents: AdapterContents
 def names_alone(
     source: Source, contents: AdapterContents, known: Mapping[str, TensorInfo]
 ) -> dict[str, str]:
-    """Return the name of each weight of an adapter among those of other adapters.
+    """Match the weights of an adapter to those of other adapters.
 
     Args:
         source: The adapter.
-        contents: What it holds.
-        known: The weights of the other adapters, by their names there.
+        contents: The content of the adapter.
+        known: The weights of the other adapters, by name.
 
     Returns:
-        The name by the adapter's own: the same weight's where it is known, else its own, with the
-        prefix changed by which some are known.
+        For each of the adapter's names, the known name of the same weight; for other weights, the
+        adapter's name with the prefix change of the matched ones.
     """
     if contents.format.is_diffusion:
         return match_parts(source, contents.names, known)
@@ -148,7 +148,7 @@ def _adapter(
         updates,
         replacements,
         contents.config,
-        list(contents.beside),
+        list(contents.other_files),
     )
 
 

@@ -1,8 +1,9 @@
 """Adapters of models whose output layer is tied to the embedding.
 
-A change of both ends that is the same is one of the tied weights. A change of one end alone is what
-PEFT computes with, though its merge_and_unload changes the other end, too: the merge has two ends
-of their own then, unless the adapter says that it ties them (``ensure_weight_tying``).
+Equal changes of both tensors are a change of the tied weight. If an adapter changes only one of
+them, PEFT's forward pass uses the change for this one only, although its merge_and_unload changes
+both. The merged model then has two separate tensors, unless the adapter ties them
+(``ensure_weight_tying``).
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from starmerge_models.deltas import Dense, LowRank
 from starmerge_models.errors import StarmergeError
 
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
-"""How the classes of transformers end whose output layer is called lm_head."""
+"""Suffixes of the names of transformers' classes whose output layer is called lm_head."""
 
 
 def ends_of(base: Base) -> list[str]:
-    """Return the base's tensors that are, or were before this merge, one with the embedding."""
+    """Return the base's tensors that are, or were before this merge, tied to the embedding."""
     if base.tied:
         return base.tied
     return [base.embedding, base.head] if base.head and base.embedding else []
 
 
 def head_not_stored(base: Base, contents: AdapterContents, found: Mapping[str, str]) -> str | None:
-    """Return the adapter's name of the output layer, where it changes one that is not stored.
+    """Return the adapter's name of an output layer that it changes and the base does not store.
 
     Args:
         base: The base.
@@ -56,7 +57,7 @@ def with_tied_ends(
     found: Mapping[str, str],
     head: str | None,
 ) -> Adapter:
-    """Return an adapter whose changes of tied ends are one; or with the end that it unties.
+    """Return an adapter with one change for all tied tensors, or with the tensor that it unties.
 
     Args:
         adapter: The adapter, without its change of an output layer that is not stored.
@@ -106,7 +107,7 @@ def _differ(adapter: Adapter, ends: Iterable[str]) -> StarmergeError:
 
 
 def _with_ends(adapter: Adapter, base: Base, ends: Iterable[str], change: Update | str) -> Adapter:
-    """Return an adapter that changes further ends of tied weights, all in one way."""
+    """Return an adapter that applies the same change to more of the tied tensors."""
     updates, replacements = dict(adapter.updates), dict(adapter.replacements)
     for end in ends:
         if isinstance(change, str):
@@ -118,7 +119,7 @@ def _with_ends(adapter: Adapter, base: Base, ends: Iterable[str], change: Update
 
 
 def name_of_head(base: Base, name: str | None, found: Mapping[str, str]) -> str | None:
-    """Return the name that the output layer is to have in the merge; None: the base has none.
+    """Return the name of the output layer in the merge; None if the base has none.
 
     Args:
         base: The base, whose embedding stands for both ends.
@@ -152,11 +153,11 @@ def name_of_head(base: Base, name: str | None, found: Mapping[str, str]) -> str 
 
 
 def are_equal(first: Update | str, second: Update | str, read: Callable[[str], Tensor]) -> bool:
-    """Tell whether two changes of a table are the same.
+    """Return whether two changes of a table are equal.
 
     Args:
         first: An update, or the key of the whole table.
-        second: Likewise.
+        second: Another update or key.
         read: Returns a stored tensor by its key.
     """
     if isinstance(first, str) and isinstance(second, str):

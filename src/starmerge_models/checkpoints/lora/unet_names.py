@@ -1,9 +1,9 @@
-"""What the makers of Stable Diffusion call the layers of a U-Net that diffusers calls otherwise.
+"""Names of a U-Net's layers in the code of Stable Diffusion's authors, unlike diffusers' names.
 
-kohya's scripts train Stable Diffusion XL in the makers' code, so its adapters have those names.
-There all layers on the way down are in one list, ``input_blocks``, and all on the way up in
-another; diffusers groups them by resolution, each with its resnets, its attentions and its change
-of resolution. Sources: github.com/Stability-AI/generative-models,
+kohya's scripts train Stable Diffusion XL in the authors' code, so its adapters have these names. In
+that code all layers of the downward path are in one list, ``input_blocks``, and all of the upward
+path in another; diffusers groups them by resolution, each with resnets, attentions and a change of
+resolution. Sources: github.com/Stability-AI/generative-models,
 ``sgm/modules/diffusionmodules/openaimodel.py``; github.com/huggingface/diffusers,
 ``models/unets/unet_2d_condition.py``.
 """
@@ -41,13 +41,14 @@ _PART = re.compile(
 
 
 def makers_name(module: str, names: Collection[str], layers: int) -> str | None:
-    """Return the makers' name of a module of diffusers' U-Net; None where it has none.
+    """Return the authors' name of a module of diffusers' U-Net; None if there is none.
 
     Args:
-        module: Its name in diffusers, such as ``down_blocks.1.attentions.0.proj_in``.
-        names: Of all weights of the model: whether a block has attentions decides on a place.
-        layers: ``layers_per_block`` of the model's config. A block on the way down has a change of
-            resolution behind as many layers; one on the way up has one layer more.
+        module: Name in diffusers, such as ``down_blocks.1.attentions.0.proj_in``.
+        names: Names of all weights of the model, because the index depends on the attentions of a
+            block.
+        layers: ``layers_per_block`` of the model's config. A downward block has this number of
+            layers before its change of resolution; an upward block has one layer more.
     """
     match = _PART.fullmatch(module)
     if match is None:

@@ -1,8 +1,8 @@
-"""What an adapter's file says of one weight: which tensors its change is made of, and how.
+"""Updates of an adapter: how the change of a weight is computed from stored tensors.
 
-Each format reads its files into :class:`Update` objects; all that follows, from the check against
-the base to the merge, knows no format. A :class:`Change` gives the matrix (out, in·k) of an update
-as factors where it has them, with the scale that the tool multiplies it by.
+Each format reads its files into :class:`Update` objects; all later steps, from the check against
+the base to the merge, are independent of the format. A :class:`Change` returns the matrix
+(out, in·k) of an update, as factors if possible, including the tool's scale.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from torch import Tensor
 from starmerge_models.deltas import Delta, Dense, LowRank, compute_dtype
 
 Read: TypeAlias = Callable[[str], Tensor]
-"""Returns a stored tensor by its key, in the dtype it is stored in."""
+"""A function that returns a stored tensor by its key, in its stored dtype."""
 
 _PANEL = 2**22
-"""Entries that are held in float64 at once."""
+"""Entries in one float64 panel."""
 
 
 class Change(Protocol):
-    """A way in which stored tensors make the change of a weight."""
+    """A formula that computes the change of a weight from stored tensors."""
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The tensors that it is made of."""
+        """Keys of the stored tensors."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(out, in, …) as torch's modules hold the weight.
+        """(out, in, …) in the layout of torch's modules.
 
-        Where the file does not keep the kernel's sizes apart it is (out, in·k).
+        It is (out, in·k) if the file does not contain the kernel's sizes.
         """
 
     @property
@@ -44,18 +44,18 @@ class Change(Protocol):
         """The rank of its factors; None where it is dense."""
 
     def delta(self, read: Read) -> Delta:
-        """Return it as a matrix (out, in·k), scale included."""
+        """Return the change as a matrix (out, in·k), including the scale."""
 
 
 @dataclass(frozen=True)
 class Magnitude:
-    """DoRA's magnitudes: the norms that slices of the changed weight are given."""
+    """DoRA's magnitudes: the norms of the slices of the changed weight."""
 
     key: str
     axis: int = 0
-    """The axis of (out, in, …) along which there is one for each slice: 0 outputs, 1 inputs."""
+    """The axis of (out, in, …) whose slices have a magnitude each: 0 for outputs, 1 for inputs."""
     epsilon: float = 0.0
-    """What the tool adds to the norms that it divides by."""
+    """The number that the tool adds to norms before it divides by them."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +63,22 @@ class Update:
     """The change of one weight."""
 
     module: str
-    """The module's name as the file has it."""
+    """The module's name in the file."""
     change: Change
     is_embedding: bool = False
-    """Whether the module looks rows up: its weight is the transpose of the change."""
+    """Whether the module is an embedding, whose weight is the transpose of the change."""
     magnitude: Magnitude | None = None
     parameter: str = "weight"
-    """Which of the module's parameters is changed."""
+    """The name of the changed parameter of the module."""
 
     @property
     def weight(self) -> str:
-        """The name of the weight that is updated, as the file has the module's."""
+        """The file's name of the updated weight."""
         return f"{self.module}.{self.parameter}"
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The tensors that are read for it."""
+        """Keys of the tensors that are read for it."""
         magnitude = () if self.magnitude is None else (self.magnitude.key,)
         return (*self.change.keys, *magnitude)
 
@@ -104,7 +104,7 @@ class Product:
     input_first: bool = False
     """Whether the file has Aᵀ (in, r) and Bᵀ (r, out)."""
     rows: tuple[int, ...] | None = None
-    """Which row of B is which output of the weight; None: each its own."""
+    """The row of B for each output of the weight; None for the same order."""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -112,7 +112,7 @@ class Product:
         return self.a, self.b
 
     def delta(self, read: Read) -> LowRank:
-        """Return s·B·A in factors, in the dtypes they are stored in."""
+        """Return s·B·A as factors, in their stored dtypes."""
         A, B = read(self.a), read(self.b)
         if self.input_first:
             A, B = A.T, B.T
@@ -122,10 +122,10 @@ class Product:
 
 @dataclass(frozen=True)
 class ExpertProduct:
-    """LoRA's s·B·A of one of several experts whose factors are stored together, as PEFT does.
+    """LoRA's s·B·A of one of several experts with joined factors, in PEFT's layout.
 
-    A is (E·r, in), expert after expert; B is (out, r·E), in which the columns of an expert are
-    every E-th. Source: github.com/huggingface/peft, ``tuners/lora/layer.py``, ``ParamWrapper``.
+    A is (E·r, in), expert after expert; B is (out, r·E), where every E-th column belongs to the
+    same expert. Source: github.com/huggingface/peft, ``tuners/lora/layer.py``, ``ParamWrapper``.
     """
 
     a: str
@@ -135,11 +135,11 @@ class ExpertProduct:
     rank: int
     expert: int
     experts: int
-    """E."""
-    turned: bool
+    """E, the number of experts."""
+    transposed: bool
     """Whether the weight's change is (B·A)ᵀ."""
     start: int = 0
-    """The first row of the expert's change that is one of this weight."""
+    """The first row of the expert's change that belongs to this weight."""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -147,21 +147,21 @@ class ExpertProduct:
         return self.a, self.b
 
     def delta(self, read: Read) -> LowRank:
-        """Return the expert's s·B·A in factors, in the dtypes they are stored in."""
+        """Return the expert's s·B·A as factors, in their stored dtypes."""
         A, B = read(self.a), read(self.b)
         A = A.view(self.experts, self.rank, -1)[self.expert]
         B = B.view(len(B), self.rank, self.experts)[:, :, self.expert]
-        left, right = (A.T, B.T) if self.turned else (B, A)
+        left, right = (A.T, B.T) if self.transposed else (B, A)
         return LowRank(left[self.start : self.start + self.shape[0]], right, self.scale)
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Changes of some of the rows of a weight, one below the other.
+    """Changes of consecutive blocks of rows of a weight.
 
     Args:
-        parts: The first row of each, and the change of these rows.
-        shape: Of the whole weight.
+        parts: The first row and the change of each block.
+        shape: Shape of the whole weight.
     """
 
     parts: tuple[tuple[int, Change], ...]
@@ -169,7 +169,7 @@ class Blocks:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The tensors of all."""
+        """Keys of the tensors of all blocks."""
         return tuple(key for _, change in self.parts for key in change.keys)
 
     @property
@@ -180,9 +180,9 @@ class Blocks:
         return sum(known) if len(known) == len(ranks) else None
 
     def delta(self, read: Read) -> Delta:
-        """Return it in factors, B with a block for each part, A with their rows; or dense.
+        """Return the change as factors, with a block of B and rows of A for each part; or dense.
 
-        In float32, or in float64 where a part is stored so.
+        The dtype is float32, or float64 if a part is stored in float64.
         """
         deltas = [(start, change.delta(read)) for start, change in self.parts]
         low = [(start, delta) for start, delta in deltas if isinstance(delta, LowRank)]
@@ -232,8 +232,8 @@ class Tucker:
 
 
 @dataclass(frozen=True)
-class Half:
-    """A matrix P·Q (out, in·k) of two stored tensors, with a core between them or without one.
+class FactoredMatrix:
+    """A matrix P·Q (out, in·k) of two stored tensors, with or without a core between them.
 
     Without a core P is (out, r) and Q (r, in·k). With a core t (r, r', …) LyCORIS stores P as
     (r, out) and Q as (r', in).
@@ -246,11 +246,11 @@ class Half:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Its tensors."""
+        """Keys of its tensors."""
         return (self.p, self.q, *((self.core,) if self.core else ()))
 
     def factors(self, read: Read) -> tuple[Tensor, Tensor]:
-        """Return P (out, r) and Q (r, in·k), as they are stored, or in float64."""
+        """Return P (out, r) and Q (r, in·k), in the stored dtype, or in float64 with a core."""
         P, Q = read(self.p), read(self.q)
         if self.core is None:
             return P, Q
@@ -258,8 +258,8 @@ class Half:
 
 
 @dataclass(frozen=True)
-class Whole:
-    """A matrix that is stored as it is, (out, in, …)."""
+class StoredMatrix:
+    """A matrix that is stored whole, (out, in, …)."""
 
     key: str
 
@@ -281,8 +281,8 @@ class Hadamard:
     column of one and one of the other, and likewise of the rows of Q₁ and Q₂.
     """
 
-    first: Half
-    second: Half
+    first: FactoredMatrix
+    second: FactoredMatrix
     scale: float
     shape: tuple[int, ...]
 
@@ -293,7 +293,7 @@ class Hadamard:
 
     @property
     def rank(self) -> int | None:
-        """r₁·r₂, where the matrix has more rows and columns."""
+        """r₁·r₂, if the matrix has more rows and columns, else None."""
         r = self.first.rank * self.second.rank
         return r if r < min(self.shape[0], math.prod(self.shape[1:])) else None
 
@@ -316,13 +316,13 @@ class Hadamard:
 class Kronecker:
     """LoKr's s·(W₁ ⊗ W₂) (Edalati et al. 2022, arXiv 2212.10650; Yeh et al. 2023, 2309.14859).
 
-    Either matrix is stored whole or as a product. With W₁ = P₁Q₁ and W₂ = P₂Q₂ the factors are
-    P₁ ⊗ P₂ and Q₁ ⊗ Q₂; a whole matrix stands for one of its factors, and the identity for the
-    other, whichever is smaller.
+    Each matrix is stored whole or as a product. With W₁ = P₁Q₁ and W₂ = P₂Q₂ the factors are
+    P₁ ⊗ P₂ and Q₁ ⊗ Q₂; a whole matrix is factored into itself and the identity of its shorter
+    side.
     """
 
-    first: Half | Whole
-    second: Half | Whole
+    first: FactoredMatrix | StoredMatrix
+    second: FactoredMatrix | StoredMatrix
     scale: float
     shape: tuple[int, ...]
     sizes: tuple[tuple[int, int], tuple[int, int]]
@@ -335,10 +335,11 @@ class Kronecker:
 
     @property
     def rank(self) -> int | None:
-        """The product of both ranks, where the matrix has more rows and columns."""
+        """The product of both ranks, if the matrix has more rows and columns, else None."""
         parts = zip((self.first, self.second), self.sizes, strict=True)
         r = math.prod(
-            min(part.rank, *size) if isinstance(part, Half) else min(size) for part, size in parts
+            min(part.rank, *size) if isinstance(part, FactoredMatrix) else min(size)
+            for part, size in parts
         )
         return r if r < min(self.shape[0], math.prod(self.shape[1:])) else None
 
@@ -359,7 +360,7 @@ class Kronecker:
 
 @dataclass(frozen=True)
 class Difference:
-    """A change that is stored entry by entry."""
+    """A change that is stored as a full tensor."""
 
     key: str
     shape: tuple[int, ...]
@@ -372,7 +373,7 @@ class Difference:
         return (self.key,)
 
     def delta(self, read: Read) -> Dense:
-        """Return it in the dtype it is stored in."""
+        """Return the change in its stored dtype."""
         return Dense(read(self.key))
 
 
@@ -381,8 +382,8 @@ def _contracted(core: Tensor, q: Tensor) -> Tensor:
     return torch.einsum("mn...,ni->mi...", core.double(), q.double()).flatten(1)
 
 
-def _split(part: Half | Whole, read: Read) -> tuple[Tensor, Tensor]:
-    """Return two factors of a part, no larger than they need to be."""
+def _split(part: FactoredMatrix | StoredMatrix, read: Read) -> tuple[Tensor, Tensor]:
+    """Return two factors of a part, of minimal size."""
     P, Q = part.factors(read)
     if Q is not None and P.shape[1] <= min(len(P), Q.shape[1]):
         return P, Q

@@ -1,9 +1,9 @@
-"""Checkpoints of quantised weights, as checkpoints of plain ones that are computed when read.
+"""Quantised checkpoints, presented as checkpoints of plain weights that are computed lazily.
 
-A quantised weight is stored as several tensors: integer codes, and what turns them into numbers. A
-format's file here says which these are, and computes the weight in float32, exactly as the
-format's own library does. The arithmetic is a few lines a format, and ours: the libraries want a
-GPU, or take longer to import than a merge takes, and none reads a tensor at a time.
+A quantised weight is stored as several tensors: integer codes, and scales or tables to decode them.
+Each module reads one format and computes the weight in float32, exactly like the format's own
+library. The arithmetic is a few lines per format and written here, because the libraries require a
+GPU or take longer to import than a merge takes, and none reads single tensors.
 """
 
 from starmerge_models.checkpoints.quantised.formats import QUANTISATION as QUANTISATION

@@ -16,8 +16,8 @@ from starmerge_models.checkpoints.quantised.packing import panels
 from starmerge_models.checkpoints.tensors import Checkpoint
 
 _PLACE = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Of eight neighbouring outputs, in which four bits of the word each is, counted from the lowest:
-the words hold outputs 0, 2, 4, 6, 1, 3, 5, 7."""
+"""Index of each of eight consecutive outputs among the word's groups of four bits, from the lowest:
+a word contains outputs 0, 2, 4, 6, 1, 3, 5, 7."""
 
 _WORDS = (torch.int32,)
 
@@ -27,8 +27,8 @@ class Awq:
     """W_oi = s_go (q_io − z_go), with a scale s and a zero point z for each group g of inputs.
 
     Args:
-        shape: Of W, (outputs, inputs).
-        group: Inputs of a group.
+        shape: Shape of W, (outputs, inputs).
+        group: Number of inputs in a group.
     """
 
     shape: tuple[int, int]

@@ -19,7 +19,7 @@ from starmerge_models.parsing import parse_json
 _STATE = ".quant_state.bitsandbytes__"
 
 _PER_127 = 7.874015718698502e-3
-"""1/127 as the library multiplies by it."""
+"""1/127 as rounded by the library."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class FourBits:
     With double quantisation a_b = code2[p_b] · a2_c + offset, for blocks c of blocks.
 
     Args:
-        shape: Of W.
-        block: Entries of a block, row after row.
-        outer: Blocks of a block of a's, and the offset; None: the a are stored as they are.
+        shape: Shape of W.
+        block: Entries of a block, in row-major order.
+        outer: Number of a's in a block of double quantisation, and the offset; None without it.
     """
 
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class FourBits:
     outer: tuple[int, float] | None
 
     def __call__(self, *parts: Tensor) -> Tensor:
-        """Return W of two q a byte, the higher first, of a or p, of the codes, and of a2."""
+        """Return W from the q (two per byte, the higher bits first), a or p, the codes, and a2."""
         stored, absmax, code, *nested = parts
         packed = stored.contiguous().view(torch.uint8).flatten()
         if self.outer is not None:
@@ -70,7 +70,7 @@ class EightBits:
     """W_oi = q_oi · a_o / 127, with the greatest magnitude a of each row."""
 
     def __call__(self, *parts: Tensor) -> Tensor:
-        """Return W of q (m, n) and a (m,)."""
+        """Return W from q (m, n) and a (m,)."""
         codes, absmax = parts
         m, n = codes.shape
         W = torch.empty((m, n), dtype=torch.float32)
@@ -105,7 +105,7 @@ def bitsandbytes(entries: Entries) -> tuple[Checkpoint, str]:
 
 
 def _four_bits(entries: Entries, name: str, key: str, kind: str) -> str:
-    """Put a weight in the place of its codes; return what they are."""
+    """Replace the codes of a weight by the computed weight; return the name of the format."""
     info = entries.take(key, (torch.uint8,), of=name)
     try:
         state = parse_json(bytes(read_tensor(info, mapped=False).tolist()))

@@ -1,4 +1,4 @@
-"""The tensors that a quantised weight is stored as, taken one by one out of a checkpoint."""
+"""Helper of the formats: it consumes the stored tensors of quantised weights one by one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 
 from starmerge_models.checkpoints.experts import name_in_file, stack_of
-from starmerge_models.checkpoints.tensors import Checkpoint, Derived, TensorInfo, Way
+from starmerge_models.checkpoints.tensors import Checkpoint, Computation, Derived, TensorInfo
 from starmerge_models.errors import StarmergeError, UsageError
 
 SCALES = (torch.float32, torch.float16, torch.bfloat16)
@@ -18,12 +18,12 @@ SCALES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass
 class Entries:
-    """A checkpoint of quantised weights, and which of its tensors have been taken.
+    """A checkpoint of quantised weights, with a record of the consumed tensors.
 
     Args:
-        checkpoint: As the files have it.
+        checkpoint: The stored tensors.
         settings: ``quantization_config`` of the model's config.
-        where: The model, for errors.
+        where: The model, for error messages.
     """
 
     checkpoint: Checkpoint
@@ -33,16 +33,16 @@ class Entries:
     _taken: set[str] = field(default_factory=set)
 
     def named(self, suffix: str) -> Iterator[str]:
-        """Yield the beginnings of names that end so: of "a.qweight" and ".qweight" that is "a"."""
+        """Yield the prefixes of names with a suffix: "a" for "a.qweight" and ".qweight"."""
         for name in self.checkpoint:
             if name.endswith(suffix):
                 yield name.removesuffix(suffix)
 
     def find(self, name: str) -> TensorInfo | None:
-        """Return a tensor, and take it, if it is there."""
+        """Consume and return a tensor; None if it does not exist."""
         joined = stack_of(name)
         if name not in self.checkpoint and joined and joined[0] in self.checkpoint:
-            # One number, or a row of them, for each of the experts.
+            # One number, or a row of numbers, for each of the experts.
             self._taken.add(joined[0])
             return self.checkpoint[joined[0]].item(name, joined[1])
         if name not in self.checkpoint:
@@ -58,13 +58,13 @@ class Entries:
         *,
         of: str,
     ) -> TensorInfo:
-        """Take a tensor that a weight cannot be without.
+        """Consume and return a required tensor of a weight.
 
         Args:
             name: The tensor.
-            dtypes: Those that it may have.
-            shape: The one that it must have.
-            of: The weight, for errors.
+            dtypes: Allowed dtypes.
+            shape: Required shape.
+            of: The weight, for error messages.
 
         Raises:
             StarmergeError: It is missing, or has another shape or dtype.
@@ -79,34 +79,40 @@ class Entries:
         return info
 
     def ignore(self, *suffixes: str) -> None:
-        """Take all tensors whose names end so: no weight depends on them."""
+        """Consume all tensors with a suffix that no weight depends on."""
         self._taken.update(n for n in self.checkpoint if name_in_file(n).endswith(suffixes))
 
     def make(
-        self, first: str, name: str, shape: tuple[int, ...], parts: Iterable[Any], way: Way
+        self,
+        first: str,
+        name: str,
+        shape: tuple[int, ...],
+        parts: Iterable[Any],
+        computation: Computation,
     ) -> None:
-        """Put a computed weight, of float32, in the place of the tensors it is computed of.
+        """Add a computed float32 weight in place of the tensors from which it is computed.
 
         Args:
-            first: The tensor of the checkpoint in whose place it stands.
+            first: The stored tensor whose position in the checkpoint the weight gets.
             name: The weight's name.
-            shape: Its shape.
-            parts: What it is computed of.
-            way: How.
+            shape: The weight's shape.
+            parts: The tensors from which it is computed.
+            computation: The function of these tensors.
         """
         if name != first and name in self.checkpoint:
             self.fail(name, f"it is stored twice, as {name} and as {first}")
         own = tuple(parts)
-        self._made[first] = Derived(name, torch.float32, shape, own[0].file, own, way)
+        self._made[first] = Derived(name, torch.float32, shape, own[0].file, own, computation)
 
     def result(self, *suffixes: str) -> Checkpoint:
-        """Return the checkpoint with the weights in place of what they were stored as.
+        """Return the checkpoint with computed weights in place of the consumed tensors.
 
         Args:
-            suffixes: How names end that only tensors of quantised weights have.
+            suffixes: Suffixes of names that only tensors of quantised weights have.
 
         Raises:
-            StarmergeError: Such a tensor belongs to no weight, or there is no quantised weight.
+            StarmergeError: A tensor with such a name was not consumed, or there is no quantised
+                weight.
         """
         for name in self.checkpoint:
             if name not in self._taken and name_in_file(name).endswith(suffixes):
@@ -140,12 +146,12 @@ class Entries:
         return value
 
     def fail(self, weight: str, reason: str) -> NoReturn:
-        """Refuse the checkpoint for one of its weights."""
+        """Refuse the checkpoint because of one of its weights."""
         raise StarmergeError(
             f"{self.where}: the quantised weight {weight} cannot be read: {reason}. Are its files "
             "complete, and of the format that its config names?"
         )
 
     def refuse(self, reason: str) -> NoReturn:
-        """Refuse the checkpoint for its format."""
-        raise UsageError(f"{self.where} is quantised in a way that is not read: {reason}.")
+        """Refuse the checkpoint because of its format."""
+        raise UsageError(f"{self.where} is quantised in a computation that is not read: {reason}.")

@@ -1,4 +1,4 @@
-"""Which formats of quantised weights are read, and what is said of the others."""
+"""The supported formats of quantised weights, and the errors for other formats."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ FORMATS: dict[str, Callable[[Entries], tuple[Checkpoint, str]]] = {
     "fp8": fp8,
     "gptq": gptq,
 }
-"""By the ``quant_method`` of a config: reads a checkpoint, and says what it found."""
+"""Readers of checkpoints by the ``quant_method`` of a config."""
 
 QUANTISATION = ("quantization_config", "compression_config")
-"""Where configs say that weights are quantised; the second is an old name."""
+"""Config keys of the quantisation; the second is an old name."""
 
 _INPUT_FIRST = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-"""Kinds of models whose layers hold their weights as (in, out), and quantised as (out, in)."""
+"""Types of models whose plain weights are (in, out), and quantised weights (out, in)."""
 
 _RESCALING = ("awq", "compressed-tensors")
-"""Formats of methods that move factors from a layer into the one before."""
+"""Formats of methods that move scale factors from a layer to the preceding one."""
 
 
 @dataclass(frozen=True)
 class Dequantised:
-    """A quantised model, with plain weights that are computed when they are read."""
+    """A quantised model with lazily computed plain weights."""
 
     checkpoint: Checkpoint
     """The weights under their own names, quantised ones in float32."""
     config: dict[str, Any]
-    """The model's, as one of plain weights has it."""
+    """The model's config without quantisation."""
     format: str
-    """What the weights are stored as: "GPTQ, 4 bits"."""
+    """Description of the stored format: "GPTQ, 4 bits"."""
     note: str
-    """A sentence or two on what that means for a merge."""
+    """One or two sentences on the consequences for a merge."""
 
 
 def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return what a model's config says of the quantisation of its weights, if they are."""
+    """Return the quantisation settings of a model's config; None for plain weights."""
     for part in (config, config.get("text_config") or {}):
         for key in QUANTISATION:
             if part.get(key):
@@ -62,12 +62,12 @@ def dequantised(checkpoint: Checkpoint, config: Mapping[str, Any], where: str) -
     """Return a quantised model's checkpoint as one of plain weights.
 
     Args:
-        checkpoint: As the files have it.
+        checkpoint: The stored tensors.
         config: ``config.json``.
-        where: The model, for errors.
+        where: The model, for error messages.
 
     Raises:
-        UsageError: It has a format, or a variant of one, that is not read.
+        UsageError: The format, or its variant, is not supported.
         StarmergeError: A tensor of a quantised weight is missing, or does not fit the others.
     """
     settings = settings_of(config) or {}
@@ -96,7 +96,7 @@ def dequantised(checkpoint: Checkpoint, config: Mapping[str, Any], where: str) -
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config without what it says of quantisation."""
+    """Return a config without its quantisation settings."""
     plain = {key: value for key, value in config.items() if key not in QUANTISATION}
     if plain.get("text_config"):
         text = plain["text_config"].items()
@@ -105,7 +105,7 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refusal(method: str, config: Mapping[str, Any], where: str) -> str:
-    """Return why a quantised model is refused, and what to give in its place."""
+    """Return the error message for an unsupported quantised model, with a remedy."""
     origin = config.get("_name_or_path")
     named = f"; its config names {origin}" if isinstance(origin, str) and origin else ""
     reason = (

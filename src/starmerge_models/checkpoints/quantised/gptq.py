@@ -24,11 +24,11 @@ class Gptq:
     """W_oi = s_go (q_io − z_go), with a scale s and a zero point z for each group g of inputs.
 
     Args:
-        name: Of the weight, for errors.
-        shape: Of W, (outputs, inputs).
-        bits: Of q and z.
-        group: Inputs of a group, where they are one after the other; None: their groups are given.
-        offset: What is added to the stored z: 1 in the first version of the format.
+        name: Name of the weight, for error messages.
+        shape: Shape of W, (outputs, inputs).
+        bits: Number of bits of q and z.
+        group: Number of consecutive inputs in a group; None if the groups are stored.
+        offset: Number that is added to the stored z: 1 in the first version of the format.
     """
 
     name: str

@@ -10,16 +10,16 @@ from torch import Tensor
 from starmerge_models.errors import StarmergeError
 
 PANEL = 2**18
-"""Entries that are computed at once, at least a row of blocks."""
+"""Entries in one panel, which has at least a row of blocks."""
 
 
 def panels(rows: int, columns: int, step: int) -> Iterator[slice]:
-    """Yield slices of the rows of a matrix that are computed at once.
+    """Yield the panels of a matrix as slices of rows.
 
     Args:
-        rows: Of the matrix.
-        columns: Of the matrix.
-        step: Rows of which a slice has a multiple, but for the last.
+        rows: Number of rows of the matrix.
+        columns: Number of columns of the matrix.
+        step: Each slice but the last has a multiple of this number of rows.
     """
     height = max(1, PANEL // (max(columns, 1) * step)) * step
     for start in range(0, rows, height):
@@ -27,12 +27,12 @@ def panels(rows: int, columns: int, step: int) -> Iterator[slice]:
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
-    """Return unsigned integers that follow each other, lowest bits first, down the columns.
+    """Unpack unsigned integers that are packed down the columns, lowest bits first.
 
     Args:
         words: (n, m), int32.
-        bits: Of one integer, 1 to 8; one may begin in a word and end in the next.
-        count: How many there are in a column, at most 32 n / bits.
+        bits: Number of bits of an integer, 1 to 8; integers may span two words.
+        count: Number of integers in a column, at most 32 n / bits.
 
     Returns:
         (count, m), int32.
@@ -50,15 +50,15 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 def group_numbers(stored: Tensor, count: int, weight: str) -> Tensor:
-    """Return the group of each input, as int64, of those that a file holds.
+    """Return the stored group of each input, as int64, after a check.
 
     Args:
         stored: (inputs,).
-        count: How many groups there are.
-        weight: Its name, for errors.
+        count: Number of groups.
+        weight: Name of the weight, for error messages.
 
     Raises:
-        StarmergeError: There is no such group.
+        StarmergeError: A group does not exist.
     """
     groups = stored.long()
     if not 0 <= int(groups.min()) <= int(groups.max()) < count:
@@ -69,16 +69,16 @@ def group_numbers(stored: Tensor, count: int, weight: str) -> Tensor:
 
 
 def of_blocks(blocks: Tensor, rows: slice, columns: int, block: tuple[int, int]) -> Tensor:
-    """Return the entry of its block for each entry of some rows of a matrix.
+    """Expand one entry per block to all entries of some rows of a matrix.
 
     Args:
-        blocks: An entry a block, (⌈rows / height⌉, ⌈columns / width⌉).
-        rows: Which rows of the matrix; they begin with those of a block.
-        columns: Of the matrix.
-        block: Height and width of one.
+        blocks: One entry per block, (⌈rows / height⌉, ⌈columns / width⌉).
+        rows: The rows of the matrix, which start at the first row of a block.
+        columns: Number of columns of the matrix.
+        block: Height and width of a block.
 
     Returns:
-        (rows, columns); a view where a block is as wide as the matrix.
+        (rows, columns); a view if a block is as wide as the matrix.
     """
     height, width = block
     own = blocks[rows.start // height : -(-rows.stop // height)]

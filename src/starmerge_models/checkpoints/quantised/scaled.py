@@ -1,4 +1,4 @@
-"""Weights stored as a code an entry and a scale a block: fp8, and formats of compressed-tensors.
+"""Weights stored as one code per entry and one scale per block: fp8 and compressed-tensors.
 
 Sources: github.com/deepseek-ai/DeepSeek-V3 (``inference/kernel.py``), transformers
 (``integrations/finegrained_fp8.py``) and github.com/vllm-project/compressed-tensors
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starmerge_models.checkpoints.experts import beside
+from starmerge_models.checkpoints.experts import companion_name
 from starmerge_models.checkpoints.quantised.entries import SCALES, Entries
 from starmerge_models.checkpoints.quantised.packing import group_numbers, of_blocks, panels, unpack
 from starmerge_models.checkpoints.tensors import Checkpoint, TensorInfo, read_tensor
@@ -22,7 +22,7 @@ from starmerge_models.checkpoints.tensors import Checkpoint, TensorInfo, read_te
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 _NOT_WEIGHTS = (".input_scale", ".output_scale", ".activation_scale", ".input_zero_point")
-"""What inference needs for the inputs of a layer, and no weight."""
+"""Suffixes of tensors for the inputs of a layer, which weights do not depend on."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class Packed:
     """W = (q − z) · s, with codes q packed along the rows, and s and z for each group of a row.
 
     Args:
-        name: Of the weight, for errors.
-        bits: Of a code.
-        shape: Of W.
-        group: Entries of a row that share a scale, one after the other.
-        has_zero: Whether zero points are stored, packed along the columns; else they are 0.
-        has_order: Whether the group of each entry is stored, since they are in no order.
+        name: Name of the weight, for error messages.
+        bits: Number of bits of a code.
+        shape: Shape of W.
+        group: Number of consecutive entries of a row that share a scale.
+        has_zero: Whether zero points are stored, packed along the columns; otherwise they are 0.
+        has_order: Whether the group of each entry is stored, because groups are not consecutive.
     """
 
     name: str
@@ -99,26 +99,27 @@ class Packed:
 
 
 def fp8(entries: Entries) -> tuple[Checkpoint, str]:
-    """Read fp8 weights with a scale a block, a row or a tensor, named ``…_scale_inv``.
+    """Read fp8 weights with a scale per block, row or tensor, named ``…_scale_inv``.
 
-    DeepSeek's and Qwen's of 128 × 128 entries, and those of transformers' ``FineGrainedFP8Config``.
+    Such are the weights of DeepSeek and Qwen, with blocks of 128 × 128 entries, and those of
+    transformers' ``FineGrainedFP8Config``.
     """
     block = _block(entries, entries.settings.get("weight_block_size"))
     for name, info in entries.checkpoint.items():
         if info.dtype in FP8:
             entries.find(name)
-            _scaled(entries, info, beside(name, "_scale_inv"), block)
+            _scaled(entries, info, companion_name(name, "_scale_inv"), block)
     entries.ignore(*_NOT_WEIGHTS)
     blocks = "" if block is None else f", a scale for {block[0]} × {block[1]} entries"
     return entries.result("_scale_inv"), f"fp8{blocks}"
 
 
 def fbgemm_fp8(entries: Entries) -> tuple[Checkpoint, str]:
-    """Read the fp8 weights of FBGEMM: a scale a row, named ``…_scale``."""
+    """Read the fp8 weights of FBGEMM, with a scale per row, named ``…_scale``."""
     for name, info in entries.checkpoint.items():
         if info.dtype in FP8:
             entries.find(name)
-            _scaled(entries, info, beside(name, "_scale"), None)
+            _scaled(entries, info, companion_name(name, "_scale"), None)
     entries.ignore(".input_scale_ub", *_NOT_WEIGHTS)
     return entries.result("_scale"), "fp8, a scale for each row"
 
@@ -170,7 +171,7 @@ def _scaled(
     block: tuple[int, int] | None,
     zero: str | None = None,
 ) -> None:
-    """Put a weight in the place of its codes; the scale's shape tells what has one."""
+    """Replace codes by the computed weight; the shape of the scale determines the blocks."""
     info = entries.take(scale, SCALES, of=codes.name)
     if len(codes.shape) < 2 or not codes.size:
         entries.fail(codes.name, f"it has the shape {list(codes.shape)}")
@@ -197,7 +198,7 @@ def _scaled(
 
 
 def _block(entries: Entries, value: Any) -> tuple[int, int] | None:
-    """Return the rows and columns of a block, as the config has them."""
+    """Return the rows and columns of a block from the config."""
     if value is None:
         return None
     if (
@@ -210,12 +211,12 @@ def _block(entries: Entries, value: Any) -> tuple[int, int] | None:
 
 
 def _packed(entries: Entries, prefix: str, configured: list[Any]) -> str:
-    """Put a weight in the place of its packed codes; return of how many bits they are."""
+    """Replace packed codes by the computed weight; return the description of the format."""
     name = f"{prefix}.weight"
     words = entries.take(f"{name}_packed", (torch.int32,), of=name)
     stored = entries.take(f"{name}_shape", (torch.int64, torch.int32), (2,), of=name)
     m, n = read_tensor(stored, mapped=False).tolist()
-    # A model may have several schemes: the words' number tells which is this weight's.
+    # A model may have several schemes: the number of words determines that of this weight.
     fitting = [b for b in range(1, 9) if words.shape == (m, -(-n * b // 32))]
     fitting = [b for b in fitting if b in configured] or fitting
     if m < 1 or n < 1 or len(fitting) != 1:

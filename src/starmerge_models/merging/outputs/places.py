@@ -43,7 +43,9 @@ def places_of(contents: Contents) -> dict[str, AdapterPlace]:
     for stored in unnamed:
         name = names.get(stored, stored).removesuffix(".weight")
         is_linear = len(base.checkpoint[stored].shape) == 2 and not base.is_embedding(stored)
-        places[stored] = Module(name, base.looks_up(stored), base.stores_input_first and is_linear)
+        places[stored] = Module(
+            name, base.is_lookup_table(stored), base.stores_input_first and is_linear
+        )
     return places
 
 

@@ -1,9 +1,9 @@
-"""The layouts that people have adapters in, found by looking at keys and config.
+"""The formats of adapters, detected by keys and config.
 
-One room for each tool, or for what several share; :func:`read_adapter` asks them in turn. None of
-them knows the base's weights: it names modules as its file does, and tells how each change is made
-of stored tensors (:mod:`~starmerge_models.checkpoints.lora.update`). Matching them to a base, and
-all that follows, is the same for all formats.
+There is one module for each tool's format; :func:`read_adapter` tries them in order. Readers do not
+use the base's weights: they return the file's names of modules, and a description of how each
+change is computed from stored tensors (:mod:`~starmerge_models.checkpoints.lora.update`). Matching
+to a base, and all later steps, are the same for all formats.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from starmerge_models.storage import Place, exists, is_file, storage_of
 __all__ = ["AdapterContents", "AdapterFile", "Factors", "Format", "is_adapter", "read_adapter"]
 
 FORMATS: Sequence[Format] = (Mlx(), Torchtune(), Peft(), Kohya(), Diffusers())
-"""All that are known, in the order in which they are asked."""
+"""All formats, in the order in which they are tried."""
 
 CONFIG = "adapter_config.json"
 
@@ -45,13 +45,13 @@ _WEIGHTS = (
     "pytorch_lora_weights.safetensors",
     "pytorch_lora_weights.bin",
 )
-"""What tools call an adapter's file: PEFT, torchtune, MLX-LM, diffusers."""
+"""Names of an adapter's file by PEFT, torchtune, MLX-LM and diffusers."""
 
 _SHARD = re.compile(r"adapter_model-\d+-of-\d+\.safetensors")
 
 
 def is_adapter(source: Source) -> bool:
-    """Tell whether a model is an adapter: by its config, or by the keys of its only file.
+    """Return whether a model is an adapter, by its config or by the keys of its only file.
 
     Raises:
         StarmergeError: The file is broken.
@@ -65,14 +65,14 @@ def is_adapter(source: Source) -> bool:
 
 
 def read_adapter(source: Source, model: Mapping[str, Any]) -> AdapterContents:
-    """Read an adapter's config and header, and tell what each tensor is.
+    """Read an adapter's config and header, and interpret its tensors.
 
     Args:
-        source: Its folder, or its file.
-        model: The base's ``config.json``; empty where it is not known.
+        source: The adapter's folder or file.
+        model: The base's ``config.json``; empty if unknown.
 
     Raises:
-        UsageError: It is no adapter of a known layout, or of a kind that is not merged.
+        UsageError: It is not an adapter of a known format, or of an unsupported kind.
         StarmergeError: A tensor is missing, unknown or of the wrong shape; a file is broken.
     """
     file = _open(source)
@@ -94,7 +94,7 @@ def _open(source: Source) -> AdapterFile:
     folder = place.parent if is_file(place) else place
     weights = place if place != folder else _weights(folder) or folder / _WEIGHTS[0]
     config = folder / CONFIG
-    # A file that is given by itself has the config beside it only if it is called as its tool does.
+    # A single file has a config in its folder only if it has the tool's standard name.
     if not exists(config) or (place != folder and place.name not in _WEIGHTS):
         return AdapterFile(source, weights, _checkpoint(weights), None, {})
     return AdapterFile(source, weights, _checkpoint(weights), config, read_json(config))
@@ -104,16 +104,16 @@ def _checkpoint(file: Place) -> Checkpoint:
     """Read the headers of an adapter's weights.
 
     Args:
-        file: Their file, or the index of several, or the first of several without one.
+        file: The file, or the index of several shards, or the first shard without an index.
     """
     is_sharded = file.suffix == ".json" or _SHARD.fullmatch(file.name)
     return open_shards(file) if is_sharded else open_weights(file)
 
 
 def _weights(folder: Place) -> Place | None:
-    """Return the file of an adapter's weights in a folder.
+    """Return the file of an adapter's weights in a folder; None if there is none.
 
-    One of those names that tools give it, its shards' index or the first of them, or the only
+    It has one of the tools' standard names, or is an index of shards, the first shard, or the only
     safetensors file.
     """
     for name in _WEIGHTS:

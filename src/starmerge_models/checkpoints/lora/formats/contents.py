@@ -1,4 +1,4 @@
-"""What a format gets to see of an adapter, and what it returns."""
+"""The interface of adapter formats: their input, their result, and the protocol."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from starmerge_models.storage import Place
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter's weights and its config, before it is known whose they are."""
+    """An adapter's weights and config, before its format is known."""
 
     source: Source
-    """For messages."""
+    """Source of the adapter, for error messages."""
     weights: Place
-    """The file."""
+    """The file of the weights."""
     checkpoint: Checkpoint
     config: Place | None
-    """``adapter_config.json`` beside it, if there is one."""
+    """``adapter_config.json`` in the same folder, if it exists."""
     settings: Mapping[str, Any]
-    """What it says; nothing where there is none."""
+    """Content of the config; empty without one."""
 
     def number(self, key: str) -> float:
-        """Return the one number that a tensor holds, such as an alpha.
+        """Return the number in a tensor of one entry, such as an alpha.
 
         Raises:
-            StarmergeError: It has several entries, or none, or is not finite.
+            StarmergeError: The tensor does not have exactly one entry, or it is not finite.
         """
         info = self.checkpoint[key]
         if info.size != 1:
@@ -49,68 +49,68 @@ class AdapterFile:
 
 @dataclass(frozen=True)
 class Factors:
-    """A and B of some parameter of a module; which one, their shapes tell."""
+    """A and B of a parameter of a module, which is identified by their shapes."""
 
     module: str
-    """The module's name as PEFT knows it."""
+    """The module's name in PEFT."""
     a: str
     b: str
     parameters: tuple[str, ...]
-    """Names of the module's parameters that may be meant."""
+    """Names of the module's parameters to which they may belong."""
 
 
 @dataclass(frozen=True)
 class AdapterContents:
-    """An adapter's file, read: the updates, and what is known of the adapter beside them."""
+    """The interpreted content of an adapter's file."""
 
     format: Format
     checkpoint: Checkpoint
     updates: list[Update]
     config: AdapterConfig
-    """What its config says of base, task and layers, in PEFT's terms."""
+    """Base, task and layers from its config, in PEFT's terms."""
     saved: dict[str, str] = field(default_factory=dict)
-    """Tensors of modules that were trained whole: the key by the name of the tensor."""
+    """Keys of tensors of modules that were trained whole, by name of the tensor."""
     parameters: tuple[Factors, ...] = ()
-    """Factors of parameters that are no weights of a module's own, such as joined experts."""
+    """Factors of parameters other than a module's weight, such as joined experts."""
     copies: dict[str, str] = field(default_factory=dict)
-    """Copies of the base's weights: the key by the name of the weight."""
+    """Keys of copies of the base's weights, by name of the weight."""
     undeclared: frozenset[str] = frozenset()
-    """Names of those that only their equality with the base tells to be copies."""
-    beside: tuple[Place, ...] = ()
-    """The files that the updates depend on beside the weights."""
+    """Names of possible copies, which are copies only if they equal the base's weights."""
+    other_files: tuple[Place, ...] = ()
+    """Other files on which the updates depend."""
 
     @property
     def names(self) -> list[str]:
-        """The names of all weights that are updated or replaced, as the file has them."""
+        """The file's names of all weights that are updated or replaced."""
         return [*(update.weight for update in self.updates), *self.saved]
 
 
 class Format(Protocol):
-    """A layout that some tool writes adapters in."""
+    """The format of adapters of a tool."""
 
     @property
     def title(self) -> str:
-        """Whose it is, for people."""
+        """Name of the format for the user."""
 
     @property
     def is_diffusion(self) -> bool:
-        """Whether modules are named within a pipeline's parts, such as unet and text_encoder."""
+        """Whether names of modules begin with a part of a pipeline, such as unet."""
 
     @property
     def has_flat_names(self) -> bool:
-        """Whether the paths of modules have underscores in place of dots."""
+        """Whether names of modules have underscores instead of dots."""
 
     def recognises(self, file: AdapterFile) -> bool:
-        """Tell, by keys and config, whether a file has this layout."""
+        """Return whether a file has this format, by keys and config."""
 
     def read(self, file: AdapterFile, model: Mapping[str, Any]) -> AdapterContents:
-        """Tell what each tensor of a file is.
+        """Interpret the tensors of a file.
 
         Args:
             file: The adapter.
-            model: The base's ``config.json``; empty where it is not known.
+            model: The base's ``config.json``; empty if unknown.
 
         Raises:
-            UsageError: The adapter is of a kind that is not merged.
+            UsageError: The adapter is of an unsupported kind.
             StarmergeError: A tensor is missing, unknown or of the wrong shape.
         """

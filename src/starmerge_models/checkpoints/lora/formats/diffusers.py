@@ -1,4 +1,4 @@
-"""Single files whose modules have the names of a model of diffusers, ComfyUI or the model's maker.
+"""Single files with the modules' names of diffusers, ComfyUI or the model's authors.
 
 ``unet.down_blocks.0.attentions.0.proj_in.lora_A.weight`` as diffusers writes it today, with PEFT's
 names for the factors; ``….lora.down.weight`` and ``….processor.to_q_lora.down.weight`` as it did;
@@ -30,7 +30,7 @@ from starmerge_models.errors import StarmergeError
 from starmerge_models.parsing import parse_json
 
 METADATA = "lora_adapter_metadata"
-"""Under which key of the header diffusers keeps the LoRA configs of a pipeline's parts, as JSON."""
+"""Header key under which diffusers stores the LoRA configs of a pipeline's parts, as JSON."""
 
 _ENDS = sorted(PARTS, key=len, reverse=True)
 
@@ -42,18 +42,18 @@ _TOOL = "the pipeline's fuse_lora of diffusers"
 
 
 class Diffusers:
-    """The layout of diffusers, and of ComfyUI."""
+    """The format of diffusers and ComfyUI."""
 
     title = "adapter of diffusers' layout"
     is_diffusion = True
     has_flat_names = False
 
     def recognises(self, file: AdapterFile) -> bool:
-        """Tell by keys that end as a part of a change does, behind a path with dots."""
+        """Recognise keys of a path with dots and a suffix of a known part."""
         return any(split_key(key) is not None for key in file.checkpoint)
 
     def read(self, file: AdapterFile, model: Mapping[str, Any]) -> AdapterContents:
-        """Sort the keys by module, and tell how each change is made."""
+        """Group the keys by module, and interpret each change."""
         keys = {}
         for key in file.checkpoint:
             found = split_key(key)
@@ -70,7 +70,7 @@ class Diffusers:
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """Return the module of a key and the part that it is; None of another key."""
+    """Split a key into its module and the part of the change; None for other keys."""
     for ending in _ENDS:
         if key.endswith(f".{ending}"):
             return _module(key.removesuffix(f".{ending}")), PARTS[ending]
@@ -81,7 +81,7 @@ def split_key(key: str) -> tuple[str, str] | None:
 
 
 def _module(name: str) -> str:
-    """Return a module's name without the processor of attention that once held the factors."""
+    """Return a module's name without the attention processor that old files contain."""
     if match := _OF_PROCESSOR.fullmatch(name):
         own = match["name"]
         return f"{match['module']}.{'to_out.0' if own == 'to_out' else own}"
@@ -91,11 +91,11 @@ def _module(name: str) -> str:
 
 
 def _scale(file: AdapterFile) -> Scale | None:
-    """Return what the header says of the scales.
+    """Return the scales of the header; None without any.
 
     Raises:
-        UsageError: A config in it asks for more than LoRA.
-        StarmergeError: It is broken, or says nothing of a module's part of the pipeline.
+        UsageError: A config in it has more than plain LoRA.
+        StarmergeError: The header is broken, or lacks a module's part of the pipeline.
     """
     text = file.checkpoint.metadata.get(METADATA)
     if text is None:
@@ -107,7 +107,7 @@ def _scale(file: AdapterFile) -> Scale | None:
         raise StarmergeError(f"{where} is not JSON: {error}. Is the file complete?") from error
     if not isinstance(content, dict):
         raise StarmergeError(f"{where} is no object of LoRA configs. Is the file complete?")
-    # A pipeline's parts have a config each; a model that is saved by itself has one without a part.
+    # A pipeline has a config for each part; a model that is saved alone has one without a part.
     settings: dict[str, dict[str, Any]] = {}
     for key, value in content.items():
         part, _, own = key.rpartition(".")

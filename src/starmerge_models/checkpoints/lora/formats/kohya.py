@@ -1,7 +1,7 @@
-"""Single files of kohya's sd-scripts, and of LyCORIS and OneTrainer, which took over its names.
+"""Single files of kohya's sd-scripts, and of LyCORIS and OneTrainer, which use the same names.
 
-A module is called by its path with underscores in place of dots, behind the part of the pipeline
-that it belongs to: ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``. Source:
+A module is named by its part of the pipeline and its path with underscores instead of dots:
+``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``. Source:
 github.com/kohya-ss/sd-scripts, ``networks/lora.py``.
 """
 
@@ -28,18 +28,18 @@ _TOOL = "kohya's networks/merge_lora.py or LyCORIS' tools/merge.py"
 
 
 class Kohya:
-    """The layout of kohya's sd-scripts."""
+    """The format of kohya's sd-scripts."""
 
     title = "adapter of kohya's layout"
     is_diffusion = True
     has_flat_names = True
 
     def recognises(self, file: AdapterFile) -> bool:
-        """Tell by the first key: a path without dots, and a part."""
+        """Recognise the first key: a path without dots, and a part."""
         return any(_KEY.fullmatch(key) for key in file.checkpoint)
 
     def read(self, file: AdapterFile, model: Mapping[str, Any]) -> AdapterContents:
-        """Sort the keys by module, and tell how each change is made."""
+        """Group the keys by module, and interpret each change."""
         keys: dict[str, tuple[str, str]] = {}
         for key in file.checkpoint:
             match = _KEY.fullmatch(key)

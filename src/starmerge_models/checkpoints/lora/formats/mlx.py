@@ -1,8 +1,8 @@
-"""Adapters of MLX-LM: ``adapters.safetensors`` and an ``adapter_config.json`` of its own.
+"""Adapters of MLX-LM: ``adapters.safetensors`` and MLX-LM's own ``adapter_config.json``.
 
 A linear layer's ``lora_a`` is (in, r) and ``lora_b`` (r, out), so that its weight changes by
-scale·(lora_a·lora_b)ᵀ; an embedding's table by scale·lora_a·lora_b. The scale stands in the config
-and is not divided by the rank. DoRA's magnitudes ``m`` are of the rows of the weight. Source:
+scale·(lora_a·lora_b)ᵀ; an embedding's table by scale·lora_a·lora_b. The scale is in the config and
+is not divided by the rank. DoRA's magnitudes ``m`` belong to the rows of the weight. Source:
 github.com/ml-explore/mlx-lm, ``mlx_lm/tuner/{lora,dora,utils}.py``.
 """
 
@@ -24,19 +24,19 @@ _FUSE = "Fuse the adapter with `mlx_lm.fuse --dequantize`, and give the full mod
 
 
 class Mlx:
-    """The layout of MLX-LM."""
+    """The format of MLX-LM."""
 
     title = "adapter of MLX-LM's layout"
     is_diffusion = False
     has_flat_names = False
 
     def recognises(self, file: AdapterFile) -> bool:
-        """Tell by the config's ``lora_parameters`` or ``fine_tune_type``, or by the keys."""
+        """Recognise the config's ``lora_parameters`` or ``fine_tune_type``, or the keys."""
         own = "lora_parameters" in file.settings or "fine_tune_type" in file.settings
         return own or any(key.endswith((".lora_a", ".lora_b")) for key in file.checkpoint)
 
     def read(self, file: AdapterFile, model: Mapping[str, Any]) -> AdapterContents:
-        """Read config and keys, and tell how each change is made."""
+        """Read config and keys, and interpret each change."""
         if file.config is None:
             raise StarmergeError(
                 f"{file.source} has MLX-LM's layout, and no adapter_config.json beside it, which "
@@ -64,11 +64,11 @@ class Mlx:
         base = file.settings.get("model")
         content = {"base_model_name_or_path": base} if isinstance(base, str) else {}
         config = AdapterConfig(file.config, content)
-        return AdapterContents(self, file.checkpoint, updates, config, beside=(file.config,))
+        return AdapterContents(self, file.checkpoint, updates, config, other_files=(file.config,))
 
 
 def _parameters(file: AdapterFile) -> tuple[float, int | None]:
-    """Return the scale and the rank that the config says."""
+    """Return the scale and the rank of the config."""
     parameters = file.settings.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
     if not isinstance(parameters, dict) or scale is None or not is_number(scale):

@@ -1,9 +1,9 @@
-"""The parts of a module's change that LoRA and LyCORIS write, and the changes they make.
+"""The parts of a module's change in files of LoRA and LyCORIS, and the resulting changes.
 
 Sources: github.com/kohya-ss/sd-scripts, ``networks/lora.py``; github.com/KohakuBlueleaf/LyCORIS,
-``lycoris/modules/{locon,loha,lokr,full,norms}.py``. The scale is alpha/r, and 1 where there is no
-alpha. LyCORIS' forward pass multiplies by it once, as is done here; its own export of LoHa and LoKr
-into a model's weights does so twice, in version 4.1.3.
+``lycoris/modules/{locon,loha,lokr,full,norms}.py``. The scale is alpha/r, or 1 without an alpha. It
+is applied once, as in LyCORIS' forward pass; LyCORIS' own export of LoHa and LoKr into a model's
+weights applies it twice, in version 4.1.3.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from starmerge_models.checkpoints.lora.formats.contents import AdapterFile
 from starmerge_models.checkpoints.lora.update import (
     Change,
     Difference,
+    FactoredMatrix,
     Hadamard,
-    Half,
     Kronecker,
     Magnitude,
     Product,
+    StoredMatrix,
     Tucker,
     Update,
-    Whole,
 )
 from starmerge_models.errors import StarmergeError, UsageError
 
@@ -57,7 +57,7 @@ PARTS = {
     "w_norm": "w_norm",
     "b_norm": "b_norm",
 }
-"""Which part of a change a tensor is, by what its key ends in."""
+"""The part of a change, by the suffix of a tensor's key."""
 
 _KINDS = {
     "LoRA": ("down", "up", "mid"),
@@ -66,10 +66,10 @@ _KINDS = {
     "difference": ("diff",),
     "difference of a norm": ("w_norm",),
 }
-"""The parts that make each kind of change."""
+"""The parts of each kind of change."""
 
 _SCALED = ("LoRA", "LoHa", "LoKr")
-"""Kinds that have an alpha, and may have DoRA's magnitudes."""
+"""Kinds with an alpha, which may also have DoRA's magnitudes."""
 
 _BIASES = ("diff_b", "b_norm")
 
@@ -81,19 +81,19 @@ _FOREIGN = {
     ".bias": "LoRA with trained biases",
     "string_to_param": "an embedding that was trained along with it",
 }
-"""What keys contain of adapters that no change here stands for."""
+"""Parts of the keys of unsupported adapters."""
 
 _EPSILON = 2.0**-23
-"""What LyCORIS adds to norms, in float32."""
+"""The ε that LyCORIS adds to norms, in float32."""
 
 
 def unknown_key(file: AdapterFile, key: str, tool: str) -> StarmergeError:
-    """Return the error for a key that no change here is made of.
+    """Return the error for an unsupported key.
 
     Args:
         file: The adapter.
         key: The key.
-        tool: What can fold the adapter into its base.
+        tool: A tool that can fold the adapter into its base.
     """
     for part, kind in _FOREIGN.items():
         if part in key:
@@ -112,11 +112,11 @@ def by_module(file: AdapterFile, keys: Mapping[str, tuple[str, str]]) -> dict[st
     """Return the keys of each module's parts, by the module and the part.
 
     Args:
-        file: For messages.
+        file: The adapter, for error messages.
         keys: Module and part of each key.
 
     Raises:
-        StarmergeError: A part is there twice.
+        StarmergeError: A part occurs twice.
     """
     modules: dict[str, dict[str, str]] = {}
     for key, (module, part) in keys.items():
@@ -139,10 +139,10 @@ def updates_of(
         file: The adapter.
         module: The module's name as the file has it.
         parts: The keys by the part.
-        scale: What the header says of scales, for modules without an alpha of their own.
+        scale: The scales of the header, for modules without an alpha.
 
     Raises:
-        StarmergeError: A part is missing or of the wrong shape, or there is one too many.
+        StarmergeError: A part is missing, unexpected, or of the wrong shape.
     """
     kinds = [kind for kind, own in _KINDS.items() if not parts.keys().isdisjoint(own)]
     biases = [part for part in _BIASES if part in parts]
@@ -178,10 +178,10 @@ def _difference(file: AdapterFile, key: str) -> Difference:
 
 
 def _magnitude(file: AdapterFile, parts: Mapping[str, str]) -> Magnitude | None:
-    """Return DoRA's magnitudes: PEFT's are of outputs, those of others have the shape of norms.
+    """Return DoRA's magnitudes: PEFT's belong to outputs, others have the shape of the norms.
 
     Raises:
-        StarmergeError: There are two, or one has a shape that norms do not have.
+        StarmergeError: There are two, or one does not have the shape of norms.
     """
     if "magnitude" in parts and "dora_scale" in parts:
         raise StarmergeError(
@@ -217,7 +217,7 @@ class _Reader:
         file: The adapter.
         module: The module's name.
         parts: The keys by the part.
-        scale: What the header says of scales.
+        scale: The scales of the header.
     """
 
     def __init__(
@@ -226,7 +226,7 @@ class _Reader:
         self._file, self._module, self._parts, self._header_scale = file, module, parts, scale
 
     def lora(self) -> Product | Tucker:
-        """LoRA, and LoCon with a core; the rank that alpha is divided by is that of A."""
+        """LoRA, and LoCon with a core; alpha is divided by the rank of A."""
         up, down = self._shape("up"), self._shape("down")
         fits = len(up) == len(down) > 1 and math.prod(up[2:]) == 1 and up[1] > 0 < down[0]
         if "mid" not in self._parts:
@@ -242,7 +242,7 @@ class _Reader:
         return Tucker(b, core, a, self._scale(down[0]), shape, up[1])
 
     def loha(self) -> Hadamard:
-        """LoHa, with cores or without."""
+        """LoHa, with or without cores."""
         has_cores = "hada_t1" in self._parts or "hada_t2" in self._parts
         halves, shapes, ranks = [], [], []
         for number in (1, 2):
@@ -256,21 +256,21 @@ class _Reader:
         return Hadamard(halves[0], halves[1], self._scale(ranks[0]), shapes[0])
 
     def lokr(self) -> Kronecker:
-        """LoKr; where both matrices are stored whole, alpha counts for nothing."""
-        sides: list[tuple[Half | Whole, tuple[int, ...]]] = []
+        """LoKr; if both matrices are stored whole, alpha has no effect."""
+        sides: list[tuple[FactoredMatrix | StoredMatrix, tuple[int, ...]]] = []
         for name in ("lokr_w1", "lokr_w2"):
             a, b = f"{name}_a", f"{name}_b"
             if name in self._parts:
                 self._refuse(a, b, *(("lokr_t2",) if name == "lokr_w2" else ()), beside=name)
                 whole = self._shape(name)
                 self._check(len(whole) > 1 and 0 not in whole, name)
-                sides.append((Whole(self._parts[name]), whole))
+                sides.append((StoredMatrix(self._parts[name]), whole))
             else:
                 has_core = name == "lokr_w2" and "lokr_t2" in self._parts
                 sides.append(self._half(a, b, "lokr_t2" if has_core else None))
         (first, one), (second, two) = sides
         self._check(len(one) == 2, "lokr_w1" if "lokr_w1" in self._parts else "lokr_w1_a")
-        ranks = {part.rank for part in (first, second) if isinstance(part, Half)}
+        ranks = {part.rank for part in (first, second) if isinstance(part, FactoredMatrix)}
         if len(ranks) > 1:
             self._check(False, "lokr_w1_b", "lokr_w2_b")
         shape = (one[0] * two[0], one[1] * two[1], *two[2:])
@@ -278,22 +278,26 @@ class _Reader:
         scale = self._scale(ranks.pop()) if ranks else 1.0
         return Kronecker(first, second, scale, shape, sizes)
 
-    def _half(self, a: str, b: str, core: str | None) -> tuple[Half, tuple[int, ...]]:
+    def _half(self, a: str, b: str, core: str | None) -> tuple[FactoredMatrix, tuple[int, ...]]:
         """Return P·Q and its shape: (out, in·k), or (out, in, …) with a core."""
         p, q = self._shape(a), self._shape(b)
         if core is None:
             self._check(len(p) == len(q) == 2 and p[1] == q[0] > 0, a, b)
-            return Half(self._parts[a], self._parts[b], None, p[1]), (p[0], q[1])
+            return FactoredMatrix(self._parts[a], self._parts[b], None, p[1]), (p[0], q[1])
         t = self._shape(core)
         fits = len(p) == len(q) == 2 and len(t) > 2 and t[:2] == (p[0], q[0]) and p[0] == q[0] > 0
         self._check(fits, a, core, b)
-        return Half(self._parts[a], self._parts[b], self._parts[core], p[0]), (p[1], q[1], *t[2:])
+        return FactoredMatrix(self._parts[a], self._parts[b], self._parts[core], p[0]), (
+            p[1],
+            q[1],
+            *t[2:],
+        )
 
     def _scale(self, rank: int) -> float:
         """Return alpha/r.
 
         Raises:
-            StarmergeError: Alpha is no number, or zero; file and header disagree.
+            StarmergeError: Alpha is not a number, or zero; or file and header disagree.
         """
         declared = None if self._header_scale is None else self._header_scale(self._module, rank)
         if "alpha" not in self._parts:

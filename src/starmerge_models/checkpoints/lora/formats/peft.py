@@ -23,14 +23,14 @@ from starmerge_models.errors import StarmergeError, UsageError
 
 
 class Peft:
-    """The layout of Hugging Face's PEFT."""
+    """The format of Hugging Face's PEFT."""
 
     title = "LoRA adapter"
     is_diffusion = False
     has_flat_names = False
 
     def recognises(self, file: AdapterFile) -> bool:
-        """Tell by the config, since other tools that write one are asked before, or by the keys."""
+        """Recognise the config, after formats of other tools with a config, or the keys."""
         return file.config is not None or any(key.startswith(PREFIX) for key in file.checkpoint)
 
     def read(self, file: AdapterFile, model: Mapping[str, Any]) -> AdapterContents:
@@ -102,7 +102,7 @@ def _update(file: AdapterFile, config: AdapterConfig, module: ModuleKeys) -> Upd
 
 
 def _is_grouped(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    """Tell a convolution in g groups: A has the rank r·g, B reads r of them for each output."""
+    """Return whether factors are of a grouped convolution: A has rank r·g, B has r columns."""
     if not 2 < len(a) == len(b) or 0 in (a[0], b[1]):
         return False
     return a[0] > b[1] and a[0] % b[1] == 0

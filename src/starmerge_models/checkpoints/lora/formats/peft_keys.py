@@ -1,4 +1,4 @@
-"""The names of tensors in an adapter's file, and what each of them is.
+"""Interpretation of the names of tensors in PEFT's files.
 
 Source of the layout: github.com/huggingface/peft, ``utils/save_and_load.py`` and
 ``tuners/lora/layer.py``. A linear layer or a convolution has ``lora_A.weight`` and
@@ -35,10 +35,10 @@ _NESTED = ".base_layer"
 
 @dataclass(frozen=True)
 class ModuleKeys:
-    """Where the parts of one module's update lie."""
+    """The keys of one module's update."""
 
     module: str
-    """Its name as PEFT knows it."""
+    """The module's name in PEFT."""
     a: str
     b: str
     is_embedding: bool
@@ -53,7 +53,7 @@ class ModuleKeys:
 
 @dataclass
 class AdapterKeys:
-    """An adapter's file, sorted."""
+    """The keys of an adapter's file, by kind."""
 
     modules: list[ModuleKeys] = field(default_factory=list)
     saved: dict[str, str] = field(default_factory=dict)
@@ -70,11 +70,11 @@ class AdapterKeys:
 
 
 def sort_keys(source: Source, config: AdapterConfig, keys: Iterable[str]) -> AdapterKeys:
-    """Tell what each tensor of an adapter's file is.
+    """Sort the keys of an adapter's file by kind.
 
     Raises:
-        StarmergeError: A tensor is nothing that an adapter of this config has, is there twice or is
-            missing; the file holds several adapters.
+        StarmergeError: A tensor is unknown for this config, occurs twice or is missing; or the file
+            contains several adapters.
     """
     found = AdapterKeys()
     parts: dict[str, dict[str, str]] = {}
@@ -118,7 +118,7 @@ def sort_keys(source: Source, config: AdapterConfig, keys: Iterable[str]) -> Ada
 
 
 def _sort_whole(found: AdapterKeys, config: AdapterConfig, key: str, name: str) -> bool:
-    """Sort a tensor of a whole module, or a copy of the base's; tell whether it may be one."""
+    """Add a tensor of a whole module or a copy of the base's; return whether it is one of these."""
     if match := _SAVED.fullmatch(name):
         whole = f"{match['module']}.{match['leaf']}"
         if whole in found.saved:
@@ -162,14 +162,14 @@ def _modules(
 
 
 def _is_within(name: str, modules: list[str]) -> bool:
-    """Tell whether a tensor belongs to one of the modules, which are named by their ends."""
+    """Return whether a tensor belongs to one of the modules, which are given by suffixes."""
     parents = name.split(".")[:-1]
     paths = (".".join(parents[: depth + 1]) for depth in range(len(parents)))
     return any(path.endswith(module) for path in paths for module in modules)
 
 
 def unconsumed(source: Source, key: str) -> str:
-    """Return what is wrong with an adapter that holds a tensor for which there is no use."""
+    """Return the error message for an adapter with an unexplained tensor."""
     return (
         f"{source}: the tensor {key} is no LoRA factor and belongs to no module of modules_to_save "
         "in adapter_config.json, and it is not the base's weight, so the adapter is more than it "

@@ -1,9 +1,9 @@
 """Adapters in torchtune's own names: ``adapter_model.pt`` and an ``adapter_config.json``.
 
-For most models torchtune writes PEFT's layout beside it, which is read instead where it is there.
-Its modules are called ``layers.0.attn.q_proj``; in Llama, Mistral and Gemma the outputs of q_proj
-and k_proj are in the order of Meta's rotary embedding, in which the two numbers that are rotated
-into each other are neighbours, and not half a head apart as in Hugging Face's. Source:
+For most models torchtune also writes PEFT's format to the same folder, which is read instead. The
+names of its modules are like ``layers.0.attn.q_proj``. In Llama, Mistral and Gemma the outputs of
+q_proj and k_proj are in the order of Meta's rotary embedding, in which the two rows of a rotated
+pair are adjacent, not half a head apart as in Hugging Face's order. Source:
 github.com/pytorch/torchtune, ``torchtune/models/convert_weights.py``.
 """
 
@@ -37,10 +37,10 @@ _NAMES = {
 """Hugging Face's names of torchtune's modules, within a layer or the model."""
 
 _ROTATED = ("gemma", "gemma2", "llama", "mistral")
-"""Types of models of which torchtune keeps the outputs of q_proj and k_proj in Meta's order."""
+"""Types of models for which torchtune stores the outputs of q_proj and k_proj in Meta's order."""
 
 _PLAIN = ("qwen2", "qwen3")
-"""Types of models of which it keeps them in Hugging Face's order."""
+"""Types of models for which torchtune stores them in Hugging Face's order."""
 
 _CONVERT = (
     "Save it with torchtune's FullModelHFCheckpointer, which writes PEFT's layout, and give its "
@@ -49,18 +49,18 @@ _CONVERT = (
 
 
 class Torchtune:
-    """The layout of torchtune."""
+    """The format of torchtune."""
 
     title = "adapter of torchtune's layout"
     is_diffusion = False
     has_flat_names = False
 
     def recognises(self, file: AdapterFile) -> bool:
-        """Tell by the keys."""
+        """Recognise the keys."""
         return any(_KEY.fullmatch(key) for key in file.checkpoint)
 
     def read(self, file: AdapterFile, model: Mapping[str, Any]) -> AdapterContents:
-        """Read config and keys, name the modules as Hugging Face does, and put rows in order."""
+        """Read config and keys, and convert names and order of rows to Hugging Face's."""
         if file.config is None:
             raise StarmergeError(
                 f"{file.source} has torchtune's layout, and no adapter_config.json beside it, "
@@ -92,7 +92,7 @@ class Torchtune:
             modules.setdefault(match["module"] or match["dora"], {})[part] = key
         updates = [_update(file, model, name, parts) for name, parts in modules.items()]
         config = AdapterConfig(file.config, {"base_model_name_or_path": base})
-        return AdapterContents(self, file.checkpoint, updates, config, beside=(file.config,))
+        return AdapterContents(self, file.checkpoint, updates, config, other_files=(file.config,))
 
 
 def _update(
@@ -140,9 +140,9 @@ def _update(
 def _rows(
     file: AdapterFile, model: Mapping[str, Any], outputs: int, *, is_key: bool
 ) -> tuple[int, ...]:
-    """Return which of torchtune's rows each of Hugging Face's is.
+    """Return the torchtune row for each row of Hugging Face's order.
 
-    Within a head of d rows, torchtune's 2i and 2i + 1 are Hugging Face's i and i + d/2.
+    In a head of d rows, torchtune's rows 2i and 2i + 1 are Hugging Face's i and i + d/2.
     """
     heads = model.get("num_attention_heads")
     if is_key:

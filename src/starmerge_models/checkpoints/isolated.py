@@ -1,8 +1,8 @@
-"""Questions to transformers, answered in a process of their own.
+"""Calls of transformers in a separate process, with limits of time and memory.
 
-A config can make transformers loop for ever, take all memory, or end the process. So a module that
-asks transformers runs as a program: it reads a question from standard input and writes the answer
-to standard output, both as JSON.
+A config can make transformers loop forever, exhaust the memory, or crash the process. So a module
+that calls transformers is run as a program: it reads its arguments from standard input and writes
+the result to standard output, both as JSON.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from types import ModuleType
 from typing import Any
 
 _PATIENCE = 120.0
-"""Seconds that transformers gets to be imported and to lay out a model without weights."""
+"""Timeout in seconds for importing transformers and creating a model without weights."""
 
 _MEMORY = 32 * 2**30
-"""Bytes of address space; libraries take some before they need them."""
+"""Limit of the address space in bytes; libraries reserve more than they use."""
 
 
-def ask(program: ModuleType, question: list[Any]) -> Any:
-    """Run a module as a program, and return its answer.
+def call_isolated(program: ModuleType, question: list[Any]) -> Any:
+    """Run a module as a program, and return its result.
 
     Args:
-        program: The module, which calls :func:`answer_with` when it is run.
-        question: The arguments of the function that it answers with.
+        program: The module, which calls :func:`serve` when it is run.
+        question: The arguments of the served function.
 
     Returns:
-        The answer; None where transformers is absent, or fails.
+        The result; None if transformers is not installed, or fails.
     """
     if find_spec("transformers") is None:
         return None
@@ -51,13 +51,13 @@ def ask(program: ModuleType, question: list[Any]) -> Any:
         return None
 
 
-def answer_with(function: Callable[..., Any]) -> None:
-    """Answer the question on standard input with a function of it.
+def serve(function: Callable[..., Any]) -> None:
+    """Call a function with the arguments on standard input, and write its result.
 
     Args:
-        function: It takes the question's entries as its arguments, and returns what JSON can hold.
+        function: A function with a JSON-serialisable result.
     """
-    # What libraries print is not the answer.
+    # Redirect the output that libraries print, so that it does not mix with the result.
     answers = os.dup(1)
     os.dup2(2, 1)
     _limit_memory()
