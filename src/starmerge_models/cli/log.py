@@ -50,6 +50,7 @@ class Reporter(_StreamHandler):
         self._command: str | None = None
         self._run, self._began = os.urandom(6).hex(), time.monotonic()
         self._outputs: list[str] = []
+        self._has_ended = False
         LOG.addHandler(self)
         LOG.propagate = False
         LOG.setLevel(logging.INFO)
@@ -89,12 +90,10 @@ class Reporter(_StreamHandler):
     def finish(self, exit_code: int) -> None:
         """Log that the command has ended by itself."""
         LOG.info(Finish(exit_code, self._seconds(), self._outputs))
-        LOG.removeHandler(self)  # threads that are still running must not add events
 
     def fail(self, message: str, exit_code: int, **details: Any) -> None:
         """Log that an error or a signal has ended the command; see :class:`Failed`."""
         LOG.error(Failed(message, exit_code, self._seconds(), **details))
-        LOG.removeHandler(self)
 
     def close(self) -> None:
         """Give standard error back to the main thread: the interpreter may still write to it.
@@ -103,10 +102,14 @@ class Reporter(_StreamHandler):
         """
         if isinstance(sys.stderr, _Lines):
             sys.stderr.end()
+        LOG.removeHandler(self)
         super().close()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record, if its level and kind are to be written."""
+        if self._has_ended:  # threads that are still running must not add events
+            return
+        self._has_ended = isinstance(record.msg, Finish | Failed)
         if isinstance(record.msg, Published):
             self._outputs.append(record.msg.path)
         if self._is_written(record):
