@@ -62,6 +62,14 @@ def test_chains_and_weights_from_the_command_line(
     assert weights[0] == weights[1]
 
 
+@pytest.mark.parametrize("command", [[], ["demo"]])
+def test_without_words_the_help_is_printed_once(starmerge: Run, command: list[str]) -> None:
+    finished = starmerge(*command)
+    assert finished.returncode == 2
+    assert finished.stdout.count("Usage: starmerge") == 1
+    assert not finished.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
