@@ -276,8 +276,9 @@ def _message_of(error: Exception) -> str:
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         return (
-            f"This needs the package {error.name}, which is not installed. Install starmerge with "
-            "the extra it belongs to: eval, study, gguf, remote, ray or demo."
+            f"This needs the package {error.name}, which is not installed. Install the extra "
+            "it belongs to (eval, study, gguf, remote, ray or demo), such as "
+            "pip install 'starmerge-models[study]'."
         )
     return (
         f"{type(error).__name__}: {error}. This should not happen: run it again as "

@@ -65,7 +65,8 @@ def clean(
         raise UsageError(f"{place} is no folder. Give the folder in which outputs stand.")
     if not found:
         printer.result([])
-        printer.text(f"Nothing is left over in {place}.")
+        where = place if isinstance(place, RemotePlace) else place.absolute()
+        printer.text(f"Nothing is left over in {where}.")
         return
     states = [_state(leftover) for leftover in found]
     printer.text(*_lines(found, states))

@@ -38,7 +38,7 @@ def test_without_the_package_its_extra_is_named(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(UsageError, match="install starmerge with its extra 'vllm'"):
+    with pytest.raises(UsageError, match=r"pip install 'starmerge-models\[vllm\]'"):
         load_vllm(tiny_base, {})
 
 

@@ -330,7 +330,7 @@ def test_without_the_harness_its_extra_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(UsageError, match="install starmerge with its extra 'lm-eval'"):
+    with pytest.raises(UsageError, match=r"pip install 'starmerge-models\[lm-eval\]'"):
         load(folder, "choices")
 
 

@@ -53,7 +53,8 @@ def load_image_model(
         from transformers.utils import logging  # noqa: PLC0415
     except ImportError as error:
         raise UsageError(
-            "Image tasks need transformers and Pillow: install starmerge with its extra 'eval'."
+            "Image tasks need transformers and Pillow. Install them: "
+            "pip install 'starmerge-models[eval]'."
         ) from error
     logging.disable_progress_bar()
     place = device_of(device)

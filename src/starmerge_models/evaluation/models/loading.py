@@ -81,8 +81,8 @@ def _transformers() -> Any:
         import transformers  # noqa: PLC0415  (slow to import)
     except ImportError as error:
         raise UsageError(
-            "Evaluating and training need transformers and PEFT: install starmerge with its extra "
-            "'eval'."
+            "Evaluating and training need transformers and PEFT. Install them: "
+            "pip install 'starmerge-models[eval]'."
         ) from error
     return transformers
 

@@ -195,8 +195,8 @@ def check_vllm() -> None:
         import vllm  # noqa: F401, PLC0415
     except ImportError as error:
         raise UsageError(
-            f"The backend vllm needs the package vllm: install starmerge with its extra 'vllm'. "
-            f"({error})"
+            f"The backend vllm needs the package vllm ({error}). Install it: "
+            "pip install 'starmerge-models[vllm]'."
         ) from error
 
 

@@ -220,8 +220,8 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> list[Harness
         from lm_eval.tasks import TaskManager  # noqa: PLC0415
     except ImportError as error:
         raise UsageError(
-            f"{names[0]}: tasks of lm-evaluation-harness need its package lm_eval: install "
-            "starmerge with its extra 'lm-eval'."
+            f"{names[0]}: tasks of lm-evaluation-harness need its package lm_eval. Install "
+            "it: pip install 'starmerge-models[lm-eval]'."
         ) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its own task files cause warnings
     wanted = [name.removeprefix(PREFIX) for name in names]

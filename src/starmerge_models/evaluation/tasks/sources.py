@@ -212,8 +212,8 @@ def _(source: HubSource, split: Split, task: str) -> list[Row]:
         import datasets  # noqa: PLC0415  (slow to import)
     except ImportError as error:
         raise UsageError(
-            "Datasets of the Hub need the package datasets: install starmerge with its extra "
-            "'eval'."
+            "Datasets of the Hub need the package datasets. Install it: "
+            "pip install 'starmerge-models[eval]'."
         ) from error
     try:
         rows = datasets.load_dataset(
@@ -426,8 +426,8 @@ def _read_parquet(file: Path) -> Iterator[dict[str, Any]]:
         from pyarrow import parquet  # noqa: PLC0415
     except ImportError as error:
         raise UsageError(
-            f"{file}: Parquet files need the package pyarrow: install starmerge with its extra "
-            "'eval'."
+            f"{file}: Parquet files need the package pyarrow. Install it: "
+            "pip install 'starmerge-models[eval]'."
         ) from error
     try:
         yield from parquet.read_table(file).to_pylist()

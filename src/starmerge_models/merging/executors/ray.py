@@ -95,7 +95,9 @@ class RayExecutor:
         places: int | None = None,
     ) -> None:
         if importlib.util.find_spec("ray") is None:
-            raise UsageError("Ray is not installed. Install starmerge with the extra: ray.")
+            raise UsageError(
+                "Ray is not installed. Install it: pip install 'starmerge-models[ray]'."
+            )
         if address is not None and "://" in address:
             raise UsageError(
                 f"{address!r} is an address of Ray Client, which cannot be used. Run the command "
