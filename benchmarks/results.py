@@ -39,7 +39,7 @@ import yaml
 from common import parser_of, print_machine
 from method_scores import Contestant
 
-from starmerge_models.calibration.text import Reading, Writer
+from starmerge_models.calibration.text import Reading, TextGenerator
 from starmerge_models.checkpoints.source import resolve
 from starmerge_models.demo_names import prepared_base
 from starmerge_models.errors import StarmergeError
@@ -382,9 +382,9 @@ class Laboratory:
         """The base, how many tokens each text begins with, and what it has written."""
         model, tokenizer = load_model(self._base)
         wanted = self._study.neutral
-        writer = Writer(model, tokenizer, seed=wanted["seed"], length=wanted["length"])
-        texts = writer.own(wanted["sequences"], lambda done: None)
-        return model, len(writer.beginning()), texts
+        generator = TextGenerator(model, tokenizer, seed=wanted["seed"], length=wanted["length"])
+        texts = generator.own(wanted["sequences"], lambda done: None)
+        return model, len(generator.beginning()), texts
 
     @torch.inference_mode()
     def _nats(self, update: Update) -> list[float]:

@@ -231,4 +231,4 @@ def answers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
             return None
 
     for room in (names, configs):
-        monkeypatch.setattr(room, "ask", ask)
+        monkeypatch.setattr(room, "call_isolated", ask)

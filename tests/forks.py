@@ -229,7 +229,13 @@ def _prepare(run: Run) -> None:
     from starmerge_models.merging import journal
     from starmerge_models.merging.executors import schedule, threads
 
+    before = dict(os.environ)
     os.environ |= run.env
+    hub = sys.modules.get("huggingface_hub.constants")
+    if hub is not None and any(
+        name.startswith("HF_") and before.get(name) != value for name, value in run.env.items()
+    ):
+        importlib.reload(hub)  # which has read its environment as it was loaded
     # A process that a shell began in the background ignores SIGINT unless told otherwise.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.path[:0] = run.path

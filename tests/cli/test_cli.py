@@ -1,7 +1,6 @@
 """The command line as its users meet it: a process, its output, its exit code."""
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -61,6 +60,14 @@ def test_chains_and_weights_from_the_command_line(
     assert finished.returncode == 0, finished.stderr
     weights = [(folder / "model.safetensors").read_bytes() for folder in (out, again)]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("command", [[], ["demo"]])
+def test_without_words_the_help_is_printed_once(starmerge: Run, command: list[str]) -> None:
+    finished = starmerge(*command)
+    assert finished.returncode == 2
+    assert finished.stdout.count("Usage: starmerge") == 1
+    assert not finished.stderr
 
 
 @pytest.mark.parametrize(
@@ -290,7 +297,11 @@ def test_every_command_explains_itself(starmerge: Run) -> None:
 
 
 def test_takes_models_from_the_hub_cache_by_name_and_revision(
-    starmerge: Run, tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
+    starmerge: Run,
+    tiny_base: Path,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The Hub's own client, offline, on a cache laid out as it lays it out."""
     adapter = make_adapter("adapter")
@@ -303,9 +314,10 @@ def test_takes_models_from_the_hub_cache_by_name_and_revision(
         shutil.copytree(folder, repository / "snapshots" / "abc123")
         (repository / "refs").mkdir()
         (repository / "refs" / revision).write_text("abc123")
-    env = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     out = tmp_path / "out"
-    finished = starmerge("merge", "tests/tiny", "someone/adapter@v2", "-o", out, env=env)
+    finished = starmerge("merge", "tests/tiny", "someone/adapter@v2", "-o", out)
     assert finished.returncode == 0, finished.stderr
     report = json.loads((out / "merge_report.json").read_text())
     assert [entry["hub_id"] for entry in report["inputs"]] == ["tests/tiny", "someone/adapter"]
@@ -313,10 +325,10 @@ def test_takes_models_from_the_hub_cache_by_name_and_revision(
     card = (out / "README.md").read_text()
     assert "base_model:\n- tests/tiny\n- someone/adapter" in card
 
-    finished = starmerge("merge", "tests/tiny", "someone/adapter@v9", "-o", tmp_path / "x", env=env)
+    finished = starmerge("merge", "tests/tiny", "someone/adapter@v9", "-o", tmp_path / "x")
     assert finished.returncode == 1
     assert "someone/adapter" in finished.stderr
-    finished = starmerge("merge", "someone/gone", "tests/tiny", "-o", tmp_path / "x", env=env)
+    finished = starmerge("merge", "someone/gone", "tests/tiny", "-o", tmp_path / "x")
     assert finished.returncode == 1
     assert "neither a folder here nor in the Hub's cache" in finished.stderr
 

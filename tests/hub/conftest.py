@@ -46,6 +46,13 @@ def environment(hub: FakeHub, tmp_path: Path) -> dict[str, str]:
     }
 
 
+@pytest.fixture
+def commands_reach_it(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the commands of a test talk to the imitation."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.fixture(scope="session")
 def finetunes(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Return the folders of three versions of the tiny model."""

@@ -225,10 +225,10 @@ def test_warnings_of_the_client_hide_signed_addresses(
 
 
 def test_the_command_with_debug_shows_where_it_failed_and_no_secret(
-    hub: FakeHub, merged: Path, environment: dict[str, str], starmerge: Callable[..., Any]
+    hub: FakeHub, merged: Path, commands_reach_it: None, starmerge: Callable[..., Any]
 ) -> None:
     hub.faults = [Fault("POST", "/commit/", 403)]
-    debugged = starmerge("--debug", "push", merged, REPO, env=environment)
+    debugged = starmerge("--debug", "push", merged, REPO)
     assert debugged.returncode != 0
     assert "create_commit" in debugged.stderr
     assert "UsageError: The token may not write to alice/merged" in debugged.stderr
@@ -482,19 +482,19 @@ def test_merge_pushes_at_the_end_and_goes_on_with_the_push_alone(
     hub: FakeHub,
     tiny_base: Path,
     tmp_path: Path,
-    environment: dict[str, str],
+    commands_reach_it: None,
     starmerge: Callable[..., Any],
 ) -> None:
     model = copytree(tiny_base, tmp_path / "model")
     output = tmp_path / "out put"
     command = ["merge", tiny_base, model, "-o", output, "-m", "average"]
     command += ["--push", "acme/m@v1", "--private"]
-    dry = starmerge(*command, "--dry-run", env=environment)
+    dry = starmerge(*command, "--dry-run")
     assert "Push: to acme/m@v1 (nothing sent)" in dry.stdout
     assert hub.repos == {}
 
     hub.faults = [Fault("POST", "/commit/", 403)]
-    failed = starmerge(*command, env=environment)
+    failed = starmerge(*command)
     assert failed.returncode == 2
     whole = contents(output)
     go_on = f"To go on with the push: starmerge push '{output}' acme/m@v1 --private"
@@ -506,7 +506,7 @@ def test_merge_pushes_at_the_end_and_goes_on_with_the_push_alone(
 
     hub.faults.clear()
     hub.uploads.clear()
-    again = starmerge(*command, env=environment)
+    again = starmerge(*command)
     assert (again.returncode, hub.uploads) == (0, [])
     assert f"{output} is there already." in again.stdout
     pushed = rf"Pushed: {hub.url}/acme/m/tree/v1 \(\d+ files, commit \w{{12}}\)"
@@ -519,12 +519,12 @@ def test_merge_asks_the_hub_first(
     hub: FakeHub,
     tiny_base: Path,
     tmp_path: Path,
-    environment: dict[str, str],
+    commands_reach_it: None,
     starmerge: Callable[..., Any],
 ) -> None:
     hub.put(REPO, {"model.safetensors": b"x"})
     command = ["merge", tiny_base, tiny_base, "-o", tmp_path / "out"]
-    refused = starmerge(*command, "--push", REPO, env=environment)
+    refused = starmerge(*command, "--push", REPO)
     assert refused.returncode == 2
     assert "has model.safetensors" in refused.stderr
     assert not (tmp_path / "out").exists()

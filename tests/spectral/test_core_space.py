@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 
 from starmerge_models.deltas import Dense, LowRank
+from starmerge_models.errors import UsageError
 from starmerge_models.methods import Ace, Cart, Covariance, IsoC, IsoCts, TsvM
 from starmerge_models.spectral import core_space
 from starmerge_models.spectral.core_space import FLOAT32_NOISE, FLOAT64_NOISE
@@ -119,9 +120,9 @@ def test_a_matrix_of_the_space_becomes_a_delta_of_its_shorter_rank(m, n):
 
 
 def test_deltas_of_different_shapes_are_refused():
-    with pytest.raises(ValueError, match="no common shape"):
+    with pytest.raises(UsageError, match="no common shape"):
         core_space([samples.low_rank(4, 5, 1), samples.low_rank(5, 4, 1)])
-    with pytest.raises(ValueError, match="no common shape"):
+    with pytest.raises(UsageError, match="no common shape"):
         core_space([])
 
 

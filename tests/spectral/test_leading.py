@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from starmerge_models.deltas import LowRank
+from starmerge_models.errors import StarmergeError
 from starmerge_models.spectral.leading import leading, leading_bytes
 from starmerge_models.spectral.svd import SVD
 
@@ -156,7 +157,7 @@ def test_factors_that_cancel_leave_rounding_alone(name: str) -> None:
 def test_what_is_not_finite_is_refused(name: str, value: float) -> None:
     delta = _delta(CASES[name], "flat")
     delta.A[1, 1] = value
-    with pytest.raises(ValueError, match="NaN or an infinity"):
+    with pytest.raises(StarmergeError, match="NaN or an infinity"):
         leading(delta, CASES[name].k)
 
 

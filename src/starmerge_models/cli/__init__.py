@@ -158,9 +158,8 @@ def _run(reporter: Reporter) -> int:
     try:
         result = app(standalone_mode=False, obj=reporter, prog_name="starmerge")
     except WrongCommandLine as error:
-        if reporter.is_for_people and not error.format_message():
-            print(error.ctx.get_help())  # the command line is empty
-        else:
+        # The message is empty after a command line without words, for which typer prints the help.
+        if error.format_message() or not reporter.is_for_people:
             said = _ended(error.format_message() or "No command is given.")
             reporter.fail(f"{said}{_help_for(error.ctx)}", 2)
         return 2

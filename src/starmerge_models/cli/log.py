@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 import warnings
 from datetime import datetime, timezone
@@ -49,6 +50,7 @@ class Reporter(_StreamHandler):
         self._command: str | None = None
         self._run, self._began = os.urandom(6).hex(), time.monotonic()
         self._outputs: list[str] = []
+        self._has_ended = False
         LOG.addHandler(self)
         LOG.propagate = False
         LOG.setLevel(logging.INFO)
@@ -69,7 +71,7 @@ class Reporter(_StreamHandler):
         LOG.setLevel(logging.DEBUG if mode == "json" or debug else logging.INFO)
         if not self.is_for_people:
             # A stream that is no terminal gets no bar; lines of other libraries become events.
-            sys.stderr = _Lines()
+            sys.stderr = _Lines(self.stream)
         if not self.is_for_people or not self.stream.isatty():
             for library in ("HF_HUB", "HF_DATASETS"):
                 os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
@@ -88,22 +90,26 @@ class Reporter(_StreamHandler):
     def finish(self, exit_code: int) -> None:
         """Log that the command has ended by itself."""
         LOG.info(Finish(exit_code, self._seconds(), self._outputs))
-        LOG.removeHandler(self)  # threads that are still running must not add events
 
     def fail(self, message: str, exit_code: int, **details: Any) -> None:
         """Log that an error or a signal has ended the command; see :class:`Failed`."""
         LOG.error(Failed(message, exit_code, self._seconds(), **details))
-        LOG.removeHandler(self)
 
     def close(self) -> None:
-        """Restore standard error, to which the interpreter may still write."""
+        """Give standard error back to the main thread: the interpreter may still write to it.
+
+        Other threads may still run, and their lines would stand among those of the log.
+        """
         if isinstance(sys.stderr, _Lines):
-            sys.stderr.close()
-            sys.stderr = self.stream
+            sys.stderr.end()
+        LOG.removeHandler(self)
         super().close()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record, if its level and kind are to be written."""
+        if self._has_ended:  # threads that are still running must not add events
+            return
+        self._has_ended = isinstance(record.msg, Finish | Failed)
         if isinstance(record.msg, Published):
             self._outputs.append(record.msg.path)
         if self._is_written(record):
@@ -146,22 +152,36 @@ class Reporter(_StreamHandler):
 
 
 class _Lines(io.TextIOBase):
-    """A replacement of standard error that makes an event of each line of other libraries."""
+    """A replacement of standard error that makes an event of each line of other libraries.
 
-    def __init__(self) -> None:
-        self._rest = ""
+    Args:
+        stream: Standard error itself.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._rest, self._has_ended = stream, "", False
 
     def write(self, text: str) -> int:
         """Buffer text; emit an event for each finished line."""
+        if self._has_ended:
+            if threading.current_thread() is threading.main_thread():
+                self._stream.write(text)
+            return len(text)
         *lines, self._rest = (self._rest + text).replace("\r", "\n").split("\n")
         for line in lines:
             if line.strip():
                 LOG.info(Log(line, "stderr"))
         return len(text)
 
-    def close(self) -> None:
-        """Emit the last, unfinished line."""
-        self.write("\n")
+    def flush(self) -> None:
+        """Flush standard error itself."""
+        self._stream.flush()
+
+    def end(self) -> None:
+        """Emit the last, unfinished line; from now on pass through what the main thread writes."""
+        if not self._has_ended:
+            self.write("\n")
+            self._has_ended = True
 
 
 def _event_of(record: logging.LogRecord) -> Event:

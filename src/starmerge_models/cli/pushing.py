@@ -46,7 +46,7 @@ def check(repo: str | None, step: Step, *, private: bool) -> None:
     """
     if repo is None:
         if private:
-            raise UsageError("--private is said of a push: give --push ORG/NAME, too.")
+            raise UsageError("--private is for a push: give --push ORG/NAME, too.")
         return
     with importing():
         from starmerge_models.hub.target import check_target, parse_target

@@ -45,7 +45,8 @@ class MergedModule:
     norm: float
     """‖Δ‖ of the merged update in the Frobenius norm."""
     error: float
-    """‖Δ − BA‖ / ‖Δ‖ of the factors as they are stored."""
+    """‖Δ − BA‖ / ‖Δ‖ of the factors as they are stored. 0 for a tensor that is replaced: it is
+    rounded to the base's dtype as a merged model's is, which does not count."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,9 @@ def merge_adapters(
     several ranks and alphas. Modules that they replace whole (``modules_to_save``) are merged by
     their differences from the base's. Its B·A is what :func:`starmerge_models.merge` writes of the
     same adapters with ``output_kind="adapter"``: exact where the merged update has factors and
-    ``rank`` allows for all of them, else the best approximation of the rank. The factors get the
-    dtype and the device of the merged adapters' factors; they are computed on the CPU.
+    ``rank`` allows for all of them, else the best approximation of the rank. The factors are
+    computed on the CPU in float32, and get the dtype and the device of those of the merged
+    adapters.
 
     The active adapter stays as it is: ``model.set_adapter(name)`` of a PeftModel, or
     ``pipe.set_adapters(name)`` of a pipeline, makes it the merged one. If something is wrong, the

@@ -29,7 +29,7 @@ def svd(delta: Delta) -> Decomposition:
     computed on request. A delta's tensors must not be changed after the call.
 
     Raises:
-        ValueError: A factor of a low-rank delta has a NaN or an infinity.
+        StarmergeError: A factor of a low-rank delta has a NaN or an infinity.
         torch.linalg.LinAlgError: A dense delta has a NaN or an infinity.
     """
     return svd_factored(delta) if isinstance(delta, LowRank) else svd_dense(delta)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from starmerge_models.deltas import Delta, Dense, LowRank
 from starmerge_models.device import CPU, is_large, ready, run
+from starmerge_models.errors import UsageError
 from starmerge_models.spectral.coordinates import (
     Coordinates,
     FactoredCoordinates,
@@ -154,11 +155,11 @@ def core_space(
         whitening: A whitening to apply to the deltas first.
 
     Raises:
-        ValueError: There is no delta, or their shapes differ.
+        UsageError: There is no delta, or their shapes differ.
     """
     shapes = {delta.shape for delta in deltas}
     if len(shapes) != 1:
-        raise ValueError(f"The deltas have no common shape: {sorted(shapes)}.")
+        raise UsageError(f"The deltas have no common shape: {sorted(shapes)}.")
     m, n = next(iter(shapes))
     home = deltas[0].device
     device = home if device is None else device

@@ -53,7 +53,7 @@ def svd_factored(delta: LowRank) -> FactoredSVD:
     O(mn·min(m, n)) for the matrix. The number of triplets is the numerical rank, at most r.
 
     Raises:
-        ValueError: A factor or the scale has a NaN or an infinity.
+        StarmergeError: A factor or the scale has a NaN or an infinity.
     """
     core = delta.core()
     P, S, Qh = torch.linalg.svd(core.matrix, full_matrices=False)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from starmerge_models.deltas import Dense, LowRank
 from starmerge_models.device import ready
+from starmerge_models.errors import StarmergeError
 from starmerge_models.spectral.factored import svd_factored
 from starmerge_models.spectral.gram import svd_dense, svd_dense_bytes
 from starmerge_models.spectral.svd import SVD, with_exact_fallback
@@ -62,7 +63,7 @@ def leading(delta: LowRank, k: int) -> tuple[SVD, float]:
         of two energies would lose small residuals to rounding.
 
     Raises:
-        ValueError: A factor or the scale has a NaN or an infinity.
+        StarmergeError: A factor or the scale has a NaN or an infinity.
     """
     m, n = delta.shape
     k = min(k, m, n, delta.rank)
@@ -122,7 +123,7 @@ def _exponent(delta: LowRank) -> int:
     sizes = [torch.maximum(rows.amax(1), -rows.amin(1)) for rows in (delta.B.T, delta.A)]
     largest = float((sizes[0].double() * sizes[1].double()).max())
     if not (math.isfinite(largest) and math.isfinite(delta.scale)):
-        raise ValueError("A factor or the scale of the delta has a NaN or an infinity.")
+        raise StarmergeError("A factor or the scale of the delta has a NaN or an infinity.")
     return math.frexp(largest)[1]
 
 

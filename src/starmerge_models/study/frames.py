@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def by_number(
     averages: Averages, methods: Collection[str] | None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the averages and the runs of some chains; see :mod:`..figures.curves`.
+    """Return the averages and the runs of some chains; see :mod:`.figures.curves`.
 
     Args:
         averages: The averages.

@@ -129,7 +129,7 @@ def test_says_which_key_is_missing_and_what_is_no_task(tmp_path: Path) -> None:
 def test_a_label_that_the_task_does_not_know_is_named_and_never_guessed(tmp_path: Path) -> None:
     rows = [{"text": "x", "label": 0}, {"text": "y", "label": 7}]
     task = _task(_jsonl(tmp_path / "r.jsonl", rows), labels={"0": ("no",), "1": ("yes",)})
-    with pytest.raises(UsageError, match=r"r.jsonl/2: the label '7' is none .* '0', '1'"):
+    with pytest.raises(UsageError, match=r"r.jsonl/2: the label '7' is not one .* '0', '1'"):
         task.examples("test")
 
 
