@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from starmerge_models.checkpoints.source import resolve_local
 from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.recipe import make_recipe, parse_models
 from starmerge_models.recipe_file import load_recipe, write_recipe
@@ -87,7 +88,7 @@ def test_models_can_be_named_on_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", _EXAMPLES, ids=lambda path: path.name)
 def test_examples_are_valid_and_name_models_that_are_there(path: Path) -> None:
     recipe = load_recipe(path)
-    assert all(Path(entry.path).is_dir() for entry in recipe.models)
+    assert all(resolve_local(entry.path).path.is_dir() for entry in recipe.models)
 
 
 def test_a_recipe_is_written_for_whoever_reads_it_from_elsewhere(

@@ -23,6 +23,15 @@ def is_demo_name(text: str) -> bool:
     return text.startswith(PREFIX)
 
 
+def path_text(path: object) -> str:
+    """Return a path or a URL as text that does not read as the name of a model of the demo.
+
+    A path object loses the ``./`` that such a folder needs.
+    """
+    text = str(path)
+    return f"./{text}" if is_demo_name(text) else text
+
+
 def adapter_names() -> list[str]:
     """Return the names of the demo's adapters: ``demo:continent`` and so on.
 

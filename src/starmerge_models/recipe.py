@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from starmerge_models.checkpoints.references import name_of
+from starmerge_models.demo_names import path_text
 from starmerge_models.errors import UsageError, explain, nearest
 from starmerge_models.methods.pipeline import Pipeline, make_pipeline
 from starmerge_models.storage import exists, is_url
@@ -263,7 +264,7 @@ def reference(model: str | Path) -> str:
             f"A {type(model).__name__} stands where a model's folder or Hub id is wanted. Give the "
             "path that it was loaded from, or save it and give that folder."
         )
-    return str(model)
+    return model if isinstance(model, str) else path_text(model)
 
 
 def parse_models(arguments: Sequence[str]) -> list[dict[str, str]]:

@@ -13,6 +13,7 @@ from typing import Any
 from starmerge_models import plugins
 from starmerge_models.checkpoints.references import map_reference, parse_reference
 from starmerge_models.checkpoints.source import place_named
+from starmerge_models.demo_names import is_demo_name, path_text
 from starmerge_models.errors import UsageError
 from starmerge_models.mergekit.recipe import is_mergekit_recipe, translate
 from starmerge_models.methods.pipeline import map_chain
@@ -155,12 +156,12 @@ def _with_resolved_paths(recipe: Recipe, path: Path, steps: Mapping[str, Place])
     """Return a recipe with resolved models: outputs of steps, or paths relative to the file."""
 
     def is_there(place: str) -> bool:
-        return exists(path.parent / place)
+        return not is_demo_name(place) and exists(path.parent / place)
 
     def local(place: str) -> str:
         if place in steps:
             return str(steps[place])
-        return str(path.parent / place) if is_there(place) else place
+        return path_text(path.parent / place) if is_there(place) else place
 
     def beside(reference: str) -> str:
         return map_reference(reference, local, is_there)
@@ -232,9 +233,9 @@ def write_recipe(recipe: Recipe, file: Path, *, overwrite: bool = False) -> None
 
     def place(text: str) -> str:
         path = Path(text).expanduser().absolute()
-        if not exists(path):
+        if is_demo_name(text) or not exists(path):
             return text
-        return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+        return path_text(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
     def beside(reference: str) -> str:
         return map_reference(reference, place)

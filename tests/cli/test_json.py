@@ -1,7 +1,9 @@
 """``--json``: each command that prints results or plans prints one JSON value, and no more."""
 
 import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,14 @@ import typer
 import yaml
 
 from starmerge_models.cli import app
+from starmerge_models.schemas import schema_of
 from tests.calibration.tiny import store
 from tests.conftest import MakeAdapter
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
-WITHOUT = {"demo prepare", "demo list"}
-"""Commands that print nothing but a path, or names, on a line each."""
+WITHOUT = {"demo prepare", "demo list", "schema"}
+"""Commands that print nothing but a path, or names, on a line each, or JSON in any case."""
 
 
 @pytest.fixture
@@ -102,6 +105,60 @@ def test_a_merge_made_of_merges(printed: Callable[..., Any], folder: Path) -> No
     assert [(step["name"], step["is_new"]) for step in made["steps"]] == [("first", True)]
     again = printed("merge", "several.yaml", "-o", "out", "--overwrite")
     assert [(step["name"], step["is_new"]) for step in again["steps"]] == [("first", False)]
+
+
+NOISY = """
+from dataclasses import dataclass
+import starmerge_models as sm
+print("the file is read")
+
+@dataclass(frozen=True)
+class Noisy(sm.Average):
+    \"\"\"Take the mean, and talk.\"\"\"
+    name = "noisy"
+
+    def merge(self, deltas, tensor, survey):
+        print("merging")
+        return super().merge(deltas, tensor, survey)
+"""
+
+
+def test_what_a_method_prints_goes_to_standard_error(starmerge: Run, folder: Path) -> None:
+    (folder / "noisy.py").write_text(NOISY)
+    name = "noisy.py:Noisy"
+    told = starmerge("methods", name, "--json", cwd=folder)
+    assert [method["name"] for method in json.loads(told.stdout)] == ["noisy"]
+    assert told.stderr == "the file is read\n"
+    made = starmerge("merge", "base", "a", "b", "-m", name, "-o", "out", "--json", cwd=folder)
+    assert json.loads(made.stdout)["output"] == "out"
+    assert set(made.stderr.split("\n")) == {"the file is read", "merging", ""}
+    logged = starmerge("methods", name, "--json", "--log", "json", cwd=folder)
+    assert len(json.loads(logged.stdout)) == 1
+    assert [json.loads(line)["event"] for line in logged.stderr.splitlines()].count("log") == 1
+
+
+def test_names_of_files_and_texts_are_whole_whatever_the_encoding(
+    starmerge: Run, folder: Path
+) -> None:
+    name = os.fsdecode(b"o\xff\xcf\x83")  # ends in σ, after a byte that is no UTF-8
+    for encoding in ("utf-8", "ascii"):
+        command = [sys.executable, "-m", "starmerge_models", "merge", "base", "a", "b"]
+        made = subprocess.run(
+            [*command, "-o", name, "--json", "--overwrite"],
+            cwd=folder,
+            env=os.environ | {"PYTHONIOENCODING": encoding},
+            capture_output=True,
+            check=True,
+        )
+        assert (folder / json.loads(made.stdout)["output"] / "merge_report.json").is_file()
+    described = starmerge("schema", "task", env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert json.loads(described.stdout) == schema_of("task")
+
+
+def test_before_the_command_the_option_is_refused_with_its_place(starmerge: Run) -> None:
+    refused = starmerge("--json", "methods")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "--json is an option of a command: write it after the command's name." in refused.stderr
 
 
 def test_lists(printed: Callable[..., Any], folder: Path) -> None:

@@ -17,6 +17,7 @@ from starmerge_models.errors import UsageError
 from starmerge_models.recipe_file import load_recipe, write_recipe
 from starmerge_models.study.names import model_name
 from starmerge_models_demo import ADAPTERS
+from tests.conftest import MakeAdapter
 
 _EXAMPLES = Path(__file__).parents[2] / "examples"
 Starmerge = Callable[..., subprocess.CompletedProcess[str]]
@@ -67,6 +68,38 @@ def test_a_folder_of_such_a_name_is_written_with_its_path(
     assert resolve("./demo:mine").path == Path("demo:mine")
     with pytest.raises(UsageError, match=r"is written \./demo:mine"):
         resolve("demo:mine")
+
+
+def test_paths_of_python_and_of_recipes_reach_such_a_folder(
+    tiny_base: Path,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make_adapter("demo:mine"), make_adapter("demo:digits"), make_adapter("other", seed=1)
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo:mine", "demo:digits"):
+        assert resolve(Path(name)).path == Path(name)
+    with pytest.raises(UsageError, match=r"\./demo:gone does not exist"):
+        resolve(Path("demo:gone"))
+    vectors = sm.load_task_vectors(tiny_base, [Path("demo:mine"), "other"])
+    assert list(vectors.names) == ["demo:mine", "other"]
+    text = f"base: {tiny_base}\nmodels: [./demo:mine, demo:digits]\nmethod: average\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    (tmp_path / "sub").mkdir()
+    for folder, file in (
+        (tmp_path, Path("recipe.yaml")),
+        (tmp_path / "sub", Path("../recipe.yaml")),
+    ):
+        monkeypatch.chdir(folder)
+        recipe = load_recipe(file)
+        mine, digits = (resolve(entry.path).path for entry in recipe.models)
+        assert Path(mine).samefile(tmp_path / "demo:mine")
+        assert digits == ADAPTERS / "digits"
+        write_recipe(recipe, Path("copy.yaml"))
+        copied = [resolve(entry.path).path for entry in load_recipe(Path("copy.yaml")).models]
+        assert Path(copied[0]).samefile(mine)
+        assert copied[1] == digits
 
 
 def test_a_base_that_is_not_prepared_is_refused_with_the_command(

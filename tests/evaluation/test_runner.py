@@ -15,7 +15,7 @@ from starmerge_models.evaluation import model_groups
 from starmerge_models.evaluation.cache import ScoreCache
 from starmerge_models.evaluation.evaluation import Evaluation
 from starmerge_models.evaluation.results import load_results, write_results
-from starmerge_models.evaluation.runner import evaluate
+from starmerge_models.evaluation.runner import evaluate, prepare_tasks
 from starmerge_models.evaluation.scoring.metrics import Prediction, Score, score
 from starmerge_models.evaluation.settings import Settings
 from starmerge_models.evaluation.table import differences, markdown, notes, report
@@ -238,6 +238,39 @@ def test_wrong_calls_are_refused_before_a_model_is_loaded(tmp_path: Path) -> Non
         Settings("rnak")
     with pytest.raises(UsageError, match="strict or reference"):
         Settings(mode="loose")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("number", [0, -1, 2.5, "4"])
+def test_a_number_of_rows_is_a_whole_one_from_one(number: Any) -> None:
+    for name in ("rows", "batch_size"):
+        with pytest.raises(UsageError, match=f"{name} is {number!r}. Give a whole number, 1"):
+            Settings(**{name: number})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tasks": "language"}, "The tasks are 'language'. Give a list"),
+        ({"tasks": None}, "The tasks are None. Give a list"),
+        ({"tasks": []}, "There is no task. Give at least one"),
+        ({"tasks": [None]}, "A NoneType stands where a task is wanted"),
+        ({"base": None}, "A NoneType stands where a model's folder"),
+        ({"models": {"x": None}}, "A NoneType stands where a model's folder"),
+        ({"models": {1: "x"}}, "A model is called 1. Give a text"),
+    ],
+)
+def test_arguments_of_other_types_are_refused(
+    tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        evaluate(**{"base": tmp_path, "models": [], "tasks": ["language"]} | arguments)
+
+
+def test_a_task_may_be_the_path_of_a_file(tmp_path: Path) -> None:
+    rows = "".join(f"w{n} w{n + 1},w{10 + n % 2}\n" for n in range(40))
+    (tmp_path / "rows.csv").write_text(f"input,label\n{rows}")
+    prepared = prepare_tasks([tmp_path / "rows.csv"], Settings("rank", rows=4))
+    assert [(task.name, task.size) for task in prepared.values()] == [("rows", 4)]
 
 
 def test_a_model_of_nan_is_named_with_its_task(smollm2: Path, tmp_path: Path) -> None:

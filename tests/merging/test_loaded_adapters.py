@@ -411,6 +411,17 @@ def test_nothing_else_changes() -> None:
     _assert_unchanged(before, _state(model))
 
 
+def test_what_is_merged_in_inference_mode_can_be_trained() -> None:
+    model, _ = _classifiers()
+    with torch.inference_mode():
+        sm.merge_adapters(model, ["first", "second"], "star:eta=60")
+    assert not any(p.is_inference() for p in model.parameters())
+    model.set_adapter("merged")
+    model(_tokens() % 60).logits.sum().backward()
+    trained = [p for name, p in model.named_parameters() if ".merged." in name]
+    assert all(p.requires_grad and p.grad is not None for p in trained)
+
+
 def test_a_model_without_the_wrapper_of_peft() -> None:
     model = _llama()
     for name in ("first", "second"):
@@ -600,8 +611,9 @@ def test_what_no_adapter_can_be_made_of_is_refused_by_name(kind: str) -> None:
         ({"adapters": ["first", "first"]}, "Give each once"),
         ({"name": "second"}, "'second' is loaded already"),
         ({"name": "a.b"}, "without a dot"),
-        ({"name": "keys"}, "none of its attributes"),
-        ({"name": "training"}, "none of its attributes"),
+        ({"name": "keys"}, "none of their attributes"),
+        ({"name": "training"}, "none of their attributes"),
+        ({"name": "get"}, "none of their attributes"),
         ({"name": ""}, "cannot be the name"),
         ({"rank": 0}, "rank is 0"),
         ({"rank": 2.5}, "rank is 2.5"),

@@ -278,7 +278,7 @@ def test_what_else_is_wrong_is_refused_before_a_model_is_opened(world: World) ->
         UsageError, match="7 rows of a task are too few to compare candidates. Give at least 8"
     ):
         choose(*nowhere, world.tasks, settings=Settings(rows=7))
-    with pytest.raises(UsageError, match="no task to choose by"):
+    with pytest.raises(UsageError, match="There is no task. Give at least one"):
         choose(*nowhere, [])
     with pytest.raises(UsageError, match="No task is called 'pasd'"):
         choose(*nowhere, ["pasd"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from starmerge_models.checkpoints.side_files import KEPT_BACK, PASSED_OVER, WEIGHT_FILES, parts
-from starmerge_models.demo_names import demo_folder, is_demo_name
+from starmerge_models.demo_names import demo_folder, is_demo_name, path_text
 from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.storage import (
     Place,
@@ -67,7 +67,7 @@ def resolve(reference: str | Place, *, may_be_file: bool = False) -> Source:
 
     Args:
         reference: The folder, URL, Hub id or demo name; or, where it may be, the file of an
-            adapter.
+            adapter. A path object is a folder or a file, whatever its name.
         may_be_file: Accept a file of weights.
 
     Raises:
@@ -75,7 +75,7 @@ def resolve(reference: str | Place, *, may_be_file: bool = False) -> Source:
         StarmergeError: The Hub has no such repository or revision, or it or a store cannot be
             reached.
     """
-    text = str(reference)
+    text = reference if isinstance(reference, str) else path_text(reference)
     if not text:
         raise UsageError("A model's path is empty. Give a folder or a Hub id.")
     try:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from starmerge_models.cli.printing import only_results
 from starmerge_models.progress import HEARTBEAT
 
 WrongCommandLine: Any = typer.BadParameter.__mro__[1]
@@ -34,12 +36,20 @@ def _may_repeat(option: Any) -> bool:
 
 
 class Command(TyperCommand):
-    """A command that refuses a repeated option, unless the option has several values."""
+    """A command that refuses a repeated option, unless the option has several values.
+
+    With ``--json``, only its results go to standard output.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the command line."""
         _check_once(self, ctx, args)
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        with only_results() if ctx.params.get("as_json") else nullcontext():
+            return super().invoke(ctx)
 
 
 class Group(TyperGroup):
@@ -51,10 +61,14 @@ class Group(TyperGroup):
         try:
             _check_once(self, ctx, args)
             rest = super().parse_args(ctx, list(args))
-        except WrongCommandLine:
+        except WrongCommandLine as error:
             ctx.resilient_parsing = True  # skips wrong options: the error is logged as asked for
             super().parse_args(ctx, list(args))
             self._configure(ctx)
+            option = getattr(error, "option_name", None)
+            if self._is_of_command(option):
+                message = f"{option} is an option of a command: write it after the command's name."
+                raise WrongCommandLine(message, ctx=ctx) from error
             raise
         self._configure(ctx)
         return rest
@@ -68,6 +82,11 @@ class Group(TyperGroup):
                 heartbeat=options.get("heartbeat", HEARTBEAT),
                 debug=options.get("debug", False),
             )
+
+    def _is_of_command(self, option: str | None) -> bool:
+        return any(
+            option in known.opts for command in self.commands.values() for known in command.params
+        )
 
     def _common_first(self, args: Sequence[str]) -> list[str]:
         """Return arguments with the common options at the beginning."""

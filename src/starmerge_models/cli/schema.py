@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from starmerge_models.cli.importing import importing
+from starmerge_models.cli.printing import Printer
 
 
 def schema(
@@ -20,4 +20,4 @@ def schema(
     with importing():
         from starmerge_models.schemas import schema_of
 
-    print(json.dumps(schema_of(name), indent=2, ensure_ascii=False))
+    Printer(as_json=True).result(schema_of(name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,13 +19,13 @@ from starmerge_models.evaluation.scoring.metrics import Score
 from starmerge_models.evaluation.settings import Settings
 from starmerge_models.evaluation.tasks import find_task
 from starmerge_models.progress import SILENT, Progress, progress_bar
-from starmerge_models.recipe import model_entries, paths_by_name
+from starmerge_models.recipe import model_entries, paths_by_name, reference
 
 
 def evaluate(
     base: str | Path,
     models: str | Path | Sequence[str | Path] | Mapping[str, str | Path | Update],
-    tasks: Sequence[str | AnyTask],
+    tasks: Sequence[str | Path | AnyTask],
     settings: Settings = Settings(),  # noqa: B008  (it is frozen)
     *,
     cache: ScoreCache | None = None,
@@ -46,26 +46,26 @@ def evaluate(
         models: The models to score: folders or Hub ids of adapters and whole models, named by
             their last part or as ``NAME=PATH``; a mapping gives them names, and may hold updates of
             the base's tensors in memory.
-        tasks: Names of tasks, task files or rows, or tasks as objects.
+        tasks: Names of tasks, paths of task files or rows, or tasks as objects.
         settings: Scorer, rows, device and other choices.
         cache: Cache of answers; None: no caching.
         progress: Whether to show a progress bar.
 
     Raises:
-        UsageError: A model cannot be found or loaded or is called "base", two tasks have the same
-            name, a task has no rows or no answers to rank, or text and image tasks are mixed.
+        UsageError: A model cannot be found or loaded or is called "base", there is no task, two
+            tasks have the same name, one has no rows or no answers to rank, or text and image tasks
+            are mixed.
         StarmergeError: A model computes a NaN.
 
     Example:
         ``sm.evaluate("base", ["adapters/digits", "merged"], ["digits"])``
     """
     date = now()
-    if not isinstance(models, Mapping):
-        models = paths_by_name(model_entries(models))
+    models = _by_name(models)
     with progress_bar("evaluating", None, show=progress) as bar:
         prepared = prepare_tasks(tasks, settings, progress=bar)
         bar.waits_for("finding the models")
-        start = resolve_local(base)
+        start = resolve_local(reference(base))
         sources = {
             name: resolve_local(model)
             for name, model in models.items()
@@ -108,8 +108,23 @@ def evaluate(
     )
 
 
+def _by_name(
+    models: str | Path | Sequence[str | Path] | Mapping[str, str | Path | Update],
+) -> dict[str, str | Update]:
+    """Return references of models, and updates in memory, by their names."""
+    if not isinstance(models, Mapping):
+        return dict(paths_by_name(model_entries(models)))
+    for name in models:
+        if not isinstance(name, str):
+            raise UsageError(f"A model is called {name!r}. Give a text as its name.")
+    return {
+        name: model if isinstance(model, Mapping) else reference(model)
+        for name, model in models.items()
+    }
+
+
 def prepare_tasks(
-    tasks: Sequence[str | AnyTask],
+    tasks: Sequence[str | Path | AnyTask],
     settings: Settings,
     prepare_one: Callable[[AnyTask, Settings], PreparedTask] = prepare,
     *,
@@ -118,17 +133,21 @@ def prepare_tasks(
     """Read the rows of tasks, and make sure that one model can be evaluated on all of them.
 
     Args:
-        tasks: Names of tasks, files, or tasks as objects.
+        tasks: Names of tasks, paths of files, or tasks as objects.
         settings: Scorer, rows, device and other choices.
         prepare_one: Reads the rows of a task; by default the rows to score.
         progress: Reports the task whose rows are being read.
 
     Raises:
-        UsageError: A task is unknown, two tasks have the same name, a task has no rows or no
+        UsageError: There is no task, one is unknown, two have the same name, one has no rows or no
             answers to rank, text and image tasks are mixed, or the backend or device is
             unavailable.
     """
-    found = [find_task(task) if isinstance(task, str) else task for task in tasks]
+    if isinstance(tasks, str | Path) or not isinstance(tasks, Iterable):
+        raise UsageError(f"The tasks are {tasks!r}. Give a list of them.")
+    found = [_task_of(task) for task in tasks]
+    if not found:
+        raise UsageError("There is no task. Give at least one.")
     names = [task.name for task in found]
     twice = [task for task in names if names.count(task) > 1]
     if twice:
@@ -141,6 +160,17 @@ def prepare_tasks(
         raise UsageError("Give only text tasks or only image tasks: no model supports both.")
     check_backend(settings.backend, settings.device)
     return prepared
+
+
+def _task_of(task: str | Path | AnyTask) -> AnyTask:
+    if isinstance(task, str | Path):
+        return find_task(str(task))
+    if not isinstance(task, AnyTask):
+        raise UsageError(
+            f"A {type(task).__name__} stands where a task is wanted. Give the name of one, the "
+            "path of a file, or a task as an object."
+        )
+    return task
 
 
 def cached_answers(

@@ -44,3 +44,6 @@ class Settings:
             raise UsageError(
                 f"The dtype {self.dtype!r} is unknown.{nearest(self.dtype, get_args(Dtype))}"
             )
+        for name, number in (("rows", self.rows), ("batch_size", self.batch_size)):
+            if number is not None and (not isinstance(number, int) or number < 1):
+                raise UsageError(f"{name} is {number!r}. Give a whole number, 1 or more.")

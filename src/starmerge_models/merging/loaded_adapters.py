@@ -279,10 +279,12 @@ def _checked_names(
             f"The adapters are {list(names)}. Give each once, and at least one; a weight lets "
             "one count more."
         )
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+    dicts = (nn.ModuleDict(), nn.ParameterDict())
+    is_text = isinstance(name, str) and bool(name) and "." not in name
+    if not is_text or any(hasattr(kept, name) for kept in dicts):
         raise UsageError(
-            f"{name!r} cannot be the name of an adapter, which PEFT keeps in a ModuleDict. "
-            "Give a text without a dot that is none of its attributes."
+            f"{name!r} cannot be the name of an adapter, which PEFT keeps in a ModuleDict or a "
+            "ParameterDict. Give a text without a dot that is none of their attributes."
         )
     if name in loaded:
         raise UsageError(

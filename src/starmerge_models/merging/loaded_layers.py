@@ -345,7 +345,8 @@ class Component:
             base_name=own[0].base_model_name_or_path,
             task_type=tasks.pop() if len(tasks) == 1 else None,
         )
-        with _unchanged(self.model), warnings.catch_warnings():
+        # Tensors of inference mode could never be trained.
+        with torch.inference_mode(False), _unchanged(self.model), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what PEFT says to those who add an adapter to train
             try:
                 inject_adapter_in_model(LoraConfig(**content), self.model, adapter)

@@ -205,7 +205,7 @@ def _flat(key: str, interval: Interval | Difference | None) -> dict[str, float |
 def choose(
     base: str | Path,
     models: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
-    tasks: Sequence[str | AnyTask],
+    tasks: Sequence[str | Path | AnyTask],
     candidates: Sequence[str | Method | Pipeline] | None = None,
     *,
     settings: Settings = Settings(),  # noqa: B008  (it is frozen)
@@ -231,7 +231,7 @@ def choose(
     Args:
         base: The base: a folder or a Hub id.
         models: LoRA adapters and full fine-tunes, as folders or Hub ids; a mapping names them.
-        tasks: Names of tasks, files, or tasks as objects.
+        tasks: Names of tasks, paths of files, or tasks as objects.
         candidates: Methods, chains or their names, in the order of preference for ties; by default
             :func:`starmerge_models.study.candidates.default_candidates`.
         settings: Scorer, device and other choices; ``rows`` is the most rows of each task, by
@@ -372,7 +372,7 @@ class _Evaluator:
 
 
 def _prepare_tasks(
-    tasks: Sequence[str | AnyTask], settings: Settings, *, show: bool
+    tasks: Sequence[str | Path | AnyTask], settings: Settings, *, show: bool
 ) -> tuple[dict[str, PreparedTask], dict[str, Origin]]:
     """Read the rows of the tasks; return the prepared tasks and the origins of their rows."""
     origins: dict[str, Origin] = {}
@@ -382,8 +382,6 @@ def _prepare_tasks(
             f"{settings.rows} rows of a task are too few to compare candidates. Give at least "
             f"{FIRST_ROWS}; the default is {ROWS}."
         )
-    if not tasks:
-        raise UsageError("There is no task to choose by. Give at least one.")
 
     def prepare_one(task: AnyTask, settings: Settings) -> PreparedTask:
         prepared, origins[task.name] = prepare_for_selection(task, settings)

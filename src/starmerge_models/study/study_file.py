@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from starmerge_models import plugins
+from starmerge_models.demo_names import is_demo_name, path_text
 from starmerge_models.errors import UsageError, explain, nearest
 from starmerge_models.evaluation.models.loading import Dtype
 from starmerge_models.evaluation.scoring.matching import Mode
@@ -223,7 +224,8 @@ def load_study(file: Path) -> Study:
     folder = file.parent
 
     def beside(text: str) -> str:
-        return str(folder / text) if exists(folder / text) else text
+        is_there = not is_demo_name(text) and exists(folder / text)
+        return path_text(folder / text) if is_there else text
 
     models = {
         name: model.model_copy(update={"path": beside(model.path)})
