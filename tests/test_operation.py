@@ -362,6 +362,21 @@ def test_a_reader_of_the_results_that_ends_is_told_in_the_last_event(
     assert (tmp_path / "out" / "merge_report.json").is_file()
 
 
+@pytest.mark.parametrize("command", [["methods"], ["methods", "star"], ["merge", "--help"]])
+def test_a_list_whose_reader_has_seen_enough_ends_in_silence(command: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    finished = subprocess.run(
+        [sys.executable, "-m", "starmerge_models", *command],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert (finished.returncode, finished.stderr) == (128 + signal.SIGPIPE, "")
+
+
 def test_no_command_has_an_option_that_is_common_to_all() -> None:
     def options(command: Any) -> set[str]:
         own = {name for parameter in command.params for name in parameter.opts}

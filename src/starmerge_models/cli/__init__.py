@@ -185,15 +185,24 @@ def _run(reporter: Reporter) -> int:
     except SystemExit as ending:
         if not isinstance(ending.__context__, BrokenPipeError):
             raise
-        reporter.fail(
-            "The reader of standard output has closed it, so the command ended at its next line of "
-            "output. Finished results are kept; run the command again for the rest.",
-            1,
-        )
-        return 1
+        return _unread(reporter)
     exit_code = result if isinstance(result, int) else 0
     reporter.finish(exit_code)
     return exit_code
+
+
+def _unread(reporter: Reporter) -> int:
+    """Log that the reader of standard output has closed it; return the exit code."""
+    if not reporter.has_worked:  # as of `starmerge methods | head`
+        exit_code = 128 + signal.SIGPIPE
+        reporter.finish(exit_code)
+        return exit_code
+    reporter.fail(
+        "The reader of standard output has closed it, so the command ended at its next line of "
+        "output. Finished results are kept; run the command again for the rest.",
+        1,
+    )
+    return 1
 
 
 def _raise_on_signals() -> None:

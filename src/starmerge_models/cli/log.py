@@ -26,6 +26,7 @@ from starmerge_models.events import (
     Heartbeat,
     Log,
     Note,
+    PhaseStarted,
     Published,
     Start,
     Warned,
@@ -51,6 +52,8 @@ class Reporter(_StreamHandler):
         self._run, self._began = os.urandom(6).hex(), time.monotonic()
         self._outputs: list[str] = []
         self._has_ended = False
+        self.has_worked = False
+        """Whether the command has begun a phase, and not only printed what it knows."""
         LOG.addHandler(self)
         LOG.propagate = False
         LOG.setLevel(logging.INFO)
@@ -110,6 +113,7 @@ class Reporter(_StreamHandler):
         if self._has_ended:  # threads that are still running must not add events
             return
         self._has_ended = isinstance(record.msg, Finish | Failed)
+        self.has_worked |= isinstance(record.msg, PhaseStarted)
         if isinstance(record.msg, Published):
             self._outputs.append(record.msg.path)
         if self._is_written(record):
