@@ -146,7 +146,7 @@ def test_results_are_replaced_only_when_asked_and_as_a_whole(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["notes.txt"], "holds no scores.json, so it is not a results folder"),
+        (["notes.txt"], "holds no scores.json, so it is no results folder"),
         (["merge_report.json", "model.safetensors"], "holds no scores.json"),
         (["scores.json", "thesis.tex"], "holds thesis.tex, which is no part of the results folder"),
     ],
@@ -184,7 +184,7 @@ def test_a_failure_leaves_the_old_results(tmp_path: Path) -> None:
 
 
 def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no results folder"):
+    with pytest.raises(UsageError, match="is not a results folder"):
         load_results(tmp_path)
     folder = tmp_path / "out"
     write_results(folder, _evaluation(), TABLE)

@@ -255,7 +255,7 @@ def test_the_sentence_says_how_sure_the_choice_is() -> None:
 @pytest.mark.parametrize(
     ("candidates", "message"),
     [
-        (["star"], r"two candidates at least, and there is 1 \(star\)"),
+        (["star"], r"at least two candidates, and there is 1 \(star\)"),
         ([], "there is none"),
         ("star", r"there is 1 \(star\)"),
         (["star", sm.Star(eta=40)], "The candidate star is given twice"),
