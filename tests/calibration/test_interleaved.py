@@ -191,7 +191,7 @@ def test_a_metric_along_a_merge_serves_that_merge_alone(
     file = tmp_path / "m.safetensors"
     said: list[str] = []
     calibrate(base, file, models, texts=common, prompts=prompts, announce=said.append)
-    assert "along a merge of one, two, three, in 3 steps" in said[0]
+    assert "during a merge of one, two, three, in 3 steps" in said[0]
     again = {name: models[name] for name in ("three", "one", "two")}
     result = sm.merge(base, again, "auto", output=tmp_path / "out", metric=file)
     assert result.report.content["recipe"]["method"] == "regmean"

@@ -185,7 +185,7 @@ def test_what_decides_scores_is_in_the_head(world: World, tmp_path: Path) -> Non
     assert str(world.base) not in (tmp_path / "out" / HEAD).read_text()
     # Other rows are another task.
     fewer = study.model_copy(update={"rows": ROWS - 1})
-    with pytest.raises(UsageError, match=r"now: tasks \(one, two\)"):
+    with pytest.raises(UsageError, match=r"a change of: tasks \(one, two\)"):
         run_study(fewer, tmp_path / "out")
 
 

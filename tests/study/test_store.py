@@ -96,14 +96,14 @@ def test_texts_may_hold_any_character(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"base": {"name": "org/base", "files": "ab"}}, r"others than now: base \("),
-        ({"models": {}}, r"now: models \(past, plural, pos, …\)"),
-        ({"tasks": {"past": {"rows": 3, "now: asked": "cc"}}}, "now: tasks"),
+        ({"base": {"name": "org/base", "files": "ab"}}, r"a change of: base \("),
+        ({"models": {}}, r"a change of: models \(past, plural, pos, …\)"),
+        ({"tasks": {"past": {"rows": 3, "asked": "cc"}}}, "a change of: tasks"),
         ({"asked": {"scorer": "generate", "matching": "strict", "dtype": "float32"}}, "asked"),
-        ({"seed": 1}, "now: seed"),
-        ({"code": "de"}, "now: code"),
-        ({"versions": {"starmerge": "1"}}, r"now: versions \(starmerge\)"),
-        ({"device": "cuda"}, "now: device"),
+        ({"seed": 1}, "a change of: seed"),
+        ({"code": "de"}, "a change of: code"),
+        ({"versions": {"starmerge": "1"}}, r"a change of: versions \(starmerge\)"),
+        ({"device": "cuda"}, "a change of: device"),
     ],
 )
 def test_runs_of_other_models_tasks_or_code_are_not_mixed(

@@ -595,7 +595,7 @@ def test_a_label_that_the_task_does_not_know_is_named(tmp_path: Path) -> None:
     images, labels = _few(10)
     folder = _png_folder(tmp_path / "files", images, labels)
     task = ImageTask(name="t", source={"folder": folder}, labels={"0": "zero", "1": "one"})
-    with pytest.raises(UsageError, match=r"Task t, image 2/0002.png: the label '2' is none of"):
+    with pytest.raises(UsageError, match=r"Task t, image 2/0002.png: the label '2' is not one of"):
         task.examples("test")
 
 
