@@ -93,6 +93,7 @@ def choose(
     Then: starmerge merge recipe.yaml -o merged
     """
     with importing():
+        from starmerge_models.checkpoints.source import check_named
         from starmerge_models.evaluation.settings import Settings
         from starmerge_models.methods.pipeline import as_pipeline
         from starmerge_models.recipe import parse_models, paths_by_name
@@ -111,6 +112,7 @@ def choose(
     ]
     named_candidates(candidates)  # before the rows of tasks are read
     named = paths_by_name(parse_models(models))
+    check_named(base, *named.values())
     choice = run(
         base,
         named,

@@ -60,7 +60,7 @@ def finetune(
     Example: starmerge finetune HuggingFaceTB/SmolLM2-135M-Instruct -t digits -o adapters/digits
     """
     with importing():
-        from starmerge_models.checkpoints.source import resolve_local
+        from starmerge_models.checkpoints.source import check_named, resolve_local
         from starmerge_models.errors import UsageError
         from starmerge_models.evaluation.results import without_nan
         from starmerge_models.evaluation.tasks.task import Task
@@ -72,6 +72,7 @@ def finetune(
     if dtype not in known:
         raise UsageError(f"--dtype {dtype} is not one of {', '.join(known)}.")
     check_output(output, overwrite=False)
+    check_named(base)
     names = asking.names_of(task)
     if len(names) != 1:
         raise UsageError(
