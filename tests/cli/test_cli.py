@@ -188,6 +188,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
         (["evaluate", "nowhere", "-t", "x"], 2, "nowhere does not exist"),
         (["choose", "{base}", "./x", "{adapter}", "-t", "x"], 2, "./x does not exist"),
         (["finetune", "nowhere", "-t", "x", "-o", "{out}"], 2, "nowhere does not exist"),
+        (["verify", "nowhere"], 2, "nowhere does not exist"),
         (["evaluate", "{base}", "./x", "-t", "x"], 2, "./x does not exist"),
         (["evaluate", "{base}", "-t", "x"], 2, "`starmerge tasks` lists the"),
     ],

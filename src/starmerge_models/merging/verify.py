@@ -26,7 +26,7 @@ from starmerge_models.merging.report import SCHEMA
 from starmerge_models.progress import progress_bar
 from starmerge_models.reading import read_json
 from starmerge_models.recipe import make_recipe
-from starmerge_models.storage import Place, is_file, place_of, storage_of
+from starmerge_models.storage import Place, exists, is_file, place_of, storage_of
 from starmerge_models.storage.local_folder import LocalFolder
 from starmerge_models.storage.publishing import REPORT
 
@@ -108,7 +108,7 @@ def verify(
         progress: Show a progress bar on standard error.
 
     Raises:
-        UsageError: The folder has no report, or one of another version.
+        UsageError: The folder does not exist, has no report, or one of another version.
         StarmergeError: The report is broken, or a file cannot be read.
     """
     folder = place_of(path)
@@ -140,6 +140,8 @@ def read_report(folder: Place) -> dict[str, Any]:
         StarmergeError: The report is broken.
     """
     file = folder / REPORT
+    if not exists(folder):
+        raise UsageError(f"{folder} does not exist. Give a folder that a merge wrote.")
     if not is_file(file):
         raise UsageError(f"{folder} has no {REPORT}, so it is no merge that starmerge wrote.")
     report = read_json(file)
