@@ -11,6 +11,8 @@ _NOTEBOOK = Path(__file__).parents[1] / "examples" / "quickstart.ipynb"
 
 def test_the_quickstart_runs_and_shows_its_results(smollm2: Path, tmp_path: Path) -> None:
     notebook = nbformat.read(_NOTEBOOK, as_version=4)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("rows=24", "rows=2")  # the same code, quickly
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
     shown = ["".join(map(_html, cell.get("outputs", ()))) for cell in notebook.cells]
