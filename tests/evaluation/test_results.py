@@ -184,6 +184,8 @@ def test_a_failure_leaves_the_old_results(tmp_path: Path) -> None:
 
 
 def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="A NoneType stands where a results folder is wanted"):
+        load_results(None)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="is not a results folder"):
         load_results(tmp_path)
     folder = tmp_path / "out"

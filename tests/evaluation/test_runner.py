@@ -257,6 +257,7 @@ def test_a_number_of_rows_is_a_whole_one_from_one(number: Any) -> None:
         ({"base": None}, "A NoneType stands where a model's folder"),
         ({"models": {"x": None}}, "A NoneType stands where a model's folder"),
         ({"models": {1: "x"}}, "A model is called 1. Give a text"),
+        ({"settings": {"rows": 4}}, "The settings are {'rows': 4}. Give an object"),
     ],
 )
 def test_arguments_of_other_types_are_refused(

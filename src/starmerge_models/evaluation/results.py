@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,6 +173,10 @@ def load_results(folder: str | Path) -> Results:
     """
     import pandas as pd  # noqa: PLC0415
 
+    if not isinstance(folder, str | os.PathLike):
+        raise UsageError(
+            f"A {type(folder).__name__} stands where a results folder is wanted. Give its path."
+        )
     folder = Path(folder)
     content = read_scores(folder)
     scores = [

@@ -16,7 +16,7 @@ from starmerge_models.evaluation.models.loading import device_kind, device_name,
 from starmerge_models.evaluation.prepared_tasks import AnyTask, PreparedTask, prepare
 from starmerge_models.evaluation.provenance import ModelRecord, make_provenance, model_record, now
 from starmerge_models.evaluation.scoring.metrics import Score
-from starmerge_models.evaluation.settings import Settings
+from starmerge_models.evaluation.settings import Settings, check_settings
 from starmerge_models.evaluation.tasks import find_task
 from starmerge_models.progress import SILENT, Progress, progress_bar
 from starmerge_models.recipe import model_entries, paths_by_name, reference
@@ -61,6 +61,7 @@ def evaluate(
         ``sm.evaluate("base", ["adapters/digits", "merged"], ["digits"])``
     """
     date = now()
+    check_settings(settings)
     models = _by_name(models)
     with progress_bar("evaluating", None, show=progress) as bar:
         prepared = prepare_tasks(tasks, settings, progress=bar)

@@ -47,3 +47,13 @@ class Settings:
         for name, number in (("rows", self.rows), ("batch_size", self.batch_size)):
             if number is not None and (not isinstance(number, int) or number < 1):
                 raise UsageError(f"{name} is {number!r}. Give a whole number, 1 or more.")
+
+
+def check_settings(settings: object) -> None:
+    """Check that a program gives the settings as an object.
+
+    Raises:
+        UsageError: It gives something else.
+    """
+    if not isinstance(settings, Settings):
+        raise UsageError(f"The settings are {settings!r}. Give an object: Settings(rows=50).")

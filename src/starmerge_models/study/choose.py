@@ -20,7 +20,7 @@ from starmerge_models.evaluation.scoring.comparison import (
     normalised_average,
     perfect_score,
 )
-from starmerge_models.evaluation.settings import Settings
+from starmerge_models.evaluation.settings import Settings, check_settings
 from starmerge_models.evaluation.tasks.selection import Origin
 from starmerge_models.evaluation.text_tables import html_table, interval_cell, markdown_table
 from starmerge_models.merging.task_vectors import TaskVectors, load_task_vectors
@@ -252,6 +252,7 @@ def choose(
         ``sm.choose("base", ["adapters/past", "adapters/pos"], ["past", "pos"]).recipe``
     """
     pipelines = named_candidates(candidates)
+    check_settings(settings)
     if settings.backend != "transformers":
         raise UsageError(
             "Candidates are added to the weights of a loaded model, which only the backend "
