@@ -31,7 +31,7 @@ OutputKind = Literal["model", "adapter", "gguf", "unified"]
 class ModelEntry(BaseModel):
     """One model of a recipe."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     path: str = Field(
         min_length=1,
@@ -50,7 +50,7 @@ _Models = Annotated[list[str | ModelEntry], Field(min_length=1)]
 class OutputEntry(BaseModel):
     """The kind of output that a merge writes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     kind: OutputKind | None = Field(
         default=None,
@@ -95,7 +95,7 @@ class Recipe(BaseModel):
     those of a file as ``path/to/file.py:NAME``.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     base: str | None = Field(
         default=None,

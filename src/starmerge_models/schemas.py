@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
-from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import PydanticOmit
 
@@ -50,12 +45,8 @@ class _Files(GenerateJsonSchema):
     """Schemas of files: their readers give a name to what has none."""
 
     def model_schema(self, schema: Any) -> JsonSchemaValue:
-        """Describe an object by its keys, with what their docstrings say."""
+        """Describe an object by its keys; the summary of its docstring is enough."""
         found = super().model_schema(schema)
-        properties = found.get("properties", {})
-        for key, about in _docstrings(schema["cls"]):
-            if key in properties and "$ref" not in properties[key]:
-                properties[key].setdefault("description", about)
         found["required"] = [key for key in found.get("required", ()) if key != "name"]
         if not found["required"]:
             del found["required"]
@@ -66,18 +57,3 @@ class _Files(GenerateJsonSchema):
     def callable_schema(self, schema: Any) -> JsonSchemaValue:
         """Leave out functions, which no file holds."""
         raise PydanticOmit
-
-
-def _docstrings(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
-    """Yield the fields of a class with the strings that stand below them."""
-    for part in reversed([one for one in model.__mro__ if issubclass(one, BaseModel)][:-1]):
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(part))).body
-        body = definition.body  # type: ignore[attr-defined]
-        for field, below in pairwise(body):
-            if (
-                isinstance(field, ast.AnnAssign)
-                and isinstance(field.target, ast.Name)
-                and isinstance(below, ast.Expr)
-                and isinstance(below.value, ast.Constant)
-            ):
-                yield field.target.id, " ".join(inspect.cleandoc(str(below.value.value)).split())

@@ -38,7 +38,7 @@ _STEP = re.compile(r"\[(\d+)\]|\.?(\w+)")
 class Data(BaseModel):
     """Part of a task file: unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Source(Data):
