@@ -362,6 +362,36 @@ def test_a_reader_of_the_results_that_ends_is_told_in_the_last_event(
     assert (tmp_path / "out" / "merge_report.json").is_file()
 
 
+_LATE = """
+import logging, sys, threading
+from starmerge_models.cli.log import Reporter
+def late():
+    logging.getLogger("starmerge_models").warning("late")
+    print("late", file=sys.stderr)
+def run(work):
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+reporter = Reporter()
+reporter.configure("json", quiet=False, heartbeat=30, debug=False)
+run(lambda: print("in time", file=sys.stderr))
+reporter.fail("It ends.", 1)
+run(late)
+reporter.close()
+run(late)
+print("the interpreter", file=sys.stderr)
+"""
+
+
+def test_nothing_that_a_thread_says_late_follows_the_last_event() -> None:
+    finished = subprocess.run(
+        [sys.executable, "-c", _LATE], capture_output=True, text=True, check=True
+    )
+    *events, last = finished.stderr.splitlines()
+    assert [event["message"] for event in parsed("\n".join(events))] == ["in time", "It ends."]
+    assert last == "the interpreter"
+
+
 @pytest.mark.parametrize("command", [["methods"], ["methods", "star"], ["merge", "--help"]])
 def test_a_list_whose_reader_has_seen_enough_ends_in_silence(command: list[str]) -> None:
     reader, writer = os.pipe()
