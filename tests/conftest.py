@@ -24,7 +24,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from starmerge_models.checkpoints import configs, filling, names, renaming
+from starmerge_models.checkpoints import configs, filling, isolated, names, renaming
 from starmerge_models.checkpoints.hashing import blake3_of
 from starmerge_models.checkpoints.metric import MetricWriter
 from starmerge_models.demo_names import prepared_base
@@ -216,19 +216,24 @@ def edit_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.fixture
-def answers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let transformers answer in this process, which has imported it.
+@pytest.fixture(scope="session", autouse=True)
+def _transformers_answers_here() -> Iterator[None]:
+    """Let transformers answer in this process, which has imported it, for all tests.
 
-    For tests that need many answers. Others start the processes that users start.
+    The process that asks it for users takes seconds to start; tests/checkpoints/test_bad_input.py
+    compares its answers with these, and commands in processes of their own start it.
     """
 
     def ask(program: ModuleType, question: list[Any]) -> Any:
+        if isolated.find_spec("transformers") is None:
+            return None
         function = {renaming: renaming.naming, filling: filling.filled}[program]
         try:
             return json.loads(json.dumps(function(*json.loads(json.dumps(question)))))
         except Exception:  # the process would have ended
             return None
 
-    for room in (names, configs):
-        monkeypatch.setattr(room, "call_isolated", ask)
+    with pytest.MonkeyPatch.context() as patch:
+        for room in (names, configs):
+            patch.setattr(room, "call_isolated", ask)
+        yield

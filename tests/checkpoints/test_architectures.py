@@ -48,8 +48,6 @@ from tests.oracles import adapters as oracle
 from tests.oracles.bounds import U32
 from tests.oracles.deltas import exact
 
-pytestmark = pytest.mark.usefixtures("answers_at_once")
-
 _TEXT = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 _HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 

@@ -14,8 +14,6 @@ from starmerge_models.checkpoints.source import resolve
 from starmerge_models.errors import StarmergeError, UsageError
 from tests.conftest import MakeAdapter, MakeFinetune, edit_json
 
-pytestmark = pytest.mark.usefixtures("answers_at_once")
-
 
 def test_refuses_an_adapter_and_a_model_quantised_in_an_unknown_way_as_base(
     make_adapter: MakeAdapter, make_finetune: MakeFinetune

@@ -48,8 +48,6 @@ from starmerge_models.checkpoints.source import resolve
 from starmerge_models.merging.verify import verify
 from tests.conftest import edit_json
 
-pytestmark = pytest.mark.usefixtures("answers_at_once")
-
 _TEXT = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 _HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
 _BERT = {**_TEXT, "num_attention_heads": 2, "max_position_embeddings": 12}

@@ -19,8 +19,6 @@ from starmerge_models.checkpoints.source import Source, resolve
 from starmerge_models.errors import StarmergeError
 from tests.conftest import MakeAdapter
 
-pytestmark = pytest.mark.usefixtures("answers_at_once")
-
 _SOURCE = Source("adapter", Path("adapter"), None, None)
 
 

@@ -347,7 +347,6 @@ def _factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
-@pytest.mark.usefixtures("answers_at_once")
 @pytest.mark.parametrize(
     ("kind", "method"),
     [
@@ -383,7 +382,6 @@ def test_the_files_give_the_same_factors(
         torch.testing.assert_close(own[key], tensor, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("answers_at_once")
 def test_what_is_saved_loads_again_and_merges(tiny_base: Path, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_base)
     model = _loaded(base, first=OPTIONS["rslora"], second=OPTIONS["head"])
@@ -483,7 +481,6 @@ def test_modules_that_adapters_replace_are_merged_as_differences(tmp_path: Path)
     _assert_unchanged(before, _state(model))
 
 
-@pytest.mark.usefixtures("answers_at_once")
 @pytest.mark.parametrize("method", ["average", "ties:k=50", "auto", "karcher"])
 def test_files_with_whole_modules_give_the_same(tmp_path: Path, method: str) -> None:
     model, _ = _classifiers()

@@ -34,10 +34,7 @@ from transformers import (
 import starmerge_models as sm
 from tests.conftest import edit_json
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.usefixtures("answers_at_once"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 _TEXT = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 _HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}

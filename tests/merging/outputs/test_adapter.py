@@ -30,8 +30,6 @@ from starmerge_models.merging.ranks import rank_costs
 from starmerge_models.recipe import make_recipe
 from tests.conftest import MakeAdapter, MakeFinetune, edit_json
 
-pytestmark = pytest.mark.usefixtures("answers_at_once")
-
 PREFIX = "base_model.model."
 Q = "model.layers.0.self_attn.q_proj.weight"
 

@@ -40,8 +40,6 @@ from tests.forks import Forks
 from tests.oracles import bounds
 from tests.oracles import emr as oracle
 
-pytestmark = pytest.mark.usefixtures("answers_at_once")
-
 Arrays = dict[str, np.ndarray]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
