@@ -5,8 +5,8 @@ bfloat16, as is the base), of both, and, where it uses a metric, in whitened inp
 followed by ``average``, a post-step follows it. "Measured" is the peak of the process during the
 merge, survey included, minus what it had with the inputs loaded. "Estimate" is what the chain tells
 before anything is read (``Pipeline.memory``), by which a merge of files decides how many tensors
-are merged at once. Of two merges the one that took less counts. Each kind of inputs and shape has
-a process of its own.
+are merged at once. A merge that took more is made a second time, and the one that took less counts:
+pages that the system holds back only add. Each kind of inputs and shape has a process of its own.
 
 The claim: the estimate is at least the measured peak, and at most three times as much. What a
 process takes besides (heap that is not given back, buffers of libraries) is a few MB, so ratios
@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -32,7 +30,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch
 from common import parser_of, print_machine
-from methods import memory, reset_peak_memory
+from methods import in_own_process, memory, reset_peak_memory
 
 from starmerge_models.deltas import Delta, LowRank, Stored
 from starmerge_models.methods import METHODS, Deltas, Pipeline, TensorContext, make_pipeline
@@ -61,8 +59,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Parameters other than the default, where that takes less memory, or more time for the same."""
 COUNTS = {"slerp": 1, "nuslerp": 2}
-MERGES = 2
-"""Of which the one that took less counts: pages that the system holds back only add."""
 WARM = (192, 160)
 """Shape of what is merged first, so that libraries are loaded; large enough for all kernels."""
 
@@ -151,17 +147,11 @@ def measure(kind: str, shape: tuple[int, int], names: Sequence[str], tasks: int)
             continue
         merge_once(chain, kind, WARM, tasks)
         gc.freeze()  # what libraries have made is not searched again before each merge
-        merges = [merge_once(chain, kind, shape, tasks) for _ in range(MERGES)]
-        estimate, measured = min(merges, key=lambda merge: merge[1])
+        estimate, measured = merge_once(chain, kind, shape, tasks)
+        if measured > estimate:
+            measured = min(measured, merge_once(chain, kind, shape, tasks)[1])
         found.append(Found(name, kind, shape, estimate, measured))
     return found
-
-
-def in_own_process(work: Callable[[], list[Found]]) -> list[Found]:
-    """Call a function in a new process."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(work).result()
 
 
 # ---------------------------------------------------------------------------------------- Printing

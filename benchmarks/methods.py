@@ -144,13 +144,14 @@ def memory(key: str) -> int:
 
 
 def in_own_process(work: Callable[[], Measured]) -> Measured:
-    """Call a function in a new process.
+    """Call a function in a new process, which has imported what merges need and done nothing else.
 
     Raises:
         BrokenProcessPool: The process was killed.
     """
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["starmerge_models.methods", "starmerge_models.merging.engine"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(work).result()
 
 

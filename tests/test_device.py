@@ -21,6 +21,7 @@ from starmerge_models.spectral import GramSVD, UncertainError, svd, svd_dense, t
 from tests.merge_one import merge_one
 from tests.oracles import metric, samples, spectra
 from tests.oracles.card import CARD, LAZY, Card
+from tests.products import one_in
 
 SPECTRAL = sorted(
     name
@@ -28,6 +29,7 @@ SPECTRAL = sorted(
     if issubclass(method, CoreSpaceMerge | Star | Denoise | Pico | Knots | Wudi)
     or name in ("svc", "subspace_boosting")
 )
+SPECTRAL[SPECTRAL.index("wudi")] = "wudi:steps=20"
 OF_MATRICES = [name for name in SPECTRAL if name not in ("star", "denoise")]
 """Methods that see all task vectors of a tensor in Core Space."""
 SHAPES = [(9, 7), (12, 40), (40, 12), (130, 140)]
@@ -102,6 +104,8 @@ def test_the_card_is_made_ready_once_and_before_any_other_call(use, put_in, capl
     ready = []
 
     class Watched(Card):
+        seconds_to_load = 0.05
+
         def make_ready(self):
             assert not self.calls
             super().make_ready()
@@ -117,6 +121,8 @@ def test_the_card_is_made_ready_once_and_before_any_other_call(use, put_in, capl
 
 def test_without_making_ready_the_imitation_fails_as_torch_does(put_in, caplog):
     class Cold(Card):
+        seconds_to_load = 0.05
+
         def make_ready(self):
             pass
 
@@ -282,7 +288,7 @@ def test_what_is_merged_takes_no_more_than_was_asked_for(method, put_in):
             asked.append(need)
             return super().reserve(need)
 
-    for shape in ((130, 140), (130, 300), (300, 130)):
+    for shape in ((130, 140), (130, 200), (200, 130)):
         card = put_in(Asked())
         asked.clear()
         merged(fine_tunes(shape), method)
@@ -294,9 +300,9 @@ def test_what_is_merged_takes_no_more_than_was_asked_for(method, put_in):
 # ----------------------------------------------------------------------------- The same results
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", ["dense", "mixed"])
-@pytest.mark.parametrize("method", OF_MATRICES)
+@pytest.mark.parametrize(
+    ("method", "kind", "shape"), one_in(2, OF_MATRICES, ["dense", "mixed"], SHAPES)
+)
 def test_every_spectral_method_gives_the_same_on_the_card(method, kind, shape, put_in, caplog):
     deltas = fine_tunes(shape, kind)
     plain, expected = merged(deltas, method)
@@ -400,7 +406,7 @@ def test_a_card_whose_memory_is_full_leaves_it_to_the_cpu(method, put_in):
     expected = merged(deltas, method)[1]
     whole = put_in(Card())
     merged([Dense(delta.tensor) for delta in deltas], method)
-    for share in (0.05, 0.3, 0.7, 0.99):
+    for share in (0.05, 0.5, 0.99):
         small = put_in(Card(memory=int(share * whole.peak)))
         found = merged([Dense(delta.tensor) for delta in deltas], method)[1]
         assert bool(small.visits) == bool(whole.visits)

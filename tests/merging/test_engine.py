@@ -7,7 +7,6 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +24,22 @@ from tests.conftest import MakeAdapter, MakeFinetune, edit_json
 from tests.oracles import star as oracle
 
 # A process started in the background of a shell ignores SIGINT unless told otherwise.
-_RUN = (
-    "import signal, sys, starmerge_models as sm\n"
-    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    "sm.merge(sys.argv[1], sys.argv[2:-1], output=sys.argv[-1])\n"
-)
+_RUN = """if True:
+    import os, signal, sys
+    import starmerge_models as sm
+    from starmerge_models.merging import engine
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    children = []
+    for output in sys.argv[1:]:
+        if not (child := os.fork()):
+            sm.merge("base", ["adapter"], output=output)
+            os._exit(0)
+        children.append(child)
+    print(*children, flush=True)
+    print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
+"""Merges in forks, all at the same moment; prints their processes, and then their exit codes."""
 
 
 def _weights(folder: Path) -> dict[str, np.ndarray]:
@@ -310,77 +320,100 @@ def _big_adapter(folder: Path, *, tensors: int, megabytes: int) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-_PRESSED = """
-import resource, sys, threading
-import starmerge_models as sm
-case, threads, memory, allowance = sys.argv[1], *map(int, sys.argv[2:])
-method, _, rank = case.partition(" to rank ")
-models = ["adapter"] if method == "star" else ["tuned-1", "tuned-2"]
-options = {"output_kind": "adapter", "rank": int(rank)} if rank else {}
-sm.merge("warm", ["warm-adapter"], output="warm-out", threads=threads)
-lines = open("/proc/self/status").read().splitlines()
-now = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData"))
-resource.setrlimit(resource.RLIMIT_DATA, (now + allowance, now + allowance))
-sm.merge("big", models, method, output="out", threads=threads, memory=memory, **options)
+_PRESSED = """if True:
+    import json, os, resource, sys, threading
+    import starmerge_models as sm
+    from starmerge_models.merging import engine, ranks
+
+    def press(method, models, options, allowance):
+        lines = open("/proc/self/status").read().splitlines()
+        now = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData"))
+        resource.setrlimit(resource.RLIMIT_DATA, (now + allowance, now + allowance))
+        sm.merge("big", models, method, threads=2, memory=15 * 2**20, **options)
+
+    sm.merge("warm", ["warm-adapter"], output="warm-out", threads=2)
+    codes = []
+    for case in json.load(sys.stdin):
+        if not (child := os.fork()):
+            try:
+                press(*case)
+                os._exit(0)
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+                os._exit(1)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print(json.dumps(codes))
 """
-"""Lets the process have so many more bytes than it has after a merge of one tensor."""
+"""Merges in forks that may have so many more bytes than a process has after a merge of one tensor."""
+
+_MIB = 2**20
+_STACKS = 4 * 8 * _MIB
+"""Threads have stacks of 8 MiB, which count too."""
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc of Linux")
-@pytest.mark.parametrize("case", ["star", "average", "ties", "star to rank 2", "ties to rank 4"])
-def test_a_merge_stays_within_its_memory_when_the_system_gives_no_more(
-    case: str, tiny_base: Path, tmp_path: Path
+def test_merges_stay_within_their_memory_when_the_system_gives_no_more(
+    tiny_base: Path, tmp_path: Path
 ) -> None:
-    """Models of 320 MB in tensors of 8 MB; threads have stacks of 8 MB, which count too."""
-    _big_base(tmp_path / "big", tiny_base, tensors=40, megabytes=8)
-    _big_base(tmp_path / "warm", tiny_base, tensors=1, megabytes=8)
-    _big_adapter(tmp_path / "adapter", tensors=40, megabytes=8)
-    _big_adapter(tmp_path / "warm-adapter", tensors=1, megabytes=8)
-    for number in (1, 2):
-        (tmp_path / f"tuned-{number}").symlink_to(tmp_path / "big")
-    room = {"ties to rank 4": 200}
-    allowance = 2**20 * (4 * 8 + room.get(case, 60 if case.startswith("star") else 120))
-    arguments = [case, "2", str(30 * 2**20), str(allowance)]
+    """Models of 160 MiB in tensors of 4 MiB."""
+    count = 40
+    _big_base(tmp_path / "big", tiny_base, tensors=count, megabytes=4)
+    _big_base(tmp_path / "warm", tiny_base, tensors=1, megabytes=4)
+    _big_adapter(tmp_path / "adapter", tensors=count, megabytes=4)
+    _big_adapter(tmp_path / "warm-adapter", tensors=1, megabytes=4)
+    full = [f"tuned-{number}" for number in (1, 2)]
+    for name in full:
+        (tmp_path / name).symlink_to(tmp_path / "big")
+    low_rank = {"output_kind": "adapter", "rank": 2}
+    cases = [
+        ("star", ["adapter"], {"output": "out-0"}, _STACKS + 40 * _MIB),
+        ("average", full, {"output": "out-1"}, _STACKS + 75 * _MIB),
+        ("ties", full, {"output": "out-2"}, _STACKS + 75 * _MIB),
+        ("star", ["adapter"], {"output": "out-3"} | low_rank, _STACKS + 40 * _MIB),
+        ("ties", full, {"output": "out-4"} | low_rank | {"rank": 4}, _STACKS + 110 * _MIB),
+    ]
     finished = subprocess.run(
-        [sys.executable, "-c", _PRESSED, *arguments],
+        [sys.executable, "-c", _PRESSED],
         cwd=tmp_path,
+        input=json.dumps(cases),
         capture_output=True,
         text=True,
-        check=False,
+        check=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"},
     )
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    written = load_file(next((tmp_path / "out").glob("*model.safetensors")))
-    assert len(written) == (80 if "rank" in case else 40)
+    assert json.loads(finished.stdout) == [0] * len(cases), finished.stderr[-2000:]
+    for n, (_, _, options, _) in enumerate(cases):
+        written = load_file(next((tmp_path / f"out-{n}").glob("*model.safetensors")))
+        assert len(written) == (2 * count if "rank" in options else count)
 
 
-def _wait_for(condition: Callable[[], bool]) -> None:
-    for _ in range(600):
-        if condition():
-            return
-        time.sleep(0.05)
-    raise TimeoutError
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_killed_merge_leaves_no_output_folder(
-    tiny_base: Path, tmp_path: Path, how: signal.Signals
-) -> None:
-    _big_base(tmp_path / "base", tiny_base, tensors=40, megabytes=8)
-    _big_adapter(tmp_path / "adapter", tensors=40, megabytes=8)
+def test_a_killed_merge_leaves_no_output_folder(tiny_base: Path, tmp_path: Path) -> None:
+    _big_base(tmp_path / "base", tiny_base, tensors=40, megabytes=4)
+    _big_adapter(tmp_path / "adapter", tensors=40, megabytes=4)
+    signals = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT}
     with subprocess.Popen(
-        [sys.executable, "-c", _RUN, "base", "adapter", "out"],
+        [sys.executable, "-c", _RUN, *(how.name for how in signals)],
         cwd=tmp_path,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        text=True,
     ) as process:
-
-        def is_writing() -> bool:
-            files = list(tmp_path.glob(".out.partial-*/model.safetensors"))
-            return bool(files) and files[0].stat().st_size > 20 * 2**20
-
-        _wait_for(is_writing)
-        os.kill(process.pid, how)
-    assert process.returncode != 0
-    assert not (tmp_path / "out").exists()
-    # Only a process that may still act cleans up after itself.
-    assert bool(list(tmp_path.glob(".out.partial-*"))) == (how != signal.SIGINT)
+        assert process.stdout is not None
+        children = dict(zip(signals, map(int, process.stdout.readline().split()), strict=True))
+        until = time.monotonic() + 60
+        while children:
+            assert time.monotonic() < until
+            for how, child in list(children.items()):
+                files = list(tmp_path.glob(f".{how.name}.partial-*/model.safetensors"))
+                if files and files[0].stat().st_size > 20 * _MIB:
+                    os.kill(child, how)
+                    del children[how]
+            time.sleep(0.005)
+        codes = process.stdout.read().split()
+    assert len(codes) == len(signals)
+    assert "0" not in codes
+    for how in signals:
+        assert not (tmp_path / how.name).exists()
+        # Only a process that may still act cleans up after itself.
+        partial = list(tmp_path.glob(f".{how.name}.partial-*"))
+        assert bool(partial) == (how != signal.SIGINT)

@@ -1,5 +1,6 @@
 """The memory that methods say they need: against what they take, and by its own sense."""
 
+import json
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from starmerge_models.methods.memory import DeltaShape, InputsShape, TensorShape
 from tests.merge_one import merge_one
 from tests.oracles import samples
 
-_BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "memory.py"
+_BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CHAINS = [
     *(name for name in sorted(METHODS) if name != "auto"),
     "star+ties",
@@ -40,29 +41,41 @@ def chain_of(name):
     return make_pipeline(name, weight if name == "mergekit" else None)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process from /proc")
-def test_every_method_takes_no_more_than_it_says():
-    """Measured by the system, with 2 MB for what a process takes besides."""
-    measure("--shapes", "288,224", "--kinds", "low-rank", "dense")
+_MEASURE = """if True:
+    import json, sys
+    import memory
+
+    for arguments in json.load(sys.stdin):
+        sys.argv[1:] = arguments
+        print("exit code", memory.main())
+"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process from /proc")
-def test_many_adapters_take_no_more_than_was_said():
-    """Of ranks that add up to more than both sides, which keep their factors."""
-    kinds = ["low-rank", "mixed", "low-rank, whitened"]
-    only = ["--only", "shares", "tsv_m", "tsv_m+own_response"]
-    measure("--shapes", "256,352", "--tasks", "40", "--kinds", *kinds, *only)
+def test_methods_take_no_more_than_they_say():
+    """Measured by the system, with 2 MB for what a process takes besides.
 
-
-def measure(*arguments):
+    Every method, and those that share of many task vectors: adapters, whose ranks add up to more
+    than both sides and which keep their factors, and full fine-tunes among them.
+    """
+    every = ["--shapes", "288,224", "--kinds", "low-rank", "dense"]
+    many = ["--shapes", "256,352", "--only", "shares", "tsv_m", "tsv_m+own_response"]
+    adapters = [*many, "--tasks", "40", "--kinds", "low-rank", "low-rank, whitened"]
+    mixed = [*many, "--tasks", "12", "--kinds", "mixed"]
+    arguments = [["--slack", "2", *cases] for cases in (every, adapters, mixed)]
     finished = subprocess.run(
-        [sys.executable, str(_BENCHMARK), "--slack", "2", *arguments],
+        [sys.executable, "-c", _MEASURE],
+        cwd=_BENCHMARKS,
+        input=json.dumps(arguments),
         capture_output=True,
         text=True,
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert finished.stdout.count("exit code 0\n") == len(arguments), (
+        finished.stdout + finished.stderr
+    )
+    assert all(f"| {name} | dense | " in finished.stdout for name in METHODS if name != "auto")
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "auto"])
