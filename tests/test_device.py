@@ -24,12 +24,11 @@ from tests.oracles.card import CARD, LAZY, Card
 from tests.products import one_in
 
 SPECTRAL = sorted(
-    name
+    "wudi:steps=20" if name == "wudi" else name
     for name, method in METHODS.items()
     if issubclass(method, CoreSpaceMerge | Star | Denoise | Pico | Knots | Wudi)
     or name in ("svc", "subspace_boosting")
 )
-SPECTRAL[SPECTRAL.index("wudi")] = "wudi:steps=20"
 OF_MATRICES = [name for name in SPECTRAL if name not in ("star", "denoise")]
 """Methods that see all task vectors of a tensor in Core Space."""
 SHAPES = [(9, 7), (12, 40), (40, 12), (130, 140)]

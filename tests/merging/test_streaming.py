@@ -52,7 +52,7 @@ def test_threads_and_memory_change_no_byte(
         sm.merge(tiny_base, models, method, output=tmp_path / "alone", threads=1).path
     )
 
-    @settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(threads=st.integers(1, 5), memory=st.sampled_from([1, 5_000, 30_000, 10**9]))
     def check(threads: int, memory: int) -> None:
         result = sm.merge(

@@ -670,21 +670,21 @@ def test_a_union_of_real_tokenizers_encodes_as_each(tmp_path: Path) -> None:
     )
     LlamaForCausalLM(config).save_pretrained(base)
     tokenizer.save_pretrained(base)
-    folders = []
+    folders, grown = [], []
     for name, tokens in (("a", ["<tool>", "naïveté"]), ("b", ["<|end of turn|>", "<tool>"])):
         model = AutoModelForCausalLM.from_pretrained(base)
-        model.resize_token_embeddings(len(tokenizer) + 16)
+        model.resize_token_embeddings(len(tokenizer) + 16, mean_resizing=False)
         own = AutoTokenizer.from_pretrained(real)
         own.add_tokens(tokens, special_tokens=name == "b")
         model.save_pretrained(tmp_path / name)
         own.save_pretrained(tmp_path / name)
         folders.append(tmp_path / name)
+        grown.append(own)
     sm.merge(base, folders, "average", output=tmp_path / "out", tokenizer="union")
     made = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert len(made) == len(tokenizer) + 3
     for text in ("Hello, naïveté!  <tool>\n<|im_start|>", "x<|end of turn|>y <tool>"):
-        for folder in folders:
-            own = AutoTokenizer.from_pretrained(folder)
+        for own in grown:
             shared = [t for t in own.tokenize(text) if t not in ("naïveté", "<|end of turn|>")]
             assert set(shared) - set(made.get_vocab()) == set()
     assert made.tokenize("x<|end of turn|>y <tool> naïveté") == [

@@ -72,9 +72,8 @@ def test_methods_take_no_more_than_they_say():
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    assert finished.stdout.count("exit code 0\n") == len(arguments), (
-        finished.stdout + finished.stderr
-    )
+    succeeded = finished.stdout.count("exit code 0\n")
+    assert succeeded == len(arguments), finished.stdout + finished.stderr
     assert all(f"| {name} | dense | " in finished.stdout for name in METHODS if name != "auto")
 
 
