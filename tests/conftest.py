@@ -32,8 +32,9 @@ from starmerge_models.demo_names import prepared_base
 from starmerge_models.spectral.moment import Side
 from tests.forks import Forks
 
-# How long an example takes depends on the machine, not on the code.
-settings.register_profile("starmerge", deadline=None)
+# How long an example takes depends on the machine, not on the code. The examples are others each
+# time, so that few of them find in time what many would at once.
+settings.register_profile("starmerge", deadline=None, max_examples=50)
 settings.load_profile("starmerge")
 
 MakeAdapter = Callable[..., Path]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from starmerge_models.deltas import Dense, LowRank
 from tests.oracles import deltas as oracle
 
-SEARCH = settings(max_examples=60, deadline=None)
+SEARCH = settings(max_examples=30, deadline=None)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["low-rank", "dense", "mixed"]
