@@ -39,7 +39,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 PANEL_ENTRIES = 2**19
@@ -160,7 +162,8 @@ def noise_edge(rows: Tensor, columns: Tensor) -> float:
     if not math.isfinite(total):
         return math.inf
     top_row, top_column = float(rows.max()), float(columns.max())
-    rho, gamma = rows / top_row, columns / top_column
+    # Of short vectors NumPy's calls take a third of the time of torch's.
+    rho, gamma = rows.numpy() / top_row, columns.numpy() / top_column
 
     def log_square(log_t: float) -> float:
         t = math.exp(log_t)
@@ -259,7 +262,7 @@ def _exponents(values: Tensor, dtype: torch.dtype) -> Tensor:
     return exponents
 
 
-def _solve(weights: Tensor, t: float) -> float:
+def _solve(weights: NDArray[np.float64], t: float) -> float:
     """Return the x in (0, 1) with Σ w x/(1 − w x) = t, for weights whose largest is 1.
 
     The sum is increasing and convex in x, so Newton steps from above never pass the solution.
@@ -268,7 +271,7 @@ def _solve(weights: Tensor, t: float) -> float:
     while True:
         part = weights * x
         excess = float((part / (1 - part)).sum()) - t
-        step = excess / float((weights / (1 - part).square()).sum())
+        step = excess / float((weights / (1 - part) ** 2).sum())
         if not step > 1e-12 * x:  # also ends at a NaN
             return x
         x -= step
