@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 __version__ = "0.1.0.dev0"
 """The version of starmerge. The build reads it here; changelog and CITATION.cff have the same."""
@@ -17,12 +18,16 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
     Returns:
         Version by name; starmerge's own stands first, under ``starmerge``.
     """
+    found = {name: _installed_version(name) for name in packages}
+    return {"starmerge": __version__} | {name: text for name, text in found.items() if text}
+
+
+@cache
+def _installed_version(package: str) -> str | None:
+    """Return the version of a package, None if it is not installed."""
     import importlib.metadata  # noqa: PLC0415  (slow to import)
 
-    found = {"starmerge": __version__}
-    for name in packages:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
