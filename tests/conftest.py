@@ -39,12 +39,6 @@ MakeAdapter = Callable[..., Path]
 MakeFinetune = Callable[..., Path]
 MakeMetric = Callable[..., Path]
 
-_LOADED = (
-    *("transformers", "peft", "pandas"),
-    *("starmerge_models.evaluation.runner", "starmerge_models.study.choose"),
-)
-"""What commands import late, beside what a merge needs."""
-
 _LONG = (
     *("merging/executors/test_ray_objects", "storage/test_objects", "test_real_model"),
     *("merging/executors/test_ray", "methods/test_memory", "training/test_finetuning"),
@@ -183,7 +177,7 @@ def smollm2() -> Path:
 @pytest.fixture(scope="session")
 def loaded() -> Iterator[Forks]:
     """Return a process that runs commands in forks of itself, without importing anything again."""
-    with Forks(*_LOADED) as served:
+    with Forks("tests.loaded") as served:
         yield served
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 __version__ = "0.1.0.dev0"
 """The version of starmerge. The build reads it here; changelog and CITATION.cff have the same."""
@@ -17,12 +18,20 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
     Returns:
         Version by name; starmerge's own stands first, under ``starmerge``.
     """
-    import importlib.metadata  # noqa: PLC0415  (slow to import)
-
     found = {"starmerge": __version__}
     for name in packages:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+        version = _version(name)
+        if version is not None:
+            found[name] = version
     return found
+
+
+@lru_cache(maxsize=64)
+def _version(package: str) -> str | None:
+    """Return a package's version; None if it is not installed."""
+    import importlib.metadata  # noqa: PLC0415  (slow to import)
+
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
