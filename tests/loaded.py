@@ -8,6 +8,7 @@ for _name in (
     *("peft", "pandas", "scipy.stats", "lemminflect", "pyarrow.parquet"),
     *("starmerge_models.evaluation.runner", "starmerge_models.study.choose"),
     *("starmerge_models.study.inspection.run", "starmerge_models.study.page.evaluation"),
+    *("starmerge_models.study.suite", "starmerge_models.study.inspection_files"),
     *("starmerge_models.calibration.run", "starmerge_models.training.finetuning"),
 ):
     importlib.import_module(_name)

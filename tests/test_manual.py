@@ -38,6 +38,7 @@ from starmerge_models.recipe import make_recipe
 from starmerge_models.study.study_file import make_study
 from tests.forks import Forks
 from tests.manual import PAGES, ROOT, Block, blocks_of, calls_of, put
+from tests.small_demo import TOKENS, shorten_tokenizer
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -68,8 +69,6 @@ ONCE = {
 QUICKER = {"choose.md": ("rows=16", "rows=8"), "evaluation.md": ("range(150)", "range(2)")}
 """What of a page's Python would take long, and what is run in its place."""
 
-VOCABULARY = 1024
-
 COMMAND_LINE: Any = typer.main.get_command(app)
 
 
@@ -79,7 +78,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=TOKENS,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
@@ -90,7 +89,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
     base = folder / "base"
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(base)
     AutoTokenizer.from_pretrained(smollm2).save_pretrained(base)
-    _shorten(base / "tokenizer.json")
+    shorten_tokenizer(base / "tokenizer.json")
     for number in range(3):
         model = AutoModelForCausalLM.from_pretrained(base)
         model.name_or_path = "base"
@@ -107,15 +106,6 @@ def models(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
         noisy = {key: (t + 0.1 * torch.randn_like(t)) for key, t in tensors.items()}
         save_file(noisy, tuned / "model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-def _shorten(tokenizer: Path) -> None:
-    """Leave a tokenizer the first tokens: those of control, bytes, and what is joined first."""
-    content = json.loads(tokenizer.read_text())
-    model = content["model"]
-    model["vocab"] = {token: n for token, n in model["vocab"].items() if n < VOCABULARY}
-    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
-    tokenizer.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)])
