@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from functools import lru_cache
 
@@ -20,15 +21,15 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
     """
     found = {"starmerge": __version__}
     for name in packages:
-        version = _version(name)
+        version = _version(name, tuple(sys.path))
         if version is not None:
             found[name] = version
     return found
 
 
 @lru_cache(maxsize=64)
-def _version(package: str) -> str | None:
-    """Return a package's version; None if it is not installed."""
+def _version(package: str, path: tuple[str, ...]) -> str | None:
+    """Return the version of a package on a path, that of Python; None if it is not installed."""
     import importlib.metadata  # noqa: PLC0415  (slow to import)
 
     try:
