@@ -31,9 +31,12 @@ from starmerge_models.calibration.run import calibrate
 from starmerge_models.checkpoints.hashing import blake3_of
 from starmerge_models.checkpoints.metric import MetricWriter
 from starmerge_models.cli import app
+from starmerge_models.evaluation.scoring.matching.matcher import MATCHERS
+from starmerge_models.evaluation.scoring.metrics.registry import METRICS
 from starmerge_models.evaluation.tasks.files import make_task
 from starmerge_models.evaluation.tasks.suites import Suite
 from starmerge_models.mergekit.schema import read_recipe
+from starmerge_models.methods import METHODS
 from starmerge_models.recipe import make_recipe
 from starmerge_models.study.study_file import make_study
 from tests.forks import Forks
@@ -119,6 +122,8 @@ def test_the_code_of_a_page_runs(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     _lay_out(folder, "".join(block.code for block in blocks), models)
     names: dict[str, Any] = dict(GIVEN.get(page, {}))
+    for registry in (METHODS, METRICS, MATCHERS):  # what a page defines is for that page
+        monkeypatch.setattr(registry, "_others", dict(registry._others))
     monkeypatch.setitem(calibrate.__kwdefaults__, "sequences", 2)
     monkeypatch.setitem(calibrate.__kwdefaults__, "length", 8)
     for block in blocks:
