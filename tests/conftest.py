@@ -31,6 +31,7 @@ from starmerge_models.checkpoints.metric import MetricWriter
 from starmerge_models.demo_names import prepared_base
 from starmerge_models.spectral.moment import Side
 from tests.forks import Forks
+from tests.small_demo import write_small_demo
 
 # How long an example takes depends on the machine, not on the code. The examples are others each
 # time, so that few of them find in time what many would at once.
@@ -40,12 +41,6 @@ settings.load_profile("starmerge")
 MakeAdapter = Callable[..., Path]
 MakeFinetune = Callable[..., Path]
 MakeMetric = Callable[..., Path]
-
-_LOADED = (
-    *("transformers", "peft", "pandas"),
-    *("starmerge_models.evaluation.runner", "starmerge_models.study.choose"),
-)
-"""What commands import late, beside what a merge needs."""
 
 _LONG = (
     *("merging/executors/test_ray_objects", "storage/test_objects", "test_real_model"),
@@ -194,9 +189,31 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
+def cut_demo(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the demo's models, cut; see :func:`small_demo`."""
+    folder = tmp_path_factory.mktemp("demo")
+    write_small_demo(smollm2, folder)
+    return folder
+
+
+@pytest.fixture
+def small_demo(cut_demo: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let ``demo:base`` and so on be models that are cut to two layers, here and in new processes.
+
+    Commands in forks need the folder that it returns as their ``site``.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cut_demo))
+    path = os.environ.get("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(cut_demo), path])))
+    adapters = cut_demo / "starmerge_models_demo" / "adapters"
+    monkeypatch.setattr("starmerge_models_demo.ADAPTERS", adapters)
+    return cut_demo
+
+
+@pytest.fixture(scope="session")
 def loaded() -> Iterator[Forks]:
     """Return a process that runs commands in forks of itself, without importing anything again."""
-    with Forks(*_LOADED) as served:
+    with Forks("tests.loaded") as served:
         yield served
 
 

@@ -8,6 +8,8 @@ and writes a JSON list of :class:`Ended`.
 
 from __future__ import annotations
 
+import functools
+import gc
 import importlib
 import json
 import os
@@ -23,7 +25,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -224,6 +226,27 @@ def _fill_when_opened(file: str, trigger: str, leave: int) -> None:
     sys.addaudithook(hook)
 
 
+def _call_in_fork(program: ModuleType, question: list[Any]) -> Any:
+    """Let transformers answer in a fork, which has it loaded: isolated as in a new process."""
+    from starmerge_models.checkpoints import filling, isolated, renaming
+
+    function = {renaming: renaming.naming, filling: filling.filled}[program]
+    with tempfile.TemporaryFile() as answer:
+        child = os.fork()
+        if not child:
+            try:
+                os.dup2(os.open(os.devnull, os.O_RDWR), 2)
+                isolated._limit_memory()
+                answer.write(json.dumps(function(*json.loads(json.dumps(question)))).encode())
+                answer.flush()
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        answer.seek(0)
+        said = answer.read()
+    return json.loads(said) if said else None
+
+
 def _prepare(run: Run) -> None:
     from starmerge_models.checkpoints.writer import ShardWriter
     from starmerge_models.merging import journal
@@ -242,6 +265,10 @@ def _prepare(run: Run) -> None:
     if run.cwd is not None:
         os.chdir(run.cwd)
     journal._SECONDS = 0.0  # a line after each tensor
+    if "transformers" in sys.modules:
+        from starmerge_models.checkpoints import configs, names
+
+        configs.call_isolated = names.call_isolated = _call_in_fork
     if run.part_bytes is not None:
         from starmerge_models.storage import parts
 
@@ -324,11 +351,19 @@ def _all_of(runs: Sequence[Run]) -> list[Ended]:
 
 
 def _serve() -> None:
+    import typer.main
+
+    from starmerge_models import cli
+
     loaded = ("merging.engine", "merging.ranks", "recipe_file", "storage.leftovers")
     # Users without rights may not reach the modules of Python itself: rich loads some late.
     own = [*(f"starmerge_models.{name}" for name in loaded), "rich.progress", "rich.pager"]
     for module in [*own, *sys.argv[1:]]:
         importlib.import_module(module)
+    # Built once, not for each command.
+    typer.main.get_command = functools.cache(typer.main.get_command)
+    typer.main.get_command(cli.app)
+    gc.freeze()  # so that collections in forks copy no pages
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import starmerge_models as sm
 from starmerge_models.demo_names import demo_folder
+from tests.forks import Forks
 
 _README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 _CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -34,14 +35,25 @@ def typed(
 ) -> Type:
     """Return a function that runs a command line in an empty folder and returns its output."""
 
-    def run(line: str) -> str:
-        program, *arguments = shlex.split(line, comments=True)
-        assert program == "starmerge"
-        finished = starmerge(*arguments, cwd=tmp_path)
-        assert finished.returncode == 0, f"{line}\n{finished.stderr}"
-        return finished.stdout
+    return lambda line: _ran(line, starmerge, cwd=tmp_path)
 
-    return run
+
+@pytest.fixture
+def typed_small(
+    starmerge: Callable[..., subprocess.CompletedProcess[str]], small_demo: Path, tmp_path: Path
+) -> Type:
+    """Return the same function, for which the demo's models have two layers."""
+    return lambda line: _ran(line, starmerge, cwd=tmp_path, site=small_demo)
+
+
+def _ran(
+    line: str, starmerge: Callable[..., subprocess.CompletedProcess[str]], **options: Path
+) -> str:
+    program, *arguments = shlex.split(line, comments=True)
+    assert program == "starmerge"
+    finished = starmerge(*arguments, **options)
+    assert finished.returncode == 0, f"{line}\n{finished.stderr}"
+    return finished.stdout
 
 
 def _block(title: str, language: str) -> str:
@@ -52,43 +64,59 @@ def _block(title: str, language: str) -> str:
     return found[1]
 
 
-def test_the_commands_of_the_readme(typed: Type, tmp_path: Path) -> None:
-    lines = [line for line in _block("The first hour", "bash").splitlines() if line.strip("# ")]
-    commands = [line.replace("--rows 40", "--rows 4") for line in lines if line[0] != "#"]
-    printed = {command.split()[1]: typed(command) for command in commands}
+@pytest.fixture(scope="module")
+def first_hour(
+    loaded: Forks, smollm2: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, str]]:
+    """Run the README's commands on the demo's real models.
+
+    Returns:
+        Their folder, and what each printed.
+    """
+    folder = tmp_path_factory.mktemp("first-hour")
+    printed = {}
+    for line in _block("The first hour", "bash").replace("--rows 40", "--rows 2").splitlines():
+        words = shlex.split(line, comments=True)
+        if words:
+            assert words[0] == "starmerge"
+            ended = loaded.run(words[1:], cwd=str(folder))
+            assert ended.code == 0, f"{line}\n{ended.err}"
+            printed[words[1]] = ended.out
+    return folder, printed
+
+
+def test_the_commands_of_the_readme(first_hour: tuple[Path, dict[str, str]]) -> None:
+    folder, printed = first_hour
     assert Path(printed["demo"].strip()).is_dir()
     assert "clash" in printed["inspect"]
     assert "normalised average" in printed["evaluate"]
     assert "of rank 32" in printed["merge"]
-    shown = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    PeftModel.from_pretrained(shown, tmp_path / "merged-lora")
+    shown = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    PeftModel.from_pretrained(shown, folder / "merged-lora")
 
 
 @pytest.mark.skipif(
     _CHROMIUM is None, reason="no Chromium: apt-get install --no-install-recommends chromium"
 )
-def test_the_page_shows_in_a_browser_what_the_merge_kept(typed: Type, tmp_path: Path) -> None:
+def test_the_page_shows_in_a_browser_what_the_merge_kept(
+    first_hour: tuple[Path, dict[str, str]],
+) -> None:
     from playwright.sync_api import sync_playwright
 
-    typed("starmerge merge demo:base demo:digits demo:past -m auto -o merged")
-    typed(
-        "starmerge evaluate demo:base demo:digits demo:past merged -t digits,past --rows 4 "
-        "--scorer rank --report scores.html"
-    )
     with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=_CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page()
-        page.goto((tmp_path / "scores.html").as_uri())
+        page.goto((first_hour[0] / "scores.html").as_uri())
         text = page.inner_text("body")
         browser.close()
     assert "merged" in text
     assert "Normalised average" in text or "normalised average" in text
 
 
-def test_the_readme_from_python(smollm2: Path, tmp_path: Path, monkeypatch) -> None:
+def test_the_readme_from_python(small_demo: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(smollm2)
-    with_adapters = AutoModelForCausalLM.from_pretrained(smollm2)
+    model = AutoModelForCausalLM.from_pretrained(demo_folder("demo:base"))
+    with_adapters = AutoModelForCausalLM.from_pretrained(demo_folder("demo:base"))
     with_adapters = PeftModel.from_pretrained(with_adapters, demo_folder("demo:digits"), "a")
     with_adapters.load_adapter(demo_folder("demo:past"), "b")
     names = {"peft_model": with_adapters, "model": model, "tokens": torch.tensor([[1, 2, 3]])}
@@ -98,7 +126,7 @@ def test_the_readme_from_python(smollm2: Path, tmp_path: Path, monkeypatch) -> N
     assert (tmp_path / "merged-chain" / "model.safetensors").is_file()
 
 
-def test_from_mergekit_and_peft(typed: Type, smollm2: Path, tmp_path: Path) -> None:
+def test_from_mergekit_and_peft(typed_small: Type, tmp_path: Path) -> None:
     recipe = {
         "merge_method": "task_arithmetic",
         "base_model": "demo:base",
@@ -109,8 +137,8 @@ def test_from_mergekit_and_peft(typed: Type, smollm2: Path, tmp_path: Path) -> N
         "dtype": "bfloat16",
     }
     (tmp_path / "mergekit.yml").write_text(yaml.safe_dump(recipe))
-    typed("starmerge merge mergekit.yml -o from-mergekit")
-    typed("starmerge merge demo:base demo:digits demo:past -m average -o ours")
+    typed_small("starmerge merge mergekit.yml -o from-mergekit")
+    typed_small("starmerge merge demo:base demo:digits demo:past -m average -o ours")
     theirs, ours = (
         load_file(tmp_path / name / "model.safetensors") for name in ("from-mergekit", "ours")
     )
@@ -118,9 +146,11 @@ def test_from_mergekit_and_peft(typed: Type, smollm2: Path, tmp_path: Path) -> N
     for name in ours:
         torch.testing.assert_close(theirs[name].float(), ours[name].float(), rtol=2**-6, atol=1e-4)
 
-    typed("starmerge merge --as adapter demo:digits demo:past -m average -o adapter")
+    typed_small("starmerge merge --as adapter demo:digits demo:past -m average -o adapter")
     model = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(smollm2), demo_folder("demo:digits"), "a"
+        AutoModelForCausalLM.from_pretrained(demo_folder("demo:base")),
+        demo_folder("demo:digits"),
+        "a",
     )
     model.load_adapter(demo_folder("demo:past"), "b")
     sm.merge_adapters(model, ["a", "b"], "average", name="ab")
@@ -133,15 +163,15 @@ def test_from_mergekit_and_peft(typed: Type, smollm2: Path, tmp_path: Path) -> N
     torch.testing.assert_close(found["ab"], found["from_files"], rtol=1e-2, atol=1e-2)
 
 
-def test_with_the_paper_in_hand(typed: Type, tmp_path: Path) -> None:
-    assert "Truncat" in typed("starmerge methods star")
-    assert "llama-3.2" in typed("starmerge suite")
-    assert "In arXiv 2502.10339" in typed("starmerge study eta")
-    typed("starmerge merge demo:base demo:digits demo:past -m star:eta=40 -o star")
+def test_with_the_paper_in_hand(typed_small: Type, tmp_path: Path) -> None:
+    assert "Truncat" in typed_small("starmerge methods star")
+    assert "llama-3.2" in typed_small("starmerge suite")
+    assert "In arXiv 2502.10339" in typed_small("starmerge study eta")
+    typed_small("starmerge merge demo:base demo:digits demo:past -m star:eta=40 -o star")
     report = json.loads((tmp_path / "star" / "merge_report.json").read_text())
     kept = [task["rank"] for record in report["tensors"] for task in record["tasks"]]
     assert all(1 <= rank < 16 for rank in kept)
-    typed(
+    typed_small(
         "starmerge evaluate demo:base demo:digits demo:past star -t digits,past --rows 4 "
         "--scorer rank -o scores"
     )

@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,13 +31,17 @@ from starmerge_models.calibration.run import calibrate
 from starmerge_models.checkpoints.hashing import blake3_of
 from starmerge_models.checkpoints.metric import MetricWriter
 from starmerge_models.cli import app
+from starmerge_models.evaluation.scoring.matching.matcher import MATCHERS
+from starmerge_models.evaluation.scoring.metrics.registry import METRICS
 from starmerge_models.evaluation.tasks.files import make_task
 from starmerge_models.evaluation.tasks.suites import Suite
 from starmerge_models.mergekit.schema import read_recipe
+from starmerge_models.methods import METHODS
 from starmerge_models.recipe import make_recipe
 from starmerge_models.study.study_file import make_study
 from tests.forks import Forks
 from tests.manual import PAGES, ROOT, Block, blocks_of, calls_of, put
+from tests.small_demo import TOKENS, shorten_tokenizer
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -66,6 +69,9 @@ ONCE = {
 }
 """Commands that take seconds even so, and the pages on which they are run; elsewhere checked."""
 
+QUICKER = {"choose.md": ("rows=16", "rows=8"), "evaluation.md": ("range(150)", "range(2)")}
+"""What of a page's Python would take long, and what is run in its place."""
+
 COMMAND_LINE: Any = typer.main.get_command(app)
 
 
@@ -75,7 +81,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=49152,
+        vocab_size=TOKENS,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
@@ -86,6 +92,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
     base = folder / "base"
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(base)
     AutoTokenizer.from_pretrained(smollm2).save_pretrained(base)
+    shorten_tokenizer(base / "tokenizer.json")
     for number in range(3):
         model = AutoModelForCausalLM.from_pretrained(base)
         model.name_or_path = "base"
@@ -104,19 +111,9 @@ def models(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def served() -> Iterator[Forks]:
-    """Return a process that runs commands in forks of itself."""
-    rooms = ("evaluation.runner", "study.choose", "study.inspection.run", "study.page.evaluation")
-    with Forks(
-        "transformers", "peft", "pandas", *(f"starmerge_models.{room}" for room in rooms)
-    ) as it:
-        yield it
-
-
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)])
 def test_the_code_of_a_page_runs(
-    page: str, models: Path, served: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str, models: Path, loaded: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks = [block for block in blocks_of(page) if block.language != "text"]
     folder = tmp_path / "here"
@@ -125,6 +122,8 @@ def test_the_code_of_a_page_runs(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     _lay_out(folder, "".join(block.code for block in blocks), models)
     names: dict[str, Any] = dict(GIVEN.get(page, {}))
+    for registry in (METHODS, METRICS, MATCHERS):  # what a page defines is for that page
+        monkeypatch.setattr(registry, "_others", dict(registry._others))
     monkeypatch.setitem(calibrate.__kwdefaults__, "sequences", 2)
     monkeypatch.setitem(calibrate.__kwdefaults__, "length", 8)
     for block in blocks:
@@ -133,9 +132,9 @@ def test_the_code_of_a_page_runs(
             (folder / block.file).parent.mkdir(parents=True, exist_ok=True)
             (folder / block.file).write_text(block.code)
         if block.language == "bash":
-            _run_commands(block, folder, served)
+            _run_commands(block, folder, loaded)
         elif block.language == "python":
-            tree = ast.parse(block.code)
+            tree = ast.parse(block.code.replace(*QUICKER.get(page, ("", ""))))
             if block.not_run is None:
                 exec(compile(tree, str(block), "exec"), names)
         else:
@@ -190,7 +189,7 @@ def _write_metric(file: Path, weights: Path) -> None:
                 writer.add(root, [key], side="columns", task=task, tokens=100)
 
 
-def _run_commands(block: Block, folder: Path, served: Forks) -> None:
+def _run_commands(block: Block, folder: Path, loaded: Forks) -> None:
     for command, *arguments in calls_of(block, folder):
         if command == "pip":
             _check_installed(block, arguments)
@@ -203,7 +202,7 @@ def _run_commands(block: Block, folder: Path, served: Forks) -> None:
             name = _parse(block, arguments)
             where = [pages for word, pages in ONCE.items() if word in (name, *arguments)]
             if block.not_run is None and all(block.page in pages for pages in where):
-                _run(block, name, arguments, folder, served)
+                _run(block, name, arguments, folder, loaded)
 
 
 def _parse(block: Block, arguments: list[str]) -> str:
@@ -219,13 +218,13 @@ def _parse(block: Block, arguments: list[str]) -> str:
     return str(name)
 
 
-def _run(block: Block, name: str, arguments: list[str], folder: Path, served: Forks) -> None:
+def _run(block: Block, name: str, arguments: list[str], folder: Path, loaded: Forks) -> None:
     outputs = {"-o", "--output", "--report"}
     for option, place in pairwise(arguments):
         if option in outputs:  # each line of a block stands for itself
             _delete(folder / place)
     less = LESS.get(name, [])
-    ended = served.run([*arguments, *less], cwd=str(folder), env=dict(os.environ))
+    ended = loaded.run([*arguments, *less], cwd=str(folder), env=dict(os.environ))
     assert ended.code == 0, f"{block}: starmerge {' '.join(arguments)}\n{ended.err[-2000:]}"
 
 

@@ -1,4 +1,4 @@
-"""The quickstart notebook, run by a real kernel on the demo's models."""
+"""The quickstart notebook, run by a real kernel on the demo's models, cut to two layers."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from nbclient import NotebookClient
 _NOTEBOOK = Path(__file__).parents[1] / "examples" / "quickstart.ipynb"
 
 
-def test_the_quickstart_runs_and_shows_its_results(smollm2: Path, tmp_path: Path) -> None:
+def test_the_quickstart_runs_and_shows_its_results(small_demo: Path, tmp_path: Path) -> None:
     notebook = nbformat.read(_NOTEBOOK, as_version=4)
     for cell in notebook.cells:
         cell.source = cell.source.replace("rows=24", "rows=2")  # the same code, quickly

@@ -31,7 +31,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_example_passes_its_own_tests(site: Path) -> None:
     path = [str(site), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # it needs none of those that are installed here
+    }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(EXAMPLE)]
     finished = subprocess.run(
         command, check=False, capture_output=True, text=True, env=env, cwd=EXAMPLE

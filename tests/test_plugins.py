@@ -237,10 +237,11 @@ _FIRST = {
 
 
 def test_a_dialects_method_is_loaded_when_it_is_asked_for() -> None:
-    """Each in a fork of a process that has imported nothing of ours, but torch."""
+    """Each in a fork of a process that has imported nothing of ours, but torch and pydantic."""
     code = f"""
 import os
 import sys
+import pydantic
 import torch
 for first, loaded in {_FIRST!r}.items():
     assert not any(name.startswith("starmerge_models") for name in sys.modules)
@@ -253,7 +254,7 @@ for first, loaded in {_FIRST!r}.items():
     import starmerge_models
     from starmerge_models.methods import METHODS
     assert METHODS["mergekit"] is METHODS.built_in["mergekit"] is starmerge_models.Mergekit
-    sys.exit()
+    os._exit(0)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

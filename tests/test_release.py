@@ -1,6 +1,7 @@
 """What is released: two distributions that install and run, and the files that describe them."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -167,6 +168,25 @@ def environment(
     return made
 
 
+_COMMANDS = """
+import contextlib, io, json, sys
+from starmerge_models.cli import main
+
+told = []
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["starmerge", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as out, \\
+            contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+    told.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(told))
+"""
+"""Runs commands one after the other, and prints of each the exit code and what it printed."""
+
+
 def test_the_wheels_run_in_a_fresh_environment(
     environment: Environment,
     built: Built,
@@ -177,27 +197,30 @@ def test_the_wheels_run_in_a_fresh_environment(
     where = environment.run("python", "-c", "import starmerge_models as s; print(s.__file__)")
     assert Path(where.strip()).is_relative_to(environment.folder)
     assert environment.run("starmerge", "--version") == f"{starmerge_models.__version__}\n"
-    assert "\n  star" in environment.run("starmerge", "methods")
-    adapters = [make_adapter(name, seed=seed) for seed, name in enumerate("ab")]
-    environment.run(
-        "starmerge", "merge", tiny_base, *adapters, "-m", "star", "-o", tmp_path / "merged"
-    )
-    assert (tmp_path / "merged" / "model.safetensors").is_file()
 
+    def run(*commands: Sequence[object]) -> list[tuple[int, str, str]]:
+        arguments = json.dumps([list(map(str, command)) for command in commands])
+        told: list[tuple[int, str, str]] = json.loads(
+            environment.run("python", "-c", _COMMANDS, arguments)
+        )
+        return told
+
+    adapters = [make_adapter(name, seed=seed) for seed, name in enumerate("ab")]
+    merge = ["merge", tiny_base, *adapters, "-m", "star", "-o", tmp_path / "merged"]
     demo = ["merge", "--as", "adapter", "demo:digits", "demo:past", "-m", "average"]
-    refused = subprocess.run(
-        [environment.folder / "bin" / "starmerge", *demo, "-o", tmp_path / "one"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=environment.folder,
-        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-    )
-    assert refused.returncode == 2
-    assert "pip install 'starmerge-models[demo]'" in refused.stderr
+    demo += ["-o", str(tmp_path / "one")]
+    listed, merged, refused = run(["methods"], merge, demo)
+    assert listed[0] == 0
+    assert "\n  star" in listed[1]
+    assert merged[0] == 0, merged
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert refused[0] == 2
+    assert "pip install 'starmerge-models[demo]'" in refused[2]
+
     environment.install(built.wheels[1:], needs=False)
-    assert "demo:digits\n" in environment.run("starmerge", "demo", "list")
-    environment.run("starmerge", *demo, "-o", tmp_path / "one")
+    listed, merged = run(["demo", "list"], demo)
+    assert "demo:digits\n" in listed[1]
+    assert merged[0] == 0, merged
     assert (tmp_path / "one" / "adapter_model.safetensors").is_file()
 
 

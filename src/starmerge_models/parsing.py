@@ -8,8 +8,7 @@ causes endless recursion or memory use.
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterator
-from itertools import chain, islice
+from collections.abc import Hashable
 from typing import Any, NoReturn
 
 import yaml
@@ -28,6 +27,8 @@ _DEEPEST = 64
 
 _LONGEST_NUMBER = 300
 """Most digits of an integer, so that every integer fits into a float."""
+
+_TOO_LARGE = 10**_LONGEST_NUMBER
 
 
 def parse_json(content: str | bytes) -> Any:
@@ -87,25 +88,31 @@ def check_content(content: Any) -> None:
         if seen > _MOST_VALUES:
             raise ValueError(f"it holds more than {_MOST_VALUES:,} values")
         # A YAML alias repeats all of its values, so the next level may be of any size.
-        level = list(islice(chain.from_iterable(map(_members, level)), _MOST_VALUES - seen + 1))
+        level = _members(level, _MOST_VALUES - seen)
     if level:
         raise ValueError(_too_deep())
 
 
-def _members(value: Any) -> Iterator[Any]:
-    if isinstance(value, str):
-        if not value.isascii():
-            _check_characters(value)
-    elif isinstance(value, dict):
-        yield from value
-        yield from value.values()
-    elif isinstance(value, list):
-        yield from value
-    elif isinstance(value, int):
-        if abs(value) >= 10**_LONGEST_NUMBER:
-            raise ValueError(f"a number has more than {_LONGEST_NUMBER} digits")
-    elif value is not None and not isinstance(value, float):
-        raise ValueError(f"it holds a {type(value).__name__}. Write it as a text, in quotes")
+def _members(level: list[Any], enough: int) -> list[Any]:
+    """Check values, and return what they hold, until it is more than enough."""
+    found: list[Any] = []
+    for value in level:
+        if isinstance(value, str):
+            if not value.isascii():
+                _check_characters(value)
+        elif isinstance(value, dict):
+            found += value
+            found += value.values()
+        elif isinstance(value, list):
+            found += value
+        elif isinstance(value, int):
+            if abs(value) >= _TOO_LARGE:
+                raise ValueError(f"a number has more than {_LONGEST_NUMBER} digits")
+        elif value is not None and not isinstance(value, float):
+            raise ValueError(f"it holds a {type(value).__name__}. Write it as a text, in quotes")
+        if len(found) > enough:
+            break
+    return found
 
 
 def _check_characters(text: str) -> None:

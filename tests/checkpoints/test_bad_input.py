@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 import subprocess
 import zipfile
@@ -19,10 +20,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import starmerge_models
-from starmerge_models.checkpoints import filling, isolated, renaming
+from starmerge_models.checkpoints import filling, isolated
+from starmerge_models.checkpoints.base import open_base
 from starmerge_models.checkpoints.metric import open_metric
+from starmerge_models.checkpoints.names import naming_of
 from starmerge_models.checkpoints.opening import open_checkpoint, open_safetensors
 from starmerge_models.checkpoints.renaming import naming
+from starmerge_models.checkpoints.source import resolve
 from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.evaluation.tasks.files import load_task
 from starmerge_models.evaluation.tasks.sources import read_file
@@ -493,16 +497,22 @@ def test_a_config_that_transformers_cannot_use_ends_soon(
         naming(str(tmp_path), ["model.embed_tokens.weight"])
 
 
-def test_a_process_of_its_own_answers_what_the_function_does(tiny_base: Path) -> None:
-    names = list(load_file(tiny_base / "model.safetensors"))
-    question = [str(tiny_base), names]
-    assert isolated.call_isolated(renaming, question) == renaming.naming(*question)
-    config = json.loads((tiny_base / "config.json").read_text())
+def test_a_process_of_its_own_answers_what_the_function_does(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_base, tmp_path / "base")  # of which nobody has asked before
+    found = naming_of(open_base(resolve(folder)))
+    expected = naming(str(folder), list(load_file(folder / "model.safetensors")))
+    assert found.sources == {name: tuple(stored) for name, stored in expected["sources"].items()}
+    assert found.ties == expected["ties"]
+    assert found.idle == frozenset(expected["idle"])
+    config = json.loads((folder / "config.json").read_text())
     configs = [[config, {"model_type": "no such model"}]]
     assert isolated.call_isolated(filling, configs) == filling.filled(*configs)
-    assert isolated.call_isolated(renaming, ["no such folder", names]) is None
+    assert isolated.call_isolated(filling, []) is None
 
 
+@pytest.mark.usefixtures("answers_at_once")
 def test_a_config_that_transformers_refuses_does_not_hide_the_message(world: World) -> None:
     edit_json(world.base / "config.json", architectures=["NoSuchModel"], num_hidden_layers="x")
     header, body = split_safetensors(world.adapter / "adapter_model.safetensors")

@@ -337,21 +337,15 @@ def test_takes_models_from_the_hub_cache_by_name_and_revision(
 
 
 def test_a_disk_that_fails_in_the_middle_loses_nothing(
-    tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
+    starmerge: Run, tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     """The shell lets no file grow over 50 KB; the merged weights have 75 KB."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "merge_report.json").write_text("kept")
-    command = [
-        sys.executable,
-        "-m",
-        "starmerge_models",
-        "merge",
-        tiny_base,
-        make_adapter("adapter"),
-    ]
-    script = f"ulimit -f 50; {shlex.join([*map(str, command), '-o', str(out), '--overwrite'])}"
+    merge = ["merge", str(tiny_base), str(make_adapter("adapter"))]
+    command = [sys.executable, "-m", "starmerge_models", *merge, "-o", str(out), "--overwrite"]
+    script = f"ulimit -f 50; {shlex.join(command)}"
     finished = subprocess.run(
         ["bash", "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path
     )
@@ -362,7 +356,7 @@ def test_a_disk_that_fails_in_the_middle_loses_nothing(
     # What was made is kept for the next run, which has the room.
     (partial,) = tmp_path.glob(".out.partial-*")
     assert str(partial) in finished.stderr
-    again = subprocess.run([*command, "-o", tmp_path / "new"], check=False, capture_output=True)
+    again = starmerge(*merge, "-o", tmp_path / "new")
     assert again.returncode == 0
     assert {path.name for path in tmp_path.iterdir()} == {"out", "adapter", "new", partial.name}
 

@@ -1,6 +1,7 @@
 """Recipes of mergekit: its own results, its settings, and what is refused by name."""
 
 import json
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,9 +88,14 @@ def golden(name):
     return load_file(RECIPES[name].with_suffix(".safetensors"))
 
 
+@cache
+def as_stored(name):
+    return yaml.safe_load(RECIPES[name].read_text())
+
+
 def content(name):
     """A recipe, without what mergekit ignores in it."""
-    recipe = yaml.safe_load(RECIPES[name].read_text())
+    recipe = deepcopy(as_stored(name))
     for model, key in IGNORED.get(name, ("", []))[1]:
         (entry,) = (entry for entry in recipe["models"] if entry["model"] == model)
         del entry["parameters"][key]

@@ -130,17 +130,18 @@ def open_shards(file: Place) -> Checkpoint:
 
 def _by_expert(tensors: Iterable[TensorInfo]) -> Iterator[TensorInfo]:
     """Yield tensors, with joined experts split into single ones."""
-    left = _MOST_TENSORS
-    for tensor in tensors:
-        if not is_stack(tensor.name, tensor.shape):
-            yield tensor
-            continue
-        left -= tensor.shape[0]
+    whole, left = list(tensors), _MOST_TENSORS
+    for tensor in whole:
+        left -= tensor.shape[0] if is_stack(tensor.name, tensor.shape) else 0
         if left < 0:
             raise StarmergeError(
                 f"{tensor.file} and what belongs to it hold more than {_MOST_TENSORS:,} experts, "
                 "which are the most that are read."
             )
+    for tensor in whole:
+        if not is_stack(tensor.name, tensor.shape):
+            yield tensor
+            continue
         for expert in range(tensor.shape[0]):
             yield replace(tensor.item(expert_name(tensor.name, expert), expert), origin=None)
 

@@ -51,6 +51,7 @@ def write_inspection(folder: Path, inspection: Inspection, *, overwrite: bool = 
     """
     check_inspection_folder(folder, overwrite=overwrite)
     from starmerge_models.study.figures.inspection import plots_of  # noqa: PLC0415  (slow to import)
+    from starmerge_models.study.figures.style import save  # noqa: PLC0415
 
     with output_folder(folder, overwrite=overwrite, kind=_KIND) as made:
         made.put(_JSON, json_bytes(inspection.to_json()))
@@ -60,5 +61,4 @@ def write_inspection(folder: Path, inspection: Inspection, *, overwrite: bool = 
             if len(frame):
                 frame.to_csv(made.path / f"{table}.csv", index=False)
         for name, plot in plots_of(inspection).items():
-            for suffix in ("png", "pdf"):
-                plot(inspection, made.path / f"{name}.{suffix}")
+            save(plot(inspection, made.path / f"{name}.png"), made.path / f"{name}.pdf")

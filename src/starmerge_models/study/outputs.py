@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from starmerge_models.errors import UsageError
 from starmerge_models.storage.publishing import output_file
 from starmerge_models.study.averages import Averages
@@ -15,6 +17,7 @@ from starmerge_models.study.figures import (
     plot_grid,
     plot_heat_map,
 )
+from starmerge_models.study.figures.style import save
 from starmerge_models.study.frames import (
     best_by_number,
     by_number,
@@ -28,9 +31,6 @@ from starmerge_models.study.study_file import FigureEntry, FigureKind
 from starmerge_models.study.tables import failures, report
 
 TABLE, AVERAGES, FIGURES = "table.md", "averages.csv", "figures"
-
-FORMATS = (".png", ".pdf")
-"""Suffixes of the files of each figure."""
 
 
 def averages_of(store: Store) -> Averages:
@@ -69,8 +69,8 @@ def write_figures(averages: Averages) -> None:
     store = averages.store
     (store.folder / FIGURES).mkdir(exist_ok=True)
     for stem, entry in named_figures(averages).items():
-        for suffix in FORMATS:
-            _PLOTS[entry.figure](averages, entry, store.folder / FIGURES / f"{stem}{suffix}")
+        path = store.folder / FIGURES / stem
+        save(_PLOTS[entry.figure](averages, entry, Path(f"{path}.png")), Path(f"{path}.pdf"))
 
 
 def figure_entries(averages: Averages) -> list[FigureEntry]:
@@ -120,31 +120,33 @@ _ABOUT: dict[FigureKind, str] = {
 }
 
 
-def _plot_number(averages: Averages, entry: FigureEntry, path: Path) -> None:
+def _plot_number(averages: Averages, entry: FigureEntry, path: Path) -> Figure:
     means, runs = by_number(averages, entry.methods)
-    plot_against_number(means, path, title=title_of(averages.store, entry), runs=runs)
+    return plot_against_number(means, path, title=title_of(averages.store, entry), runs=runs)
 
 
-def _plot_parameter(averages: Averages, entry: FigureEntry, path: Path) -> None:
+def _plot_parameter(averages: Averages, entry: FigureEntry, path: Path) -> Figure:
     parameter = _parameter(entry)
     means, runs = by_parameter(averages, parameter, entry.methods)
-    plot_against_parameter(means, parameter, path, title=title_of(averages.store, entry), runs=runs)
+    return plot_against_parameter(
+        means, parameter, path, title=title_of(averages.store, entry), runs=runs
+    )
 
 
-def _plot_best(averages: Averages, entry: FigureEntry, path: Path) -> None:
+def _plot_best(averages: Averages, entry: FigureEntry, path: Path) -> Figure:
     parameter = _parameter(entry)
     best = best_by_number(averages, parameter, entry.methods)
-    plot_best_parameter(best, parameter, path, title=title_of(averages.store, entry))
+    return plot_best_parameter(best, parameter, path, title=title_of(averages.store, entry))
 
 
-def _plot_one_shot(averages: Averages, entry: FigureEntry, path: Path) -> None:
+def _plot_one_shot(averages: Averages, entry: FigureEntry, path: Path) -> Figure:
     means, defaults = one_shot(averages, entry.methods)
-    plot_grid(means, defaults, path, title=title_of(averages.store, entry))
+    return plot_grid(means, defaults, path, title=title_of(averages.store, entry))
 
 
-def _plot_tasks(averages: Averages, entry: FigureEntry, path: Path) -> None:
+def _plot_tasks(averages: Averages, entry: FigureEntry, path: Path) -> Figure:
     shares = shares_by_task(averages, entry.methods)
-    plot_heat_map(shares, path, title=title_of(averages.store, entry), value="share")
+    return plot_heat_map(shares, path, title=title_of(averages.store, entry), value="share")
 
 
 def _parameter(entry: FigureEntry) -> str:
@@ -153,7 +155,7 @@ def _parameter(entry: FigureEntry) -> str:
     return entry.parameter
 
 
-_PLOTS: dict[FigureKind, Callable[[Averages, FigureEntry, Path], None]] = {
+_PLOTS: dict[FigureKind, Callable[[Averages, FigureEntry, Path], Figure]] = {
     "number": _plot_number,
     "parameter": _plot_parameter,
     "best": _plot_best,
