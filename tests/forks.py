@@ -55,6 +55,8 @@ class Run:
     """Largest shard of the output."""
     part_bytes: int | None = None
     """Largest part that a file is sent to an object store in."""
+    own_group: bool = False
+    """Run in a group of processes of its own, as in a terminal."""
     side_by_side: bool = False
     """Do not put small tensors together, so that several are worked on at once."""
     fill: tuple[str, str, int] | None = None
@@ -236,6 +238,8 @@ def _prepare(run: Run) -> None:
         name.startswith("HF_") and before.get(name) != value for name, value in run.env.items()
     ):
         importlib.reload(hub)  # which has read its environment as it was loaded
+    if run.own_group:
+        os.setsid()
     # A process that a shell began in the background ignores SIGINT unless told otherwise.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.path[:0] = run.path
