@@ -31,6 +31,7 @@ import starmerge_models as sm
 from starmerge_models.cli.clean import clean
 from starmerge_models.errors import Interrupted, StarmergeError, UsageError, WorkersLostError
 from starmerge_models.events import PhaseFinished, Published, Retry
+from starmerge_models.merging import journal
 from starmerge_models.merging.engine import run
 from starmerge_models.merging.executors import ray as ray_executor
 from starmerge_models.merging.executors import schedule
@@ -181,6 +182,8 @@ def test_a_tensor_that_kills_every_worker_is_named_and_the_rest_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(schedule, "DEATHS", 2)
+    monkeypatch.setattr(journal, "_SECONDS", 0.0)
+    (tmp_path / "patient").touch()
     (tmp_path / "kill").write_text(TENSOR)
     (tmp_path / "always").touch()
     output = tmp_path / "ray" / "out"
@@ -519,6 +522,8 @@ def test_what_was_sent_is_taken_up(
     models = [make_adapter("a"), make_adapter("b", seed=1)]
     method = "own.py:Unlucky"
     monkeypatch.setattr(schedule, "DEATHS", 1)
+    monkeypatch.setattr(journal, "_SECONDS", 0.0)
+    (tmp_path / "patient").touch()
     (tmp_path / "kill").write_text(TENSOR)
     with pytest.raises(WorkersLostError, match="is kept in"):
         run(plan_of(base, models, OUTPUT, method), kept(world.workers))
@@ -636,14 +641,14 @@ def test_a_killed_driver_takes_its_workers_along_and_the_merge_goes_on(
 ) -> None:
     output = tmp_path / "ray" / "out"
     plan = unlucky(output)
-    journal = output.parent / f".out.partial-{fingerprint(plan)}" / JOURNAL
+    written = output.parent / f".out.partial-{fingerprint(plan)}" / JOURNAL
     (tmp_path / "block").touch()
     workers = started.workers
     for worker in list(workers.workers):  # they hold the processors
         workers.stop_worker(worker)
     line = command(plan, "--address", str(workers.address), "--threads", "2")
     with loaded.running(line, cwd=str(tmp_path), side_by_side=True) as (driver, ending):
-        wait_until(lambda: journal.exists() and b'"tensor"' in journal.read_bytes())
+        wait_until(lambda: written.exists() and b'"tensor"' in written.read_bytes())
         os.kill(driver, signal.SIGKILL)
     assert ending.result().code == -signal.SIGKILL
     pids = [int(file.name.partition("-")[2]) for file in tmp_path.glob("pid-*")]
