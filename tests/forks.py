@@ -20,7 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -55,6 +55,8 @@ class Run:
     """Largest shard of the output."""
     part_bytes: int | None = None
     """Largest part that a file is sent to an object store in."""
+    unread: list[int] = field(default_factory=list)
+    """Of the streams 1 and 2 those whose reader has gone."""
     own_group: bool = False
     """Run in a group of processes of its own, as in a terminal."""
     side_by_side: bool = False
@@ -287,6 +289,12 @@ def _begin(run: Run, out: Any, err: Any) -> int:
     try:
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
+        for stream in run.unread:
+            reader, writer = os.pipe()
+            os.close(reader)
+            os.dup2(writer, stream)
+            name = {1: "stdout", 2: "stderr"}[stream]
+            setattr(sys, name, os.fdopen(stream, "w", 1, closefd=False))  # of a pipe
         _prepare(run)
         sys.argv = ["starmerge", *run.argv]
         time.sleep(run.after)
@@ -297,8 +305,9 @@ def _begin(run: Run, out: Any, err: Any) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # its reader may have gone
+                stream.flush()
         os._exit(code if isinstance(code, int) else 1)
 
 
