@@ -64,6 +64,8 @@ class Run:
     fill: tuple[str, str, int] | None = None
     """A file to make, once a name that holds the second text is opened or made, so large that the
     third leaves of its disk this many bytes free."""
+    interrupt: tuple[str, int] | None = None
+    """The end of a name, and the signal that comes as that name is opened."""
     change: tuple[int, str, str, int] | None = None
     """Before which operation on files to do what to which place: "chmod" it to a mode, or
     "truncate" it to a length."""
@@ -228,6 +230,35 @@ def _fill_when_opened(file: str, trigger: str, leave: int) -> None:
     sys.addaudithook(hook)
 
 
+def _interrupt_when_opened(ending: str, number: int) -> None:
+    """Send this process a signal at the moment when a name is opened, and a child SIGTERM before.
+
+    The child has to end at once.
+    """
+    is_done = False
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal is_done
+        if is_done or event != "open" or not str(args[0]).endswith(ending):
+            return
+        is_done = True
+        child = os.fork()
+        if not child:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == signal.SIGTERM
+        os.kill(os.getpid(), number)
+
+    sys.addaudithook(hook)
+
+
+def _watch_names(run: Run) -> None:
+    if run.fill is not None:
+        _fill_when_opened(*run.fill)
+    if run.interrupt is not None:
+        _interrupt_when_opened(*run.interrupt)
+
+
 def _prepare(run: Run) -> None:
     from starmerge_models.checkpoints.writer import ShardWriter
     from starmerge_models.merging import journal
@@ -270,8 +301,7 @@ def _prepare(run: Run) -> None:
         steps[run.kill_before] = lambda: os.kill(os.getpid(), signal.SIGKILL)
     if steps:
         _before_operations(steps)
-    if run.fill is not None:
-        _fill_when_opened(*run.fill)
+    _watch_names(run)
     if run.pid is not None:
         written = Path(f"{run.pid}.part")
         written.write_text(str(os.getpid()))

@@ -147,8 +147,11 @@ OTHERS = ("evaluate", "inspect", "calibrate", "page")
 
 
 @pytest.fixture(scope="module")
-def asking() -> Iterator[Forks]:
+def asking(loaded: Forks) -> Iterator[Forks]:
     """Return a process that has loaded what asking models and drawing take."""
+    if not MOMENTS:  # too few commands to be worth it
+        yield loaded
+        return
     with Forks(*MODULES) as served:
         yield served
 
