@@ -17,6 +17,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import http_backoff
 
 import starmerge_models as sm
 from starmerge_models.checkpoints.source import resolve
@@ -47,8 +48,9 @@ def large(folder: Path) -> int:
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let tries follow each other without waiting."""
+    """Let tries follow each other without waiting, ours and the client's own."""
     monkeypatch.setattr(pushing, "_WAITS", (1e-3,) * 4)
+    monkeypatch.setitem(http_backoff.__kwdefaults__, "base_wait_time", 1e-3)
 
 
 def test_a_merge_appears_whole_in_one_commit_and_can_be_used_again(
@@ -214,6 +216,7 @@ def test_a_failure_says_so_without_secrets_and_leaves_nothing_to_be_seen(
     assert REPO not in hub.repos or hub.files(REPO) == {}
 
 
+@pytest.mark.usefixtures("at_once")
 def test_warnings_of_the_client_hide_signed_addresses(
     hub: FakeHub, merged: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
