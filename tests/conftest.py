@@ -43,8 +43,8 @@ MakeFinetune = Callable[..., Path]
 MakeMetric = Callable[..., Path]
 
 _LONG = (
-    *("merging/executors/test_ray_objects", "storage/test_objects", "test_real_model"),
-    *("merging/executors/test_ray", "methods/test_memory", "training/test_finetuning"),
+    *("merging/executors/test_ray", "storage/test_objects", "test_real_model"),
+    *("methods/test_memory", "training/test_finetuning"),
     *("evaluation/tasks/test_task", "test_operation", "evaluation/tasks/test_images"),
     *("study/test_images_study", "study/test_execute", "cli/test_cli", "hub/test_push"),
     *("study/page/test_browser", "soak/test_full_disk", "soak/test_fuzz", "soak/test_kills"),

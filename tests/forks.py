@@ -22,7 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -57,11 +57,17 @@ class Run:
     """Largest shard of the output."""
     part_bytes: int | None = None
     """Largest part that a file is sent to an object store in."""
+    unread: list[int] = field(default_factory=list)
+    """Of the streams 1 and 2 those whose reader has gone."""
+    own_group: bool = False
+    """Run in a group of processes of its own, as in a terminal."""
     side_by_side: bool = False
     """Do not put small tensors together, so that several are worked on at once."""
     fill: tuple[str, str, int] | None = None
     """A file to make, once a name that holds the second text is opened or made, so large that the
     third leaves of its disk this many bytes free."""
+    interrupt: tuple[str, int] | None = None
+    """The end of a name, and the signal that comes as that name is opened."""
     change: tuple[int, str, str, int] | None = None
     """Before which operation on files to do what to which place: "chmod" it to a mode, or
     "truncate" it to a length."""
@@ -247,6 +253,35 @@ def _call_in_fork(program: ModuleType, question: list[Any]) -> Any:
     return json.loads(said) if said else None
 
 
+def _interrupt_when_opened(ending: str, number: int) -> None:
+    """Send this process a signal at the moment when a name is opened, and a child SIGTERM before.
+
+    The child has to end at once.
+    """
+    is_done = False
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal is_done
+        if is_done or event != "open" or not str(args[0]).endswith(ending):
+            return
+        is_done = True
+        child = os.fork()
+        if not child:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == signal.SIGTERM
+        os.kill(os.getpid(), number)
+
+    sys.addaudithook(hook)
+
+
+def _watch_names(run: Run) -> None:
+    if run.fill is not None:
+        _fill_when_opened(*run.fill)
+    if run.interrupt is not None:
+        _interrupt_when_opened(*run.interrupt)
+
+
 def _prepare(run: Run) -> None:
     from starmerge_models.checkpoints.writer import ShardWriter
     from starmerge_models.merging import journal
@@ -259,6 +294,8 @@ def _prepare(run: Run) -> None:
         name.startswith("HF_") and before.get(name) != value for name, value in run.env.items()
     ):
         importlib.reload(hub)  # which has read its environment as it was loaded
+    if run.own_group:
+        os.setsid()
     # A process that a shell began in the background ignores SIGINT unless told otherwise.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.path[:0] = run.path
@@ -291,8 +328,7 @@ def _prepare(run: Run) -> None:
         steps[run.kill_before] = lambda: os.kill(os.getpid(), signal.SIGKILL)
     if steps:
         _before_operations(steps)
-    if run.fill is not None:
-        _fill_when_opened(*run.fill)
+    _watch_names(run)
     if run.pid is not None:
         written = Path(f"{run.pid}.part")
         written.write_text(str(os.getpid()))
@@ -310,6 +346,12 @@ def _begin(run: Run, out: Any, err: Any) -> int:
     try:
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
+        for stream in run.unread:
+            reader, writer = os.pipe()
+            os.close(reader)
+            os.dup2(writer, stream)
+            name = {1: "stdout", 2: "stderr"}[stream]
+            setattr(sys, name, os.fdopen(stream, "w", 1, closefd=False))  # of a pipe
         _prepare(run)
         sys.argv = ["starmerge", *run.argv]
         time.sleep(run.after)
@@ -320,8 +362,9 @@ def _begin(run: Run, out: Any, err: Any) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # its reader may have gone
+                stream.flush()
         os._exit(code if isinstance(code, int) else 1)
 
 

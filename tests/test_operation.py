@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from starmerge_models import cli, events
 from starmerge_models.events import Event
 from tests.conftest import MakeAdapter
+from tests.forks import Forks
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -34,6 +36,7 @@ _SLOW = '''
 import sys
 import time
 import warnings
+from pathlib import Path
 from starmerge_models.deltas import total
 from starmerge_models.methods.method import Merge, method
 
@@ -44,6 +47,7 @@ class Slow(Merge):
     seconds: float = 0.0
 
     def merge(self, deltas, tensor, survey):
+        Path(__file__).with_name("begun").touch()
         warnings.warn(f"{tensor.name} is odd")
         print("one\\rtwo", file=sys.stderr)
         time.sleep(self.seconds)
@@ -131,7 +135,7 @@ def test_in_a_file_a_short_run_tells_nothing_and_a_long_one_how_far_it_is(
     short = starmerge("merge", tiny_base, tmp_path / "one", tmp_path / "two", "-o", tmp_path / "o")
     assert (short.returncode, short.stderr) == (0, "")
     # Warnings and other libraries' lines stand as they are.
-    finished = starmerge(*arguments, "-p", "seconds=0.3", "--heartbeat", 0.2)
+    finished = starmerge(*arguments, "-p", "seconds=0.15", "--heartbeat", 0.1)
     assert finished.returncode == 0, finished.stderr
     beats = [line for line in finished.stderr.splitlines() if _TIME.match(line)]
     assert len(beats) >= 3
@@ -167,29 +171,17 @@ def test_quiet_tells_errors_alone(starmerge: Run, arguments: list[object], log: 
     assert "out exists" in (json.loads(line)["message"] if log == "json" else line)
 
 
-def _stopped(arguments: list[object], how: signal.Signals) -> tuple[int, list[dict[str, Any]]]:
-    """Run a merge until it has done some tensors, send a signal; return exit code and events."""
-    # A process that a shell began in the background ignores SIGINT unless told otherwise.
-    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    text = f"{heeding}from starmerge_models.cli import main; main()"
-    command = [sys.executable, "-c", text, *map(str, arguments)]
-    slow = ["-p", "seconds=0.5", "--log", "json"]
-    lines: list[str] = []
-    with subprocess.Popen([*command, *slow], stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            # It rests in the first tensor of all.
-            if '"warning"' in line and not any('"warning"' in before for before in lines):
-                process.send_signal(how)
-            lines.append(line)
-    return process.returncode, parsed("".join(lines))
-
-
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_is_told_with_what_is_kept(
-    arguments: list[object], how: signal.Signals, code: int, starmerge: Run, tmp_path: Path
+    arguments: list[object], how: signal.Signals, code: int, loaded: Forks, tmp_path: Path
 ) -> None:
-    returned, found = _stopped(arguments, how)
+    command = [*arguments, "-p", "seconds=0.2", "--log", "json"]
+    with loaded.running(command) as (process, ending):
+        while not (tmp_path / "begun").exists():  # it rests in the first tensor of all
+            assert not ending.done(), ending.result()
+            time.sleep(0.005)
+        os.kill(process, how)
+    returned, found = ending.result().code, parsed(ending.result().err)
     last = found[-1]
     assert returned == last["exit_code"] == code
     assert (last["event"], last["signal"]) == ("error", how.name)
@@ -198,9 +190,9 @@ def test_a_signal_is_told_with_what_is_kept(
     assert last["kept"] == [str(path) for path in kept]
     assert len(kept) == (how == signal.SIGTERM)
     if kept:
-        again = starmerge(*arguments, "-p", "seconds=0.5", "--log", "json")
-        assert again.returncode == 0, again.stderr
-        (then,), (now,) = of(found, "plan"), of(parsed(again.stderr), "plan")
+        again = loaded.run(command)
+        assert again.code == 0, again.err
+        (then,), (now,) = of(found, "plan"), of(parsed(again.err), "plan")
         assert then["fingerprint"] == now["fingerprint"]
 
 
@@ -272,16 +264,10 @@ def test_other_commands_tell_of_their_phases(
 
 
 def test_a_reader_of_the_log_that_ends_ends_no_merge(
-    arguments: list[object], tmp_path: Path
+    loaded: Forks, arguments: list[object], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "starmerge_models", *map(str, arguments)]
-    reader, writer = os.pipe()
-    os.close(reader)
-    finished = subprocess.run(
-        [*command, "--log", "json"], stderr=writer, stdout=subprocess.PIPE, check=False
-    )
-    os.close(writer)
-    assert finished.returncode == 0
+    finished = loaded.run([*arguments, "--log", "json"], unread=[2])
+    assert (finished.code, finished.err) == (0, "")
     assert (tmp_path / "out" / "config.json").is_file()
 
 
@@ -289,29 +275,27 @@ _PROGRAM = """
 import sys
 import logging
 import starmerge_models
-if sys.argv[1] == "listens":
-    logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s")
-models = {"a": sys.argv[2], "b": sys.argv[2]}
-starmerge_models.merge(sys.argv[2], models, "average", output=sys.argv[3])
+base, folder = sys.argv[1:]
+starmerge_models.merge(base, {"a": base, "b": base}, "average", output=f"{folder}/first")
+print("listens", file=sys.stderr)
+logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s")
+starmerge_models.merge(base, {"a": base, "b": base}, "average", output=f"{folder}/second")
 handlers = logging.getLogger("starmerge_models").handlers
 assert [type(handler) for handler in handlers] == [logging.NullHandler], handlers
 """
 
 
-@pytest.mark.parametrize("how", ["listens", "does not"])
-def test_a_program_decides_itself_what_is_logged(how: str, tiny_base: Path, tmp_path: Path) -> None:
+def test_a_program_decides_itself_what_is_logged(tiny_base: Path, tmp_path: Path) -> None:
     finished = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, how, tiny_base, tmp_path / "out"],
+        [sys.executable, "-c", _PROGRAM, tiny_base, tmp_path],
         capture_output=True,
         text=True,
         check=True,
     )
-    lines = finished.stderr.splitlines()
-    if how == "listens":
-        assert lines[0].startswith("starmerge_models plan: average of a, b into ")
-        assert all(line.startswith("starmerge_models ") for line in lines)
-    else:
-        assert lines == []
+    first, *lines = finished.stderr.splitlines()
+    assert first == "listens"  # and nothing before
+    assert lines[0].startswith("starmerge_models plan: average of a, b into ")
+    assert all(line.startswith("starmerge_models ") for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -345,17 +329,11 @@ def test_closed_streams_end_no_merge_and_lead_into_no_file(
 
 
 def test_a_reader_of_the_results_that_ends_is_told_in_the_last_event(
-    arguments: list[object], tmp_path: Path
+    loaded: Forks, arguments: list[object], tmp_path: Path
 ) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    command = [sys.executable, "-m", "starmerge_models", *map(str, arguments), "--log", "json"]
-    finished = subprocess.run(
-        command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
-    )
-    os.close(writer)
-    assert finished.returncode == 1
-    found = parsed(finished.stderr)
+    finished = loaded.run([*arguments, "--log", "json"], unread=[1])
+    assert finished.code == 1
+    found = parsed(finished.err)
     assert [event["path"] for event in found if event["event"] == "published"]
     assert (found[-1]["event"], found[-1]["exit_code"]) == ("error", 1)
     assert "standard output" in found[-1]["message"]
@@ -392,7 +370,7 @@ def test_nothing_that_a_thread_says_late_follows_the_last_event() -> None:
     assert last == "the interpreter"
 
 
-@pytest.mark.parametrize("command", [["methods"], ["methods", "star"], ["merge", "--help"]])
+@pytest.mark.parametrize("command", [["methods"], ["merge", "--help"]])
 def test_a_list_whose_reader_has_seen_enough_ends_in_silence(command: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -165,6 +165,7 @@ _ROUTES = {
 class _Handler(BaseHTTPRequestHandler):
     hub: FakeHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each body waits 40 ms for the client to have its head
 
     def log_message(self, *_: Any) -> None:
         pass

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-import subprocess
-import sys
+import signal
 import time
 import traceback
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import http_backoff
 
 import starmerge_models as sm
 from starmerge_models.checkpoints.source import resolve
@@ -25,6 +26,7 @@ from starmerge_models.events import Retry
 from starmerge_models.hub import push as pushing
 from starmerge_models.hub.client_errors import without_secrets
 from starmerge_models.hub.merged import open_merged
+from tests.forks import Forks
 from tests.hub.conftest import TOKEN
 from tests.hub.fake_hub import SIGNATURE, FakeHub, Fault
 
@@ -46,8 +48,9 @@ def large(folder: Path) -> int:
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let tries follow each other without waiting."""
+    """Let tries follow each other without waiting, ours and the client's own."""
     monkeypatch.setattr(pushing, "_WAITS", (1e-3,) * 4)
+    monkeypatch.setitem(http_backoff.__kwdefaults__, "base_wait_time", 1e-3)
 
 
 def test_a_merge_appears_whole_in_one_commit_and_can_be_used_again(
@@ -112,17 +115,16 @@ def test_after_a_failed_upload_the_rest_is_sent_and_nothing_was_to_be_seen(
 
 
 def test_a_push_that_is_killed_goes_on(
-    hub: FakeHub, many: Path, environment: dict[str, str]
+    hub: FakeHub, many: Path, environment: dict[str, str], loaded: Forks
 ) -> None:
     hub.faults = [Fault("PUT", "/upload/", "stall", times=1)]
-    command = [sys.executable, "-m", "starmerge_models", "push", str(many), REPO]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    try:
-        assert hub.stalled.wait(60)
-        assert _until(lambda: len(hub.uploads) == large(many) - 1)
-    finally:
-        process.kill()
-        process.wait()
+    with loaded.running(["push", many, REPO], env=environment) as (process, ending):
+        try:
+            assert hub.stalled.wait(60)
+            assert _until(lambda: len(hub.uploads) == large(many) - 1)
+        finally:
+            os.kill(process, signal.SIGKILL)
+    assert ending.result().code == -signal.SIGKILL
     assert hub.files(REPO) == {}
     sm.push(many, REPO)
     assert hub.files(REPO) == contents(many)
@@ -131,10 +133,10 @@ def test_a_push_that_is_killed_goes_on(
 
 
 def _until(holds: Callable[[], bool]) -> bool:
-    for _ in range(600):
+    for _ in range(6000):
         if holds():
             return True
-        time.sleep(0.05)
+        time.sleep(0.005)
     return False
 
 
@@ -214,6 +216,7 @@ def test_a_failure_says_so_without_secrets_and_leaves_nothing_to_be_seen(
     assert REPO not in hub.repos or hub.files(REPO) == {}
 
 
+@pytest.mark.usefixtures("at_once")
 def test_warnings_of_the_client_hide_signed_addresses(
     hub: FakeHub, merged: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

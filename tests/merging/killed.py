@@ -1,8 +1,9 @@
 """Merges that are killed before each of their operations on files, and run again.
 
-Run as a script with a JSON object: {"base", "models", "method", "kind", "dtype", "output",
-"overwrite", "stride", "moments"}. Each merge runs in a fork of this process, which has everything
-loaded. Prints a JSON object: how many operations there are, and what went wrong.
+Run as a script, it reads a JSON object a line: {"base", "models", "method", "kind", "dtype",
+"output", "overwrite", "stride", "moments"}. Each merge runs in a fork of this process, which has
+everything loaded. For each it prints a JSON object: how many operations there are, and what went
+wrong.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# A merge imports these late; each fork would do so again.
+import gguf  # noqa: F401
+import huggingface_hub.hf_api  # noqa: F401
+
 import starmerge_models as sm
+import starmerge_models.merging.engine
 from starmerge_models.merging import journal
 from tests.forks import tree, watch
 
@@ -75,9 +81,8 @@ def forked(work: Callable[[], int]) -> tuple[int, int]:
     return 0, int(said)
 
 
-def main() -> None:  # noqa: PLR0915  (a story of one task)
-    """Kill and resume."""
-    task = json.loads(sys.argv[1])
+def kill_and_resume(task: dict[str, Any]) -> dict[str, Any]:  # noqa: PLR0915  (a story)
+    """Kill a merge and resume it; return what came out."""
     output = Path(task["output"])
     reference = output.with_name(f"reference{output.suffix}")
     forked(lambda: merge(task | {"overwrite": False}, reference))
@@ -144,8 +149,9 @@ def main() -> None:  # noqa: PLR0915  (a story of one task)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         check(f"at moment {moment}")
-    print(json.dumps({"operations": operations, "resumed": resumed, "wrong": wrong}))
+    return {"operations": operations, "resumed": resumed, "wrong": wrong}
 
 
 if __name__ == "__main__":
-    main()
+    for line in sys.stdin:
+        print(json.dumps(kill_and_resume(json.loads(line))), flush=True)

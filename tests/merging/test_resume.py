@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,21 @@ MOMENTS = int(os.environ.get("KILL_MOMENTS", "0"))
 """Random moments at which each merge is killed, and before every operation; 0: a few."""
 
 
+@pytest.fixture(scope="module")
+def killer() -> Iterator[subprocess.Popen[str]]:
+    """Start the process that kills merges."""
+    with subprocess.Popen(
+        [sys.executable, SCRIPT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
 @pytest.mark.parametrize(
     ("kind", "method", "overwrite", "stride", "moments"),
     [
@@ -46,6 +62,7 @@ MOMENTS = int(os.environ.get("KILL_MOMENTS", "0"))
     ],
 )
 def test_a_merge_killed_before_any_operation_on_files_is_whole_or_goes_on(
+    killer: subprocess.Popen[str],
     make_adapter: MakeAdapter,
     tiny_base: Path,
     tmp_path: Path,
@@ -78,16 +95,11 @@ def test_a_merge_killed_before_any_operation_on_files_is_whole_or_goes_on(
         "stride": 1 if MOMENTS else stride,
         "moments": MOMENTS or moments,
     }
-    ended = subprocess.run(
-        [sys.executable, SCRIPT, json.dumps(task)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        check=False,
-        timeout=300 + 30 * MOMENTS,
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    found = json.loads(ended.stdout.splitlines()[-1])
+    assert killer.stdin is not None
+    assert killer.stdout is not None
+    killer.stdin.write(f"{json.dumps(task)}\n")
+    killer.stdin.flush()
+    found = json.loads(killer.stdout.readline())
     print(f"{kind}: {found}")
     assert found["wrong"] == []
     assert found["operations"] > 20

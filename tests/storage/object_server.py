@@ -16,11 +16,14 @@ from threading import Lock, Thread
 
 SERVER = """
 import logging
-from moto.server import ThreadedMotoServer
+from threading import Thread
+from moto.moto_server.werkzeug_app import create_backend_app
+from werkzeug.serving import make_server
 logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
-server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-server.start()
-print(server.get_host_and_port()[1], flush=True)
+# The application of S3 alone: the one of all services looks for theirs at each request.
+server = make_server("127.0.0.1", 0, create_backend_app("s3"), threaded=True)
+Thread(target=server.serve_forever, daemon=True).start()
+print(server.server_port, flush=True)
 input()
 """
 
@@ -122,6 +125,7 @@ def proxy_before(port: int) -> Iterator[Proxy]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # or each body waits 40 ms for the client to have its head
 
         def _pass(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)

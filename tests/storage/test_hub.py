@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -20,17 +18,6 @@ from tests.storage.test_objects import assert_same, bytes_of
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_SECRETSECRETSECRET"
-
-MERGES = """
-import json
-import sys
-import starmerge_models
-for base, model, output in json.loads(sys.argv[1]):
-    try:
-        starmerge_models.merge(base, [model], output=output)
-    except starmerge_models.StarmergeError as error:
-        print(error)
-"""
 
 
 class FakeHub:
@@ -65,6 +52,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
 
         def do_GET(self) -> None:
             path, _, query = self.path.partition("?")
@@ -145,20 +133,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
         server.server_close()
 
 
-def merge(*merges: tuple[object, object, object]) -> subprocess.CompletedProcess[str]:
-    """Merge in a process of its own: huggingface_hub reads its settings once."""
-    arguments = json.dumps([list(map(str, own)) for own in merges])
-    return subprocess.run(
-        [sys.executable, "-c", MERGES, arguments],
-        env=dict(os.environ),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-
-
 def test_a_merge_of_the_hub(
-    hub: FakeHub, tiny_base: Path, make_adapter: MakeAdapter, tmp_path: Path
+    hub: FakeHub,
+    tiny_base: Path,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+    starmerge: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     (hub.folder / "org").mkdir(parents=True)
     (hub.folder / "tests").mkdir()
@@ -167,8 +147,10 @@ def test_a_merge_of_the_hub(
     (hub.folder / "org" / "adapters").mkdir()
     (hub.folder / "org" / "adapters" / "a").symlink_to(adapter)
     starmerge_models.merge(tiny_base, [adapter], output=tmp_path / "local")
-    finished = merge(("hf://tests/tiny@main", "hf://org/adapters/a", tmp_path / "out"))
-    assert finished.stdout == ""
+    finished = starmerge(
+        "merge", "hf://tests/tiny@main", "hf://org/adapters/a", "-o", tmp_path / "out"
+    )
+    assert finished.returncode == 0
     out = bytes_of(tmp_path / "out")
     assert_same(out, tmp_path / "local")
     inputs = json.loads(out["merge_report.json"])["inputs"]
@@ -180,18 +162,22 @@ def test_a_merge_of_the_hub(
         assert TOKEN.encode() not in content
 
 
-def test_what_the_hub_does_not_give(hub: FakeHub, tiny_base: Path, tmp_path: Path) -> None:
+def test_what_the_hub_does_not_give(
+    hub: FakeHub,
+    tiny_base: Path,
+    tmp_path: Path,
+    starmerge: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
     (hub.folder / "org").mkdir(parents=True)
     out = tmp_path / "out"
     (hub.folder / "org" / "refused").mkdir()
-    finished = merge(
-        ("hf://org/none", tiny_base, out),
-        ("hf://org/refused", tiny_base, out),
-        (tiny_base, tiny_base, "hf://org/out"),
-    )
-    missing, refused, written = finished.stdout.splitlines()
-    assert missing.startswith("hf://org/none: the Hub has no such repository")
-    assert refused.startswith("hf://org/refused: the Hub refuses the token")
-    assert "is not written to hf:// URLs" in written
-    assert TOKEN not in finished.stdout + finished.stderr
+    for base, output, said in (
+        ("hf://org/none", out, "hf://org/none: the Hub has no such repository"),
+        ("hf://org/refused", out, "hf://org/refused: the Hub refuses the token"),
+        (tiny_base, "hf://org/out", "is not written to hf:// URLs"),
+    ):
+        finished = starmerge("merge", base, tiny_base, "-o", output)
+        assert finished.returncode != 0
+        assert said in finished.stderr
+        assert TOKEN not in finished.stdout + finished.stderr
     assert not out.exists()

@@ -109,6 +109,7 @@ def world(
         # A process opens a bucket once, and this one has other endpoints in other tests.
         requests._store.cache_clear()
         remote_storage.cache_clear()
+        monkeypatch.setattr(requests, "FIRST_DELAY", timedelta(milliseconds=2))
         yield World(client, bucket, proxy, tmp_path)
 
 
@@ -211,7 +212,7 @@ def merged(world: World, base: Path, models: list[Path], **options: Any) -> dict
     [
         lambda r: {1: Fault(status=500), 3: Fault(status=503)}.get(r.number % 5),
         lambda r: Fault(cut=True) if r.method == "GET" and r.number % 3 == 1 else None,
-        lambda r: Fault(delay=6) if r.method == "GET" and r.number == 9 else None,
+        lambda r: Fault(delay=3) if r.method == "GET" and r.number == 9 else None,
     ],
     ids=["500", "cut", "late"],
 )
@@ -225,7 +226,7 @@ def test_what_fails_for_a_moment_is_asked_again(
     caplog: pytest.LogCaptureFixture,
     request: pytest.FixtureRequest,
 ) -> None:
-    monkeypatch.setattr(requests, "TIMEOUT", timedelta(seconds=4))
+    monkeypatch.setattr(requests, "TIMEOUT", timedelta(seconds=1))
     models = [make_adapter("a", seed=1), make_adapter("b", seed=2)]
     starmerge_models.merge(tiny_base, models, output=tmp_path / "out")
     world.proxy.plan = plan
@@ -298,7 +299,7 @@ def test_no_secret_is_in_any_output(
 def test_what_keeps_failing_is_given_up(
     world: World, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requests, "TIMEOUT", timedelta(seconds=0.5))
+    monkeypatch.setattr(requests, "TIMEOUT", timedelta(seconds=0.2))
     monkeypatch.setattr(requests, "RETRIES", 1)
     url = world.put(tiny_base, "base")
     world.proxy.plan = lambda r: Fault(delay=2)
@@ -460,16 +461,15 @@ def test_killed_and_taken_up(
         }[moment]
         if is_it:
             reached.append(request)
-        # So that the large tensor is there.
-        slow = 1.3 if moment == "merging" else 600
-        return Fault(delay=slow) if is_it else None
+        return Fault(delay=600) if is_it and len(reached) >= wanted else None
 
     reached: list[Request] = []
+    wanted = 6 if moment == "merging" else 1  # so that the large tensor is there
     world.proxy.plan = wait
     command = ["merge", *arguments[:-1], "-o", arguments[-1], "--threads", "1"]
     size = None if moment == "commits" else PARTS
     with loaded.running(command, env=dict(os.environ), part_bytes=size) as (process, ending):
-        while len(reached) < (4 if moment == "merging" else 1):
+        while len(reached) < wanted:
             assert not ending.done(), ending.result()
             time.sleep(0.02)
         os.kill(process, signal.SIGKILL)

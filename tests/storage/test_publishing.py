@@ -25,6 +25,7 @@ from starmerge_models.storage.publishing import (
     output_folder,
 )
 from tests.conftest import MakeAdapter
+from tests.forks import Forks
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -592,34 +593,11 @@ def test_a_leftover_says_its_size_and_age(tmp_path: Path) -> None:
         left.delete()
 
 
-_SIGNALLED = """
-import os, signal, sys
-from starmerge_models.cli import main
-
-number = int(sys.argv.pop(1))
-armed = True
-
-def hook(event, arguments):
-    global armed
-    if armed and event == "open" and str(arguments[0]).endswith("/README.md"):
-        armed = False
-        child = os.fork()
-        if not child:
-            os.kill(os.getpid(), signal.SIGTERM)
-            os._exit(0)
-        assert os.waitpid(child, 0)[1] == signal.SIGTERM  # a child ends at once
-        os.kill(os.getpid(), number)
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
-sys.addaudithook(hook)
-main()
-"""
-
-
 @pytest.mark.parametrize(
     ("number", "name", "code"), [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "Ctrl-C", 130)]
 )
 def test_a_merge_that_is_asked_to_end_keeps_what_is_done_on_sigterm_alone(
+    loaded: Forks,
     tiny_base: Path,
     make_adapter: MakeAdapter,
     tmp_path: Path,
@@ -630,15 +608,10 @@ def test_a_merge_that_is_asked_to_end_keeps_what_is_done_on_sigterm_alone(
     """The signal comes when the weights are written and the card is about to be."""
     adapter, out = make_adapter("adapter"), tmp_path / "out"
     _write(out, _OLD)
-    arguments = [str(int(number)), "merge", tiny_base, adapter, "-o", out, "--overwrite"]
-    finished = subprocess.run(
-        [sys.executable, "-c", _SIGNALLED, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == code
-    (said,) = finished.stderr.strip().splitlines()
+    arguments = ["merge", tiny_base, adapter, "-o", out, "--overwrite"]
+    finished = loaded.run(arguments, interrupt=("/README.md", int(number)))
+    assert finished.code == code
+    (said,) = finished.err.strip().splitlines()
     kept = list(tmp_path.glob(".out.partial-*"))
     assert _read(out) == _OLD
     assert set(tmp_path.iterdir()) == {out, adapter, *kept}
@@ -647,11 +620,7 @@ def test_a_merge_that_is_asked_to_end_keeps_what_is_done_on_sigterm_alone(
         assert not kept
         return
     assert said.startswith(f"Stopped by {name}. The partial output is kept in {kept[0]}: run")
-    again = subprocess.run(
-        [sys.executable, "-m", "starmerge_models", *map(str, arguments[1:])],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "21 of 21 tensors were there already" in again.stdout
+    again = loaded.run(arguments)
+    assert again.code == 0, again.err
+    assert "21 of 21 tensors were there already" in again.out
     assert not list(tmp_path.glob(".out.partial-*"))

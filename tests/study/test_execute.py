@@ -15,6 +15,7 @@ from starmerge_models.cli import app
 from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.evaluation.cache import ScoreCache
 from starmerge_models.evaluation.runner import evaluate
+from starmerge_models.merging.executors.ray import RayExecutor
 from starmerge_models.merging.task_vectors import load_task_vectors
 from starmerge_models.study.averages import Averages
 from starmerge_models.study.execute import StudyRunner, code_hash, duration, run_study
@@ -89,6 +90,31 @@ def test_a_finished_study_opens_no_model(finished: tuple[Study, Path]) -> None:
     estimate = runner.estimate(store)
     assert (estimate.runs, estimate.done, estimate.rows) == (13, 13, 0)
     assert str(estimate) == "13 runs, 13 of them done; 0 to do, with 0 rows"
+
+
+def test_a_finished_study_needs_no_cluster(finished: tuple[Study, Path]) -> None:
+    pytest.importorskip("ray", reason="needs the extra: ray")
+    study, out = finished
+    before = (out / RUNS).read_bytes()
+    runner = StudyRunner(study, study.settings())
+    with runner.opened(out) as store:
+        runner.run(store, executor=RayExecutor("192.0.2.1:1"))
+    assert (out / RUNS).read_bytes() == before
+    assert (out / HEAD).exists()
+
+
+def test_options_of_the_cluster_are_checked(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="needs the extra: ray")
+    run = CliRunner(env={"COLUMNS": "200"}).invoke
+    for options, said in (
+        (("--address", "auto"), "Add --executor ray"),
+        (("--threads", "2"), "--threads is of --executor ray"),
+        (("--executor", "ray", "--address", "ray://head:1"), "Ray Client"),
+    ):
+        result = run(app, ["study", "numbers", "-o", str(tmp_path / "out"), *options])
+        assert result.exception is not None
+        assert said in str(result.exception)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_time_is_estimated_by_a_sample_or_by_what_was_done(

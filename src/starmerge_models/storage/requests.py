@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 
 RETRIES = 8
-"""Number of retries of a request, the first after about 100 ms, each following delay doubled."""
+"""Number of retries of a request."""
+
+FIRST_DELAY = timedelta(milliseconds=100)
+"""Delay before the first retry, about; each following delay is doubled, up to 15 seconds."""
 
 TIMEOUT = timedelta(seconds=60)
 """Timeout of one request with its body: 16 MiB take that long at 280 kB/s."""
@@ -122,7 +125,11 @@ def _store(scheme: str, root: str) -> ObjectStore:
     """Open a bucket with the credentials of the environment."""
     options: dict[str, Any] = {
         "client_options": {"timeout": TIMEOUT},
-        "retry_config": {"max_retries": RETRIES, "retry_timeout": PATIENCE},
+        "retry_config": {
+            "max_retries": RETRIES,
+            "backoff": {"init_backoff": FIRST_DELAY},
+            "retry_timeout": PATIENCE,
+        },
     }
     if scheme == "gs":
         return GCSStore(root, **options)

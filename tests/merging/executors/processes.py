@@ -24,7 +24,9 @@ class Processes:
     memory = 2**30
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        # Both are forks of a new process, which loads once what they need.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["starmerge_models.merging.work"])
         self._workers = []
         for _ in range(2):
             ours, theirs = context.Pipe()
