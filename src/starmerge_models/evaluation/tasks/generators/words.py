@@ -113,10 +113,12 @@ def _inflect(word: str, tag: str) -> tuple[str, ...]:
     return forms
 
 
-def _lemmas(category: str) -> list[str]:
+@cache
+def _lemmas(category: str) -> tuple[str, ...]:
     """List the plain lower-case base forms of a category in lemminflect's dictionary, sorted."""
     config = package("lemminflect.config")
     with gzip.open(config.lemma_lu_fn, "rt", encoding="utf-8") as lines:
         entries = (line.strip().split(",") for line in lines)
         forms = {form for form, kind, lemma in entries if kind == category and lemma == form}
-    return sorted(word for word in forms if word.isalpha() and word.islower() and len(word) > 2)
+    plain = (word for word in forms if word.isalpha() and word.islower() and len(word) > 2)
+    return tuple(sorted(plain))
