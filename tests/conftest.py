@@ -30,6 +30,7 @@ from starmerge_models.checkpoints.hashing import blake3_of
 from starmerge_models.checkpoints.metric import MetricWriter
 from starmerge_models.demo_names import prepared_base
 from starmerge_models.spectral.moment import Side
+from starmerge_models_demo import ADAPTERS
 from tests.forks import Forks
 
 # How long an example takes depends on the machine, not on the code.
@@ -45,6 +46,9 @@ _LOADED = (
     *("starmerge_models.evaluation.runner", "starmerge_models.study.choose"),
 )
 """What commands import late, beside what a merge needs."""
+
+_SHALLOW = 2
+"""Layers of the shallow base; the real one has 30."""
 
 _LONG = (
     *("merging/executors/test_ray_objects", "storage/test_objects", "test_real_model"),
@@ -185,6 +189,43 @@ def make_metric(tiny_base: Path, tmp_path: Path) -> MakeMetric:
 def smollm2() -> Path:
     """Return the folder of the demo's base; ``starmerge demo prepare`` puts it there."""
     return prepared_base()
+
+
+@pytest.fixture(scope="session")
+def shallow(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the demo's base without all but its first layers, for tests that read no sense.
+
+    Its tokenizer, its template and its sizes are the real ones; it takes a tenth of the time.
+    """
+    folder = tmp_path_factory.mktemp("shallow") / "base"
+    shutil.copytree(smollm2, folder, ignore=shutil.ignore_patterns("model.safetensors"))
+    config = json.loads((smollm2 / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": _SHALLOW}))
+    _keep_first_layers(smollm2 / "model.safetensors", folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shallow_adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the demo's adapters, by name, of the layers that the shallow base has."""
+    folder = tmp_path_factory.mktemp("shallow")
+    made = {}
+    for adapter in sorted(path for path in ADAPTERS.iterdir() if path.is_dir()):
+        made[adapter.name] = folder / adapter.name
+        shutil.copytree(adapter, folder / adapter.name)
+        _keep_first_layers(
+            *(place / "adapter_model.safetensors" for place in (adapter, folder / adapter.name))
+        )
+    return made
+
+
+def _keep_first_layers(source: Path, output: Path) -> None:
+    kept = {
+        key: tensor
+        for key, tensor in load_file(source).items()
+        if ".layers." not in key or int(key.split(".layers.")[1].split(".")[0]) < _SHALLOW
+    }
+    save_file(kept, output, metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="session")
