@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import sqrt
 from statistics import fmean
 from typing import Any
 
@@ -10,6 +11,9 @@ import numpy as np
 
 from starmerge_models.errors import UsageError
 from starmerge_models.evaluation.scoring.metrics.metric import Metric, Prediction, Score, Statistic
+
+_Z = 1.959963984540054
+"""Standard deviations on either side of the mean that hold 95 % of a normal distribution."""
 
 
 class Credits(Metric):
@@ -52,7 +56,10 @@ class Credits(Metric):
 
 def wilson(value: float, n: int) -> tuple[float, float]:
     """Return the 95 % Wilson interval of a share of n rows."""
-    from scipy.stats import binomtest  # noqa: PLC0415  (0.5 s that only a score needs)
-
-    interval = binomtest(round(value * n), n).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
+    # As scipy.stats.binomtest, which also computes a p-value and takes a hundred times as long.
+    right = round(value * n)
+    p, q = right / n, 1 - right / n
+    width = 2 * (n + _Z**2)
+    centre = (2 * n * p + _Z**2) / width
+    delta = _Z / width * sqrt(4 * n * p * q + _Z**2)
+    return centre - delta if right else 0.0, centre + delta if right < n else 1.0
