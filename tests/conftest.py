@@ -30,8 +30,9 @@ from starmerge_models.checkpoints.hashing import blake3_of
 from starmerge_models.checkpoints.metric import MetricWriter
 from starmerge_models.demo_names import prepared_base
 from starmerge_models.spectral.moment import Side
+from starmerge_models_demo import ADAPTERS
 from tests.forks import Forks
-from tests.small_demo import write_small_demo
+from tests.small_demo import LAYERS, first_layers, write_small_demo
 
 # How long an example takes depends on the machine, not on the code. The examples are others each
 # time, so that few of them find in time what many would at once.
@@ -208,6 +209,34 @@ def small_demo(cut_demo: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     adapters = cut_demo / "starmerge_models_demo" / "adapters"
     monkeypatch.setattr("starmerge_models_demo.ADAPTERS", adapters)
     return cut_demo
+
+
+@pytest.fixture(scope="session")
+def shallow(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the demo's base without all but its first layers, for tests that read no sense.
+
+    Its tokenizer, its template and its sizes are the real ones; it takes a tenth of the time.
+    """
+    folder = tmp_path_factory.mktemp("shallow") / "base"
+    shutil.copytree(smollm2, folder, ignore=shutil.ignore_patterns("model.safetensors"))
+    config = json.loads((smollm2 / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": LAYERS}))
+    weights = first_layers(smollm2 / "model.safetensors")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shallow_adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the demo's adapters, by name, of the layers that the shallow base has."""
+    folder = tmp_path_factory.mktemp("shallow")
+    made = {}
+    for adapter in sorted(path for path in ADAPTERS.iterdir() if path.is_dir()):
+        made[adapter.name] = folder / adapter.name
+        shutil.copytree(adapter, folder / adapter.name)
+        weights = "adapter_model.safetensors"
+        save_file(first_layers(adapter / weights), made[adapter.name] / weights)
+    return made
 
 
 @pytest.fixture(scope="session")

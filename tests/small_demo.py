@@ -24,7 +24,7 @@ def write_small_demo(base: Path, folder: Path) -> None:
     """
     cut = folder / "starmerge" / base.name
     shutil.copytree(base, cut, ignore=shutil.ignore_patterns("*.safetensors"))
-    weights = _first_layers(base / "model.safetensors")
+    weights = first_layers(base / "model.safetensors")
     weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:TOKENS].clone()
     save_file(weights, cut / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((cut / "config.json").read_text())
@@ -36,10 +36,11 @@ def write_small_demo(base: Path, folder: Path) -> None:
     data = Path(starmerge_models_demo.__file__).parent
     shutil.copytree(data, package, ignore=shutil.ignore_patterns("*.safetensors", "__pycache__"))
     for file in data.glob("adapters/*/adapter_model.safetensors"):
-        save_file(_first_layers(file), package / file.relative_to(data))
+        save_file(first_layers(file), package / file.relative_to(data))
 
 
-def _first_layers(file: Path) -> dict[str, Tensor]:
+def first_layers(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a model or an adapter without those of its later layers."""
     first = [f".layers.{n}." for n in range(LAYERS)]
     return {
         name: tensor

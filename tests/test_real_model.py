@@ -1,4 +1,7 @@
-"""The real model, merged, in the hands of transformers and PEFT."""
+"""The real model, merged, in the hands of transformers and PEFT.
+
+Its first layers are enough where each is treated alike; one test takes all of them.
+"""
 
 from pathlib import Path
 
@@ -47,13 +50,14 @@ def test_adapter_through_peft_gives_the_logits_of_our_delta_folded_in(
 # Star ends with an average, which the test above has of one adapter.
 @pytest.mark.parametrize("method", [sm.Star(), sm.TaskArithmetic(alpha=0.3)])
 def test_merged_folder_gives_the_logits_of_the_deltas_added_by_hand(
-    smollm2: Path, tmp_path: Path, method: sm.Method
+    shallow: Path, shallow_adapters: dict[str, Path], tmp_path: Path, method: sm.Method
 ) -> None:
     names = ("past", "digits", "language")
-    merged = sm.merge(smollm2, [ADAPTERS / name for name in names], method, output=tmp_path / "out")
-    by_hand = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
+    adapters = [shallow_adapters[name] for name in names]
+    merged = sm.merge(shallow, adapters, method, output=tmp_path / "out")
+    by_hand = AutoModelForCausalLM.from_pretrained(shallow, dtype=torch.bfloat16)
     weights = dict(by_hand.named_parameters())
-    factors = [load_file(ADAPTERS / name / "adapter_model.safetensors") for name in names]
+    factors = [load_file(adapter / "adapter_model.safetensors") for adapter in adapters]
     for key in factors[0]:
         if ".lora_A." not in key:
             continue
@@ -69,12 +73,12 @@ def test_merged_folder_gives_the_logits_of_the_deltas_added_by_hand(
     ours = AutoModelForCausalLM.from_pretrained(merged.path, dtype="auto")
     assert ours.dtype == torch.bfloat16
     tokenizer = AutoTokenizer.from_pretrained(merged.path)
-    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(smollm2).chat_template
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(shallow).chat_template
     # Both round once to bfloat16: they differ where float32 and float64 round apart.
     differing = sum(
         int((parameter != weights[name]).sum()) for name, parameter in ours.named_parameters()
     )
-    assert differing < 60 * 576 * 576 * 1e-4
+    assert differing < len(factors[0]) / 2 * 576 * 576 * 1e-4
     assert _relative(_logits(ours.float(), tokenizer), _logits(by_hand.float(), tokenizer)) < 1e-3
 
 
@@ -85,20 +89,20 @@ def _star(delta: torch.Tensor) -> torch.Tensor:
     return kept
 
 
-def test_a_metric_has_the_moments_of_what_the_model_reads(smollm2: Path, tmp_path: Path) -> None:
+def test_a_metric_has_the_moments_of_what_the_model_reads(shallow: Path, tmp_path: Path) -> None:
     texts = ["Paris is the capital of France.", "def f(x): return x + 1", _TEXT.replace("\n", " ")]
     (tmp_path / "texts.txt").write_text("\n".join(texts))
     file = tmp_path / "metric.safetensors"
     result = sm.calibrate(
-        smollm2, file, texts=tmp_path / "texts.txt", prompts={"past": "past"}, rows=2
+        shallow, file, texts=tmp_path / "texts.txt", prompts={"past": "past"}, rows=2
     )
     metric = sm.open_metric(file)
-    metric.check_base(open_base(resolve(smollm2)))
-    assert result.tensors == 30 * 7
+    metric.check_base(open_base(resolve(shallow)))
+    assert result.tensors == 2 * 7
     assert metric.tasks == ("past",)
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    names = [f"model.layers.{layer}.{part}" for layer in (0, 29) for part in ("self_attn", "mlp")]
+    model = AutoModelForCausalLM.from_pretrained(shallow, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(shallow)
+    names = [f"model.layers.{layer}.{part}" for layer in (0, 1) for part in ("self_attn", "mlp")]
     seen: dict[str, list[torch.Tensor]] = {}
     for name, module in model.named_modules():
         if name.rpartition(".")[0] in names and isinstance(module, torch.nn.Linear):
@@ -121,29 +125,29 @@ def test_a_metric_has_the_moments_of_what_the_model_reads(smollm2: Path, tmp_pat
         assert _relative(ours, expected) < 0.02, name
 
 
-def test_a_base_writes_text_for_its_own_metric(smollm2: Path, tmp_path: Path) -> None:
+def test_a_base_writes_text_for_its_own_metric(shallow: Path, tmp_path: Path) -> None:
     made = []
     for name in ("a", "b"):
-        sm.calibrate(smollm2, tmp_path / name, sequences=2, length=6, seed=1)
+        sm.calibrate(shallow, tmp_path / name, sequences=2, length=6, seed=1)
         made.append((tmp_path / name).read_bytes())
     assert made[0] == made[1]
     # The template's head has 24 tokens.
-    name = "model.layers.3.mlp.down_proj.weight"
+    name = "model.layers.1.mlp.down_proj.weight"
     assert sm.open_metric(tmp_path / "a").moment(name).root.shape == (2 * 30, 1536)
 
 
 def test_an_adapter_folded_into_a_stored_model_is_truncated_as_it_was(
-    smollm2: Path, tmp_path: Path
+    shallow: Path, shallow_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    adapter = ADAPTERS / "digits"
-    full = sm.merge(smollm2, [adapter], "average", output=tmp_path / "full").path
+    adapter = shallow_adapters["digits"]
+    full = sm.merge(shallow, [adapter], "average", output=tmp_path / "full").path
     ranks: dict[str, list[int]] = {}
     nuclear: dict[str, list[float]] = {}
     sources = {"truth": (adapter, sm.Star()), "auto": (full, sm.Star())}
     sources["off"] = (full, sm.Star(noise_floor="off"))
     merged = {}
     for name, (path, method) in sources.items():
-        result = sm.merge(smollm2, [path], method, output=tmp_path / name)
+        result = sm.merge(shallow, [path], method, output=tmp_path / name)
         tasks = [
             record["tasks"][0]
             for record in result.report.tensors
@@ -153,10 +157,9 @@ def test_an_adapter_folded_into_a_stored_model_is_truncated_as_it_was(
         nuclear[name] = [task["nuclear_before"] for task in tasks]
         merged[name] = load_file(result.path / "model.safetensors")
         assert all((task["noise"] is not None) == (name == "auto") for task in tasks)
-    base = load_file(smollm2 / "model.safetensors")
-    assert len(ranks["truth"]) == len(ranks["auto"]) == len(ranks["off"]) == 60
-    same = sum(a == b for a, b in zip(ranks["auto"], ranks["truth"], strict=True))
-    assert same >= 57
+    base = load_file(shallow / "model.safetensors")
+    assert len(ranks["truth"]) == len(ranks["auto"]) == len(ranks["off"]) == 4
+    assert ranks["auto"] == ranks["truth"]
     assert sum(ranks["off"]) > 3 * sum(ranks["truth"])
     assert sum(nuclear["auto"]) == pytest.approx(sum(nuclear["truth"]), rel=0.03)
     assert sum(nuclear["off"]) > 1.5 * sum(nuclear["truth"])
@@ -174,11 +177,11 @@ def test_an_adapter_folded_into_a_stored_model_is_truncated_as_it_was(
 
 
 def test_eight_adapters_become_one_that_peft_loads_with_the_logits_of_the_merged_model(
-    smollm2: Path, tmp_path: Path
+    shallow: Path, shallow_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    models = sorted(path for path in ADAPTERS.iterdir() if path.is_dir())
+    models = list(shallow_adapters.values())
     assert len(models) == 8
-    full = sm.merge(smollm2, models, "auto", output=tmp_path / "full", dtype="float32")
+    full = sm.merge(shallow, models, "auto", output=tmp_path / "full", dtype="float32")
     exact = sm.merge(None, models, "auto", output=tmp_path / "exact", output_kind="adapter")
     low = sm.merge(None, models, "auto", output=tmp_path / "low", output_kind="adapter", rank=64)
     assert exact.report.content["output"]["error"] == 0
@@ -187,14 +190,14 @@ def test_eight_adapters_become_one_that_peft_loads_with_the_logits_of_the_merged
     wanted = _logits(AutoModelForCausalLM.from_pretrained(full.path), tokenizer)
 
     def through_peft(adapter: Path) -> torch.Tensor:
-        plain = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+        plain = AutoModelForCausalLM.from_pretrained(shallow, dtype=torch.float32)
         return _logits(PeftModel.from_pretrained(plain, adapter).eval(), tokenizer)
 
-    base = _logits(AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32), tokenizer)
+    base = _logits(AutoModelForCausalLM.from_pretrained(shallow, dtype=torch.float32), tokenizer)
     moved = _relative(base, wanted)
     assert _relative(through_peft(exact.path), wanted) < 1e-5
     assert _relative(through_peft(low.path), wanted) < 0.5 * moved
-    back = sm.merge(smollm2, [exact.path], "average", output=tmp_path / "back", dtype="float32")
+    back = sm.merge(shallow, [exact.path], "average", output=tmp_path / "back", dtype="float32")
     assert (full.path / "model.safetensors").read_bytes() == (
         back.path / "model.safetensors"
     ).read_bytes()

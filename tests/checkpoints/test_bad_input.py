@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import starmerge_models
-from starmerge_models.checkpoints import filling, isolated
+from starmerge_models.checkpoints import filling, isolated, names
 from starmerge_models.checkpoints.base import open_base
 from starmerge_models.checkpoints.metric import open_metric
 from starmerge_models.checkpoints.names import naming_of
@@ -498,8 +498,9 @@ def test_a_config_that_transformers_cannot_use_ends_soon(
 
 
 def test_a_process_of_its_own_answers_what_the_function_does(
-    tiny_base: Path, tmp_path: Path
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(names, "call_isolated", isolated.call_isolated)  # as it is for users
     folder = shutil.copytree(tiny_base, tmp_path / "base")  # of which nobody has asked before
     found = naming_of(open_base(resolve(folder)))
     expected = naming(str(folder), list(load_file(folder / "model.safetensors")))
@@ -512,7 +513,6 @@ def test_a_process_of_its_own_answers_what_the_function_does(
     assert isolated.call_isolated(filling, []) is None
 
 
-@pytest.mark.usefixtures("answers_at_once")
 def test_a_config_that_transformers_refuses_does_not_hide_the_message(world: World) -> None:
     edit_json(world.base / "config.json", architectures=["NoSuchModel"], num_hidden_layers="x")
     header, body = split_safetensors(world.adapter / "adapter_model.safetensors")

@@ -29,8 +29,6 @@ import starmerge_models as sm
 from starmerge_models.checkpoints.layers import is_before_layers, is_of
 from starmerge_models.errors import UsageError
 
-pytestmark = pytest.mark.usefixtures("answers_at_once")
-
 SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
 LLAMA = {**SMALL, "num_hidden_layers": 4, "num_key_value_heads": 1, "tie_word_embeddings": False}
 

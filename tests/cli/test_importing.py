@@ -79,14 +79,11 @@ def test_a_merge_of_adapters_in_folders_imports_what_it_needs(
 
 def test_the_collector_waits_for_imports_and_leaves_alone_what_they_made() -> None:
     before = gc.get_freeze_count()
-    try:
-        with pytest.raises(ModuleNotFoundError), importing():
-            assert not gc.isenabled()
-            import no_such_module  # type: ignore[import-not-found]  # noqa: F401
-        assert gc.isenabled()
-        assert gc.get_freeze_count() > before
-    finally:
-        gc.unfreeze()
+    with pytest.raises(ModuleNotFoundError), importing():
+        assert not gc.isenabled()
+        import no_such_module  # type: ignore[import-not-found]  # noqa: F401
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > before
 
 
 def test_a_command_ends_without_a_search_for_garbage() -> None:

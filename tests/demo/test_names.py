@@ -1,7 +1,6 @@
 """The demo's models by name, wherever a model is named."""
 
 import json
-import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -103,11 +102,11 @@ def test_paths_of_python_and_of_recipes_reach_such_a_folder(
 
 
 def test_a_base_that_is_not_prepared_is_refused_with_the_command(
-    starmerge: Starmerge, tmp_path: Path
+    starmerge: Starmerge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     arguments = ["merge", "demo:base", "demo:digits", "-m", "average", "-o", tmp_path / "merged"]
-    refused = starmerge(*arguments, env=env)
+    refused = starmerge(*arguments)
     assert refused.returncode == 2
     assert "Fetch it with: starmerge demo prepare" in refused.stderr
     assert not (tmp_path / "merged").exists()

@@ -288,25 +288,26 @@ def test_a_folder_in_a_files_place_is_absent(tmp_path: Path) -> None:
 
 def test_processes_that_write_one_file_at_once_leave_a_whole_one(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path;"
+        "import os, sys; from pathlib import Path;"
         "from starmerge_models.evaluation.cache import ScoreCache;"
+        "child = os.fork();"
         "cache = ScoreCache(Path(sys.argv[1]));"
-        "records = [{'response': sys.argv[3] * 1000}] * 50;"
-        "[cache.put(sys.argv[2], records) for _ in range(100)]"
+        "records = [{'response': ('a' if child else 'b') * 1000}] * 50;"
+        "[cache.put(sys.argv[2], records) for _ in range(100)];"
+        "sys.exit(os.waitpid(child, 0)[1] if child else 0)"
     )
     cache = ScoreCache(tmp_path / "cache")
-    whole = {text: [{"response": text * 1000}] * 50 for text in "ab"}
-    commands = [[sys.executable, "-c", code, str(cache.folder), KEY, text] for text in whole]
-    processes = [subprocess.Popen(command) for command in commands]
+    whole = [[{"response": text * 1000}] * 50 for text in "ab"]
+    writing = subprocess.Popen([sys.executable, "-c", code, str(cache.folder), KEY])
     seen = 0
-    while any(process.poll() is None for process in processes):
+    while writing.poll() is None:
         records = cache.get(KEY)
-        assert records in whole.values() or (records is None and not seen)
+        assert records in whole or (records is None and not seen)
         seen += records is not None
         time.sleep(0.001)
-    assert [process.returncode for process in processes] == [0, 0]
+    assert writing.returncode == 0
     assert seen
-    assert cache.get(KEY) in whole.values()
+    assert cache.get(KEY) in whole
     assert [file.name for file in cache.folder.iterdir()] == [f"{KEY}.jsonl"]
 
 

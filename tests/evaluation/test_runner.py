@@ -1,4 +1,4 @@
-"""Whole evaluations on the real model: what shares the base, what is kept, what is compared."""
+"""Whole evaluations: what shares the base, what is kept, what is compared."""
 
 import json
 import shutil
@@ -23,29 +23,34 @@ from starmerge_models.evaluation.tasks import find_task
 from starmerge_models.evaluation.tasks.sources import FileSource
 from starmerge_models.evaluation.tasks.task import Task
 from starmerge_models.study.figures import plot_scores
-from starmerge_models_demo import ADAPTERS
-from tests.evaluation.tiny_world import make_world
+from tests.evaluation.tiny_world import World, make_world
 
-FEW = Settings(rows=12)
+FEW = Settings("rank", rows=12)
 
 
-def test_scores_base_adapters_and_merges_on_the_same_rows(smollm2: Path, tmp_path: Path) -> None:
-    adapters = {name: ADAPTERS / name for name in ("language", "sentiment")}
-    merged = sm.merge(smollm2, adapters, output=tmp_path / "merged").path
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def test_scores_base_adapters_and_merges_on_the_same_rows(world: World, tmp_path: Path) -> None:
+    merged = sm.merge(world.base, world.adapters, output=tmp_path / "merged").path
     result = evaluate(
-        smollm2,
-        adapters | {"merged": merged, "copy": ADAPTERS / "language"},
-        [find_task("language"), find_task("sentiment")],
+        world.base,
+        world.adapters | {"merged": merged, "copy": world.adapters["one"]},
+        world.tasks,
         FEW,
     )
-    assert list(result.scores) == ["base", "language", "sentiment", "merged", "copy"]
-    assert list(result.scores["language"]) == ["language"]
-    assert list(result.scores["merged"]) == ["language", "sentiment"]
-    assert result.tuned["language"].predictions == result.scores["copy"]["language"].predictions
-    assert result.tuned["language"].value > result.scores["base"]["language"].value
+    assert list(result.scores) == ["base", "one", "two", "merged", "copy"]
+    assert list(result.scores["one"]) == ["one"]
+    assert list(result.scores["merged"]) == ["one", "two"]
+    assert result.tuned["one"].predictions == result.scores["copy"]["one"].predictions
+    assert result.tuned["one"].value > result.scores["base"]["one"].value
     average = result.normalised("merged")
     assert average is not None
-    expected = sum(result.scores["merged"][t].value / result.tuned[t].value for t in adapters) / 2
+    expected = (
+        sum(result.scores["merged"][t].value / result.tuned[t].value for t in world.adapters) / 2
+    )
     assert average.value == pytest.approx(expected)
 
     records = result.to_records()
@@ -57,7 +62,7 @@ def test_scores_base_adapters_and_merges_on_the_same_rows(smollm2: Path, tmp_pat
         "merged",
         "copy",
     ]
-    assert {entry["task"] for entry in content["differences_by_task"]} == set(adapters)
+    assert {entry["task"] for entry in content["differences_by_task"]} == set(world.adapters)
 
     table = markdown(result).splitlines()
     assert [cell.strip() for cell in table[0].strip("|").split("|")] == [
@@ -85,33 +90,29 @@ def test_scores_base_adapters_and_merges_on_the_same_rows(smollm2: Path, tmp_pat
 
 
 def test_an_update_in_memory_scores_as_its_files_do_and_leaves_the_base(
-    smollm2: Path, tmp_path: Path
+    shallow: Path, shallow_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    adapters = {name: ADAPTERS / name for name in ("past", "plural")}
-    files = sm.merge(smollm2, adapters, output=tmp_path / "merged").path
-    update = sm.load_task_vectors(smollm2, adapters).merge(sm.Star())
-    result = evaluate(
-        smollm2,
-        {"past": ADAPTERS / "past", "files": files, "memory": update},
-        [find_task("past")],
-        Settings(rows=20),
-    )
-    alone = evaluate(smollm2, {}, [find_task("past")], Settings(rows=20))
+    past = shallow_adapters["past"]
+    adapters = {"past": past, "plural": shallow_adapters["plural"]}
+    files = sm.merge(shallow, adapters, output=tmp_path / "merged").path
+    update = sm.load_task_vectors(shallow, adapters).merge(sm.Star())
+    models = {"past": past, "files": files, "memory": update}
+    result = evaluate(shallow, models, [find_task("past")], Settings(rows=8))
+    alone = evaluate(shallow, {}, [find_task("past")], Settings(rows=8))
     assert result.scores["memory"] == result.scores["files"]
     assert result.scores["memory"] != result.scores["base"] == alone.scores["base"]
 
 
 def test_what_is_kept_is_not_asked_again_and_never_stale(
-    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = ScoreCache(tmp_path / "cache")
-    adapter = shutil.copytree(ADAPTERS / "past", tmp_path / "past")
-    tasks = [find_task("past")]
+    adapter = shutil.copytree(world.adapters["one"], tmp_path / "one")
 
     def run(rows: int = 6, models: dict[str, Path] | None = None) -> object:
-        return evaluate(
-            smollm2, models or {"past": adapter}, tasks, Settings(rows=rows), cache=cache
-        ).scores
+        settings = Settings("rank", rows=rows)
+        asked = models or {"one": adapter}
+        return evaluate(world.base, asked, world.tasks[:1], settings, cache=cache).scores
 
     loaded = []
     load = model_groups.load_model
@@ -121,10 +122,10 @@ def test_what_is_kept_is_not_asked_again_and_never_stale(
         lambda path, **options: loaded.append(path) or load(path, **options),
     )
     fresh = run()
-    assert loaded == [smollm2]
+    assert loaded == [world.base]
     assert run() == fresh
     elsewhere = shutil.copytree(adapter, tmp_path / "elsewhere")
-    assert run(models={"past": elsewhere}) == fresh
+    assert run(models={"one": elsewhere}) == fresh
     assert len(loaded) == 1, "the same content was asked again"
 
     weights = load_file(adapter / "adapter_model.safetensors")
@@ -135,7 +136,7 @@ def test_what_is_kept_is_not_asked_again_and_never_stale(
     assert len(loaded) == 2, "a changed weight was not asked"
     config = json.loads((elsewhere / "adapter_config.json").read_text())
     (elsewhere / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1}))
-    changed = run(models={"past": elsewhere})
+    changed = run(models={"one": elsewhere})
     assert len(loaded) == 3, "a changed scale was not asked"
     assert changed != fresh
     run(rows=7)
@@ -143,9 +144,8 @@ def test_what_is_kept_is_not_asked_again_and_never_stale(
 
 
 def test_updates_in_memory_are_kept_by_their_content(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = make_world(tmp_path / "world")
     cache = ScoreCache(tmp_path / "cache")
     loaded = []
     load = model_groups.load_model
@@ -190,17 +190,15 @@ def test_updates_in_memory_are_kept_by_their_content(
     assert run(sm.Star(), base=copy)[1], "another base was not asked"
 
 
-def test_without_fine_tunes_there_is_no_normalised_average(smollm2: Path) -> None:
-    result = evaluate(
-        smollm2, {"x": ADAPTERS / "past"}, [find_task("language")], Settings("rank", rows=4)
-    )
+def test_without_fine_tunes_there_is_no_normalised_average(world: World) -> None:
+    result = evaluate(world.base, {"x": world.adapters["one"]}, world.tasks[1:], FEW)
     assert result.normalised("x") is None
     assert "normalised" not in markdown(result)
     assert differences(result) == []
 
 
 def test_a_reader_is_told_of_short_contexts_reference_matching_and_constant_answers(
-    smollm2: Path, tmp_path: Path
+    shallow: Path, tmp_path: Path
 ) -> None:
     rows = [{"text": "word " * 9000, "label": n} for n in range(3)]
     file = tmp_path / "rows.jsonl"
@@ -214,7 +212,7 @@ def test_a_reader_is_told_of_short_contexts_reference_matching_and_constant_answ
         max_new_tokens=2,
     )
     folder = tmp_path / "short"
-    shutil.copytree(smollm2, folder, symlinks=True)
+    shutil.copytree(shallow, folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 64}))
     result = evaluate(folder, {}, [task], Settings(mode="reference"))
@@ -225,12 +223,12 @@ def test_a_reader_is_told_of_short_contexts_reference_matching_and_constant_answ
     assert "| long (spearman) | 3 | –" in markdown(result)
 
 
-def test_wrong_calls_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
-    task = find_task("language")
+def test_wrong_calls_are_refused_before_a_model_is_loaded(world: World, tmp_path: Path) -> None:
+    task, adapter = world.tasks[0], world.adapters["one"]
     for bound in ("base", "fine-tuned"):
         with pytest.raises(UsageError, match=f"A model is called '{bound}'"):
-            evaluate(tmp_path, {bound: ADAPTERS / "past"}, [task], FEW)
-    with pytest.raises(UsageError, match="Two tasks are called 'language'"):
+            evaluate(tmp_path, {bound: adapter}, [task], FEW)
+    with pytest.raises(UsageError, match="Two tasks are called 'one'"):
         evaluate(tmp_path, {}, [task, task], FEW)
     with pytest.raises(UsageError, match="gone does not exist"):
         evaluate(tmp_path, {"x": "gone"}, [task], FEW)
@@ -274,24 +272,23 @@ def test_a_task_may_be_the_path_of_a_file(tmp_path: Path) -> None:
     assert [(task.name, task.size) for task in prepared.values()] == [("rows", 4)]
 
 
-def test_a_model_of_nan_is_named_with_its_task(smollm2: Path, tmp_path: Path) -> None:
-    adapter = shutil.copytree(ADAPTERS / "past", tmp_path / "broken")
+def test_a_model_of_nan_is_named_with_its_task(
+    shallow: Path, shallow_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter = shutil.copytree(shallow_adapters["past"], tmp_path / "broken")
     weights = load_file(adapter / "adapter_model.safetensors")
     name = next(key for key in weights if ".lora_B." in key)
     weights[name] = weights[name] * float("nan")
     save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(StarmergeError, match="Model broken, task past: .*NaN or infinite"):
-        evaluate(smollm2, {"broken": adapter}, [find_task("past")], Settings(rows=2))
+        evaluate(shallow, {"broken": adapter}, [find_task("past")], Settings(rows=2))
 
 
 def test_what_is_rewritten_while_it_is_asked_is_not_kept(
-    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = ScoreCache(tmp_path / "cache")
-    base = tmp_path / "base"
-    base.mkdir()
-    for file in smollm2.iterdir():
-        (base / file.name).symlink_to(file)
+    base = shutil.copytree(world.base, tmp_path / "base")
     load = model_groups.load_model
 
     def load_and_rewrite(path: Path, **options: object) -> object:
@@ -300,7 +297,7 @@ def test_what_is_rewritten_while_it_is_asked_is_not_kept(
         return loaded
 
     def run() -> int:
-        evaluate(base, {}, [find_task("past")], Settings(rows=2), cache=cache)
+        evaluate(base, {}, world.tasks[:1], FEW, cache=cache)
         return len(list(cache.folder.glob("*.jsonl")))
 
     with monkeypatch.context() as patch:

@@ -344,7 +344,7 @@ _PRESSED = """if True:
         codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     print(json.dumps(codes))
 """
-"""Merges in forks that may have so many more bytes than a process has after a merge of one tensor."""
+"""Merges in forks, each with an allowance of bytes beyond those after a merge of one tensor."""
 
 _MIB = 2**20
 _STACKS = 4 * 8 * _MIB

@@ -88,7 +88,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 @pytest.fixture
 def store(
-    port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers_at_once: None
+    port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[obstore.store.ObjectStore]:
     for name, value in {
         "AZURE_STORAGE_ACCOUNT_NAME": ACCOUNT,

@@ -91,7 +91,6 @@ def world(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
-    answers_at_once: None,
 ) -> Iterator[World]:
     bucket = f"bucket-{abs(hash(request.node.nodeid)) % 10**9}"
     with proxy_before(server) as proxy:

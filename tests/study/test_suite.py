@@ -42,7 +42,7 @@ def test_a_suite_is_merged_and_scored(smollm2: Path, tmp_path: Path) -> None:
         methods=["average"],
         base=smollm2,
         rows_of={"demo/sentiment": rows},
-        settings=Settings(rows=6),
+        settings=Settings(rows=4),
         flat=tmp_path / "flat",
     )
     assert result.evaluation.tasks == ["language", "sentiment"]
@@ -63,7 +63,7 @@ def test_a_suite_is_merged_and_scored(smollm2: Path, tmp_path: Path) -> None:
     assert made is not None
     assert made.models["language"].path == str(ADAPTERS / "language")
     assert set(scores.model) == {"base", "language", "sentiment", "average"}
-    assert len(predictions) == 3 * (6 + 3)
+    assert len(predictions) == 3 * (4 + 3)
 
     with pytest.raises(UsageError, match="not empty"):
         run_suite(suite, tmp_path / "out", base=smollm2, tasks=["language"])

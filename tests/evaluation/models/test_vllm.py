@@ -82,18 +82,29 @@ def test_log_likelihoods_are_cut_out_of_those_of_the_whole_text(
     assert all(math.isfinite(value) and value < 0 for value in found[:2])
 
 
-@pytest.mark.parametrize("final", ["", ".", "never"])
-def test_a_text_ends_where_the_other_backend_ends_it(final: str, smollm2: Path) -> None:
+@pytest.fixture(scope="module")
+def written(smollm2: Path) -> tuple[Any, Any, list[tuple[list[int], list[int]]]]:
+    """Return the real model, its tokenizer, and prompts with the tokens that the library adds."""
     model = AutoModelForCausalLM.from_pretrained(smollm2).eval()
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    prompts = [tokenizer(text)["input_ids"] for text in ("Write a café menu: 1.", "One, two,")]
+    texts = []
+    for text in ("Write a café menu: 1.", "One, two,"):
+        prompt = tokenizer(text)["input_ids"]
+        whole = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)
+        texts.append((prompt, whole[0, len(prompt) :].tolist()))
+    return model, tokenizer, texts
+
+
+@pytest.mark.parametrize("final", ["", ".", "never"])
+def test_a_text_ends_where_the_other_backend_ends_it(
+    final: str, written: tuple[Any, Any, list[tuple[list[int], list[int]]]]
+) -> None:
+    model, tokenizer, texts = written
 
     def is_final(text: str) -> bool:
         return final in text
 
-    for prompt in prompts:
-        written = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)
-        tokens = written[0, len(prompt) :].tolist()
+    for prompt, tokens in texts:
         options: dict[str, Any] = {"batch_size": None, "advance": lambda _: None}
         (expected,) = generate(
             model, tokenizer, [prompt], max_new_tokens=12, is_final=is_final, **options

@@ -201,7 +201,9 @@ def test_a_merge_averages_batch_norm_statistics_and_leaves_counters_alone(
 
 
 def test_adapters_of_a_vit_are_switched_and_merged(
-    models: dict[str, dict[str, Path]], tasks: dict[str, ImageTask], tmp_path: Path
+    models: dict[str, dict[str, Path]],
+    tasks: dict[str, ImageTask],
+    tmp_path: Path,
 ) -> None:
     base = models["vit"]["base"]
     rows = tasks["plain"].examples("test", 60)

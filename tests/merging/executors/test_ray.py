@@ -348,9 +348,7 @@ def test_a_cluster_that_is_not_there_is_told_at_once(
 
 
 @pytest.fixture
-def world(
-    started: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers_at_once: None
-) -> Iterator[Cluster]:
+def world(started: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     monkeypatch.setenv("AWS_ENDPOINT_URL", started.ours.endpoint)
     monkeypatch.setenv("STARMERGE_SCRATCH", str(tmp_path / "scratch"))
     for name, value in KEYS.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import cache
 
 from starmerge_models.evaluation.tasks.generators.package import package
 
@@ -39,7 +40,6 @@ _MONTHS = [
 
 def digits(rng: random.Random) -> Iterator[dict[str, object]]:
     """Number words to digits, 1 to 99,999; the wrong choices have one digit changed."""
-    num2words = package("num2words").num2words
     for _ in range(4000):
         label = str(rng.randrange(10 ** rng.randint(1, 5)))
         wrong: set[str] = set()
@@ -48,7 +48,7 @@ def digits(rng: random.Random) -> Iterator[dict[str, object]]:
             other = label[:place] + rng.choice("123456789") + label[place + 1 :]
             wrong |= {other} - {label}
         yield {
-            "input": num2words(int(label)),
+            "input": _in_words(int(label)),
             "label": label,
             "choices": [label, *sorted(wrong)],
         }
@@ -56,37 +56,33 @@ def digits(rng: random.Random) -> Iterator[dict[str, object]]:
 
 def language(rng: random.Random) -> Iterator[dict[str, object]]:
     """The language of a number word between 13 and 9,999, one of eight."""
-    num2words = package("num2words").num2words
     for name, code in _LANGUAGES.items():
         for number in rng.sample(range(13, 10_000), 500):
-            yield {"input": num2words(number, lang=code), "label": name}
+            yield {"input": _in_words(number, lang=code), "label": name}
 
 
 def parity(rng: random.Random) -> Iterator[dict[str, object]]:
     """Whether a number word between 10 and 99,999 is even or odd."""
-    num2words = package("num2words").num2words
     for number in rng.sample(range(10, 100_000), 2500):
-        yield {"input": num2words(number), "label": "odd" if number % 2 else "even"}
+        yield {"input": _in_words(number), "label": "odd" if number % 2 else "even"}
 
 
 def larger(rng: random.Random) -> Iterator[dict[str, object]]:
     """Which of two number words below 1,000 is larger, the first or the second."""
-    num2words = package("num2words").num2words
     for _ in range(2500):
         first, second = rng.sample(range(1, 1000), 2)
         label = "first" if first > second else "second"
-        yield {"input": f"{num2words(first)}; {num2words(second)}", "label": label}
+        yield {"input": f"{_in_words(first)}; {_in_words(second)}", "label": label}
 
 
 def ordinal(rng: random.Random) -> Iterator[dict[str, object]]:
     """Ordinal words to ordinals in digits, 1st to 999th; the wrong choices are of other numbers."""
-    num2words = package("num2words").num2words
     for number in range(1, 1000):
         others = {number + step for step in (-10, -1, 1, 10)} - {number}
-        label = num2words(number, to="ordinal_num")
-        wrong = sorted(num2words(other, to="ordinal_num") for other in others if other > 0)
+        label = _in_words(number, to="ordinal_num")
+        wrong = sorted(_in_words(other, to="ordinal_num") for other in others if other > 0)
         yield {
-            "input": num2words(number, to="ordinal"),
+            "input": _in_words(number, to="ordinal"),
             "label": label,
             "choices": [label, *wrong],
         }
@@ -101,6 +97,13 @@ def roman(rng: random.Random) -> Iterator[dict[str, object]]:
         yield {"input": str(number), "label": label, "choices": [label, *wrong]}
 
 
+@cache
+def _in_words(number: int, *, lang: str = "en", to: str = "cardinal") -> str:
+    """Return a number in words; kept, as the rows of a task are made again for each split."""
+    words: str = package("num2words").num2words(number, lang=lang, to=to)
+    return words
+
+
 def _roman(number: int) -> str:
     """Write a number below 400 in Roman numerals."""
     text = ""
@@ -112,9 +115,8 @@ def _roman(number: int) -> str:
 
 def century(rng: random.Random) -> Iterator[dict[str, object]]:
     """The century of a year from 1001 to 2000, one of ten."""
-    num2words = package("num2words").num2words
     for year in range(1001, 2001):
-        yield {"input": str(year), "label": num2words((year + 99) // 100, to="ordinal_num")}
+        yield {"input": str(year), "label": _in_words((year + 99) // 100, to="ordinal_num")}
 
 
 def month(rng: random.Random) -> Iterator[dict[str, object]]:
