@@ -344,6 +344,7 @@ def _begin(run: Run, out: Any, err: Any) -> int:
         return child
     code: Any = 1
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
         for stream in run.unread:
@@ -368,6 +369,10 @@ def _begin(run: Run, out: Any, err: Any) -> int:
         os._exit(code if isinstance(code, int) else 1)
 
 
+def _limit(run: Run) -> float:
+    return LIMIT if run.kill_after is None else run.kill_after
+
+
 def _all_of(runs: Sequence[Run]) -> list[Ended]:
     begun = time.monotonic()
     with ExitStack() as stack:
@@ -378,10 +383,11 @@ def _all_of(runs: Sequence[Run]) -> list[Ended]:
         children = {_begin(run, *files[n]): n for n, run in enumerate(runs)}
         found: dict[int, Ended] = {}
         while children:
+            pause = min(_limit(runs[n]) for n in children.values()) - time.monotonic() + begun
+            signal.sigtimedwait([signal.SIGCHLD], max(pause, 0.001))
             now = time.monotonic() - begun
             for child, n in list(children.items()):
-                limit = runs[n].kill_after
-                if now > (LIMIT if limit is None else limit):
+                if now > _limit(runs[n]):
                     os.kill(child, signal.SIGKILL)
                 done, status = os.waitpid(child, os.WNOHANG)
                 if done:
@@ -389,7 +395,6 @@ def _all_of(runs: Sequence[Run]) -> list[Ended]:
                     said = [stream.seek(0) or stream.read() for stream in files[n]]
                     texts = [content.decode(errors="replace") for content in said]
                     found[n] = Ended(os.waitstatus_to_exitcode(status), *texts, now)
-            time.sleep(0.0005)
     return [found[n] for n in range(len(runs))]
 
 
@@ -409,6 +414,7 @@ def _serve() -> None:
     gc.freeze()  # so that collections in forks copy no pages
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # which tells that a fork has ended
     for line in sys.stdin:
         ended = _all_of([Run(**run) for run in json.loads(line)])
         answers.write(json.dumps([asdict(one) for one in ended]) + "\n")
