@@ -59,6 +59,8 @@ class Run:
     """Largest part that a file is sent to an object store in."""
     unread: list[int] = field(default_factory=list)
     """Of the streams 1 and 2 those whose reader has gone."""
+    closed: bool = False
+    """Begin without standard streams."""
     own_group: bool = False
     """Run in a group of processes of its own, as in a terminal."""
     side_by_side: bool = False
@@ -353,6 +355,9 @@ def _begin(run: Run, out: Any, err: Any) -> int:
             os.dup2(writer, stream)
             name = {1: "stdout", 2: "stderr"}[stream]
             setattr(sys, name, os.fdopen(stream, "w", 1, closefd=False))  # of a pipe
+        if run.closed:
+            sys.stdin = sys.stdout = sys.stderr = None  # as Python begins then
+            os.closerange(0, 3)
         _prepare(run)
         sys.argv = ["starmerge", *run.argv]
         time.sleep(run.after)
@@ -364,8 +369,9 @@ def _begin(run: Run, out: Any, err: Any) -> int:
         traceback.print_exc()
     finally:
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError):  # its reader may have gone
-                stream.flush()
+            if stream is not None:
+                with suppress(OSError):  # its reader may have gone
+                    stream.flush()
         os._exit(code if isinstance(code, int) else 1)
 
 

@@ -319,12 +319,13 @@ def test_wrong_common_options_are_told_as_the_right_ones_say(
 
 
 def test_closed_streams_end_no_merge_and_lead_into_no_file(
-    starmerge: Run, arguments: list[object], tmp_path: Path
+    starmerge: Run, loaded: Forks, arguments: list[object], tmp_path: Path
 ) -> None:
     closed = ["sh", "-c", '"$@" <&- >&- 2>&-', "sh", sys.executable, "-m", "starmerge_models"]
-    for options in (["--debug"], ["--overwrite", "--log", "json"]):
-        finished = subprocess.run([*closed, *map(str, arguments), *options], check=False)
-        assert finished.returncode == 0
+    finished = subprocess.run([*closed, *map(str, arguments), "--debug"], check=False)
+    assert finished.returncode == 0
+    ended = loaded.run([*arguments, "--overwrite", "--log", "json"], closed=True)
+    assert (ended.code, ended.out, ended.err) == (0, "", "")
     assert starmerge("verify", tmp_path / "out").returncode == 0
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -99,7 +100,11 @@ def test_a_merge_killed_before_any_operation_on_files_is_whole_or_goes_on(
     assert killer.stdout is not None
     killer.stdin.write(f"{json.dumps(task)}\n")
     killer.stdin.flush()
-    found = json.loads(killer.stdout.readline())
+    limit = Timer(300 + 30 * MOMENTS, killer.kill)
+    limit.start()
+    said = killer.stdout.readline()
+    limit.cancel()
+    found = json.loads(said)
     print(f"{kind}: {found}")
     assert found["wrong"] == []
     assert found["operations"] > 20
