@@ -43,7 +43,9 @@ MakeMetric = Callable[..., Path]
 
 _LOADED = (
     *("transformers", "peft", "pandas"),
+    *("transformers.models.llama.modeling_llama", "transformers.tokenization_utils_tokenizers"),
     *("starmerge_models.evaluation.runner", "starmerge_models.study.choose"),
+    *("starmerge_models.study.execute", "starmerge_models.study.outputs"),
 )
 """What commands import late, beside what a merge needs."""
 
