@@ -31,6 +31,7 @@ from starmerge_models.checkpoints.metric import MetricWriter
 from starmerge_models.demo_names import prepared_base
 from starmerge_models.spectral.moment import Side
 from starmerge_models_demo import ADAPTERS
+from tests.evaluation.tiny_world import World, make_world
 from tests.forks import Forks
 
 # How long an example takes depends on the machine, not on the code.
@@ -191,6 +192,12 @@ def make_metric(tiny_base: Path, tmp_path: Path) -> MakeMetric:
 def smollm2() -> Path:
     """Return the folder of the demo's base; ``starmerge demo prepare`` puts it there."""
     return prepared_base()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Return a tiny model with adapters, and tasks that these answer, for tests that only read."""
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="session")

@@ -20,16 +20,11 @@ from starmerge_models.study.averages import Averages
 from starmerge_models.study.execute import StudyRunner, code_hash, duration, run_study
 from starmerge_models.study.store import HEAD, RUNS, load_store
 from starmerge_models.study.study_file import PoolModel, Study, load_study
-from tests.evaluation.tiny_world import World, make_world
+from tests.evaluation.tiny_world import World
 from tests.forks import Forks
 from tests.study.studies import ROWS, study_file
 
 VARYING = ("merging", "asking", "date")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
