@@ -31,6 +31,7 @@ from starmerge_models.checkpoints.metric import MetricWriter
 from starmerge_models.demo_names import prepared_base
 from starmerge_models.spectral.moment import Side
 from starmerge_models_demo import ADAPTERS
+from tests.evaluation.tiny_world import World, make_world
 from tests.forks import Forks
 from tests.small_demo import LAYERS, first_layers, write_small_demo
 
@@ -209,6 +210,12 @@ def small_demo(cut_demo: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     adapters = cut_demo / "starmerge_models_demo" / "adapters"
     monkeypatch.setattr("starmerge_models_demo.ADAPTERS", adapters)
     return cut_demo
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Return a tiny model with adapters, and tasks that these answer, for tests that only read."""
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="session")

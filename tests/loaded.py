@@ -6,6 +6,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 for _name in (
     *("peft", "pandas", "scipy.stats", "lemminflect", "pyarrow.parquet"),
+    *("transformers.models.llama.modeling_llama", "transformers.tokenization_utils_tokenizers"),
+    *("starmerge_models.study.execute", "starmerge_models.study.outputs"),
     *("starmerge_models.evaluation.runner", "starmerge_models.study.choose"),
     *("starmerge_models.study.inspection.run", "starmerge_models.study.page.evaluation"),
     *("starmerge_models.study.suite", "starmerge_models.study.inspection_files"),

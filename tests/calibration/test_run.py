@@ -317,7 +317,7 @@ def test_tokens_are_drawn_from_the_models_own_distribution(tmp_path: Path) -> No
 
 def test_a_decoder_writes_up_to_its_end(tmp_path: Path) -> None:
     _, writer = _readings(store("t5", tmp_path), seed=2, length=30)
-    readings = writer.own(40, _nothing)
+    readings = writer.own(20, _nothing)
     assert all(reading.decoder[0] == START for reading in readings)
     assert all(1 not in reading.decoder for reading in readings)
     assert len({len(reading.decoder) for reading in readings}) > 1

@@ -23,14 +23,9 @@ from starmerge_models.evaluation.settings import Settings
 from starmerge_models.evaluation.table import markdown, notes
 from starmerge_models.evaluation.tasks import task_of_rows
 from starmerge_models.progress import Progress
-from tests.evaluation.tiny_world import World, make_world
+from tests.evaluation.tiny_world import World
 
 RANK = Settings("rank", rows=6)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")

@@ -23,14 +23,9 @@ from starmerge_models.evaluation.tasks import find_task
 from starmerge_models.evaluation.tasks.sources import FileSource
 from starmerge_models.evaluation.tasks.task import Task
 from starmerge_models.study.figures import plot_scores
-from tests.evaluation.tiny_world import World, make_world
+from tests.evaluation.tiny_world import World
 
 FEW = Settings("rank", rows=12)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def test_scores_base_adapters_and_merges_on_the_same_rows(world: World, tmp_path: Path) -> None:

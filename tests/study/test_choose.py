@@ -35,15 +35,10 @@ from starmerge_models.recipe_file import load_recipe, write_recipe
 from starmerge_models.study.candidates import candidate_name, default_candidates, named_candidates
 from starmerge_models.study.choose import Choice, choose
 from starmerge_models.study.race import Outcome, Standing
-from tests.evaluation.tiny_world import ALL, World, make_world
+from tests.evaluation.tiny_world import ALL, World
 
 RANK = Settings("rank", rows=16)
 FEW = ["average", sm.TaskArithmetic(alpha=-1), "star"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture

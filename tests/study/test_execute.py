@@ -3,8 +3,8 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,11 @@ from starmerge_models.study.averages import Averages
 from starmerge_models.study.execute import StudyRunner, code_hash, duration, run_study
 from starmerge_models.study.store import HEAD, RUNS, load_store
 from starmerge_models.study.study_file import PoolModel, Study, load_study
-from tests.evaluation.tiny_world import World, make_world
+from tests.evaluation.tiny_world import World
+from tests.forks import Forks
 from tests.study.studies import ROWS, study_file
 
 VARYING = ("merging", "asking", "date")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
@@ -226,20 +222,26 @@ def test_answers_that_were_given_once_are_not_asked_for_again(world: World, tmp_
 
 
 def test_killed_at_any_moment_a_study_goes_on_to_the_same_store(
-    world: World, tmp_path: Path
+    world: World, tmp_path: Path, loaded: Forks
 ) -> None:
-    file = study_file(world, tmp_path / "in", methods=["average"])
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.study.killed", file, whole, killed, "4"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert int(finished.stdout) >= 3
-    assert lines(killed) == lines(whole)
+    file = study_file(world, tmp_path / "in", methods=["average"], figures=[])
+    run_study(load_study(file), tmp_path / "whole")
+    command = ["study", file, "-o", tmp_path / "killed", "--no-cache"]
+    size, store = (tmp_path / "whole" / RUNS).stat().st_size, tmp_path / "killed" / RUNS
+    codes = []
+    for part in range(4):
+        with loaded.running(command) as (process, ending):
+            while not (store.exists() and store.stat().st_size >= size * part // 4):
+                assert not ending.done(), ending.result()
+                time.sleep(0.001)
+            os.kill(process, signal.SIGKILL)
+        codes.append(ending.result().code)
+        # The last line of a process that is killed may be cut off.
+        with store.open("r+b") as stream:
+            stream.truncate(max(0, store.stat().st_size - 7))
+    assert codes == [-signal.SIGKILL] * 4
+    assert loaded.run(command).code == 0
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
 
 
 def test_the_command_runs_a_study_goes_on_with_it_and_draws_it(

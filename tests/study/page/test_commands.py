@@ -7,12 +7,7 @@ import pytest
 
 from starmerge_models.cli import app
 from starmerge_models.errors import UsageError
-from tests.evaluation.tiny_world import World, make_world
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
+from tests.evaluation.tiny_world import World
 
 
 def _run(*arguments: object) -> None:
