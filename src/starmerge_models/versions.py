@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
-from functools import cache
+from functools import lru_cache
 
 __version__ = "0.1.0.dev0"
 """The version of starmerge. The build reads it here; changelog and CITATION.cff have the same."""
@@ -18,13 +19,17 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
     Returns:
         Version by name; starmerge's own stands first, under ``starmerge``.
     """
-    found = {name: _installed_version(name) for name in packages}
-    return {"starmerge": __version__} | {name: text for name, text in found.items() if text}
+    found = {"starmerge": __version__}
+    for name in packages:
+        version = _version(name, tuple(sys.path))
+        if version is not None:
+            found[name] = version
+    return found
 
 
-@cache
-def _installed_version(package: str) -> str | None:
-    """Return the version of a package, None if it is not installed."""
+@lru_cache(maxsize=64)
+def _version(package: str, path: tuple[str, ...]) -> str | None:
+    """Return the version of a package on a path, that of Python; None if it is not installed."""
     import importlib.metadata  # noqa: PLC0415  (slow to import)
 
     try:
