@@ -144,14 +144,13 @@ def memory(key: str) -> int:
 
 
 def in_own_process(work: Callable[[], Measured]) -> Measured:
-    """Call a function in a new process, which has imported what merges need and done nothing else.
+    """Call a function in a fork of this process, which should have computed nothing.
 
     Raises:
         BrokenProcessPool: The process was killed.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["starmerge_models.methods", "starmerge_models.merging.engine"])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(1, mp_context=fork) as pool:
         return pool.submit(work).result()
 
 
