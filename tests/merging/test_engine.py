@@ -323,6 +323,9 @@ def _big_adapter(folder: Path, *, tensors: int, megabytes: int) -> None:
 _PRESSED = """if True:
     import json, os, resource, sys, threading
     import starmerge_models as sm
+    from starmerge_models.checkpoints.base import open_base
+    from starmerge_models.checkpoints.names import naming_of
+    from starmerge_models.checkpoints.source import resolve
     from starmerge_models.merging import engine, ranks
 
     def press(method, models, options, allowance):
@@ -331,6 +334,7 @@ _PRESSED = """if True:
         resource.setrlimit(resource.RLIMIT_DATA, (now + allowance, now + allowance))
         sm.merge("big", models, method, threads=2, memory=15 * 2**20, **options)
 
+    naming_of(open_base(resolve("big")))  # asks a process, which would have no more memory either
     sm.merge("warm", ["warm-adapter"], output="warm-out", threads=2)
     codes = []
     for case in json.load(sys.stdin):
