@@ -27,11 +27,12 @@ VERSION_TESTS ?= tests/test_recipe.py tests/evaluation/models/test_forward.py \
 demo: base
 	$(BIN)/starmerge demo run --output $(DEMO_OUTPUT) --rows $(ROWS) --overwrite
 
-# Two processes of one BLAS thread each: the tests' matrices are small, and threads would only wait
-# for each other. A file's tests stay together, as they share what they load; the files begin in the
-# order of tests/conftest.py, those that take long first.
+# Processes of one BLAS thread each: the tests' matrices are small, and threads would only wait for
+# each other. Three of them keep two processors busy, as some tests wait for servers and clusters. A
+# file's tests stay together, as they share what they load; the files begin in the order of
+# tests/conftest.py, those that take long first.
 test: base
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadscope --no-loadscope-reorder
 
 # VERSION_TESTS with the oldest and with the newest releases that the ranges in pyproject.toml allow,
 # each in an environment of its own. Several GB each: these torch releases bring CUDA along.

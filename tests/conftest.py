@@ -45,12 +45,15 @@ MakeFinetune = Callable[..., Path]
 MakeMetric = Callable[..., Path]
 
 _LONG = (
-    *("merging/executors/test_ray", "storage/test_objects", "test_real_model"),
-    *("methods/test_memory", "training/test_finetuning"),
-    *("evaluation/tasks/test_task", "test_operation", "evaluation/tasks/test_images"),
-    *("study/test_images_study", "study/test_execute", "cli/test_cli", "hub/test_push"),
-    *("study/page/test_browser", "soak/test_full_disk", "soak/test_fuzz", "soak/test_kills"),
-    *("merging/test_vocabulary", "calibration/test_run", "test_device", "mergekit/test_recipe"),
+    *("merging/executors/test_ray", "test_first_hour", "storage/test_objects"),
+    *("study/page/test_browser", "merging/test_engine", "merging/test_resume", "test_real_model"),
+    *("test_manual", "methods/kinds/test_spectral", "test_release", "cli/test_cli"),
+    *("evaluation/models/test_generation", "merging/test_task_vectors", "test_operation"),
+    *("study/test_shipped", "evaluation/tasks/test_lm_eval", "test_notebook"),
+    *("checkpoints/test_bad_input", "evaluation/models/test_scorers", "test_device"),
+    *("methods/test_memory", "methods/kinds/test_entrywise", "mergekit/test_recipe"),
+    *("calibration/test_run", "merging/test_methods", "study/test_images_study"),
+    *("soak/test_full_disk", "training/test_finetuning"),
 )
 """Files that take longer than others, in the order in which they begin."""
 
