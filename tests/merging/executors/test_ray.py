@@ -644,7 +644,7 @@ def test_a_killed_driver_takes_its_workers_along_and_the_merge_goes_on(
     workers = started.workers
     for worker in list(workers.workers):  # they hold the processors
         workers.stop_worker(worker)
-    line = command(plan, "--address", str(workers.address), "--threads", "2")
+    line = command(plan, "--address", str(workers.address), "--threads", "1")
     with loaded.running(line, cwd=str(tmp_path), side_by_side=True) as (driver, ending):
         wait_until(lambda: written.exists() and b'"tensor"' in written.read_bytes())
         os.kill(driver, signal.SIGKILL)
