@@ -464,6 +464,8 @@ def _be_no_test() -> None:
             handler.setStream(sys.stderr)
     sys.unraisablehook = sys.__unraisablehook__
     threading.excepthook = threading.__excepthook__
+    for name in [own for own in sys.modules if own.startswith("starmerge_models_demo")]:
+        del sys.modules[name]  # commands may have another in their path
     os.environ |= _own_variables()
     os.chdir(ROOT)
 
