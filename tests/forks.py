@@ -43,6 +43,8 @@ class Run:
     """One command, and what happens to it."""
 
     argv: list[str]
+    module: str | None = None
+    """A module whose ``main`` is called in place of that of starmerge."""
     env: dict[str, str] = field(default_factory=dict)
     cwd: str | None = None
     path: list[str] = field(default_factory=list)
@@ -409,7 +411,7 @@ def _begin(run: Run, out: Any, err: Any) -> int:
         _prepare(run)
         sys.argv = ["starmerge", *run.argv]
         time.sleep(run.after)
-        cli.main()
+        (cli if run.module is None else importlib.import_module(run.module)).main()
         code = 0
     except SystemExit as end:
         code = 0 if end.code is None else end.code
