@@ -13,6 +13,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +33,7 @@ from starmerge_models.demo_names import prepared_base
 from starmerge_models.spectral.moment import Side
 from starmerge_models_demo import ADAPTERS
 from tests.evaluation.tiny_world import World, make_world
-from tests.forks import Forks
+from tests.forks import Forks, asking, begin_to_serve
 from tests.small_demo import LAYERS, first_layers, write_small_demo
 
 # How long an example takes depends on the machine, not on the code. The examples are others each
@@ -56,6 +57,20 @@ _LONG = (
     *("soak/test_full_disk", "training/test_finetuning"),
 )
 """Files that take longer than others, in the order in which they begin."""
+
+
+_SOCKET = "STARMERGE_TEST_FORKS"
+"""Variable that names the socket of the process whose forks run commands."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin to serve forks, once for all processes that run tests."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory()
+        config.add_cleanup(folder.cleanup)
+        place = Path(folder.name) / "forks"
+        config.add_cleanup(begin_to_serve(place, "tests.loaded"))
+        os.environ[_SOCKET] = str(place)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -252,7 +267,7 @@ def shallow_adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
 @pytest.fixture(scope="session")
 def loaded() -> Iterator[Forks]:
     """Return a process that runs commands in forks of itself, without importing anything again."""
-    with Forks("tests.loaded") as served:
+    with asking(Path(os.environ[_SOCKET])) as served:
         yield served
 
 

@@ -1,9 +1,9 @@
 """Commands of starmerge in forks of one process that has everything loaded.
 
 A command line starts in seconds, as it imports torch; a fork of a process that has, at once. So
-hundreds of commands can be killed, starved of disk space, or raced against each other. Run as a
-script, this file serves: it reads a JSON list of :class:`Run` a line, runs them at the same moment,
-and writes a JSON list of :class:`Ended`.
+hundreds of commands can be killed, starved of disk space, or raced against each other. The process
+is one of pytest's, or a new one that runs this file as a script. It reads a JSON list of
+:class:`Run` a line, runs them at the same moment, and writes a JSON list of :class:`Ended`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ import functools
 import gc
 import importlib
 import json
+import logging
 import os
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +29,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any
+from types import ModuleType
+from typing import Any, TextIO
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,6 +43,8 @@ class Run:
     """One command, and what happens to it."""
 
     argv: list[str]
+    module: str | None = None
+    """A module whose ``main`` is called in place of that of starmerge."""
     env: dict[str, str] = field(default_factory=dict)
     cwd: str | None = None
     path: list[str] = field(default_factory=list)
@@ -87,47 +93,21 @@ class Ended:
 
 
 class Forks:
-    """A process that runs commands in forks of itself; to be used as a context manager.
+    """What runs commands in forks of a process.
 
     Args:
-        modules: What it loads beside that which a merge needs.
-        env: Variables for it and all commands, such as ``LD_PRELOAD``.
+        questions: Where to write a JSON list of runs a line.
+        answers: Where to read how they ended.
     """
 
-    def __init__(self, *modules: str, **env: str) -> None:
-        path = os.pathsep.join([str(ROOT), *sys.path])
-        own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
-        self._env = os.environ | own | env
-        self._modules = modules
-
-    def __enter__(self) -> Forks:
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.forks", *self._modules],
-            cwd=ROOT,
-            env=self._env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        assert self._server.stdin is not None
-        self._server.stdin.close()
-        self._server.wait()
+    def __init__(self, questions: TextIO, answers: TextIO) -> None:
+        self._questions, self._answers = questions, answers
 
     def at_once(self, runs: Sequence[Run]) -> list[Ended]:
         """Run commands at the same moment, and wait for all of them."""
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        self._server.stdin.write(json.dumps([asdict(run) for run in runs]) + "\n")
-        self._server.stdin.flush()
-        return [Ended(**ended) for ended in json.loads(self._server.stdout.readline())]
+        self._questions.write(json.dumps([asdict(run) for run in runs]) + "\n")
+        self._questions.flush()
+        return [Ended(**ended) for ended in json.loads(self._answers.readline())]
 
     def run(self, argv: Sequence[object], **options: Any) -> Ended:
         """Run one command; the options are those of :class:`Run`."""
@@ -149,6 +129,76 @@ class Forks:
                 assert not ending.done(), ending.result()
                 time.sleep(0.005)
             yield int(file.read_text()), ending
+
+
+@contextmanager
+def started(*modules: str, **env: str) -> Iterator[Forks]:
+    """Start a process for forks.
+
+    Args:
+        modules: What it loads beside that which a merge needs.
+        env: Variables for it and all commands, such as ``LD_PRELOAD``.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.forks", *modules],
+        cwd=ROOT,
+        env=os.environ | _own_variables() | env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        yield Forks(server.stdin, server.stdout)
+        server.stdin.close()
+
+
+def _own_variables() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    return {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+
+
+def begin_to_serve(place: Path, *modules: str) -> Callable[[], None]:
+    """Fork a process that lets others run commands in forks of it; return what ends it.
+
+    It costs nothing until it is asked: what it loads beside the modules of this process, it loads
+    then.
+
+    Args:
+        place: Where to make the Unix socket at which it is asked.
+        modules: What it loads beside that which a merge needs.
+    """
+    reader, writer = os.pipe()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(place))
+    listener.listen()
+    server = os.fork()
+    if not server:
+        try:
+            os.close(writer)
+            _be_no_test()
+            _serve_at(listener, reader, modules)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.close(reader)
+    listener.close()
+
+    def end() -> None:
+        os.close(writer)
+        os.waitpid(server, 0)
+
+    return end
+
+
+@contextmanager
+def asking(place: Path) -> Iterator[Forks]:
+    """Let a process that serves run commands."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(place))
+        with connection.makefile("w") as questions, connection.makefile("r") as answers:
+            yield Forks(questions, answers)
 
 
 def tree(place: Path) -> dict[str, bytes]:
@@ -361,7 +411,7 @@ def _begin(run: Run, out: Any, err: Any) -> int:
         _prepare(run)
         sys.argv = ["starmerge", *run.argv]
         time.sleep(run.after)
-        cli.main()
+        (cli if run.module is None else importlib.import_module(run.module)).main()
         code = 0
     except SystemExit as end:
         code = 0 if end.code is None else end.code
@@ -404,28 +454,67 @@ def _all_of(runs: Sequence[Run]) -> list[Ended]:
     return [found[n] for n in range(len(runs))]
 
 
-def _serve() -> None:
+def _be_no_test() -> None:
+    """Undo in a fork of pytest what it has done to its process."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
+    for known in list(logging._handlerList):
+        handler = known()
+        if type(handler) is logging.StreamHandler:
+            handler.setStream(sys.stderr)
+    sys.unraisablehook = sys.__unraisablehook__
+    threading.excepthook = threading.__excepthook__
+    for name in [own for own in sys.modules if own.startswith("starmerge_models_demo")]:
+        del sys.modules[name]  # commands may have another in their path
+    os.environ |= _own_variables()
+    os.chdir(ROOT)
+
+
+def _load(modules: Sequence[str]) -> None:
+    import torch
     import typer.main
 
     from starmerge_models import cli
 
+    torch.set_num_threads(1)
     loaded = ("merging.engine", "merging.ranks", "recipe_file", "storage.leftovers")
     # Users without rights may not reach the modules of Python itself: rich loads some late.
     own = [*(f"starmerge_models.{name}" for name in loaded), "rich.progress", "rich.pager"]
-    for module in [*own, *sys.argv[1:]]:
+    for module in [*own, *modules]:
         importlib.import_module(module)
     # Built once, not for each command.
     typer.main.get_command = functools.cache(typer.main.get_command)
     typer.main.get_command(cli.app)
     gc.freeze()  # so that collections in forks copy no pages
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+
+
+def _answer(questions: TextIO, answers: TextIO) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # which tells that a fork has ended
-    for line in sys.stdin:
+    for line in questions:
         ended = _all_of([Run(**run) for run in json.loads(line)])
         answers.write(json.dumps([asdict(one) for one in ended]) + "\n")
         answers.flush()
 
 
+def _serve_at(listener: socket.socket, end: int, modules: Sequence[str]) -> None:
+    """Serve each that connects in a fork, until the other side of a pipe is closed."""
+    is_loaded = False
+    while end not in select.select([listener, end], [], [])[0]:
+        connection, _ = listener.accept()
+        if not is_loaded:
+            _load(modules)
+            is_loaded = True
+        if not os.fork():
+            listener.close()
+            _answer(connection.makefile("r"), connection.makefile("w"))
+            return
+        connection.close()
+
+
 if __name__ == "__main__":
-    _serve()
+    _load(sys.argv[1:])
+    own_answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    _answer(sys.stdin, own_answers)

@@ -5,7 +5,7 @@ import importlib
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 for _name in (
-    *("peft", "pandas", "scipy.stats", "lemminflect", "pyarrow.parquet"),
+    *("peft", "pandas", "scipy.stats", "lemminflect", "pyarrow.parquet", "gguf"),
     *("transformers.models.llama.modeling_llama", "transformers.tokenization_utils_tokenizers"),
     *("starmerge_models.study.execute", "starmerge_models.study.outputs"),
     *("starmerge_models.evaluation.runner", "starmerge_models.study.choose"),

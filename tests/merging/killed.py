@@ -1,9 +1,8 @@
 """Merges that are killed before each of their operations on files, and run again.
 
-Run as a script, it reads a JSON object a line: {"base", "models", "method", "kind", "dtype",
-"output", "overwrite", "stride", "moments"}. Each merge runs in a fork of this process, which has
-everything loaded. For each it prints a JSON object: how many operations there are, and what went
-wrong.
+Its argument is a JSON object: {"base", "models", "method", "kind", "dtype", "output", "overwrite",
+"stride", "moments"}. Each merge runs in a fork of this process, which has everything loaded. It
+prints a JSON object: how many operations there are, and what went wrong.
 """
 
 from __future__ import annotations
@@ -152,6 +151,6 @@ def kill_and_resume(task: dict[str, Any]) -> dict[str, Any]:  # noqa: PLR0915  (
     return {"operations": operations, "resumed": resumed, "wrong": wrong}
 
 
-if __name__ == "__main__":
-    for line in sys.stdin:
-        print(json.dumps(kill_and_resume(json.loads(line))), flush=True)
+def main() -> None:
+    """Do what the argument says."""
+    print(json.dumps(kill_and_resume(json.loads(sys.argv[1]))), flush=True)

@@ -6,10 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from threading import Timer
 from typing import Any
 
 import pytest
@@ -27,25 +24,10 @@ from starmerge_models.recipe import make_recipe
 from starmerge_models.storage.local_folder import LocalFile, LocalFolder
 from tests.checkpoints.quantised.stored import gptq_model
 from tests.conftest import MakeAdapter, MakeFinetune
+from tests.forks import Forks
 
-SCRIPT = Path(__file__).with_name("killed.py")
 MOMENTS = int(os.environ.get("KILL_MOMENTS", "0"))
 """Random moments at which each merge is killed, and before every operation; 0: a few."""
-
-
-@pytest.fixture(scope="module")
-def killer() -> Iterator[subprocess.Popen[str]]:
-    """Start the process that kills merges."""
-    with subprocess.Popen(
-        [sys.executable, SCRIPT],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-    ) as process:
-        yield process
-        assert process.stdin is not None
-        process.stdin.close()
 
 
 @pytest.mark.parametrize(
@@ -63,7 +45,7 @@ def killer() -> Iterator[subprocess.Popen[str]]:
     ],
 )
 def test_a_merge_killed_before_any_operation_on_files_is_whole_or_goes_on(
-    killer: subprocess.Popen[str],
+    loaded: Forks,
     make_adapter: MakeAdapter,
     tiny_base: Path,
     tmp_path: Path,
@@ -96,15 +78,11 @@ def test_a_merge_killed_before_any_operation_on_files_is_whole_or_goes_on(
         "stride": 1 if MOMENTS else stride,
         "moments": MOMENTS or moments,
     }
-    assert killer.stdin is not None
-    assert killer.stdout is not None
-    killer.stdin.write(f"{json.dumps(task)}\n")
-    killer.stdin.flush()
-    limit = Timer(300 + 30 * MOMENTS, killer.kill)
-    limit.start()
-    said = killer.stdout.readline()
-    limit.cancel()
-    found = json.loads(said)
+    ended = loaded.run(
+        [json.dumps(task)], module="tests.merging.killed", kill_after=300 + 30 * MOMENTS
+    )
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
     print(f"{kind}: {found}")
     assert found["wrong"] == []
     assert found["operations"] > 20

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.forks import Forks, hidden, remove, tree
+from tests.forks import Forks, hidden, remove, started, tree
 from tests.soak.outputs import OUTPUTS, make_merge
 
 RUNS = int(os.environ.get("BAD_READS", "0"))
@@ -34,7 +34,7 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     library = tmp_path_factory.mktemp("shim") / "bad_reads.so"
     command = [compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(SHIM), "-ldl"]
     subprocess.run(command, check=True)
-    with Forks(LD_PRELOAD=str(library)) as served:
+    with started(LD_PRELOAD=str(library)) as served:
         yield served
 
 

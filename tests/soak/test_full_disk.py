@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.evaluation.tiny_world import World, make_world
-from tests.forks import Ended, Forks, copy, hidden, remove, tree
+from tests.forks import Ended, Forks, copy, hidden, remove, started, tree
 from tests.soak.disks import small_disk
 from tests.soak.outputs import OUTPUTS, make_merge
 from tests.study.studies import study_file
@@ -152,7 +152,7 @@ def asking(loaded: Forks) -> Iterator[Forks]:
     if not MOMENTS:  # too few commands to be worth it
         yield loaded
         return
-    with Forks(*MODULES) as served:
+    with started(*MODULES) as served:
         yield served
 
 

@@ -109,6 +109,8 @@ def cluster() -> Iterator[Cluster]:
             patch.setenv("AWS_ENDPOINT_URL", theirs.endpoint)
             patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
             patch.setenv("RAY_worker_niceness", "0")  # other processes would come first
+            # A worker that is stopped does not end when asked, and is killed only then.
+            patch.setenv("RAY_kill_worker_timeout_milliseconds", "100")
             options = {
                 "object_store_memory": 80 * 2**20,
                 "include_dashboard": False,
