@@ -10,7 +10,7 @@ from PIL import Image
 from starmerge_models.errors import UsageError
 from starmerge_models.study.figures import plot_methods, plot_scores, style
 from starmerge_models.study.palette import BASE_COLOUR, plot_styles
-from tests.study.conftest import SHIPPED
+from tests.study.conftest import DPI
 from tests.study.drawn import ADVERSARIAL, evaluation_of, outside, texts
 
 TASKS = ("digits", "past", "pos")
@@ -80,9 +80,7 @@ def test_base_and_fine_tunes_are_lines_behind_their_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 12])
-def test_any_names_fit_in_the_chart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
-) -> None:
+def test_any_names_fit_in_the_chart(tmp_path: Path, count: int) -> None:
     tasks = [f"{name} {number}" for number, name in enumerate((*ADVERSARIAL, *ADVERSARIAL))][:count]
     values = {
         model: {task: 0.1 * number + 0.01 * place for place, task in enumerate(tasks)}
@@ -95,7 +93,6 @@ def test_any_names_fit_in_the_chart(
     assert len(set(legend)) == len(ADVERSARIAL) + 2
     assert any(text.startswith("base (") for text in legend)
     assert any("$x^2$" in text for text in legend)
-    monkeypatch.setattr(style, "_SETTINGS", SHIPPED)
     file = tmp_path / ("methods.pdf" if count == 1 else "methods.svg")
     assert outside(plot_methods(evaluation, file, title="W" * 300)) == []
 
@@ -128,7 +125,7 @@ def test_methods_stand_by_their_average_the_best_on_top(tmp_path: Path) -> None:
 def test_the_suffix_gives_the_format_and_a_figure_appears_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(style, "_SETTINGS", SHIPPED)
+    monkeypatch.setitem(style._SETTINGS, "savefig.dpi", DPI)
     starts = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
     for suffix, start in starts.items():
         file = tmp_path / f"chart{suffix}"
