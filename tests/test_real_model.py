@@ -168,6 +168,9 @@ def test_an_adapter_folded_into_a_stored_model_is_truncated_as_it_was(
         """Return how far the update lies from that of the adapter, relative to it."""
         apart = wanted = 0.0
         for key, weight in merged["truth"].items():
+            if torch.equal(weight, base[key]):
+                assert torch.equal(merged[name][key], weight)
+                continue
             apart += float((merged[name][key].double() - weight.double()).square().sum())
             wanted += float((weight.double() - base[key].double()).square().sum())
         return (apart / wanted) ** 0.5

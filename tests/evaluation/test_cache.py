@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from platformdirs import user_cache_path
 from safetensors.torch import load_file, save_file
 
-import starmerge_models
 from starmerge_models.checkpoints.hashing import cached_blake3_of
+from starmerge_models.evaluation import cache as caching
 from starmerge_models.evaluation.cache import Record, ScoreCache, score_key
 from starmerge_models_demo import ADAPTERS
 from tests.conftest import edit_json
@@ -177,32 +177,17 @@ def test_another_version_of_starmerge_is_a_miss(
     assert _key(*model) != key
 
 
-def test_changed_code_of_the_evaluation_is_a_miss(model: tuple[Path, Path], tmp_path: Path) -> None:
-    source = Path(starmerge_models.__file__).parent
-    package = tmp_path / "site" / "starmerge_models"
-    shutil.copytree(source, package, ignore=shutil.ignore_patterns("__pycache__"))
-    key = f"score_key([Path({str(model[1])!r})], {{}}, device='cpu', dtype='float32')"
-    code = f"""
-from pathlib import Path
-from starmerge_models.evaluation.cache import score_key
-print({key})
-with Path({str(package / "evaluation" / "models" / "prompts.py")!r}).open("a") as file:
-    file.write("#")
-print({key})
-"""
-
-    def two_keys() -> list[str]:
-        return subprocess.run(
-            [sys.executable, "-c", code],
-            env=os.environ | {"PYTHONPATH": str(package.parent)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.split()
-
-    before, after = two_keys()
-    assert before != after
-    assert two_keys()[0] == after
+def test_changed_code_of_the_evaluation_is_a_miss(
+    model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, copied = Path(caching.__file__).parent, tmp_path / "evaluation"
+    shutil.copytree(source, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    before = _key(*model)
+    monkeypatch.setattr(caching, "__file__", str(copied / "cache.py"))
+    assert _key(*model) == before, "the same code in another place"
+    with (copied / "models" / "prompts.py").open("a") as file:
+        file.write("#")
+    assert _key(*model) != before
 
 
 def test_the_demos_adapters_have_keys_of_their_own_and_the_base_is_read_once(

@@ -27,6 +27,8 @@ from tests.study.studies import ROWS, study_file
 
 VARYING = ("merging", "asking", "date")
 
+pytestmark = pytest.mark.usefixtures("small_fonts")
+
 
 @pytest.fixture(scope="module")
 def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path]:

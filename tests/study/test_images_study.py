@@ -23,6 +23,8 @@ from tests.oracles import star as oracle
 EXAMPLE = Path(__file__).parents[2] / "examples" / "images"
 ROWS = 40
 
+pytestmark = pytest.mark.usefixtures("small_fonts")
+
 
 def _imported(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(file.stem, file)

@@ -16,6 +16,8 @@ from starmerge_models.study.outputs import figure_entries, title_of, write_figur
 from starmerge_models.study.store import Store
 from tests.study.studies import written_store
 
+pytestmark = pytest.mark.usefixtures("small_fonts")
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:

@@ -15,6 +15,8 @@ from tests.evaluation.tiny_world import make_world
 NAMES = ("continent", "country", "digits", "language", "past", "plural", "pos", "sentiment")
 ROWS = 4
 
+pytestmark = pytest.mark.usefixtures("small_fonts")
+
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -35,18 +35,18 @@ def test_a_suite_is_merged_and_scored(smollm2: Path, tmp_path: Path) -> None:
     (tmp_path / "sentiment").symlink_to(ADAPTERS / "sentiment")
     suite = find_suite(str(file))
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"input": "wonderful", "label": "positive"}\n' * 3)
+    rows.write_text('{"input": "wonderful", "label": "positive"}\n')
     result = run_suite(
         suite,
         tmp_path / "out",
         methods=["average"],
         base=smollm2,
         rows_of={"demo/sentiment": rows},
-        settings=Settings(rows=4),
+        settings=Settings(rows=2),
         flat=tmp_path / "flat",
     )
     assert result.evaluation.tasks == ["language", "sentiment"]
-    assert result.evaluation.scores["average"]["sentiment"].n == 3
+    assert result.evaluation.scores["average"]["sentiment"].n == 1
     assert result.evaluation.normalised("average") is not None
     assert "Published (arXiv 2502.10339, 2 tasks;" in result.table
     assert "star 90.5" in result.table
@@ -63,7 +63,7 @@ def test_a_suite_is_merged_and_scored(smollm2: Path, tmp_path: Path) -> None:
     assert made is not None
     assert made.models["language"].path == str(ADAPTERS / "language")
     assert set(scores.model) == {"base", "language", "sentiment", "average"}
-    assert len(predictions) == 3 * (4 + 3)
+    assert len(predictions) == 3 * (2 + 1)
 
     with pytest.raises(UsageError, match="not empty"):
         run_suite(suite, tmp_path / "out", base=smollm2, tasks=["language"])

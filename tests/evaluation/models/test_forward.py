@@ -1,45 +1,32 @@
 """Calls of the forward pass: they use no argument that transformers is about to remove."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from peft import LoraConfig, get_peft_model
+from transformers.utils import logging
 
 from starmerge_models.evaluation.models.forward import arguments_of, cache_name
-from tests.evaluation.models.tiny_models import make
-
-ASKING = """
-import warnings
-warnings.filterwarnings("error", message=".*(cache|past_key_values)", category=FutureWarning)
-import sys
 from starmerge_models.evaluation.models.generation import generate
 from starmerge_models.evaluation.models.ranking import log_likelihoods
 from tests.evaluation.models.tiny_models import make, prompts, tokenizer
-for kind in sys.argv[1:]:
+
+
+@pytest.mark.filterwarnings("error:.*(cache|past_key_values):FutureWarning")
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2", "t5", "bart", "mamba", "jamba"])
+def test_no_run_uses_an_argument_that_transformers_removes(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.warning_once.cache_clear()  # what was said once is said again
+    logger = logging.get_logger("transformers")
+    logger.addHandler(caplog.handler)
     model, rows = make(kind), prompts(4)
-    texts = generate(model, tokenizer(), rows, max_new_tokens=4, is_final=lambda text: False,
-                     batch_size=None, advance=lambda done: None)
-    likelihoods = log_likelihoods(model, tokenizer(), rows, [[[3, 4, 1], [5, 1]]] * 4,
-                                  batch_size=None, advance=lambda done: None)
-    print(kind, len(texts), len(likelihoods))
-"""
-
-
-def test_no_run_uses_an_argument_that_transformers_removes() -> None:
-    # In a process of its own, as libraries warn once. Their loggers warn too, on stderr.
-    kinds = ["llama", "mistral", "gpt2", "t5", "bart", "mamba", "jamba"]
-    run = subprocess.run(
-        [sys.executable, "-c", ASKING, *kinds],
-        cwd=Path(__file__).parents[3],
-        capture_output=True,
-        text=True,
-        check=False,
+    settings = {"batch_size": None, "advance": lambda _: None}
+    texts = generate(
+        model, tokenizer(), rows, max_new_tokens=4, is_final=lambda _: False, **settings
     )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split("\n")[:-1] == [f"{kind} 4 4" for kind in kinds]
-    assert "deprecated" not in run.stderr
+    likelihoods = log_likelihoods(model, tokenizer(), rows, [[[3, 4, 1], [5, 1]]] * 4, **settings)
+    logger.removeHandler(caplog.handler)
+    assert len(texts) == len(likelihoods) == 4
+    assert "deprecated" not in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5", "gemma2"])

@@ -174,10 +174,10 @@ def test_the_real_model_finds_likely_what_it_finds_likely_alone(smollm2: Path) -
         [[*tokenizer(word)["input_ids"], tokenizer.eos_token_id] for word in own] for own in words
     ]
     switch = AdapterSwitch(model, {"digits": ADAPTERS / "digits"})
-    for name in ("digits", None):
+    for name, some in (("digits", 2), (None, 1)):
         with switch.active(name) as active:
-            found = ours(active, rows, options)
-            for row, own, likelihoods in zip(rows, options, found, strict=True):
+            found = ours(active, rows[:some], options[:some])
+            for row, own, likelihoods in zip(rows[:some], options[:some], found, strict=True):
                 for tokens, likelihood in zip(own, likelihoods, strict=True):
                     # 30 layers, logits of up to 40.
                     assert likelihood == pytest.approx(plain(active, row, tokens), abs=1e-3)

@@ -365,7 +365,7 @@ def _responses(draw: st.DrawFn) -> tuple[Task, str]:
     return task, "".join(draw(st.lists(piece, max_size=12)))
 
 
-@settings(max_examples=1000)
+@settings(max_examples=500)
 @given(_responses(), st.sampled_from(["0", "1", "5", "12345"]))
 @example((_task("in favor", "favor", "in favor of it"), "in favor of it"), "0")
 @example((_task(match="number"), "1,234,567.5e-3 "), "0")

@@ -130,7 +130,7 @@ def test_any_names_and_many_models_fit(found: sm.Inspection, tmp_path: Path) -> 
         plots = plots_of(case)
         assert list(plots) == ["ranks", "spectra", "conflicts", "kept"]
         for name, plot in plots.items():
-            figure = plot(case, tmp_path / f"{name}.svg")
+            figure = plot(case, tmp_path / f"{name}.png")
             assert outside(figure) == [], name
     means = plot_ranks(case, tmp_path / "a.svg").axes
     assert [axes.get_title(loc="left") for axes in means] == ["mean of 17 models", ""]

@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 from matplotlib.collections import PathCollection
 from matplotlib.container import ErrorbarContainer
+from PIL import Image
 
 from starmerge_models.errors import UsageError
-from starmerge_models.study.figures import plot_methods, plot_scores
+from starmerge_models.study.figures import plot_methods, plot_scores, style
 from starmerge_models.study.palette import BASE_COLOUR, plot_styles
+from tests.study.conftest import DPI
 from tests.study.drawn import ADVERSARIAL, evaluation_of, outside, texts
 
 TASKS = ("digits", "past", "pos")
@@ -91,7 +93,8 @@ def test_any_names_fit_in_the_chart(tmp_path: Path, count: int) -> None:
     assert len(set(legend)) == len(ADVERSARIAL) + 2
     assert any(text.startswith("base (") for text in legend)
     assert any("$x^2$" in text for text in legend)
-    assert outside(plot_methods(evaluation, tmp_path / "methods.pdf", title="W" * 300)) == []
+    file = tmp_path / ("methods.pdf" if count == 1 else "methods.svg")
+    assert outside(plot_methods(evaluation, file, title="W" * 300)) == []
 
 
 def test_tasks_without_fine_tunes_have_no_average(tmp_path: Path) -> None:
@@ -119,15 +122,20 @@ def test_methods_stand_by_their_average_the_best_on_top(tmp_path: Path) -> None:
     assert not axes.findobj(PathCollection)
 
 
-def test_the_suffix_gives_the_format_and_a_figure_appears_whole(tmp_path: Path) -> None:
+def test_the_suffix_gives_the_format_and_a_figure_appears_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(style._SETTINGS, "savefig.dpi", DPI)
     starts = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
     for suffix, start in starts.items():
         file = tmp_path / f"chart{suffix}"
-        plot_scores(_evaluation(), file, title="t")
+        figure = plot_scores(_evaluation(), file, title="t")
         content = file.read_bytes()
         assert content.startswith(start)
         plot_scores(_evaluation(), file, title="t")
         assert file.read_bytes() == content, "drawn twice, the same bytes"
+    width, height = Image.open(tmp_path / "chart.png").size
+    assert (width, height) == tuple((200 * figure.get_size_inches()).astype(int))
     assert b"/FontFile2" in (tmp_path / "chart.pdf").read_bytes()
     assert b"<text" not in (tmp_path / "chart.svg").read_bytes()
     with pytest.raises(UsageError, match=r"chart.bmp: a figure is written as \.png, \.pdf, \.svg"):
