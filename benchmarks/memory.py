@@ -27,7 +27,7 @@ from statistics import median
 from typing import Any
 
 # Must stand before torch is loaded; see methods.py.
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
 
 import torch
 from common import parser_of, print_machine
@@ -170,7 +170,7 @@ def bench(options: argparse.Namespace) -> Iterator[Found]:
     for shape in options.shapes:
         for kind in options.kinds:
             for found in in_own_process(
-                partial(measure, kind, shape, options.methods, options.tasks)
+                partial(measure, kind, shape, options.methods, options.tasks), start="fork"
             ):
                 size = f"{shape[0]} × {shape[1]}"
                 numbers = f"{found.estimate / 1e6:.1f} | {found.measured / 1e6:.1f}"

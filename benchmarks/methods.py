@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Literal, TypeVar
 
 # Must stand before torch is loaded: idle threads would spin, and take time from their neighbours.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -42,6 +43,8 @@ from starmerge_models.deltas import Delta, Dense, LowRank
 from starmerge_models.errors import StarmergeError, UsageError
 from starmerge_models.merging.in_memory import merge_state
 from starmerge_models.methods import METHODS, make_pipeline
+
+Result = TypeVar("Result")
 
 REFERENCE = "average"
 SIZE = 4096
@@ -143,14 +146,19 @@ def memory(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
 
-def in_own_process(work: Callable[[], Measured]) -> Measured:
-    """Call a function in a fork of this process, which should have computed nothing.
+def in_own_process(work: Callable[[], Result], start: Literal["spawn", "fork"] = "spawn") -> Result:
+    """Call a function in a new process.
+
+    Args:
+        work: The function.
+        start: "fork" saves the imports, where this process has computed nothing and its threads'
+            settings are those of the new one.
 
     Raises:
         BrokenProcessPool: The process was killed.
     """
-    fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(1, mp_context=fork) as pool:
+    context = multiprocessing.get_context(start)
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(work).result()
 
 

@@ -30,6 +30,7 @@ from starmerge_models.checkpoints import configs, filling, isolated, names, rena
 from starmerge_models.checkpoints.hashing import blake3_of
 from starmerge_models.checkpoints.metric import MetricWriter
 from starmerge_models.demo_names import prepared_base
+from starmerge_models.events import LOG
 from starmerge_models.spectral.moment import Side
 from starmerge_models_demo import ADAPTERS
 from tests.evaluation.tiny_world import World, make_world
@@ -89,6 +90,17 @@ def pytest_collection_finish() -> None:
     """Collect garbage from now on, without a look at the millions of objects made until now."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(autouse=True)
+def _own_log() -> Iterator[None]:
+    """Take back what a test does to the package's log, as commands in this process do."""
+    handlers, level, propagates = list(LOG.handlers), LOG.level, LOG.propagate
+    yield
+    if (LOG.handlers, LOG.level, LOG.propagate) != (handlers, level, propagates):
+        LOG.handlers[:] = handlers
+        LOG.setLevel(level)
+        LOG.propagate = propagates
 
 
 @pytest.fixture(scope="session")
