@@ -9,7 +9,6 @@ from starmerge_models.errors import UsageError
 from starmerge_models.methods import Breadcrumbs, make_pipeline
 from tests.oracles import models, samples
 from tests.oracles.breadcrumbs import breadcrumbs
-from tests.products import one_in
 
 
 def assert_is_breadcrumbs(given, weights=None, *, beta=85, gamma=99.3, alpha=0.3):
@@ -24,16 +23,7 @@ def row(*given, **parameters):
     return models.merge(vectors, "breadcrumbs", {"alpha": 1, **parameters})["x"].ravel().tolist()
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype", "entries", "weights"),
-    one_in(
-        2,
-        samples.KINDS,
-        samples.DTYPES,
-        [samples.normal, samples.integers],
-        [None, models.WEIGHTS],
-    ),
-)
+@models.OPTIONS
 def test_breadcrumbs_is_the_reference(kind, dtype, entries, weights):
     given = models.models(kind, dtype=dtype, entries=entries)
     for beta, gamma in ((85, 99.3), (10.5, 90), (0, 60), (49.9, 50), (30, 100)):

@@ -9,7 +9,6 @@ from starmerge_models.errors import UsageError
 from starmerge_models.methods import TallMasks, make_pipeline
 from tests.oracles import models, samples
 from tests.oracles.tall_masks import tall_masks
-from tests.products import one_in
 
 
 def assert_is_tall_masks(given, weights=None, *, lam=0.4, alpha=0.4, min_tasks=2, mtl="unscaled"):
@@ -25,16 +24,7 @@ def row(given, weights=None, **parameters):
     return models.merge(vectors, "tall_masks", parameters, weights)["x"].ravel().tolist()
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype", "entries", "weights"),
-    one_in(
-        2,
-        samples.KINDS,
-        samples.DTYPES,
-        [samples.normal, samples.integers],
-        [None, models.WEIGHTS],
-    ),
-)
+@models.OPTIONS
 def test_tall_masks_is_the_reference(kind, dtype, entries, weights):
     given = models.models(kind, dtype=dtype, entries=entries)
     for mtl in ("unscaled", "scaled"):

@@ -12,7 +12,6 @@ from starmerge_models.methods.kinds import entrywise
 from starmerge_models.methods.ties import elected_mean
 from tests.oracles import models, samples
 from tests.oracles.ties import disjoint_mean, ties
-from tests.products import one_in
 
 
 def assert_is_ties(given, weights=None, *, k=20, scope="global", lam=1.0, zero_sign="majority"):
@@ -27,16 +26,7 @@ def row(given, weights=None, **parameters):
     return models.merge(vectors, "ties", {"k": 100, **parameters}, weights)["x"].ravel().tolist()
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype", "entries", "weights"),
-    one_in(
-        2,
-        samples.KINDS,
-        samples.DTYPES,
-        [samples.normal, samples.integers],
-        [None, models.WEIGHTS],
-    ),
-)
+@models.OPTIONS
 def test_ties_is_the_reference(kind, dtype, entries, weights):
     given = models.models(kind, dtype=dtype, entries=entries)
     for scope in ("global", "local"):

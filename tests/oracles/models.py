@@ -1,6 +1,7 @@
 """Models of several tensors for the methods that look at entries, and what oracles see of them."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 
@@ -8,6 +9,7 @@ from starmerge_models import merge_state
 from starmerge_models.deltas import Dense, matrix_shape
 from starmerge_models.methods import make_pipeline
 from tests.oracles import samples
+from tests.products import one_in
 
 SHAPES = {
     "query": (9, 7),
@@ -22,6 +24,12 @@ ABSENT = {"value": {2}, "kernel": {0, 3}, "norm": {1}, "gate": {0, 1, 2}}
 """The tasks, of four, that leave a tensor alone."""
 WEIGHTS = [2.0, -0.5, 0.0, 4.0]
 """One of each sign, and none that rounds an entry."""
+
+OPTIONS = pytest.mark.parametrize(
+    ("kind", "dtype", "entries", "weights"),
+    one_in(2, samples.KINDS, samples.DTYPES, [samples.normal, samples.integers], [None, WEIGHTS]),
+)
+"""Passes a test the models' kind, dtype and entries, and weights, any two of them together."""
 
 
 def models(kind, *, dtype=torch.float32, entries=samples.normal, seed=0):

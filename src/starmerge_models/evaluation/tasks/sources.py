@@ -10,7 +10,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache, singledispatch
+from functools import singledispatch
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -31,9 +31,6 @@ Row = tuple[str, dict[str, Any]]
 """A row's id in its source, and its fields."""
 
 _Row = TypeVar("_Row")
-
-_OWN = "starmerge_models.evaluation.tasks.generators."
-"""Start of the names of the built-in generators, which make the same rows each time."""
 
 _STEP = re.compile(r"\[(\d+)\]|\.?(\w+)")
 
@@ -257,9 +254,8 @@ def _(source: FileSource, split: Split, task: str) -> list[Row]:
 @read_rows.register
 def _(source: GeneratorSource, split: Split, task: str) -> list[Row]:
     function = function_of(source.generator)
-    is_own = isinstance(source.generator, str) and source.generator.startswith(_OWN)
     try:
-        made = _made_once(function) if is_own else _made(function)
+        made = function(random.Random(DATA_SEED))
         rows = [(str(number), dict(row)) for number, row in enumerate(made)]
     except UsageError:
         raise
@@ -268,15 +264,6 @@ def _(source: GeneratorSource, split: Split, task: str) -> list[Row]:
             f"Task {task}: the generator {describe(source)} failed: {type(error).__name__}: {error}"
         ) from error
     return _split(rows, source.key, source.held_out, split)
-
-
-def _made(function: Callable[[random.Random], Iterable[Any]]) -> Iterable[Any]:
-    return function(random.Random(DATA_SEED))
-
-
-@lru_cache(maxsize=8)
-def _made_once(function: Callable[[random.Random], Iterable[Any]]) -> list[Any]:
-    return list(_made(function))
 
 
 def split_sizes(source: Any, task: str) -> tuple[int, int] | None:
