@@ -653,6 +653,7 @@ def test_a_killed_driver_takes_its_workers_along_and_the_merge_goes_on(
     line = command(plan, "--address", str(workers.address), "--threads", "1")
     with loaded.running(line, cwd=str(tmp_path), side_by_side=True) as (driver, ending):
         wait_until(lambda: written.exists() and b'"tensor"' in written.read_bytes())
+        wait_until(lambda: list(tmp_path.glob("pid-*")))  # what is copied is written before
         os.kill(driver, signal.SIGKILL)
     assert ending.result().code == -signal.SIGKILL
     pids = [int(file.name.partition("-")[2]) for file in tmp_path.glob("pid-*")]
