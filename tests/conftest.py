@@ -5,6 +5,10 @@ from __future__ import annotations
 import gc
 import os
 
+# Nearly all that is made while modules are loaded and tests are collected stays: the collector
+# would only walk through it, again and again.
+gc.disable()
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # No test fetches anything from the Hub; where there is no network, its client would try for long.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -79,11 +83,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     folder = Path(__file__).parent
     places = {folder / f"{name}.py": place for place, name in enumerate(_LONG)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
-
-
-def pytest_collection() -> None:
-    """Collect no garbage while tests are collected: nearly all that is made then stays."""
-    gc.disable()
 
 
 def pytest_collection_finish() -> None:

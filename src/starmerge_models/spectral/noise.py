@@ -149,6 +149,8 @@ def noise_edge(rows: Tensor, columns: Tensor) -> float:
         edge² = min over t > 0 of t r_max c_max / (x y Σr),
         Σ_i ρ_i x/(1 − ρ_i x) = Σ_j γ_j y/(1 − γ_j y) = t,  ρ = r/r_max, γ = c/c_max.
 
+    The minimum is where the logarithm's derivative by log t is zero, d log x + d log y = d log t.
+
     Equal variances give √v(√m + √n), the edge of Marchenko and Pastur. Variances beyond float64's
     range, of weights above 1e150, give infinity. Cost: O(m + n) for each of some hundred steps.
 
@@ -165,12 +167,13 @@ def noise_edge(rows: Tensor, columns: Tensor) -> float:
     # Of short vectors NumPy's calls take a third of the time of torch's.
     rho, gamma = rows.numpy() / top_row, columns.numpy() / top_column
 
-    def log_square(log_t: float) -> float:
+    def slope(log_t: float) -> float:
         t = math.exp(log_t)
-        return log_t - math.log(_solve(rho, t)) - math.log(_solve(gamma, t))
+        return 1 - _solve(rho, t)[1] - _solve(gamma, t)[1]
 
-    lowest = _minimum(log_square, math.log(1e-3), math.log(len(rows) * len(columns)) + 1)
-    return math.sqrt(math.exp(lowest) * top_row * (top_column / total))
+    t = math.exp(_root(slope, math.log(1e-3), math.log(len(rows) * len(columns)) + 1))
+    square = t / (_solve(rho, t)[0] * _solve(gamma, t)[0])
+    return math.sqrt(square * top_row * (top_column / total))
 
 
 def noise_floor(S: Tensor, rounding: Rounding) -> Floor:
@@ -217,14 +220,16 @@ def _variances(base: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
     mean_square = (energy - uniform_energy).clamp(min=0) / delta.shape[1]
     high = torch.maximum(2 * mean_square.sqrt(), 4 * ulps[code.amax(1)]).log2()
     low = torch.maximum((mean_square.sqrt() / 2).log2(), high - 60)
+    weights, width = counts * ulp.square(), high - low
     for _ in range(_HALVINGS):
-        middle = (low + high) / 2
+        width = width / 2
+        middle = low + width
         s = middle.exp2()
-        expected = (counts * ulp.square() * _second_moment(s[:, None] / ulp)).sum(1)
+        expected = (weights * _second_moment(s[:, None] / ulp)).sum(1)
         above = expected + outside * s.square() + uniform_energy > energy
-        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        low = torch.where(above, low, middle)
 
-    x = high.exp2()[:, None] / ulp
+    x = (low + width).exp2()[:, None] / ulp
     noise = torch.zeros(len(code), codes, dtype=torch.float64)
     # For x above 1e8 the difference of x² + 1/12 and x² is lost to rounding.
     residual = torch.where(x >= 1, 1 / 12, _second_moment(x) - (_gain(x) * x).square())
@@ -237,11 +242,15 @@ def _second_moment(x: Tensor) -> Tensor:
 
     For x ≥ 1 it differs from x² + 1/12 by less than 1e-6.
     """
-    small = x.clamp(1e-30, 1.0) * math.sqrt(2)
+    wide = x.square() + 1 / 12
+    is_wide = x >= 1
+    if is_wide.all():
+        return wide
+    inverse = (x.clamp(1e-30, 1.0) * math.sqrt(2)).reciprocal()
     series = torch.zeros_like(x)
     for k in range(1, _TERMS + 1):
-        series += (2 * k - 1) * torch.special.erfc((k - 0.5) / small)
-    return torch.where(x >= 1, x.square() + 1 / 12, series)
+        series.add_(torch.special.erfc(inverse * (k - 0.5)), alpha=2 * k - 1)
+    return torch.where(is_wide, wide, series)
 
 
 def _gain(x: Tensor) -> Tensor:
@@ -262,36 +271,45 @@ def _exponents(values: Tensor, dtype: torch.dtype) -> Tensor:
     return exponents
 
 
-def _solve(weights: NDArray[np.float64], t: float) -> float:
+def _solve(weights: NDArray[np.float64], t: float) -> tuple[float, float]:
     """Return the x in (0, 1) with Σ w x/(1 − w x) = t, for weights whose largest is 1.
 
     The sum is increasing and convex in x, so Newton steps from above never pass the solution.
+
+    Returns:
+        x, and its derivative d log x / d log t.
     """
-    x = t / (1 + t)
+    x = min(t / (1 + t), t / float(np.add.reduce(weights)))  # the largest term, or all without w x
     while True:
-        part = weights * x
-        excess = float((part / (1 - part)).sum()) - t
-        step = excess / float((weights / (1 - part) ** 2).sum())
+        part = weights / (1 - weights * x)
+        total = float(np.add.reduce(part))
+        growth = total + x * float(part @ part)  # the derivative of the sum, x total, by x
+        step = (x * total - t) / growth
         if not step > 1e-12 * x:  # also ends at a NaN
-            return x
+            return x, t / (x * growth)
         x -= step
 
 
-def _minimum(function: Callable[[float], float], low: float, high: float) -> float:
-    """Return the least value of a unimodal function, by golden-section search."""
-    ratio = (math.sqrt(5) - 1) / 2
-    left, right = high - ratio * (high - low), low + ratio * (high - low)
-    at_left, at_right = function(left), function(right)
+def _root(function: Callable[[float], float], low: float, high: float) -> float:
+    """Return where a function that begins below zero passes it, by the Illinois method."""
+    at_low, at_high = function(low), function(high)
+    side = 0
     while high - low > 1e-4:
-        if at_left < at_right:
-            high, right, at_right = right, left, at_left
-            left = high - ratio * (high - low)
-            at_left = function(left)
+        middle = (low * at_high - high * at_low) / (at_high - at_low)
+        at_middle = function(middle)
+        if abs(at_middle) < 1e-6:
+            return middle
+        if at_middle < 0:
+            low, at_low = middle, at_middle
+            if side < 0:
+                at_high /= 2
+            side = -1
         else:
-            low, left, at_left = left, right, at_right
-            right = low + ratio * (high - low)
-            at_right = function(right)
-    return min(at_left, at_right)
+            high, at_high = middle, at_middle
+            if side > 0:
+                at_low /= 2
+            side = 1
+    return (low + high) / 2
 
 
 def _threshold(aspect: float) -> float:
