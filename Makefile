@@ -30,7 +30,9 @@ demo: base
 # Processes of one BLAS thread each: the tests' matrices are small, and threads would only wait for
 # each other. Three of them keep two processors busy, as some tests wait for servers and clusters. A
 # file's tests stay together, as they share what they load; the files begin in the order of
-# tests/conftest.py, those that take long first.
+# tests/conftest.py, those that take long first. Modules are compiled once for all processes, also
+# where the environment asks Python to keep no compiled ones.
+test: export PYTHONDONTWRITEBYTECODE =
 test: base
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadscope --no-loadscope-reorder
 

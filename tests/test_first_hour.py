@@ -183,7 +183,7 @@ def test_on_a_cluster(typed_small: Type, tmp_path: Path) -> None:
     command = "starmerge merge demo:base demo:digits demo:past -m shares"
     plan = json.loads(typed_small(f"{command} -o cluster --dry-run --json"))
     assert plan["tensors_merged"] == 4
-    typed_small(f"{command} -o cluster --executor ray --threads 2 --log json")
+    typed_small(f"{command} -o cluster --executor ray --threads 1 --log json")
     typed_small(f"{command} -o here")
     cluster, here = (
         (tmp_path / name / "model.safetensors").read_bytes() for name in ("cluster", "here")

@@ -10,7 +10,6 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -235,6 +234,8 @@ def test_a_merged_sentence_transformer_loads_with_its_modules(tmp_path: Path) ->
     ids = torch.tensor([[3, 5, 8]])
     hidden = BertModel.from_pretrained(tuned).eval()(ids).last_hidden_state.mean(1)
     wanted = hidden @ weights["linear.weight"].T + weights["linear.bias"]
+    from sentence_transformers import SentenceTransformer  # takes a second to load
+
     made = SentenceTransformer(str(out), device="cpu").encode(["w3 w5 w8"])
     torch.testing.assert_close(torch.from_numpy(made), wanted.detach(), atol=1e-4, rtol=0)
 

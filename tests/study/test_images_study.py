@@ -21,7 +21,7 @@ from starmerge_models.study.study_file import load_study
 from tests.oracles import star as oracle
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "images"
-ROWS = 40
+ROWS = 24
 
 pytestmark = pytest.mark.usefixtures("small_fonts")
 
