@@ -1,5 +1,7 @@
 """Models that the tests merge: tiny ones made on the spot, and the demo's real one."""
 
+# ruff: noqa: E402  (what comes before the imports concerns them)
+
 from __future__ import annotations
 
 import gc

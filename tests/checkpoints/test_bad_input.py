@@ -513,6 +513,18 @@ def test_a_process_of_its_own_answers_what_the_function_does(
     assert isolated.call_isolated(filling, []) is None
 
 
+def test_a_config_without_an_architecture_starts_no_process(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[object] = []
+    monkeypatch.setattr(names, "call_isolated", lambda *asked: started.append(asked))
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    for architectures, number in ((None, 0), ([], 0), (["LlamaForCausalLM"], 1)):
+        edit_json(folder / "config.json", architectures=architectures)
+        found = naming_of(open_base(resolve(folder)))
+        assert (found.sources, found.ties, len(started)) == ({}, {}, number)
+
+
 def test_a_config_that_transformers_refuses_does_not_hide_the_message(world: World) -> None:
     edit_json(world.base / "config.json", architectures=["NoSuchModel"], num_hidden_layers="x")
     header, body = split_safetensors(world.adapter / "adapter_model.safetensors")
