@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 _UNLIMITED = 2**62
@@ -88,11 +89,14 @@ def _memory_limits(root: Path) -> Iterator[int]:
                     yield int(text)
 
 
-def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """Yield the folders of this process's groups for a controller, from its own to the outermost.
+@lru_cache(maxsize=8)
+def _groups(root: Path, controller: str) -> tuple[Path, ...]:
+    """Return the folders of this process's groups for a controller, from its own to the outermost.
 
-    If versions 1 and 2 are both mounted, the groups of both are yielded.
+    If versions 1 and 2 are both mounted, these are the groups of both. They are looked up once:
+    limits may change while a process runs, but it stays in its groups.
     """
+    found: list[Path] = []
     paths = dict(_paths(root))
     for version, names, mount_root, mount in _mounts(root):
         if version == 2:
@@ -108,7 +112,8 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
             inner = path.relative_to(mount_root)
         parts = [part for part in inner.parts if part != "/"]
         for depth in range(len(parts), -1, -1):
-            yield root.joinpath(mount.lstrip("/"), *parts[:depth])
+            found.append(root.joinpath(mount.lstrip("/"), *parts[:depth]))
+    return tuple(found)
 
 
 def _paths(root: Path) -> Iterator[tuple[str, PurePosixPath]]:

@@ -20,7 +20,8 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint
+from functools import lru_cache
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar
@@ -262,7 +263,7 @@ class Registry(Mapping[str, _Thing]):
         """Return the entry points of starmerge itself, or those of other packages."""
         return [
             offer
-            for offer in importlib.metadata.entry_points(group=self.group)
+            for offer in _installed(self.group, tuple(map(_state_of, sys.path)))
             if (offer.module.partition(".")[0] == "starmerge_models") == ours
         ]
 
@@ -325,6 +326,24 @@ class Registry(Mapping[str, _Thing]):
                     f"{holders[0]}. Give it another name."
                 )
         return thing  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=32)
+def _installed(group: str, path: tuple[tuple[str, int], ...]) -> EntryPoints:
+    """Return the entry points of installed packages, which takes 15 ms without the cache.
+
+    Args:
+        group: The group of the entry points.
+        path: The folders of Python's path with their states, which a new package changes.
+    """
+    return importlib.metadata.entry_points(group=group)
+
+
+def _state_of(folder: str) -> tuple[str, int]:
+    """Return a folder of Python's path, and when a package was last added to it or removed."""
+    with suppress(OSError):
+        return folder, Path(folder).stat().st_mtime_ns
+    return folder, 0
 
 
 def is_file_reference(reference: str) -> bool:

@@ -62,7 +62,7 @@ def entries(models):
 
 def merge(models, method, parameters=None, weights=None):
     """What a chain makes of the models, as float64 matrices by name."""
-    merged = merge_state(models, make_pipeline(method, parameters), weights=weights)
+    merged = merge_state(models, make_pipeline(method, parameters), weights=weights, threads=1)
     return {name: samples.values(delta) for name, delta in merged.items()}
 
 
