@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -488,6 +489,20 @@ def site(tmp_path: Path) -> Path:
 
 def _group(**offers: str) -> dict[str, dict[str, str]]:
     return {"starmerge_models.methods": offers}
+
+
+def test_a_package_that_is_added_or_removed_while_python_runs_is_noticed(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.mkdir()
+    monkeypatch.syspath_prepend(site)
+    os.utime(site, (0, 0))  # the clock of a file system may tell no two moments apart
+    assert not METHODS.offers("added_later")
+    install(site, "later", {}, _group(added_later="later:Later"))
+    assert METHODS.offers("added_later")
+    (site / "later-1.2.3.dist-info").rename(tmp_path / "removed")
+    os.utime(site, (1, 1))
+    assert not METHODS.offers("added_later")
 
 
 def test_a_method_of_a_package_merges_and_the_report_has_its_version(
