@@ -488,6 +488,7 @@ def _load(modules: Sequence[str]) -> None:
     typer.main.get_command = functools.cache(typer.main.get_command)
     typer.main.get_command(cli.app)
     gc.freeze()  # so that collections in forks copy no pages
+    gc.enable()  # as in a new process: pytest's collects none while it loads
 
 
 def _answer(questions: TextIO, answers: TextIO) -> None:

@@ -89,16 +89,21 @@ def _memory_limits(root: Path) -> Iterator[int]:
                     yield int(text)
 
 
-@lru_cache(maxsize=8)
 def _groups(root: Path, controller: str) -> tuple[Path, ...]:
     """Return the folders of this process's groups for a controller, from its own to the outermost.
 
-    If versions 1 and 2 are both mounted, these are the groups of both. They are looked up once:
-    limits may change while a process runs, but it stays in its groups.
+    If versions 1 and 2 are both mounted, these are the groups of both.
     """
+    process = root / "proc" / "self"
+    return _parsed(root, controller, _text(process / "cgroup"), _text(process / "mountinfo"))
+
+
+@lru_cache(maxsize=8)
+def _parsed(root: Path, controller: str, cgroup: str, mountinfo: str) -> tuple[Path, ...]:
+    """Return the folders that the kernel's two texts about a process name; see :func:`_groups`."""
     found: list[Path] = []
-    paths = dict(_paths(root))
-    for version, names, mount_root, mount in _mounts(root):
+    paths = dict(_paths(cgroup))
+    for version, names, mount_root, mount in _mounts(mountinfo):
         if version == 2:
             path = paths.get("")
         elif controller in names:
@@ -116,9 +121,13 @@ def _groups(root: Path, controller: str) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def _paths(root: Path) -> Iterator[tuple[str, PurePosixPath]]:
-    """Yield the path of this process's group for each controller; "" stands for version 2."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
+def _paths(cgroup: str) -> Iterator[tuple[str, PurePosixPath]]:
+    """Yield the path of a process's group for each controller; "" stands for version 2.
+
+    Args:
+        cgroup: The text of ``/proc/self/cgroup``.
+    """
+    for line in cgroup.splitlines():
         _, _, rest = line.partition(":")
         names, found, path = rest.partition(":")
         if found and path.startswith("/"):
@@ -126,13 +135,15 @@ def _paths(root: Path) -> Iterator[tuple[str, PurePosixPath]]:
                 yield name, PurePosixPath(path)
 
 
-def _mounts(root: Path) -> Iterator[tuple[int, list[str], PurePosixPath, str]]:
+def _mounts(mountinfo: str) -> Iterator[tuple[int, list[str], PurePosixPath, str]]:
     """Yield version, controllers, root group and folder of each mounted tree of groups.
 
-    A line of ``mountinfo`` has the fields (proc(5)): number, parent, device, root, folder, options,
-    optional fields, "-", type of file system, source, options of the file system.
+    Args:
+        mountinfo: The text of ``/proc/self/mountinfo``. A line has the fields (proc(5)): number,
+            parent, device, root, folder, options, optional fields, "-", type of file system,
+            source, options of the file system.
     """
-    for line in _text(root / "proc/self/mountinfo").splitlines():
+    for line in mountinfo.splitlines():
         words = line.split()
         if "-" not in words[6:]:
             continue

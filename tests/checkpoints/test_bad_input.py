@@ -523,6 +523,9 @@ def test_a_config_without_an_architecture_starts_no_process(
         edit_json(folder / "config.json", architectures=architectures)
         found = naming_of(open_base(resolve(folder)))
         assert (found.sources, found.ties, len(started)) == ({}, {}, number)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    assert naming_of(open_base(resolve(folder))).sources == {}
+    assert len(started) == 1
 
 
 def test_a_config_that_transformers_refuses_does_not_hide_the_message(world: World) -> None:

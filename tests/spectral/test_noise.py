@@ -135,6 +135,15 @@ def test_variances_beyond_float64_have_no_floor_below_infinity():
     assert not noise_floor(torch.full((5,), 1e299, dtype=torch.float64), rounding).applies
 
 
+def test_an_update_whose_square_is_beyond_float64_spoils_no_sum():
+    unit = 2.0**516
+    base = torch.full((5, 8), 1.5 * unit, dtype=torch.float64)
+    update = 0.3 * unit * normal(5, 8, seed=14).tanh()
+    rounding = rounding_noise(base, update, torch.float64)
+    expected = unit * 2.0**-52 / math.sqrt(12) * (math.sqrt(5) + math.sqrt(8))
+    assert noise_edge(rounding.rows, rounding.columns) == pytest.approx(expected, rel=1e-9)
+
+
 def test_a_delta_of_zero_on_the_grid_has_no_noise():
     base = normal(5, 8, seed=9).to(torch.bfloat16)
     found = rounding_noise(base, torch.zeros(5, 8), torch.bfloat16)
@@ -177,8 +186,8 @@ def test_equal_variances_give_the_edge_of_marchenko_and_pastur(m, n, variance):
         torch.full((m,), n * variance, dtype=torch.float64),
         torch.full((n,), m * variance, dtype=torch.float64),
     )
-    # The parameter is found to 1e-4, of which the square enters.
-    assert edge == pytest.approx(math.sqrt(variance) * (math.sqrt(m) + math.sqrt(n)), rel=1e-7)
+    # The derivative at the parameter that is found is below 1e-6, of which the square enters.
+    assert edge == pytest.approx(math.sqrt(variance) * (math.sqrt(m) + math.sqrt(n)), rel=1e-9)
 
 
 def profile(rows, columns):

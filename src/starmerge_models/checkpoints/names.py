@@ -202,7 +202,7 @@ def naming_of(base: Base) -> Naming:
     """Return the mapping of a checkpoint's tensors to those of transformers' model.
 
     The result is empty if transformers is not installed, is older than 5, or does not know the
-    model.
+    model, and if the base's config names no architecture.
     """
     # Joined experts have one name in the file.
     experts: dict[str, list[str]] = {}
@@ -245,7 +245,7 @@ def _asked(folder: Place, config: str, names: tuple[str, ...]) -> Naming:
         names: Names of the tensors in its files.
     """
     if not json.loads(config).get("architectures"):
-        return Naming({}, {})  # transformers is only asked for a class of its own
+        return Naming({}, {})  # the architecture is the class whose tensors transformers names
     with local_files(folder, ["config.json"]) as local:
         answer = call_isolated(renaming, [str(local.absolute()), names])
     if answer is None:

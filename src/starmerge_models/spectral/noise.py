@@ -149,7 +149,9 @@ def noise_edge(rows: Tensor, columns: Tensor) -> float:
         edge² = min over t > 0 of t r_max c_max / (x y Σr),
         Σ_i ρ_i x/(1 − ρ_i x) = Σ_j γ_j y/(1 − γ_j y) = t,  ρ = r/r_max, γ = c/c_max.
 
-    The minimum is where the logarithm's derivative by log t is zero, d log x + d log y = d log t.
+    The minimum is where the derivative of the logarithm by log t is zero. With the terms a of the
+    first sum, d log x / d log t is Σa/(Σa + Σa²). It decreases, and lies between 1/(1 + t) and
+    1/(1 + t/m); so there is one minimum, with 1 ≤ t ≤ √(mn).
 
     Equal variances give √v(√m + √n), the edge of Marchenko and Pastur. Variances beyond float64's
     range, of weights above 1e150, give infinity. Cost: O(m + n) for each of some hundred steps.
@@ -171,7 +173,7 @@ def noise_edge(rows: Tensor, columns: Tensor) -> float:
         t = math.exp(log_t)
         return 1 - _solve(rho, t)[1] - _solve(gamma, t)[1]
 
-    t = math.exp(_root(slope, math.log(1e-3), math.log(len(rows) * len(columns)) + 1))
+    t = math.exp(_root(slope, -0.01, math.log(len(rows) * len(columns)) / 2 + 0.01))
     square = t / (_solve(rho, t)[0] * _solve(gamma, t)[0])
     return math.sqrt(square * top_row * (top_column / total))
 
@@ -220,7 +222,7 @@ def _variances(base: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
     mean_square = (energy - uniform_energy).clamp(min=0) / delta.shape[1]
     high = torch.maximum(2 * mean_square.sqrt(), 4 * ulps[code.amax(1)]).log2()
     low = torch.maximum((mean_square.sqrt() / 2).log2(), high - 60)
-    weights, width = counts * ulp.square(), high - low
+    weights, width = counts * ulp.square(), (high - low).nan_to_num(0.0)  # both may be infinite
     for _ in range(_HALVINGS):
         width = width / 2
         middle = low + width
@@ -279,7 +281,8 @@ def _solve(weights: NDArray[np.float64], t: float) -> tuple[float, float]:
     Returns:
         x, and its derivative d log x / d log t.
     """
-    x = min(t / (1 + t), t / float(np.add.reduce(weights)))  # the largest term, or all without w x
+    # The sum is at least its largest term, x/(1 − x), and at least Σ w x.
+    x = min(t / (1 + t), t / float(np.add.reduce(weights)))
     while True:
         part = weights / (1 - weights * x)
         total = float(np.add.reduce(part))
@@ -291,7 +294,11 @@ def _solve(weights: NDArray[np.float64], t: float) -> tuple[float, float]:
 
 
 def _root(function: Callable[[float], float], low: float, high: float) -> float:
-    """Return where a function that begins below zero passes it, by the Illinois method."""
+    """Return where a function is zero that is below zero at ``low`` and above it at ``high``.
+
+    By the Illinois method of false position. It ends where the function is within 1e-6 of zero, or
+    the zero is known within 1e-4.
+    """
     at_low, at_high = function(low), function(high)
     side = 0
     while high - low > 1e-4:
