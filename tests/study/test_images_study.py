@@ -21,7 +21,7 @@ from starmerge_models.study.study_file import load_study
 from tests.oracles import star as oracle
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "images"
-ROWS = 24
+ROWS = 40
 
 pytestmark = pytest.mark.usefixtures("small_fonts")
 
