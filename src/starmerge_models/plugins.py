@@ -29,6 +29,7 @@ from typing import Any, Generic, TypeVar
 from blake3 import blake3
 
 from starmerge_models.errors import StarmergeError, UsageError, near, nearest
+from starmerge_models.versions import PathState, path_state
 
 _Thing = TypeVar("_Thing")
 
@@ -263,7 +264,7 @@ class Registry(Mapping[str, _Thing]):
         """Return the entry points of starmerge itself, or those of other packages."""
         return [
             offer
-            for offer in _installed(self.group, tuple(map(_state_of, sys.path)))
+            for offer in _installed(self.group, path_state())
             if (offer.module.partition(".")[0] == "starmerge_models") == ours
         ]
 
@@ -329,27 +330,14 @@ class Registry(Mapping[str, _Thing]):
 
 
 @lru_cache(maxsize=32)
-def _installed(group: str, path: tuple[tuple[str, tuple[int, ...]], ...]) -> EntryPoints:
+def _installed(group: str, path: PathState) -> EntryPoints:
     """Return the entry points of installed packages; to read them opens a file of each package.
-
-    An ``entry_points.txt`` that is edited in place is only noticed by a new process.
 
     Args:
         group: The group of the entry points.
-        path: The folders of Python's path with their states, which a new package changes.
+        path: The state of Python's path.
     """
     return importlib.metadata.entry_points(group=group)
-
-
-def _state_of(folder: str) -> tuple[str, tuple[int, ...]]:
-    """Return a folder of Python's path, which it is, and when an entry was last added or removed.
-
-    The state of a folder that does not exist is empty.
-    """
-    with suppress(OSError, ValueError):
-        state = Path(folder).stat()
-        return folder, (state.st_dev, state.st_ino, state.st_mtime_ns)
-    return folder, ()
 
 
 def is_file_reference(reference: str) -> bool:
